@@ -1,0 +1,119 @@
+"""Every field there is, with its default; the other configs start from here.
+
+A section belongs to the stage of the same name; `data`, `base` and `mesh` are shared.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.stages = "all"  # or a comma-separated list, run in the pipeline's order
+    config.min_free_disk_gib = 0.5  # asked of the workdir's disk before any work
+    config.compilation_cache = "~/.cache/mvc_jax/xla"  # "" switches it off
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that split the batch; -1: all that fsdp leaves
+    config.mesh.fsdp = 1  # devices that split parameters as well
+
+    config.data = ConfigDict()
+    config.data.source = "digits"
+    config.data.size = 512  # pixels along one side, as the models see them
+    config.data.pool = 0  # images kept apart for `pretrain`
+    config.data.per_class = 10  # training images per class; what is left is test
+    config.data.class_type = ""  # "a photo of {class_type} {label}"
+
+    config.base = ConfigDict()
+    config.base.path = ""  # a Stable Diffusion folder; "": the one of `pretrain`
+
+    config.caption = ConfigDict()
+    config.caption.captioner = "attributes"
+
+    config.pretrain = _pretrain()
+
+    config.encode = ConfigDict()
+    config.encode.batch_size = 16
+
+    config.pairs = ConfigDict()
+    config.pairs.rounds = 1  # pairs per training image
+
+    config.finetune = ConfigDict()
+    config.finetune.steps = 1000
+    config.finetune.batch_size = 50  # supplement
+    config.finetune.learning_rate = 1e-4  # supplement
+    config.finetune.warmup = 0
+    config.finetune.max_norm = 1.0  # of the gradient; 0: not clipped
+    config.finetune.ema_decay = 0.0  # 0: no average is kept
+    config.finetune.drop_rate = 0.05  # p of InstructPix2Pix's conditioning dropout
+    config.finetune.log_every = 20  # steps behind one row of metrics
+    config.finetune.checkpoint_every = 500
+
+    config.mix = ConfigDict()
+    config.mix.per_image = 4  # synthetic images per training image
+    config.mix.modes = ("coarse", "fine")  # taken in turn
+    config.mix.tokens = 4  # k: word positions that coarse mixing takes over
+    config.mix.positions = "caption"  # where: "caption" words, all "words", or "all"
+    config.mix.dims = 8  # d: text dims that fine mixing takes over
+
+    config.generate = ConfigDict()
+    config.generate.sets = ("mixed", "unmixed")
+    config.generate.steps = 50
+    config.generate.text_scale = 7.5  # s_T of InstructPix2Pix
+    config.generate.image_scale = 1.5  # s_I
+    config.generate.batch_size = 16
+    config.generate.shard_size = 1000  # images in a Parquet file
+    config.generate.folder = True  # also train/<class>/*.png
+
+    config.classify = ConfigDict()
+    config.classify.runs = ("real", "real+affine", "combined", "combined:unmixed")
+    config.classify.model = "resnet20"
+    config.classify.width = 16
+    config.classify.stem_stride = 1
+    config.classify.seeds = 3
+    config.classify.steps = 1000  # the same for every run
+    config.classify.batch_size = 50
+    config.classify.learning_rate = 1e-3
+    config.classify.weight_decay = 1e-4
+    config.classify.probability = 0.8  # p of `probabilistic`
+    config.classify.phase_two = 0.25  # share of the steps of `two_phase` on real only
+    config.classify.phase_two_rate = 0.1  # times the learning rate in them
+
+    config.evaluate = ConfigDict()
+    config.evaluate.confidence = 0.95  # of the intervals
+
+    config.report = ConfigDict()
+    config.report.title = "Mixing Visual Concepts"
+    config.report.grid_columns = 2  # synthetic images per mode and class
+    config.report.grid_scale = 64  # display pixels of one image
+    return config
+
+
+def _pretrain() -> ConfigDict:
+    config = ConfigDict()
+    config.context_length = 16  # tokens of a prompt, markers included
+    config.vocab_size = 640
+    config.vae = ConfigDict()
+    config.vae.channels = (8, 16, 16)
+    config.vae.groups = 8
+    config.vae.steps = 1000
+    config.vae.batch_size = 64
+    config.vae.learning_rate = 2e-3
+    config.vae.kl_weight = 1e-6
+    config.text = ConfigDict()
+    config.text.layers = 2
+    config.text.width = 64
+    config.text.heads = 4
+    config.unet = ConfigDict()
+    config.unet.channels = (64,)
+    config.unet.heads = 4
+    config.unet.layers = 1  # residual blocks per level
+    config.unet.steps = 2500
+    config.unet.batch_size = 32
+    config.unet.learning_rate = 1e-3
+    config.unet.warmup = 100
+    config.unet.ema_decay = 0.999
+    config.unet.drop_rate = 0.1  # of the text, for classifier-free guidance
+    config.log_every = 50
+    config.checkpoint_every = 500
+    return config

@@ -1,0 +1,132 @@
+# Sourced by the scripts of this folder. `prepare_env [EXTRA...]` makes or mends the
+# virtual environment $venv, installs the package with those extras of setup.py at the
+# versions of requirements.lock, and goes to the repository root. When nothing has
+# changed since the last time, it only looks. Environment variables:
+#
+#   PYTHON   the CPython >= 3.11 to build on (default: the first one found)
+#   VENV     the environment's folder (default: .venv in the repository root)
+#   EXTRAS   more extras, for example EXTRAS=cuda or EXTRAS=cuda,caption
+#
+# Extras only add up, so scripts that want different ones share an environment. An
+# environment made here is cleared and made again when its Python or its place has
+# changed or an install was cut short; one made by hand is only installed into.
+
+root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=${VENV:-$root/.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
+if [ -d "$venv" ]; then venv=$(cd -P "$venv" && pwd -P); fi
+made=$venv/.mvc_jax_made    # written before all else into an environment made here
+stamp=$venv/.mvc_jax_stamp  # written last: a fingerprint, then one extra a line
+
+fail() {
+  echo "launch: $*" >&2
+  exit 1
+}
+
+# Prints two hashes: of interpreter $1 and the folders (a change means: make the
+# environment again) and of the requirements (a change means: install again).
+fingerprint() {
+  "$1" -I -S -c '
+import hashlib, os, sys
+assert sys.implementation.name == "cpython" and sys.version_info >= (3, 11)
+root, venv = sys.argv[1:]
+python = os.path.realpath(sys._base_executable)
+place = (root, venv, python, sys.version_info[:3])
+names = "setup.py", "requirements.lock"
+wanted = [open(os.path.join(root, name), "rb").read() for name in names]
+print(*(hashlib.sha256(repr(x).encode()).hexdigest() for x in (place, wanted)))
+' "$root" "$venv" 2>/dev/null
+}
+
+# Prints the path of an interpreter that can make an environment.
+find_python() {
+  local candidate python version found=
+  local candidates=(python3.{11..14} python3)  # the lock has wheels for 3.11 to 3.14
+  if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    python=$("$candidate" -I -c '
+import ensurepip, sys, venv
+assert sys.implementation.name == "cpython" and sys.version_info >= (3, 11)
+print(sys._base_executable)
+' 2>/dev/null) && [ -x "$python" ] && echo "$python" && return
+    command -v "$candidate" >/dev/null || [ -n "${PYTHON:-}" ] || continue
+    version=$("$candidate" --version 2>/dev/null | head -n 1 || true)
+    found+="${found:+, }$candidate (${version:-does not run})"
+  done
+  fail "wanted a CPython >= 3.11 with the modules venv and ensurepip, got" \
+    "${found:-none}; install one, or set PYTHON to its path."
+}
+
+# True if the environment is whole and holds the extras $1 (one a line).
+env_is_ready() {
+  local now
+  now=$(fingerprint "$venv/bin/python") || return 1
+  [ "$now" = "$(head -n 1 "$stamp" 2>/dev/null)" ] || return 1
+  [ -z "${PYTHON:-}" ] || [ "$now" = "$(fingerprint "$PYTHON")" ] || return 1
+  [ -z "$(echo "$1" | grep -vxF -f "$stamp")" ]
+}
+
+# True if what is there, whole or not, can be installed into.
+env_is_sound() {
+  local now
+  [ -e "$venv/pyvenv.cfg" ] && now=$(fingerprint "$venv/bin/python") || return 1
+  [ -z "${PYTHON:-}" ] || [ "$now" = "$(fingerprint "$PYTHON")" ] || return 1
+  if [ -e "$stamp" ]; then
+    [ "${now% *}" = "$(head -n 1 "$stamp" | cut -d ' ' -f 1)" ]
+  else
+    [ ! -e "$made" ]
+  fi
+}
+
+make_env() {
+  local python
+  if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$made" ] &&
+    [ "$venv" != "$root/.venv" ]; then
+    fail "VENV: wanted a new folder or a virtual environment that works, got $venv;" \
+      "name another."
+  fi
+  python=$(find_python)
+  mkdir -p "$venv"
+  touch "$made"
+  find "$venv" -mindepth 1 ! -name "${made##*/}" -delete
+  echo '*' >"$venv/.gitignore"
+  "$python" -m venv "$venv"
+}
+
+install_env() {
+  local extras=$1 quiet= names
+  if [ -e "$stamp" ]; then
+    extras=$( (echo "$extras"; sed 1d "$stamp") | sed '/^$/d' | sort -u)
+  fi
+  if ! env_is_sound; then make_env; fi
+  echo "launch: installing into $venv; this can take minutes." >&2
+  rm -f "$stamp"
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+    "$venv/bin/python" -m ensurepip >&2
+  if [ ! -t 2 ]; then quiet=--quiet; fi
+  names=$(echo "$extras" | paste -s -d , -)
+  cd "$root"
+  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
+    -c requirements.lock -e ".${names:+[$names]}" >&2
+  (fingerprint "$venv/bin/python"; echo "$extras") >"$stamp.new"
+  mv "$stamp.new" "$stamp"
+}
+
+prepare_env() {
+  local extra extras
+  extras=$(printf '%s\n' "$@" "${EXTRAS:-}" | tr ', ' '\n\n' | sed '/^$/d' | sort -u)
+  for extra in $extras; do
+    grep -qF "    \"$extra\": [" "$root/setup.py" ||
+      fail "EXTRAS: wanted names of extras in setup.py, got $extra; correct it."
+  done
+  if ! env_is_ready "$extras"; then
+    exec 9<"$root"  # scripts started at once take turns
+    if command -v flock >/dev/null; then
+      flock -n 9 || { echo "launch: waiting for another installation." >&2; flock 9; }
+    fi
+    if ! env_is_ready "$extras"; then install_env "$extras"; fi
+    exec 9<&-
+  fi
+  cd "$root"
+  export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
+}

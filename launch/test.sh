@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Checks everything: format, lint, tests. Arguments go to pytest:
+#
+#   bash launch/test.sh [-k NAME | tests/test_FILE.py | ...]
+#
+# launch/setup_env.sh lists the environment variables that count.
+set -euo pipefail
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup_env.sh"
+
+prepare_env dev
+
+"$venv/bin/python" -m ruff format --check .
+"$venv/bin/python" -m ruff check .
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,1 @@
+"""Image augmentation as jitted vmap ops on the device."""

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: losses, guidance, samplers; given a `denoise`."""

@@ -1,0 +1,101 @@
+"""Images, captions -> VAE moments and text states: computed once, read many times.
+
+Reads: the base model, training images, captions. Writes: `moments.npy` [N, h, w, 2c],
+`text_states.npy` [P, L, D] of the distinct prompts, the empty one first, and
+`prompts.jsonl`, a row for each training image.
+"""
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mvc_jax import files
+from mvc_jax.data import captions, manifest, splits
+from mvc_jax.errors import require
+from mvc_jax.models import stable_diffusion
+from mvc_jax.training import sharding
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the section `encode`."""
+    require(
+        config.encode.batch_size > 0,
+        "config.encode.batch_size",
+        wanted="at least 1",
+        got=config.encode.batch_size,
+        fix="Raise it.",
+    )
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Encodes every training image and every distinct prompt."""
+    workdir = epath.Path(workdir)
+    settings = {"seed": config.seed, "data": config.data.to_dict()}
+    settings |= {"base": config.base.to_dict()}
+    inputs = ("caption",) if config.base.path else ("caption", "pretrain")
+    stage = manifest.open_stage(workdir, "encode", settings, inputs)
+    if stage.complete:
+        return
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    folder = config.base.path or workdir / "pretrain" / "model"
+    model, params = stable_diffusion.load(folder, ("vae", "text_encoder"))
+    train = splits.read_split(
+        workdir / "caption" / "splits.json",
+        "train",
+        source=config.data.source,
+        size=config.data.size,
+    )
+    texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
+
+    rows, prompts = prompt_rows(model, train, texts, config.data.class_type)
+    files.write_jsonl(stage.folder / "prompts.jsonl", rows)
+    ids = model.tokenize(prompts)
+    states = jax.jit(model.text_states)(params, ids)
+    files.write_array(stage.folder / "text_states.npy", np.asarray(states))
+
+    moments = stable_diffusion.encode_images(
+        model, params, train.images, batch_size=config.encode.batch_size, mesh=mesh
+    )
+    files.write_array(stage.folder / "moments.npy", moments)
+    logging.info("%d images, %d distinct prompts", len(moments), len(prompts))
+    stage.finish(
+        ["prompts.jsonl", "text_states.npy", "moments.npy"],
+        images=len(moments),
+        prompts=len(prompts),
+    )
+
+
+def prompt_rows(
+    model: stable_diffusion.StableDiffusion,
+    train: splits.Split,
+    texts: list[str],
+    class_type: str,
+) -> tuple[list[dict], list[str]]:
+    """Prompts of the training images, and which of their tokens mixing may touch.
+
+    Returns:
+      rows `{"id", "label", "class_name", "prompt", "state", "caption_tokens",
+      "tokens"}`: `state` indexes the distinct prompts; tokens 1 to `caption_tokens` are
+      the caption's, `tokens` counts all with BOS and EOS.
+      the distinct prompts, `""` first.
+    """
+    rows: list[dict] = []
+    index_of = {"": 0}
+    for id_, label, text in zip(train.ids, train.labels, texts, strict=True):
+        name = train.class_names[label]
+        suffix = captions.class_prompt(class_type, name)
+        prompt = captions.prompt(
+            text,
+            suffix,
+            count_tokens=model.count_tokens,
+            max_tokens=model.context_length,
+        )
+        tokens = model.count_tokens(prompt)
+        # The prompt ends in ", suffix"; the suffix alone counts BOS and EOS too.
+        caption_tokens = max(tokens - model.count_tokens(suffix) - 1, 0)
+        row = {"id": id_, "label": int(label), "class_name": name, "prompt": prompt}
+        row |= {"state": index_of.setdefault(prompt, len(index_of))}
+        rows.append(row | {"caption_tokens": caption_tokens, "tokens": tokens})
+    return rows, list(index_of)

@@ -1,0 +1,250 @@
+"""All results -> metrics: accuracies, paired differences, what the images are like.
+
+Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.json`.
+"""
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+from mvc_jax import files
+from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax.errors import require
+
+# Asked of every table: does `run` beat `against`?
+QUESTIONS = (
+    ("Do the synthetic images help over real images alone?", "combined", "real"),
+    (
+        "Do they help on top of classic augmentation?",
+        "combined+affine",
+        "real+affine",
+    ),
+    (
+        "Does mixing captions help over unmixed ones?",
+        "combined",
+        "combined:unmixed",
+    ),
+    (
+        "Does fine-tuning help over the base model as it is?",
+        "combined",
+        "combined:pretrained",
+    ),
+)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the section `evaluate`."""
+    require(
+        0 < config.evaluate.confidence < 1,
+        "config.evaluate.confidence",
+        wanted="a number between 0 and 1",
+        got=config.evaluate.confidence,
+        fix="0.95 is usual.",
+    )
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Writes every number that the report shows."""
+    workdir = epath.Path(workdir)
+    settings = {"seed": config.seed, "data": config.data.to_dict()}
+    settings["evaluate"] = config.evaluate.to_dict()
+    stage = manifest.open_stage(workdir, "evaluate", settings, inputs=("classify",))
+    if stage.complete:
+        return
+    made = manifest.read_manifest(workdir, "classify")["settings"]["classify"]
+    folder = workdir / "classify" / "results"
+    results = {
+        name: files.read_json(folder / f"{name.replace(':', '-')}.json")
+        for name in made["runs"]
+    }
+    splits_path = workdir / "caption" / "splits.json"
+    size = config.data.size
+    test, train = (
+        splits.read_split(splits_path, name, source=config.data.source, size=size)
+        for name in ("test", "train")
+    )
+    confidence = config.evaluate.confidence
+    metrics = {
+        "class_names": list(test.class_names),
+        "counts": {k: len(v) for k, v in files.read_json(splits_path).items()},
+        "seeds": made["seeds"],
+        "steps": made["steps"],
+        "batch_size": made["batch_size"],
+        "confidence": confidence,
+        "runs": [_row(r, results, test.labels, confidence) for r in results.values()],
+        "questions": _questions(results, confidence),
+        "sets": _sets(workdir / "generate", train),
+        "notes": _notes(made["seeds"]),
+    }
+    files.write_json(stage.folder / "metrics.json", metrics)
+    stage.finish(["metrics.json"], runs=len(results))
+
+
+def accuracies(result: dict) -> Float[np.ndarray, " seeds"]:
+    return np.asarray([seed["accuracy"] for seed in result["seeds"]])
+
+
+def paired_difference(
+    ours: Float[np.ndarray, " n"], theirs: Float[np.ndarray, " n"], confidence: float
+) -> dict[str, float | None]:
+    """Mean of `ours - theirs` over seeds, with Student's t interval.
+
+    Seed i of both started from the same initialisation. With one seed there is no
+    interval: `low` and `high` are None.
+    """
+    from scipy import stats  # takes a second, and a finished stage needs none
+
+    difference = ours - theirs
+    mean, count = float(difference.mean()), len(difference)
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(
+        stats.t.ppf(0.5 + confidence / 2, count - 1)
+        * difference.std(ddof=1)
+        / np.sqrt(count)
+    )
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> dict:
+    values = accuracies(result)
+    predictions = np.asarray([seed["predictions"] for seed in result["seeds"]])
+    right = predictions == labels
+    row = {key: result[key] for key in ("name", "regime", "policy", "set")}
+    row["title"] = title(result)
+    row["accuracy"] = {
+        "mean": float(values.mean()),
+        "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        "per_seed": values.tolist(),
+    }
+    row["per_class"] = [
+        float(right[:, labels == k].mean()) for k in range(labels.max() + 1)
+    ]
+    row |= {key: result[key] for key in ("real_seen", "synthetic_seen")}
+    row["difference"] = None
+    if "real" in results and result["name"] != "real":
+        base = accuracies(results["real"])
+        row["difference"] = {"against": "real"}
+        row["difference"] |= paired_difference(values, base, confidence)
+    return row
+
+
+def title(result: dict) -> str:
+    """A run in words: `combined:unmixed+affine` -> what a reader would call it."""
+    words = {
+        "real": "real only",
+        "combined": "real + synthetic",
+        "two_phase": "two-phase",
+        "probabilistic": "probabilistic",
+    }[result["regime"]]
+    if result["set"] == "unmixed":
+        words += ", captions unmixed (control)"
+    elif result["set"] == "pretrained":
+        words += ", base not fine-tuned (control)"
+    if result["policy"] != "none":
+        words += f" + {result['policy']} augmentation"
+    return words[0].upper() + words[1:]
+
+
+def _questions(results: dict, confidence: float) -> list[dict]:
+    answers = []
+    for question, run_, against in QUESTIONS:
+        if run_ in results and against in results:
+            pair = accuracies(results[run_]), accuracies(results[against])
+            difference = paired_difference(*pair, confidence)
+            answer = {"question": question, "run": run_, "against": against}
+            answers.append(answer | difference | _verdict(difference, confidence))
+    return answers
+
+
+def _verdict(difference: dict, confidence: float) -> dict[str, str]:
+    points = f"{100 * difference['mean']:+.1f} points"
+    if difference["low"] is None:
+        return {"verdict": "unclear", "sentence": f"Unclear: {points}, one seed only."}
+    interval = (
+        f"{points} ({confidence:.0%} interval {100 * difference['low']:+.1f} to "
+        f"{100 * difference['high']:+.1f})"
+    )
+    if difference["low"] > 0:
+        return {"verdict": "yes", "sentence": f"Yes: {interval}."}
+    if difference["high"] < 0:
+        return {"verdict": "no", "sentence": f"No, they cost accuracy: {interval}."}
+    return {"verdict": "unclear", "sentence": f"No evidence either way: {interval}."}
+
+
+def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float]]:
+    """Each set, and the training images themselves, in numbers."""
+    real = _flat(train.images)
+    described = {"real": _describe(real, train.labels)}
+    # An image nearer to a training image than any two of those are is a copy of it.
+    distances = _distances(real, real)
+    np.fill_diagonal(distances, np.inf)
+    copy_distance = float(distances.min())
+    described["real"]["nearest_real"] = float(distances.min(1).mean())
+    names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
+    for name in names["sets"]:
+        images, labels, _ = synthetic.read_images(folder / name)
+        flat = _flat(images)
+        nearest = _distances(flat, real).min(1)
+        described[name] = _describe(flat, labels) | {
+            "constant": int((flat.max(1) == flat.min(1)).sum()),
+            "nearest_real": float(nearest.mean()),
+            "copies": int((nearest < copy_distance).sum()),
+        }
+    return described
+
+
+def _flat(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N P"]:
+    return images.reshape(len(images), -1).astype(np.float32) / 255.0
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, "N M"]:
+    """Root mean squared pixel differences, images in [0, 1]."""
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return np.sqrt(np.maximum(squares, 0) / a.shape[1])
+
+
+def _describe(flat: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Count, and diversity: mean distance of two different images of a class."""
+    within = []
+    for label in np.unique(labels):
+        members = flat[labels == label]
+        if len(members) > 1:
+            total = _distances(members, members).sum()
+            within.append(total / (len(members) * (len(members) - 1)))
+    diversity = float(np.mean(within)) if within else 0.0
+    return {"images": len(flat), "diversity": diversity}
+
+
+def _notes(seeds: int) -> list[str]:
+    return [
+        f"The spread is over {seeds} classifier seeds on one split and one generator; "
+        "another split (--config.seed) moves every row.",
+        "Distances are root mean squared pixel differences of images in [0, 1]. A copy "
+        "is nearer to a training image than any two training images are to each other.",
+    ]
+
+
+def table(metrics: dict) -> str:
+    """The accuracy table and the answers, as lines for a terminal."""
+    width = max(len(row["title"]) for row in metrics["runs"])
+    lines = [
+        f"\ntest accuracy, %, mean and standard deviation over {metrics['seeds']} seeds, "
+        f"{metrics['steps']} optimiser steps each",
+        f"{'':{width}}  accuracy       against real only",
+    ]
+    for row in metrics["runs"]:
+        accuracy = row["accuracy"]
+        line = f"{row['title']:{width}}  "
+        line += f"{100 * accuracy['mean']:5.1f} ± {100 * accuracy['std']:3.1f}"
+        difference = row["difference"]
+        if difference:
+            line += f"    {100 * difference['mean']:+5.1f}"
+            if difference["low"] is not None:
+                low, high = 100 * difference["low"], 100 * difference["high"]
+                line += f"  [{low:+.1f}, {high:+.1f}]"
+        lines.append(line)
+    for answer in metrics["questions"]:
+        lines.append(f"{answer['question']} {answer['sentence']}")
+    return "\n".join(lines)

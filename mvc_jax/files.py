@@ -1,0 +1,82 @@
+"""Files that are either whole or absent: write to a temporary name, then rename."""
+
+import contextlib
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary sibling of `path` that takes its name when the block ends.
+
+    A process killed inside the block leaves `path` as it was. The temporary name
+    keeps the suffix (some writers look at it) and starts with a dot.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: epath.PathLike, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: epath.PathLike) -> Any:
+    return json.loads(epath.Path(path).read_text())
+
+
+def write_jsonl(path: epath.PathLike, rows: list[dict]) -> None:
+    """One JSON object a line, in the order given."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_jsonl(path: epath.PathLike) -> list[dict]:
+    return [json.loads(x) for x in epath.Path(path).read_text().splitlines() if x]
+
+
+def write_array(path: epath.PathLike, array: np.ndarray) -> None:
+    """A `.npy` file; object arrays, which would need a pickle, are refused."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_array(path: epath.PathLike) -> np.ndarray:
+    with epath.Path(path).open("rb") as file:
+        return np.load(file, allow_pickle=False)
+
+
+def sha256(path: epath.PathLike) -> str:
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_temporaries(folder: epath.Path) -> None:
+    """Deletes what `replacing` left behind when its process was killed."""
+    for path in folder.iterdir():
+        if path.name.startswith(".tmp-"):
+            path.unlink(missing_ok=True)

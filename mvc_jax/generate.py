@@ -1,0 +1,267 @@
+"""UNet, recipes -> the augmented dataset.
+
+Reads: the fine-tuned model, `mix/recipes.jsonl`, `encode/`. Writes a dataset for each
+set of `generate.sets`, all from the same recipes and noise: `mixed`, the method;
+`unmixed`, its control, the source's own caption; `pretrained`, the control that leaves
+out fine-tuning, the base model by caption alone.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from mvc_jax import files, mix
+from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax.diffusion.guidance import image_text_guidance
+from mvc_jax.diffusion.loss import posterior_mode
+from mvc_jax.diffusion.samplers import sample
+from mvc_jax.errors import require
+from mvc_jax.models import stable_diffusion
+from mvc_jax.training import rng, sharding
+from mvc_jax.training.metrics import Progress
+
+SETS = ("mixed", "unmixed", "pretrained")
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the section `generate`."""
+    section = config.generate
+    require(
+        len(section.sets) > 0 and set(section.sets) <= set(SETS),
+        "config.generate.sets",
+        wanted=f"some of {', '.join(SETS)}",
+        got=tuple(section.sets),
+        fix="Name these.",
+    )
+    for field in ("batch_size", "shard_size", "steps"):
+        require(
+            section[field] > 0,
+            f"config.generate.{field}",
+            wanted="at least 1",
+            got=section[field],
+            fix="Raise it.",
+        )
+    for field in ("text_scale", "image_scale"):
+        require(
+            section[field] >= 0,
+            f"config.generate.{field}",
+            wanted="at least 0",
+            got=section[field],
+            fix="InstructPix2Pix uses 7.5 for text and 1.5 for the image.",
+        )
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Samples every set, shard by shard; shards that exist are kept."""
+    workdir = epath.Path(workdir)
+    section = config.generate.to_dict()
+    batch_size = section.pop("batch_size")  # changes no image
+    settings = {"seed": config.seed, "data": config.data.to_dict()}
+    settings |= {"base": config.base.to_dict(), "generate": section}
+    stage = manifest.open_stage(
+        workdir, "generate", settings, inputs=("finetune", "mix")
+    )
+    if stage.complete:
+        return
+    prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
+    rows = {row["id"]: row for row in prompts}
+    recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    sampler = Sampler(config, workdir, mesh, batch_size)
+    artifacts, constant = [], 0
+    for name in section["sets"]:
+        folder = stage.folder / name
+        params, model_hash = sampler.load(name)
+        chosen = [recipe_of_set(recipe, name) for recipe in recipes]
+        provenance = [_provenance(r, rows, config, model_hash) for r in chosen]
+        size = section["shard_size"]
+        starts = range(0, len(chosen), size)
+        progress = Progress(f"generate/{name}", len(chosen), unit="image")
+        for shard, start in enumerate(starts):
+            path = synthetic.shard_path(folder, shard, len(starts))
+            part = slice(start, start + size)
+            if not path.exists():
+                images = sampler.images(params, chosen[part])
+                synthetic.write_shard(
+                    path,
+                    images,
+                    provenance[part],
+                    sampler.class_names,
+                    pictures=folder / "train" if section["folder"] else None,
+                )
+            artifacts.append(str(path.relative_to(stage.folder)))
+            progress.advance(len(chosen[part]))
+        progress.close()
+        if section["folder"]:
+            _write_metadata(folder / "train", provenance, sampler.class_names)
+            artifacts.append(f"{name}/train/metadata.jsonl")
+        constant += _warn_of_constant_images(folder)
+    count = len(recipes) * len(section["sets"])
+    stage.finish(artifacts, images=count, constant_images=constant)
+
+
+class Sampler:
+    """Recipes in, images out: the cache, the compiled sampler, the devices."""
+
+    def __init__(self, config: ConfigDict, workdir: epath.Path, mesh, batch_size: int):
+        train = splits.read_split(
+            workdir / "caption" / "splits.json",
+            "train",
+            source=config.data.source,
+            size=config.data.size,
+        )
+        encode = workdir / "encode"
+        rows = files.read_jsonl(encode / "prompts.jsonl")
+        self.class_names = train.class_names
+        self._workdir, self._mesh, self._batch_size = workdir, mesh, batch_size
+        self._base = config.base.path or workdir / "pretrain" / "model"
+        self._row_of = {row["id"]: i for i, row in enumerate(rows)}
+        self._state_of = np.asarray([row["state"] for row in rows], np.int32)
+        self._moments = files.read_array(encode / "moments.npy")
+        self._states = files.read_array(encode / "text_states.npy")
+        self._key = rng.purpose_key(config.seed, "noise")
+        grey = bool((train.images == train.images[..., :1]).all())
+        self._steps = config.generate.steps
+        self._settings = {
+            "grey": grey,
+            "text_scale": config.generate.text_scale,
+            "image_scale": config.generate.image_scale,
+        }
+        self._draw = None
+
+    def load(self, name: str) -> tuple[dict, str]:
+        """Parameters on the devices for a set, and the hash of their UNet."""
+        folder = self._workdir / "finetune" / "model"
+        if name == "pretrained":
+            folder = epath.Path(self._base)
+        model, params = stable_diffusion.load(folder, ("vae", "unet"))
+        # The base's UNet, widened by zeros, ignores the source: text guidance alone.
+        model, params = model.widened(params)
+        shardings = sharding.tree_shardings(params, self._mesh)
+        if self._draw is None:
+            timesteps, step = model.ddim(self._steps)
+            settings = self._settings | {"timesteps": timesteps, "step": step}
+            draw = functools.partial(sample_images, model=model, **settings)
+            self._draw = jax.jit(draw)
+        unet = folder / "unet" / stable_diffusion.WEIGHTS["unet"]
+        return jax.device_put(params, shardings), files.sha256(unet)[:16]
+
+    def images(self, params: dict, recipes: list[dict]) -> UInt8[np.ndarray, "N H W 3"]:
+        """The images of `recipes`, whatever the batch they happen to be drawn in."""
+        size = sharding.padded_size(self._batch_size, self._mesh)
+        length, width = self._states.shape[1:]
+        source = np.asarray([self._row_of[r["source"]] for r in recipes])
+        partner = np.asarray([self._row_of[r["partner"]] for r in recipes])
+        positions = mix.pad_indices([r["positions"] for r in recipes], length, length)
+        batch = {
+            "moments": self._moments[source],
+            "states": self._states[self._state_of[source]],
+            "partner_states": self._states[self._state_of[partner]],
+            "positions": positions,
+            "dims": mix.pad_indices([r["dims"] for r in recipes], width, width),
+            "index": np.asarray([r["index"] for r in recipes], np.int32),
+        }
+        null = jax.device_put(self._states[0], sharding.replicated(self._mesh))
+        drawn = []
+        for start in range(0, len(recipes), size):
+            part = {k: v[start : start + size] for k, v in batch.items()}
+            part = {k: sharding.pad_rows(v, size) for k, v in part.items()}
+            part = jax.device_put(part, sharding.batch_sharding(self._mesh))
+            drawn.append(self._draw(params, part, null, self._key))
+        return np.concatenate([np.asarray(d) for d in drawn])[: len(recipes)]
+
+
+def sample_images(
+    params: dict,
+    batch: dict[str, Array],
+    null_states: Float[Array, "L D"],
+    key: Array,
+    *,
+    model: stable_diffusion.StableDiffusion,
+    timesteps: Int[np.ndarray, " S"],
+    step,
+    text_scale: float,
+    image_scale: float,
+    grey: bool,
+) -> UInt8[Array, "B H W 3"]:
+    """Mixes, samples and decodes one batch; image k's noise is a function of (key, k).
+
+    Args:
+      params: `unet` (conditioned) and `vae`.
+      batch: `moments` [B, h, w, 2c] of the sources, `states` and `partner_states`
+        [B, L, D], `positions` [B, k] and `dims` [B, d] of `mix.mix`, `index` [B].
+      null_states: of the empty prompt.
+      key: root of the noise.
+      model: the architecture.
+      timesteps: of the solver.
+      step: of the solver, as `samplers.sample` takes it.
+      text_scale: s_T.
+      image_scale: s_I.
+      grey: average the colour channels, for a dataset without colour.
+    """
+    states = jax.vmap(mix.mix)(
+        batch["states"], batch["partner_states"], batch["positions"], batch["dims"]
+    )
+    cond_latents = posterior_mode(batch["moments"])
+    keys = rng.example_keys(key, batch["index"])
+    noise = rng.normal_like(keys, cond_latents.shape[1:])
+    guided = image_text_guidance(
+        functools.partial(model.denoise, params),
+        text_states=states,
+        null_states=null_states,
+        cond_latents=cond_latents,
+        text_scale=text_scale,
+        image_scale=image_scale,
+    )
+    latents = sample(guided, step, timesteps, noise)
+    images = model.decode(params, latents)
+    if grey:
+        images = jnp.broadcast_to(images.mean(-1, keepdims=True), images.shape)
+    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def recipe_of_set(recipe: dict, name: str) -> dict:
+    """The recipe as set `name` uses it: only `mixed` mixes."""
+    if name == "mixed":
+        return recipe
+    return recipe | {"mode": name, "positions": [], "dims": []}
+
+
+def _provenance(
+    recipe: dict, rows: dict[str, dict], config: ConfigDict, model_hash: str
+) -> dict:
+    section, row = config.generate, rows[recipe["source"]]
+    return {
+        **recipe,
+        "label": row["label"],
+        "prompt": row["prompt"],
+        "seed": config.seed,
+        "text_scale": section.text_scale,
+        "image_scale": section.image_scale,
+        "steps": section.steps,
+        "sampler": "ddim",
+        "model": model_hash,
+    }
+
+
+def _write_metadata(folder: epath.Path, provenance: list[dict], class_names) -> None:
+    rows = []
+    for row in provenance:
+        name = class_names[row["label"]]
+        file_name = synthetic.png_name(name, row["index"])
+        rows.append({"file_name": file_name, **row, "label": name})
+    files.write_jsonl(folder / "metadata.jsonl", rows)
+
+
+def _warn_of_constant_images(folder: epath.Path) -> int:
+    images = synthetic.read_images(folder)[0]
+    constant = int((images.max((1, 2, 3)) == images.min((1, 2, 3))).sum())
+    if constant:
+        logging.warning("%s: %d images are one flat colour", folder, constant)
+    return constant

@@ -1,0 +1,1 @@
+"""Networks and their weights: plain fields in, arrays out."""

@@ -1,0 +1,388 @@
+"""Stable Diffusion: diffusers' and transformers' Flax classes behind plain arrays.
+
+The only file that knows those libraries' classes. Everything that crosses its border is
+channels-last, and weights on disk are in the diffusers layout with PyTorch's names.
+
+A base without downloadable weights (`pretrain`) and a real checkpoint come in by the
+same `load`.
+"""
+
+import dataclasses
+import functools
+import logging as python_logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, UInt8
+
+from mvc_jax import files
+from mvc_jax.errors import UserError, require
+from mvc_jax.models import weights
+
+_DEPRECATED = (
+    "Flax classes are deprecated and will be removed in Diffusers v0.40.0. We "
+    "recommend migrating to PyTorch classes or pinning your version of Diffusers."
+)
+
+
+def _import_quietly():
+    """Imports the pinned libraries without the one line that pinning them earns."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers.utils.logging  # configures the library's handler
+
+    for handler in python_logging.getLogger("diffusers").handlers:
+        handler.addFilter(lambda record: record.getMessage() != _DEPRECATED)
+
+
+_import_quietly()
+
+import diffusers  # noqa: E402
+import transformers  # noqa: E402
+from diffusers.models.unets.unet_2d_condition_flax import (  # noqa: E402
+    FlaxUNet2DConditionModel,
+)
+from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
+from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler  # noqa: E402
+from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
+    FlaxCLIPTextModule,
+)
+
+from mvc_jax.models import attention  # noqa: E402
+
+Params = dict[str, Any]
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+_TORCH_CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+    """The architecture: four `config.json` contents and a tokenizer; no weights.
+
+    Parameters are passed to each method, as a tree with the keys of `WEIGHTS`.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    tokenizer: transformers.CLIPTokenizerFast
+
+    @functools.cached_property
+    def unet(self) -> nn.Module:
+        return _build(FlaxUNet2DConditionModel, self.configs["unet"])
+
+    @functools.cached_property
+    def vae(self) -> nn.Module:
+        return _build(FlaxAutoencoderKL, self.configs["vae"])
+
+    @functools.cached_property
+    def text_encoder(self) -> nn.Module:
+        config = transformers.CLIPTextConfig.from_dict(self.configs["text_encoder"])
+        return FlaxCLIPTextModule(config)
+
+    @property
+    def context_length(self) -> int:
+        """L: tokens of a prompt, markers and padding included."""
+        return self.configs["text_encoder"]["max_position_embeddings"]
+
+    @property
+    def text_width(self) -> int:
+        """D: width of a text state."""
+        return self.configs["text_encoder"]["hidden_size"]
+
+    @property
+    def latent_channels(self) -> int:
+        return self.configs["vae"]["latent_channels"]
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per latent pixel, along one side."""
+        return 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        """Brings posterior samples to about unit variance for the UNet."""
+        return self.configs["vae"]["scaling_factor"]
+
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon` or `v_prediction`: what the UNet predicts."""
+        return self.configs["scheduler"].get("prediction_type", "epsilon")
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the UNet takes source latents beside the noisy ones."""
+        return self.configs["unet"]["in_channels"] == 2 * self.latent_channels
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
+        """Token ids with BOS, EOS and padding; longer texts are cut."""
+        encoded = self.tokenizer(
+            list(texts),
+            max_length=self.context_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="np",
+        )
+        return encoded["input_ids"].astype(np.int32)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` with BOS and EOS, before any cut."""
+        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    def text_states(self, params: Params, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The text encoder's last hidden states, layer norm applied."""
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        output = self.text_encoder.apply(
+            {"params": params["text_encoder"]}, ids, jnp.ones_like(ids), positions
+        )
+        return output.last_hidden_state
+
+    def moments(self, params: Params, images: Float[Array, "B H W 3"]) -> Array:
+        """Mean and log variance [B, h, w, 2c] of the posterior of images in [-1, 1]."""
+        posterior = self.vae.apply(
+            {"params": params["vae"]},
+            images.transpose(0, 3, 1, 2),
+            method=FlaxAutoencoderKL.encode,
+        ).latent_dist
+        return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
+
+    def decode(self, params: Params, latents: Float[Array, "B h w c"]) -> Array:
+        """Images [B, H, W, 3], about [-1, 1], from *scaled* latents."""
+        output = self.vae.apply(
+            {"params": params["vae"]},
+            latents / self.scaling_factor,
+            method=FlaxAutoencoderKL.decode,
+        )
+        return output.sample.transpose(0, 2, 3, 1)
+
+    def denoise(
+        self,
+        params: Params,
+        latents: Float[Array, "B h w C"],
+        timesteps: Int[Array, " B"],
+        text_states: Float[Array, "B L D"],
+    ) -> Float[Array, "B h w c"]:
+        """The UNet's prediction; C is c, or 2c with source latents concatenated."""
+        with attention.exact():
+            output = self.unet.apply(
+                {"params": params["unet"]},
+                latents.transpose(0, 3, 1, 2),
+                timesteps,
+                text_states,
+            )
+        return output.sample.transpose(0, 2, 3, 1)
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
+        """The noise schedule: the product of 1 - beta up to each training timestep."""
+        scheduler = _build(FlaxDDIMScheduler, self.configs["scheduler"])
+        with jax.ensure_compile_time_eval():  # it may first be read inside a jit
+            return np.asarray(scheduler.create_state().common.alphas_cumprod)
+
+    def ddim(self, steps: int) -> tuple[Int[np.ndarray, " S"], Callable]:
+        """DDIM (eta = 0): its timesteps, and `step(latents, prediction, timestep)`.
+
+        Equations (12) and (16) of Song et al., arXiv 2010.02502, by the library.
+        """
+        scheduler = _build(FlaxDDIMScheduler, self.configs["scheduler"])
+        state = scheduler.set_timesteps(scheduler.create_state(), steps)
+
+        def step(latents, prediction, timestep):
+            return scheduler.step(
+                state, prediction, timestep, latents, return_dict=False
+            )[0]
+
+        return np.asarray(state.timesteps), step
+
+    def shapes(self, component: str) -> Any:
+        """The parameter tree of a component as `jax.ShapeDtypeStruct`s."""
+        if component == "text_encoder":
+            ids = jnp.zeros((1, self.context_length), jnp.int32)
+            init = functools.partial(self.text_encoder.init, input_ids=ids)
+            init = functools.partial(init, attention_mask=ids, position_ids=ids)
+            return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
+        return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
+
+    def widened(self, params: Params) -> tuple["StableDiffusion", Params]:
+        """A UNet that takes source latents too, equal to this one at the start.
+
+        `conv_in` goes from c to 2c input channels: the new kernel slices are zero,
+        kernel and bias of the old are copied (InstructPix2Pix, arXiv 2211.09800,
+        section 3.2). A UNet that is conditioned already comes back as it is.
+        """
+        if self.conditioned:
+            return self, params
+        conv_in = params["unet"]["conv_in"]
+        kernel = np.asarray(conv_in["kernel"])
+        kernel = np.concatenate([kernel, np.zeros_like(kernel)], axis=2)
+        unet = {**params["unet"], "conv_in": {**conv_in, "kernel": kernel}}
+        unet_config = {**self.configs["unet"], "in_channels": kernel.shape[2]}
+        configs = {**self.configs, "unet": unet_config}
+        return StableDiffusion(configs, self.tokenizer), {**params, "unet": unet}
+
+
+def load(
+    folder: epath.PathLike, components: Sequence[str] = tuple(WEIGHTS)
+) -> tuple[StableDiffusion, Params]:
+    """Reads a model folder in the diffusers layout: safetensors only, no PyTorch.
+
+    Args:
+      folder: holds `model_index.json` and a folder for each component.
+      components: whose weights to read; keys of `WEIGHTS`.
+
+    Returns:
+      the architecture, and host parameters in fp32, by component.
+
+    Raises:
+      UserError: a file is missing, or tensors do not fit the architecture.
+    """
+    folder = epath.Path(folder)
+    if not (folder / "model_index.json").exists():
+        raise UserError(
+            f"config.base.path {str(folder)!r}",
+            wanted="a folder in the diffusers layout",
+            got="one without model_index.json" if folder.exists() else "no such folder",
+            fix="Point it at a folder saved by save_pretrained.",
+        )
+    configs = {name: _read_config(folder / name / "config.json") for name in WEIGHTS}
+    configs["scheduler"] = _read_config(folder / "scheduler" / "scheduler_config.json")
+    model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
+    _check_widths(folder, configs)
+    params = {
+        name: weights.read(folder / name / WEIGHTS[name], model.shapes(name))
+        for name in components
+    }
+    return model, params
+
+
+def save(folder: epath.PathLike, model: StableDiffusion, params: Params) -> list[str]:
+    """Writes a model folder in the diffusers layout, under PyTorch's class names.
+
+    Returns:
+      the files written, relative to `folder`.
+    """
+    folder = epath.Path(folder)
+    written = []
+    for name, file in WEIGHTS.items():
+        files.write_json(folder / name / "config.json", model.configs[name])
+        weights.write(folder / name / file, params[name])
+        written += [f"{name}/config.json", f"{name}/{file}"]
+    scheduler = "scheduler/scheduler_config.json"
+    files.write_json(folder / scheduler, model.configs["scheduler"])
+    model.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    pipeline = "StableDiffusionPipeline"
+    if model.conditioned:
+        pipeline = "StableDiffusionInstructPix2PixPipeline"
+    index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {"requires_safety_checker": False}
+    index |= {name: list(class_) for name, class_ in _TORCH_CLASSES.items()}
+    files.write_json(folder / "model_index.json", index)
+    tokenizer = [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")]
+    return [*written, *tokenizer, scheduler, "model_index.json"]
+
+
+def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
+    folder = epath.Path(folder)
+    for name in ("vocab.json", "merges.txt"):
+        require(
+            (folder / name).exists(),
+            str(folder / name),
+            wanted="a file of CLIP's tokenizer",
+            got="no such file",
+            fix="Copy the tokenizer folder of the checkpoint whole.",
+        )
+    return transformers.CLIPTokenizerFast.from_pretrained(str(folder))
+
+
+def encode_images(
+    model: StableDiffusion,
+    params: Params,
+    images: UInt8[np.ndarray, "N H W 3"],
+    *,
+    batch_size: int,
+    mesh: Mesh,
+) -> Float[np.ndarray, "N h w c2"]:
+    """Posterior moments of many images, a batch at a time on all devices."""
+    encode = jax.jit(lambda params, x: model.moments(params, x / 127.5 - 1.0))
+    params = jax.device_put({"vae": params["vae"]}, NamedSharding(mesh, P()))
+    size = -(-batch_size // mesh.size) * mesh.size
+    moments = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size].astype(np.float32)
+        padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3])
+        placed = jax.device_put(padded, NamedSharding(mesh, P(mesh.axis_names)))
+        moments.append(np.asarray(encode(params, placed))[: len(batch)])
+    return np.concatenate(moments)
+
+
+def random_params(shapes: Any, rng: np.random.Generator) -> Any:
+    """Host parameters for a tree of shapes, by the field's usual initialisers.
+
+    LeCun normal kernels, zero biases, unit scales, normal embeddings (0.02). Drawn on
+    the host in the order of the tree's paths: compiling an `init` of hundreds of small
+    draws takes longer than training a small model for a while.
+    """
+
+    def one(path, leaf):
+        kind = path[-1].key
+        if kind in ("bias", "scale"):
+            return np.full(leaf.shape, float(kind == "scale"), np.float32)
+        fan_in = np.prod(leaf.shape[:-1])
+        std = fan_in**-0.5 if kind == "kernel" else 0.02
+        return rng.normal(0.0, std, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _build(class_: type, config: dict[str, Any]) -> Any:
+    """Constructs a library class from the fields of `config` that it knows."""
+    import inspect
+
+    known = inspect.signature(class_).parameters
+    fields = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key in known
+    }
+    return class_(**fields)
+
+
+def _read_config(path: epath.Path) -> dict[str, Any]:
+    try:
+        return files.read_json(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(
+            str(path),
+            wanted="the JSON file of a diffusers model",
+            got="no such file" if not path.exists() else f"bad JSON ({error})",
+            fix="Download the checkpoint again.",
+        ) from error
+
+
+def _check_widths(folder: epath.Path, configs: dict[str, dict]) -> None:
+    width = configs["text_encoder"]["hidden_size"]
+    wanted = configs["unet"]["cross_attention_dim"]
+    require(
+        width == wanted,
+        f"{folder}/text_encoder",
+        wanted=f"a text width of {wanted}, the UNet's cross_attention_dim",
+        got=width,
+        fix="Take all parts from the same checkpoint.",
+    )

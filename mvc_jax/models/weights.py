@@ -1,0 +1,126 @@
+"""Safetensors in the PyTorch layout, in and out of Flax parameter trees.
+
+One function, `torch_name`, maps a Flax path to its PyTorch name; reading and writing
+both follow from it and from the shapes of the tree.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from mvc_jax import files
+from mvc_jax.errors import UserError
+
+# diffusers' Flax autoencoder kept the attention names that its PyTorch twin gave up.
+_VAE_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that older exports stored
+
+Path = tuple[str, ...]
+
+
+def torch_name(path: Path) -> str:
+    """The PyTorch name of a parameter of diffusers' and transformers' Flax modules.
+
+    `("down_blocks_0", "resnets_1", "conv1", "kernel")` ->
+    `"down_blocks.0.resnets.1.conv1.weight"`.
+    """
+    *modules, leaf = path
+    names = []
+    for module in modules:
+        if not module.startswith("linear_"):
+            module = re.sub(r"_(\d+)$", r".\1", module)
+        names.append(_VAE_ATTENTION.get(module, module))
+    return ".".join([*names, _LEAVES.get(leaf, leaf)])
+
+
+def read(path: epath.PathLike, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a safetensors file into a Flax tree, fp32.
+
+    Args:
+      path: a `.safetensors` file of a PyTorch module.
+      shapes: the tree of that module, leaves with `.shape` (from `jax.eval_shape`).
+
+    Raises:
+      UserError: tensors are missing, unexpected or of another shape; all are named.
+    """
+    tensors = _renamed(load_file(_local(path)))
+    tree, problems = {}, []
+    for key, leaf in flax.traverse_util.flatten_dict(shapes).items():
+        name = torch_name(key)
+        if name not in tensors:
+            problems.append(f"{name} is missing")
+            continue
+        tensor = _to_flax(key[-1], tensors.pop(name), len(leaf.shape))
+        if tensor.shape != tuple(leaf.shape):
+            problems.append(
+                f"{name} makes {list(tensor.shape)}, not {list(leaf.shape)}"
+            )
+        tree[key] = np.ascontiguousarray(tensor, dtype=np.float32)
+    problems += [f"{name} is unexpected" for name in sorted(tensors)]
+    if problems:
+        raise UserError(
+            str(path),
+            wanted="the tensors of the architecture in its config.json",
+            got=f"{len(problems)} that differ: {'; '.join(problems)}",
+            fix="Take weights and config.json from the same checkpoint.",
+        )
+    return flax.traverse_util.unflatten_dict(tree)
+
+
+def write(path: epath.PathLike, params: Mapping[str, Any]) -> None:
+    """Writes a Flax tree as the safetensors file that PyTorch's module would write."""
+    tensors = {}
+    for key, leaf in flax.traverse_util.flatten_dict(params).items():
+        tensors[torch_name(key)] = _to_torch(key[-1], np.asarray(leaf))
+    with files.replacing(path) as temporary:
+        save_file(tensors, str(temporary), metadata={"format": "pt"})
+
+
+def _to_flax(leaf: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
+    if leaf != "kernel":
+        return tensor
+    if tensor.ndim == 4 and ndim == 2:  # a linear layer stored as a 1x1 convolution
+        tensor = tensor[:, :, 0, 0]
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def _to_torch(leaf: str, tensor: np.ndarray) -> np.ndarray:
+    if leaf == "kernel":
+        tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+    return np.ascontiguousarray(tensor, dtype=np.float32)
+
+
+def _renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Drops stored constants and gives old autoencoder attention its new names."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if _IGNORED.search(name):
+            continue
+        *modules, module, leaf = name.split(".") if "." in name else ("", name)
+        if "attentions" in modules and module in _VAE_ATTENTION:
+            name = ".".join([*modules, _VAE_ATTENTION[module], leaf])
+        renamed[name] = tensor
+    return renamed
+
+
+def _local(path: epath.PathLike) -> str:
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError(
+            str(path),
+            wanted="a safetensors file",
+            got="no such file",
+            fix="Check base.path; weights in .bin files are never opened.",
+        )
+    return str(path)

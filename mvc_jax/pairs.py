@@ -1,0 +1,67 @@
+"""Labels -> same-class index pairs: (source, target), with replacement.
+
+Reads: `encode/prompts.jsonl` for the labels. Writes: `pairs.npy` [P, 2] int32, indices
+into the training images. Only indices are stored, as in the supplement.
+"""
+
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from mvc_jax import files
+from mvc_jax.data import manifest, order
+from mvc_jax.errors import require
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the section `pairs`."""
+    require(
+        config.pairs.rounds > 0,
+        "config.pairs.rounds",
+        wanted="at least 1",
+        got=config.pairs.rounds,
+        fix="Raise it.",
+    )
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Draws the pairs of every round."""
+    settings = {"seed": config.seed, "pairs": config.pairs.to_dict()}
+    stage = manifest.open_stage(workdir, "pairs", settings, inputs=("encode",))
+    if stage.complete:
+        return
+    rows = files.read_jsonl(epath.Path(workdir) / "encode" / "prompts.jsonl")
+    labels = np.asarray([row["label"] for row in rows], np.int32)
+    drawn = [make_pairs(labels, config.seed, r) for r in range(config.pairs.rounds)]
+    pairs = np.concatenate(drawn)
+    files.write_array(stage.folder / "pairs.npy", pairs)
+    logging.info("%d pairs of %d images", len(pairs), len(labels))
+    stage.finish(["pairs.npy"], pairs=len(pairs))
+
+
+def make_pairs(
+    labels: Int[np.ndarray, " N"], seed: int, round_: int
+) -> Int[np.ndarray, "N 2"]:
+    """One round of pairs, class by class.
+
+    Per class two independent index lists, each as long as the class, are drawn with
+    replacement and zipped (supplement, Dataset Preparation): an image may meet itself,
+    and a class of one image can only do that.
+
+    Args:
+      labels: class of each image.
+      seed: of the run.
+      round_: which round; rounds are independent.
+
+    Returns:
+      rows (source, target), of one class each, int32.
+    """
+    rng = order.generator(seed, "pairs", round_)
+    pairs = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        source, target = rng.integers(len(members), size=(2, len(members)))
+        pairs.append(np.stack([members[source], members[target]], axis=1))
+    return np.concatenate(pairs).astype(np.int32)

@@ -1,0 +1,366 @@
+"""Images, captions -> a small Stable Diffusion, where no base model is given.
+
+Reads: the base pool and its captions. Writes: `model/`, a folder in the diffusers
+layout that the later stages load exactly as they load a downloaded one: tokenizer,
+autoencoder, then text encoder and text-to-image UNet together.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mvc_jax.data import captions, manifest, order, splits
+from mvc_jax.diffusion import loss
+from mvc_jax.errors import require
+from mvc_jax.models import stable_diffusion, tokenizer
+from mvc_jax.training import optim, rng, sharding
+from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
+from mvc_jax.training.metrics import MetricsLog
+
+# Stable Diffusion 1.x's own schedule.
+_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Checks the section `pretrain`."""
+    vae, unet = config.pretrain.vae, config.pretrain.unet
+    factor = 2 ** (len(vae.channels) - 1)
+    require(
+        config.data.size % factor == 0,
+        "config.data.size",
+        wanted=f"a multiple of {factor} (the autoencoder halves it "
+        f"{len(vae.channels) - 1} times)",
+        got=config.data.size,
+        fix="Round it.",
+    )
+    for name, channels, groups in (
+        ("vae", vae.channels, vae.groups),
+        ("unet", unet.channels, 32),
+    ):
+        require(
+            all(c % groups == 0 for c in channels),
+            f"config.pretrain.{name}.channels",
+            wanted=f"multiples of {groups}, the groups of its normalisation",
+            got=tuple(channels),
+            fix="Round them.",
+        )
+    require(
+        config.data.pool > 0,
+        "config.data.pool",
+        wanted="images to train a base model on",
+        got=config.data.pool,
+        fix="Raise it, or name a model folder in config.base.path.",
+    )
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains the base model on the pool and writes it."""
+    settings = {"seed": config.seed, "data": config.data.to_dict()}
+    settings["pretrain"] = config.pretrain.to_dict()
+    stage = manifest.open_stage(workdir, "pretrain", settings, inputs=("caption",))
+    if stage.complete:
+        return
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    caption_folder = epath.Path(workdir) / "caption"
+    pool = splits.read_split(
+        caption_folder / "splits.json",
+        "pool",
+        source=config.data.source,
+        size=config.data.size,
+    )
+    texts = captions.read_captions(caption_folder / "captions.jsonl", pool.ids)
+    suffixes = [
+        captions.class_prompt(config.data.class_type, pool.class_names[label])
+        for label in pool.labels
+    ]
+    folder = stage.folder / "model"
+    model = _new_model(config, folder, texts + suffixes)
+    prompts = [
+        captions.prompt(
+            text,
+            suffix,
+            count_tokens=model.count_tokens,
+            max_tokens=model.context_length,
+        )
+        for text, suffix in zip(texts, suffixes, strict=True)
+    ]
+
+    vae = train_vae(config, stage.folder, workdir, model, pool.images, mesh)
+    moments = stable_diffusion.encode_images(
+        model,
+        {"vae": vae},
+        pool.images,
+        batch_size=config.encode.batch_size,
+        mesh=mesh,
+    )
+    model = _with_scaling_factor(model, moments)
+    rest = train_unet(
+        config, stage.folder, workdir, model, moments, model.tokenize(prompts), mesh
+    )
+    written = stable_diffusion.save(folder, model, {"vae": vae, **rest})
+    artifacts = [f"model/{name}" for name in written]
+    stage.finish(artifacts, images=len(pool.ids))
+
+
+def _new_model(config: ConfigDict, folder: epath.Path, texts: list[str]):
+    """The architecture of the config, with a tokenizer learnt from the captions."""
+    settings = config.pretrain
+    tokenizer.train(
+        folder / "tokenizer",
+        texts,
+        vocab_size=settings.vocab_size,
+        max_length=settings.context_length,
+    )
+    read = stable_diffusion.read_tokenizer(folder / "tokenizer")
+    configs = {
+        "unet": _unet_config(config),
+        "vae": _vae_config(config),
+        "text_encoder": _text_config(config, read),
+        "scheduler": dict(_SCHEDULER),
+    }
+    return stable_diffusion.StableDiffusion(configs, read)
+
+
+def _unet_config(config: ConfigDict) -> dict:
+    unet, vae = config.pretrain.unet, config.pretrain.vae
+    down = ["CrossAttnDownBlock2D"] * len(unet.channels)
+    up = ["CrossAttnUpBlock2D"] * len(unet.channels)
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": config.data.size // 2 ** (len(vae.channels) - 1),
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": down,
+        "up_block_types": up,
+        "block_out_channels": list(unet.channels),
+        "layers_per_block": unet.layers,
+        "attention_head_dim": unet.heads,  # diffusers' name for the number of heads
+        "cross_attention_dim": config.pretrain.text.width,
+    }
+
+
+def _vae_config(config: ConfigDict) -> dict:
+    vae = config.pretrain.vae
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae.channels),
+        "block_out_channels": list(vae.channels),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": vae.groups,
+        "sample_size": config.data.size,
+        "scaling_factor": 1.0,  # measured after training
+    }
+
+
+def _text_config(config: ConfigDict, read) -> dict:
+    text = config.pretrain.text
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": len(read),
+        "hidden_size": text.width,
+        "intermediate_size": 4 * text.width,
+        "projection_dim": text.width,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "max_position_embeddings": config.pretrain.context_length,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": read.bos_token_id,
+        "eos_token_id": read.eos_token_id,
+        "pad_token_id": read.pad_token_id,
+    }
+
+
+def train_vae(config, folder, workdir, model, images, mesh: Mesh):
+    """Fits the autoencoder; returns its host parameters."""
+    settings = config.pretrain.vae
+    schedule = optim.warmup_cosine(
+        settings.learning_rate, warmup=settings.steps // 20, steps=settings.steps
+    )
+    tx = optim.adam(schedule, max_norm=1.0)
+    params = stable_diffusion.random_params(
+        model.shapes("vae"), order.generator(config.seed, "pretrain/vae/init")
+    )
+    state = fit(
+        functools.partial(
+            vae_step,
+            model=model,
+            tx=tx,
+            key=rng.purpose_key(config.seed, "pretrain/vae"),
+            kl_weight=settings.kl_weight,
+        ),
+        create_state(params, tx, mesh),
+        data=images,
+        gather=lambda data, rows: {
+            "images": data[rows["image"]] / 127.5 - 1.0,
+            "weight": rows["weight"],
+        },
+        rows=_image_rows(
+            config.seed, "pretrain/vae", settings.batch_size, len(images)
+        ),
+        **_loop_arguments(config, folder, workdir, mesh, "vae", settings.steps),
+    )
+    return jax.device_get(state.params)
+
+
+def train_unet(config, folder, workdir, model, moments, ids, mesh: Mesh):
+    """Fits text encoder and UNet together; returns their averaged host parameters."""
+    settings = config.pretrain.unet
+    schedule = optim.warmup_cosine(
+        settings.learning_rate, warmup=settings.warmup, steps=settings.steps
+    )
+    tx = optim.adam(schedule, max_norm=1.0)
+    init = order.generator(config.seed, "pretrain/unet/init")
+    params = {
+        name: stable_diffusion.random_params(model.shapes(name), init)
+        for name in ("text_encoder", "unet")
+    }
+    null_ids = model.tokenize([""])
+    state = fit(
+        functools.partial(
+            unet_step,
+            model=model,
+            tx=tx,
+            key=rng.purpose_key(config.seed, "pretrain/unet"),
+            drop_rate=settings.drop_rate,
+            ema_decay=settings.ema_decay,
+        ),
+        create_state(params, tx, mesh, ema=True),
+        data={"moments": moments, "ids": ids, "null_ids": null_ids},
+        gather=lambda data, rows: {
+            "moments": data["moments"][rows["image"]],
+            "ids": data["ids"][rows["image"]],
+            "null_ids": data["null_ids"],
+            "weight": rows["weight"],
+        },
+        rows=_image_rows(
+            config.seed, "pretrain/unet", settings.batch_size, len(moments)
+        ),
+        **_loop_arguments(config, folder, workdir, mesh, "unet", settings.steps),
+    )
+    return jax.device_get(state.averaged)
+
+
+def vae_step(state: TrainState, batch: dict, *, model, tx, key, kl_weight: float):
+    """One step on the absolute error of the reconstruction, with a light KL term.
+
+    The loss of latent diffusion (arXiv 2112.10752, appendix G) without its perceptual
+    and adversarial terms. `batch` has `images` [B, H, W, 3] in [-1, 1] and `weight`.
+    """
+    keys = _step_keys(key, state.step, batch["weight"])
+
+    def loss_of(params):
+        images = batch["images"]
+        moments = model.moments({"vae": params}, images)
+        shape = (*moments.shape[1:3], model.latent_channels)
+        latents = loss.posterior_sample(moments, rng.normal_like(keys, shape))
+        decoded = model.decode({"vae": params}, latents)
+        error = jnp.mean(jnp.abs(decoded - images), axis=(1, 2, 3))
+        kl = loss.kl_divergence(moments)
+        weight = batch["weight"]
+        return weighted_mean(error + kl_weight * kl, weight), weighted_mean(kl, weight)
+
+    (value, kl), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    return state.update(grads, tx), {"loss": value, "kl": kl}
+
+
+def unet_step(
+    state: TrainState,
+    batch: dict,
+    *,
+    model,
+    tx,
+    key,
+    drop_rate: float,
+    ema_decay: float,
+):
+    """One step of latent diffusion on text (arXiv 2112.10752, equation 3).
+
+    `batch` has `moments` [B, h, w, 2c], token `ids` [B, L], `null_ids` [1, L] of the
+    empty prompt, which replaces a prompt at `drop_rate`, and `weight` [B].
+    """
+    keys = _step_keys(key, state.step, batch["weight"])
+    noise_keys, posterior_keys, time_keys, drop_keys = rng.use_keys(keys, 4)
+    moments = batch["moments"]
+    shape = (*moments.shape[1:3], model.latent_channels)
+    latents = loss.posterior_sample(moments, rng.normal_like(posterior_keys, shape))
+    latents = latents * model.scaling_factor
+    noise = rng.normal_like(noise_keys, shape)
+    alphas = model.alphas_cumprod
+    timesteps = rng.integers(time_keys, len(alphas))
+    noisy = loss.add_noise(latents, noise, timesteps, alphas)
+    target = loss.prediction_target(
+        latents, noise, timesteps, alphas, model.prediction_type
+    )
+    dropped = rng.uniform(drop_keys) < drop_rate
+    ids = jnp.where(dropped[:, None], batch["null_ids"], batch["ids"])
+
+    def loss_of(params):
+        states = model.text_states(params, ids)
+        prediction = model.denoise(params, noisy, timesteps, states)
+        return weighted_mean(loss.squared_error(prediction, target), batch["weight"])
+
+    value, grads = jax.value_and_grad(loss_of)(state.params)
+    return state.update(grads, tx, ema_decay=ema_decay), {"loss": value}
+
+
+def _step_keys(key, step, weight):
+    step_key = jax.random.fold_in(key, step)
+    return rng.example_keys(step_key, jnp.arange(weight.shape[0]))
+
+
+def _image_rows(seed: int, purpose: str, batch_size: int, size: int):
+    def rows(step: int) -> dict[str, np.ndarray]:
+        indices = order.batch_indices(
+            seed, purpose, step, batch_size=batch_size, size=size
+        )
+        return {"image": indices}
+
+    return rows
+
+
+def _loop_arguments(config, folder, workdir, mesh, part: str, steps: int) -> dict:
+    name = f"pretrain/{part}"
+    return {
+        "mesh": mesh,
+        "steps": steps,
+        "log_every": config.pretrain.log_every,
+        "checkpoints": Checkpoints(
+            folder / "checkpoints" / part, every=config.pretrain.checkpoint_every
+        ),
+        "metrics": lambda first: MetricsLog(workdir, name, from_step=first),
+        "name": name,
+    }
+
+
+def _with_scaling_factor(model, moments: np.ndarray):
+    """1 / standard deviation of the posterior's samples (arXiv 2112.10752, G.1)."""
+    mean, log_variance = np.split(moments.astype(np.float64), 2, axis=-1)
+    deviation = np.sqrt(mean.var() + np.exp(log_variance).mean())
+    factor = float(np.float32(1.0 / deviation))
+    logging.info("scaling factor of the latents: %.4g", factor)
+    vae = {**model.configs["vae"], "scaling_factor": factor}
+    return stable_diffusion.StableDiffusion(
+        {**model.configs, "vae": vae}, model.tokenizer
+    )

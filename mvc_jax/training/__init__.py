@@ -1,0 +1,1 @@
+"""Training loop, checkpoints, sharding, optimisers, metrics: given a step, any step."""

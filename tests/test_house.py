@@ -1,0 +1,304 @@
+"""The rules of the house, held from the syntax tree of every file.
+
+Imports run one way: train -> stages -> rooms -> libraries. A checker takes a file's
+path, counted from the repository root, and its source, and yields a sentence for every
+place that breaks its rule. `BAD` proves that each can fail, `GOOD` that it need not.
+"""
+
+import ast
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STAGES = {
+    "caption",
+    "pretrain",
+    "encode",
+    "pairs",
+    "finetune",
+    "mix",
+    "generate",
+    "classify",
+    "evaluate",
+    "report",
+}
+ROOMS = {"data", "augment", "diffusion", "models", "training"}
+LEAVES = {"errors", "files"}
+MAY_IMPORT = {  # besides the leaves, which import nothing of ours
+    "train": STAGES | ROOMS | {"configs"},
+    "stage": ROOMS | {"mix"},
+    "room": set(),  # and its own files
+    "leaf": set(),
+    "configs": {"configs"},
+}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+HOMELESS = re.compile(r"(^|_)(utils?|helpers?|misc)$")
+PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+
+Checker = Callable[[str, str], Iterator[str]]
+CHECKERS: list[Checker] = []
+
+
+def checker(function: Checker) -> Checker:
+    CHECKERS.append(function)
+    return function
+
+
+def place(path: str) -> tuple[str, str]:
+    """The layer of a file and its name there: ("room", "data"), ("stage", "mix")."""
+    folder, *rest = pathlib.PurePosixPath(path).with_suffix("").parts
+    name = rest[0]
+    if folder == "configs" or rest == ["configs"]:
+        return "configs", "configs"
+    if len(rest) > 1:
+        return ("room" if name in ROOMS else "unknown"), name
+    if name in STAGES:
+        return "stage", name
+    layers = {"train": "train", "__init__": "leaf"} | dict.fromkeys(LEAVES, "leaf")
+    return layers.get(name, "unknown"), name
+
+
+def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Yields (line, full dotted name, the name it is bound to) of every import.
+
+    `from a import b` is "a.b", whether b is a module or not.
+    """
+    parts = pathlib.PurePosixPath(path).parts
+    package = (("mvc_jax",) if parts[0] == "configs" else ()) + parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, alias.asname or alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = [*above, *([node.module] if node.module else [])]
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                yield node.lineno, full, alias.asname or alias.name
+
+
+def ours(path: str, tree: ast.AST) -> Iterator[tuple[int, str, list[str], str]]:
+    """Yields (line, part of the house, what of it, bound name) of imports of ours."""
+    for line, name, bound in imports(path, tree):
+        top, *rest = name.split(".")
+        if top == "mvc_jax" and rest:
+            yield line, rest[0], rest[1:], bound
+
+
+@checker
+def imports_run_one_way(path: str, source: str) -> Iterator[str]:
+    layer, name = place(path)
+    allowed = MAY_IMPORT.get(layer, set()) | (LEAVES if layer != "leaf" else set())
+    allowed |= {name} if layer == "room" else set()
+    known = STAGES | ROOMS | LEAVES | {"train", "configs"}
+    for line, part, _, _ in ours(path, ast.parse(source)):
+        if part in known and part not in allowed:
+            yield (
+                f"{path}:{line}: imports run train -> stages -> rooms -> libraries; "
+                f"{layer} {name} imports mvc_jax.{part}"
+            )
+
+
+@checker
+def every_file_has_a_place(path: str, source: str) -> Iterator[str]:
+    del source
+    if place(path)[0] == "unknown":
+        yield (
+            f"{path}:1: a file is a stage, a leaf, or lies in a room; if the house "
+            "grows, say so in tests/test_house.py and docs/architecture.md"
+        )
+
+
+@checker
+def stages_meet_on_disk(path: str, source: str) -> Iterator[str]:
+    if place(path)[0] != "stage" or place(path)[1] == "mix":
+        return
+    tree = ast.parse(source)
+    rule = "stages meet on disk: take pure functions from mvc_jax.mix, never its `run`"
+    modules = set()
+    for line, part, what, bound in ours(path, tree):
+        if part == "mix" and not what:
+            modules.add(bound)
+        elif part == "mix" and what[0] in {"run", "*"}:
+            yield f"{path}:{line}: {rule}"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or node.attr != "run":
+            continue
+        if ast.unparse(node.value) in modules:
+            yield f"{path}:{node.lineno}: {rule}"
+
+
+@checker
+def libraries_stay_in_their_rooms(path: str, source: str) -> Iterator[str]:
+    layer, name = place(path)
+    in_models = layer == "room" and name == "models"
+    knows_diffusers = path.endswith(
+        ("mvc_jax/models/stable_diffusion.py", "mvc_jax/models/attention.py")
+    )
+    allowed = {
+        "diffusers": (knows_diffusers, "models/{stable_diffusion,attention}.py"),
+        "transformers": (in_models, "models/"),
+        "ml_collections": (
+            layer in {"train", "stage", "configs"},
+            "train.py, stages and configs",
+        ),
+    }
+    for line, full, _ in imports(path, ast.parse(source)):
+        here, where = allowed.get(full.split(".")[0], (True, ""))
+        if not here:
+            yield f"{path}:{line}: {full.split('.')[0]} is imported only in {where}"
+
+
+@checker
+def torch_and_tensorflow_are_imported_in_functions(
+    path: str, source: str
+) -> Iterator[str]:
+    tree = ast.parse(source)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            function.body = []
+    for line, full, _ in imports(path, tree):
+        if full.split(".")[0] in {"torch", "tensorflow"}:
+            yield f"{path}:{line}: torch and tensorflow are imported inside functions"
+
+
+@checker
+def nothing_is_unpickled(path: str, source: str) -> Iterator[str]:
+    rule = "nothing is loaded from a pickle"
+    tree = ast.parse(source)
+    torches = {"torch"}
+    for line, full, bound in imports(path, tree):
+        top = full.split(".")[0]
+        if top in PICKLERS or full in {"torch.load", "pandas.read_pickle"}:
+            yield f"{path}:{line}: {rule}: {full}"
+        elif full == "torch":
+            torches.add(bound)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            torch_load = node.attr == "load" and ast.unparse(node.value) in torches
+            if torch_load or node.attr in {"read_pickle", "to_pickle"}:
+                yield f"{path}:{node.lineno}: {rule}: {ast.unparse(node)}"
+        elif isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                off = (
+                    isinstance(keyword.value, ast.Constant) and not keyword.value.value
+                )
+                if keyword.arg == "allow_pickle" and not off:
+                    yield f"{path}:{node.lineno}: {rule}: allow_pickle"
+
+
+@checker
+def every_file_has_a_telling_name(path: str, source: str) -> Iterator[str]:
+    del source
+    for part in pathlib.PurePosixPath(path).with_suffix("").parts:
+        if HOMELESS.search(part):
+            yield f"{path}:1: no utils, helpers or misc: the house lacks a room"
+
+
+@checker
+def files_and_functions_are_short(path: str, source: str) -> Iterator[str]:
+    if not path.startswith("mvc_jax/"):
+        return
+    lines = len(source.splitlines())
+    if lines > MAX_FILE_LINES:
+        yield f"{path}:{lines}: a file has at most {MAX_FILE_LINES} lines, not {lines}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield (
+                    f"{path}:{node.lineno}: a function has at most "
+                    f"{MAX_FUNCTION_LINES} lines, {node.name} has {lines}"
+                )
+
+
+def house() -> dict[str, str]:
+    paths = [p for top in ("mvc_jax", "configs") for p in (ROOT / top).rglob("*.py")]
+    return {p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for p in sorted(paths)}
+
+
+@pytest.mark.parametrize("check", CHECKERS, ids=lambda check: check.__name__)
+def test_house(check):
+    broken = [line for path, source in house().items() for line in check(path, source)]
+    assert not broken, "\n" + "\n".join(broken)
+
+
+LONG_FUNCTION = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+BAD = [
+    (imports_run_one_way, "mvc_jax/pairs.py", "from mvc_jax.encode import run"),
+    (imports_run_one_way, "mvc_jax/pairs.py", "from mvc_jax import train"),
+    (imports_run_one_way, "mvc_jax/pairs.py", "from mvc_jax.configs import common"),
+    (imports_run_one_way, "mvc_jax/data/folder.py", "def f():\n  import mvc_jax.mix"),
+    (imports_run_one_way, "mvc_jax/data/folder.py", "from .. import train"),
+    (imports_run_one_way, "mvc_jax/data/__init__.py", "from ..models import resnet"),
+    (imports_run_one_way, "mvc_jax/models/resnet.py", "import mvc_jax.data.order as o"),
+    (imports_run_one_way, "mvc_jax/files.py", "from mvc_jax.errors import UserError"),
+    (imports_run_one_way, "configs/digits.py", "from mvc_jax import generate"),
+    (every_file_has_a_place, "mvc_jax/extras.py", ""),
+    (every_file_has_a_place, "mvc_jax/attic/box.py", ""),
+    (stages_meet_on_disk, "mvc_jax/generate.py", "from mvc_jax.mix import run as r"),
+    (stages_meet_on_disk, "mvc_jax/generate.py", "from mvc_jax.mix import *"),
+    (stages_meet_on_disk, "mvc_jax/generate.py", "from . import mix as m\nm.run(1, 2)"),
+    (stages_meet_on_disk, "mvc_jax/report.py", "import mvc_jax.mix\nmvc_jax.mix.run"),
+    (libraries_stay_in_their_rooms, "mvc_jax/models/resnet.py", "import diffusers"),
+    (libraries_stay_in_their_rooms, "mvc_jax/encode.py", "import diffusers.models"),
+    (libraries_stay_in_their_rooms, "mvc_jax/caption.py", "from transformers import A"),
+    (
+        libraries_stay_in_their_rooms,
+        "mvc_jax/training/loop.py",
+        "import ml_collections",
+    ),
+    (
+        torch_and_tensorflow_are_imported_in_functions,
+        "mvc_jax/caption.py",
+        "if True:\n  import torch.nn",
+    ),
+    (
+        torch_and_tensorflow_are_imported_in_functions,
+        "mvc_jax/data/tfds.py",
+        "class A:\n  import tensorflow as tf",
+    ),
+    (nothing_is_unpickled, "mvc_jax/files.py", "def f():\n  import pickle"),
+    (nothing_is_unpickled, "mvc_jax/files.py", "np.load(path, allow_pickle=True)"),
+    (nothing_is_unpickled, "mvc_jax/files.py", "np.load(path, allow_pickle=flag)"),
+    (nothing_is_unpickled, "mvc_jax/models/weights.py", "import torch as t\nt.load(p)"),
+    (nothing_is_unpickled, "mvc_jax/models/weights.py", "from torch import load"),
+    (nothing_is_unpickled, "configs/digits.py", "pandas.read_pickle(path)"),
+    (every_file_has_a_telling_name, "mvc_jax/data/image_utils.py", ""),
+    (every_file_has_a_telling_name, "mvc_jax/helpers/text.py", ""),
+    (files_and_functions_are_short, "mvc_jax/mix.py", "\n" * (MAX_FILE_LINES + 1)),
+    (files_and_functions_are_short, "mvc_jax/mix.py", LONG_FUNCTION),
+]
+
+
+@pytest.mark.parametrize(("check", "path", "source"), BAD)
+def test_a_broken_rule_is_reported_with_its_place(check, path, source):
+    broken = list(check(path, source))
+    assert len(broken) == 1
+    assert re.match(re.escape(path) + r":\d+: \w+", broken[0])
+
+
+def test_every_rule_can_fail():
+    assert {check for check, _, _ in BAD} == set(CHECKERS)
+
+
+GOOD = {
+    "mvc_jax/train.py": "from mvc_jax import mix\nimport ml_collections\nmix.run",
+    "mvc_jax/mix.py": "from mvc_jax.data import order\nrun = 1",
+    "mvc_jax/generate.py": "from mvc_jax import files, mix\nmix.fine(loop.run)",
+    "mvc_jax/report.py": "from mvc_jax.mix import coarse\nimport mvc_jax",
+    "mvc_jax/data/order.py": "from . import folder\nfrom .folder import read",
+    "mvc_jax/data/tfds.py": "def f():\n  import tensorflow\nnp.load(p)",
+    "mvc_jax/models/attention.py": "import diffusers, transformers",
+    "mvc_jax/models/weights.py": "np.load(path, allow_pickle=False)\njson.load(file)",
+    "mvc_jax/configs.py": "import pathlib",
+    "configs/digits.py": "from mvc_jax.configs import common\nfrom . import common",
+}
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_a_kept_rule_is_not_reported(path):
+    assert [line for check in CHECKERS for line in check(path, GOOD[path])] == []

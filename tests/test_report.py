@@ -1,0 +1,457 @@
+"""The report: what is on the page, what it must not do, and what it survives."""
+
+import base64
+import html.parser
+import io
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mvc_jax import files, report
+from mvc_jax.data import manifest
+from mvc_jax.data.digits import NAMES, Digits
+from mvc_jax.errors import UserError
+
+EVIL = "<script>alert(1)</script>"
+SIZE = 8
+
+
+def make_config() -> ConfigDict:
+    data = {"source": "digits", "size": SIZE}
+    page = {"title": f"Title {EVIL}", "grid_columns": 2, "grid_scale": 32}
+    return ConfigDict({"seed": 3, "data": data, "report": page})
+
+
+def make_recipes(ids: dict[int, list[str]], modes=("coarse", "fine")) -> list[dict]:
+    """Two images of each mode and class, all from the class's first training image."""
+    recipes = []
+    for label, mode, _ in itertools.product(ids, modes, range(2)):
+        k = len(recipes)
+        taken = {"positions": [], "dims": []}
+        taken["positions" if mode == "coarse" else "dims"] = [1 + k % 5, 40 + k]
+        recipe = {"index": k, "source": ids[label][0], "partner": ids[label][1]}
+        recipes.append(recipe | {"label": NAMES[label], "mode": mode} | taken)
+    return recipes
+
+
+def pixels(set_name: str, index: int) -> np.ndarray:
+    """Every image of every set is another, so that a mix-up shows."""
+    rng = np.random.default_rng([*set_name.encode(), index])
+    return rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def write_set(folder, name: str, recipes: list[dict]) -> None:
+    rows = []
+    for recipe in reversed(recipes):  # a reader must not count on the order
+        buffer = io.BytesIO()
+        Image.fromarray(pixels(name, recipe["index"])).save(buffer, "png")
+        row = {"image": {"bytes": buffer.getvalue(), "path": "x.png"}}
+        row |= {key: recipe[key] for key in ("index", "source", "partner")}
+        row["mode"] = recipe["mode"] if name == "mixed" else name
+        row["label"] = NAMES.index(recipe["label"])
+        rows.append(row | {"prompt": f"prompt {recipe['index']} {EVIL}", "seed": 3})
+    (folder / "data").mkdir(parents=True)
+    half = len(rows) // 2
+    for shard, part in enumerate((rows[:half], rows[half:])):
+        path = folder / "data" / f"train-{shard:05d}-of-00002.parquet"
+        pq.write_table(pa.Table.from_pylist(part), path)
+
+
+def make_metrics() -> dict:
+    """Numbers that occur once, so that finding one on the page means something."""
+
+    def row(name: str, title: str, mean: float, difference: dict | None) -> dict:
+        accuracy = {"mean": mean, "std": mean / 71, "per_seed": [mean - 0.02, mean]}
+        seen = {"real_seen": int(mean * 20000), "synthetic_seen": int(mean * 19000)}
+        per_class = [0.301 + mean / 30 + 0.011 * k for k in range(10)]
+        names = {"name": name, "title": title, "regime": "r", "policy": "none"}
+        shown = {"accuracy": accuracy, "difference": difference, "set": ""}
+        return names | shown | seen | {"per_class": per_class}
+
+    better = {"against": "real", "mean": 0.0312, "low": 0.0151, "high": 0.0473}
+    unsure = {"against": "combined", "mean": -0.0061, "low": -0.0233, "high": 0.0111}
+    question = {"run": "combined", "against": "real"} | better
+    names = list(NAMES)
+    names[3] = f"three {EVIL}"
+    return {
+        "class_names": names,
+        "counts": {"pool": 5, "train": 20, "test": 17},
+        "seeds": 2,
+        "steps": 4321,
+        "batch_size": 37,
+        "confidence": 0.9,
+        "runs": [
+            row("real", "Real only", 0.8123, None),
+            row("combined", "Real and synthetic", 0.8434, better),
+            row("two_phase", "Two phases", 0.8374, unsure),
+        ],
+        "questions": [
+            question | {"question": "Does it help?", "verdict": "yes"}
+            | {"sentence": "Yes: it does."},
+            question | {"question": "Does it pay?", "verdict": "unclear"}
+            | {"sentence": "No evidence either way."},
+        ],
+        "sets": {"mixed": {"images": 4070, "diversity": 0.20991, "copies": 6}},
+        "notes": [f"A note {EVIL}"],
+    }  # fmt: skip
+
+
+def finish(workdir, stage: str, artifacts: list[str], **counts: int) -> None:
+    manifest.open_stage(workdir, stage, {}).finish(artifacts, **counts)
+
+
+def make_workdir(
+    workdir,
+    *,
+    made=("mixed", "unmixed", "pretrained"),
+    modes=("coarse", "fine"),
+    **changes,
+):
+    """A finished run up to `evaluate`; `changes` replace entries of its metrics."""
+    labels = Digits().labels
+    ids = {
+        k: [f"digits/{i:04d}" for i in np.flatnonzero(labels == k)[:4]]
+        for k in range(10)
+    }
+    parts = {"pool": slice(2, 3), "train": slice(0, 2), "test": slice(3, 4)}
+    split = {n: [i for k in ids for i in ids[k][part]] for n, part in parts.items()}
+    files.write_json(workdir / "caption" / "splits.json", split)
+    stamp = {"captioner": "attributes", "version": "7"}
+    captions = [
+        {"id": i, "caption": f"caption {i} {EVIL}"} | stamp for i in split["train"]
+    ]
+    files.write_jsonl(workdir / "caption" / "captions.jsonl", captions)
+    finish(workdir, "caption", ["splits.json", "captions.jsonl"], train=20)
+    recipes = make_recipes(ids, modes)
+    files.write_jsonl(workdir / "mix" / "recipes.jsonl", recipes)
+    finish(workdir, "mix", ["recipes.jsonl"], recipes=len(recipes))
+    (workdir / "generate").mkdir()
+    for name in made:
+        write_set(workdir / "generate" / name, name, recipes)
+    finish(workdir, "generate", [], images=len(made) * len(recipes))
+    finish(workdir, "classify", [], fits=6)
+    files.write_json(workdir / "evaluate" / "metrics.json", make_metrics() | changes)
+    finish(workdir, "evaluate", ["metrics.json"])
+    losses = [("pretrain/vae", 10.0), ("pretrain/vae", 0.37), ("finetune", 0.25)]
+    rows = [{"stage": s, "step": 10 * i, "loss": x} for i, (s, x) in enumerate(losses)]
+    rows.append({"stage": "classify", "step": 5, "real": 0.5})
+    files.write_jsonl(workdir / "metrics.jsonl", rows)
+    times = {"seconds": 1234.56, "compile_seconds": 65.43, "peak_rss_mib": 2345}
+    files.write_json(workdir / "timings.json", {"finetune": times})
+    files.write_json(
+        workdir / "config.json", {"seed": 3, "mix": {"deep": {"tokens": 9}}}
+    )
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with its report; tests only look at it."""
+    workdir = make_workdir(tmp_path_factory.mktemp("run"))
+    report.run(make_config(), workdir)
+    return workdir
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, table rows as texts, and the text of it all."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text()
+        self.tags: list[tuple[str, dict]] = []
+        self.rows: list[str] = []
+        self.text = ""
+        self.feed(self.source)
+        self.rows = [" ".join(row.split()) for row in self.rows]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append("")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.rows:
+            self.rows[-1] += f"{data} "
+
+    def row(self, start: str) -> str:
+        return next(row for row in self.rows if row.startswith(start))
+
+    def images(self, alt: str) -> list[np.ndarray]:
+        """Pixels of the images whose alternative text matches, in the page's order."""
+        prefix = "data:image/png;base64,"
+        found = []
+        for tag, attributes in self.tags:
+            if tag == "img" and re.search(alt, attributes["alt"]):
+                content = base64.b64decode(attributes["src"].removeprefix(prefix))
+                found.append(np.asarray(Image.open(io.BytesIO(content))))
+        return found
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return Page(finished / "report" / "report.html")
+
+
+def run_page(workdir) -> Page:
+    report.run(make_config(), workdir)
+    return Page(workdir / "report" / "report.html")
+
+
+def test_nothing_is_asked_of_the_network(page):
+    links = {"src", "srcset", "href", "xlink:href", "action", "poster", "data"}
+    addresses = [v for _, attrs in page.tags for k, v in attrs.items() if k in links]
+    assert len(addresses) > 50
+    assert [a for a in addresses if not a.startswith(("data:", "#"))] == []
+    assert not re.search(r"https?:|@import|url\((?!#)", page.source)
+    policy = [a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a]
+    assert policy[0].startswith("default-src 'none'")
+
+
+def test_untrusted_text_is_text(page):
+    assert "script" not in {tag for tag, _ in page.tags}
+    for text in ("Title", "three", "caption digits/0000", "A note", "prompt 1"):
+        assert f"{text} {EVIL}" in page.text
+    tooltips = " ".join(attrs.get("title", "") for _, attrs in page.tags)
+    assert f"prompt 1 {EVIL}" in tooltips
+
+
+@pytest.mark.parametrize(
+    ("start", "numbers"),
+    [
+        ("Real only real", "81.2 ± 1.1|reference|16,246|15,433"),
+        (
+            "Real and synthetic combined",
+            "84.3 ± 1.2|+3.1|+1.5 to +4.7|16,868|16,024",
+        ),
+        (
+            "Two phases two_phase",
+            "83.7 ± 1.2|−0.6|−2.3 to +1.1|against Real and synthetic|16,748|15,910",
+        ),
+        ("mixed", "4,070|0.2099|6"),
+        ("pool", "5|0"),
+        ("train", "20|20"),
+        ("test", "17|0"),
+        ("finetune", "1,234.6|65.4|2,345"),
+    ],
+)
+def test_every_number_of_a_row_is_there(page, start, numbers):
+    row = page.row(start)
+    for number in numbers.split("|"):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", row), row
+
+
+def test_seeds_and_classes_are_there(page):
+    tables = [row.split() for row in page.rows if row.startswith("Real and synthetic")]
+    assert tables[1][3:] == ["82.3", "84.3"]
+    expected = [f"{100 * x:.1f}" for x in make_metrics()["runs"][1]["per_class"]]
+    assert tables[2][3:] == expected
+
+
+def test_the_answer_comes_first_and_the_setting_is_told(page):
+    answer = page.text.index("Yes: it does.")
+    assert answer < page.text.index("No evidence either way.") < page.text.index("81.2")
+    for words in (
+        "4321 opt",
+        "size 37",
+        "over 2 seeds",
+        "90% interval",
+        "mix.deep.tok",
+    ):
+        assert words in page.text.replace(",", "")
+
+
+def test_only_an_interval_without_zero_is_marked(page):
+    marks = [attrs.get("class") for tag, attrs in page.tags if tag == "circle"]
+    assert marks == ["clear", None]
+
+
+def test_a_row_of_the_grid_is_a_source_and_its_images(page):
+    first = Digits()[0]["image"]
+    np.testing.assert_array_equal(page.images("^zero, real image")[0], first)
+    for mode, indices in (("coarse", (0, 1)), ("fine", (2, 3))):
+        shown = page.images(f"^zero, {mode} image")[:2]
+        for image, index in zip(shown, indices, strict=True):
+            np.testing.assert_array_equal(image, pixels("mixed", index))
+    tooltips = [attrs.get("title", "") for tag, attrs in page.tags if tag == "img"]
+    assert any("token positions 2, 41 of digits/0010" in text for text in tooltips)
+    assert any("text dims 3, 42 of digits/0010" in text for text in tooltips)
+
+
+def test_the_comparison_keeps_the_index(page):
+    """Class zero shows its last coarse image, class one its last fine one."""
+    for name, index, mode in (("zero", 1, "coarse"), ("one", 7, "fine")):
+        for set_name in ("unmixed", "pretrained"):
+            (image,) = page.images(f"^{name}, {set_name} image")
+            np.testing.assert_array_equal(image, pixels(set_name, index))
+        mixed = page.images(f"^{name}, {mode} image")[2]
+        np.testing.assert_array_equal(mixed, pixels("mixed", index))
+
+
+def test_losses_are_drawn(page):
+    assert [tag for tag, _ in page.tags].count(
+        "svg"
+    ) == 3 + 1 + 2  # table, axis, curves
+    assert "0.37 at step 10" in page.text and "0.25 at step 20" in page.text
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) > 8
+
+
+def test_the_picture_holds_the_grid(finished):
+    path = finished / "report" / "grid.png"
+    image = np.asarray(Image.open(path).convert("RGB"))
+    tile = Image.fromarray(pixels("mixed", 0)).resize(
+        (32, 32), Image.Resampling.NEAREST
+    )
+    windows = np.lib.stride_tricks.sliding_window_view(image, (32, 32, 3))[:, :, 0]
+    assert (windows == np.asarray(tile)).all((2, 3, 4)).sum() == 1
+    assert path.stat().st_size < 150_000
+
+
+def test_a_picture_of_noise_is_made_to_fit():
+    rng = np.random.default_rng(0)
+    cell = {"heading": "real", "image": None}
+    rows = [{"name": "a", "cells": [dict(cell) for _ in range(5)]} for _ in range(10)]
+    for each in itertools.chain.from_iterable(row["cells"] for row in rows):
+        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        each["image"] = Image.fromarray(noise)
+    assert 20_000 < len(report._picture(rows, 64)) < 150_000
+
+
+def test_an_image_is_inlined_no_larger_than_shown():
+    uri = report._data_uri(Image.new("RGB", (512, 512)), 32)
+    content = base64.b64decode(uri.partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (32, 32)
+
+
+def test_a_second_run_does_nothing(finished, monkeypatch):
+    paths = sorted((finished / "report").iterdir())
+    before = [path.stat().st_mtime_ns for path in paths]
+    monkeypatch.setattr(report, "_read", None)  # would raise if it were called
+    report.run(make_config(), finished)
+    assert before == [path.stat().st_mtime_ns for path in paths]
+    assert [path.name for path in paths] == ["grid.png", "manifest.json", "report.html"]
+
+
+def test_importing_it_is_cheap():
+    code = "import mvc_jax.report, sys; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True
+    )
+    loaded = set(result.stdout.decode().split())
+    assert "numpy" in loaded
+    assert not loaded & {"matplotlib", "jinja2", "pyarrow", "sklearn", "jax"}
+
+
+def test_same_inputs_same_bytes(finished, tmp_path):
+    """In another process, another folder and with another hash seed."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "report")
+    config = make_config().to_json()
+    code = (
+        "import json, sys; from ml_collections import ConfigDict\n"
+        "from mvc_jax import report\n"
+        "report.run(ConfigDict(json.loads(sys.argv[1])), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, config, str(workdir)]
+    subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "77"}, check=True)
+    for name in ("report.html", "grid.png"):
+        ours, theirs = (w / "report" / name for w in (finished, workdir))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_without_controls_the_question_stays_open(tmp_path):
+    page = run_page(make_workdir(tmp_path, made=("mixed",)))
+    assert "so the question stays open" in page.text
+    assert len(page.images("coarse image")) == 20
+
+
+def test_without_a_mixed_set_the_real_images_are_shown(tmp_path):
+    page = run_page(make_workdir(tmp_path, made=("unmixed",)))
+    assert "made no mixed set" in page.text
+    assert len(page.images(", real image")) == 10
+    assert page.images("coarse image") == []
+
+
+def test_without_fine_mixing(tmp_path):
+    page = run_page(make_workdir(tmp_path, modes=("coarse",)))
+    assert page.images("fine image") == []
+    assert len(page.images("coarse image")) == 20 + 6  # the grid, the comparison
+
+
+def test_sets_of_other_names_follow_in_order(tmp_path):
+    made = ("mixed", "unmixed", "e", "b", "d", "a", "c")
+    page = run_page(make_workdir(tmp_path, made=made))
+    alts = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
+    start = alts.index("zero, source image")
+    headings = [alt.split()[1] for alt in alts[start : start + 8]]
+    assert headings == ["source", "unmixed", "coarse", *"abcde"]
+
+
+def test_without_anything_optional(tmp_path):
+    nothing = {"questions": [], "sets": {}, "notes": []}
+    workdir = make_workdir(tmp_path, **nothing, runs=make_metrics()["runs"][:1])
+    for name in ("metrics.jsonl", "timings.json", "config.json"):
+        (workdir / name).unlink()
+    page = run_page(workdir)
+    for heading in ("Training loss", "Synthetic sets", "Time and memory", "Notes"):
+        assert heading not in page.text
+    assert "81.2 ± 1.1" in page.text
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    runs = make_metrics()["runs"][:2]
+    runs[1]["difference"] |= {"low": None, "high": None}
+    page = run_page(make_workdir(tmp_path, runs=runs))
+    assert "+3.1" in page.row("Real and synthetic")
+    assert "None" not in page.text
+    assert "circle" not in [tag for tag, _ in page.tags]
+
+
+def test_a_loss_that_is_not_finite_is_told(tmp_path):
+    workdir = make_workdir(tmp_path)
+    rows = files.read_jsonl(workdir / "metrics.jsonl")
+    rows.append({"stage": "finetune", "step": 30, "loss": float("nan")})
+    files.write_jsonl(workdir / "metrics.jsonl", rows)
+    page = run_page(workdir)
+    assert "1 not finite" in page.text
+    assert "nan at step 30" in page.text
+
+
+def test_an_image_in_two_splits_is_told(tmp_path, page):
+    assert "No id is in two splits" in page.text
+    workdir = make_workdir(tmp_path)
+    path = workdir / "caption" / "splits.json"
+    split = files.read_json(path)
+    files.write_json(path, split | {"test": split["test"] + split["train"][:2]})
+    assert "2 ids are in more than one split" in run_page(workdir).text
+
+
+def test_many_classes_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_MOST_CLASSES", 4)
+    page = run_page(make_workdir(tmp_path))
+    assert "The first 4 of 10 classes" in page.text
+    assert len(page.images(", real image")) == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("grid_columns", 0), ("grid_scale", 8), ("grid_scale", "big")]
+)
+def test_check_names_the_field(field, value):
+    config = make_config()
+    report.check(config)
+    with config.ignore_type():
+        config.report[field] = value
+    with pytest.raises(UserError, match=f"config.report.{field}"):
+        report.check(config)
