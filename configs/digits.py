@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
         "combined:unmixed+affine",
     )
     config.classify.model = "resnet8"
+    config.classify.width = 8
     config.classify.stem_stride = 2
     config.classify.seeds = 5
     config.classify.steps = 400

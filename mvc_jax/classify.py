@@ -8,8 +8,10 @@ A run is named `<regime>[:<set>][+<policy>]`, e.g. `combined:unmixed+affine`.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +22,14 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.augment.affine import random_affine
-from mvc_jax.data import manifest, order, splits, synthetic
+from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax.data.regimes import REGIMES, schedule
 from mvc_jax.errors import UserError, require
 from mvc_jax.models import resnet
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.loop import weighted_mean
 from mvc_jax.training.metrics import MetricsLog, Progress
 
-REGIMES = ("real", "combined", "two_phase", "probabilistic")
 POLICIES = {"none": None, "affine": random_affine}
 
 
@@ -49,7 +51,9 @@ def parse_run(name: str) -> Run:
     """
     head, _, policy = name.partition("+")
     regime, _, set_ = head.partition(":")
-    run_ = Run(name, regime, "" if regime == "real" else set_ or "mixed", policy or "none")
+    run_ = Run(
+        name, regime, "" if regime == "real" else set_ or "mixed", policy or "none"
+    )
     good = run_.regime in REGIMES and run_.policy in POLICIES
     require(
         good and not (regime == "real" and set_),
@@ -130,31 +134,40 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     for run_ in runs:
         path = stage.folder / "results" / f"{run_.name.replace(':', '-')}.json"
         artifacts.append(f"results/{path.name}")
-        if not path.exists():
-            result = dataclasses.asdict(run_) | {"seeds": []}
-            for seed in range(section.seeds):
-                rows = schedule_rows(run_, section, ranges, config.seed, seed)
-                result |= _examples_seen(rows, ranges)
-                predictions, losses = fit(
-                    data,
-                    test_images,
-                    _place(rows, mesh),
-                    rng.purpose_key(config.seed, f"classify/{seed}"),
-                    model=model,
-                    policy=run_.policy,
-                    weight_decay=section.weight_decay,
-                )
-                predictions = np.asarray(predictions)
-                accuracy = float((predictions == test.labels).mean())
-                result["seeds"].append(
-                    {"accuracy": accuracy, "predictions": predictions.tolist()}
-                )
-                name = f"loss/{run_.name}/{seed}".replace(":", "-")
-                _log_losses(log, name, np.asarray(losses))
-                progress.advance(1, accuracy=accuracy)
-            files.write_json(path, result)
-        else:
+        if path.exists():
             progress.advance(section.seeds)
+            continue
+        result = dataclasses.asdict(run_) | {"seeds": []}
+        for seed in range(section.seeds):
+            rows = schedule(
+                run_.regime,
+                ranges[""],
+                ranges[run_.set] if run_.set else (0, 0),
+                seed=config.seed,
+                repeat=seed,
+                steps=section.steps,
+                batch_size=section.batch_size,
+                learning_rate=section.learning_rate,
+                probability=section.probability,
+                phase_two=section.phase_two,
+                phase_two_rate=section.phase_two_rate,
+            )
+            result |= _examples_seen(rows, ranges)
+            state, losses = fit(
+                data,
+                _place(rows, mesh),
+                rng.purpose_key(config.seed, f"classify/{seed}"),
+                model=model,
+                policy=run_.policy,
+                weight_decay=section.weight_decay,
+            )
+            _log_losses(log, f"loss/{run_.name}/{seed}".replace(":", "-"), losses)
+            predicted = np.asarray(predict(state, test_images, model=model))
+            accuracy = float((predicted == test.labels).mean())
+            row = {"accuracy": accuracy, "predictions": predicted.tolist()}
+            result["seeds"].append(row)
+            progress.advance(1, accuracy=accuracy)
+        files.write_json(path, result)
     progress.close()
     log.close()
     stage.finish(artifacts, runs=len(runs), fits=len(runs) * section.seeds)
@@ -181,79 +194,6 @@ def _load(config: ConfigDict, workdir: epath.Path, runs: list[Run]):
     return data, test, ranges
 
 
-def schedule_rows(
-    run_: Run,
-    section: ConfigDict,
-    ranges: dict[str, tuple[int, int]],
-    seed: int,
-    repeat: int,
-) -> dict[str, np.ndarray]:
-    """Every batch of one fit, as indices into the array of all images.
-
-    `real`: real images. `combined`: real and synthetic as one dataset. `two_phase`:
-    `combined`, then real only, at a smaller rate, for the share `phase_two` of the
-    steps. `probabilistic`: a real batch, and beside each slot a synthetic image with
-    probability p. Regimes after the supplement.
-
-    Args:
-      run_: the run.
-      section: `config.classify`.
-      ranges: first and last + 1 of the real images (`""`) and of each set.
-      seed: of the config.
-      repeat: which classifier; the same for all runs means the same initialisation.
-
-    Returns:
-      `index` int32 and `weight` float32 [steps, B'], `rate` float32 [steps].
-    """
-    steps, batch_size = section.steps, section.batch_size
-    real = np.arange(*ranges[""], dtype=np.int32)
-    drawn = np.arange(*ranges[run_.set], dtype=np.int32) if run_.set else real[:0]
-    everything = np.concatenate([real, drawn])
-
-    def batches(pool: np.ndarray, purpose: str, first: int, last: int) -> np.ndarray:
-        purpose = f"classify/{repeat}/{purpose}"
-        rows = [
-            pool[
-                order.batch_indices(
-                    seed, purpose, step, batch_size=batch_size, size=len(pool)
-                )
-            ]
-            for step in range(first, last)
-        ]
-        return np.asarray(rows, np.int32).reshape(last - first, batch_size)
-
-    turn = steps
-    if run_.regime == "two_phase":
-        turn = steps - round(steps * section.phase_two)
-    if run_.regime in ("real", "probabilistic"):
-        index = batches(real, "real", 0, steps)
-    else:
-        index = np.concatenate(
-            [
-                batches(everything, "combined", 0, turn),
-                batches(real, "real", turn, steps),
-            ]
-        )
-    weight = np.ones(index.shape, np.float32)
-    if run_.regime == "probabilistic":
-        draw = order.generator(seed, f"classify/{repeat}/probabilistic")
-        extra = (draw.random(index.shape) < section.probability).astype(np.float32)
-        index = np.concatenate(
-            [index, batches(drawn, "synthetic", 0, steps)], axis=1
-        )
-        weight = np.concatenate([weight, extra], axis=1)
-    rates = [_cosine(section.learning_rate, turn)]
-    rates.append(_cosine(section.learning_rate * section.phase_two_rate, steps - turn))
-    return {"index": index, "weight": weight, "rate": np.concatenate(rates)}
-
-
-def _cosine(peak: float, steps: int) -> np.ndarray:
-    """A half cosine from `peak` to 0 in `steps` steps."""
-    return (peak * 0.5 * (1 + np.cos(np.pi * np.arange(steps) / max(steps, 1)))).astype(
-        np.float32
-    )
-
-
 def _place(rows: dict, mesh) -> dict:
     size = sharding.padded_size(rows["index"].shape[1], mesh)
     placed = {
@@ -271,73 +211,117 @@ def _examples_seen(rows: dict, ranges: dict) -> dict[str, int]:
     return {"real_seen": real, "synthetic_seen": int(counted.size) - real}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy", "weight_decay"))
+@flax.struct.dataclass
+class State:
+    """A classifier in training; `step` alone fixes its batch and its randomness."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
 def fit(
     data: dict[str, Array],
-    test_images: Array,
     rows: dict[str, Array],
     key: Array,
     *,
     model: nn.Module,
     policy: str,
     weight_decay: float,
-) -> tuple[Array, Float[Array, " steps"]]:
-    """One classifier from initialisation to test, in one compiled call.
-
-    Adam with decoupled weight decay on kernels, by the rates in `rows`.
+) -> tuple[State, Float[np.ndarray, " steps"]]:
+    """One classifier from initialisation to its last step.
 
     Args:
       data: `images` uint8 [N, H, W, 3] and `labels` int32 [N].
-      test_images: uint8 [T, H, W, 3].
-      rows: of `schedule_rows`.
+      rows: of `regimes.schedule`, on the devices.
       key: of initialisation and augmentation.
       model: of `models.resnet`.
       policy: a key of `POLICIES`.
-      weight_decay: decoupled.
+      weight_decay: decoupled, on kernels.
 
     Returns:
-      predicted labels [T] and the loss of each step.
+      the last state and the loss of each step.
     """
     init_key, augment_key = jax.random.split(key)
-    variables = model.init(init_key, _scaled(test_images[:1]))
-    tx = optax.chain(
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(
-            weight_decay, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
-        ),
+    state = init_state(init_key, data["images"][:1], model, weight_decay)
+    losses = []
+    for _ in range(len(rows["rate"])):
+        state, loss = train_step(
+            state,
+            data,
+            rows,
+            augment_key,
+            model=model,
+            policy=policy,
+            weight_decay=weight_decay,
+        )
+        losses.append(loss)
+    return state, np.asarray(jax.device_get(losses))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "weight_decay"))
+def init_state(key: Array, images: Array, model: nn.Module, weight_decay: float):
+    variables = model.init(key, _scaled(images))
+    opt_state = _adam(weight_decay).init(variables["params"])
+    step = jnp.zeros((), jnp.int32)
+    return State(step, variables["params"], variables["batch_stats"], opt_state)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "policy", "weight_decay"), donate_argnums=0
+)
+def train_step(
+    state: State,
+    data: dict[str, Array],
+    rows: dict[str, Array],
+    key: Array,
+    *,
+    model: nn.Module,
+    policy: str,
+    weight_decay: float,
+) -> tuple[State, Float[Array, ""]]:
+    """One step of Adam with decoupled weight decay; returns the next state and loss."""
+    row = {name: array[state.step] for name, array in rows.items()}
+    images, labels = _scaled(data["images"][row["index"]]), data["labels"][row["index"]]
+    if POLICIES[policy]:
+        step_key = jax.random.fold_in(key, state.step)
+        keys = rng.example_keys(step_key, jnp.arange(len(labels)))
+        images = jax.vmap(POLICIES[policy])(keys, images)
+
+    def loss_of(params):
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            mask=row["weight"] > 0,
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return weighted_mean(losses, row["weight"]), updated["batch_stats"]
+
+    (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    updates, opt_state = _adam(weight_decay).update(
+        grads, state.opt_state, state.params
     )
+    updates = jax.tree.map(lambda u: -row["rate"] * u, updates)
+    params = optax.apply_updates(state.params, updates)
+    return State(state.step + 1, params, stats, opt_state), loss
 
-    def train_step(carry, row):
-        variables, opt_state, step = carry
-        images, labels = _scaled(data["images"][row["index"]]), data["labels"][row["index"]]
-        if POLICIES[policy]:
-            keys = rng.example_keys(
-                jax.random.fold_in(augment_key, step), jnp.arange(len(labels))
-            )
-            images = jax.vmap(POLICIES[policy])(keys, images)
 
-        def loss_of(params):
-            logits, updated = model.apply(
-                {**variables, "params": params},
-                images,
-                train=True,
-                mask=row["weight"] > 0,
-                mutable=["batch_stats"],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return weighted_mean(losses, row["weight"]), updated
+@functools.partial(jax.jit, static_argnames="model")
+def predict(state: State, images: Array, *, model: nn.Module):
+    """Predicted labels int32 [T] of uint8 images [T, H, W, 3]."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return model.apply(variables, _scaled(images)).argmax(-1)
 
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, updated), grads = value_and_grad(variables["params"])
-        updates, opt_state = tx.update(grads, opt_state, variables["params"])
-        updates = jax.tree.map(lambda u: -row["rate"] * u, updates)
-        params = optax.apply_updates(variables["params"], updates)
-        return ({"params": params, **updated}, opt_state, step + 1), loss
 
-    carry = (variables, tx.init(variables["params"]), jnp.zeros((), jnp.int32))
-    (variables, _, _), losses = jax.lax.scan(train_step, carry, rows)
-    logits = model.apply(variables, _scaled(test_images))
-    return logits.argmax(-1), losses
+def _adam(weight_decay: float) -> optax.GradientTransformation:
+    """Adam and the decay of kernels; the rate of each step is in its row."""
+    decay = optax.add_decayed_weights(
+        weight_decay, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
+    )
+    return optax.chain(optax.scale_by_adam(), decay)
 
 
 def _scaled(images: Array) -> Array:

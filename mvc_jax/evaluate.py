@@ -230,8 +230,8 @@ def table(metrics: dict) -> str:
     """The accuracy table and the answers, as lines for a terminal."""
     width = max(len(row["title"]) for row in metrics["runs"])
     lines = [
-        f"\ntest accuracy, %, mean and standard deviation over {metrics['seeds']} seeds, "
-        f"{metrics['steps']} optimiser steps each",
+        f"\ntest accuracy, %: mean and standard deviation over {metrics['seeds']} "
+        f"seeds, {metrics['steps']} optimiser steps each",
         f"{'':{width}}  accuracy       against real only",
     ]
     for row in metrics["runs"]:

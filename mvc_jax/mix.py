@@ -200,5 +200,3 @@ def pad_indices(
 def mix(states: Array, partner: Array, positions: Array, dims: Array) -> Array:
     """Both operations of a recipe, for one image; vmap it over a batch."""
     return fine_mix(coarse_mix(states, partner, positions), partner, dims)
-
-

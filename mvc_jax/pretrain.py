@@ -216,9 +216,7 @@ def train_vae(config, folder, workdir, model, images, mesh: Mesh):
             "images": data[rows["image"]] / 127.5 - 1.0,
             "weight": rows["weight"],
         },
-        rows=_image_rows(
-            config.seed, "pretrain/vae", settings.batch_size, len(images)
-        ),
+        rows=_image_rows(config.seed, "pretrain/vae", settings.batch_size, len(images)),
         **_loop_arguments(config, folder, workdir, mesh, "vae", settings.steps),
     )
     return jax.device_get(state.params)

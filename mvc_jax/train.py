@@ -119,7 +119,9 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
       UserError: the config cannot be read, or a flag or field is unknown or mistyped.
     """
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "where the run keeps it all", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "where the run keeps it all", flag_values=values
+    )
     flags.DEFINE_boolean("help", False, "print this help", flag_values=values)
     path, rest = _DEFAULT_CONFIG, []
     words = iter(argv[1:])
@@ -132,9 +134,7 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
             rest.append(word)
     config = load_config(path)
     rest = [argv[0], *(_check_override(config, word) for word in rest)]
-    config_flags.DEFINE_config_dict(
-        "config", config, flag_values=values, sys_argv=rest
-    )
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     try:
         positional = values(rest)[1:]
     except flags.Error as error:

@@ -263,7 +263,7 @@ def test_the_answer_comes_first_and_the_setting_is_told(page):
     assert answer < page.text.index("No evidence either way.") < page.text.index("81.2")
     for words in (
         "4321 opt",
-        "size 37",
+        "batches of 37 images so none",
         "over 2 seeds",
         "90% interval",
         "mix.deep.tok",

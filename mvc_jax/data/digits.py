@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from mvc_jax.data.sources import Example
 
-NAMES = "zero one two three four five six seven eight nine".split()
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 class Digits:
@@ -28,6 +28,4 @@ class Digits:
 
     def __getitem__(self, index: int) -> Example:
         image = np.repeat(self._images[index][:, :, None], 3, axis=2)
-        return Example(
-            image=image, label=int(self.labels[index]), id=self.ids[index]
-        )
+        return Example(image=image, label=int(self.labels[index]), id=self.ids[index])

@@ -88,7 +88,7 @@ def write_shard(
 def read_images(
     folder: epath.PathLike,
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], np.ndarray, list[str]]:
-    """Images, labels int32 [N] and source ids of all shards below `folder`, in order."""
+    """Images, labels int32 [N] and source ids of all shards of `folder`, in order."""
     shards = sorted((epath.Path(folder) / "data").glob("train-*.parquet"))
     images, labels, sources = [], [], []
     for path in shards:

@@ -37,7 +37,6 @@ def _import_quietly():
     """Imports the pinned libraries without the one line that pinning them earns."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import diffusers.utils.logging  # configures the library's handler
 
     for handler in python_logging.getLogger("diffusers").handlers:
         handler.addFilter(lambda record: record.getMessage() != _DEPRECATED)
@@ -145,7 +144,9 @@ class StableDiffusion:
         """Tokens of `text` with BOS and EOS, before any cut."""
         return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
-    def text_states(self, params: Params, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def text_states(
+        self, params: Params, ids: Int[Array, "B L"]
+    ) -> Float[Array, "B L D"]:
         """The text encoder's last hidden states, layer norm applied."""
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         output = self.text_encoder.apply(

@@ -1,4 +1,4 @@
-"""A small byte-pair tokenizer in CLIP's file format, for a base trained from scratch."""
+"""A small byte-pair tokenizer in CLIP's file format, for a base made from scratch."""
 
 import json
 from collections.abc import Iterable

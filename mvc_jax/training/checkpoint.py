@@ -1,7 +1,7 @@
 """Training state on disk, by Orbax: only whole checkpoints count.
 
 Resume rules:
-1. A checkpoint becomes visible by a rename, so a kill during a save leaves the one before.
+1. A checkpoint appears by a rename: a kill during a save leaves the one before.
 2. A run goes on from the newest checkpoint; its step fixes data order and randomness.
 3. A damaged newest checkpoint is named in a warning, and the one before is taken.
 """

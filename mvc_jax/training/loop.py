@@ -5,7 +5,6 @@ microseconds on an accelerator, and XLA's CPU backend runs convolutions inside a
 fifteen times slower than outside (measured on the digits' autoencoder).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +97,7 @@ def fit(
       train_step: pure, `(state, batch) -> (state, metrics)`; metrics are scalars.
       state: the state at step 0; its buffers are donated.
       data: arrays that stay on the device, whole on each.
-      gather: `(data, rows) -> batch`, inside jit. Rows hold what `rows` gave, and
-        `weight` [B], which is 0 for the examples that pad a batch to the mesh.
+      gather: `(data, rows) -> batch`, inside jit; `rows` as `place_rows` gives them.
       rows: step -> host arrays [B], a function of the step alone.
       mesh: the devices.
       steps: where to stop.
@@ -112,14 +110,14 @@ def fit(
       the state at `steps`.
 
     Raises:
-      UserError: the loss is not finite.
+      UserError: a metric is not finite.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def step_on(state, data, rows):
-        return train_step(state, gather(data, rows))
-
+    step_on = jax.jit(
+        lambda state, data, rows: train_step(state, gather(data, rows)),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
     data = jax.device_put(data, sharding.replicated(mesh))
     state = checkpoints.restore(state)
     first = int(state.step)

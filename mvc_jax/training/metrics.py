@@ -1,4 +1,4 @@
-"""Numbers and progress of a run: `metrics.jsonl`, TensorBoard, a bar on the terminal."""
+"""Numbers and progress: `metrics.jsonl`, TensorBoard, a bar on the terminal."""
 
 import sys
 import time

@@ -12,9 +12,7 @@ def purpose_key(seed: int, purpose: str) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(seed), tag)
 
 
-def example_keys(
-    key: Key[Array, ""], indices: Int[Array, " B"]
-) -> Key[Array, " B"]:
+def example_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, " B"]:
     """One key an example, whatever the batch it is in and the device it is on."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
 

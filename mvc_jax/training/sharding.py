@@ -83,7 +83,9 @@ def _split(name: str, leaf: Any, mesh: Mesh) -> PartitionSpec:
         return PartitionSpec()
     fitting = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
     if not fitting:
-        logging.info("%s %s: no axis divides by %d, kept whole", name, leaf.shape, parts)
+        logging.info(
+            "%s %s: no axis divides by %d, kept whole", name, leaf.shape, parts
+        )
         return PartitionSpec()
     axis = max(fitting, key=lambda axis: leaf.shape[axis])
     return PartitionSpec(*[None] * axis, "fsdp")
