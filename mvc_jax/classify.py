@@ -139,19 +139,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             continue
         result = dataclasses.asdict(run_) | {"seeds": []}
         for seed in range(section.seeds):
-            rows = schedule(
-                run_.regime,
-                ranges[""],
-                ranges[run_.set] if run_.set else (0, 0),
-                seed=config.seed,
-                repeat=seed,
-                steps=section.steps,
-                batch_size=section.batch_size,
-                learning_rate=section.learning_rate,
-                probability=section.probability,
-                phase_two=section.phase_two,
-                phase_two_rate=section.phase_two_rate,
-            )
+            rows = _rows(run_, section, ranges, config.seed, seed)
             result |= _examples_seen(rows, ranges)
             state, losses = fit(
                 data,
@@ -192,6 +180,23 @@ def _load(config: ConfigDict, workdir: epath.Path, runs: list[Run]):
         labels.append(drawn_labels)
     data = {"images": np.concatenate(images), "labels": np.concatenate(labels)}
     return data, test, ranges
+
+
+def _rows(run_: Run, section: ConfigDict, ranges: dict, seed: int, repeat: int):
+    """Every batch of one fit, by the run's regime and the config."""
+    return schedule(
+        run_.regime,
+        ranges[""],
+        ranges[run_.set] if run_.set else (0, 0),
+        seed=seed,
+        repeat=repeat,
+        steps=section.steps,
+        batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        probability=section.probability,
+        phase_two=section.phase_two,
+        phase_two_rate=section.phase_two_rate,
+    )
 
 
 def _place(rows: dict, mesh) -> dict:

@@ -43,12 +43,12 @@ def schedule(
       batch_size: B.
       learning_rate: the peak; a half cosine takes it to 0.
       probability: p of `probabilistic`, in [0, 1].
-      phase_two: share of the steps that `two_phase` ends with on real images only.
+      phase_two: share of `two_phase`'s steps that its second phase takes.
       phase_two_rate: times the learning rate in them.
 
     Returns:
-      `index` int32 and `weight` float32 [steps, B] ([steps, 2B] if probabilistic; slots
-      that got no image weigh 0), `rate` float32 [steps].
+      `index` int32 and `weight` float32 [steps, B], or [steps, 2B] if probabilistic
+      (a slot without an image weighs 0); `rate` float32 [steps].
     """
     real_pool = np.arange(*real, dtype=np.int32)
     drawn_pool = np.arange(*synthetic, dtype=np.int32)
@@ -69,11 +69,10 @@ def schedule(
         beside = batches(drawn_pool, "synthetic", 0, steps)
         index = np.concatenate([index, beside], axis=1)
         weight = np.concatenate([weight, extra.astype(np.float32)], axis=1)
-    rates = [
-        half_cosine(learning_rate, turn),
-        half_cosine(learning_rate * phase_two_rate, steps - turn),
-    ]
-    return {"index": index, "weight": weight, "rate": np.concatenate(rates)}
+    first = half_cosine(learning_rate, turn)
+    second = half_cosine(learning_rate * phase_two_rate, steps - turn)
+    rate = np.concatenate([first, second])
+    return {"index": index, "weight": weight, "rate": rate}
 
 
 def half_cosine(peak: float, steps: int) -> np.ndarray:

@@ -9,53 +9,28 @@ same `load`.
 
 import dataclasses
 import functools
-import logging as python_logging
-import os
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import transformers
+from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
+from diffusers.models.vae_flax import FlaxAutoencoderKL
+from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
+from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
 from mvc_jax import files
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import weights
-
-_DEPRECATED = (
-    "Flax classes are deprecated and will be removed in Diffusers v0.40.0. We "
-    "recommend migrating to PyTorch classes or pinning your version of Diffusers."
-)
-
-
-def _import_quietly():
-    """Imports the pinned libraries without the one line that pinning them earns."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    for handler in python_logging.getLogger("diffusers").handlers:
-        handler.addFilter(lambda record: record.getMessage() != _DEPRECATED)
-
-
-_import_quietly()
-
-import diffusers  # noqa: E402
-import transformers  # noqa: E402
-from diffusers.models.unets.unet_2d_condition_flax import (  # noqa: E402
-    FlaxUNet2DConditionModel,
-)
-from diffusers.models.vae_flax import FlaxAutoencoderKL  # noqa: E402
-from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler  # noqa: E402
-from transformers.models.clip.modeling_flax_clip import (  # noqa: E402
-    FlaxCLIPTextModule,
-)
-
-from mvc_jax.models import attention  # noqa: E402
+from mvc_jax.models import attention, weights
 
 Params = dict[str, Any]
 WEIGHTS = {
@@ -354,8 +329,6 @@ def random_params(shapes: Any, rng: np.random.Generator) -> Any:
 
 def _build(class_: type, config: dict[str, Any]) -> Any:
     """Constructs a library class from the fields of `config` that it knows."""
-    import inspect
-
     known = inspect.signature(class_).parameters
     fields = {
         key: tuple(value) if isinstance(value, list) else value

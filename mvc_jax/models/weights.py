@@ -11,6 +11,7 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mvc_jax import files
@@ -54,7 +55,7 @@ def read(path: epath.PathLike, shapes: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: tensors are missing, unexpected or of another shape; all are named.
     """
-    tensors = _renamed(load_file(_local(path)))
+    tensors = _renamed(_open(epath.Path(path)))
     tree, problems = {}, []
     for key, leaf in flax.traverse_util.flatten_dict(shapes).items():
         name = torch_name(key)
@@ -114,13 +115,13 @@ def _renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def _local(path: epath.PathLike) -> str:
-    path = epath.Path(path)
-    if not path.exists():
+def _open(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(str(path))
+    except (FileNotFoundError, SafetensorError) as error:
         raise UserError(
             str(path),
             wanted="a safetensors file",
-            got="no such file",
-            fix="Check base.path; weights in .bin files are never opened.",
-        )
-    return str(path)
+            got=f"a damaged one ({error})" if path.exists() else "no such file",
+            fix="Download it again; weights in .bin files are never opened.",
+        ) from error

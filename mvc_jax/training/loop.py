@@ -95,9 +95,9 @@ def fit(
 
     Args:
       train_step: pure, `(state, batch) -> (state, metrics)`; metrics are scalars.
-      state: the state at step 0; its buffers are donated.
+      state: at step 0; its buffers are donated.
       data: arrays that stay on the device, whole on each.
-      gather: `(data, rows) -> batch`, inside jit; `rows` as `place_rows` gives them.
+      gather: `(data, rows) -> batch`, inside jit; rows are those of `place_rows`.
       rows: step -> host arrays [B], a function of the step alone.
       mesh: the devices.
       steps: where to stop.
@@ -105,9 +105,6 @@ def fit(
       checkpoints: where the state is kept.
       metrics: step to start from -> log of this loop.
       name: for the progress bar.
-
-    Returns:
-      the state at `steps`.
 
     Raises:
       UserError: a metric is not finite.

@@ -1,0 +1,93 @@
+"""Strictness that no user is asked for: shapes, ranks, eight devices."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".pytest_cache" / "xla"
+
+# Before anything imports jax.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("mvc_jax", "beartype.beartype")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Stable Diffusion of the real layout: (architecture, host parameters).
+
+    8 px images, 2x2 latents, 12 tokens of width 16; its biases are not zero.
+    """
+    from mvc_jax.models import stable_diffusion, tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.train(
+        folder, ["a bold stroke, a photo of digit one"], vocab_size=540, max_length=12
+    )
+    read = stable_diffusion.read_tokenizer(folder)
+    unet = {
+        "sample_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "block_out_channels": [32],
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+    }
+    vae = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [4, 4, 4],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 2,
+        "sample_size": 8,
+        "scaling_factor": 0.5,
+    }
+    text = {
+        "vocab_size": len(read),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": read.bos_token_id,
+        "eos_token_id": read.eos_token_id,
+    }
+    scheduler = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+    }
+    configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": scheduler}
+    model = stable_diffusion.StableDiffusion(configs, read)
+    rng = np.random.default_rng(0)
+    params = {
+        name: jax.tree.map(
+            lambda leaf: leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32),
+            stable_diffusion.random_params(model.shapes(name), rng),
+        )
+        for name in stable_diffusion.WEIGHTS
+    }
+    return model, params

@@ -1,0 +1,173 @@
+"""One code path: fine-tuning and sampling on 1 and on 8 devices, in any batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mvc_jax import finetune, generate
+from mvc_jax.data import order
+from mvc_jax.training import rng, sharding
+from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.loop import create_state, fit
+from mvc_jax.training.metrics import MetricsLog
+
+MESHES = {"1": (1, 1), "8": (8, 1), "2x4": (2, 4)}
+
+
+def make_mesh(name):
+    data, fsdp = MESHES[name]
+    return sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+
+
+@pytest.fixture(scope="module")
+def cache():
+    draw = np.random.default_rng(0)
+    return {
+        "moments": draw.normal(size=(6, 2, 2, 8)).astype(np.float32),
+        "text_states": draw.normal(size=(4, 12, 16)).astype(np.float32),
+        "state_of": draw.integers(1, 4, 6).astype(np.int32),
+    }
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, cache, tmp_path_factory):
+    """Losses and parameters after two steps of batch 50, by mesh."""
+    model, params = tiny
+    model, params = model.widened(params)
+    # SGD: Adam's first steps are the gradients' signs, which no tolerance forgives.
+    tx = optax.sgd(0.1)
+    pairs = order.generator(0, "p").integers(6, size=(60, 2)).astype(np.int32)
+    results = {}
+    for name in MESHES:
+        mesh, folder = make_mesh(name), tmp_path_factory.mktemp("finetune")
+        state = fit(
+            functools.partial(
+                finetune.train_step,
+                model=model,
+                tx=tx,
+                key=rng.purpose_key(0, "finetune"),
+                drop_rate=0.05,
+                ema_decay=0.0,
+            ),
+            create_state(params["unet"], tx, mesh),
+            data=cache,
+            gather=finetune.gather,
+            rows=functools.partial(finetune.pair_rows, pairs, seed=0, batch_size=50),
+            mesh=mesh,
+            steps=2,
+            log_every=1,
+            checkpoints=Checkpoints(folder / "checkpoints", every=2),
+            metrics=lambda first, folder=folder: MetricsLog(folder, "finetune"),
+            name="finetune",
+        )
+        text = (folder / "metrics.jsonl").read_text()
+        results[name] = jax.device_get(state.params), text
+    return params["unet"], results
+
+
+@pytest.mark.parametrize("name", ["8", "2x4"])
+def test_batch_50_on_eight_devices_trains_as_on_one(finetuned, name):
+    start, results = finetuned
+    one, other = results["1"][0], results[name][0]
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, start)
+    assert min(jax.tree.leaves(moved["conv_in"])) > 1e-4
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4), one, other
+    )
+
+
+def test_the_conditioning_channels_learn(finetuned):
+    start, results = finetuned
+    kernel = results["1"][0]["conv_in"]["kernel"]
+    assert (start["conv_in"]["kernel"][:, :, 4:] == 0).all()
+    assert np.abs(kernel[:, :, 4:]).max() > 1e-5
+
+
+def draw(tiny, cache, mesh, index, batch_size):
+    """Images by index, mixed in two dims, a batch at a time."""
+    model, params = tiny
+    model, params = model.widened(params)
+    timesteps, step = model.ddim(3)
+    sampler = jax.jit(
+        functools.partial(
+            generate.sample_images,
+            model=model,
+            timesteps=timesteps,
+            step=step,
+            text_scale=3.0,
+            image_scale=1.5,
+            grey=False,
+        )
+    )
+    params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    null = jax.device_put(cache["text_states"][0], sharding.replicated(mesh))
+    size = sharding.padded_size(batch_size, mesh)
+    images = []
+    for start in range(0, len(index), size):
+        part = np.asarray(index[start : start + size], np.int32)
+        batch = {
+            "moments": cache["moments"][part % 6],
+            "states": cache["text_states"][1 + part % 3],
+            "partner_states": cache["text_states"][1 + (part + 1) % 3],
+            "positions": np.full((len(part), 12), 12, np.int32),
+            "dims": np.tile(np.array([[2, 5, 16]], np.int32), (len(part), 1)),
+            "index": part,
+        }
+        padded = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
+        padded = jax.device_put(padded, sharding.batch_sharding(mesh))
+        out = sampler(params, padded, null, rng.purpose_key(0, "noise"))
+        images.append(np.asarray(out)[: len(part)])
+    return np.concatenate(images).astype(int)
+
+
+def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
+    """Within 1 grey level: other shapes and meshes may sum in another order."""
+    index = list(range(9))
+    one = draw(tiny, cache, make_mesh("1"), index, 4)
+    assert one.std() > 5
+    assert len({image.tobytes() for image in one}) == 9
+    for mesh, batch_size in (("8", 8), ("2x4", 4), ("1", 7)):
+        other = draw(tiny, cache, make_mesh(mesh), index, batch_size)
+        assert np.abs(one - other).max() <= 1, (mesh, batch_size)
+    reordered = draw(tiny, cache, make_mesh("1"), index[::-1], 4)[::-1]
+    assert np.abs(one - reordered).max() <= 1
+
+
+def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
+    """The loss of a padded batch equals that of the batch without its padding."""
+    model, params = tiny
+    model, params = model.widened(params)
+    tx = optax.sgd(1.0)
+    mesh = make_mesh("1")
+
+    def one_step(rows):
+        state = create_state(params["unet"], tx, mesh)
+        batch = finetune.gather(
+            jax.tree.map(jnp.asarray, cache), jax.tree.map(jnp.asarray, rows)
+        )
+        step = functools.partial(
+            finetune.train_step,
+            model=model,
+            tx=tx,
+            key=rng.purpose_key(0, "finetune"),
+            drop_rate=0.05,
+            ema_decay=0.0,
+        )
+        state, metrics = jax.jit(step)(state, batch)
+        return jax.device_get((state.params["conv_out"], metrics))
+
+    rows = {
+        "source": np.array([0, 1, 2]),
+        "target": np.array([3, 4, 5]),
+        "weight": np.ones(3, np.float32),
+    }
+    padded = {key: np.pad(value, (0, 5)) for key, value in rows.items()}
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5),
+        one_step(rows),
+        one_step(padded),
+    )

@@ -1,0 +1,184 @@
+"""Weights in and out, and the widened UNet, on a random checkpoint."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mvc_jax.errors import UserError
+from mvc_jax.models import stable_diffusion, tokenizer, weights
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    stable_diffusion.save(tmp_path / "model", *tiny)
+    return tmp_path / "model"
+
+
+def test_saving_and_loading_is_the_identity(tiny, saved):
+    model, params = tiny
+    read, again = stable_diffusion.load(saved)
+    assert read.configs == model.configs
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    text = "a photo of digit one"
+    np.testing.assert_array_equal(read.tokenize([text]), model.tokenize([text]))
+
+
+def test_weights_on_disk_have_the_names_and_layout_of_pytorch(tiny, saved):
+    _, params = tiny
+    unet = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors")
+    flax_kernel = params["unet"]["conv_in"]["kernel"]
+    np.testing.assert_array_equal(
+        unet["conv_in.weight"], flax_kernel.transpose(3, 2, 0, 1)
+    )
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    for name in ("attn1.to_out.0.weight", "ff.net.0.proj.bias", "norm3.weight"):
+        assert f"{block}.{name}" in unet
+    assert unet["time_embedding.linear_1.weight"].shape == (128, 32)
+    vae = load_file(saved / "vae" / "diffusion_pytorch_model.safetensors")
+    assert "encoder.mid_block.attentions.0.to_out.0.weight" in vae
+    text = load_file(saved / "text_encoder" / "model.safetensors")
+    assert "text_model.encoder.layers.0.self_attn.q_proj.weight" in text
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+def test_autoencoders_of_older_exports_are_read(tiny, saved):
+    """They name attention query, key, value, proj_attn, some as 1x1 convolutions."""
+    path = saved / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {}
+    for name, tensor in load_file(path).items():
+        for new, was in (
+            ("to_q.", "query."),
+            ("to_k.", "key."),
+            ("to_v.", "value."),
+            ("to_out.0.", "proj_attn."),
+        ):
+            if new in name:
+                name = name.replace(new, was)
+                tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        old[name] = np.ascontiguousarray(tensor)
+    save_file(old, path)
+    params = stable_diffusion.load(saved, ("vae",))[1]
+    jax.tree.map(np.testing.assert_array_equal, params["vae"], tiny[1]["vae"])
+
+
+def test_every_wrong_tensor_is_named(tiny, saved):
+    path = saved / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :3].copy()
+    tensors["stranger"] = tensors.pop("conv_out.bias")
+    save_file(tensors, path)
+    with pytest.raises(UserError) as error:
+        stable_diffusion.load(saved)
+    for part in (
+        "conv_out.bias is missing",
+        "stranger is unexpected",
+        "conv_in.weight makes [3, 3, 3, 32], not [3, 3, 4, 32]",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/merges.txt",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_missing_file_is_named(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(UserError, match=file.split("/")[-1].replace(".", r"\.")):
+        stable_diffusion.load(saved)
+
+
+def test_a_cut_download_is_an_error_that_names_the_file(saved):
+    path = saved / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="diffusion_pytorch_model"):
+        stable_diffusion.load(saved)
+
+
+def test_the_widened_unet_equals_the_old_one_and_then_sees_the_source(tiny):
+    model, params = tiny
+    wide, widened = model.widened(params)
+    rng = np.random.default_rng(1)
+    noisy, source = rng.normal(size=(2, 2, 2, 2, 4)).astype(np.float32)
+    states = rng.normal(size=(2, 12, 16)).astype(np.float32)
+    steps = jnp.array([3, 700])
+    old = model.denoise(params, jnp.asarray(noisy), steps, jnp.asarray(states))
+    both = jnp.concatenate([noisy, source], axis=-1)
+    new = wide.denoise(widened, both, steps, jnp.asarray(states))
+    np.testing.assert_allclose(new, old, atol=1e-6)
+    np.testing.assert_array_equal(
+        widened["unet"]["conv_in"]["bias"], params["unet"]["conv_in"]["bias"]
+    )
+    assert np.abs(params["unet"]["conv_in"]["bias"]).max() > 0
+
+    def of_kernel(kernel):
+        conv_in = {**widened["unet"]["conv_in"], "kernel": kernel}
+        unet = {**widened["unet"], "conv_in": conv_in}
+        return (wide.denoise({"unet": unet}, both, steps, states) ** 2).sum()
+
+    gradient = jax.grad(of_kernel)(jnp.asarray(widened["unet"]["conv_in"]["kernel"]))
+    assert np.abs(gradient[:, :, 4:]).min(axis=(0, 1, 3)).max() > 0
+    assert wide.widened(widened) == (wide, widened)
+
+
+def test_text_states_depend_on_earlier_tokens_only(tiny):
+    model, params = tiny
+    ids = model.tokenize(["a bold stroke, a photo", "a bold stroke, a digit"])
+    differ = np.flatnonzero(ids[0] != ids[1])
+    states = model.text_states(params, jnp.asarray(ids))
+    first = int(differ[0])
+    np.testing.assert_allclose(states[0, :first], states[1, :first], atol=1e-6)
+    assert np.abs(states[0, first] - states[1, first]).max() > 1e-4
+
+
+def test_images_are_encoded_alike_in_any_batch(tiny):
+    from mvc_jax.training import sharding
+
+    model, params = tiny
+    images = np.random.default_rng(2).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    a = stable_diffusion.encode_images(model, params, images, batch_size=2, mesh=one)
+    b = stable_diffusion.encode_images(
+        model, params, images, batch_size=5, mesh=sharding.make_mesh()
+    )
+    assert a.shape == (5, 2, 2, 8)
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        (
+            ("up_blocks_1", "upsamplers_0", "conv", "bias"),
+            "up_blocks.1.upsamplers.0.conv.bias",
+        ),
+        (("a", "attn2", "to_out_0", "kernel"), "a.attn2.to_out.0.weight"),
+        (("x", "token_embedding", "embedding"), "x.token_embedding.weight"),
+    ],
+)
+def test_torch_names(path, name):
+    assert weights.torch_name(path) == name
+
+
+def test_the_trained_tokenizer_is_clip_s(tmp_path):
+    tokenizer.train(
+        tmp_path, ["bold slanted strokes"] * 5, vocab_size=600, max_length=8
+    )
+    read = stable_diffusion.read_tokenizer(tmp_path)
+    assert read.tokenize("Bold strokes") == ["bold</w>", "strokes</w>"]
+    ids = read("bold", padding="max_length", max_length=8)["input_ids"]
+    assert ids[0] == read.bos_token_id
+    assert set(ids[2:]) == {read.eos_token_id}
+    unseen = read("naïve 7!")["input_ids"]
+    assert read.decode(unseen, skip_special_tokens=True).strip() == "naïve 7!"
