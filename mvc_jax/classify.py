@@ -220,7 +220,7 @@ def _examples_seen(rows: dict, ranges: dict) -> dict[str, int]:
 class State:
     """A classifier in training; `step` alone fixes its batch and its randomness."""
 
-    step: jax.Array
+    step: Any  # int32 []
     params: Any
     batch_stats: Any
     opt_state: Any

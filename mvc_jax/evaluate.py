@@ -169,7 +169,7 @@ def _verdict(difference: dict, confidence: float) -> dict[str, str]:
     if difference["low"] > 0:
         return {"verdict": "yes", "sentence": f"Yes: {interval}."}
     if difference["high"] < 0:
-        return {"verdict": "no", "sentence": f"No, they cost accuracy: {interval}."}
+        return {"verdict": "no", "sentence": f"No, accuracy is lower: {interval}."}
     return {"verdict": "unclear", "sentence": f"No evidence either way: {interval}."}
 
 

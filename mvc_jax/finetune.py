@@ -184,5 +184,5 @@ def train_step(
         return weighted_mean(loss.squared_error(prediction, target), batch["weight"])
 
     value, grads = jax.value_and_grad(loss_of)(state.params)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
     return state.update(grads, tx, ema_decay=ema_decay), metrics

@@ -1,8 +1,8 @@
 """What a run left on disk -> one page and one picture to judge it by.
 
-Reads: the artifacts of its input stages, and `config.json`, `metrics.jsonl` and
-`timings.json` of the workdir. Writes: `report.html`, which asks nothing of the network
-(mail it, archive it), and `grid.png`. Results are printed, never computed, here.
+Reads: the artifacts of its input stages, and `metrics.jsonl` and `timings.json` of the
+workdir. Writes: `report.html`, which asks nothing of the network (mail it, archive it),
+and `grid.png`. Results are printed, never computed, here.
 """
 
 import base64
@@ -90,7 +90,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         captions=_captions(found),
         splits=_splits(workdir, found.captions),
         curves=_curves(workdir),
-        config=_optional(workdir / "config.json"),
+        config=config.to_dict(),
         timings=_optional(workdir / "timings.json"),
         manifests=_manifests(workdir),
     )

@@ -39,7 +39,7 @@ def finetuned(tiny, cache, tmp_path_factory):
     model, params = tiny
     model, params = model.widened(params)
     # SGD: Adam's first steps are the gradients' signs, which no tolerance forgives.
-    tx = optax.sgd(0.1)
+    tx = optax.sgd(0.01)
     pairs = order.generator(0, "p").integers(6, size=(60, 2)).astype(np.int32)
     results = {}
     for name in MESHES:
@@ -69,15 +69,19 @@ def finetuned(tiny, cache, tmp_path_factory):
     return params["unet"], results
 
 
+def furthest(a, b):
+    """The largest difference of two parameter trees, anywhere."""
+    differences = jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b)
+    return max(jax.tree.leaves(differences))
+
+
 @pytest.mark.parametrize("name", ["8", "2x4"])
 def test_batch_50_on_eight_devices_trains_as_on_one(finetuned, name):
     start, results = finetuned
     one, other = results["1"][0], results[name][0]
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, start)
-    assert min(jax.tree.leaves(moved["conv_in"])) > 1e-4
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4), one, other
-    )
+    moved = furthest(one, start)
+    assert moved > 0.01
+    assert furthest(one, other) < 1e-3 * moved
 
 
 def test_the_conditioning_channels_learn(finetuned):

@@ -29,7 +29,8 @@ SIZE = 8
 def make_config() -> ConfigDict:
     data = {"source": "digits", "size": SIZE}
     page = {"title": f"Title {EVIL}", "grid_columns": 2, "grid_scale": 32}
-    return ConfigDict({"seed": 3, "data": data, "report": page})
+    mix = {"deep": {"tokens": 9}}
+    return ConfigDict({"seed": 3, "data": data, "mix": mix, "report": page})
 
 
 def make_recipes(ids: dict[int, list[str]], modes=("coarse", "fine")) -> list[dict]:
@@ -148,9 +149,6 @@ def make_workdir(
     files.write_jsonl(workdir / "metrics.jsonl", rows)
     times = {"seconds": 1234.56, "compile_seconds": 65.43, "peak_rss_mib": 2345}
     files.write_json(workdir / "timings.json", {"finetune": times})
-    files.write_json(
-        workdir / "config.json", {"seed": 3, "mix": {"deep": {"tokens": 9}}}
-    )
     return workdir
 
 
@@ -402,7 +400,7 @@ def test_sets_of_other_names_follow_in_order(tmp_path):
 def test_without_anything_optional(tmp_path):
     nothing = {"questions": [], "sets": {}, "notes": []}
     workdir = make_workdir(tmp_path, **nothing, runs=make_metrics()["runs"][:1])
-    for name in ("metrics.jsonl", "timings.json", "config.json"):
+    for name in ("metrics.jsonl", "timings.json"):
         (workdir / name).unlink()
     page = run_page(workdir)
     for heading in ("Training loss", "Synthetic sets", "Time and memory", "Notes"):

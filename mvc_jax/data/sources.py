@@ -1,6 +1,6 @@
 """Where labelled images come from: one small protocol, one file a source."""
 
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class Example(TypedDict):
     id: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """A random-access dataset. `labels` [N] and `ids` cost no image decoding."""
 

@@ -4,6 +4,7 @@ Legend: B batch, h w latent grid, c latent channels, T training timesteps.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 _CLIP = (-30.0, 20.0)  # of the posterior's log variance, as in latent diffusion
@@ -34,7 +35,7 @@ def add_noise(
     latents: Float[Array, "B h w c"],
     noise: Float[Array, "B h w c"],
     timesteps: Int[Array, " B"],
-    alphas_cumprod: Float[Array, " T"],
+    alphas_cumprod: Float[Array | np.ndarray, " T"],
 ) -> Float[Array, "B h w c"]:
     """q(x_t | x_0): equation (4) of Ho et al., arXiv 2006.11239."""
     signal, sigma = _scales(timesteps, alphas_cumprod)
@@ -45,7 +46,7 @@ def prediction_target(
     latents: Float[Array, "B h w c"],
     noise: Float[Array, "B h w c"],
     timesteps: Int[Array, " B"],
-    alphas_cumprod: Float[Array, " T"],
+    alphas_cumprod: Float[Array | np.ndarray, " T"],
     prediction_type: str,
 ) -> Float[Array, "B h w c"]:
     """What the network should predict: the noise, or v (arXiv 2202.00512, eq. 9).

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
 def sample(
     denoise: Callable[[Array, Array], Array],
     step: Callable[[Array, Array, Array], Array],
-    timesteps: Int[Array, " S"],
+    timesteps: Int[Array | np.ndarray, " S"],
     noise: Float[Array, "B h w c"],
 ) -> Float[Array, "B h w c"]:
     """Walks from noise to latents.

@@ -3,7 +3,8 @@
 Resume rules:
 1. A checkpoint appears by a rename: a kill during a save leaves the one before.
 2. A run goes on from the newest checkpoint; its step fixes data order and randomness.
-3. A damaged newest checkpoint is named in a warning, and the one before is taken.
+3. A damaged newest checkpoint is named in a warning and removed; the one before is
+   taken.
 """
 
 from typing import Any
@@ -41,6 +42,7 @@ class Checkpoints:
                     step,
                     str(error).splitlines()[0] if str(error) else type(error).__name__,
                 )
+                self._manager.delete(step)  # or the run could not save it anew
         return state
 
     def save(self, step: int, state: Any) -> None:

@@ -5,6 +5,7 @@ microseconds on an accelerator, and XLA's CPU backend runs convolutions inside a
 fifteen times slower than outside (measured on the digits' autoencoder).
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ class TrainState:
     `ema_params` is None where no average is kept.
     """
 
-    step: jax.Array
+    step: Any  # int32 []; `Any`, for a state also holds shapes, specs, shardings
     params: Any
     opt_state: Any
     ema_params: Any = None
@@ -116,25 +117,25 @@ def fit(
         out_shardings=(shardings, None),
     )
     data = jax.device_put(data, sharding.replicated(mesh))
-    state = checkpoints.restore(state)
-    first = int(state.step)
-    log = metrics(first)
-    progress = Progress(name, steps, done=first)
-    pending: list[dict] = []
-    for step in range(first, steps):
-        state, values = step_on(state, data, place_rows(rows(step), mesh))
-        done = step + 1
-        if pending and step % log_every == 0:  # the device is busy with this step
-            _record(step, pending, log, progress)
-            pending = []
-        pending.append(values)
-        if done % checkpoints.every == 0 or done == steps:
-            _record(done, pending, log, progress)  # a bad state is never saved
-            pending = []
-            checkpoints.save(done, state)
-    checkpoints.close()
-    log.close()
-    progress.close()
+    with contextlib.closing(checkpoints):
+        state = checkpoints.restore(state)
+        first = int(state.step)
+        with (
+            contextlib.closing(metrics(first)) as log,
+            contextlib.closing(Progress(name, steps, done=first)) as progress,
+        ):
+            pending: list[dict] = []
+            for step in range(first, steps):
+                state, values = step_on(state, data, place_rows(rows(step), mesh))
+                done = step + 1
+                if pending and step % log_every == 0:  # the device is busy meanwhile
+                    _record(step, pending, log, progress)
+                    pending = []
+                pending.append(values)
+                if done % checkpoints.every == 0 or done == steps:
+                    _record(done, pending, log, progress)  # a bad state is never saved
+                    pending = []
+                    checkpoints.save(done, state)
     return state
 
 

@@ -1,0 +1,142 @@
+"""The numbers that a reader will trust: intervals, verdicts, copies, diversity."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from mvc_jax import evaluate
+from mvc_jax.data import manifest, splits, synthetic
+
+accuracy = st.integers(0, 1000).map(lambda n: n / 1000)
+
+
+@given(
+    st.lists(st.tuples(accuracy, accuracy), min_size=2, max_size=8),
+    st.sampled_from([0.5, 0.9, 0.95, 0.99]),
+)
+@settings(deadline=None, max_examples=50)
+def test_the_interval_is_that_of_the_paired_t_test(pairs, confidence):
+    ours, theirs = np.asarray(pairs).T
+    found = evaluate.paired_difference(ours, theirs, confidence)
+    assert found["mean"] == pytest.approx(np.mean(ours) - np.mean(theirs), abs=1e-12)
+    if np.std(ours - theirs) > 1e-9:  # SciPy warns of a test without spread
+        expected = stats.ttest_rel(ours, theirs).confidence_interval(confidence)
+        assert found["low"] == pytest.approx(expected.low, abs=1e-9)
+        assert found["high"] == pytest.approx(expected.high, abs=1e-9)
+    else:
+        assert found["low"] == pytest.approx(found["high"], abs=1e-6)
+
+
+def test_one_seed_has_no_interval():
+    found = evaluate.paired_difference(np.array([0.9]), np.array([0.8]), 0.95)
+    assert found == {"mean": pytest.approx(0.1), "low": None, "high": None}
+
+
+def results(**accuracies):
+    """Results of runs by their accuracies, as `classify` writes them."""
+    return {
+        name.replace("_plus_", "+").replace("_of_", ":"): {
+            "seeds": [{"accuracy": value} for value in values]
+        }
+        for name, values in accuracies.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "words"),
+    [
+        ([0.9, 0.91, 0.92], "yes", ["+11.0 points", "95%", "+8.5 to +13.5"]),
+        ([0.7, 0.71, 0.72], "no", ["-9.0 points", "-11.5 to -6.5"]),
+        ([0.7, 0.8, 0.95], "unclear", ["+1.7 points"]),
+        ([0.8, 0.8, 0.8], "unclear", ["+0.0 points"]),
+        ([0.95], "unclear", ["+15.0 points", "one seed"]),
+    ],
+)
+def test_a_verdict_needs_an_interval_that_leaves_out_zero(ours, verdict, words):
+    found = results(combined=ours, real=[0.8] * len(ours))
+    [answer] = evaluate._questions(found, 0.95)
+    assert (answer["run"], answer["against"]) == ("combined", "real")
+    assert answer["verdict"] == verdict
+    for word in words:
+        assert word in answer["sentence"]
+
+
+def test_only_questions_whose_runs_were_made_are_answered():
+    pair = [0.5, 0.6]
+    found = results(combined=pair, combined_of_unmixed=pair, real_plus_affine=pair)
+    answers = evaluate._questions(found, 0.95)
+    asked = [(answer["run"], answer["against"]) for answer in answers]
+    assert asked == [("combined", "combined:unmixed")]
+
+
+def images_of(values):
+    """Flat 4x4 images of these grey values, one more pixel white in each."""
+    images = np.empty((len(values), 4, 4, 3), np.uint8)
+    images[...] = np.asarray(values, np.uint8)[:, None, None, None]
+    images[:, 0, 0] = 255
+    return images
+
+
+def described(tmp_path, train, drawn, drawn_labels=None):
+    """`_sets` of a training set and of one synthetic set, images given by their grey."""
+    folder = epath.Path(tmp_path) / "generate"
+    stage = manifest.open_stage(tmp_path, "generate", {"generate": {"sets": ["mixed"]}})
+    labels = drawn_labels or [0] * len(drawn)
+    rows = [
+        dict.fromkeys(synthetic._FIELDS) | {"label": label, "source": "s", "index": k}
+        for k, label in enumerate(labels)
+    ]
+    images = drawn if isinstance(drawn, np.ndarray) else images_of(drawn)
+    path = synthetic.shard_path(folder / "mixed", 0, 1)
+    synthetic.write_shard(path, images, rows, ["a", "b"], pictures=None)
+    stage.finish([])
+    zeros = np.zeros(len(train), np.int32)
+    split = splits.Split(images_of(train), zeros, tuple(map(str, train)), ("a", "b"))
+    return evaluate._sets(folder, split)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "copies"),
+    [
+        ([60, 100, 180], 3),  # the training images themselves
+        ([60, 62, 58], 3),  # nearer to one than any two of those are: 40 levels
+        ([130, 0], 0),  # 30 and 60 away, but ...
+        ([20, 140], 0),  # exactly as far as those two
+        ([61, 140], 1),
+    ],
+)
+def test_a_copy_is_nearer_than_any_two_training_images(tmp_path, drawn, copies):
+    found = described(tmp_path, [60, 100, 180], drawn)
+    assert found["mixed"]["copies"] == copies
+
+
+@pytest.mark.parametrize("train", [[60, 60, 180], [60, 61, 180], [60]])
+def test_an_exact_copy_always_counts_and_a_new_image_never(tmp_path, train):
+    """Duplicates among the training images, and a single one, are usual with users."""
+    found = described(tmp_path, train, [60, 120])
+    assert found["mixed"]["copies"] == 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_distances_and_diversity_are_root_mean_squares(tmp_path):
+    found = described(tmp_path, [0, 100], [30, 40, 70, 200], [0, 0, 0, 1])
+    scale = math.sqrt(15 / 16) / 255  # one pixel of sixteen is always white
+    mean = {"real": 100, "mixed": (30 + 40 + 30 + 100) / 4}
+    for name, distance in mean.items():
+        assert found[name]["nearest_real"] == pytest.approx(distance * scale, rel=1e-4)
+    within = (10 + 40 + 30) / 3  # of class a; class b has one image
+    assert found["mixed"]["diversity"] == pytest.approx(within * scale, rel=1e-4)
+    assert found["mixed"]["images"] == 4
+    assert found["real"]["images"] == 2
+
+
+def test_flat_images_are_counted(tmp_path):
+    images = images_of([10, 20, 30])
+    images[1] = 77
+    assert described(tmp_path, [0, 100], images, [0, 0, 0])["mixed"]["constant"] == 1

@@ -1,0 +1,119 @@
+"""Files are whole or absent, and what is written is what is read."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mvc_jax import files
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A file that was written before."""
+    path = tmp_path / "old.txt"
+    files.write_text(path, "old")
+    return path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_new_content_appears_only_at_the_end(old):
+    with files.replacing(old) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == old.parent
+        assert temporary.suffix == ".txt"
+        assert old.read_text() == "old"
+    assert old.read_text() == "new"
+    assert names(old.parent) == ["old.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_exception_leaves_the_old_file_and_nothing_else(old, error, begun):
+    with pytest.raises(error), files.replacing(old) as temporary:
+        if begun:
+            temporary.write_text("ne")
+        raise error
+    assert old.read_text() == "old"
+    assert names(old.parent) == ["old.txt"]
+
+
+def test_a_killed_process_leaves_the_old_file(old):
+    program = (
+        "import os, sys; from mvc_jax import files\n"
+        "with files.replacing(sys.argv[1]) as path:\n"
+        "    path.write_text('ne')\n"
+        "    os._exit(9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, old], timeout=60)
+    assert done.returncode == 9
+    assert old.read_text() == "old"
+    assert (
+        len(names(old.parent)) == 2
+    )  # what it had begun lies there under its own name
+    files.remove_temporaries(epath.Path(old.parent))
+    assert names(old.parent) == ["old.txt"]
+
+
+def test_temporaries_are_removed_from_folders_below_too(tmp_path):
+    """Images and shards are written below the stage's folder, to `train/<class>/`."""
+    left = tmp_path / "train" / "cat" / ".tmp-0badf00d-1.png"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    files.remove_temporaries(epath.Path(tmp_path))
+    assert names(left.parent) == []
+
+
+def test_object_arrays_are_refused(old):
+    with pytest.raises(ValueError, match="allow_pickle"):
+        files.write_array(old, np.array([{}], object))
+    assert old.read_text() == "old"
+    np.save(old.with_suffix(".npy"), np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        files.read_array(old.with_suffix(".npy"))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32, np.float16, bool])
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 4)])
+def test_arrays_come_back(tmp_path, dtype, shape):
+    array = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+    files.write_array(tmp_path / "below" / "a.npy", array)
+    back = files.read_array(tmp_path / "below" / "a.npy")
+    np.testing.assert_array_equal(back, array)
+    assert back.dtype == dtype
+
+
+values = st.text() | st.integers() | st.none() | st.lists(st.text(), max_size=2)
+
+
+@given(st.lists(st.dictionaries(st.text(), values, max_size=3), max_size=4))
+@example([{"NEL": "a\x85b"}, {"line and paragraph separators": "a\u2028b\u2029c"}])
+@example([{"é\n\r\x0b\x0c\x1c": "\t\U0001f600"}, {}])
+@settings(deadline=None, max_examples=100)
+def test_any_text_survives_json_lines(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    files.write_jsonl(path, rows)
+    assert path.read_bytes().count(b"\n") == len(rows)
+    assert files.read_jsonl(path) == rows
+    files.write_json(path, rows)
+    assert files.read_json(path) == rows
+
+
+def test_letters_are_written_as_they_are(tmp_path):
+    files.write_jsonl(tmp_path / "rows.jsonl", [{"class": "naïve 数"}])
+    assert (tmp_path / "rows.jsonl").read_bytes() == '{"class": "naïve 数"}\n'.encode()
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 20) + 1])
+def test_the_hash_is_that_of_sha256sum(tmp_path, size):
+    (tmp_path / "f").write_bytes(bytes(size))
+    ours = files.sha256(tmp_path / "f")
+    theirs = subprocess.run(["sha256sum", tmp_path / "f"], capture_output=True)
+    assert theirs.stdout.decode().split()[0] == ours

@@ -1,0 +1,194 @@
+"""The numbered rules at the top of data/manifest.py, one test a rule or more."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mvc_jax import files
+from mvc_jax.data import manifest
+from mvc_jax.errors import UserError
+
+SETTINGS = {"seed": 0, "mix": {"tokens": 4, "modes": ("coarse", "fine")}}
+OTHERS = {"seed": 0, "mix": {"tokens": 5, "modes": ("coarse", "fine")}}
+
+
+def contents(folder):
+    """Every file below a folder, by its path: (bytes, time of its last change)."""
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def make(workdir, name="mix", settings=SETTINGS, inputs=(), text="made"):
+    """Runs a stage that writes two files."""
+    stage = manifest.open_stage(workdir, name, settings, inputs)
+    if not stage.complete:
+        for file in ("a.txt", "below/b.txt"):
+            files.write_text(stage.folder / file, f"{text} {file}")
+        stage.finish(["a.txt", "below/b.txt"], things=2)
+    return stage
+
+
+def test_rule_1_the_manifest_is_written_last_and_describes_the_files(tmp_path):
+    stage = manifest.open_stage(tmp_path, "mix", SETTINGS)
+    assert not stage.complete
+    with pytest.raises(FileNotFoundError):
+        stage.finish(["a.txt"])
+    assert not manifest.is_complete(tmp_path, "mix")
+
+    stage = make(tmp_path)
+    assert stage.complete
+    assert manifest.is_complete(tmp_path, "mix")
+    assert [path.name for path in tmp_path.iterdir()] == ["mix"]
+    read = manifest.read_manifest(tmp_path, "mix")
+    assert read["counts"] == {"things": 2}
+    assert read["artifacts"]["a.txt"] == {
+        "bytes": len("made a.txt"),
+        "sha256": files.sha256(tmp_path / "mix" / "a.txt"),
+    }
+    assert not (tmp_path / "mix" / "started.json").exists()
+
+
+def test_rule_2_a_finished_stage_does_nothing(tmp_path):
+    make(tmp_path)
+    before = contents(tmp_path)
+    assert make(tmp_path, text="made anew").complete
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["rule 3", "rule 5"])
+def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, finished):
+    if finished:
+        make(tmp_path)
+    else:
+        manifest.open_stage(tmp_path, "mix", SETTINGS)
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        make(tmp_path, settings=OTHERS)
+    message = str(error.value)
+    assert "(mix.tokens: 4 -> 5)" in message
+    assert "seed" not in message
+    for way_out in ("Take back", "--workdir", f"delete {tmp_path / 'mix'}"):
+        assert way_out in message
+    assert contents(tmp_path) == before
+
+
+def test_rule_4_a_stage_that_was_cut_goes_on_with_what_it_has(tmp_path):
+    stage = manifest.open_stage(tmp_path, "mix", SETTINGS)
+    files.write_text(stage.folder / "a.txt", "half of the work")
+    (stage.folder / ".tmp-0badf00d-b.txt").write_text("killed in the middle")
+    again = manifest.open_stage(tmp_path, "mix", SETTINGS)
+    assert not again.complete
+    found = sorted(path.name for path in (tmp_path / "mix").iterdir())
+    assert found == ["a.txt", "started.json"]
+    assert (tmp_path / "mix" / "a.txt").read_text() == "half of the work"
+
+
+@pytest.mark.parametrize("gone", ["a.txt", "below/b.txt"])
+def test_rule_6_a_missing_file_is_filled_in(tmp_path, gone):
+    make(tmp_path)
+    whole = {path: content for path, (content, _) in contents(tmp_path).items()}
+    (tmp_path / "mix" / gone).unlink()
+    assert not manifest.open_stage(tmp_path, "mix", SETTINGS).complete
+    make(tmp_path)
+    assert {path: content for path, (content, _) in contents(tmp_path).items()} == whole
+
+
+@pytest.mark.parametrize("text", ["MADE {}", "short"], ids=["same size", "shorter"])
+@pytest.mark.parametrize(
+    ("edited", "gone"),
+    [
+        ("a.txt", None),
+        ("below/b.txt", None),
+        ("a.txt", "below/b.txt"),
+        ("below/b.txt", "a.txt"),
+    ],
+)
+def test_rule_7_an_edited_file_is_an_error(tmp_path, text, edited, gone):
+    """Also where rule 6 would run the stage again, which might overwrite it."""
+    make(tmp_path)
+    (tmp_path / "mix" / edited).write_text(text.format(edited))
+    if gone:
+        (tmp_path / "mix" / gone).unlink()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"{edited}: wanted the file that this stage"):
+        make(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_an_input_must_be_finished(tmp_path):
+    manifest.open_stage(tmp_path, "encode", {})
+    with pytest.raises(UserError, match="^stage mix: wanted the finished stage encode"):
+        make(tmp_path, inputs=["encode"])
+    assert not (tmp_path / "mix").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_input_that_was_made_anew_is_noticed(tmp_path, finished):
+    make(tmp_path, "encode")
+    if finished:
+        make(tmp_path, inputs=["encode"])
+    manifest.open_stage(tmp_path, "mix", SETTINGS, ["encode"])
+    for path in (tmp_path / "encode").rglob("*.*"):
+        path.unlink()
+    make(tmp_path, "encode", text="else")
+    with pytest.raises(UserError, match="stage encode was made anew"):
+        make(tmp_path, inputs=["encode"])
+
+
+def test_an_input_made_anew_to_the_same_bytes_is_the_same(tmp_path, monkeypatch):
+    make(tmp_path, "encode")
+    make(tmp_path, inputs=["encode"])
+    for path in (tmp_path / "encode").rglob("*.*"):
+        path.unlink()
+    monkeypatch.setattr(manifest, "versions", lambda: {"jax": "99"})
+    make(tmp_path, "encode")
+    assert make(tmp_path, inputs=["encode"]).complete
+
+
+leaves = st.integers() | st.text(max_size=3) | st.none() | st.lists(st.integers())
+keys = st.text("abc", min_size=1, max_size=2)
+trees = st.recursive(leaves, lambda inner: st.dictionaries(keys, inner, max_size=3))
+
+
+def flat(tree, prefix=""):
+    """Leaves and empty dicts by their dotted path."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    parts = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in tree.items())
+    return {path: leaf for part in parts for path, leaf in part.items()}
+
+
+@given(st.dictionaries(keys, trees, min_size=1), st.data())
+@settings(deadline=None, max_examples=100)
+def test_one_changed_leaf_is_one_line(tree, data):
+    assert manifest.differences(tree, tree) == []
+    path, old = data.draw(st.sampled_from(sorted(flat(tree).items(), key=str)))
+    inner, *above = path.split(".")[::-1]
+    changed = copy.deepcopy(tree)
+    place = changed
+    for part in above[::-1]:
+        place = place[part]
+    place[inner] = "another value"
+    [line] = manifest.differences(changed, tree)
+    assert line == f"{path}: {old!r} -> 'another value'"
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "lines"),
+    [
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, ["a.b: 3 -> 1", "c: '(none)' -> 2"]),
+        ({"a": 1}, {"a": {"b": 1}}, ["a: {'b': 1} -> 1"]),
+        ({"a": None}, {}, ["a: '(none)' -> None"]),
+        ({"a": [1]}, {"a": [1, 2]}, ["a: [1, 2] -> [1]"]),
+    ],
+)
+def test_nested_differences(new, old, lines):
+    found = manifest.differences(new, old)
+    assert len(found) == len(lines)
+    for line, expected in zip(found, lines, strict=True):
+        assert line.endswith(expected)

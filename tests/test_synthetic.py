@@ -1,0 +1,175 @@
+"""The augmented dataset on disk: what other tools read is what was drawn."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from mvc_jax import generate
+from mvc_jax.data import synthetic
+
+NAMES = ("brain tumor", "naïve class", "healthy")
+ROWS = [
+    {"index": k, "label": k % 3, "source": f"s/{k}", "partner": "s/9", "mode": "coarse"}
+    | {"positions": [1, 5][: k % 3], "dims": [], "prompt": "a cat", "seed": 1 << 40}
+    | {"text_scale": 7.5, "image_scale": 1.5, "steps": 3, "sampler": "ddim"}
+    | {"model": "0badf00d"}
+    for k in range(7)
+]
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 6, 3), dtype=np.uint8)
+
+
+def write(folder, names=NAMES, rows=ROWS, shards=2, pictures=True):
+    """A set as `generate` writes it, shard by shard."""
+    folder = epath.Path(folder)
+    size = -(-len(rows) // shards)
+    for shard in range(shards):
+        part = slice(shard * size, (shard + 1) * size)
+        synthetic.write_shard(
+            synthetic.shard_path(folder, shard, shards),
+            IMAGES[: len(rows)][part],
+            rows[part],
+            names,
+            pictures=folder / "train" if pictures else None,
+        )
+    if pictures:
+        generate._write_metadata(folder / "train", rows, names)
+    return pathlib.Path(folder)
+
+
+def content(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def image_folder(root):
+    """(path, class index) of every image, and the classes, as torchvision walks them."""
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    samples = []
+    for index, name in enumerate(classes):
+        for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+            paths = [pathlib.Path(folder) / file for file in sorted(files)]
+            samples += [(path, index) for path in paths if path.suffix == ".png"]
+    return samples, classes
+
+
+@pytest.mark.parametrize("shards", [1, 2, 7])
+def test_pixels_labels_and_sources_come_back_in_order(tmp_path, shards):
+    folder = write(tmp_path, shards=shards, pictures=False)
+    images, labels, sources = synthetic.read_images(folder)
+    np.testing.assert_array_equal(images, IMAGES)
+    assert labels.tolist() == [row["label"] for row in ROWS]
+    assert labels.dtype == np.int32
+    assert sources == [row["source"] for row in ROWS]
+    assert len(content(folder)) == shards
+
+
+def test_the_same_images_make_the_same_bytes(tmp_path):
+    first, second = content(write(tmp_path / "a")), content(write(tmp_path / "b"))
+    assert first == second
+    assert len(first) == 2 + 7 + 1  # shards, pictures, metadata
+
+
+def test_the_folder_is_what_the_shards_are(tmp_path):
+    """As torchvision, Keras and TFDS see it: a folder a class."""
+    folder = write(tmp_path) / "train"
+    samples, classes = image_folder(folder)
+    assert sorted(classes) == sorted(NAMES)
+    found = {}
+    for path, index in samples:
+        found[int(path.stem)] = (classes[index], np.asarray(Image.open(path)))
+    assert sorted(found) == list(range(7))
+    for row, image in zip(ROWS, IMAGES, strict=True):
+        name, pixels = found[row["index"]]
+        assert name == NAMES[row["label"]]
+        np.testing.assert_array_equal(pixels, image)
+
+
+def test_the_metadata_has_a_row_for_each_picture(tmp_path):
+    folder = write(tmp_path) / "train"
+    rows = list(map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()))
+    assert {folder / row["file_name"] for row in rows} == set(folder.rglob("*.png"))
+    for row, expected in zip(rows, ROWS, strict=True):
+        assert row.pop("file_name")
+        assert row == expected | {"label": NAMES[expected["label"]]}
+
+
+# A name from a file system or from a label file, and a neighbour it may run into.
+AWKWARD = ("a/b", "a_b", "a\\b", "..", ".", "__", "_", "", "/", "/etc", "~", "-rf")
+AWKWARD += (" ", "naïve class", "nai\u0308ve class", "nai_ve class", "a\nb", "a\0b")
+AWKWARD += ("数", "A.B", "A B", "metadata.jsonl", "x" * 300, "é" * 200)
+
+
+@pytest.mark.parametrize("name", AWKWARD, ids=ascii)
+def test_a_class_folder_stays_inside_and_is_one_level_deep(tmp_path, name):
+    png = synthetic.png_name(name, 3)
+    inside = pathlib.PurePosixPath(png)
+    assert not inside.is_absolute()
+    assert len(inside.parts) == 2
+    assert not set(inside.parts) & {"..", "."}
+    folder = write(tmp_path / "set", names=(name,), rows=[ROWS[0]], shards=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    [(path, _)], _ = image_folder(folder / "train")
+    np.testing.assert_array_equal(Image.open(path), IMAGES[0])
+
+
+def test_two_classes_never_share_a_folder():
+    """Nor on a file system that does not tell cases apart."""
+    names = AWKWARD + ("cat", "Cat")
+    folders = [pathlib.PurePosixPath(synthetic.png_name(n, 0)).parent for n in names]
+    assert len({str(folder).casefold() for folder in folders}) == len(names)
+
+
+# Hugging Face.
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path):
+    """The library, offline and with its cache in a temporary folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
+    library.disable_progress_bars()
+    return library
+
+
+def test_hugging_face_reads_the_shards(tmp_path, datasets):
+    folder = write(tmp_path / "set", pictures=False)
+    dataset = datasets.load_dataset(
+        "parquet",
+        data_files=str(folder / "data" / "*.parquet"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert dataset.features["image"] == datasets.Image()
+    assert dataset.features["label"].names == list(NAMES)
+    assert len(dataset) == 7
+    for row, expected, image in zip(dataset, ROWS, IMAGES, strict=True):
+        np.testing.assert_array_equal(row.pop("image"), image)
+        assert row == expected
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_hugging_face_reads_the_folder(tmp_path, datasets, below):
+    folder = write(tmp_path / "set")
+    dataset = datasets.load_dataset(
+        "imagefolder",
+        data_dir=str(folder / below),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    rows = {row["index"]: row for row in dataset}
+    assert sorted(rows) == list(range(7))
+    for expected, image in zip(ROWS, IMAGES, strict=True):
+        row = rows[expected["index"]]
+        np.testing.assert_array_equal(row["image"], image)
+        assert row["label"] == NAMES[expected["label"]]
+        assert row["positions"] == expected["positions"]
