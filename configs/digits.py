@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.encode.batch_size = 100
 
     config.pairs.rounds = 4
+    config.pretrain.vae.steps = 600
+    config.pretrain.unet.steps = 1500
     config.finetune.steps = 300
     config.finetune.learning_rate = 2e-4  # gentle: the base must not be forgotten
     config.finetune.checkpoint_every = 100
@@ -32,7 +34,7 @@ def get_config() -> ConfigDict:
     config.mix.dims = 8
 
     config.generate.sets = ("mixed", "unmixed", "pretrained")
-    config.generate.steps = 15
+    config.generate.steps = 12
     config.generate.text_scale = 2.0
     config.generate.image_scale = 1.5
     config.generate.batch_size = 100
@@ -47,12 +49,11 @@ def get_config() -> ConfigDict:
         "two_phase",
         "probabilistic",
         "combined+affine",
-        "combined:unmixed+affine",
     )
     config.classify.model = "resnet8"
     config.classify.width = 8
     config.classify.stem_stride = 2
     config.classify.seeds = 5
-    config.classify.steps = 400
+    config.classify.steps = 300
     config.report.title = "Mixing Visual Concepts: ten handwritten digits per class"
     return config

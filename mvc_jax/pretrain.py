@@ -228,7 +228,7 @@ def train_unet(config, folder, workdir, model, moments, ids, mesh: Mesh):
     schedule = optim.warmup_cosine(
         settings.learning_rate, warmup=settings.warmup, steps=settings.steps
     )
-    tx = optim.adam(schedule, max_norm=1.0)
+    tx = optim.adam(schedule)
     init = order.generator(config.seed, "pretrain/unet/init")
     params = {
         name: stable_diffusion.random_params(model.shapes(name), init)

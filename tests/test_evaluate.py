@@ -84,7 +84,7 @@ def images_of(values):
 
 
 def described(tmp_path, train, drawn, drawn_labels=None):
-    """`_sets` of a training set and of one synthetic set, images given by their grey."""
+    """`_sets` of a training set and of a synthetic set, images given by their grey."""
     folder = epath.Path(tmp_path) / "generate"
     stage = manifest.open_stage(tmp_path, "generate", {"generate": {"sets": ["mixed"]}})
     labels = drawn_labels or [0] * len(drawn)
@@ -104,22 +104,21 @@ def described(tmp_path, train, drawn, drawn_labels=None):
 @pytest.mark.parametrize(
     ("drawn", "copies"),
     [
-        ([60, 100, 180], 3),  # the training images themselves
-        ([60, 62, 58], 3),  # nearer to one than any two of those are: 40 levels
-        ([130, 0], 0),  # 30 and 60 away, but ...
-        ([20, 140], 0),  # exactly as far as those two
-        ([61, 140], 1),
+        ([60, 100, 200], 3),  # the training images themselves
+        ([58, 62, 120], 3),  # nearer to one than any two of those are: 40 levels
+        ([10, 150], 0),  # 50 levels away
+        ([61, 150], 1),
     ],
 )
 def test_a_copy_is_nearer_than_any_two_training_images(tmp_path, drawn, copies):
-    found = described(tmp_path, [60, 100, 180], drawn)
+    found = described(tmp_path, [60, 100, 200], drawn)
     assert found["mixed"]["copies"] == copies
 
 
-@pytest.mark.parametrize("train", [[60, 60, 180], [60, 61, 180], [60]])
+@pytest.mark.parametrize("train", [[60, 60, 100], [60, 61, 100], [60]])
 def test_an_exact_copy_always_counts_and_a_new_image_never(tmp_path, train):
     """Duplicates among the training images, and a single one, are usual with users."""
-    found = described(tmp_path, train, [60, 120])
+    found = described(tmp_path, train, [60, 180])
     assert found["mixed"]["copies"] == 1
     json.dumps(found, allow_nan=False)
 
@@ -129,9 +128,9 @@ def test_distances_and_diversity_are_root_mean_squares(tmp_path):
     scale = math.sqrt(15 / 16) / 255  # one pixel of sixteen is always white
     mean = {"real": 100, "mixed": (30 + 40 + 30 + 100) / 4}
     for name, distance in mean.items():
-        assert found[name]["nearest_real"] == pytest.approx(distance * scale, rel=1e-4)
+        assert found[name]["nearest_real"] == pytest.approx(distance * scale, rel=1e-3)
     within = (10 + 40 + 30) / 3  # of class a; class b has one image
-    assert found["mixed"]["diversity"] == pytest.approx(within * scale, rel=1e-4)
+    assert found["mixed"]["diversity"] == pytest.approx(within * scale, rel=1e-3)
     assert found["mixed"]["images"] == 4
     assert found["real"]["images"] == 2
 

@@ -1,4 +1,4 @@
-"""Batch order as a function of (seed, purpose, step): nothing to remember, no repeats."""
+"""Batch order is a function of (seed, purpose, step): nothing to remember or lose."""
 
 import numpy as np
 import pytest

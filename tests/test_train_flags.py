@@ -1,0 +1,297 @@
+"""The command line: every mistake is one sentence, and nothing was touched by then."""
+
+import inspect
+import os
+
+import pytest
+
+from mvc_jax import train
+from mvc_jax.configs import common, digits
+from mvc_jax.errors import UserError
+
+DIGITS = inspect.getsourcefile(digits)
+
+
+@pytest.fixture
+def began(monkeypatch):
+    """Records (stage, config) in place of running the stage."""
+    calls = []
+
+    def record(name, config, workdir):
+        calls.append((name, config))
+        return True
+
+    monkeypatch.setattr(train, "run_stage", record)
+    monkeypatch.setattr(train, "_set_up_devices", lambda config: None)
+    return calls
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's folder with something in it."""
+    folder = tmp_path / "run"
+    (folder / "caption").mkdir(parents=True)
+    (folder / "caption" / "splits.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def content(folder):
+    """Every path below a folder: (bytes, time of the last change) of the files."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def failure(capsys, *arguments):
+    """Runs a command that must fail; returns the one line that it has to say."""
+    assert train.main(["train", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    [line] = printed.err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+# A flag, what the sentence starts with, and what it says after that.
+MISTAKES = [
+    ("--config.stages=nope", "config.stages", "'nope'", "caption,pretrain,encode"),
+    ("--config.stages=", "config.stages", "''", "all, or some of"),
+    ("--config.stages=all,mix", "config.stages", "'all'"),
+    ("--config.stages=caption,mxi", "config.stages", "got 'mxi'"),
+    ("--config.nope=1", "config.nope", "base, caption, classify", "seed, stages"),
+    ("--config.nope.size=1", "config.nope", "base, caption"),
+    ("--config.data.sise=1", "config.data.sise", "per_class, pool, size, source"),
+    ("--config.data.size.x=1", "config.data.size.x", "it has none"),
+    ("--noconfig.generate.nope", "config.generate.nope", "folder, image_scale"),
+    ("--config.=1", "config.", "base, caption"),
+    ("--config.seed=abc", "command line", "--config.seed=abc"),
+    ("--config.seed=1.5", "command line", "--config.seed=1.5"),
+    ("--config.seed=", "command line", "--config.seed="),
+    ("--config.seed", "command line", "Missing value", "--config.seed"),
+    ("--config.generate.text_scale=high", "command line", "text_scale", "high"),
+    ("--config.generate.folder=maybe", "command line", "folder", "maybe"),
+    ("--config.data=3", "command line", "--config.data=3"),
+    ("--noconfig.seed", "command line", "noconfig.seed"),
+    ("--nope=1", "command line", "'nope'"),
+    ("junk", "command line", "'junk'", "equals sign"),
+    ("--config.generate.sets=nope", "config.generate.sets", "mixed, unmixed", "'nope'"),
+    ("--config.generate.sets=", "config.generate.sets", "()"),
+    ("--config.generate.sets=(mixed,)", "config.generate.sets", "(mixed,)"),
+    ("--config.generate.sets=('mixed'", "config.generate.sets", "('mixed'"),
+    ("--config.generate.sets=(1)", "config.generate.sets", "(1)"),
+    ("--config.generate.sets=mixed", "config.classify.runs", "('mixed',)", "unmixed"),
+    ("--config.pretrain.vae.channels=", "config.pretrain.vae.channels"),
+    ("--config.pretrain.vae.channels=('a',)", "config.pretrain.vae.channels", "'a'"),
+    ("--config.pretrain.vae.channels=8,12", "config.pretrain.vae.channels", "(8, 12)"),
+    ("--config.pretrain.vae.groups=0", "config.pretrain.vae.groups", "0"),
+    ("--config.classify.runs=nope", "config.classify.runs", "probabilistic", "'nope'"),
+    ("--config.classify.runs=real:mixed", "config.classify.runs", "takes no set"),
+    ("--config.classify.runs=combined+nope", "config.classify.runs", "none, affine"),
+    ("--config.classify.runs=combined:nope", "config.classify.runs", "generate.sets"),
+    ("--config.classify.runs=real,real", "config.classify.runs", "each once"),
+    ("--config.classify.model=nope", "config.classify.model", "resnet8", "'nope'"),
+    ("--config.classify.phase_two=2", "config.classify.phase_two", "[0, 1]", "2.0"),
+    ("--config.mix.modes=coarse,nope", "config.mix.modes", "fine", "'nope'"),
+    ("--config.mix.positions=nope", "config.mix.positions", "caption, words, all"),
+    ("--config.mix.dims=-1", "config.mix.dims", "at least 0", "-1"),
+    ("--config.pairs.rounds=0", "config.pairs.rounds", "at least 1", "got 0"),
+    ("--config.encode.batch_size=0", "config.encode.batch_size", "at least 1"),
+    ("--config.finetune.drop_rate=0.5", "config.finetune.drop_rate", "1/3", "0.5"),
+    ("--config.evaluate.confidence=1", "config.evaluate.confidence", "0 and 1"),
+    ("--config.report.grid_scale=9", "config.report.grid_scale", "16 to 256", "got 9"),
+    ("--config.caption.captioner=x", "config.caption.captioner", "attributes", "'x'"),
+    ("--config.data.source=nope", "config.data.source", "digits", "'nope'"),
+    ("--config.data.size=18", "config.data.size", "multiple of 4", "got 18"),
+    ("--config.data.pool=0", "config.data.pool", "got 0", "config.base.path"),
+    ("--config.data.pool=9999", "config.data.p", "'zero'", "lower config.data.pool"),
+    ("--config.data.per_class=999", "config.data.per_class", "'zero'", "999", "Lower"),
+    ("--config.data.per_class=0", "config.data.per_class", "at least 1", "got 0"),
+    ("--config.seed=-1", "config.seed", "-1"),
+    ("--config.min_free_disk_gib=1e9", "--workdir=", "min_free_disk_gib", "Free some"),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[0])
+def test_a_mistake_is_one_sentence_and_changes_nothing(mistake, began, workdir, capsys):
+    flag, start, *words = mistake
+    before = content(workdir.parent)
+    line = failure(capsys, f"--config={DIGITS}", f"--workdir={workdir}", flag)
+    assert line.startswith(start)
+    for word in words:
+        assert word in line
+    assert content(workdir.parent) == before
+    assert began == []
+
+
+@pytest.mark.parametrize("flag", [(), ("--workdir=",), ("--workdir",)])
+def test_a_workdir_must_be_named(flag, began, capsys):
+    assert "--workdir" in failure(capsys, f"--config={DIGITS}", *flag)
+
+
+@pytest.mark.parametrize(
+    "path", ["notes.txt", "notes.txt/run", pytest.param("locked/run", id="read-only")]
+)
+def test_a_workdir_must_be_writable(path, began, workdir, capsys):
+    if path == "locked/run":
+        if os.geteuid() == 0:
+            pytest.skip("nothing is read-only to root")
+        (workdir / "locked").mkdir(mode=0o500)
+    before = content(workdir)
+    line = failure(capsys, f"--config={DIGITS}", f"--workdir={workdir / path}")
+    assert line.startswith(f"--workdir={workdir / path}: wanted a folder that can be")
+    assert content(workdir) == before
+
+
+def test_a_new_workdir_is_made_but_stays_empty(began, tmp_path, capsys):
+    new = tmp_path / "a" / "b"
+    failure(capsys, f"--config={DIGITS}", f"--workdir={new}", "--config.mix.dims=-1")
+    assert list(content(tmp_path)) == [tmp_path / "a", new]
+
+
+CONFIGS = {  # what is in the file: what the sentence says
+    "def get_config(:": "SyntaxError",
+    "import nothing_of_this_name": "ModuleNotFoundError",
+    "config = 1": "get_config",
+    "def get_config(): raise ValueError('one\\ntwo')": "ValueError",
+    "def get_config(needed): pass": "needed",
+    "def get_config(): return {'seed': 1}": "ConfigDict",
+    "def get_config(): pass": "ConfigDict",
+    "import ml_collections as m\ndef get_config(): return m.ConfigDict()": "stages",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=CONFIGS.values())
+def test_a_config_that_is_none_is_named(text, began, workdir, capsys):
+    path = workdir / "mine.py"
+    path.write_text(text)
+    line = failure(capsys, f"--config={path}", f"--workdir={workdir}")
+    assert str(path) in line
+    assert CONFIGS[text] in line
+
+
+@pytest.mark.parametrize("path", ["nope.py", "configs/nope.py", "run", "run/notes.txt"])
+def test_a_config_must_be_a_python_file(path, workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir.parent)
+    line = failure(capsys, f"--config={path}", f"--workdir={workdir}")
+    assert line.startswith(f"--config={path}: wanted a Python file with get_config()")
+    assert ("a folder" in line) == (path == "run")
+
+
+@pytest.mark.parametrize("path", ["configs/digits.py", "./configs/digits.py"])
+@pytest.mark.parametrize("inside", [True, False], ids=["checkout", "elsewhere"])
+def test_a_shipped_config_is_found_from_anywhere(path, inside, tmp_path, monkeypatch):
+    checkout = os.path.dirname(os.path.dirname(DIGITS))
+    monkeypatch.chdir(checkout if inside else tmp_path)
+    assert train.load_config(path).to_dict() == digits.get_config().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("argument", "title"), [("", "none"), (":", "none"), (":a=b:c", "a=b:c")]
+)
+def test_what_follows_the_colon_goes_to_get_config(argument, title, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from mvc_jax.configs import common\n"
+        "def get_config(title='none'):\n"
+        "    config = common.get_config()\n"
+        "    config.report.title = title\n"
+        "    return config\n"
+    )
+    config = train.load_config(f"{tmp_path / 'mine.py'}{argument}")
+    assert config.report.title == title
+
+
+def config_of(*flags):
+    return train.parse_flags(["train", f"--config={DIGITS}", "--workdir=w", *flags])[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--config.generate.sets=mixed"], "generate.sets", ("mixed",)),
+        (["--config.generate.sets=a, b"], "generate.sets", ("a", "b")),
+        (["--config.generate.sets=('mixed',)"], "generate.sets", ("mixed",)),
+        (["--config.generate.sets=['a','b']"], "generate.sets", ("a", "b")),
+        (["--config.pretrain.vae.channels=8"], "pretrain.vae.channels", (8,)),
+        (["--config.pretrain.vae.channels=8,16"], "pretrain.vae.channels", (8, 16)),
+        (["--config.pretrain.vae.channels=(8, 16)"], "pretrain.vae.channels", (8, 16)),
+        (["--config.seed=7"], "seed", 7),
+        (["--config.seed", "7"], "seed", 7),
+        (["-config.seed=7"], "seed", 7),
+        (["--config.seed=6", "--config.seed=7"], "seed", 7),
+        (["--config.generate.text_scale=2"], "generate.text_scale", 2.0),
+        (["--config.finetune.learning_rate=1e-5"], "finetune.learning_rate", 1e-5),
+        (["--config.generate.folder=false"], "generate.folder", False),
+        (["--noconfig.generate.folder"], "generate.folder", False),
+        (["--config.generate.folder"], "generate.folder", True),
+        (["--config.data.class_type=a photo, b=c"], "data.class_type", "a photo, b=c"),
+        (["--config.base.path="], "base.path", ""),
+    ],
+)
+def test_an_override_has_the_type_of_its_field_and_changes_no_other(
+    flags, field, value
+):
+    config, expected = config_of(*flags), digits.get_config()
+    expected.update_from_flattened_dict({field: value})
+    assert config.to_dict() == expected.to_dict()
+    found = config
+    for part in field.split("."):
+        found = found[part]
+    assert type(found) is type(value)
+
+
+def test_a_field_cannot_be_added_later():
+    with pytest.raises((AttributeError, KeyError)):
+        config_of().data.sise = 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "path", "stages"),
+    [
+        ("all", "", list(train.STAGES)),
+        ("all", "sd15", [name for name in train.STAGES if name != "pretrain"]),
+        ("report, mix,caption", "", ["caption", "mix", "report"]),
+        ("mix,mix,", "", ["mix"]),
+        ("pretrain", "sd15", ["pretrain"]),
+    ],
+)
+def test_stages_run_in_the_order_of_the_pipeline(asked, path, stages):
+    config = common.get_config()
+    config.stages, config.base.path = asked, path
+    assert train.select_stages(config) == stages
+
+
+def test_a_good_command_runs_its_stages_with_its_config(began, workdir, capsys):
+    flags = ["--config.stages=mix,pairs", "--config.seed=5"]
+    command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
+    assert train.main(command) == 0
+    assert [name for name, _ in began] == ["pairs", "mix"]
+    assert {config.seed for _, config in began} == {5}
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (OSError(28, "No space left on device", "x.npy"), 2, "x.npy: wanted room"),
+        (UserError("f", wanted="a", got="b", fix="C."), 2, "error: f: wanted a, got b"),
+    ],
+    ids=["interrupted", "disk full", "user error"],
+)
+def test_the_end_of_a_run_is_told(
+    began, workdir, capsys, monkeypatch, raised, code, words
+):
+    def run_stage(*_):
+        raise raised
+
+    monkeypatch.setattr(train, "run_stage", run_stage)
+    assert train.main(["train", f"--config={DIGITS}", f"--workdir={workdir}"]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_our_own_mistakes_keep_their_traceback(began, workdir, monkeypatch):
+    monkeypatch.setattr(train, "run_stage", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["train", f"--config={DIGITS}", f"--workdir={workdir}"])
