@@ -91,14 +91,21 @@ def test_each_image_of_a_batch_depends_on_its_own_key_and_pixels():
         assert jnp.abs(together[a] - together[b]).max() > 0.1
 
 
-def test_the_draws_fill_their_ranges_evenly():
-    """A ramp under shifts alone moves by the shift: uniform in +-0.25 of 8 pixels."""
+MEASURES = {  # of an image whose value is y: its range, and how to tell the draw
+    "shift": (2 / 8, lambda image: (4 - image[:, 4, 4]) / 8),
+    "zoom": (0.25, lambda image: 1 / (image[:, 4, 4] - image[:, 3, 4]) - 1),
+    "degrees": (30.0, lambda image: np.rad2deg(np.arcsin(np.diff(image)[:, 4, 3]))),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_draws_fill_their_range_evenly(name):
     ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None, None], (8, 8, 1))
-    shift = functools.partial(affine.random_affine, **STILL | {"shift": 0.25})
+    most, measure = MEASURES[name]
+    one = functools.partial(affine.random_affine, **STILL | {name: most})
     keys = jax.random.split(jax.random.key(0), 2000)
-    moved = jax.jit(jax.vmap(shift, in_axes=(0, None)))(keys, ramp)
-    shifts = 4.0 - np.asarray(moved[:, 4, 0, 0])
-    assert shifts.min() >= -2.0
-    assert shifts.max() <= 2.0
-    quartiles = np.quantile(shifts, [0.25, 0.5, 0.75])
-    np.testing.assert_allclose(quartiles, [-1, 0, 1], atol=0.2)
+    moved = jax.jit(jax.vmap(one, in_axes=(0, None)))(keys, ramp)
+    drawn = measure(np.asarray(moved)[..., 0]) / most
+    assert np.abs(drawn).max() < 1 + 1e-4
+    quantiles = np.quantile(drawn, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(quantiles, [-1, -0.5, 0, 0.5, 1], atol=0.1)

@@ -54,6 +54,7 @@ def results(**accuracies):
         ([0.9, 0.91, 0.92], "yes", ["+11.0 points", "95%", "+8.5 to +13.5"]),
         ([0.7, 0.71, 0.72], "no", ["-9.0 points", "-11.5 to -6.5"]),
         ([0.7, 0.8, 0.95], "unclear", ["+1.7 points"]),
+        ([0.9, 0.8, 0.65], "unclear", ["-1.7 points"]),
         ([0.8, 0.8, 0.8], "unclear", ["+0.0 points"]),
         ([0.95], "unclear", ["+15.0 points", "one seed"]),
     ],

@@ -244,7 +244,7 @@ def test_an_override_has_the_type_of_its_field_and_changes_no_other(
 
 def test_a_field_cannot_be_added_later():
     with pytest.raises((AttributeError, KeyError)):
-        config_of().data.sise = 3
+        train.load_config(DIGITS).data.sise = 3
 
 
 @pytest.mark.parametrize(
