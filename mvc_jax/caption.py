@@ -60,7 +60,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         version=VERSION,
     )
     counts = {name: len(indices) for name, indices in parts.items()}
-    logging.info("captions for %d images; %s", len(seen), counts)
+    sizes = ", ".join(f"{name} {count}" for name, count in counts.items())
+    logging.info("%d captions; images: %s", len(seen), sizes)
     stage.finish(["splits.json", "captions.jsonl"], **counts)
 
 
@@ -77,9 +78,11 @@ def _split(config: ConfigDict):
 
 def _warn_of_lone_images(source, train: np.ndarray) -> None:
     counts = np.bincount(source.labels[train], minlength=len(source.class_names))
-    for name in np.asarray(source.class_names)[counts == 1]:
+    lone = [name for name, n in zip(source.class_names, counts, strict=True) if n == 1]
+    if lone:
         logging.warning(
-            "class %r has one training image: it can only pair with itself", name
+            "one training image, which can only pair with itself, in: %s",
+            ", ".join(lone),
         )
 
 

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import importlib
 import importlib.util
+import logging as std_logging
 import os
 import resource
 import shutil
@@ -266,15 +267,26 @@ def _stage(name: str) -> ModuleType:
 def _be_quiet() -> None:
     """Our own lines, plainly; nothing below a warning from anybody else."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.use_absl_handler()
+    handler = std_logging.StreamHandler()
+    handler.addFilter(_is_worth_reading)
+    handler.setFormatter(_Lines())
+    std_logging.basicConfig(handlers=[handler], force=True)
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_is_worth_reading)
-    logging.get_absl_handler().setFormatter(None)
 
 
-def _is_worth_reading(record) -> bool:
-    ours = f"{os.sep}mvc_jax{os.sep}" in record.pathname
-    return ours or record.levelno >= 30  # WARNING
+class _Lines(std_logging.Formatter):
+    """The message alone, or `warning: ...`."""
+
+    def format(self, record: std_logging.LogRecord) -> str:
+        if record.levelno < std_logging.WARNING:
+            return record.getMessage()
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
+def _is_worth_reading(record: std_logging.LogRecord) -> bool:
+    package = os.path.dirname(os.path.abspath(__file__)) + os.sep
+    ours = os.path.abspath(record.pathname).startswith(package)
+    return ours or record.levelno >= std_logging.WARNING
 
 
 _compiled = [0.0]
