@@ -19,7 +19,9 @@ from mvc_jax.training import sharding
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the section `encode`."""
+    """Checks the sections `encode` and `base`."""
+    if config.base.path:
+        stable_diffusion.check_folder(config.base.path)
     require(
         config.encode.batch_size > 0,
         "config.encode.batch_size",

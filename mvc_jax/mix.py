@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
-    shape = np.load(workdir / "encode" / "text_states.npy", mmap_mode="r").shape
+    shape = files.read_array(workdir / "encode" / "text_states.npy").shape
     settings = config.mix
     require(
         settings.dims <= shape[2],

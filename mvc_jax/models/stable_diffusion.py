@@ -10,6 +10,7 @@ same `load`.
 import dataclasses
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,10 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
+TOKENIZER_FILES = (
+    *("vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json"),
+)
 _TORCH_CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -228,14 +233,7 @@ def load(
     Raises:
       UserError: a file is missing, or tensors do not fit the architecture.
     """
-    folder = epath.Path(folder)
-    if not (folder / "model_index.json").exists():
-        raise UserError(
-            f"config.base.path {str(folder)!r}",
-            wanted="a folder in the diffusers layout",
-            got="one without model_index.json" if folder.exists() else "no such folder",
-            fix="Point it at a folder saved by save_pretrained.",
-        )
+    folder = check_folder(folder)
     configs = {name: _read_config(folder / name / "config.json") for name in WEIGHTS}
     configs["scheduler"] = _read_config(folder / "scheduler" / "scheduler_config.json")
     model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
@@ -245,6 +243,19 @@ def load(
         for name in components
     }
     return model, params
+
+
+def check_folder(folder: epath.PathLike) -> epath.Path:
+    """Refuses, without reading weights, what is no folder in the diffusers layout."""
+    folder = epath.Path(folder)
+    require(
+        (folder / "model_index.json").exists(),
+        f"config.base.path {str(folder)!r}",
+        wanted="a folder in the diffusers layout",
+        got="one without model_index.json" if folder.exists() else "no such folder",
+        fix="Point it at a folder saved by save_pretrained.",
+    )
+    return folder
 
 
 def save(folder: epath.PathLike, model: StableDiffusion, params: Params) -> list[str]:
@@ -261,7 +272,7 @@ def save(folder: epath.PathLike, model: StableDiffusion, params: Params) -> list
         written += [f"{name}/config.json", f"{name}/{file}"]
     scheduler = "scheduler/scheduler_config.json"
     files.write_json(folder / scheduler, model.configs["scheduler"])
-    model.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    _write_tokenizer(folder / "tokenizer", model.tokenizer)
     pipeline = "StableDiffusionPipeline"
     if model.conditioned:
         pipeline = "StableDiffusionInstructPix2PixPipeline"
@@ -270,13 +281,14 @@ def save(folder: epath.PathLike, model: StableDiffusion, params: Params) -> list
     index |= {"requires_safety_checker": False}
     index |= {name: list(class_) for name, class_ in _TORCH_CLASSES.items()}
     files.write_json(folder / "model_index.json", index)
-    tokenizer = [f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")]
+    tokenizer = [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     return [*written, *tokenizer, scheduler, "model_index.json"]
 
 
 def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
+    """CLIP's tokenizer from its folder, wherever that is."""
     folder = epath.Path(folder)
-    for name in ("vocab.json", "merges.txt"):
+    for name in TOKENIZER_FILES[:2]:
         require(
             (folder / name).exists(),
             str(folder / name),
@@ -284,7 +296,19 @@ def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
             got="no such file",
             fix="Copy the tokenizer folder of the checkpoint whole.",
         )
-    return transformers.CLIPTokenizerFast.from_pretrained(str(folder))
+    with tempfile.TemporaryDirectory() as local:  # the library reads local files only
+        for name in TOKENIZER_FILES:
+            if (folder / name).exists():
+                (folder / name).copy(epath.Path(local) / name)
+        return transformers.CLIPTokenizerFast.from_pretrained(local)
+
+
+def _write_tokenizer(folder: epath.Path, tokenizer) -> None:
+    with tempfile.TemporaryDirectory() as local:
+        tokenizer.save_pretrained(local)
+        for name in TOKENIZER_FILES:
+            content = (epath.Path(local) / name).read_bytes()
+            files.write_bytes(folder / name, content)
 
 
 def encode_images(

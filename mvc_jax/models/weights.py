@@ -12,7 +12,7 @@ import flax.traverse_util
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from mvc_jax import files
 from mvc_jax.errors import UserError
@@ -84,8 +84,7 @@ def write(path: epath.PathLike, params: Mapping[str, Any]) -> None:
     tensors = {}
     for key, leaf in flax.traverse_util.flatten_dict(params).items():
         tensors[torch_name(key)] = _to_torch(key[-1], np.asarray(leaf))
-    with files.replacing(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"format": "pt"})
+    files.write_bytes(path, save(tensors, metadata={"format": "pt"}))
 
 
 def _to_flax(leaf: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
@@ -117,7 +116,7 @@ def _renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _open(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        return load_file(str(path))
+        return load(path.read_bytes())
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(
             str(path),
