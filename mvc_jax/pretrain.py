@@ -25,7 +25,7 @@ from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
 from mvc_jax.training.metrics import MetricsLog
 
 # Stable Diffusion 1.x's own schedule.
-_SCHEDULER = {
+SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -133,7 +133,7 @@ def _new_model(config: ConfigDict, folder: epath.Path, texts: list[str]):
         "unet": _unet_config(config),
         "vae": _vae_config(config),
         "text_encoder": _text_config(config, read),
-        "scheduler": dict(_SCHEDULER),
+        "scheduler": dict(SCHEDULER),
     }
     return stable_diffusion.StableDiffusion(configs, read)
 

@@ -30,6 +30,7 @@ def tiny(tmp_path_factory):
     8 px images, 2x2 latents, 12 tokens of width 16; its biases are not zero.
     """
     from mvc_jax.models import stable_diffusion, tokenizer
+    from mvc_jax.pretrain import SCHEDULER
 
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.train(
@@ -70,17 +71,7 @@ def tiny(tmp_path_factory):
         "bos_token_id": read.bos_token_id,
         "eos_token_id": read.eos_token_id,
     }
-    scheduler = {
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "prediction_type": "epsilon",
-    }
-    configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": scheduler}
+    configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": SCHEDULER}
     model = stable_diffusion.StableDiffusion(configs, read)
     rng = np.random.default_rng(0)
     params = {

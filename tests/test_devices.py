@@ -23,6 +23,18 @@ def make_mesh(name):
     return sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
 
 
+def train_step(model, tx):
+    key = rng.purpose_key(0, "finetune")
+    return functools.partial(
+        finetune.train_step,
+        model=model,
+        tx=tx,
+        key=key,
+        drop_rate=0.05,
+        ema_decay=0.0,
+    )
+
+
 @pytest.fixture(scope="module")
 def cache():
     draw = np.random.default_rng(0)
@@ -45,14 +57,7 @@ def finetuned(tiny, cache, tmp_path_factory):
     for name in MESHES:
         mesh, folder = make_mesh(name), tmp_path_factory.mktemp("finetune")
         state = fit(
-            functools.partial(
-                finetune.train_step,
-                model=model,
-                tx=tx,
-                key=rng.purpose_key(0, "finetune"),
-                drop_rate=0.05,
-                ema_decay=0.0,
-            ),
+            train_step(model, tx),
             create_state(params["unet"], tx, mesh),
             data=cache,
             gather=finetune.gather,
@@ -153,15 +158,7 @@ def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
         batch = finetune.gather(
             jax.tree.map(jnp.asarray, cache), jax.tree.map(jnp.asarray, rows)
         )
-        step = functools.partial(
-            finetune.train_step,
-            model=model,
-            tx=tx,
-            key=rng.purpose_key(0, "finetune"),
-            drop_rate=0.05,
-            ema_decay=0.0,
-        )
-        state, metrics = jax.jit(step)(state, batch)
+        state, metrics = jax.jit(train_step(model, tx))(state, batch)
         return jax.device_get((state.params["conv_out"], metrics))
 
     rows = {
