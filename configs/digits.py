@@ -23,13 +23,13 @@ def get_config() -> ConfigDict:
     config.encode.batch_size = 100
 
     config.pairs.rounds = 4
-    config.pretrain.vae.steps = 600
-    config.pretrain.unet.steps = 1500
+    config.pretrain.vae.steps = 500
+    config.pretrain.unet.steps = 1200
     config.finetune.steps = 300
     config.finetune.learning_rate = 2e-4  # gentle: the base must not be forgotten
     config.finetune.checkpoint_every = 100
 
-    config.mix.per_image = 8
+    config.mix.per_image = 6
     config.mix.tokens = 4
     config.mix.dims = 8
 
@@ -54,6 +54,6 @@ def get_config() -> ConfigDict:
     config.classify.width = 8
     config.classify.stem_stride = 2
     config.classify.seeds = 5
-    config.classify.steps = 300
+    config.classify.steps = 250
     config.report.title = "Mixing Visual Concepts: ten handwritten digits per class"
     return config

@@ -27,8 +27,9 @@ from mvc_jax.data.regimes import REGIMES, schedule
 from mvc_jax.errors import UserError, require
 from mvc_jax.models import resnet
 from mvc_jax.training import rng, sharding
+from mvc_jax.training.console import Progress
 from mvc_jax.training.loop import weighted_mean
-from mvc_jax.training.metrics import MetricsLog, Progress
+from mvc_jax.training.metrics import MetricsLog
 
 POLICIES = {"none": None, "affine": random_affine}
 
@@ -49,12 +50,13 @@ def parse_run(name: str) -> Run:
     Raises:
       UserError: a part is unknown.
     """
-    head, _, policy = name.partition("+")
-    regime, _, set_ = head.partition(":")
+    head, plus, policy = name.partition("+")
+    regime, colon, set_ = head.partition(":")
     run_ = Run(
         name, regime, "" if regime == "real" else set_ or "mixed", policy or "none"
     )
     good = run_.regime in REGIMES and run_.policy in POLICIES
+    good = good and bool(plus) == bool(policy) and bool(colon) == bool(set_)
     require(
         good and not (regime == "real" and set_),
         "config.classify.runs",
@@ -69,7 +71,8 @@ def parse_run(name: str) -> Run:
 def check(config: ConfigDict) -> None:
     """Checks the section `classify`."""
     section = config.classify
-    for run_ in map(parse_run, section.runs):
+    runs = [parse_run(name) for name in section.runs]
+    for run_ in runs:
         require(
             not run_.set or run_.set in config.generate.sets,
             "config.classify.runs",
@@ -78,7 +81,7 @@ def check(config: ConfigDict) -> None:
             fix="Add the set there or take the run out.",
         )
     require(
-        len(set(section.runs)) == len(section.runs) > 0,
+        len({(r.regime, r.set, r.policy) for r in runs}) == len(runs) > 0,
         "config.classify.runs",
         wanted="at least one run, each once",
         got=tuple(section.runs),
@@ -99,6 +102,13 @@ def check(config: ConfigDict) -> None:
             got=section[field],
             fix="Raise it.",
         )
+    require(
+        0 < section.learning_rate < float("inf"),
+        "config.classify.learning_rate",
+        wanted="a number above 0",
+        got=section.learning_rate,
+        fix="Adam's usual one is 0.001.",
+    )
     for field in ("probability", "phase_two"):
         require(
             0 <= section[field] <= 1,
@@ -132,7 +142,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     progress = Progress("classify", len(runs) * section.seeds, unit="fit")
     artifacts = []
     for run_ in runs:
-        path = stage.folder / "results" / f"{run_.name.replace(':', '-')}.json"
+        path = stage.folder / "results" / f"{_plain(run_.name)}.json"
         artifacts.append(f"results/{path.name}")
         if path.exists():
             progress.advance(section.seeds)
@@ -149,7 +159,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 policy=run_.policy,
                 weight_decay=section.weight_decay,
             )
-            _log_losses(log, f"loss/{run_.name}/{seed}".replace(":", "-"), losses)
+            _log_losses(log, f"loss/{_plain(run_.name)}/{seed}", losses)
             predicted = np.asarray(predict(state, test_images, model=model))
             accuracy = float((predicted == test.labels).mean())
             row = {"accuracy": accuracy, "predictions": predicted.tolist()}
@@ -197,6 +207,11 @@ def _rows(run_: Run, section: ConfigDict, ranges: dict, seed: int, repeat: int):
         phase_two=section.phase_two,
         phase_two_rate=section.phase_two_rate,
     )
+
+
+def _plain(name: str) -> str:
+    """A run's name as a file's name and a TensorBoard tag."""
+    return name.replace(":", "-").replace("+", "_")
 
 
 def _place(rows: dict, mesh) -> dict:

@@ -12,6 +12,8 @@ from mvc_jax import files
 from mvc_jax.data import manifest, splits, synthetic
 from mvc_jax.errors import require
 
+_SAME = 1e-6  # of a distance: rounding, no difference
+
 # Asked of every table: does `run` beat `against`?
 QUESTIONS = (
     ("Do the synthetic images help over real images alone?", "combined", "real"),
@@ -54,10 +56,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     made = manifest.read_manifest(workdir, "classify")["settings"]["classify"]
     folder = workdir / "classify" / "results"
-    results = {
-        name: files.read_json(folder / f"{name.replace(':', '-')}.json")
-        for name in made["runs"]
+    found = {
+        result["name"]: result for result in map(files.read_json, folder.glob("*.json"))
     }
+    results = {name: found[name] for name in made["runs"]}
     splits_path = workdir / "caption" / "splits.json"
     size = config.data.size
     test, train = (
@@ -173,15 +175,16 @@ def _verdict(difference: dict, confidence: float) -> dict[str, str]:
     return {"verdict": "unclear", "sentence": f"No evidence either way: {interval}."}
 
 
-def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float]]:
+def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float | int]]:
     """Each set, and the training images themselves, in numbers."""
     real = _flat(train.images)
     described = {"real": _describe(real, train.labels)}
-    # An image nearer to a training image than any two of those are is a copy of it.
     distances = _distances(real, real)
     np.fill_diagonal(distances, np.inf)
-    copy_distance = float(distances.min())
-    described["real"]["nearest_real"] = float(distances.min(1).mean())
+    # Nearer to a training image than any two different ones are to each other: a copy.
+    copy_distance = distances[distances > _SAME].min(initial=1.0)
+    if len(real) > 1:
+        described["real"]["nearest_real"] = float(distances.min(1).mean())
     names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
     for name in names["sets"]:
         images, labels, _ = synthetic.read_images(folder / name)
@@ -196,7 +199,7 @@ def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float]
 
 
 def _flat(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N P"]:
-    return images.reshape(len(images), -1).astype(np.float32) / 255.0
+    return images.reshape(len(images), -1) / 255.0
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, "N M"]:
@@ -205,7 +208,7 @@ def _distances(a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, "N M"]:
     return np.sqrt(np.maximum(squares, 0) / a.shape[1])
 
 
-def _describe(flat: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def _describe(flat: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
     """Count, and diversity: mean distance of two different images of a class."""
     within = []
     for label in np.unique(labels):

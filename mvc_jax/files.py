@@ -53,7 +53,8 @@ def write_jsonl(path: epath.PathLike, rows: list[dict]) -> None:
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict]:
-    return [json.loads(x) for x in epath.Path(path).read_text().splitlines() if x]
+    # Not splitlines(): JSON leaves U+2028 and the like as they are.
+    return [json.loads(x) for x in epath.Path(path).read_text().split("\n") if x]
 
 
 def write_array(path: epath.PathLike, array: np.ndarray) -> None:
@@ -76,7 +77,9 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def remove_temporaries(folder: epath.Path) -> None:
-    """Deletes what `replacing` left behind when its process was killed."""
+    """Deletes what `replacing` left anywhere below when its process was killed."""
     for path in folder.iterdir():
         if path.name.startswith(".tmp-"):
             path.unlink(missing_ok=True)
+        elif path.is_dir():
+            remove_temporaries(path)

@@ -37,6 +37,20 @@ def check(config: ConfigDict) -> None:
             fix="Raise it.",
         )
     require(
+        0 < section.learning_rate < float("inf"),
+        "config.finetune.learning_rate",
+        wanted="a number above 0",
+        got=section.learning_rate,
+        fix="The paper's is 0.0001.",
+    )
+    require(
+        0 <= section.ema_decay < 1,
+        "config.finetune.ema_decay",
+        wanted="a rate in [0, 1); 0 keeps no average",
+        got=section.ema_decay,
+        fix="0.999 is usual.",
+    )
+    require(
         0 <= section.drop_rate <= 1 / 3,
         "config.finetune.drop_rate",
         wanted="a rate in [0, 1/3] (text, image and both are each dropped with it)",

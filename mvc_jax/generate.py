@@ -24,7 +24,7 @@ from mvc_jax.diffusion.samplers import sample
 from mvc_jax.errors import require
 from mvc_jax.models import stable_diffusion
 from mvc_jax.training import rng, sharding
-from mvc_jax.training.metrics import Progress
+from mvc_jax.training.console import Progress
 
 SETS = ("mixed", "unmixed", "pretrained")
 
@@ -33,9 +33,9 @@ def check(config: ConfigDict) -> None:
     """Checks the section `generate`."""
     section = config.generate
     require(
-        len(section.sets) > 0 and set(section.sets) <= set(SETS),
+        0 < len(section.sets) == len(set(section.sets) & set(SETS)),
         "config.generate.sets",
-        wanted=f"some of {', '.join(SETS)}",
+        wanted=f"some of {', '.join(SETS)}, each once",
         got=tuple(section.sets),
         fix="Name these.",
     )
@@ -47,11 +47,18 @@ def check(config: ConfigDict) -> None:
             got=section[field],
             fix="Raise it.",
         )
+    require(
+        section.steps <= 1000,
+        "config.generate.steps",
+        wanted="at most 1000, the timesteps of training",
+        got=section.steps,
+        fix="Lower it; 50 is usual.",
+    )
     for field in ("text_scale", "image_scale"):
         require(
-            section[field] >= 0,
+            0 <= section[field] < float("inf"),
             f"config.generate.{field}",
-            wanted="at least 0",
+            wanted="a number of at least 0",
             got=section[field],
             fix="InstructPix2Pix uses 7.5 for text and 1.5 for the image.",
         )
@@ -95,6 +102,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                     sampler.class_names,
                     pictures=folder / "train" if section["folder"] else None,
                 )
+            elif section["folder"]:
+                synthetic.restore_pictures(path, folder / "train")
             artifacts.append(str(path.relative_to(stage.folder)))
             progress.advance(len(chosen[part]))
         progress.close()

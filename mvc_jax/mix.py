@@ -4,6 +4,8 @@ Reads: `encode/prompts.jsonl`. Writes: `recipes.jsonl`, one row for each synthet
 image. Row k depends on (seed, k) alone: raising `mix.per_image` appends.
 """
 
+import bisect
+
 import numpy as np
 from absl import logging
 from etils import epath
@@ -42,6 +44,8 @@ def check(config: ConfigDict) -> None:
         got=repr(section.positions),
         fix="Name one of these.",
     )
+    if not config.base.path:
+        _check_dims(section.dims, config.pretrain.text.width)
     for field in ("tokens", "dims"):
         require(
             section[field] >= 0,
@@ -62,13 +66,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     shape = files.read_array(workdir / "encode" / "text_states.npy").shape
     settings = config.mix
-    require(
-        settings.dims <= shape[2],
-        "config.mix.dims",
-        wanted=f"at most the {shape[2]} dims of a text state",
-        got=settings.dims,
-        fix="The paper replaces fewer than 10 of 768.",
-    )
+    _check_dims(settings.dims, shape[2])
     classes: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         classes.setdefault(row["label"], []).append(i)
@@ -92,6 +90,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage.finish(["recipes.jsonl"], recipes=len(recipes))
 
 
+def _check_dims(dims: int, width: int) -> None:
+    require(
+        dims <= width,
+        "config.mix.dims",
+        wanted=f"at most the {width} dims of a text state",
+        got=dims,
+        fix="The paper replaces fewer than 10 of 768.",
+    )
+
+
 def make_recipe(
     k: int,
     rows: list[dict],
@@ -113,7 +121,7 @@ def make_recipe(
     Args:
       k: index of the synthetic image.
       rows: of `encode`, one a training image.
-      classes: label -> indices into `rows`.
+      classes: label -> ascending indices into `rows`.
       seed: of the run.
       modes: some of `MODES`.
       tokens: how many positions coarse mixing takes over, at most those allowed.
@@ -131,7 +139,8 @@ def make_recipe(
     row = rows[source]
     members = classes[row["label"]]
     shift = 1 + rng.integers(max(len(members) - 1, 1))  # of 1 member: back to itself
-    partner = rows[members[(members.index(source) + shift) % len(members)]]
+    here = bisect.bisect_left(members, source)
+    partner = rows[members[(here + shift) % len(members)]]
     mode = modes[round_ % len(modes)]
     stop = {
         "caption": 1 + max(row["caption_tokens"], partner["caption_tokens"]),

@@ -41,6 +41,7 @@ SCHEDULER = {
 def check(config: ConfigDict) -> None:
     """Checks the section `pretrain`."""
     vae, unet = config.pretrain.vae, config.pretrain.unet
+    _check_numbers(config.pretrain)
     factor = 2 ** (len(vae.channels) - 1)
     require(
         config.data.size % factor == 0,
@@ -67,6 +68,39 @@ def check(config: ConfigDict) -> None:
         wanted="images to train a base model on",
         got=config.data.pool,
         fix="Raise it, or name a model folder in config.base.path.",
+    )
+
+
+def _check_numbers(section: ConfigDict) -> None:
+    """Every number of the section is positive, but for those that 0 switches off."""
+    least = {"context_length": 4, "vocab_size": 514}
+    for part, prefix in (
+        (section, "config.pretrain"),
+        (section.vae, "config.pretrain.vae"),
+        (section.unet, "config.pretrain.unet"),
+        (section.text, "config.pretrain.text"),
+    ):
+        for field, value in part.items():
+            if isinstance(value, ConfigDict) or field in ("warmup", "kl_weight"):
+                continue
+            low = least.get(field, 0 if field in ("ema_decay", "drop_rate") else 1e-9)
+            numbers = value if isinstance(value, tuple) else (value,)
+            require(
+                len(numbers) > 0
+                and all(isinstance(n, int | float) and low <= n < 1e9 for n in numbers),
+                f"{prefix}.{field}",
+                wanted=f"a number of at least {low:g}"
+                if low >= 1
+                else "numbers above 0",
+                got=value,
+                fix="configs/digits.py has values that work.",
+            )
+    require(
+        section.text.width % section.text.heads == 0,
+        "config.pretrain.text.heads",
+        wanted=f"a divisor of the width {section.text.width}",
+        got=section.text.heads,
+        fix="4 is usual here.",
     )
 
 

@@ -12,8 +12,6 @@ import ctypes
 import errno
 import importlib
 import importlib.util
-import logging as std_logging
-import os
 import resource
 import shutil
 import sys
@@ -28,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from mvc_jax import files
 from mvc_jax.data import manifest
 from mvc_jax.errors import UserError, require
+from mvc_jax.training import console
 
 STAGES = (
     *("caption", "pretrain", "encode", "pairs", "finetune"),
@@ -38,7 +37,7 @@ _DEFAULT_CONFIG = "configs/digits.py"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    _be_quiet()
+    console.be_quiet()
     try:
         config, workdir = parse_flags(list(sys.argv if argv is None else argv))
         run(config, workdir)
@@ -57,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Checks everything that needs no device, then runs the selected stages."""
     stages = select_stages(config)
+    check_shared(config)
     began = time.monotonic()
     check_workdir(workdir, config.min_free_disk_gib)
     for name in stages:
@@ -69,6 +69,25 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     else:
         logging.info("nothing to do: %d stages were done before", len(stages))
     _print_result(workdir)
+
+
+def check_shared(config: ConfigDict) -> None:
+    """Checks what belongs to no stage: `seed` and `mesh`."""
+    require(
+        config.seed >= 0,
+        "config.seed",
+        wanted="a whole number of at least 0",
+        got=config.seed,
+        fix="Take 0, 1, 2, ...",
+    )
+    data, fsdp = config.mesh.data, config.mesh.fsdp
+    require(
+        (data == -1 or data > 0) and fsdp > 0,
+        "config.mesh",
+        wanted="data of -1 or more than 0, fsdp of more than 0",
+        got=f"data={data}, fsdp={fsdp}",
+        fix="data=-1 and fsdp=1 use every device.",
+    )
 
 
 def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
@@ -164,7 +183,16 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
         got="none",
         fix="Add e.g. --workdir=runs/digits.",
     )
-    return values["config"].value, epath.Path(values["workdir"].value)
+    workdir = values["workdir"].value
+    try:
+        return values["config"].value, epath.Path(workdir).expanduser()
+    except (ImportError, KeyError) as error:  # no library for its scheme
+        raise UserError(
+            f"--workdir={workdir}",
+            wanted="a path that etils.epath can open",
+            got=str(error),
+            fix="Install the library of that file system, or name a local folder.",
+        ) from error
 
 
 def load_config(path_and_argument: str) -> ConfigDict:
@@ -176,8 +204,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
     path, _, argument = path_and_argument.partition(":")
     found = epath.Path(path)
     if not found.exists() and found.parts[:1] == ("configs",):
-        package = importlib.util.find_spec("mvc_jax.configs")
-        for folder in package.submodule_search_locations if package else ():
+        for folder in importlib.import_module("mvc_jax.configs").__path__:
             found = epath.Path(folder).joinpath(*epath.Path(path).parts[1:])
     require(
         found.is_file() and found.suffix == ".py",
@@ -191,9 +218,13 @@ def load_config(path_and_argument: str) -> ConfigDict:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(*[argument] if argument else [])
+        if not isinstance(config, ConfigDict) or "stages" not in config:
+            raise TypeError(
+                f"get_config() returned {type(config).__name__} without stages"
+            )
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"--config={path_and_argument}",
             wanted="a Python file whose get_config() returns a ConfigDict",
@@ -225,7 +256,15 @@ def _check_override(config: ConfigDict, word: str) -> str:
         items = tuple(item.strip() for item in value.split(",") if item.strip())
         return f"--{name}={items!r}"
     if equals and isinstance(section, tuple) and value.startswith(("(", "[")):
-        return f"--{name}={tuple(ast.literal_eval(value))!r}"
+        try:
+            return f"--{name}={tuple(ast.literal_eval(value))!r}"
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise UserError(
+                name,
+                wanted="values between commas, or a Python tuple",
+                got=value,
+                fix=f"Write e.g. --{name}={','.join(map(str, section))}.",
+            ) from error
     return word
 
 
@@ -235,13 +274,13 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / ".writable", "")
         (workdir / ".writable").unlink()
-    except OSError as error:
+    except (OSError, ImportError) as error:
         if _is_full_disk(error):
             raise
         raise UserError(
             f"--workdir={workdir}",
             wanted="a folder that can be written",
-            got=error.strerror or str(error),
+            got=getattr(error, "strerror", None) or str(error),
             fix="Name another folder, or mend its permissions.",
         ) from error
     if not _is_local(workdir):
@@ -262,31 +301,6 @@ def _is_local(path: epath.Path) -> bool:
 
 def _stage(name: str) -> ModuleType:
     return importlib.import_module(f"mvc_jax.{name}")
-
-
-def _be_quiet() -> None:
-    """Our own lines, plainly; nothing below a warning from anybody else."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    handler = std_logging.StreamHandler()
-    handler.addFilter(_is_worth_reading)
-    handler.setFormatter(_Lines())
-    std_logging.basicConfig(handlers=[handler], force=True)
-    logging.set_verbosity(logging.INFO)
-
-
-class _Lines(std_logging.Formatter):
-    """The message alone, or `warning: ...`."""
-
-    def format(self, record: std_logging.LogRecord) -> str:
-        if record.levelno < std_logging.WARNING:
-            return record.getMessage()
-        return f"{record.levelname.lower()}: {super().format(record)}"
-
-
-def _is_worth_reading(record: std_logging.LogRecord) -> bool:
-    package = os.path.dirname(os.path.abspath(__file__)) + os.sep
-    ours = os.path.abspath(record.pathname).startswith(package)
-    return ours or record.levelno >= std_logging.WARNING
 
 
 _compiled = [0.0]
@@ -340,7 +354,7 @@ def _print_result(workdir: epath.Path) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

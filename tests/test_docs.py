@@ -21,7 +21,7 @@ def commands():
                     yield pytest.param(words, id=" ".join(words)[:60])
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_commands_in_the_documents(words):
     scripts = [word for word in words if word.endswith((".sh", ".py"))]
     for word in scripts:

@@ -1,5 +1,6 @@
 """The caption file (`captions.jsonl`) and the prompt made from a caption."""
 
+import bisect
 from collections.abc import Callable, Sequence
 
 from etils import epath
@@ -27,7 +28,15 @@ def read_captions(path: epath.PathLike, ids: Sequence[str]) -> list[str]:
     Raises:
       UserError: an id has no caption; the first few are named.
     """
-    captions = {row["id"]: row["caption"] for row in files.read_jsonl(path)}
+    try:
+        captions = {row["id"]: str(row["caption"]) for row in files.read_jsonl(path)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            str(path),
+            wanted='a line {"id": ..., "caption": ...} for each image',
+            got=f"one that is not ({error})",
+            fix="Mend that line.",
+        ) from error
     missing = [i for i in ids if i not in captions]
     if missing:
         raise UserError(
@@ -72,11 +81,17 @@ def prompt(
       UserError: the class prompt alone does not fit.
     """
     words = caption.split()
-    while words:
-        text = f"{' '.join(words).rstrip(' ,.;')}, {suffix}"
-        if count_tokens(text) <= max_tokens:
-            return text
-        words.pop()
+
+    def with_words(count: int) -> str:
+        kept = " ".join(words[:count]).rstrip(" ,.;")
+        return f"{kept}, {suffix}" if kept else suffix
+
+    # The longest that fits, by bisection; a caption may have thousands of words.
+    most = bisect.bisect_right(
+        range(1, len(words) + 1),
+        max_tokens,
+        key=lambda count: count_tokens(with_words(count)),
+    )
     if count_tokens(suffix) > max_tokens:
         raise UserError(
             f"class prompt {suffix!r}",
@@ -84,4 +99,4 @@ def prompt(
             got=f"{count_tokens(suffix)}",
             fix="Shorten config.data.class_type or the class name.",
         )
-    return suffix
+    return with_words(most)

@@ -86,7 +86,7 @@ def open_stage(
     finished, started = folder / "manifest.json", folder / "started.json"
     for path in (finished, started):
         if path.exists():
-            earlier = files.read_json(path)
+            earlier = _read(path)
             _require_same(path, stage, earlier)
             stage.complete = path == finished and _all_there(folder, earlier)
             break
@@ -126,8 +126,8 @@ def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
 
 def _require_same(path: epath.Path, stage: Stage, earlier: dict) -> None:
     changed = differences(stage.settings, earlier["settings"])
-    for name, hash_ in stage.inputs.items():
-        if earlier["inputs"].get(name) != hash_:
+    for name in sorted({*stage.inputs, *earlier["inputs"]}):
+        if earlier["inputs"].get(name) != stage.inputs.get(name):
             changed.append(f"stage {name} was made anew")
     if changed:
         raise UserError(
@@ -148,9 +148,21 @@ def _input_hash(workdir: epath.Path, name: str, reader: str) -> str:
             got="none",
             fix=f"Add {name} to --config.stages or run it first.",
         )
-    manifest = files.read_json(path)
+    manifest = _read(path)
     # Versions stay out: the same artifacts are the same input, whoever made them.
     return _hash([manifest[key] for key in ("settings", "inputs", "artifacts")])
+
+
+def _read(path: epath.Path) -> dict:
+    try:
+        return files.read_json(path)
+    except ValueError as error:
+        raise UserError(
+            str(path),
+            wanted="the JSON that this stage wrote",
+            got=f"a damaged file ({error})",
+            fix=f"Delete {path.parent} to make the stage anew.",
+        ) from error
 
 
 def _hash(value: Any) -> str:
@@ -162,10 +174,12 @@ def _describe(path: epath.Path) -> dict[str, Any]:
 
 
 def _all_there(folder: epath.Path, manifest: dict) -> bool:
+    complete = True
     for name, described in manifest["artifacts"].items():
         path = folder / name
         if not path.exists():
-            return False
+            complete = False
+            continue
         size = path.stat().length
         same = size == described["bytes"] and (
             size > _HASHED_BYTES or files.sha256(path) == described["sha256"]
@@ -178,4 +192,4 @@ def _all_there(folder: epath.Path, manifest: dict) -> bool:
                 fix=f"Put it back, or delete {folder} and the stages after it to "
                 "make them anew.",
             )
-    return True
+    return complete

@@ -50,6 +50,8 @@ def schedule(
       `index` int32 and `weight` float32 [steps, B], or [steps, 2B] if probabilistic
       (a slot without an image weighs 0); `rate` float32 [steps].
     """
+    if regime not in REGIMES:
+        raise ValueError(f"unknown regime {regime!r}; known: {', '.join(REGIMES)}")
     real_pool = np.arange(*real, dtype=np.int32)
     drawn_pool = np.arange(*synthetic, dtype=np.int32)
     batches = functools.partial(

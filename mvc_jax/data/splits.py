@@ -56,7 +56,7 @@ def make_splits(
     shares = _proportional(pool, counts)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for k, (share, name) in enumerate(zip(shares, source.class_names, strict=True)):
-        _check_class(name, counts[k], share, per_class)
+        _check_class(name, int(counts[k]), int(share), per_class)
         mine = np.flatnonzero(labels == k)
         mine = mine[generator(seed, "split", k).permutation(len(mine))]
         cut = np.split(mine, [share, share + per_class])
@@ -88,9 +88,14 @@ def _check_class(name: str, count: int, share: int, per_class: int) -> None:
             wanted=f"{share} pool + per_class + at least 1 test image within the "
             f"{count} images of class {name!r}",
             got=f"per_class={per_class}, which needs {share + per_class + 1}",
-            fix=f"Lower it to {max(count - share - 1, 0)} or less, "
-            "or lower config.data.pool.",
+            fix=_room_for_training(count - share - 1, name),
         )
+
+
+def _room_for_training(most: int, name: str) -> str:
+    if most < 1:
+        return f"Lower config.data.pool, or add images of {name!r}."
+    return f"Lower it to {most} or less, or lower config.data.pool."
 
 
 def write_splits(
@@ -113,6 +118,14 @@ def read_split(path: epath.PathLike, name: str, *, source: str, size: int) -> Sp
     ids = files.read_json(path)[name]
     opened = open_source(source)
     index_of = {id_: i for i, id_ in enumerate(opened.ids)}
+    gone = [id_ for id_ in ids if id_ not in index_of]
+    if gone:
+        raise UserError(
+            str(path),
+            wanted=f"images of source {source!r}",
+            got=f"{len(gone)} ids that it has not, e.g. {', '.join(gone[:3])}",
+            fix="Bring the images back, or start a new --workdir.",
+        )
     examples = [opened[index_of[id_]] for id_ in ids]
     shape = (len(examples), size, size, 3)
     images = np.empty(shape, np.uint8)

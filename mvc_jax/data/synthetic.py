@@ -5,6 +5,7 @@ folder is `train/<class>/*.png` with `train/metadata.jsonl`. A shard's Parquet f
 renamed into place after its PNGs, so its name means that all of it is there.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -43,8 +44,16 @@ def shard_path(folder: epath.Path, shard: int, shards: int) -> epath.Path:
 
 def png_name(class_name: str, index: int) -> str:
     """Path of an image inside `train/`: class folder, then index."""
+    return f"{class_folder(class_name)}/{index:08d}.png"
+
+
+def class_folder(class_name: str) -> str:
+    """A folder name for any class name: itself if it is one, else with a hash of it."""
     safe = re.sub(r"[^\w\- ]", "_", class_name)
-    return f"{safe}/{index:08d}.png"
+    if safe == class_name and 0 < len(safe.encode()) <= 200:
+        return safe
+    digest = hashlib.sha256(class_name.encode()).hexdigest()[:8]
+    return f"{safe[:40]}-{digest}"
 
 
 def write_shard(
@@ -83,6 +92,15 @@ def write_shard(
     metadata = {"huggingface": json.dumps(_features(class_names))}
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         pq.write_table(table.replace_schema_metadata(metadata), file)
+
+
+def restore_pictures(path: epath.Path, pictures: epath.Path) -> None:
+    """Writes the PNGs of a finished shard that are no longer there."""
+    with path.open("rb") as file:
+        table = pq.read_table(file, columns=["image"])
+    for cell in table["image"].to_pylist():
+        if not (pictures / cell["path"]).exists():
+            files.write_bytes(pictures / cell["path"], cell["bytes"])
 
 
 def read_images(

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from mvc_jax.errors import UserError
 from mvc_jax.training import sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.metrics import MetricsLog, Progress
+from mvc_jax.training.console import Progress
+from mvc_jax.training.metrics import MetricsLog
 from mvc_jax.training.optim import ema_update
 
 Batch = Any

@@ -1,17 +1,13 @@
-"""Numbers and progress: `metrics.jsonl`, TensorBoard, a bar on the terminal."""
+"""Numbers of a run: `metrics.jsonl` and TensorBoard."""
 
-import sys
 import time
 
-from absl import logging
 from etils import epath
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from mvc_jax import files
 
 _FLUSH_SECONDS = 10.0
-_PLAIN_SECONDS = 15.0
 
 
 class MetricsLog:
@@ -50,47 +46,3 @@ class MetricsLog:
     def close(self) -> None:
         self.flush()
         self._board.close()
-
-
-class Progress:
-    """A bar with rate and time left; plain lines every 15 s when not a terminal."""
-
-    def __init__(self, name: str, total: int, *, done: int = 0, unit: str = "step"):
-        self._name, self._total, self._unit = name, total, unit
-        self._count = self._first = done
-        self._began = self._spoke = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True
-            )
-        else:
-            self._say()
-
-    def advance(self, count: int, **shown: float) -> None:
-        """Moves on by `count`; `shown` are numbers to print beside the bar."""
-        self._count += count
-        text = {name: f"{value:.4g}" for name, value in shown.items()}
-        if self._bar is not None:
-            self._bar.set_postfix(text, refresh=False)
-            self._bar.update(count)
-        elif (
-            self._count >= self._total
-            or time.monotonic() - self._spoke > _PLAIN_SECONDS
-        ):
-            self._say(**text)
-
-    def _say(self, **text: str) -> None:
-        self._spoke = time.monotonic()
-        seconds = max(self._spoke - self._began, 1e-9)
-        rate = (self._count - self._first) / seconds
-        line = f"{self._name}: {self._count}/{self._total} {self._unit}s"
-        if rate:
-            left = (self._total - self._count) / rate
-            line += f", {rate:.3g} {self._unit}s/s, {left:.0f} s left"
-        line += "".join(f", {name} {value}" for name, value in text.items())
-        logging.info(line)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
