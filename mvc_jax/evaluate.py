@@ -182,7 +182,8 @@ def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float 
     distances = _distances(real, real)
     np.fill_diagonal(distances, np.inf)
     # Nearer to a training image than any two different ones are to each other: a copy.
-    copy_distance = distances[distances > _SAME].min(initial=1.0)
+    different = distances[np.isfinite(distances) & (distances > _SAME)]
+    copy_distance = different.min() if len(different) else _SAME
     if len(real) > 1:
         described["real"]["nearest_real"] = float(distances.min(1).mean())
     names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]

@@ -39,24 +39,22 @@ def schedule(
       synthetic: likewise; unused by `real`.
       seed: of the run.
       repeat: which classifier. The real stream of a repeat is the same in all regimes.
-      steps: optimiser steps.
-      batch_size: B.
+      steps, batch_size: of the fit.
       learning_rate: the peak; a half cosine takes it to 0.
       probability: p of `probabilistic`, in [0, 1].
       phase_two: share of `two_phase`'s steps that its second phase takes.
       phase_two_rate: times the learning rate in them.
 
     Returns:
-      `index` int32 and `weight` float32 [steps, B], or [steps, 2B] if probabilistic
-      (a slot without an image weighs 0); `rate` float32 [steps].
+      `index` int32, `weight` float32 [steps, B] ([steps, 2B] if probabilistic, where a
+      slot without an image weighs 0) and `rate` float32 [steps].
     """
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}; known: {', '.join(REGIMES)}")
     real_pool = np.arange(*real, dtype=np.int32)
     drawn_pool = np.arange(*synthetic, dtype=np.int32)
-    batches = functools.partial(
-        _batches, seed=seed, repeat=repeat, batch_size=batch_size
-    )
+    stream = {"seed": seed, "repeat": repeat, "batch_size": batch_size}
+    batches = functools.partial(_batches, **stream)
     turn = steps - round(steps * phase_two) if regime == "two_phase" else steps
     if regime in ("real", "probabilistic"):
         index = batches(real_pool, "real", 0, steps)

@@ -94,7 +94,7 @@ def _check_class(name: str, count: int, share: int, per_class: int) -> None:
 
 def _room_for_training(most: int, name: str) -> str:
     if most < 1:
-        return f"Lower config.data.pool, or add images of {name!r}."
+        return f"Add images of {name!r}, or lower config.data.pool."
     return f"Lower it to {most} or less, or lower config.data.pool."
 
 
