@@ -43,6 +43,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     folder = config.base.path or workdir / "pretrain" / "model"
     model, params = stable_diffusion.load(folder, ("vae", "text_encoder"))
+    require(
+        config.data.size % model.downsampling == 0,
+        "config.data.size",
+        wanted=f"a multiple of {model.downsampling}, the autoencoder's downsampling",
+        got=config.data.size,
+        fix="Round it.",
+    )
     train = splits.read_split(
         workdir / "caption" / "splits.json",
         "train",

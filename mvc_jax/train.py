@@ -274,6 +274,8 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / ".writable", "")
         (workdir / ".writable").unlink()
+        for leftover in workdir.glob(".tmp-*"):  # of a run that was killed
+            leftover.unlink()
     except (OSError, ImportError) as error:
         if _is_full_disk(error):
             raise

@@ -226,3 +226,46 @@ def test_a_run_killed_in_every_long_stage_ends_as_if_nothing_had_been(whole, tmp
         assert (tmp_path / part).read_bytes() == (expected / part).read_bytes(), part
     leftovers = [p for p in tmp_path.rglob("*") if p.name.startswith(".tmp-")]
     assert not leftovers
+
+
+def test_a_base_model_given_by_path_takes_the_place_of_pretrain(whole, tmp_path):
+    """The folder that `pretrain` wrote, named as a user names a downloaded one."""
+    base = whole[0] / "pretrain" / "model"
+    stages = "--config.stages=caption,encode,pairs,finetune"
+    done = run(tmp_path, f"--config.base.path={base}", stages)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "pretrain").exists()
+    expected = whole[0]
+    for part in ("encode/moments.npy", "encode/text_states.npy", "pairs/pairs.npy"):
+        assert (tmp_path / part).read_bytes() == (expected / part).read_bytes(), part
+    model = "finetune/model/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / model).read_bytes() == (expected / model).read_bytes()
+
+
+def test_a_disk_that_fills_up_is_one_sentence(whole, tmp_path):
+    """Every write past a limit fails as on a full disk; what is whole stays whole."""
+    script = (
+        "import errno, sys, mvc_jax.train as train\n"
+        "from mvc_jax import files\n"
+        "write = files.write_bytes\n"
+        "def full(path, content):\n"
+        "    if 'captions' in str(path):\n"
+        "        raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
+        "    write(path, content)\n"
+        "files.write_bytes = full\n"
+        "sys.exit(train.main(sys.argv))\n"
+    )
+    flags = command(tmp_path)[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "captions.jsonl" in last
+    assert "a full disk" in last and "Traceback" not in done.stderr
+    assert (tmp_path / "caption" / "splits.json").exists()
+    assert not (tmp_path / "caption" / "manifest.json").exists()
