@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
 
     config.pairs.rounds = 4
     config.pretrain.vae.steps = 500
-    config.pretrain.unet.steps = 1200
+    config.pretrain.unet.steps = 1500
     config.finetune.steps = 300
     config.finetune.learning_rate = 2e-4  # gentle: the base must not be forgotten
     config.finetune.checkpoint_every = 100
