@@ -86,7 +86,9 @@ def test_batch_50_on_eight_devices_trains_as_on_one(finetuned, name):
     one, other = results["1"][0], results[name][0]
     moved = furthest(one, start)
     assert moved > 1e-3
-    assert furthest(one, other) < 1e-3 * moved
+    # Sums in another order, through norms over four numbers, differ by 0.15 %. Six
+    # counted padding examples, or noise that depends on the mesh, differ by 12 and more.
+    assert furthest(one, other) < 0.01 * moved
 
 
 def test_the_conditioning_channels_learn(finetuned):
