@@ -87,7 +87,7 @@ def test_batch_50_on_eight_devices_trains_as_on_one(finetuned, name):
     moved = furthest(one, start)
     assert moved > 1e-3
     # Sums in another order, through norms over four numbers, differ by 0.15 %. Six
-    # counted padding examples, or noise that depends on the mesh, differ by 12 and more.
+    # counted padding examples, or noise that depends on the mesh, by 12 % and more.
     assert furthest(one, other) < 0.01 * moved
 
 
