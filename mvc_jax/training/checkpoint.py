@@ -7,12 +7,15 @@ Resume rules:
    taken.
 """
 
+import shutil
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+
+from mvc_jax.errors import require
 
 
 class Checkpoints:
@@ -46,8 +49,26 @@ class Checkpoints:
         return state
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to write `state`; returns once it is copied to the host."""
+        """Starts to write `state`; returns once it is copied to the host.
+
+        Raises:
+          UserError: the disk has no room for it.
+        """
+        self._require_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+    def _require_room(self, size: int) -> None:
+        folder = str(self._manager.directory)
+        if "://" in folder:
+            return
+        free = shutil.disk_usage(folder).free
+        require(
+            free > 1.1 * size,  # and a little for names and indices
+            folder,
+            wanted=f"{size} bytes of free disk for a checkpoint",
+            got=free,
+            fix="Free some; the same command goes on from the checkpoint before.",
+        )
 
     def close(self) -> None:
         """Waits for a save under way."""

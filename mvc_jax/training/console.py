@@ -32,6 +32,10 @@ class _Lines(std_logging.Formatter):
 
 def _is_worth_reading(record: std_logging.LogRecord) -> bool:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    if record.levelno >= std_logging.ERROR:  # a failed save raises once, in our thread;
+        failed_save = f"{os.sep}orbax{os.sep}" in record.pathname  # its parts repeat it
+        if failed_save or "exception was never retrieved" in record.getMessage():
+            return False
     ours = os.path.abspath(record.pathname).startswith(package)
     return ours or record.levelno >= std_logging.WARNING
 
