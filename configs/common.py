@@ -1,7 +1,8 @@
 """Every field there is, with its default; the other configs start from here.
 
-No lab note: the defaults follow the supplement where it gives a number, and have not been
-measured as a whole. A section belongs to the stage of the same name; `data`, `base` and `mesh` are shared.
+No lab note: the defaults follow the supplement where it gives a number, and have not
+been measured as a whole. A section belongs to the stage of the same name; `data`,
+`base` and `mesh` are shared.
 """
 
 from ml_collections import ConfigDict
