@@ -108,8 +108,13 @@ def read_manifest(workdir: epath.PathLike, name: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **found}
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            found[name] = "not installed"
+    return found
 
 
 def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
