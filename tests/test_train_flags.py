@@ -1,5 +1,6 @@
 """The command line: every mistake is one sentence, and nothing was touched by then."""
 
+import errno
 import inspect
 import os
 
@@ -131,14 +132,15 @@ def test_a_workdir_must_be_named(flag, began, capsys):
     assert "--workdir" in failure(capsys, f"--config={DIGITS}", *flag)
 
 
-@pytest.mark.parametrize(
-    "path", ["notes.txt", "notes.txt/run", pytest.param("locked/run", id="read-only")]
-)
-def test_a_workdir_must_be_writable(path, began, workdir, capsys):
-    if path == "locked/run":
-        if os.geteuid() == 0:
-            pytest.skip("nothing is read-only to root")
-        (workdir / "locked").mkdir(mode=0o500)
+@pytest.mark.parametrize("path", ["notes.txt", "notes.txt/run", "locked"])
+def test_a_workdir_must_be_writable(path, began, workdir, capsys, monkeypatch):
+    if path == "locked":
+        (workdir / "locked").mkdir()
+
+        def denied(path, content):  # by hand: nothing is read-only to root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(train.files, "write_text", denied)
     before = content(workdir)
     line = failure(capsys, f"--config={DIGITS}", f"--workdir={workdir / path}")
     assert line.startswith(f"--workdir={workdir / path}: wanted a folder that can be")

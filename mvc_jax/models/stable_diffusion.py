@@ -81,11 +81,6 @@ class StableDiffusion:
         return self.configs["text_encoder"]["max_position_embeddings"]
 
     @property
-    def text_width(self) -> int:
-        """D: width of a text state."""
-        return self.configs["text_encoder"]["hidden_size"]
-
-    @property
     def latent_channels(self) -> int:
         return self.configs["vae"]["latent_channels"]
 
