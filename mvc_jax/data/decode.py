@@ -1,0 +1,179 @@
+"""Bytes -> uint8 RGB pixels, and pixels -> the square that the models see.
+
+What is done to get there is stated: a window for more than 8 bits, white behind
+transparency, the camera's rotation undone, the first of several frames.
+"""
+
+import contextlib
+import dataclasses
+import io
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Num, UInt8
+from PIL import Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp")
+RESAMPLING = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "area": Image.Resampling.BOX,
+}
+RESIZING = ("stretch", "crop", "pad")
+_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes over 8 bits
+
+
+class BadImage(Exception):
+    """An image that cannot be used; its text is the reason, in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How image bytes become pixels.
+
+    Attributes:
+      max_pixels: more than these are a decompression bomb, never decoded.
+      window: (low, high) that become 0 and 255 in images of more than 8 bits a pixel;
+        None: each image's own least and greatest value.
+    """
+
+    max_pixels: int = 89_478_485  # Pillow's own limit
+    window: tuple[float, float] | None = None
+
+    def __call__(self, content: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """Decodes a PNG, JPEG, WebP, TIFF or BMP file.
+
+        Returns:
+          pixels in [0, 255], and a note of what was changed to get them, "" if nothing.
+
+        Raises:
+          BadImage: with the reason.
+        """
+        if not content:
+            raise BadImage("empty file")
+        try:
+            return self._decode(content)
+        except BadImage:
+            raise
+        except Image.UnidentifiedImageError as error:
+            raise BadImage("not a PNG, JPEG, WebP, TIFF or BMP image") from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise BadImage(f"over {self._limit()}") from error
+        except Exception as error:  # Pillow's readers raise a dozen kinds
+            raise BadImage(f"damaged: {error or type(error).__name__}") from error
+
+    def _decode(self, content: bytes) -> tuple[np.ndarray, str]:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            self._check_size(*picture.size)
+            if picture.mode in _DEEP:
+                rotated = ImageOps.exif_transpose(picture)
+                return self.from_array(np.asarray(rotated))
+            note = "16 bits a channel, high byte" if _is_deep_colour(picture) else ""
+            picture.load()
+            rotated = ImageOps.exif_transpose(picture)
+            if "transparency" in rotated.info or rotated.mode in ("LA", "PA", "La"):
+                rotated = rotated.convert("RGBA")
+            if rotated.mode in ("RGBA", "RGBa"):
+                pixels, alpha_note = _on_white(np.asarray(rotated.convert("RGBA")))
+                return pixels, note or alpha_note
+            return np.asarray(rotated.convert("RGB")), note
+
+    def from_array(
+        self, array: Num[np.ndarray, "..."]
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """The same for pixels that another library decoded.
+
+        Args:
+          array: [H, W] or [H, W, C] with 1 (grey), 3 or 4 (with alpha) channels; of
+            any type but uint8 it is windowed.
+
+        Raises:
+          BadImage: another shape, or values that are not finite.
+        """
+        if array.ndim == 2:
+            array = array[:, :, None]
+        if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:
+            raise BadImage(f"an array of shape {array.shape}")
+        self._check_size(*array.shape[:2])
+        note = ""
+        if array.dtype != np.uint8:
+            array, note = self._windowed(array)
+        if array.shape[2] == 4:
+            array, alpha_note = _on_white(array)
+            return array, note or alpha_note
+        return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3))), note
+
+    def _windowed(self, array: np.ndarray) -> tuple[np.ndarray, str]:
+        array = array.astype(np.float64)
+        if not np.isfinite(array).all():
+            raise BadImage("holds values that are not finite")
+        low, high = self.window or (array.min(), array.max())
+        scaled = (array - low) / max(high - low, 1e-12)
+        eight = np.round(np.clip(scaled, 0.0, 1.0) * 255).astype(np.uint8)
+        return eight, "more than 8 bits, windowed"
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise BadImage(f"{width}x{height} pixels, over {self._limit()}")
+
+    def _limit(self) -> str:
+        return f"config.data.max_pixels={self.max_pixels}"
+
+
+@contextlib.contextmanager
+def strict_pillow(max_pixels: int) -> Iterator[None]:
+    """Inside, Pillow refuses `max_pixels` before it decodes, and else keeps quiet.
+
+    Pillow's limit and Python's filters of warnings are global to the process: enter
+    this in one thread, around all that decode.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            Image.MAX_IMAGE_PIXELS = max_pixels
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def fit(
+    image: UInt8[np.ndarray, "H W 3"],
+    size: int,
+    *,
+    resize: str = "stretch",
+    resample: str = "lanczos",
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Makes an image `size` x `size`, antialiased.
+
+    Args:
+      image: in [0, 255].
+      size: pixels.
+      resize: `"stretch"` both sides, `"crop"` the longer one around the centre, or
+        `"pad"` the shorter one with black.
+      resample: a key of `RESAMPLING`.
+    """
+    if image.shape[:2] == (size, size):
+        return image
+    picture, box, method = Image.fromarray(image), (size, size), RESAMPLING[resample]
+    if resize == "crop":
+        return np.asarray(ImageOps.fit(picture, box, method))
+    if resize == "pad":
+        return np.asarray(ImageOps.pad(picture, box, method))
+    return np.asarray(picture.resize(box, method))
+
+
+def _on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> tuple[np.ndarray, str]:
+    """Composites over white; the colours under full transparency are arbitrary."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    if (alpha == 255).all():
+        return np.ascontiguousarray(rgba[..., :3]), ""
+    mixed = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    return mixed.astype(np.uint8), "transparent, put on white"
+
+
+def _is_deep_colour(picture: Image.Image) -> bool:
+    """Whether Pillow is about to keep the high byte of 16-bit channels."""
+    return any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
