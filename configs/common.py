@@ -5,7 +5,15 @@ been measured as a whole. A section belongs to the stage of the same name; `data
 `base` and `mesh` are shared.
 """
 
+import re
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
+
+from mvc_jax.errors import require
+
+# hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir models/...
+STABLE_DIFFUSION = "models/stable-diffusion-v1-5"
 
 
 def get_config() -> ConfigDict:
@@ -19,18 +27,12 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1  # devices that split the batch; -1: all that fsdp leaves
     config.mesh.fsdp = 1  # devices that split parameters as well
 
-    config.data = ConfigDict()
-    config.data.source = "digits"
-    config.data.size = 512  # pixels along one side, as the models see them
-    config.data.pool = 0  # images kept apart for `pretrain`
-    config.data.per_class = 10  # training images per class; what is left is test
-    config.data.class_type = ""  # "a photo of {class_type} {label}"
+    config.data = _data()
 
     config.base = ConfigDict()
     config.base.path = ""  # a Stable Diffusion folder; "": the one of `pretrain`
 
-    config.caption = ConfigDict()
-    config.caption.captioner = "attributes"
+    config.caption = _caption()
 
     config.pretrain = _pretrain()
 
@@ -70,6 +72,7 @@ def get_config() -> ConfigDict:
     config.classify = ConfigDict()
     config.classify.runs = ("real", "real+affine", "combined", "combined:unmixed")
     config.classify.model = "resnet20"
+    config.classify.size = 0  # pixels it sees, made smaller by area; 0: data.size
     config.classify.width = 16
     config.classify.stem_stride = 1
     config.classify.seeds = 3
@@ -88,6 +91,71 @@ def get_config() -> ConfigDict:
     config.report.title = "Mixing Visual Concepts"
     config.report.grid_columns = 2  # synthetic images per mode and class
     config.report.grid_scale = 64  # display pixels of one image
+    return config
+
+
+def parse_argument(
+    argument: str, *, known: Sequence[str], needed: Sequence[str] = ()
+) -> dict[str, str]:
+    """`"path=/data/a,b,size=256"` -> `{"path": "/data/a,b", "size": "256"}`.
+
+    Only a comma before a known name separates, so that paths may hold commas.
+
+    Raises:
+      UserError: a name is unknown, or a needed one is not there.
+    """
+    parts = re.split(rf",(?=(?:{'|'.join(known)})=)", argument) if argument else []
+    given = dict(part.partition("=")[::2] for part in parts)
+    require(
+        all(name in known and value for name, value in given.items())
+        and all(name in given for name in needed),
+        "--config=FILE:ARGUMENT",
+        wanted=f"{', '.join(f'{name}=VALUE' for name in known)}, of which "
+        f"{', '.join(needed) or 'none'} must be there",
+        got=repr(argument),
+        fix="Write e.g. --config=configs/folder.py:path=/data/parts."
+        if "path" in known
+        else f"Write e.g. {known[0]}=50 behind the colon.",
+    )
+    return given
+
+
+def _data() -> ConfigDict:
+    config = ConfigDict()
+    config.source = "digits"  # or folder:PATH, parquet:PATH/*.parquet, tfds:NAME
+    config.image_column = "image"  # of a Parquet file or TFDS dataset
+    config.label_column = "label"
+    config.dir = ""  # where TFDS keeps its datasets; "": its own default
+    config.classes = ()  # names of the classes to use, in this order; (): all
+    config.pool = 0  # images kept apart for `pretrain`
+    config.per_class = 0  # training images per class; 0: by fraction
+    config.fraction = 1.0  # of the training images of each class that is used
+    # Share of each class that is test where the dataset has no test part of its own;
+    # 0: all that training leaves.
+    config.test_fraction = 0.2
+    config.size = 512  # pixels along one side, as the models see them
+    config.resize = "stretch"  # or "crop" around the centre, or "pad" with black
+    config.resample = "lanczos"  # or "area"; both antialiased
+    config.window = "image"  # of more than 8 bits: its own range, or "LOW,HIGH"
+    config.max_pixels = 89_478_485  # of one image; more is a decompression bomb
+    config.on_bad_image = "fail"  # or "skip": go on without, and keep the list
+    config.duplicates = "keep"  # or "remove" from train what test has as well
+    config.class_type = ""  # "a photo of {class_type} {label}"
+    config.prompt = "{caption}, a photo of {class_type} {label}"  # supplement
+    return config
+
+
+def _caption() -> ConfigDict:
+    config = ConfigDict()
+    config.captioner = "blip2"  # supplement; or flax, file, template, attributes
+    config.model = ""  # folder or hub name for blip2 and flax; "": the usual one
+    config.file = ""  # captions.jsonl for `file`
+    config.template = "{class_type} {label}"  # for `template`
+    config.instruction = ""  # text that BLIP-2 continues, e.g. "a photo of"
+    config.max_new_tokens = 30
+    config.num_beams = 3  # 1: greedy
+    config.dtype = "auto"  # bfloat16 on an accelerator; or float32, bfloat16, int8
+    config.batch_size = 8
     return config
 
 

@@ -20,8 +20,10 @@ def get_config() -> ConfigDict:
     config.data.size = 16
     config.data.pool = 900
     config.data.per_class = 10
+    config.data.test_fraction = 0.0  # all the rest
     config.data.class_type = "digit"
 
+    config.caption.captioner = "attributes"
     config.encode.batch_size = 100
 
     config.pairs.rounds = 4

@@ -1,82 +1,294 @@
 """Images -> captions, and the split that says who may see which image.
 
-Reads: the source. Writes: `splits.json`, `captions.jsonl`. Test images are never
-captioned.
+Reads: the source. Writes: `images.npy` and its rows, `splits.json`, `captions.jsonl`,
+and to look at: `contact_sheet.png`, `bad_images.jsonl`, `duplicates.jsonl`. No later
+stage opens the source. Test images are never captioned.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from mvc_jax.data import captions, manifest, splits
-from mvc_jax.data.sources import open_source
-from mvc_jax.errors import require
+from mvc_jax import files
+from mvc_jax.data import captions, contents, duplicates, manifest, splits
+from mvc_jax.data.attributes import attributes
+from mvc_jax.data.decode import RESAMPLING, RESIZING, Decoder
+from mvc_jax.data.gather import Gathered, Parts, Reader, gather, write_rows
+from mvc_jax.data.sources import OfClasses, Source, check_class_names, open_source
+from mvc_jax.errors import UserError, require
+from mvc_jax.training.console import Progress
 
 VERSION = "1"  # of the captioners in this file; raise it when their words change
+CAPTIONERS = ("blip2", "flax", "file", "template", "attributes")
+_USUAL_MODEL = {
+    "blip2": "Salesforce/blip2-opt-2.7b",
+    "flax": "ydshieh/vit-gpt2-coco-en",
+}
+_KEEP_SECONDS = 2.0  # of captioning that a kill may cost
 
 
 def check(config: ConfigDict) -> None:
     """Checks the sections `data` and `caption`, opening the source but no image."""
-    require(
-        config.caption.captioner in CAPTIONERS,
-        "config.caption.captioner",
-        wanted=f"one of {', '.join(CAPTIONERS)}",
-        got=repr(config.caption.captioner),
-        fix="Name one of these.",
-    )
-    for field, least in (("size", 1), ("pool", 0), ("per_class", 1)):
-        require(
-            config.data[field] >= least,
-            f"config.data.{field}",
-            wanted=f"at least {least}",
-            got=config.data[field],
-            fix="Raise it.",
-        )
-    _split(config)
+    _check_fields(config.data, config.caption)
+    source = _open(config.data)
+    try:
+        parts = _choose(source, config)(np.ones(len(source), bool))
+    except UserError as error:  # the images that are missing may be bad ones
+        error.details += _bad_lines(source.defects)
+        raise
+    _check_captioner(config.caption, source, parts)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Splits the source by id and captions the base pool and the training images."""
-    settings = {"seed": config.seed, "data": config.data.to_dict()}
-    settings["caption"] = config.caption.to_dict() | {"version": VERSION}
-    stage = manifest.open_stage(workdir, "caption", settings)
+    """Reads and splits the images, and captions the base pool and the training part."""
+    stage = manifest.open_stage(workdir, "caption", _settings(config))
     if stage.complete:
         return
-    source, parts = _split(config)
-    splits.write_splits(stage.folder / "splits.json", source, parts)
-    _warn_of_lone_images(source, parts["train"])
-
-    seen = np.concatenate([parts["pool"], parts["train"]])
-    images = [source[i]["image"] for i in seen]
-    texts = CAPTIONERS[config.caption.captioner](images)
+    folder = stage.folder
+    if not all((folder / name).exists() for name in splits.FILES):
+        _gather(config, _open(config.data), folder)
+    pool, train = (splits.read_split(folder, name) for name in ("pool", "train"))
+    ids, labels = pool.ids + train.ids, np.concatenate([pool.labels, train.labels])
+    names = [train.class_names[label] for label in labels]
+    raw = _captions(config, folder, ids, names)
+    collapse = config.caption.captioner in _USUAL_MODEL
+    texts = [captions.clean(text, collapse=collapse) for text in raw]
     captions.write_captions(
-        stage.folder / "captions.jsonl",
-        {source.ids[i]: text for i, text in zip(seen, texts, strict=True)},
+        folder / "captions.jsonl",
+        dict(zip(ids, texts, strict=True)),
         captioner=config.caption.captioner,
-        version=VERSION,
+        version=_model(config.caption) or VERSION,
     )
-    counts = {name: len(indices) for name, indices in parts.items()}
-    sizes = ", ".join(f"{name} {count}" for name, count in counts.items())
-    logging.info("%d captions; images: %s", len(seen), sizes)
-    stage.finish(["splits.json", "captions.jsonl"], **counts)
+    _warn_of_same_captions(texts[len(pool.ids) :], train)
+    contents.write_contact_sheet(folder)
+    for part in _kept_parts(folder):
+        part.unlink()
+    sizes = files.read_json(folder / "splits.json")
+    artifacts = [*splits.FILES, "captions.jsonl", "contact_sheet.png"]
+    stage.finish(
+        [*artifacts, "bad_images.jsonl", "duplicates.jsonl"],
+        **{name: len(ids) for name, ids in sizes.items()},
+        captions_cleaned=sum(a != b for a, b in zip(raw, texts, strict=True)),
+        captions_empty=sum(not text for text in texts),
+    )
+    logging.info("contact sheet: %s", folder / "contact_sheet.png")
 
 
-def _split(config: ConfigDict):
-    source = open_source(config.data.source)
-    parts = splits.make_splits(
-        source,
-        pool=config.data.pool,
-        per_class=config.data.per_class,
+def table(workdir: epath.Path) -> str:
+    """What the stage found, as lines for a terminal."""
+    counts = manifest.read_manifest(workdir, "caption")["counts"]
+    return contents.table(workdir / "caption", counts)
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    section = config.caption.to_dict() | {"version": VERSION}
+    section.pop("batch_size")  # changes no caption
+    if section["captioner"] == "file":  # or an edit of it would go unnoticed
+        path = epath.Path(section["file"])
+        section["file_sha256"] = files.sha256(path) if path.is_file() else ""
+    data = config.data.to_dict()
+    return {"seed": config.seed, "data": data, "caption": section}
+
+
+def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
+    for where, field, choices in (
+        (data, "resize", RESIZING),
+        (data, "resample", tuple(RESAMPLING)),
+        (data, "on_bad_image", ("fail", "skip")),
+        (data, "duplicates", ("keep", "remove")),
+        (section, "captioner", CAPTIONERS),
+        (section, "dtype", ("auto", "float32", "bfloat16", "int8")),
+    ):
+        require(
+            where[field] in choices,
+            f"config.{'data' if where is data else 'caption'}.{field}",
+            wanted=f"one of {', '.join(choices)}",
+            got=repr(where[field]),
+            fix="Name one of these.",
+        )
+    for where, field in (
+        *((data, field) for field in ("size", "max_pixels")),
+        *((section, x) for x in ("max_new_tokens", "num_beams", "batch_size")),
+    ):
+        require(
+            where[field] >= 1,
+            f"config.{'data' if where is data else 'caption'}.{field}",
+            wanted="at least 1",
+            got=where[field],
+            fix="Raise it.",
+        )
+    _shares(data).check()
+    _decoder(data)
+    known = ("caption", "class_type", "label")
+    captions.check_template(data.prompt, "config.data.prompt", known)
+    if section.captioner == "template":
+        name = "config.caption.template"
+        captions.check_template(section.template, name, known[1:])
+
+
+def _check_captioner(section: ConfigDict, source: Source, parts: Parts) -> None:
+    """What a captioner needs, as far as it shows before it is loaded."""
+    if section.captioner == "file":
+        wanted = np.concatenate([parts["pool"], parts["train"]])
+        known = {*source.ids, *source.defects}
+        captions.read_own(section.file, [source.ids[i] for i in wanted], known)
+    elif section.captioner in _USUAL_MODEL:
+        _network(section.captioner).check_model(_model(section))
+
+
+def _model(section: ConfigDict) -> str:
+    return section.model or _USUAL_MODEL.get(section.captioner, "")
+
+
+def _open(data: ConfigDict) -> Source:
+    source = open_source(
+        data.source,
+        _decoder(data),
+        image_column=data.image_column,
+        label_column=data.label_column,
+        data_dir=data.dir,
+    )
+    if data.classes:
+        source = OfClasses(source, data.classes)
+    check_class_names(source.class_names)
+    return source
+
+
+def _decoder(data: ConfigDict) -> Decoder:
+    """The decoder of `data.window` ("image" or "LOW,HIGH") and `data.max_pixels`."""
+    window = None
+    if data.window != "image":
+        try:
+            low, high = (float(number) for number in data.window.split(","))
+            window = (low, high) if low < high else None
+        except ValueError:
+            pass
+        require(
+            window is not None,
+            "config.data.window",
+            wanted='"image" or two numbers, the lower one first',
+            got=repr(data.window),
+            fix="Write e.g. --config.data.window=0,4095 for 12 bits.",
+        )
+    return Decoder(max_pixels=data.max_pixels, window=window)
+
+
+def _shares(data: ConfigDict) -> splits.Shares:
+    return splits.Shares(
+        pool=data.pool,
+        per_class=data.per_class,
+        fraction=data.fraction,
+        test=data.test_fraction,
+    )
+
+
+def _choose(source: Source, config: ConfigDict) -> Callable[[np.ndarray], Parts]:
+    """usable [N] -> the split, as `make_splits` cuts it."""
+    return lambda usable: splits.make_splits(
+        source.labels,
+        source.class_names,
+        _shares(config.data),
         seed=config.seed,
+        is_test=source.is_test,
+        usable=usable,
     )
-    return source, parts
 
 
-def _warn_of_lone_images(source, train: np.ndarray) -> None:
+def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
+    """Writes the images and their rows, or raises with every bad image listed."""
+    data = config.data
+    choose = _choose(source, config)
+    total = sum(map(len, choose(np.ones(len(source), bool)).values()))
+    progress = Progress("images", total, unit="image")
+    bad: dict[str, str] = {}
+    copies: list[dict[str, str]] = []
+
+    def on_bad(found: dict[int, str]) -> None:
+        bad.update(source.defects | {source.ids[i]: found[i] for i in found})
+        _judge_bad_images(bad, folder / "bad_images.jsonl", data.on_bad_image)
+
+    def keep(gathered: Gathered) -> Parts:
+        copies[:] = _copies(source, gathered)
+        files.write_jsonl(folder / "duplicates.jsonl", copies)
+        return _without_copies(source, gathered.parts, copies, data.duplicates)
+
+    gathered = gather(
+        source,
+        folder / "images.npy",
+        choose,
+        Reader(data.size, data.resize, data.resample, data.max_pixels),
+        on_bad=on_bad,
+        keep=keep,
+        on_image=lambda: progress.advance(1),
+    )
+    progress.close()
+    _warn_of_lone_images(source, gathered.parts["train"])
+    found = {"name": data.source, "bad": len(bad), "copies": len(copies)}
+    write_rows(folder, source, gathered, **found, duplicates=data.duplicates)
+
+
+def _judge_bad_images(bad: dict[str, str], path: epath.Path, on_bad: str) -> None:
+    rows = [{"image": name, "reason": reason} for name, reason in bad.items()]
+    files.write_jsonl(path, rows)
+    if bad and on_bad == "fail":
+        raise UserError(
+            "config.data.source",
+            wanted="images that can all be used",
+            got=f"{len(bad)} that cannot",
+            fix=f"Mend or remove them, or go on without them by "
+            f"--config.data.on_bad_image=skip. The list is in {path}.",
+            details=_bad_lines(bad),
+        )
+    if bad:
+        logging.warning("%d bad images are left out; they are in %s", len(bad), path)
+
+
+def _bad_lines(bad: dict[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name}: {reason}" for name, reason in bad.items())
+
+
+def _copies(source: Source, gathered: Gathered) -> list[dict[str, str]]:
+    """Rows for the training images that are in test as well."""
+    train, test = (gathered.parts[name].tolist() for name in ("train", "test"))
+    prints = ([gathered.found[i].fingerprint for i in part] for part in (train, test))
+    return [
+        {"train": source.ids[train[i]], "test": source.ids[test[j]]}
+        for i, j in duplicates.find(*prints)
+    ]
+
+
+def _without_copies(
+    source: Source, parts: Parts, copies: list[dict[str, str]], policy: str
+) -> Parts:
+    if not copies or policy == "keep":
+        if copies:
+            logging.warning(
+                "%d training images are in test as well (duplicates.jsonl); "
+                "--config.data.duplicates=remove takes them out of train",
+                len(copies),
+            )
+        return parts
+    gone = {row["train"] for row in copies}
+    train = np.asarray([i for i in parts["train"] if source.ids[i] not in gone], int)
+    counts = np.bincount(source.labels[train], minlength=len(source.class_names))
+    require(
+        counts.min() > 0,
+        "config.data.duplicates",
+        wanted="at least one training image in each class that is not in test as well",
+        got=f"none in class {source.class_names[counts.argmin()]!r}",
+        fix="Mend the dataset's split, or keep them with duplicates=keep.",
+    )
+    logging.warning("%d training images are in test as well; removed", len(copies))
+    return parts | {"train": train}
+
+
+def _warn_of_lone_images(source: Source, train: np.ndarray) -> None:
     counts = np.bincount(source.labels[train], minlength=len(source.class_names))
     lone = [name for name, n in zip(source.class_names, counts, strict=True) if n == 1]
     if lone:
@@ -86,39 +298,94 @@ def _warn_of_lone_images(source, train: np.ndarray) -> None:
         )
 
 
-def attributes(images: list[UInt8[np.ndarray, "H W 3"]]) -> list[str]:
-    """Captions that measure each image: `"bold slanted strokes, large, left"`.
+def _captions(
+    config: ConfigDict, folder: epath.Path, ids: Sequence[str], names: Sequence[str]
+) -> list[str]:
+    """The captions of the first images of `images.npy`, as their captioner says them.
 
-    Thickness is the mean ink, slant the shear of the ink's second moments, size its
-    spread, position its horizontal centre. Each is cut at the terciles of all images,
-    so that the words mean "among these".
+    Args:
+      config: of the run.
+      folder: of the stage.
+      ids: of these images.
+      names: of their classes.
     """
-    words = (
-        ("thin", "medium", "bold"),
-        ("backward", "upright", "slanted"),
-        ("small", "regular", "large"),
-        ("left", "centred", "right"),
-    )
-    measures = np.stack([_measure(image) for image in images])
-    terciles = np.quantile(measures, [1 / 3, 2 / 3], axis=0)
-    levels = (measures[:, None] >= terciles).sum(axis=1)  # [N, 4] in 0..2
-    template = "{} {} strokes, {}, {}"
-    return [
-        template.format(*(w[level] for w, level in zip(words, row, strict=True)))
-        for row in levels
-    ]
+    section = config.caption
+    if section.captioner == "file":
+        return captions.read_captions(section.file, ids)
+    if section.captioner == "template":
+        values = {"class_type": config.data.class_type}
+        return [
+            section.template.format(label=captions.readable(name), **values)
+            for name in names
+        ]
+    images = files.map_array(folder / "images.npy")[: len(ids)]
+    if section.captioner == "attributes":
+        return attributes(images)
+    kept = {}
+    for part in _kept_parts(folder):
+        kept |= {row["id"]: row["caption"] for row in files.read_jsonl(part)}
+    rows = [i for i, id_ in enumerate(ids) if id_ not in kept]
+    progress = Progress("captions", len(ids), done=len(kept), unit="image")
+    fresh, spoke = [], time.monotonic()
+    for row, text in _machine_captions(section, folder, images, rows):
+        fresh.append({"id": ids[row], "caption": text})
+        progress.advance(1)
+        if time.monotonic() - spoke > _KEEP_SECONDS or len(kept) + len(fresh) == len(
+            ids
+        ):
+            name = f"{len(kept):08d}.jsonl"
+            files.write_jsonl(folder / "captions.partial" / name, fresh)
+            kept |= {row["id"]: row["caption"] for row in fresh}
+            fresh, spoke = [], time.monotonic()
+    progress.close()
+    return [kept[id_] for id_ in ids]
 
 
-def _measure(image: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "4"]:
-    """Thickness, slant, size and position of the ink (bright on dark) of one image."""
-    ink = image.mean(axis=2) / 255.0 + 1e-6
-    y, x = np.mgrid[: ink.shape[0], : ink.shape[1]] / np.array(ink.shape)[:, None, None]
-    share = ink / ink.sum()
-    centre_y, centre_x = (share * y).sum(), (share * x).sum()
-    y, x = y - centre_y, x - centre_x
-    slant = -(share * x * y).sum() / (share * y * y).sum()
-    size = np.sqrt((share * (x * x + y * y)).sum())
-    return np.array([ink.mean(), slant, size, centre_x])
+def _machine_captions(
+    section: ConfigDict, folder: epath.Path, images: np.ndarray, rows: list[int]
+) -> Iterator[tuple[int, str]]:
+    """Yields (row, caption) of `rows` of the images, from a network."""
+    if not rows:
+        return
+    network = _network(section.captioner)
+    options = {
+        "model": _model(section),
+        "batch_size": section.batch_size,
+        "dtype": section.dtype,
+        "max_new_tokens": section.max_new_tokens,
+        "num_beams": section.num_beams,
+    }
+    if section.captioner == "blip2":  # another process, which maps the file itself
+        path = folder / "images.npy"
+        yield from network.captions(path, rows, prompt=section.instruction, **options)
+    else:
+        yield from network.captions(images, rows, **options)
 
 
-CAPTIONERS: dict[str, Callable] = {"attributes": attributes}
+def _network(captioner: str) -> ModuleType:
+    if captioner == "blip2":
+        from mvc_jax.models import blip2 as network
+    else:
+        from mvc_jax.models import vit_gpt2 as network
+    return network
+
+
+def _kept_parts(folder: epath.Path) -> list[epath.Path]:
+    """Files of captions that were made before a run was cut."""
+    return sorted((folder / "captions.partial").glob("*.jsonl"))
+
+
+def _warn_of_same_captions(texts: Sequence[str], train: splits.Split) -> None:
+    """Mixing takes from another caption of the class: there must be another."""
+    same = []
+    for label, name in enumerate(train.class_names):
+        mine = {t for t, k in zip(texts, train.labels, strict=True) if k == label}
+        if len(mine) == 1 and (train.labels == label).sum() > 1:
+            same.append(name)
+    if same:
+        logging.warning(
+            "all captions are the same within %d of %d classes: mixing them changes "
+            "nothing there; --config.caption.captioner=blip2 describes each image",
+            len(same),
+            len(train.class_names),
+        )

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.augment.affine import random_affine
-from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax.data import decode, manifest, splits, synthetic
 from mvc_jax.data.regimes import REGIMES, schedule
 from mvc_jax.errors import UserError, require
 from mvc_jax.models import resnet
@@ -103,6 +103,13 @@ def check(config: ConfigDict) -> None:
             fix="Raise it.",
         )
     require(
+        0 <= section.size <= config.data.size,
+        "config.classify.size",
+        wanted=f"at most config.data.size={config.data.size}, or 0 for that",
+        got=section.size,
+        fix="Lower it.",
+    )
+    require(
         0 < section.learning_rate < float("inf"),
         "config.classify.learning_rate",
         wanted="a number above 0",
@@ -128,9 +135,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    runs = [parse_run(name) for name in config.classify.runs]
-    data, test, ranges = _load(config, workdir, runs)
     section = config.classify
+    runs = [parse_run(name) for name in section.runs]
+    data, test, ranges = _load(workdir, runs, section.size)
     model = resnet.VARIANTS[section.model](
         num_classes=int(data["labels"].max()) + 1,
         width=section.width,
@@ -171,25 +178,27 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage.finish(artifacts, runs=len(runs), fits=len(runs) * section.seeds)
 
 
-def _load(config: ConfigDict, workdir: epath.Path, runs: list[Run]):
+def _load(workdir: epath.Path, runs: list[Run], size: int):
     """All images in one array, real ones first, and each set's range in it."""
-    read = functools.partial(
-        splits.read_split,
-        workdir / "caption" / "splits.json",
-        source=config.data.source,
-        size=config.data.size,
-    )
-    train, test = read("train"), read("test")
-    images, labels = [train.images], [train.labels]
+    caption = workdir / "caption"
+    train, test = (splits.read_split(caption, name) for name in ("train", "test"))
+    images, labels = [_smaller(train.images, size)], [train.labels]
     ranges = {"": (0, len(train.labels))}
     for name in sorted({run_.set for run_ in runs} - {""}):
         drawn, drawn_labels, _ = synthetic.read_images(workdir / "generate" / name)
         first = sum(map(len, labels))
         ranges[name] = (first, first + len(drawn_labels))
-        images.append(drawn)
+        images.append(_smaller(drawn, size))
         labels.append(drawn_labels)
     data = {"images": np.concatenate(images), "labels": np.concatenate(labels)}
-    return data, test, ranges
+    return data, dataclasses.replace(test, images=_smaller(test.images, size)), ranges
+
+
+def _smaller(images: UInt8[np.ndarray, "N H W 3"], size: int):
+    """All images at `size` pixels by area; 0: as they are."""
+    if not size:
+        return images
+    return np.stack([decode.fit(image, size, resample="area") for image in images])
 
 
 def _rows(run_: Run, section: ConfigDict, ranges: dict, seed: int, repeat: int):

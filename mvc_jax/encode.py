@@ -50,15 +50,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         got=config.data.size,
         fix="Round it.",
     )
-    train = splits.read_split(
-        workdir / "caption" / "splits.json",
-        "train",
-        source=config.data.source,
-        size=config.data.size,
-    )
+    train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
 
-    rows, prompts = prompt_rows(model, train, texts, config.data.class_type)
+    rows, prompts = prompt_rows(model, train, texts, config.data)
     files.write_jsonl(stage.folder / "prompts.jsonl", rows)
     ids = model.tokenize(prompts)
     states = jax.jit(model.text_states)(params, ids)
@@ -80,31 +75,34 @@ def prompt_rows(
     model: stable_diffusion.StableDiffusion,
     train: splits.Split,
     texts: list[str],
-    class_type: str,
+    data: ConfigDict,
 ) -> tuple[list[dict], list[str]]:
     """Prompts of the training images, and which of their tokens mixing may touch.
 
     Returns:
-      rows `{"id", "label", "class_name", "prompt", "state", "caption_tokens",
-      "tokens"}`: `state` indexes the distinct prompts; tokens 1 to `caption_tokens` are
-      the caption's, `tokens` counts all with BOS and EOS.
+      rows `{"id", "label", "class_name", "prompt", "state", "caption_start",
+      "caption_tokens", "tokens"}`: `state` indexes the distinct prompts; the caption's
+      tokens are `caption_tokens` from `caption_start` on, BOS being token 0; `tokens`
+      counts all with BOS and EOS.
       the distinct prompts, `""` first.
     """
     rows: list[dict] = []
     index_of = {"": 0}
     for id_, label, text in zip(train.ids, train.labels, texts, strict=True):
         name = train.class_names[label]
-        suffix = captions.class_prompt(class_type, name)
         prompt = captions.prompt(
+            data.prompt,
             text,
-            suffix,
+            class_type=data.class_type,
+            class_name=name,
             count_tokens=model.count_tokens,
             max_tokens=model.context_length,
         )
-        tokens = model.count_tokens(prompt)
-        # The prompt ends in ", suffix"; the suffix alone counts BOS and EOS too.
-        caption_tokens = max(tokens - model.count_tokens(suffix) - 1, 0)
-        row = {"id": id_, "label": int(label), "class_name": name, "prompt": prompt}
-        row |= {"state": index_of.setdefault(prompt, len(index_of))}
-        rows.append(row | {"caption_tokens": caption_tokens, "tokens": tokens})
+        row = {"id": id_, "label": int(label), "class_name": name}
+        row |= {"prompt": prompt.text}
+        row |= {"state": index_of.setdefault(prompt.text, len(index_of))}
+        # Every count has BOS and EOS; the caption starts behind BOS and what is before.
+        row |= {"caption_start": model.count_tokens(prompt.before) - 1}
+        row |= {"caption_tokens": model.count_tokens(prompt.caption) - 2}
+        rows.append(row | {"tokens": model.count_tokens(prompt.text)})
     return rows, list(index_of)

@@ -1,5 +1,9 @@
 """The one exception that a user of the tool is meant to read."""
 
+import os
+import shutil
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something in the user's hands is wrong: a field, a file, a machine.
@@ -12,14 +16,38 @@ class UserError(Exception):
       wanted: what would have been right.
       got: what was found instead.
       fix: the way out, as an imperative sentence.
+      details: lines to print below it, e.g. one for each bad image.
     """
 
-    def __init__(self, name: str, *, wanted: str, got: str, fix: str):
+    def __init__(
+        self,
+        name: str,
+        *,
+        wanted: str,
+        got: str,
+        fix: str,
+        details: Sequence[str] = (),
+    ):
         super().__init__(f"{name}: wanted {wanted}, got {got}. {fix}")
         self.name = name
+        self.details = tuple(details)
 
 
 def require(condition: bool, name: str, *, wanted: str, got: object, fix: str) -> None:
     """Raises a `UserError` unless `condition` holds."""
     if not condition:
         raise UserError(name, wanted=wanted, got=f"{got}", fix=fix)
+
+
+def require_room(folder: os.PathLike, size: int, *, what: str, fix: str) -> None:
+    """Raises a `UserError` unless a local disk has room for `size` bytes."""
+    if "://" in str(folder):
+        return
+    free = shutil.disk_usage(str(folder)).free
+    require(
+        free > 1.1 * size,  # and a little for names and indices
+        str(folder),
+        wanted=f"{size} bytes of free disk for {what}",
+        got=free,
+        fix=fix,
+    )

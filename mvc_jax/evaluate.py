@@ -60,16 +60,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         result["name"]: result for result in map(files.read_json, folder.glob("*.json"))
     }
     results = {name: found[name] for name in made["runs"]}
-    splits_path = workdir / "caption" / "splits.json"
-    size = config.data.size
-    test, train = (
-        splits.read_split(splits_path, name, source=config.data.source, size=size)
-        for name in ("test", "train")
-    )
+    caption = workdir / "caption"
+    test, train = (splits.read_split(caption, name) for name in ("test", "train"))
     confidence = config.evaluate.confidence
     metrics = {
         "class_names": list(test.class_names),
-        "counts": {k: len(v) for k, v in files.read_json(splits_path).items()},
+        "counts": {
+            k: len(v) for k, v in files.read_json(caption / "splits.json").items()
+        },
         "seeds": made["seeds"],
         "steps": made["steps"],
         "batch_size": made["batch_size"],

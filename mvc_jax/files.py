@@ -68,6 +68,14 @@ def read_array(path: epath.PathLike) -> np.ndarray:
         return np.load(file, allow_pickle=False)
 
 
+def map_array(path: epath.PathLike) -> np.ndarray:
+    """Like `read_array`, but of a local file nothing is read until it is looked at."""
+    path = epath.Path(path)
+    if "://" in str(path):
+        return read_array(path)
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
 def sha256(path: epath.PathLike) -> str:
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:

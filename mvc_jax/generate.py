@@ -119,12 +119,7 @@ class Sampler:
     """Recipes in, images out: the cache, the compiled sampler, the devices."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, mesh, batch_size: int):
-        train = splits.read_split(
-            workdir / "caption" / "splits.json",
-            "train",
-            source=config.data.source,
-            size=config.data.size,
-        )
+        train = splits.read_split(workdir / "caption", "train")
         encode = workdir / "encode"
         rows = files.read_jsonl(encode / "prompts.jsonl")
         self.class_names = train.class_names
@@ -135,10 +130,9 @@ class Sampler:
         self._moments = files.read_array(encode / "moments.npy")
         self._states = files.read_array(encode / "text_states.npy")
         self._key = rng.purpose_key(config.seed, "noise")
-        grey = bool((train.images == train.images[..., :1]).all())
         self._steps = config.generate.steps
         self._settings = {
-            "grey": grey,
+            "grey": train.grey,
             "text_scale": config.generate.text_scale,
             "image_scale": config.generate.image_scale,
         }

@@ -142,15 +142,16 @@ def make_recipe(
     here = bisect.bisect_left(members, source)
     partner = rows[members[(here + shift) % len(members)]]
     mode = modes[round_ % len(modes)]
-    stop = {
-        "caption": 1 + max(row["caption_tokens"], partner["caption_tokens"]),
-        "words": max(row["tokens"], partner["tokens"]) - 1,
-        "all": length,
+    words = max(row["caption_tokens"], partner["caption_tokens"])
+    start, stop = {
+        "caption": (row["caption_start"], row["caption_start"] + words),
+        "words": (1, max(row["tokens"], partner["tokens"]) - 1),
+        "all": (1, length),
     }[positions]
     recipe = {"index": k, "source": row["id"], "partner": partner["id"]}
     recipe |= {"label": row["class_name"], "mode": mode, "positions": [], "dims": []}
     if mode == "coarse":
-        allowed = np.arange(1, min(stop, length))
+        allowed = np.arange(start, min(stop, length))
         count = min(tokens, len(allowed))
         chosen = rng.choice(allowed, size=count, replace=False)
         recipe["positions"] = sorted(chosen.tolist())

@@ -113,27 +113,26 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     caption_folder = epath.Path(workdir) / "caption"
-    pool = splits.read_split(
-        caption_folder / "splits.json",
-        "pool",
-        source=config.data.source,
-        size=config.data.size,
-    )
+    pool = splits.read_split(caption_folder, "pool")
     texts = captions.read_captions(caption_folder / "captions.jsonl", pool.ids)
-    suffixes = [
-        captions.class_prompt(config.data.class_type, pool.class_names[label])
-        for label in pool.labels
-    ]
     folder = stage.folder / "model"
-    model = _new_model(config, folder, texts + suffixes)
+    template, class_type = config.data.prompt, config.data.class_type
+    names = [pool.class_names[label] for label in pool.labels]
+    alone = [
+        captions.fill(template, "", class_type=class_type, class_name=name).text
+        for name in names
+    ]
+    model = _new_model(config, folder, texts + alone)
     prompts = [
         captions.prompt(
+            template,
             text,
-            suffix,
+            class_type=class_type,
+            class_name=name,
             count_tokens=model.count_tokens,
             max_tokens=model.context_length,
-        )
-        for text, suffix in zip(texts, suffixes, strict=True)
+        ).text
+        for text, name in zip(texts, names, strict=True)
     ]
 
     vae = train_vae(config, stage.folder, workdir, model, pool.images, mesh)

@@ -16,9 +16,9 @@ from typing import Any
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from mvc_jax import files
+from mvc_jax import files, pictures
 from mvc_jax.data import manifest, splits
 from mvc_jax.errors import require
 
@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     metrics = files.read_json(workdir / "evaluate" / "metrics.json")
-    found = _read(workdir, config.data, metrics["class_names"])
+    found = _read(workdir, metrics["class_names"])
     grid = _grid(found, config.report.grid_columns)
     compared = _comparison(found)
     _add_pixels(found, [cell for row in grid + compared for cell in row["cells"]])
@@ -95,7 +95,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         manifests=_manifests(workdir),
     )
     files.write_text(stage.folder / "report.html", page)
-    picture = _picture(grid, config.report.grid_scale)
+    picture = pictures.grid_png(
+        grid, config.report.grid_scale, most_bytes=_PICTURE_BYTES
+    )
     files.write_bytes(stage.folder / "grid.png", picture)
     logging.info("the report is %s", stage.folder / "report.html")
     stage.finish(["report.html", "grid.png"], classes=len(grid))
@@ -115,10 +117,9 @@ def _render(*, scale: int, **values: Any) -> str:
     return environment.get_template("report.html.j2").render(scale=scale, **values)
 
 
-def _read(workdir: epath.Path, data: ConfigDict, class_names: list[str]) -> _Run:
+def _read(workdir: epath.Path, class_names: list[str]) -> _Run:
     captions = files.read_jsonl(workdir / "caption" / "captions.jsonl")
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
-    split = workdir / "caption" / "splits.json"
     names = [path.name for path in (workdir / "generate").iterdir() if path.is_dir()]
     sets = {}
     for name in [*(n for n in _SETS if n in names), *sorted({*names} - {*_SETS})]:
@@ -127,7 +128,7 @@ def _read(workdir: epath.Path, data: ConfigDict, class_names: list[str]) -> _Run
     return _Run(
         generate=workdir / "generate",
         class_names=class_names,
-        real=splits.read_split(split, "train", source=data.source, size=data.size),
+        real=splits.read_split(workdir / "caption", "train"),
         captions={row["id"]: row for row in captions},
         recipes={row["index"]: row for row in recipes},
         sets={name: rows for name, rows in sets.items() if rows},
@@ -267,57 +268,7 @@ def _data_uri(image: Image.Image, scale: int) -> str:
     """The image as an inline PNG, made smaller if it is larger than it is shown."""
     small = image.copy()
     small.thumbnail((scale, scale), Image.Resampling.LANCZOS)
-    return "data:image/png;base64," + base64.b64encode(_png(small)).decode()
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png", optimize=True)
-    return buffer.getvalue()
-
-
-def _picture(grid: list[dict], tile: int) -> bytes:
-    """The grid as one PNG; with fewer colours, then smaller, if it is too large."""
-    content = _png(_draw(grid, tile))
-    while len(content) > _PICTURE_BYTES and tile >= 16:
-        content = _png(_draw(grid, tile).quantize(256))
-        tile = tile * 3 // 4
-    return content
-
-
-def _draw(grid: list[dict], tile: int) -> Image.Image:
-    """Classes as rows, in two panels when there are many; headings above."""
-    font = ImageFont.load_default(max(tile // 5, 9))
-    gap, margin, top = max(tile // 16, 2), tile // 4, tile // 2
-    names = max(math.ceil(font.getlength(row["name"])) for row in grid)
-    headings = [cell["heading"] for cell in grid[0]["cells"]]
-    lefts, left = [], 2 * margin + names
-    for i, heading in enumerate(headings):
-        left += gap if i and heading != headings[i - 1] else 0
-        lefts.append(left)
-        left += tile + gap
-    panels = 1 if len(grid) <= 5 else 2
-    per_panel = math.ceil(len(grid) / panels)
-    size = (panels * left + margin, top + per_panel * (tile + gap) + margin)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    for n, row in enumerate(grid):
-        x, y = n // per_panel * left, top + n % per_panel * (tile + gap)
-        middle = (x + margin + names, y + tile / 2)
-        draw.text(middle, row["name"], "#222222", font, anchor="rm")
-        for cell_left, cell in zip(lefts, row["cells"], strict=True):
-            if n % per_panel == 0:
-                above = (x + cell_left + tile / 2, top - gap)
-                draw.text(above, cell["heading"], "#666666", font, anchor="mb")
-            if cell["image"] is not None:
-                smaller = cell["image"].width > tile
-                method = (
-                    Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
-                )
-                image.paste(
-                    cell["image"].resize((tile, tile), method), (x + cell_left, y)
-                )
-    return image
+    return "data:image/png;base64," + base64.b64encode(pictures.png(small)).decode()
 
 
 def _curves(workdir: epath.Path) -> list[dict]:

@@ -7,8 +7,6 @@ Exit codes: 0 done, 2 a mistake that the message says how to mend, 130 interrupt
 """
 
 import ast
-import contextlib
-import ctypes
 import errno
 import importlib
 import importlib.util
@@ -26,13 +24,14 @@ from ml_collections import ConfigDict, config_flags
 from mvc_jax import files
 from mvc_jax.data import manifest
 from mvc_jax.errors import UserError, require
-from mvc_jax.training import console
+from mvc_jax.training import console, runtime
 
 STAGES = (
     *("caption", "pretrain", "encode", "pairs", "finetune"),
     *("mix", "generate", "classify", "evaluate", "report"),
 )
 _DEFAULT_CONFIG = "configs/digits.py"
+_MOST_DETAILS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, workdir = parse_flags(list(sys.argv if argv is None else argv))
         run(config, workdir)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.details)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -62,13 +61,21 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     for name in stages:
         if not manifest.is_complete(workdir, name):
             _stage(name).check(config)
-    _set_up_devices(config)
-    worked = [name for name in stages if run_stage(name, config, workdir)]
+    runtime.set_up(config.compilation_cache)
+    worked = []
+    for name in stages:
+        if name != "caption":  # whose captioner may want the accelerator to itself
+            runtime.log_devices()
+        if run_stage(name, config, workdir):
+            worked.append(name)
     if worked:
         logging.info("%s in %.0f s", ", ".join(worked), time.monotonic() - began)
     else:
         logging.info("nothing to do: %d stages were done before", len(stages))
-    _print_result(workdir)
+    if stages == ["caption"]:
+        print(_stage("caption").table(workdir))
+    else:
+        _print_result(workdir)
 
 
 def check_shared(config: ConfigDict) -> None:
@@ -94,7 +101,7 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
     """Runs one stage and keeps its time; returns whether it had anything to do."""
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
-    began, compiled = time.monotonic(), _compile_seconds()
+    began, compiled = time.monotonic(), runtime.compile_seconds()
     _stage(name).run(config, workdir)
     if path.stat().mtime == before:
         return False
@@ -103,7 +110,7 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
     record = files.read_json(timings) if timings.exists() else {}
     record[name] = {
         "seconds": round(seconds, 2),
-        "compile_seconds": round(_compile_seconds() - compiled, 2),
+        "compile_seconds": round(runtime.compile_seconds() - compiled, 2),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     files.write_json(timings, record)
@@ -305,47 +312,6 @@ def _stage(name: str) -> ModuleType:
     return importlib.import_module(f"mvc_jax.{name}")
 
 
-_compiled = [0.0]
-
-
-def _compile_seconds() -> float:
-    """Seconds that this process has spent on tracing, lowering and compiling."""
-    return _compiled[0]
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep what it frees: XLA's scratch memory on a CPU, every step.
-
-    Returned to the kernel and mapped again, 44 MiB of it cost the digits' UNet 11,000
-    page faults a step, a fifth of its 77 ms on two cores.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to tell
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 64 << 20)
-
-
-def _set_up_devices(config: ConfigDict) -> None:
-    import jax
-
-    _keep_freed_memory()
-    if config.compilation_cache:
-        folder = epath.Path(config.compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-    def listen(event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            _compiled[0] += seconds
-
-    if not _compiled[0]:
-        jax.monitoring.register_event_duration_secs_listener(listen)
-    kinds = sorted({device.device_kind for device in jax.devices()})
-    logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
-
-
 def _print_result(workdir: epath.Path) -> None:
     metrics = workdir / "evaluate" / "metrics.json"
     if metrics.exists():
@@ -355,8 +321,12 @@ def _print_result(workdir: epath.Path) -> None:
         print(f"\nreport: {report}")
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, details: Sequence[str] = ()) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    for line in details[:_MOST_DETAILS]:
+        print(f"  {' '.join(line.split())}", file=sys.stderr)
+    if len(details) > _MOST_DETAILS:
+        print(f"  ... and {len(details) - _MOST_DETAILS} more", file=sys.stderr)
     return 2
 
 

@@ -16,6 +16,8 @@ class Digits:
     """The digits as a `Source`: ids `digits/0000` to `digits/1796`."""
 
     class_names = tuple(NAMES)
+    is_test = None
+    defects: dict[str, str] = {}
 
     def __init__(self):
         bunch = load_digits()

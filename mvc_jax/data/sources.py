@@ -1,11 +1,13 @@
 """Where labelled images come from: one small protocol, one file a source."""
 
+from collections.abc import Sequence
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
+from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import Decoder
-from mvc_jax.errors import UserError
+from mvc_jax.errors import UserError, require
 
 SOURCES = ("digits", "folder:PATH", "parquet:PATH/*.parquet", "tfds:NAME")
 
@@ -95,3 +97,67 @@ def open_source(
         got=repr(name),
         fix="Name one of these.",
     )
+
+
+class OfClasses:
+    """The images of some classes of a source; labels count these alone, in this order.
+
+    Raises:
+      UserError: a class is unknown or named twice.
+    """
+
+    def __init__(self, source: Source, class_names: Sequence[str]):
+        unknown = [name for name in class_names if name not in source.class_names]
+        require(
+            not unknown and len(set(class_names)) == len(class_names),
+            "config.data.classes",
+            wanted=f"classes of the source, each once: {_some(source.class_names)}",
+            got=", ".join(map(repr, unknown or class_names)),
+            fix="Name these, or () for all.",
+        )
+        self._source = source
+        new_label = np.full(len(source.class_names), -1, np.int32)
+        for label, name in enumerate(class_names):
+            new_label[source.class_names.index(name)] = label
+        labels = new_label[source.labels]
+        self._indices = np.flatnonzero(labels >= 0)
+        self.class_names = tuple(class_names)
+        self.labels = labels[self._indices]
+        self.ids = tuple(source.ids[i] for i in self._indices)
+        own = source.is_test
+        self.is_test = None if own is None else own[self._indices]
+        self.defects = source.defects
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[int(self._indices[index])]
+        return example | {"label": int(self.labels[index])}
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Raises a `UserError` if two classes read the same in a prompt, or one is mute."""
+    first: dict[str, str] = {}
+    for name in class_names:
+        words = readable(name)
+        require(
+            bool(words),
+            f"class {name!r}",
+            wanted="a name with at least one letter or digit",
+            got="none that a prompt could say",
+            fix="Rename it.",
+        )
+        other = first.setdefault(words, name)
+        require(
+            other == name,
+            f"class {name!r}",
+            wanted="a name of its own in the prompt",
+            got=f"{words!r}, as class {other!r} has",
+            fix="Rename one of the two, or leave one out by config.data.classes.",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:30])
+    return shown if len(names) <= 30 else f"{shown} and {len(names) - 30} more"

@@ -1,66 +1,136 @@
-"""Who may see which image: base pool, few-shot train, test; disjoint by id."""
+"""Who may see which image: base pool, train, test; disjoint by id.
+
+What `caption` writes and every later stage reads, whatever became of the source:
+
+- `splits.json`: the ids of each split;
+- `images.npy`: uint8 [N, S, S, 3], every image of the run, decoded and resized once, in
+  the order pool, train, test;
+- `images.jsonl`: a row for each of them: id, split, label, its size at the source;
+- `dataset.json`: class names, counts, what was found on the way.
+"""
 
 import dataclasses
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from mvc_jax import files
 from mvc_jax.data.order import generator
-from mvc_jax.data.sources import Source, open_source
-from mvc_jax.errors import UserError
+from mvc_jax.errors import require
 
 SPLITS = ("pool", "train", "test")
+_LEAVE_OUT = "leave it out by config.data.classes"
+FILES = ("splits.json", "images.npy", "images.jsonl", "dataset.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images of one split in memory.
+    """Images of one split; on a local disk they are mapped, not loaded.
 
     Attributes:
-      images: uint8 [N, H, W, 3] in [0, 255].
+      images: uint8 [N, S, S, 3] in [0, 255].
       labels: int32 [N].
       ids: N strings.
       class_names: K strings; `labels` index them.
+      grey: every image of the run, in whatever split, is without colour.
     """
 
     images: np.ndarray
     labels: np.ndarray
     ids: tuple[str, ...]
     class_names: tuple[str, ...]
+    grey: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How much of each class goes where.
+
+    Attributes:
+      pool: images of the base pool over all classes, shared out by class frequency.
+      per_class: training images per class; 0: by `fraction`.
+      fraction: share of a class's training images that is used, in (0, 1].
+      test: share of a class that is test, in [0, 1), where the source has no test
+        images of its own; 0: all that training leaves.
+    """
+
+    pool: int = 0
+    per_class: int = 0
+    fraction: float = 1.0
+    test: float = 0.2
+
+    def check(self) -> None:
+        """Raises a `UserError` if a field is out of range or two contradict."""
+        for field, value, good, wanted in (
+            ("pool", self.pool, self.pool >= 0, "at least 0"),
+            ("per_class", self.per_class, self.per_class >= 0, "at least 0 (0: all)"),
+            ("fraction", self.fraction, 0 < self.fraction <= 1, "a share in (0, 1]"),
+            ("test_fraction", self.test, 0 <= self.test < 1, "a share in [0, 1)"),
+        ):
+            require(
+                good,
+                f"config.data.{field}",
+                wanted=wanted,
+                got=value,
+                fix="configs/common.py says what it means.",
+            )
+        require(
+            not self.per_class or self.fraction == 1,
+            "config.data.fraction",
+            wanted="1 beside config.data.per_class, or per_class of 0",
+            got=f"fraction={self.fraction:g} and per_class={self.per_class}",
+            fix="Choose by one of the two.",
+        )
 
 
 def make_splits(
-    source: Source, *, pool: int, per_class: int, seed: int
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    shares: Shares,
+    *,
+    seed: int,
+    is_test: np.ndarray | None = None,
+    usable: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Cuts a source into base pool, few-shot train and test, class by class.
+    """Cuts a source into base pool, train and test, class by class.
 
-    Each class is shuffled by (seed, class); its share of the pool comes first, then
-    `per_class` training images, and all that is left is test.
+    Each class is shuffled by (seed, class) and cut in the order pool, test, train, so
+    that test is the same at every `per_class` and `fraction`; with `shares.test` of 0
+    test is what is left at the end. Where the source has test images of its own, all of
+    them are test and the rest is cut into pool and train.
 
     Args:
-      source: what to cut.
-      pool: images of the base pool over all classes, shared out by class frequency.
-      per_class: training images per class, at least 1.
+      labels: int [N], indices of `class_names`.
+      class_names: K strings.
+      shares: how much goes where.
       seed: of the shuffles.
+      is_test: bool [N], the source's own test images; None: it has none.
+      usable: bool [N], images to leave out; None: all may be used.
 
     Returns:
-      indices into `source`, int64, by split name; together each index once.
+      ascending indices into the source, int64, by split name, each index at most once.
 
     Raises:
-      UserError: a class has too few images for its share, training and one test image.
+      UserError: a class has too few images.
     """
-    labels = np.asarray(source.labels)
-    counts = np.bincount(labels, minlength=len(source.class_names))
-    shares = _proportional(pool, counts)
+    usable = np.ones(len(labels), bool) if usable is None else usable
+    own_test = np.zeros(len(labels), bool) if is_test is None else is_test
+    cut = usable & ~own_test
+    counts = np.bincount(labels[cut], minlength=len(class_names))
+    pools = _proportional(shares.pool, counts)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    for k, (share, name) in enumerate(zip(shares, source.class_names, strict=True)):
-        _check_class(name, int(counts[k]), int(share), per_class)
-        mine = np.flatnonzero(labels == k)
+    for k, name in enumerate(class_names):
+        mine = np.flatnonzero(cut & (labels == k))
         mine = mine[generator(seed, "split", k).permutation(len(mine))]
-        cut = np.split(mine, [share, share + per_class])
-        for split, indices in zip(SPLITS, cut, strict=True):
+        theirs = np.flatnonzero(usable & own_test & (labels == k))
+        _require_some(name, len(mine) + len(theirs))
+        pool, left = np.split(mine, [pools[k]])
+        if is_test is None:
+            train, test = _train_and_test(left, shares, name, pools[k])
+        else:
+            train, test = _some(left, shares, name, pools[k]), theirs
+            _require_test(name, len(test))
+        for split, indices in zip(SPLITS, (pool, train, test), strict=True):
             parts[split].append(indices)
     return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
 
@@ -74,68 +144,94 @@ def _proportional(total: int, counts: np.ndarray) -> np.ndarray:
     return shares
 
 
-def _check_class(name: str, count: int, share: int, per_class: int) -> None:
-    if count == 0:
-        raise UserError(
+def _train_and_test(mine: np.ndarray, shares: Shares, name: str, pool: int):
+    """Cuts one shuffled class, without its share of the pool, into train and test."""
+    if shares.test:
+        require(
+            len(mine) >= 2,
             f"class {name!r}",
-            wanted="at least one image",
-            got="none",
-            fix="Add images of it or take the class out.",
+            wanted="an image for training and one for test, beside the pool",
+            got=f"{len(mine) + pool} images, {pool} of them for the pool",
+            fix=f"Add images of it, or {_LEAVE_OUT}.",
         )
-    if share + per_class + 1 > count:
-        raise UserError(
-            "config.data.per_class",
-            wanted=f"{share} pool + per_class + at least 1 test image within the "
-            f"{count} images of class {name!r}",
-            got=f"per_class={per_class}, which needs {share + per_class + 1}",
-            fix=_room_for_training(count - share - 1, name),
-        )
+        tests = min(max(round(shares.test * len(mine)), 1), len(mine) - 1)
+        return _some(mine[tests:], shares, name, pool), mine[:tests]
+    train = _some(mine[:-1], shares, name, pool)
+    return train, mine[len(train) :]
 
 
-def _room_for_training(most: int, name: str) -> str:
-    if most < 1:
-        return f"Add images of {name!r}, or lower config.data.pool."
-    return f"Lower it to {most} or less, or lower config.data.pool."
+def _some(mine: np.ndarray, shares: Shares, name: str, pool: int) -> np.ndarray:
+    """The training images of a class, out of those that may be."""
+    require(
+        len(mine) > 0,
+        f"class {name!r}",
+        wanted=f"a training image beside {pool} for the pool and those for test",
+        got="none",
+        fix=f"Add images of it, or {_LEAVE_OUT}, or lower config.data.pool.",
+    )
+    require(
+        shares.per_class <= len(mine),
+        "config.data.per_class",
+        wanted=f"training images within the {len(mine)} that class {name!r} has "
+        f"beside {pool} for the pool and those for test",
+        got=f"per_class={shares.per_class}",
+        fix=f"Lower it to {len(mine)} or less, or lower config.data.pool.",
+    )
+    count = shares.per_class or max(round(shares.fraction * len(mine)), 1)
+    return mine[:count]
 
 
-def write_splits(
-    path: epath.PathLike, source: Source, splits: dict[str, np.ndarray]
-) -> None:
-    """Writes the ids of each split as JSON: `{"train": ["digits/0001", ...], ...}`."""
-    ids = {name: [source.ids[i] for i in indices] for name, indices in splits.items()}
-    files.write_json(path, ids)
+def _require_some(name: str, count: int) -> None:
+    require(
+        count > 0,
+        f"class {name!r}",
+        wanted="at least one image",
+        got="none",
+        fix=f"Add images of it, or {_LEAVE_OUT}.",
+    )
 
 
-def read_split(path: epath.PathLike, name: str, *, source: str, size: int) -> Split:
-    """Loads the images of split `name` by the ids that `write_splits` wrote.
+def _require_test(name: str, count: int) -> None:
+    require(
+        count > 0,
+        f"class {name!r}",
+        wanted="at least one image in the dataset's own test part",
+        got="none",
+        fix=f"Add images of it, or {_LEAVE_OUT}.",
+    )
 
-    Args:
-      path: the file of `write_splits`.
-      name: one of `SPLITS`.
-      source: as for `open_source`.
-      size: images come back as `size` x `size` pixels.
+
+def read_split(folder: epath.PathLike, name: str) -> Split:
+    """Split `name` of what `caption` wrote into `folder`.
+
+    Raises:
+      UserError: its files are not there, or do not belong together.
     """
-    ids = files.read_json(path)[name]
-    opened = open_source(source)
-    index_of = {id_: i for i, id_ in enumerate(opened.ids)}
-    gone = [id_ for id_ in ids if id_ not in index_of]
-    if gone:
-        raise UserError(
-            str(path),
-            wanted=f"images of source {source!r}",
-            got=f"{len(gone)} ids that it has not, e.g. {', '.join(gone[:3])}",
-            fix="Bring the images back, or start a new --workdir.",
+    folder = epath.Path(folder)
+    for file in FILES:
+        require(
+            (folder / file).exists(),
+            str(folder / file),
+            wanted="the images and splits that the stage caption wrote",
+            got="no such file",
+            fix="Run the stage caption again; it fills in what is gone.",
         )
-    examples = [opened[index_of[id_]] for id_ in ids]
-    shape = (len(examples), size, size, 3)
-    images = np.empty(shape, np.uint8)
-    for image, example in zip(images, examples, strict=True):
-        image[...] = resize(example["image"], size)
-    labels = np.asarray([example["label"] for example in examples], np.int32)
-    return Split(images, labels, tuple(ids), opened.class_names)
-
-
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [size, size, 3], Lanczos with antialiasing."""
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(resized)
+    dataset = files.read_json(folder / "dataset.json")
+    rows = files.read_jsonl(folder / "images.jsonl")
+    images = files.map_array(folder / "images.npy")
+    require(
+        len(images) == len(rows),
+        str(folder / "images.npy"),
+        wanted=f"the {len(rows)} images of images.jsonl",
+        got=len(images),
+        fix=f"Delete {folder} and the stages after it to make them anew.",
+    )
+    mine = [i for i, row in enumerate(rows) if row["split"] == name]
+    first = mine[0] if mine else 0
+    return Split(
+        images=images[first : first + len(mine)],
+        labels=np.asarray([rows[i]["label"] for i in mine], np.int32),
+        ids=tuple(rows[i]["id"] for i in mine),
+        class_names=tuple(dataset["class_names"]),
+        grey=dataset["grey"],
+    )

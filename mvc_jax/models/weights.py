@@ -37,20 +37,25 @@ def torch_name(path: Path) -> str:
     `"down_blocks.0.resnets.1.conv1.weight"`.
     """
     *modules, leaf = path
+    attends = any(module.startswith("attentions_") for module in modules)
     names = []
     for module in modules:
-        if not module.startswith("linear_"):
+        if not module.startswith(("linear_", "ln_")):
             module = re.sub(r"_(\d+)$", r".\1", module)
-        names.append(_VAE_ATTENTION.get(module, module))
+        names.append(_VAE_ATTENTION.get(module, module) if attends else module)
     return ".".join([*names, _LEAVES.get(leaf, leaf)])
 
 
-def read(path: epath.PathLike, shapes: Mapping[str, Any]) -> dict[str, Any]:
+def read(
+    path: epath.PathLike, shapes: Mapping[str, Any], unused: str = r"(?!)"
+) -> dict[str, Any]:
     """Reads a safetensors file into a Flax tree, fp32.
 
     Args:
       path: a `.safetensors` file of a PyTorch module.
       shapes: the tree of that module, leaves with `.shape` (from `jax.eval_shape`).
+      unused: a pattern, found in the names of tensors that may be there although
+        `shapes` has no place for them; without one there are none.
 
     Raises:
       UserError: tensors are missing, unexpected or of another shape; all are named.
@@ -68,7 +73,8 @@ def read(path: epath.PathLike, shapes: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name} makes {list(tensor.shape)}, not {list(leaf.shape)}"
             )
         tree[key] = np.ascontiguousarray(tensor, dtype=np.float32)
-    problems += [f"{name} is unexpected" for name in sorted(tensors)]
+    surplus = [name for name in sorted(tensors) if not re.search(unused, name)]
+    problems += [f"{name} is unexpected" for name in surplus]
     if problems:
         raise UserError(
             str(path),

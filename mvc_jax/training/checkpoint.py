@@ -7,7 +7,6 @@ Resume rules:
    taken.
 """
 
-import shutil
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mvc_jax.errors import require
+from mvc_jax.errors import require_room
 
 
 class Checkpoints:
@@ -54,21 +53,13 @@ class Checkpoints:
         Raises:
           UserError: the disk has no room for it.
         """
-        self._require_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-        self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
-
-    def _require_room(self, size: int) -> None:
-        folder = str(self._manager.directory)
-        if "://" in folder:
-            return
-        free = shutil.disk_usage(folder).free
-        require(
-            free > 1.1 * size,  # and a little for names and indices
-            folder,
-            wanted=f"{size} bytes of free disk for a checkpoint",
-            got=free,
+        require_room(
+            self._manager.directory,
+            sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            what="a checkpoint",
             fix="Free some; the same command goes on from the checkpoint before.",
         )
+        self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def close(self) -> None:
         """Waits for a save under way."""

@@ -1,0 +1,20 @@
+"""CIFAR-100: 50,000 training images of a hundred classes at 32 pixels.
+
+    tfds build cifar100 --file_format=array_record
+    python -m mvc_jax.train --config=configs/cifar100.py --workdir=runs/cifar100
+
+`--config=configs/cifar100.py:per_class=50` takes 50 training images of each class.
+Everything else, recipes too, is CIFAR-10's.
+Hardware, wall time and numbers to expect: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from mvc_jax.configs import cifar10
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = cifar10.get_config(argument)
+    config.data.source = "tfds:cifar100"
+    config.report.title = "Mixing Visual Concepts: CIFAR-100"
+    return config

@@ -1,0 +1,31 @@
+"""Tiny ImageNet: 100,000 training images of 200 classes at 64 pixels.
+
+    python -m mvc_jax.train --config=configs/tiny_imagenet.py --workdir=runs/tiny_imagenet
+
+in `data/tiny-imagenet-200`, or where `--config=configs/tiny_imagenet.py:path=...` says.
+The folder as its archive unpacks: `train/<wnid>/images`, `val/val_annotations.txt`,
+`words.txt`, from which the classes get their names. The labelled validation images are
+the test part; the archive's own test images have no labels.
+
+The supplement has no recipe for it; this is CIFAR's.
+Hardware, wall time and numbers to expect: not yet measured.
+"""
+
+from ml_collections import ConfigDict
+
+from mvc_jax.configs import common
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    given = common.parse_argument(argument, known=("path", "per_class"))
+    config = common.get_config()
+    config.data.source = f"folder:{given.get('path', 'data/tiny-imagenet-200')}"
+    config.data.size = 256
+    config.data.per_class = int(given.get("per_class", 0))
+
+    config.base.path = common.STABLE_DIFFUSION
+    config.classify.model = "resnet20"
+    config.classify.size = 64
+    config.classify.stem_stride = 2
+    config.report.title = "Mixing Visual Concepts: Tiny ImageNet"
+    return config

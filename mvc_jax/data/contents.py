@@ -1,0 +1,113 @@
+"""What a dataset holds, for the person who brought it: a table and a contact sheet."""
+
+from collections import Counter
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from mvc_jax import files, pictures
+from mvc_jax.data import splits
+
+_MOST_CLASSES = 20  # on the sheet, and in the table; of more, the first are shown
+_COLUMNS = 8  # images of a class on the sheet
+_EXAMPLES = 3  # captions of a class
+_MOST_LINES = 20  # of bad images and of copies
+_TILE = 96
+_SHEET_BYTES = 2_000_000
+
+
+def write_contact_sheet(folder: epath.Path) -> None:
+    """Writes `contact_sheet.png`: the first training images of each class, as read."""
+    train = splits.read_split(folder, "train")
+    rows: list[pictures.Row] = []
+    for label, name in enumerate(train.class_names[:_MOST_CLASSES]):
+        members = np.flatnonzero(train.labels == label)
+        images = [Image.fromarray(train.images[i]) for i in members[:_COLUMNS]]
+        images += [None] * (_COLUMNS - len(images))
+        cells = [pictures.Cell(heading="", image=image) for image in images]
+        rows.append(pictures.Row(name=f"{_short(name)} ({len(members)})", cells=cells))
+    content = pictures.grid_png(rows, _TILE, most_bytes=_SHEET_BYTES)
+    files.write_bytes(folder / "contact_sheet.png", content)
+
+
+def table(folder: epath.Path, counts: dict[str, int]) -> str:
+    """Classes, counts, sizes, bad images and three captions each, as lines.
+
+    Args:
+      folder: of the stage `caption`, finished.
+      counts: of its manifest.
+    """
+    dataset = files.read_json(folder / "dataset.json")
+    rows = files.read_jsonl(folder / "images.jsonl")
+    captions = files.read_jsonl(folder / "captions.jsonl")
+    names = dataset["class_names"]
+    sizes = ", ".join(
+        f"{counts[part]} {part}" for part in splits.SPLITS if counts[part]
+    )
+    lines = [f"\n{dataset['name']}: {len(names)} classes, {sizes} images"]
+    lines += _classes(names, rows, {row["id"]: row["caption"] for row in captions})
+    notes = Counter(row["note"] for row in rows if row["note"])
+    lines += [f"{count} images: {note}" for note, count in sorted(notes.items())]
+    lines += _bad(folder)
+    lines += _copies(folder, dataset["duplicates"])
+    machine = captions[0]["captioner"] if captions else "nobody"
+    lines.append(
+        f"{len(captions)} captions by {machine}: {counts['captions_cleaned']} cleaned, "
+        f"{counts['captions_empty']} empty (the class prompt alone)"
+    )
+    lines.append(f"contact sheet: {folder / 'contact_sheet.png'}")
+    return "\n".join(lines)
+
+
+def _classes(names: list[str], rows: list[dict], captions: dict) -> list[str]:
+    width = max(len(_short(name)) for name in names[:_MOST_CLASSES])
+    parts = [part for part in splits.SPLITS if any(r["split"] == part for r in rows)]
+    heading = "".join(f"{part:>8}" for part in parts)
+    lines = [f"{'class':{width}}{heading}  size at the source"]
+    for label, name in enumerate(names[:_MOST_CLASSES]):
+        mine = [row for row in rows if row["label"] == label]
+        counts = Counter(row["split"] for row in mine)
+        line = "".join(f"{counts[part]:>8}" for part in parts)
+        lines.append(f"{_short(name):{width}}{line}  {_size_range(mine)}")
+        said = [captions[row["id"]] for row in mine if row["id"] in captions]
+        lines += [f"    {_short(text, 72) or '(empty)'}" for text in said[:_EXAMPLES]]
+    if len(names) > _MOST_CLASSES:
+        lines.append(f"... and {len(names) - _MOST_CLASSES} more classes")
+    return lines
+
+
+def _size_range(rows: list[dict]) -> str:
+    """`"640x480"`, or `"64x48 to 640x480"` from the fewest pixels to the most."""
+    sizes = sorted(
+        {(row["width"] * row["height"], row["width"], row["height"]) for row in rows}
+    )
+    ends = [f"{width}x{height}" for _, width, height in (sizes[0], sizes[-1])]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _bad(folder: epath.Path) -> list[str]:
+    bad = files.read_jsonl(folder / "bad_images.jsonl")
+    lines = [f"{len(bad)} bad images" + (", left out:" if bad else "")]
+    lines += [f"    {row['image']}: {row['reason']}" for row in bad[:_MOST_LINES]]
+    return lines + _more(len(bad), folder / "bad_images.jsonl")
+
+
+def _copies(folder: epath.Path, policy: str) -> list[str]:
+    rows = files.read_jsonl(folder / "duplicates.jsonl")
+    done = "removed" if policy == "remove" else "kept"
+    lines = [
+        f"{len(rows)} training images are in test as well"
+        + (f", {done} (config.data.duplicates={policy}):" if rows else "")
+    ]
+    lines += [f"    {row['train']} = {row['test']}" for row in rows[:_MOST_LINES]]
+    return lines + _more(len(rows), folder / "duplicates.jsonl")
+
+
+def _more(count: int, path: epath.Path) -> list[str]:
+    rest = count - _MOST_LINES
+    return [f"    ... and {rest} more in {path}"] if rest > 0 else []
+
+
+def _short(text: str, most: int = 32) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
