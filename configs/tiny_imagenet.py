@@ -1,6 +1,6 @@
 """Tiny ImageNet: 100,000 training images of 200 classes at 64 pixels.
 
-    python -m mvc_jax.train --config=configs/tiny_imagenet.py --workdir=runs/tiny_imagenet
+    python -m mvc_jax.train --config=configs/tiny_imagenet.py --workdir=runs/tiny
 
 in `data/tiny-imagenet-200`, or where `--config=configs/tiny_imagenet.py:path=...` says.
 The folder as its archive unpacks: `train/<wnid>/images`, `val/val_annotations.txt`,

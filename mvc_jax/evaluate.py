@@ -10,9 +10,12 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax.data.decode import fit
 from mvc_jax.errors import require
 
 _SAME = 1e-6  # of a distance: rounding, no difference
+_LOOK = 32  # pixels along a side, at which images are compared
+_BLOCK = 1024  # of them at once
 
 # Asked of every table: does `run` beat `against`?
 QUESTIONS = (
@@ -177,18 +180,16 @@ def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float 
     """Each set, and the training images themselves, in numbers."""
     real = _flat(train.images)
     described = {"real": _describe(real, train.labels)}
-    distances = _distances(real, real)
-    np.fill_diagonal(distances, np.inf)
+    nearest, different = _nearest(real, real, skip_self=True)
     # Nearer to a training image than any two different ones are to each other: a copy.
-    different = distances[np.isfinite(distances) & (distances > _SAME)]
-    copy_distance = different.min() if len(different) else _SAME
+    copy_distance = different.min() if np.isfinite(different.min()) else _SAME
     if len(real) > 1:
-        described["real"]["nearest_real"] = float(distances.min(1).mean())
+        described["real"]["nearest_real"] = float(nearest.mean())
     names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
     for name in names["sets"]:
         images, labels, _ = synthetic.read_images(folder / name)
         flat = _flat(images)
-        nearest = _distances(flat, real).min(1)
+        nearest, _ = _nearest(flat, real)
         described[name] = _describe(flat, labels) | {
             "constant": int((flat.max(1) == flat.min(1)).sum()),
             "nearest_real": float(nearest.mean()),
@@ -198,7 +199,28 @@ def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float 
 
 
 def _flat(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N P"]:
+    """Pixels in [0, 1], of larger images those of their copies at 32 pixels."""
+    if images.shape[1] > _LOOK:
+        images = np.stack([fit(image, _LOOK, resample="area") for image in images])
     return images.reshape(len(images), -1) / 255.0
+
+
+def _nearest(
+    ours: Float[np.ndarray, "N P"],
+    theirs: Float[np.ndarray, "M P"],
+    *,
+    skip_self: bool = False,
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Distance from each of `ours` to the nearest, and to the nearest that differs."""
+    nearest, different = [], []
+    for start in range(0, len(ours), _BLOCK):
+        distances = _distances(ours[start : start + _BLOCK], theirs)
+        if skip_self:
+            rows = np.arange(len(distances))
+            distances[rows, start + rows] = np.inf
+        nearest.append(distances.min(1))
+        different.append(np.where(distances > _SAME, distances, np.inf).min(1))
+    return np.concatenate(nearest), np.concatenate(different)
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, "N M"]:
@@ -223,7 +245,8 @@ def _notes(seeds: int) -> list[str]:
     return [
         f"The spread is over {seeds} classifier seeds on one split and one generator; "
         "another split (--config.seed) moves every row.",
-        "Distances are root mean squared pixel differences of images in [0, 1]. A copy "
+        "Distances are root mean squared pixel differences of images in [0, 1], at no "
+        f"more than {_LOOK} pixels. A copy "
         "is nearer to a training image than any two training images are to each other.",
     ]
 

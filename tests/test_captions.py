@@ -1,5 +1,7 @@
 """Prompts: the caption may be cut, the label never; the caption file comes back."""
 
+import itertools
+import json
 import re
 
 import pytest
@@ -9,12 +11,18 @@ from hypothesis import strategies as st
 from mvc_jax.data import captions
 from mvc_jax.errors import UserError
 
-SUFFIX = "a photo of digit three"
+THREE = {"class_type": "digit", "class_name": "three"}
+ALONE = "a photo of digit three"
 
 
 def count_tokens(text):
     """Words and punctuation marks are a token each; two markers."""
     return 2 + len(re.findall(r"\w+|[^\w\s]", text))
+
+
+def prompt(caption, max_tokens=77, template=captions.PROMPT, **names):
+    options = {"count_tokens": count_tokens, "max_tokens": max_tokens}
+    return captions.prompt(template, caption, **(names or THREE), **options)
 
 
 word = st.from_regex(r"[a-zé]{1,6}[,.;]?", fullmatch=True)
@@ -23,27 +31,25 @@ word = st.from_regex(r"[a-zé]{1,6}[,.;]?", fullmatch=True)
 @given(st.lists(word, max_size=30).map(" ".join), st.integers(7, 30))
 @settings(deadline=None, max_examples=200)
 def test_the_caption_is_cut_to_its_longest_prefix_that_fits(caption, max_tokens):
-    options = {"count_tokens": count_tokens, "max_tokens": max_tokens}
-    text = captions.prompt(caption, SUFFIX, **options)
+    text = prompt(caption, max_tokens).text
     assert count_tokens(text) <= max_tokens
 
     words = caption.split()
     prefixes = [" ".join(words[:n]).rstrip(",.;") for n in range(len(words) + 1)]
-    texts = [f"{prefix}, {SUFFIX}" if prefix else SUFFIX for prefix in prefixes]
+    texts = [f"{prefix}, {ALONE}" if prefix else ALONE for prefix in prefixes]
     assert text == [t for t in texts if count_tokens(t) <= max_tokens][-1]
 
 
 @pytest.mark.parametrize("caption", ["", "  \n", ",", ". ; ,"])
 def test_a_caption_without_words_leaves_the_class_prompt(caption):
-    options = {"count_tokens": count_tokens, "max_tokens": 77}
-    assert captions.prompt(caption, SUFFIX, **options) == SUFFIX
+    assert prompt(caption).text == ALONE
 
 
 @pytest.mark.parametrize("caption", ["", "a bold stroke"])
 def test_a_class_prompt_that_is_too_long_is_an_error(caption):
     with pytest.raises(UserError, match="class_type") as error:
-        captions.prompt(caption, SUFFIX, count_tokens=count_tokens, max_tokens=6)
-    for word in (SUFFIX, "at most 6 tokens", "got 7"):
+        prompt(caption, 6)
+    for word in (ALONE, "at most 6 tokens", "got 7"):
         assert word in str(error.value)
 
 
@@ -53,10 +59,72 @@ def test_a_class_prompt_that_is_too_long_is_an_error(caption):
         ("digit", "three", "a photo of digit three"),
         ("brain scan", "no_tumor", "a photo of brain scan no tumor"),
         ("", "_naïve__class ", "a photo of naïve class"),
+        ("", "../a/{b}", "a photo of ../a/{b}"),
     ],
 )
 def test_class_names_are_written_as_one_would(class_type, name, expected):
-    assert captions.class_prompt(class_type, name) == expected
+    assert prompt("", class_type=class_type, class_name=name).text == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "with_caption", "without"),
+    [
+        ("{caption}, a photo of {label}", "a {red} x, a photo of three", None),
+        ("a photo of {label}, {caption}", "a photo of three, a {red} x", None),
+        ("{label}: {caption}.", "three: a {red} x.", "three."),
+        ("a {class_type} {label}", "a digit three", "a digit three"),
+    ],
+)
+def test_templates(template, with_caption, without):
+    made = captions.fill(template, "a {red} x", **THREE)
+    assert made.text == with_caption
+    if made.caption:
+        assert made.text.startswith(made.before + made.caption)
+    alone = captions.fill(template, "", **THREE)
+    assert alone.text == (without or "a photo of three")
+    assert alone.caption == ""
+
+
+@pytest.mark.parametrize(
+    "template", ["{caption}", "{label} {nope}", "{label", "{}", "{label} {label}", ""]
+)
+def test_a_template_needs_the_label_and_knows_its_fields(template):
+    known = ("caption", "class_type", "label")
+    captions.check_template(captions.PROMPT, "config.data.prompt", known)
+    with pytest.raises(UserError, match="config.data.prompt: wanted a text with"):
+        captions.check_template(template, "config.data.prompt", known)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("  a\tcat\n on  a mat ", "a cat on a mat"),
+        ("a cat a cat a cat on a mat", "a cat on a mat"),
+        ("a brain, a brain, and a brain", "a brain"),
+        ("a scan of a brain mri of a brain mri of a brain", "a scan of a brain mri"),
+        ("a dog and a cat", "a dog and a cat"),
+        ("a\x00b \u200b", "a b"),
+        ("", ""),
+    ],
+)
+def test_captions_are_cleaned(said, meant):
+    assert captions.clean(said).startswith(meant)
+    assert captions.clean(captions.clean(said)) == captions.clean(said)
+
+
+def test_what_a_person_wrote_keeps_its_repetitions():
+    assert captions.clean(" very  very good", collapse=False) == "very very good"
+
+
+@given(st.lists(st.sampled_from(["a", "b", "and", "c,"]), max_size=12))
+@settings(deadline=None, max_examples=200)
+def test_cleaning_ends_and_invents_nothing(words):
+    cleaned = captions.clean(" ".join(words)).split()
+    assert len(cleaned) <= len(words)
+    assert {w.strip(",") for w in cleaned} == {w.strip(",") for w in words} or (
+        "and" in words
+    )
+    assert all(a.strip(",") != b.strip(",") for a, b in itertools.pairwise(cleaned))
 
 
 @given(st.dictionaries(st.text(), st.text(), max_size=6))
@@ -75,3 +143,34 @@ def test_missing_captions_are_counted_and_named(tmp_path):
         captions.read_captions(path, ["a", "b", "c", "d", "e"])
     for word in ("each of 5 images", "none for 4", "b, c, d"):
         assert word in str(error.value)
+
+
+def test_a_file_that_a_user_hands_back(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"id": "a", "caption": "x", "mine": 3}, {"id": "b", "caption": None}]
+    lines = [json.dumps(row) for row in [*rows, {"id": "other", "caption": "z"}]]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
+    assert captions.read_own(path, ["b", "a"], {"a", "b", "other"}) == ["", "x"]
+    with pytest.raises(UserError, match="1 that it has not, e.g. other"):
+        captions.read_own(path, ["a"], {"a", "b"})
+    with pytest.raises(UserError, match="none for 1, e.g. c"):
+        captions.read_own(path, ["a", "c"], {"a", "b", "c", "other"})
+    with pytest.raises(UserError, match="config.caption.file.*no such file"):
+        captions.read_own(tmp_path / "none.jsonl", ["a"], {"a"})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"id": "a", "caption": "x"}\nnope', "line 2.*JSONDecodeError"),
+        ('{"id": "a"}', "line 1.*caption"),
+        ('{"id": 3, "caption": "x"}', "line 1.*texts"),
+        ('["a", "x"]', "line 1"),
+        ('{"id": "a", "caption": "x"}\n{"id": "a", "caption": "y"}', "line 2.*second"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path, content, words):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        captions.read_own(path, ["a"], {"a"})

@@ -98,7 +98,9 @@ def described(tmp_path, train, drawn, drawn_labels=None):
     synthetic.write_shard(path, images, rows, ["a", "b"], pictures=None)
     stage.finish([])
     zeros = np.zeros(len(train), np.int32)
-    split = splits.Split(images_of(train), zeros, tuple(map(str, train)), ("a", "b"))
+    split = splits.Split(
+        images_of(train), zeros, tuple(map(str, train)), ("a", "b"), True
+    )
     return evaluate._sets(folder, split)
 
 

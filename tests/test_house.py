@@ -26,7 +26,7 @@ STAGES = {
     "report",
 }
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
-LEAVES = {"errors", "files"}
+LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | ROOMS | {"configs"},
     "stage": ROOMS | {"mix"},

@@ -77,7 +77,8 @@ def test_mixing_nothing_is_the_identity(mixer):
 
 ROWS = [  # three images of class 0, two of class 1, one of class 2
     {"id": f"i{i}", "label": label, "class_name": "abc"[label]}
-    | {"caption_tokens": caption_tokens, "tokens": caption_tokens + 6}
+    | {"caption_start": 1, "caption_tokens": caption_tokens}
+    | {"tokens": caption_tokens + 6}
     for i, (label, caption_tokens) in enumerate(
         [(0, 2), (1, 4), (0, 3), (2, 5), (1, 1), (0, 0)]
     )

@@ -17,8 +17,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mvc_jax import files, report
-from mvc_jax.data import manifest
+from mvc_jax import files, pictures, report
+from mvc_jax.data import duplicates, gather, manifest
 from mvc_jax.data.digits import NAMES, Digits
 from mvc_jax.errors import UserError
 
@@ -119,14 +119,22 @@ def make_workdir(
     **changes,
 ):
     """A finished run up to `evaluate`; `changes` replace entries of its metrics."""
-    labels = Digits().labels
+    source = Digits()
+    labels = source.labels
     ids = {
         k: [f"digits/{i:04d}" for i in np.flatnonzero(labels == k)[:4]]
         for k in range(10)
     }
     parts = {"pool": slice(2, 3), "train": slice(0, 2), "test": slice(3, 4)}
     split = {n: [i for k in ids for i in ids[k][part]] for n, part in parts.items()}
-    files.write_json(workdir / "caption" / "splits.json", split)
+    index = {id_: i for i, id_ in enumerate(source.ids)}
+    found = gather.Read(8, 8, "", True, duplicates.Fingerprint(0, np.zeros(0)))
+    chosen = {n: np.asarray([index[i] for i in ids]) for n, ids in split.items()}
+    order = [i for n in ("pool", "train", "test") for i in chosen[n].tolist()]
+    images = np.stack([source[i]["image"] for i in order])
+    files.write_array(workdir / "caption" / "images.npy", images)
+    gathered = gather.Gathered(chosen, dict.fromkeys(order, found))
+    gather.write_rows(workdir / "caption", source, gathered)
     stamp = {"captioner": "attributes", "version": "7"}
     captions = [
         {"id": i, "caption": f"caption {i} {EVIL}"} | stamp for i in split["train"]
@@ -323,7 +331,8 @@ def test_a_picture_of_noise_is_made_to_fit():
     for each in itertools.chain.from_iterable(row["cells"] for row in rows):
         noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         each["image"] = Image.fromarray(noise)
-    assert 20_000 < len(report._picture(rows, 64)) < 150_000
+    content = pictures.grid_png(rows, 64, most_bytes=150_000)
+    assert 20_000 < len(content) < 150_000
 
 
 def test_an_image_is_inlined_no_larger_than_shown():

@@ -1,35 +1,26 @@
 """Who may see which image: nobody sees two parts, nothing is lost, errors name it."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvc_jax.data import splits
+from mvc_jax.data.splits import Shares
 from mvc_jax.errors import UserError
 
 
-@dataclasses.dataclass
-class Fake:
-    """A source of flat images whose grey value is their index; classes interleaved."""
+def labels_of(counts):
+    """Labels of classes with these many images, interleaved."""
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return np.random.default_rng(0).permutation(labels)
 
-    counts: list[int]
 
-    def __post_init__(self):
-        self.class_names = tuple("abcdefgh"[: len(self.counts)])
-        labels = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
-        self.labels = np.random.default_rng(0).permutation(labels)
-        self.ids = tuple(f"fake/{i}" for i in range(len(labels)))
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        image = np.full((5, 9, 3), index, np.uint8)
-        label = int(self.labels[index])
-        return {"image": image, "label": label, "id": self.ids[index]}
+def cut(counts, seed=0, is_test=None, usable=None, **shares):
+    names = tuple("abcdefgh"[: len(counts)])
+    labels = labels_of(counts)
+    options = {"seed": seed, "is_test": is_test, "usable": usable}
+    return splits.make_splits(labels, names, Shares(**shares), **options)
 
 
 # Of at least 8 images of a class, 40 % pool, 3 train and 1 test never run out.
@@ -39,14 +30,14 @@ counts_of_classes = st.lists(st.integers(8, 40), min_size=1, max_size=6)
 @given(counts_of_classes, st.floats(0, 0.4), st.integers(1, 3), st.integers(0, 9))
 @settings(deadline=None, max_examples=100)
 def test_parts_are_disjoint_whole_and_stratified(counts, share, per_class, seed):
-    source, counts = Fake(counts), np.asarray(counts)
-    pool = int(share * len(source))
-    parts = splits.make_splits(source, pool=pool, per_class=per_class, seed=seed)
+    pool, labels = int(share * sum(counts)), labels_of(counts)
+    parts = cut(counts, seed, pool=pool, per_class=per_class, test=0.0)
     everything = np.concatenate([parts[name] for name in splits.SPLITS])
-    np.testing.assert_array_equal(np.sort(everything), np.arange(len(source)))
+    np.testing.assert_array_equal(np.sort(everything), np.arange(sum(counts)))
 
+    counts = np.asarray(counts)
     size = {
-        name: np.bincount(source.labels[part], minlength=len(counts))
+        name: np.bincount(labels[part], minlength=len(counts))
         for name, part in parts.items()
     }
     assert size["pool"].sum() == pool
@@ -58,11 +49,58 @@ def test_parts_are_disjoint_whole_and_stratified(counts, share, per_class, seed)
     assert (size["test"] > 0).all()
 
 
+@given(
+    counts_of_classes,
+    st.floats(0.01, 0.6),
+    st.integers(1, 3),
+    st.floats(0.01, 1.0),
+    st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=100)
+def test_the_test_part_is_the_same_at_every_amount_of_training(
+    counts, test, few, fraction, seed
+):
+    whole = cut(counts, seed, test=test)
+    some = cut(counts, seed, test=test, fraction=fraction)
+    shots = cut(counts, seed, test=test, per_class=few)
+    np.testing.assert_array_equal(whole["test"], some["test"])
+    np.testing.assert_array_equal(whole["test"], shots["test"])
+    assert len(whole["train"]) + len(whole["test"]) == sum(counts)
+    for part in (some, shots):
+        assert set(part["train"]) <= set(whole["train"])
+    share = np.bincount(labels_of(counts)[some["train"]], minlength=len(counts))
+    of = np.bincount(labels_of(counts)[whole["train"]], minlength=len(counts))
+    assert (np.abs(share - fraction * of) <= 0.5).all() or (share >= 1).all()
+
+
+@given(counts_of_classes, st.integers(0, 3), st.data())
+@settings(deadline=None, max_examples=50)
+def test_a_test_part_of_its_own_is_kept_whole(counts, few, data):
+    labels = labels_of(counts)
+    is_test = np.zeros(len(labels), bool)
+    for k in range(len(counts)):
+        mine = np.flatnonzero(labels == k)
+        is_test[mine[: data.draw(st.integers(1, len(mine) - 3))]] = True
+    parts = cut(counts, is_test=is_test, per_class=few)
+    np.testing.assert_array_equal(parts["test"], np.flatnonzero(is_test))
+    assert not is_test[parts["train"]].any()
+    if not few:
+        assert len(parts["train"]) == (~is_test).sum()
+
+
+def test_an_image_that_cannot_be_used_is_replaced():
+    before = cut([20, 20], per_class=5, test=0.0)
+    usable = np.ones(40, bool)
+    usable[before["train"][:3]] = False
+    after = cut([20, 20], per_class=5, test=0.0, usable=usable)
+    assert usable[np.concatenate(list(after.values()))].all()
+    assert len(after["train"]) == 10
+    assert set(before["train"][3:]) <= set(after["train"])
+
+
 def test_the_seed_and_nothing_else_chooses_the_parts():
-    source = Fake([50, 50])
     first, again, other = (
-        splits.make_splits(source, pool=20, per_class=10, seed=seed)
-        for seed in (0, 0, 1)
+        cut([50, 50], seed, pool=20, per_class=10, test=0.3) for seed in (0, 0, 1)
     )
     for name in splits.SPLITS:
         np.testing.assert_array_equal(first[name], again[name])
@@ -70,80 +108,47 @@ def test_the_seed_and_nothing_else_chooses_the_parts():
 
 
 @pytest.mark.parametrize(
-    ("counts", "pool", "per_class", "name", "words"),
+    ("counts", "shares", "name", "words"),
     [
-        ([9, 5], 0, 5, "config.data.per_class", ["'b'", "per_class=5", "to 4 or less"]),
-        ([9, 5], 7, 3, "config.data.per_class", ["'b'", "5 images", "data.pool"]),
-        ([9, 5], 99, 1, "config.data.p", ["lower config.data.pool"]),
-        ([9, 0, 9], 0, 1, "class 'b'", ["at least one image", "none", "out"]),
+        ([9, 5], {"per_class": 5}, "config.data.per_class", ["'b'", "4 or less"]),
+        ([9, 5], {"pool": 7, "per_class": 3}, "config.data.per_class", ["'b'", "pool"]),
+        ([9, 5], {"pool": 99, "per_class": 1}, "class 'a'", ["lower config.data.pool"]),
+        (
+            [9, 0, 9],
+            {"per_class": 1},
+            "class 'b'",
+            ["at least one image", "none", "data.classes"],
+        ),
+        ([9, 1], {"test": 0.2}, "class 'b'", ["one for test", "1 images"]),
     ],
 )
-def test_too_few_images_is_an_error_with_a_way_out(
-    counts, pool, per_class, name, words
-):
+def test_too_few_images_is_an_error_with_a_way_out(counts, shares, name, words):
     with pytest.raises(UserError) as error:
-        splits.make_splits(Fake(counts), pool=pool, per_class=per_class, seed=0)
+        cut(counts, **{"test": 0.0} | shares)
     assert str(error.value).startswith(name)
     for word in words:
         assert word in str(error.value)
 
 
+def test_a_class_without_test_images_of_its_own_is_an_error():
+    is_test = (labels_of([5, 5]) == 0) & (np.arange(10) < 5)
+    assert is_test.any()
+    with pytest.raises(UserError, match="class 'b': .*own test part"):
+        cut([5, 5], is_test=is_test)
+
+
 @pytest.mark.parametrize(
-    ("counts", "pool"), [([30, 1], 0), ([20, 20], 40)], ids=["lone image", "pool"]
+    ("shares", "field"),
+    [
+        ({"pool": -1}, "pool"),
+        ({"per_class": -1}, "per_class"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"fraction": 1.5}, "fraction"),
+        ({"test": 1.0}, "test_fraction"),
+        ({"fraction": 0.5, "per_class": 3}, "fraction"),
+    ],
 )
-def test_the_way_out_is_a_value_that_is_allowed(counts, pool):
-    """Some training image is needed: "lower per_class to 0" leads to another error."""
-    with pytest.raises(UserError) as error:
-        splits.make_splits(Fake(counts), pool=pool, per_class=1, seed=0)
-    assert "to 0 or less" not in str(error.value)
-
-
-@pytest.fixture
-def written(tmp_path, monkeypatch):
-    """(file of a split of a fake source, the source, the parts)"""
-    source = Fake([12, 8])
-    parts = splits.make_splits(source, pool=6, per_class=2, seed=3)
-    parts["train"] = parts["train"][::-1]
-    splits.write_splits(tmp_path / "splits.json", source, parts)
-    monkeypatch.setattr(splits, "open_source", {"fake": source}.get)
-    return tmp_path / "splits.json", source, parts
-
-
-@pytest.mark.parametrize("name", splits.SPLITS)
-def test_a_split_comes_back_in_its_order_with_its_labels(written, name):
-    path, source, parts = written
-    split = splits.read_split(path, name, source="fake", size=4)
-    assert split.ids == tuple(source.ids[i] for i in parts[name])
-    np.testing.assert_array_equal(split.labels, source.labels[parts[name]])
-    assert split.labels.dtype == np.int32
-    assert split.class_names == source.class_names
-    flat = np.broadcast_to(
-        parts[name][:, None, None, None], (len(parts[name]), 4, 4, 3)
-    )
-    np.testing.assert_array_equal(split.images, flat)
-
-
-def test_an_image_that_left_the_source_is_named(written, monkeypatch):
-    path, source, parts = written
-    gone = source.ids[parts["train"][0]]
-    source.ids = tuple("other" if i == gone else i for i in source.ids)
-    with pytest.raises(UserError, match=gone):
-        splits.read_split(path, "train", source="fake", size=4)
-
-
-def test_resizing_to_the_same_size_changes_nothing():
-    image = np.random.default_rng(0).integers(0, 256, (7, 7, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(splits.resize(image, 7), image)
-
-
-def test_resizing_keeps_channels_places_and_averages():
-    """A red left half stays red and left, smaller or larger; the mean stays."""
-    image = np.zeros((16, 16, 3), np.uint8)
-    image[:, :8, 0] = 200
-    for size in (4, 8, 40):
-        small = splits.resize(image, size)
-        assert small.shape == (size, size, 3)
-        assert small[:, 0, 0].min() > 150
-        assert small[:, -1].max() < 50
-        assert small[..., 1:].max() == 0
-        assert abs(small[..., 0].mean() - 100) < 2
+def test_shares_out_of_range_are_named(shares, field):
+    Shares().check()
+    with pytest.raises(UserError, match=f"config.data.{field}"):
+        Shares(**shares).check()

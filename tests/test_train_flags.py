@@ -9,6 +9,7 @@ import pytest
 from mvc_jax import train
 from mvc_jax.configs import common, digits
 from mvc_jax.errors import UserError
+from mvc_jax.training import runtime
 
 DIGITS = inspect.getsourcefile(digits)
 
@@ -23,7 +24,8 @@ def began(monkeypatch):
         return True
 
     monkeypatch.setattr(train, "run_stage", record)
-    monkeypatch.setattr(train, "_set_up_devices", lambda config: None)
+    monkeypatch.setattr(runtime, "set_up", lambda folder: None)
+    monkeypatch.setattr(runtime, "log_devices", lambda: None)
     return calls
 
 
@@ -64,7 +66,7 @@ MISTAKES = [
     ("--config.stages=caption,mxi", "config.stages", "got 'mxi'"),
     ("--config.nope=1", "config.nope", "base, caption, classify", "seed, stages"),
     ("--config.nope.size=1", "config.nope", "base, caption"),
-    ("--config.data.sise=1", "config.data.sise", "per_class, pool, size, source"),
+    ("--config.data.sise=1", "config.data.sise", "per_class, pool, prompt"),
     ("--config.data.size.x=1", "config.data.size.x", "it has none"),
     ("--noconfig.generate.nope", "config.generate.nope", "folder, image_scale"),
     ("--config.=1", "config.", "base, caption"),
@@ -107,9 +109,10 @@ MISTAKES = [
     ("--config.data.source=nope", "config.data.source", "digits", "'nope'"),
     ("--config.data.size=18", "config.data.size", "multiple of 4", "got 18"),
     ("--config.data.pool=0", "config.data.pool", "got 0", "config.base.path"),
-    ("--config.data.pool=9999", "config.data.p", "'zero'", "lower config.data.pool"),
+    ("--config.data.pool=9999", "class 'zero'", "pool", "lower config.data.pool"),
     ("--config.data.per_class=999", "config.data.per_class", "'zero'", "999", "Lower"),
-    ("--config.data.per_class=0", "config.data.per_class", "at least 1", "got 0"),
+    ("--config.data.per_class=0", "config.data.test_fraction", "above 0", "got 0"),
+    ("--config.data.per_class=-1", "config.data.per_class", "at least 0", "got -1"),
     ("--config.seed=-1", "config.seed", "-1"),
     ("--config.min_free_disk_gib=1e9", "--workdir=", "min_free_disk_gib", "Free some"),
 ]

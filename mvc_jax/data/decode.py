@@ -39,7 +39,7 @@ class Decoder:
     """
 
     max_pixels: int = 89_478_485  # Pillow's own limit
-    window: tuple[float, float] | None = None
+    window: tuple[float | int, float | int] | None = None
 
     def __call__(self, content: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
         """Decodes a PNG, JPEG, WebP, TIFF or BMP file.

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 _BITS = 6  # of 64 in which the hashes of a pair may differ
-_SAME = 2.0  # grey levels, root mean square, in which their small copies may
+_SAME = (2.0, 3.0)  # grey levels, root mean square: of brightness, of coarse colour
 _SMALL = 16  # pixels along a side of these
 _PAIRS = 50_000  # compared at once
 
@@ -51,12 +51,22 @@ def find(ours: list[Fingerprint], theirs: list[Fingerprint]) -> list[tuple[int, 
         i += start
         for first in range(0, len(i), _PAIRS):
             a, b = (x[first : first + _PAIRS] for x in (i, j))
-            apart = left[1][a].astype(np.int16) - right[1][b]
-            alike = np.sqrt(np.mean(apart.astype(np.float32) ** 2, axis=1)) <= _SAME
+            alike = np.ones(len(a), bool)
+            for mine, other, most in zip(left[1:], right[1:], _SAME, strict=True):
+                apart = np.mean((mine[a] - other[b]) ** 2, axis=1)
+                alike &= np.sqrt(apart) <= most
             pairs += zip(a[alike].tolist(), b[alike].tolist(), strict=True)
     return sorted({i: j for i, j in reversed(pairs)}.items())
 
 
-def _stack(prints: list[Fingerprint]) -> tuple[np.ndarray, np.ndarray]:
+def _stack(prints: list[Fingerprint]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes uint64 [N], brightness [N, 256] and coarse colour [N, 48] in grey levels.
+
+    JPEG keeps the brightness of a small image, but its colours only coarsely.
+    """
     hashes = np.asarray([p.hash for p in prints], np.uint64)
-    return hashes, np.stack([p.small for p in prints]).reshape(len(prints), -1)
+    small = np.stack([p.small for p in prints]).astype(np.float32)
+    brightness = small @ np.asarray([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+    blocks = small.reshape(len(prints), 4, _SMALL // 4, 4, _SMALL // 4, 3)
+    colour = blocks.mean((2, 4))
+    return hashes, brightness.reshape(len(prints), -1), colour.reshape(len(prints), -1)

@@ -39,11 +39,12 @@ import numpy as np
 
 from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
-from mvc_jax.data.sources import Example, check_class_names
+from mvc_jax.data.sources import Example
 from mvc_jax.errors import UserError
 
 FILE_COLUMNS = ("file_name", "filename")
-LABEL_COLUMNS = ("label_name", "class_name", "category_name")  # first: texts, surely
+# Names before `label`, which is a number where there are both.
+LABEL_COLUMNS = ("label_name", "class_name", "category_name")
 LABEL_COLUMNS += ("label", "class", "category", "target")
 _PARTS = dict.fromkeys(("train", "training"), "train")
 _PARTS |= dict.fromkeys(("test", "testing"), "test")
@@ -126,8 +127,8 @@ def _walk(tree: _Tree) -> None:
         folder, above = pending.pop()
         path = os.path.join(tree.path, folder)
         try:
-            here = os.stat(path)[1:3]  # inode and device
-            if here in above and os.path.islink(path):
+            here = os.path.join(os.path.realpath(path), "")  # ends with a slash
+            if os.path.islink(path) and any(real.startswith(here) for real in above):
                 tree.defects[folder] = "a link to a folder that it lies in"
                 continue
             with os.scandir(path) as entries:
@@ -227,9 +228,7 @@ def _table(tree: _Tree, prefix: str) -> tuple[str, str] | None:
     found = [name for name in names if name in tree.others]
     if len(found) == 2:
         got = " and ".join(found)
-        raise tree.error(
-            wanted="one file of metadata", got=got, fix="Delete one of both."
-        )
+        raise tree.error(wanted="one metadata file", got=got, fix="Delete one of them.")
     if found:
         return found[0], prefix
     boxes, images = prefix + "val_annotations.txt", prefix + "images/"
@@ -355,7 +354,8 @@ def _check_labels(tree: _Tree) -> None:
     kinds = collections.Counter(os.path.splitext(p)[1].lower() for p in tree.others)
     found = [f"{n} {kind or 'other'} files" for kind, n in kinds.most_common(4)]
     found = [f"{len(tree.images)} images", *found, f"{len(tree.folders)} folders"]
-    got, files = ", ".join(found), [os.path.join(tree.path, p) for p in tree.others]
+    got = ", ".join([*found, f"{len(tree.defects)} defects"])
+    files = [os.path.join(tree.path, path) for path in tree.others]
     if "." in tree.defects:
         got, files = f"a path that {tree.defects['.']}", [tree.path]
     fix = "The layouts that are read are in mvc_jax/data/folder.py."
@@ -384,7 +384,6 @@ def _class_names(tree: _Tree) -> dict[str, str]:
         for key, name in names.items():
             if count[readable(name)] > 1:
                 names[key] = forms[key][longer]
-    check_class_names(list(names.values()))
     return names
 
 

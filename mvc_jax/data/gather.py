@@ -169,7 +169,7 @@ def gather(
 
 
 def write_rows(
-    folder: epath.Path, source: Source, gathered: Gathered, **facts: Any
+    folder: epath.PathLike, source: Source, gathered: Gathered, **facts: Any
 ) -> None:
     """Writes what `splits.read_split` reads beside the images.
 
@@ -179,6 +179,7 @@ def write_rows(
       gathered: what was kept of it.
       **facts: more for `dataset.json`.
     """
+    folder = epath.Path(folder)
     rows, ids = [], {}
     for name in SPLITS:
         ids[name] = [source.ids[i] for i in gathered.parts[name]]

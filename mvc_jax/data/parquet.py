@@ -4,7 +4,6 @@ Opening a source reads footers, labels and paths; image bytes are read a row gro
 time, when they are asked for. Ask in ascending order: then each group is read once.
 """
 
-import dataclasses
 import functools
 import glob
 import json
@@ -13,6 +12,7 @@ import pathlib
 import re
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,11 @@ from mvc_jax.data.sources import Example, check_class_names
 from mvc_jax.errors import UserError, require
 
 _KEPT_BYTES = 128 << 20  # of row groups; the last two are kept whatever their size
-_UNREADABLE = (pa.ArrowException, OSError)  # what Arrow raises for files that are bad
+_UNREADABLE = (pa.ArrowException, OSError, KeyError)  # what Arrow raises: a bad file
+_BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
+_TEXT = (pa.string(), pa.large_string(), pa.string_view())
+_IMAGES = "binary, or a struct of bytes and path,"
+_LABELS = "integers, texts or truth values"
 _SPLIT_OF_WORD = {  # in the names of files and folders, as Hugging Face reads them
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -63,31 +67,39 @@ class Parquet:
         image_column: str = "image",
         label_column: str = "label",
     ):
-        self._decoder = decoder
-        self._shards = [_Shard(p, image_column, label_column) for p in _find(pattern)]
-        _require_alike(self._shards)
-        self._starts, self._groups, largest = _row_groups(self._shards)
+        shards = [_Shard(path, image_column, label_column) for path in _find(pattern)]
+        _require_alike(shards)
+        self._decoder, self._shards = decoder, shards
+        self._starts, self._groups = _row_groups(shards)
+        largest = max((size for _, _, size in self._groups), default=0)
         kept = max(2, _KEPT_BYTES // max(largest, 1))
         self._read_group = functools.lru_cache(kept)(self._read_group)
         self._reading = threading.Lock()
 
-        parts = [shard.read_rows() for shard in self._shards]
+        parts = [shard.read_rows() for shard in shards]
         values = pa.chunked_array([part.labels for part in parts])
-        self.class_names, labels = _classes(values, self._shards[0].class_names)
-        check_class_names(self.class_names)
-        files = _relative([shard.path for shard in self._shards])
-        names = _names_of_rows(files, parts)
-        reasons = _defects(parts, values, labels)
-        self.defects = {names[row]: why for row, why in sorted(reasons.items())}
-        usable = np.ones(len(names), bool)
-        usable[list(reasons)] = False
-        _require_some(usable, self.defects, pattern)
-
-        self._rows = np.flatnonzero(usable)
-        self.labels = labels[usable]
-        self.ids = tuple(names[row] for row in self._rows)
+        paths = [path for part in parts for path in part.paths]
+        reasons = [reason for part in parts for reason in part.reasons]
+        folder = os.path.commonpath([shard.path.parent for shard in shards])
+        files = [shard.path.relative_to(folder) for shard in shards]
         rows = [len(part.labels) for part in parts]
-        self.is_test = _is_test(np.repeat(list(map(_split, files)), rows)[usable])
+        names = _names_of_rows(files, rows, paths, reasons)
+        self.class_names, labels = _classes(values, shards[0].class_names, reasons)
+        check_class_names(self.class_names)
+        pairs = zip(names, reasons, strict=True)
+        self.defects = {name: reason for name, reason in pairs if reason}
+        self._rows = np.flatnonzero([not reason for reason in reasons])
+        if not len(self._rows):
+            raise UserError(
+                "config.data.source",
+                wanted="rows with an image and a label",
+                got=f"none that can be used of the {len(names)} in {pattern!r}",
+                fix="Name other files.",
+                details=[f"{name}: {reason}" for name, reason in self.defects.items()],
+            )
+        self.labels = labels[self._rows]
+        self.ids = tuple(names[row] for row in self._rows)
+        self.is_test = _is_test(np.repeat(list(map(_split, files)), rows)[self._rows])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,15 +107,14 @@ class Parquet:
     def __getitem__(self, index: int) -> Example:
         image, note = self._decoder(self._content(int(self._rows[index])))
         label, id_ = int(self.labels[index]), self.ids[index]
-        example = Example(image=image, label=label, id=id_)
-        return example | {"note": note} if note else example
+        return Example(image=image, label=label, id=id_, note=note)
 
     def _content(self, row: int) -> bytes:
         """The image file that a row holds or names."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         shard = self._shards[self._groups[group][0]]
         try:
-            with self._reading:  # threads that want the same group share it
+            with self._reading:  # threads that want the same group read it once
                 images = self._read_group(group)
             cell = images[row - int(self._starts[group])].as_py()
             cell = cell if isinstance(cell, dict) else {"bytes": cell}
@@ -114,23 +125,20 @@ class Parquet:
             raise BadImage(f"{shard.path} cannot be read: {error}") from error
 
     def _read_group(self, group: int) -> pa.ChunkedArray:
-        shard, number = self._groups[group]
+        shard, number, _ = self._groups[group]
         return self._shards[shard].read_images(number)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """What is known of the rows of a file without reading its images.
+class _Rows(NamedTuple):
+    """What is known of the rows of a file without their images.
 
-    Attributes:
-      labels: one a row; null: it has none.
-      paths: one a row, "" if its image has none.
-      bad_images: row -> why its image cannot be used.
+    Labels may be null. A path is "" where there is none, a reason says why an image
+    cannot be used, "" if it can.
     """
 
     labels: pa.ChunkedArray
     paths: list[str]
-    bad_images: dict[int, str]
+    reasons: list[str]
 
 
 class _Shard:
@@ -148,34 +156,35 @@ class _Shard:
 
     def __init__(self, path: str, image_column: str, label_column: str):
         self.path, self.metadata = pathlib.Path(path), None
-        with self._open() as file:
-            self.metadata, schema = file.metadata, file.schema_arrow
+        try:
+            with self._open() as file:
+                self.metadata, schema = file.metadata, file.schema_arrow
+        except _UNREADABLE as error:
+            raise self._broken("a Parquet file", error) from error
         self._image, self._label = image_column, label_column
-        image = self._type_of(schema, image_column, "image_column")
-        label = self._type_of(schema, label_column, "label_column")
-        fields, self._label_type = _fields(image), _common_type(label)
-        self._bytes = f"{image_column}.bytes" if "bytes" in fields else ""
-        self._path = f"{image_column}.path" if "path" in fields else ""
-        if _is_binary(image):
-            fields, self._bytes = ["binary"], image_column
-        require(
-            bool(fields) and self._label_type is not None,
-            path,
-            wanted=f"binary or a struct of bytes and path in {image_column!r}, integers, "
-            f"texts or truth values in {label_column!r}",
-            got=f"{image} and {label}",
-            fix="Name others by config.data.image_column and config.data.label_column.",
-        )
-        self.layout = f"{' and '.join(fields)}, labels of {self._label_type}"
+        types = dict(zip(schema.names, schema.types, strict=True))
+        leaves = _leaves(types.get(image_column, pa.null()), image_column)
+        self._bytes, self._path = leaves
+        self._label_type = _common_type(types.get(label_column, pa.null()))
+        for field, column, good, what in (
+            ("image_column", image_column, any(leaves), _IMAGES),
+            ("label_column", label_column, self._label_type is not None, _LABELS),
+        ):
+            require(
+                good,
+                path,
+                wanted=f"{what} in a column {column!r}",
+                got="; ".join(f"{name}: {type_}" for name, type_ in types.items()),
+                fix=f"Name one of these columns by config.data.{field}.",
+            )
         self.class_names = None
         if self._label_type == pa.int64():
             self.class_names = _class_label_names(schema, label_column, path)
+        columns = " and ".join(filter(None, leaves))
+        self.layout = f"{columns}, {self._label_type} labels of {self.class_names}"
 
     def _open(self) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.path, metadata=self.metadata)
-        except _UNREADABLE as error:
-            raise self._broken("a Parquet file", error) from error
+        return pq.ParquetFile(self.path, metadata=self.metadata)
 
     def _broken(self, wanted: str, error: Exception) -> UserError:
         return UserError(
@@ -184,16 +193,6 @@ class _Shard:
             got=f"{type(error).__name__}: {error}",
             fix="Write it anew, or leave it out of config.data.source.",
         )
-
-    def _type_of(self, schema: pa.Schema, column: str, field: str) -> pa.DataType:
-        require(
-            schema.names.count(column) == 1,
-            str(self.path),
-            wanted=f"a column {column!r}",
-            got=", ".join(map(repr, schema.names)) or "none",
-            fix=f"Name one of these by config.data.{field}.",
-        )
-        return schema.field(column).type
 
     def read_rows(self) -> _Rows:
         """Reads labels and paths, and which images are null.
@@ -209,12 +208,13 @@ class _Shard:
             labels = _without_blanks(table[self._label], self._label_type)
         except _UNREADABLE as error:
             raise self._broken("labels that can be read", error) from error
-        paths = [""] * len(labels)
+        paths, reasons = [""] * len(labels), [""] * len(labels)
         if self._path:
-            field = pc.struct_field(table[self._image], "path")
-            paths = pc.fill_null(field.cast(pa.large_string()), "").to_pylist()
-        bad = {int(row): self._why_bad(paths[row]) for row in bare}
-        return _Rows(labels, paths, {row: why for row, why in bad.items() if why})
+            paths = pc.struct_field(table[self._image], "path")
+            paths = pc.fill_null(paths, "").to_pylist()
+        for row in bare:
+            reasons[row] = self._why_bad(paths[row])
+        return _Rows(labels, paths, reasons)
 
     def _without_bytes(self, file: pq.ParquetFile) -> np.ndarray:
         """Which image bytes are null, bool [rows]; mostly the footer knows."""
@@ -226,9 +226,8 @@ class _Shard:
         for number in range(self.metadata.num_row_groups):
             group = self.metadata.row_group(number)
             known = group.column(leaf).statistics
-            nulls = known.null_count if known and known.has_null_count else None
-            if nulls in (0, group.num_rows):
-                masks.append(np.full(group.num_rows, nulls > 0))
+            if known and known.has_null_count and not known.null_count:
+                masks.append(np.zeros(group.num_rows, bool))
                 continue
             column = file.read_row_group(number, columns=[self._bytes])[self._image]
             if self._bytes != self._image:
@@ -240,10 +239,13 @@ class _Shard:
         """Why the image of a row without bytes cannot be used, "" if it can."""
         if not path:
             return "no image"
-        file = self.beside(path)
-        if not file.is_relative_to(self.path.parent.resolve()):
-            return f"its path leads out of the dataset's folder: {path}"
-        return "" if file.is_file() else f"no such file: {path}"
+        try:
+            file = self.beside(path)
+            if not file.is_relative_to(self.path.parent.resolve()):
+                return f"its path leads out of the dataset's folder: {path}"
+            return "" if file.is_file() else f"no such file: {path}"
+        except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, a loop
+            return f"no path of a file: {error}"
 
     def beside(self, path: str) -> pathlib.Path:
         """Where a path in the image column leads, links followed."""
@@ -261,9 +263,7 @@ def _find(pattern: str) -> list[str]:
     if os.path.exists(wide):  # whatever stars and brackets are in its name
         deep = ("**", "*.parquet") if os.path.isdir(wide) else ()
         wide = os.path.join(glob.escape(wide), *deep)
-    found = {
-        path for path in glob.glob(wide, recursive=True) if not os.path.isdir(path)
-    }
+    found = {p for p in glob.glob(wide, recursive=True) if not os.path.isdir(p)}
     require(
         bool(found),
         "config.data.source",
@@ -274,39 +274,28 @@ def _find(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def _relative(paths: Sequence[pathlib.Path]) -> list[pathlib.PurePath]:
-    """The same, counted from the folder that they have in common."""
-    folder = os.path.commonpath([path.parent for path in paths])
-    return [path.relative_to(folder) for path in paths]
+def _leaves(image: pa.DataType, column: str) -> tuple[str, str]:
+    """Dotted names of the columns of bytes and of paths, "" if there is none."""
+    if image in _BINARY:
+        return column, ""
+    fields = image if pa.types.is_struct(image) else ()
+    types = {field.name: field.type for field in fields}
+    wanted = ("bytes", _BINARY), ("path", _TEXT)
+    return tuple(f"{column}.{x}" if types.get(x) in good else "" for x, good in wanted)
 
 
-def _fields(type_: pa.DataType) -> list[str]:
-    """Those of `bytes` and `path` that a struct has in a type that can be read."""
-    good = {"bytes": _is_binary, "path": _is_text}
-    fields = list(type_) if pa.types.is_struct(type_) else []
-    return [f.name for f in fields if f.name in good and good[f.name](f.type)]
-
-
-def _is_binary(type_: pa.DataType) -> bool:
-    return type_ in (pa.binary(), pa.large_binary(), pa.binary_view())
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    return type_ in (pa.string(), pa.large_string(), pa.string_view())
-
-
-def _common_type(type_: pa.DataType) -> pa.DataType | None:
-    """The type to which labels of a kind are cast; None: such are no labels.
+def _common_type(label: pa.DataType) -> pa.DataType | None:
+    """The type to which labels of a kind are cast; None: they are no labels.
 
     Floats are among the integers: pandas makes them so where some are missing.
     """
-    if pa.types.is_dictionary(type_):
-        return _common_type(type_.value_type)
-    if pa.types.is_integer(type_) or pa.types.is_floating(type_):
+    if pa.types.is_dictionary(label):
+        return _common_type(label.value_type)
+    if pa.types.is_integer(label) or pa.types.is_floating(label):
         return pa.int64()
-    if _is_text(type_):
+    if label in _TEXT:
         return pa.large_string()
-    return pa.bool_() if pa.types.is_boolean(type_) else None
+    return pa.bool_() if pa.types.is_boolean(label) else None
 
 
 def _without_blanks(labels: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
@@ -342,87 +331,62 @@ def _class_label_names(
 
 def _require_alike(shards: Sequence[_Shard]) -> None:
     for shard in shards[1:]:
-        for what in ("layout", "class_names"):
-            ours, theirs = getattr(shards[0], what), getattr(shard, what)
-            require(
-                ours == theirs,
-                str(shard.path),
-                wanted=f"{ours}, as in {shards[0].path}",
-                got=theirs,
-                fix="Name files of one dataset by config.data.source.",
-            )
+        require(
+            shard.layout == shards[0].layout,
+            str(shard.path),
+            wanted=f"{shards[0].layout}, as in {shards[0].path}",
+            got=shard.layout,
+            fix="Name files of one dataset by config.data.source.",
+        )
 
 
-def _row_groups(shards: Sequence[_Shard]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The first row [G] of each row group, and its (index of a shard, number there)."""
-    metadata = [shard.metadata for shard in shards]
-    groups = [(i, n) for i, m in enumerate(metadata) for n in range(m.num_row_groups)]
-    sizes = [metadata[i].row_group(n).num_rows for i, n in groups]
-    return np.cumsum([0, *sizes[:-1]]), groups
-
-
-def _classes(
-    values: pa.ChunkedArray, names: tuple[str, ...] | None
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names, and the labels int32 [rows]; -1: of no class."""
-    if names is None:
-        distinct = sorted(pc.unique(values).drop_null().to_pylist())
-        names = tuple(map(str, distinct))
-    else:
-        distinct = list(range(len(names)))
-    labels = pc.index_in(values, value_set=pa.array(distinct, values.type))
-    return names, pc.fill_null(labels, -1).to_numpy().astype(np.int32)
+def _row_groups(
+    shards: Sequence[_Shard],
+) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """The first row [G] of each row group, and its (shard, number there, bytes)."""
+    rows, groups = [0], []
+    for index, shard in enumerate(shards):
+        for number in range(shard.metadata.num_row_groups):
+            group = shard.metadata.row_group(number)
+            rows.append(group.num_rows)
+            groups.append((index, number, group.total_byte_size))
+    return np.cumsum(rows)[:-1], groups
 
 
 def _names_of_rows(
-    files: Sequence[pathlib.PurePath], parts: Sequence[_Rows]
+    files: Sequence[pathlib.PurePath],
+    rows: Sequence[int],
+    paths: Sequence[str],
+    reasons: Sequence[str],
 ) -> list[str]:
-    """A distinct name for each row, bad ones too: its path, else file and row."""
-    numbers, paths, unnamed = [], [], False
-    for file, part in zip(files, parts, strict=True):
-        mine = [f"{file.as_posix()}#{row}" for row in range(len(part.paths))]
-        bare = {row for row, path in enumerate(part.paths) if not path}
-        unnamed |= not bare <= part.bad_images.keys()
-        numbers += mine
-        paths += [path or number for path, number in zip(part.paths, mine, strict=True)]
-    return numbers if unnamed or len(set(paths)) < len(paths) else paths
+    """A distinct name for each row: its image's path if it can be, or file and row."""
+    counted = zip((file.as_posix() for file in files), rows, strict=True)
+    numbers = [f"{file}#{row}" for file, count in counted for row in range(count)]
+    names = [path or number for path, number in zip(paths, numbers, strict=True)]
+    unnamed = ("", "") in zip(paths, reasons, strict=True)
+    return numbers if unnamed or len(set(names)) < len(names) else names
 
 
-def _defects(
-    parts: Sequence[_Rows], values: pa.ChunkedArray, labels: np.ndarray
-) -> dict[int, str]:
-    """Row -> why it cannot be used."""
-    starts = np.cumsum([0, *(len(part.labels) for part in parts)]).tolist()
-    reasons = {
-        start + row: why
-        for start, part in zip(starts, parts, strict=False)
-        for row, why in part.bad_images.items()
-    }
+def _classes(
+    values: pa.ChunkedArray, names: tuple[str, ...] | None, reasons: list[str]
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names, and labels int32 [rows]; those of no class get a reason."""
+    distinct = sorted(pc.unique(values).drop_null().to_pylist())
+    known = distinct if names is None else list(range(len(names)))
+    labels = pc.index_in(values, value_set=pa.array(known, values.type))
+    labels = pc.fill_null(labels, -1).to_numpy().astype(np.int32)
     stray = np.flatnonzero(labels < 0)
-    for row, value in zip(stray.tolist(), values.take(stray).to_pylist(), strict=True):
+    for row, value in zip(stray, values.take(stray).to_pylist(), strict=True):
         unlabelled = value in (None, -1)  # Hugging Face's test sets have -1
         reasons[row] = "no label" if unlabelled else f"no class has the label {value}"
-    return reasons
-
-
-def _require_some(usable: np.ndarray, defects: dict[str, str], pattern: str) -> None:
-    some = "".join(f", {name}: {why}" for name, why in list(defects.items())[:3])
-    require(
-        bool(usable.any()),
-        "config.data.source",
-        wanted="rows with an image and a label",
-        got=f"none that can be used of {len(usable)} in {pattern!r}{some}",
-        fix="Name other files.",
-    )
+    return names or tuple(map(str, distinct)), labels
 
 
 def _split(file: pathlib.PurePath) -> str:
     """The split that a file's name tells, else that of the nearest folder."""
-    for part in (file.stem, *reversed(file.parts[:-1])):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in _SPLIT_OF_WORD:
-                return _SPLIT_OF_WORD[word]
-    return "train"
+    parts = (file.stem, *reversed(file.parts[:-1]))
+    words = re.split(r"[^a-z]+", "/".join(parts).lower())
+    return next((_SPLIT_OF_WORD[w] for w in words if w in _SPLIT_OF_WORD), "train")
 
 
 def _is_test(splits: np.ndarray) -> np.ndarray | None:

@@ -113,15 +113,24 @@ def make_splits(
     Raises:
       UserError: a class has too few images.
     """
+    all_would_train = shares.per_class == 0 and shares.fraction == 1
+    require(
+        is_test is not None or shares.test > 0 or not all_would_train,
+        "config.data.test_fraction",
+        wanted="a share above 0, since the source has no test images of its own and "
+        "training would take them all",
+        got="0",
+        fix="0.2 is usual; or set config.data.per_class.",
+    )
     usable = np.ones(len(labels), bool) if usable is None else usable
     own_test = np.zeros(len(labels), bool) if is_test is None else is_test
-    cut = usable & ~own_test
-    counts = np.bincount(labels[cut], minlength=len(class_names))
-    pools = _proportional(shares.pool, counts)
+    counts = np.bincount(labels[usable & ~own_test], minlength=len(class_names))
+    pools = _proportional(shares.pool, counts).tolist()
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for k, name in enumerate(class_names):
-        mine = np.flatnonzero(cut & (labels == k))
+        mine = np.flatnonzero(~own_test & (labels == k))
         mine = mine[generator(seed, "split", k).permutation(len(mine))]
+        mine = mine[usable[mine]]  # after the shuffle: the others keep their order
         theirs = np.flatnonzero(usable & own_test & (labels == k))
         _require_some(name, len(mine) + len(theirs))
         pool, left = np.split(mine, [pools[k]])

@@ -1,0 +1,348 @@
+"""The stage `caption` on folders as people have them: what is bad is said, all of it
+and at once; what is good is read once; table and sheet tell what is there."""
+
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvc_jax import train
+from mvc_jax.data import duplicates, splits
+from mvc_jax.training import runtime
+
+CLASSES = ("bolt", "hex_nut", "washer é")
+
+
+def picture(seed, size=(40, 30)):
+    """A smooth random photograph, unlike any of another seed."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind="png", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Three classes of ten images each, no split."""
+    root = tmp_path / "my, parts=1"
+    for k, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            content = encoded(picture(100 * k + i))
+            (root / name / f"{i:02d}.png").write_bytes(content)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_setting_up(monkeypatch):
+    monkeypatch.setattr(runtime, "set_up", lambda folder: None)
+
+
+@pytest.fixture
+def run(tmp_path, parts, capsys):
+    """Runs the stage on `parts`; returns (exit code, terminal, its folder)."""
+
+    def run_(*flags, workdir="run"):
+        words = [
+            *("train", f"--config=configs/folder.py:path={parts}"),
+            *(f"--workdir={tmp_path / workdir}", "--config.stages=caption"),
+            "--config.data.size=16",
+            *(f"--config.{flag}" for flag in flags),
+        ]
+        code = train.main(words)
+        told = capsys.readouterr()
+        return code, told.out + told.err, tmp_path / workdir / "caption"
+
+    return run_
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_first_look(run, parts):
+    code, said, folder = run()
+    assert code == 0, said
+    assert "3 classes, 24 train, 6 test images" in said
+    for name in CLASSES:
+        assert re.search(rf"{name} +8 +2  40x30\n +hex nut|{name} +8 +2  40x30\n", said)
+    assert said.count("    hex nut\n") == 3  # captions, by template
+    assert "0 bad images" in said and "0 training images are in test" in said
+    sheet = Image.open(io.BytesIO((folder / "contact_sheet.png").read_bytes()))
+    assert min(sheet.size) > 200
+    parts_ = json.loads((folder / "splits.json").read_text())
+    assert {k: len(v) for k, v in parts_.items()} == {"pool": 0, "train": 24, "test": 6}
+    captioned = [row["id"] for row in rows(folder / "captions.jsonl")]
+    assert captioned == parts_["train"]
+
+    train_ = splits.read_split(folder, "train")
+    assert train_.images.shape == (24, 16, 16, 3) and not train_.grey
+    for image, id_, label in zip(train_.images, train_.ids, train_.labels, strict=True):
+        assert id_.split("/")[0] == train_.class_names[label]
+        original = np.asarray(Image.open(parts / id_))
+        want = Image.fromarray(original).resize((16, 16), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(image, np.asarray(want))
+
+
+def test_a_second_look_does_nothing_and_needs_no_source(run, parts):
+    _, first, folder = run()
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    shutil.rmtree(parts)
+    code, said, _ = run()
+    assert code == 0 and "nothing to do" in said
+    assert "3 classes, 24 train" in said
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def break_some(parts):
+    """Every kind of damage once; returns what must be said of each."""
+    bolt = parts / "bolt"
+    whole = (bolt / "00.png").read_bytes()
+    (bolt / "00.png").write_bytes(whole[: len(whole) // 2])
+    (bolt / "01.png").write_bytes(b"")
+    (bolt / "02.png").write_text("<html>404</html>")
+    (bolt / "03.png").unlink()
+    (bolt / "03.png").symlink_to(parts / "nowhere.png")
+    (bolt / "x.png").mkdir()
+    (parts / "stray.png").write_bytes(whole)
+    (parts / "hex_nut" / "bomb.png").write_bytes(encoded(Image.new("1", (9000, 9000))))
+    return {
+        "bolt/00.png": "damaged",
+        "bolt/01.png": "empty",
+        "bolt/02.png": "not a PNG",
+        "bolt/03.png": "link",
+        "bolt/x.png": "folder",
+        "stray.png": "no label",
+        "hex_nut/bomb.png": "max_pixels",
+    }
+
+
+def test_all_bad_images_are_listed_at_once_before_work_starts(run, parts):
+    expected = break_some(parts)
+    code, said, folder = run("data.max_pixels=50000000")
+    assert code == 2 and "Traceback" not in said
+    assert "7 that cannot" in said and "on_bad_image=skip" in said
+    listed = {row["image"]: row["reason"] for row in rows(folder / "bad_images.jsonl")}
+    assert listed.keys() == expected.keys()
+    for image, reason in expected.items():
+        assert reason in listed[image]
+        assert re.search(rf"{re.escape(image)}: .*{reason}", said)
+    assert not (folder / "images.npy").exists()
+    assert not (folder / "captions.jsonl").exists()
+
+
+def test_skipping_goes_on_without_them_and_keeps_the_list(run, parts):
+    break_some(parts)
+    flags = ("data.on_bad_image=skip", "data.max_pixels=50000000", "data.per_class=4")
+    code, said, folder = run(*flags, "data.test_fraction=0.0")
+    assert code == 0, said
+    assert "7 bad images, left out" in said
+    assert len(rows(folder / "bad_images.jsonl")) == 7
+    train_, test = (splits.read_split(folder, name) for name in ("train", "test"))
+    assert np.bincount(train_.labels).tolist() == [4, 4, 4]
+    assert np.bincount(test.labels).tolist() == [2, 6, 6]
+    for part in (train_, test):
+        for image, id_ in zip(part.images, part.ids, strict=True):
+            want = Image.open(parts / id_).resize((16, 16), Image.Resampling.LANCZOS)
+            np.testing.assert_array_equal(image, np.asarray(want))
+
+
+def test_mending_the_folder_is_enough(run, parts):
+    whole = (parts / "bolt" / "00.png").read_bytes()
+    (parts / "bolt" / "00.png").write_bytes(b"")
+    assert run()[0] == 2
+    (parts / "bolt" / "00.png").write_bytes(whole)
+    code, said, folder = run()
+    assert code == 0 and rows(folder / "bad_images.jsonl") == []
+
+
+def test_a_class_that_is_all_bad_is_told_with_its_images(run, parts):
+    for path in (parts / "bolt").iterdir():
+        path.write_bytes(b"")
+    code, said, _ = run()
+    assert code == 2 and "bolt" in said and "bolt/05.png: empty file" in said
+
+
+def test_few_shots_fractions_and_classes(run):
+    code, said, folder = run(
+        "data.classes=washer é,bolt", "data.fraction=0.5", "data.pool=4"
+    )
+    assert code == 0, said
+    assert splits.read_split(folder, "train").class_names == ("washer é", "bolt")
+    counts = {n: len(splits.read_split(folder, n).ids) for n in splits.SPLITS}
+    assert counts == {"pool": 4, "train": 6, "test": 4}
+    captioned = [row["id"] for row in rows(folder / "captions.jsonl")]
+    pool, train_ = (splits.read_split(folder, n).ids for n in ("pool", "train"))
+    assert captioned == [*pool, *train_]
+    code, said, _ = run("data.classes=bolt,cat", workdir="other")
+    assert code == 2 and "'cat'" in said and "hex_nut" in said
+
+
+def test_copies_across_train_and_test_are_found_and_removed(run, parts):
+    for path in list(parts.rglob("*.png")):
+        split = "test" if path.stem in ("08", "09") else "train"
+        target = parts / split / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for name in CLASSES:
+        (parts / name).rmdir()
+    here, there = parts / "train" / "bolt", parts / "test" / "bolt"
+    shutil.copy(there / "08.png", here / "same.png")
+    again = Image.open(there / "09.png")
+    again.save(here / "encoded again.jpg", quality=80)
+    again.resize((80, 60), Image.Resampling.BICUBIC).save(here / "larger.png")
+    code, said, folder = run("data.size=32")
+    found = {row["train"]: row["test"] for row in rows(folder / "duplicates.jsonl")}
+    assert code == 0 and "3 training images are in test as well" in said
+    assert found == {
+        "train/bolt/same.png": "test/bolt/08.png",
+        "train/bolt/encoded again.jpg": "test/bolt/09.png",
+        "train/bolt/larger.png": "test/bolt/09.png",
+    }
+    assert set(found) <= set(splits.read_split(folder, "train").ids)
+    code, said, folder = run(
+        "data.size=32", "data.duplicates=remove", workdir="without"
+    )
+    assert code == 0 and "removed" in said
+    left = splits.read_split(folder, "train")
+    assert not set(found) & set(left.ids) and len(left.ids) == 24
+    for image, id_ in zip(left.images, left.ids, strict=True):
+        want = Image.open(parts / id_).resize((32, 32), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(image, np.asarray(want))
+
+
+def test_likeness_is_not_sameness():
+    """Neighbouring photographs of one thing, and colours that grey cannot tell."""
+    one = np.asarray(picture(1, (64, 64)))
+    shifted = np.roll(one, 4, axis=1)
+    red = np.zeros((64, 64, 3), np.uint8)
+    red[..., 0] = 200
+    others = [shifted, red, 255 - one, one[::-1].copy()]
+    prints = [duplicates.fingerprint(image) for image in others]
+    assert duplicates.find([duplicates.fingerprint(one)], prints) == []
+    assert duplicates.find(prints, prints) == [(i, i) for i in range(4)]
+    blue = duplicates.fingerprint(red[..., ::-1].copy())
+    assert duplicates.find([blue], prints) == []
+
+
+def test_captions_are_edited_and_handed_back(run, tmp_path):
+    _, _, folder = run()
+    edited = tmp_path / "edited.jsonl"
+    lines = rows(folder / "captions.jsonl")
+    lines[0]["caption"], lines[1]["caption"] = "  a rusty\tbolt ", ""
+    edited.write_text("\n".join(json.dumps(row) for row in lines))
+    mine = ("caption.captioner=file", f"caption.file={edited}")
+    code, said, again = run(*mine, workdir="again")
+    assert code == 0, said
+    captions = [row["caption"] for row in rows(again / "captions.jsonl")]
+    assert captions[:2] == ["a rusty bolt", ""] and "1 cleaned, 1 empty" in said
+    assert {row["captioner"] for row in rows(again / "captions.jsonl")} == {"file"}
+
+    edited.write_text(json.dumps(lines[0] | {"id": "bolt/nope.png"}))
+    code, said, _ = run(*mine, workdir="third")
+    assert code == 2 and "bolt/nope.png" in said
+    edited.write_text("\n".join(json.dumps(row) for row in lines[2:]))
+    code, said, _ = run(*mine, workdir="third")
+    assert code == 2 and "none for 2" in said and lines[0]["id"] in said
+    code, said, _ = run(*mine, workdir="again")
+    assert code == 2 and "file_sha256" in said  # an edit does not go unnoticed
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("data.source=folder:/nowhere", "folder:/nowhere"),
+        ("data.source=floder:/x", "parquet:PATH"),
+        ("data.on_bad_image=ignore", "fail, skip"),
+        ("data.duplicates=drop", "keep, remove"),
+        ("data.resize=squash", "stretch, crop, pad"),
+        ("data.resample=nearest", "lanczos, area"),
+        ("data.window=9,3", "config.data.window"),
+        ("data.prompt=a photo", "{label}"),
+        ("data.per_class=9", "config.data.per_class"),
+        ("caption.captioner=clip", "blip2, flax, file, template, attributes"),
+        ("caption.template={caption}", "config.caption.template"),
+        ("caption.dtype=fp8", "bfloat16"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_read(run, flag, words):
+    code, said, folder = run(flag)
+    assert code == 2 and "Traceback" not in said
+    assert words in said
+    assert not folder.exists()
+
+
+def test_classes_that_read_the_same_are_told(run, parts):
+    (parts / "bolt").rename(parts / "hex nut")
+    code, said, _ = run()
+    assert code == 2 and "'hex nut'" in said and "'hex_nut'" in said
+    assert run("data.classes=hex nut,washer é")[0] == 0
+
+
+def test_what_decoding_changed_is_told(run, parts):
+    deep = np.random.default_rng(0).integers(0, 4096, (20, 20)).astype(np.uint16)
+    Image.fromarray(deep).save(parts / "bolt" / "deep.png")
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 40))
+    clear.save(parts / "hex_nut" / "clear.png")
+    code, said, _ = run()
+    assert code == 0
+    assert "1 images: more than 8 bits, windowed" in said
+    assert "1 images: transparent, put on white" in said
+
+
+def test_a_kill_between_images_and_captions_costs_no_image(run, parts, monkeypatch):
+    from mvc_jax import caption
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption, "_captions", stop)
+        assert run()[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(caption, "gather", lambda *_, **__: pytest.fail("read again"))
+        assert run()[0] == 0
+
+
+def test_machine_captions_go_on_where_they_stopped(run, parts, monkeypatch, tmp_path):
+    """A network that dies half way is asked for the rest alone; phrases are cleaned."""
+    from mvc_jax import caption
+
+    asked = []
+
+    class Network:
+        @staticmethod
+        def check_model(model):
+            assert model == "some/model"
+
+        @staticmethod
+        def captions(images, wanted, *, dies, **options):
+            asked.append(list(wanted))
+            for n, row in enumerate(wanted):
+                if dies and n == 10:
+                    raise KeyboardInterrupt
+                yield row, f"thing {row} thing {row}"
+
+    flags = ("caption.captioner=flax", "caption.model=some/model")
+    monkeypatch.setattr(caption, "_KEEP_SECONDS", -1.0)
+    for dies, code in ((True, 130), (False, 0)):
+        network = type("N", (), vars(Network) | {})
+        network.captions = lambda *a, dies=dies, **k: Network.captions(
+            *a, dies=dies, **k
+        )
+        monkeypatch.setattr(caption, "_network", lambda name, n=network: n)
+        assert run(*flags)[0] == code
+    assert asked == [list(range(24)), list(range(10, 24))]
+    folder = tmp_path / "run" / "caption"
+    captions = [row["caption"] for row in rows(folder / "captions.jsonl")]
+    assert captions == [f"thing {row}" for row in range(24)]
+    assert not list((folder / "captions.partial").glob("*"))

@@ -1,0 +1,232 @@
+"""Bytes become RGB pixels; what cannot is refused with its reason, and what was done
+to get there is said."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from mvc_jax.data import decode
+from mvc_jax.data.decode import BadImage, Decoder, fit, strict_pillow
+
+
+def encoded(picture, kind="png", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def rgb():
+    x = np.linspace(0, 255, 24)
+    return np.stack(np.broadcast_arrays(x, x[:, None], 255 - x), 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "bmp", "webp", "jpeg"])
+def test_formats(rgb, kind):
+    options = {"lossless": True} if kind == "webp" else {}
+    if kind == "jpeg":
+        options = {"quality": 100, "subsampling": 0}
+    pixels, note = Decoder()(encoded(Image.fromarray(rgb), kind, **options))
+    assert pixels.dtype == np.uint8 and note == ""
+    np.testing.assert_allclose(pixels, rgb, atol=3 if kind == "jpeg" else 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK"])
+def test_modes_become_rgb(rgb, mode):
+    source = Image.fromarray(rgb).convert(mode)
+    pixels, note = Decoder()(encoded(source, "tiff"))
+    np.testing.assert_array_equal(pixels, np.asarray(source.convert("RGB")))
+    assert note == ""
+
+
+def test_what_is_transparent_is_white_and_what_is_half_is_between():
+    rgba = np.zeros((3, 2, 4), np.uint8)
+    rgba[1, :, 3], rgba[2, :, 3] = 255, 128
+    pixels, note = Decoder()(encoded(Image.fromarray(rgba)))
+    assert pixels[0].min() == 255 and pixels[1].max() == 0
+    assert 126 <= pixels[2].min() <= pixels[2].max() <= 128
+    assert "white" in note
+    opaque = encoded(Image.fromarray(rgba[1:2]))
+    assert Decoder()(opaque)[1] == ""
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([9, 9, 9, 0, 0, 0])
+    pixels, note = Decoder()(encoded(palette, transparency=0))
+    assert pixels.min() == 255 and "white" in note
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_sixteen_bits_are_windowed(kind):
+    grey = np.array([[1000, 2000], [3000, 5000]], np.uint16)
+    content = encoded(Image.fromarray(grey), kind)
+    pixels, note = Decoder()(content)
+    np.testing.assert_array_equal(pixels[..., 0], [[0, 64], [128, 255]])
+    assert "windowed" in note
+    pixels, _ = Decoder(window=(0, 4000))(content)
+    np.testing.assert_array_equal(pixels[..., 1], [[64, 128], [191, 255]])
+
+
+def test_floats_are_windowed_or_refused():
+    values = np.array([[-1.0, 0.0], [0.5, 1.0]], np.float32)
+    pixels, _ = Decoder()(encoded(Image.fromarray(values), "tiff"))
+    np.testing.assert_array_equal(pixels[..., 0], [[0, 128], [191, 255]])
+    values[0, 0] = np.nan
+    with pytest.raises(BadImage, match="not finite"):
+        Decoder()(encoded(Image.fromarray(values), "tiff"))
+
+
+def test_sixteen_bits_of_colour_are_told(rgb):
+    import struct
+    import zlib
+
+    def chunk(name, data):
+        checksum = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + checksum
+
+    rows = b"".join(b"\0" + row.tobytes() for row in rgb.astype(">u2") * 257)
+    header = struct.pack(">IIBBBBB", 24, 24, 16, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    content += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    pixels, note = Decoder()(content)
+    assert "16 bits" in note
+    np.testing.assert_allclose(pixels, rgb, atol=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+def test_the_cameras_rotation_is_undone(orientation, kind):
+    upright = np.zeros((16, 8, 3), np.uint8)
+    upright[:8, :4] = 255  # bright top left
+    undo = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x),
+        7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(undo(upright)))
+    pixels, _ = Decoder()(encoded(stored, kind, exif=exif))
+    assert pixels.shape == upright.shape
+    assert np.abs(pixels.astype(int) - upright).mean() < 10
+
+
+def truncated(rgb, kind="png"):
+    content = encoded(Image.fromarray(rgb), kind)
+    return content[: len(content) * 2 // 3]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "bmp", "tiff", "webp"])
+def test_truncated_files_are_refused(rgb, kind):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with pytest.raises(BadImage, match="damaged|not a PNG"):
+        Decoder()(truncated(noise, kind))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "not a PNG"),
+        (b"\x89PNG\r\n\x1a\n", "damaged|not a PNG"),
+        (b"GIF89a\1\0\1\0\0\0\0;", "not a PNG"),
+    ],
+)
+def test_what_is_no_image_is_refused(content, reason):
+    with pytest.raises(BadImage, match=reason):
+        Decoder()(content)
+
+
+@given(st.binary(max_size=400), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"BM"]))
+@settings(deadline=None, max_examples=100)
+def test_no_bytes_make_it_raise_anything_else(content, head):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            pixels, _ = Decoder()(head + content)
+        except BadImage:
+            return
+    assert pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+def test_bombs_are_never_decoded(monkeypatch):
+    bomb = encoded(Image.new("1", (3000, 2000)))
+    assert len(bomb) < 5000
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: 1 / 0)
+    for limit in (1_000_000, 3_500_000):  # over twice the limit, and less than twice
+        with strict_pillow(limit), pytest.raises(BadImage, match="max_pixels"):
+            Decoder(max_pixels=limit)(bomb)
+    with pytest.raises(BadImage, match="3000x2000 pixels"):
+        Decoder(max_pixels=1_000_000)(bomb)
+
+
+def test_a_limit_over_pillows_own_is_heeded(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    content = encoded(Image.new("L", (20, 20)))
+    with strict_pillow(400):
+        assert Decoder(max_pixels=400)(content)[0].shape == (20, 20, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4, 2), (4, 4, 3, 1), (0, 4, 3)])
+def test_arrays_of_other_shapes_are_refused(shape):
+    with pytest.raises(BadImage, match="shape"):
+        Decoder().from_array(np.zeros(shape, np.uint8))
+
+
+def test_arrays_of_other_libraries():
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
+    for array in (grey, grey[..., 0]):
+        np.testing.assert_array_equal(
+            Decoder().from_array(array)[0], np.repeat(grey, 3, 2)
+        )
+
+
+@pytest.mark.parametrize("resize", decode.RESIZING)
+@pytest.mark.parametrize("resample", decode.RESAMPLING)
+def test_fitting_to_the_same_size_changes_nothing(resize, resample):
+    image = np.random.default_rng(0).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    fitted = fit(image, 7, resize=resize, resample=resample)
+    np.testing.assert_array_equal(fitted, image)
+
+
+def test_fitting_keeps_channels_places_and_averages():
+    """A red left half stays red and left, smaller or larger; the mean stays."""
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:, :8, 0] = 200
+    for size in (4, 8, 40):
+        small = fit(image, size)
+        assert small.shape == (size, size, 3)
+        assert small[:, 0, 0].min() > 150
+        assert small[:, -1].max() < 50
+        assert small[..., 1:].max() == 0
+        assert abs(small[..., 0].mean() - 100) < 2
+
+
+def test_ways_to_make_it_square():
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255
+    assert fit(wide, 8, resize="crop", resample="area").min() == 255
+    padded = fit(wide, 24, resize="pad", resample="area")
+    assert padded[:8].max() == padded[16:].max() == 0
+    np.testing.assert_array_equal(padded[8:16], wide)
+    stretched = fit(wide, 24, resize="stretch", resample="area")
+    assert (stretched[:, 8:16] == 255).all() and stretched[:, :7].max() == 0
+
+
+def test_downscaling_is_antialiased():
+    """Stripes of one pixel become grey, not black or white."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for resample in decode.RESAMPLING:
+        small = fit(stripes, 8, resample=resample)
+        assert 120 <= small.min() <= small.max() <= 135
