@@ -11,7 +11,9 @@ REQUIRED = [
     "diffusers==0.39.0",
     "etils[epath]>=1.12",
     "flax>=0.12.8",
+    "grain",
     "huggingface_hub<1",
+    "imagehash",
     "jax>=0.10.2",
     "jaxtyping",
     "jinja2",
@@ -25,6 +27,7 @@ REQUIRED = [
     "safetensors",
     "scikit-learn",
     "tensorboardX",
+    "tensorflow-datasets",  # reads what is prepared; TensorFlow only prepares it
     "tokenizers",
     "tqdm",
     "transformers==4.57.6",
@@ -34,7 +37,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
-    "prepare": ["tensorflow-cpu", "tensorflow-datasets"],  # download TFDS datasets
+    "prepare": ["tensorflow-cpu"],  # what `tfds build` needs
     "torch": ["torch==2.13.0"],  # live parity tests
     "dev": ["pytest", "hypothesis", "ruff", "beartype", "datasets>=4", "uv"],
 }

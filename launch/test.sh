@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup_env.sh"
 
-prepare_env dev
+prepare_env dev prepare torch
 
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m ruff check .

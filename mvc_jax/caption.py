@@ -52,7 +52,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     folder = stage.folder
     if not all((folder / name).exists() for name in splits.FILES):
-        _gather(config, _open(config.data), folder)
+        try:
+            _gather(config, _open(config.data), folder)
+        except UserError:  # nothing is kept, so that the way out may be another setting
+            stage.abandon()
+            raise
     pool, train = (splits.read_split(folder, name) for name in ("pool", "train"))
     ids, labels = pool.ids + train.ids, np.concatenate([pool.labels, train.labels])
     names = [train.class_names[label] for label in labels]
@@ -278,7 +282,7 @@ def _without_copies(
     train = np.asarray([i for i in parts["train"] if source.ids[i] not in gone], int)
     counts = np.bincount(source.labels[train], minlength=len(source.class_names))
     require(
-        counts.min() > 0,
+        bool(counts.min() > 0),
         "config.data.duplicates",
         wanted="at least one training image in each class that is not in test as well",
         got=f"none in class {source.class_names[counts.argmin()]!r}",

@@ -140,6 +140,12 @@ def test_all_bad_images_are_listed_at_once_before_work_starts(run, parts):
     assert not (folder / "captions.jsonl").exists()
 
 
+def test_the_way_out_of_bad_images_works_where_it_was_told(run, parts):
+    break_some(parts)
+    assert run()[0] == 2
+    assert run("data.on_bad_image=skip")[0] == 0
+
+
 def test_skipping_goes_on_without_them_and_keeps_the_list(run, parts):
     break_some(parts)
     flags = ("data.on_bad_image=skip", "data.max_pixels=50000000", "data.per_class=4")

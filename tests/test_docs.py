@@ -3,10 +3,15 @@
 import pathlib
 import re
 import shlex
+import types
 
+import numpy as np
 import pytest
 
-from mvc_jax import train
+from mvc_jax import caption, train
+from mvc_jax.configs import common
+from mvc_jax.errors import UserError
+from mvc_jax.models import stable_diffusion
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -45,13 +50,77 @@ def test_links_in_the_documents():
                 assert (path.parent / target).exists(), (path.name, target)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("configs/[a-z]*.py")), ids=lambda p: p.stem
-)
-def test_every_config_loads_and_passes_its_own_checks(path, tmp_path):
+class Everything:
+    """A source of any classes, with a test part: what the datasets would be."""
+
+    def __init__(self, classes=200):
+        self.class_names = tuple(f"class {k}" for k in range(classes))
+        self.labels = np.repeat(np.arange(classes, dtype=np.int32), 20)
+        self.ids = tuple(map(str, range(len(self.labels))))
+        self.is_test = np.arange(len(self.labels)) % 20 < 5
+        self.defects = {}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        raise AssertionError("a check opens no image")
+
+
+CONFIGS = sorted(path for path in ROOT.glob("configs/[a-z]*.py"))
+ARGUMENTS = {"folder": ":path=/data/parts", "cifar10": ":per_class=10"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_and_passes_its_own_checks(
+    path, tmp_path, tiny, monkeypatch
+):
+    argument = ARGUMENTS.get(path.stem, "")
     config, _ = train.parse_flags(
-        ["train", f"--config={path}", f"--workdir={tmp_path}"]
+        ["train", f"--config={path}{argument}", f"--workdir={tmp_path}"]
     )
-    if path.stem != "common":
-        for name in train.select_stages(config):
-            train._stage(name).check(config)
+    if path.stem == "common":
+        return
+    if path.stem != "digits":  # these want a dataset, networks and their weights
+        opened = []
+        monkeypatch.setattr(
+            caption,
+            "open_source",
+            lambda name, *_, **__: opened.append(name) or Everything(),
+        )
+        checked = []
+        network = types.SimpleNamespace(check_model=checked.append)
+        monkeypatch.setattr(caption, "_network", lambda name: network)
+        stable_diffusion.save(tmp_path, *tiny)
+        config.base.path = str(tmp_path)
+    for name in train.select_stages(config):
+        train._stage(name).check(config)
+    if path.stem != "digits":
+        assert re.match(r"(tfds:|folder:)\w*", opened[0])
+        assert len(checked) == (path.stem != "folder")
+        assert "Supplement" in path.read_text() or path.stem in (
+            *("folder", "tiny_imagenet", "cifar100"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("path=/a,b=1/c", {"path": "/a,b=1/c"}),
+        ("path=/a b,size=64,class_type=x y", None),
+        ("size=64,path=/a", {"size": "64", "path": "/a"}),
+        ("", UserError),
+        ("/data/parts", UserError),
+        ("path=", UserError),
+        ("size=64", UserError),
+    ],
+)
+def test_arguments_of_configs(argument, wanted):
+    known = ("path", "class_type", "size")
+    if wanted is UserError:
+        with pytest.raises(UserError, match="path=/data/parts"):
+            common.parse_argument(argument, known=known, needed=("path",))
+    else:
+        wanted = wanted or {"path": "/a b", "size": "64", "class_type": "x y"}
+        given = common.parse_argument(argument, known=known, needed=("path",))
+        assert given == wanted

@@ -253,6 +253,7 @@ print(json.dumps(list(pairs)))
 
 
 def test_pytorch_is_not_needed(checkpoint, images, texts, tmp_path):
+    """Nor does the library announce the end of its Flax classes."""
     np.save(tmp_path / "images.npy", images)
     result = subprocess.run(
         [sys.executable, "-c", ALONE, tmp_path / "images.npy", checkpoint]
@@ -265,6 +266,14 @@ def test_pytorch_is_not_needed(checkpoint, images, texts, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Transformers" not in result.stderr
     assert json.loads(result.stdout) == [[2, texts[2]], [1, texts[1]]]
+
+
+def test_the_way_out_of_a_pickle_on_the_hub(own, images, monkeypatch):
+    _only_a_pickle(own)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: str(own))
+    way = r"hf download some/model --local-dir FOLDER, then .*save_pretrained\('FOLDER'"
+    with pytest.raises(UserError, match=way):
+        _captions(images, [0], "some/model")
 
 
 def test_what_check_model_takes(checkpoint):

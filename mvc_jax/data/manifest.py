@@ -60,6 +60,10 @@ class Stage:
         (self.folder / "started.json").unlink(missing_ok=True)
         self.complete = True
 
+    def abandon(self) -> None:
+        """Forgets the settings of a stage that kept nothing: others may follow."""
+        (self.folder / "started.json").unlink(missing_ok=True)
+
 
 def open_stage(
     workdir: epath.PathLike,

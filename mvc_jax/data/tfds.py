@@ -190,8 +190,8 @@ def _command(
 ) -> str:
     """What to type to prepare a dataset for random access; "" are TFDS's defaults.
 
-    Not `tfds build`: that does not start without Apache Beam, which needs older versions
-    of what is installed.
+    Not `tfds build`: it does not start without Apache Beam, which would take protobuf
+    and pyarrow back to older versions.
     """
     modules = [*([module] if module else []), "tensorflow_datasets as tfds"]
     place = f", data_dir={json.dumps(data_dir)}" if data_dir else ""
@@ -259,7 +259,7 @@ def _columns(info: Any, image: str, label: str) -> tuple[str, str]:
         require(
             isinstance(kinds.get(column), kind),
             f"config.data.{field}",
-            wanted=f"{column!r} to be a feature {kind.__name__}",
+            wanted=f"a feature {kind.__name__} called {column!r}",
             got=", ".join(f"{x}: {type(kinds[x]).__name__}" for x in kinds),
             fix="Name one of these, or another dataset of labelled images.",
         )

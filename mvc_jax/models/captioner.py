@@ -43,10 +43,10 @@ def find(model: str, layout: Layout) -> epath.Path:
     """The folder of a checkpoint; one named by its hub name is downloaded first.
 
     Raises:
-      UserError: there is none, the hub does not give it, or `check` refuses it.
+      UserError: there is none, the hub does not give it, or it is no such checkpoint.
     """
     if _is_local(model):
-        return check_folder(model, layout)
+        return _check_folder(model, layout)
     patterns = [*_SMALL_FILES, *layout.weights, layout.shards]
     try:
         folder = huggingface_hub.snapshot_download(
@@ -61,15 +61,15 @@ def find(model: str, layout: Layout) -> epath.Path:
             fix="Check the name. A gated or private one needs `hf auth login`; without "
             "a network, download it elsewhere and name its folder.",
         ) from error
-    return check_folder(folder, layout, model)
+    return _check_folder(folder, layout, model)
 
 
 def check(model: str, layout: Layout) -> epath.Path | None:
     """The folder, unless `find` would refuse it; None for a hub name, not looked up."""
-    return check_folder(model, layout) if _is_local(model) else None
+    return _check_folder(model, layout) if _is_local(model) else None
 
 
-def check_folder(
+def _check_folder(
     folder: epath.PathLike, layout: Layout, model: str | None = None
 ) -> epath.Path:
     """Refuses, without reading weights, what is no checkpoint of this layout.
@@ -129,15 +129,12 @@ def _check_weights(folder: epath.Path, layout: Layout, model: str) -> None:
     """Requires one of the weight files, and of an index all shards that it names."""
     found = [name for name in layout.weights if (folder / name).exists()]
     pickles = sorted(path.name for path in folder.glob("*.bin"))
-    class_ = layout.torch_class
     require(
         bool(found),
         field(model),
         wanted=f"weights in {' or '.join(layout.weights)}",
         got=f"{', '.join(pickles) or 'none'} in {folder}; a pickle is never opened",
-        fix="Of a checkpoint you trust, convert a whole download once, in place, where "
-        f'PyTorch is: python -c "from transformers import {class_} as M; '
-        "M.from_pretrained('FOLDER').save_pretrained('FOLDER')\"",
+        fix=_how_to_convert(folder, layout.torch_class, model),
     )
     if not found[0].endswith(_INDEX):
         return
@@ -150,6 +147,17 @@ def _check_weights(folder: epath.Path, layout: Layout, model: str) -> None:
         wanted=f"the {len(shards)} files that {found[0]} names",
         got=f"{folder} without {', '.join(missing)}",
         fix="Download the checkpoint again.",
+    )
+
+
+def _how_to_convert(folder: epath.Path, torch_class: str, model: str) -> str:
+    load, place = "", str(folder)
+    if str(folder) != model:  # the hub's cache is no place to write to
+        load, place = f"hf download {model} --local-dir FOLDER, then ", "FOLDER"
+    return (
+        f"If you trust it, convert it once, with PyTorch: {load}"
+        f'python -c "from transformers import {torch_class} as M; '
+        f"M.from_pretrained('{place}').save_pretrained('{place}')\", and name {place}."
     )
 
 

@@ -29,7 +29,7 @@ _DEPRECATED = (
     "We recommend migrating to PyTorch classes or pinning your version of Transformers."
 )
 logging.getLogger("transformers.modeling_flax_utils").addFilter(
-    lambda record: True
+    lambda record: record.getMessage() != _DEPRECATED
 )
 
 LAYOUT = captioner.Layout(

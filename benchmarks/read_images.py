@@ -1,0 +1,224 @@
+"""How fast images are read: `gather.read_images` against PyTorch's `DataLoader`.
+
+    python benchmarks/read_images.py --folder=/tmp/photos
+
+Makes JPEG files of 512 px, 10 classes, that are as large as photos are, then reads all
+of them in turns: as the `prepare` stage does, the same without fingerprints, and with
+`DataLoader(num_workers=2, batch_size=64)` over a dataset that opens, rotates, converts
+and resizes with Pillow. Each turn is a fresh process that has imported all it needs and
+has read a few images before its clock starts; the files are in the system's cache.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import io
+import itertools
+import multiprocessing
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mvc_jax.data import decode, duplicates, gather, sources
+
+SIDE = 512  # pixels, of the files
+SOURCES = 48  # pictures that the files are parts of
+CLASSES = 10
+WARM = 64  # images read before the clock starts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", help="of the images, kept; default: a temporary one")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="of the DataLoader")
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        paths = make(pathlib.Path(folder), arguments.images)
+        sizes = [len(path.read_bytes()) for path in paths]  # and into the cache
+        print(f"{len(paths)} JPEG files of {SIDE} px, {np.mean(sizes) / 1e3:.0f} kB each")
+        print(f"load of the machine before: {os.getloadavg()[0]:.2f}\n")
+        turns = {
+            "ours": (read_ours, arguments.threads, True),
+            "ours, no fingerprints": (read_ours, arguments.threads, False),
+            "torch": (read_torch, arguments.workers),
+        }
+        rates = {name: [] for name in turns}
+        for _ in range(arguments.rounds):
+            for name, (read, *options) in turns.items():
+                rate = apart(read, folder, arguments.images, arguments.size, *options)
+                rates[name].append(rate)
+        print(table(rates))
+        print(costs(paths[:: max(len(paths) // 200, 1)], arguments.size))
+
+
+def make(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """Writes the images that are not there yet."""
+    paths = [folder / f"class {i % CLASSES}" / f"{i:05}.jpg" for i in range(count)]
+    todo = [(i, path) for i, path in enumerate(paths) if not path.exists()]
+    for path in {path.parent for path in paths}:
+        path.mkdir(parents=True, exist_ok=True)
+    if todo:
+        scenes = [scene(seed) for seed in range(SOURCES)]
+
+        def write(item: tuple[int, pathlib.Path]) -> None:
+            index, path = item
+            rng = np.random.default_rng([1, index])
+            left, top = rng.integers(0, SIDE // 2, 2).tolist()
+            picture = Image.fromarray(scenes[index % SOURCES])
+            picture = picture.crop((left, top, left + SIDE, top + SIDE))
+            if rng.random() < 0.5:
+                picture = ImageOps.mirror(picture)
+            gain = rng.uniform(0.8, 1.1)
+            picture = picture.point([min(int(gain * i), 255) for i in range(256)] * 3)
+            temporary = path.with_suffix(".part")
+            picture.save(temporary, "JPEG", quality=90)
+            temporary.rename(path)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(write, todo))
+    return paths
+
+
+def scene(seed: int) -> np.ndarray:
+    """Smooth shapes with ever finer and fainter texture; uint8 [H, W, 3]."""
+    rng = np.random.default_rng([0, seed])
+    side = SIDE * 3 // 2
+    total = np.full((side, side, 3), 128, np.float32)
+    strength = rng.uniform(0.5, 1.2)
+    for cells, contrast in ((4, 50), (12, 25), (48, 12), (192, 8 * strength)):
+        grid = rng.normal(size=(cells, cells, 4)).astype(np.float32)
+        planes = [Image.fromarray(grid[..., i]) for i in range(4)]
+        planes = [p.resize((side, side), Image.Resampling.BICUBIC) for p in planes]
+        light, *colours = (np.asarray(plane) for plane in planes)
+        total += contrast * (light[..., None] + 0.4 * np.stack(colours, -1))
+    total += rng.normal(scale=3 * strength, size=(side, side, 1))  # the camera's
+    return np.clip(total, 0, 255).astype(np.uint8)
+
+
+def apart(read: Callable, *arguments) -> float:
+    """Images a second that `read` yields in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_timed, args=(send, read, *arguments))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    finally:
+        process.join()
+
+
+def _timed(send, read: Callable, folder: str, count: int, *options) -> None:
+    for _ in read(folder, WARM, *options):
+        pass
+    start = time.perf_counter()
+    read_count = sum(read(folder, count, *options))
+    seconds = time.perf_counter() - start
+    assert read_count == count
+    send.send(count / seconds)
+
+
+def read_ours(
+    folder: str, count: int, size: int, threads: int, prints: bool
+) -> Iterator[int]:
+    source = sources.open_source(f"folder:{folder}")
+    reader = gather.Reader(size, threads=threads)
+    without = mock.patch.object(gather, "fingerprint", lambda image: None)
+    with contextlib.nullcontext() if prints else without:
+        for _, image, found in gather.read_images(source, range(count), reader):
+            assert image is not None, found
+            yield 1
+
+
+class Files:
+    """What a PyTorch user would write: a dataset of (uint8 [S, S, 3], label)."""
+
+    def __init__(self, folder: str, count: int, size: int):
+        paths = itertools.islice(sorted(pathlib.Path(folder).glob("*/*.jpg")), count)
+        self.paths, self.size = list(map(str, paths)), size
+        names = sorted({os.path.dirname(path) for path in self.paths})
+        self.labels = [names.index(os.path.dirname(path)) for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        import torch
+
+        with Image.open(self.paths[index]) as picture:
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+        picture = picture.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(picture)), self.labels[index]
+
+
+def read_torch(folder: str, count: int, size: int, workers: int) -> Iterator[int]:
+    from torch.utils.data import DataLoader
+
+    files = Files(folder, count, size)
+    for images, _ in DataLoader(files, batch_size=64, num_workers=workers):
+        yield len(images)
+
+
+def table(rates: dict[str, list[float]]) -> str:
+    """A Markdown table: each turn's images a second, and their mean as torch's share."""
+    rounds = range(1, len(rates["torch"]) + 1)
+    lines = [
+        "| images/s | " + " | ".join(f"turn {i}" for i in rounds) + " | of torch's |",
+        "|---|" + "---:|" * (len(rounds) + 1),
+    ]
+    for name, values in rates.items():
+        cells = " | ".join(f"{value:.0f}" for value in values)
+        share = np.mean(values) / np.mean(rates["torch"])
+        lines.append(f"| {name} | {cells} | {share:.2f}x |")
+    return "\n".join(lines)
+
+
+def costs(paths: list[pathlib.Path], size: int) -> str:
+    """A Markdown table: milliseconds an image that each step takes one thread."""
+    contents = [path.read_bytes() for path in paths]
+    decoder = decode.Decoder()
+    box, method = (size, size), Image.Resampling.LANCZOS
+
+    def opened(content: bytes) -> Image.Image:
+        picture = Image.open(io.BytesIO(content))
+        picture.load()
+        return picture
+
+    pictures = list(map(opened, contents[:50]))
+    images = [np.asarray(picture) for picture in pictures]
+    fitted = [decode.fit(image, size) for image in images]
+    steps = {
+        "JPEG -> Pillow": (opened, contents),
+        "resize in Pillow": (lambda picture: picture.resize(box, method), pictures),
+        "ours: JPEG -> array": (decoder, contents),
+        "ours: array -> resized array": (lambda image: decode.fit(image, size), images),
+        "ours: without colour?": (lambda s: bool((s == s[..., :1]).all()), fitted),
+        "ours: fingerprint": (duplicates.fingerprint, fitted),
+    }
+    lines = ["", "| step, one thread | ms an image |", "|---|---:|"]
+    for name, (step, inputs) in steps.items():
+        best = min(_seconds(step, inputs) for _ in range(5))
+        lines.append(f"| {name} | {1e3 * best / len(inputs):.2f} |")
+    return "\n".join(lines)
+
+
+def _seconds(step: Callable, inputs: list) -> float:
+    start = time.perf_counter()
+    for item in inputs:
+        step(item)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
