@@ -35,7 +35,9 @@ WARM = 64  # images read before the clock starts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", help="of the images, kept; default: a temporary one")
+    parser.add_argument(
+        "--folder", help="of the images, kept; default: a temporary one"
+    )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
@@ -46,7 +48,9 @@ def main() -> None:
         folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
         paths = make(pathlib.Path(folder), arguments.images)
         sizes = [len(path.read_bytes()) for path in paths]  # and into the cache
-        print(f"{len(paths)} JPEG files of {SIDE} px, {np.mean(sizes) / 1e3:.0f} kB each")
+        print(
+            f"{len(paths)} JPEG files of {SIDE} px, {np.mean(sizes) / 1e3:.0f} kB each"
+        )
         print(f"load of the machine before: {os.getloadavg()[0]:.2f}\n")
         turns = {
             "ours": (read_ours, arguments.threads, True),

@@ -233,8 +233,8 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
     )
     progress.close()
     _warn_of_lone_images(source, gathered.parts["train"])
-    found = {"name": data.source, "bad": len(bad), "copies": len(copies)}
-    write_rows(folder, source, gathered, **found, duplicates=data.duplicates)
+    facts = {"name": data.source, "remarks": source.remarks}
+    write_rows(folder, source, gathered, **facts, duplicates=data.duplicates)
 
 
 def _judge_bad_images(bad: dict[str, str], path: epath.Path, on_bad: str) -> None:
@@ -318,10 +318,8 @@ def _captions(
         return captions.read_captions(section.file, ids)
     if section.captioner == "template":
         values = {"class_type": config.data.class_type}
-        return [
-            section.template.format(label=captions.readable(name), **values)
-            for name in names
-        ]
+        texts = (section.template.format(label=name, **values) for name in names)
+        return [captions.readable(text) for text in texts]
     images = files.map_array(folder / "images.npy")[: len(ids)]
     if section.captioner == "attributes":
         return attributes(images)

@@ -58,7 +58,7 @@ class Everything:
         self.labels = np.repeat(np.arange(classes, dtype=np.int32), 20)
         self.ids = tuple(map(str, range(len(self.labels))))
         self.is_test = np.arange(len(self.labels)) % 20 < 5
-        self.defects = {}
+        self.defects, self.remarks = {}, ()
 
     def __len__(self):
         return len(self.labels)

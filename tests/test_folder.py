@@ -143,7 +143,8 @@ def test_a_test_part_without_labels_is_one_line(tmp_path, below):
     check(source)
     assert test_ids(source) == {"val/cat/a.png"}
     assert source.class_names == ("cat",)
-    assert source.defects == {"test/": "12 images without labels are not used"}
+    assert source.defects == {}
+    assert source.remarks == ("test/: 12 images without labels are not used",)
 
 
 def test_a_folder_beside_the_parts_is_one_line(tmp_path):
@@ -192,7 +193,8 @@ def test_tiny_imagenet(tmp_path):
     assert test_ids(source) == {f"val/images/val_{k}.JPEG" for k in range(4)}
     assert labelled(source)["val/images/val_1.JPEG"] == "European fire salamander"
     assert labelled(source)[f"train/{WNIDS[0]}/images/{WNIDS[0]}_2.JPEG"] == "goldfish"
-    assert source.defects == {"test/": "5 images without labels are not used"}
+    assert source.defects == {}
+    assert source.remarks == ("test/: 5 images without labels are not used",)
 
 
 def test_annotations_and_images_that_miss_each_other(tmp_path):
@@ -205,7 +207,6 @@ def test_annotations_and_images_that_miss_each_other(tmp_path):
     check(source)
     assert len(source) == 10
     assert source.defects == {
-        "test/": "5 images without labels are not used",
         "val/images/alone.JPEG": UNLABELLED,
         "val/images/gone.JPEG": "listed in val_annotations.txt, no such file",
         "val/images/val_9.JPEG": "no label: val_annotations.txt gives none",
@@ -222,7 +223,7 @@ def test_tiny_imagenet_sorted_into_class_folders(tmp_path):
     (root / "val/images").rmdir()
     source = read(root)
     assert len(test_ids(source)) == 4
-    assert list(source.defects) == ["test/"]
+    assert source.defects == {} and len(source.remarks) == 1
 
 
 @pytest.mark.parametrize("layout", ["{}/a.png", "train/{}/a.png", "train/{}/x/a.png"])

@@ -459,7 +459,6 @@ def broken(folder, name):
                 "label": pa.array([], "i8"),
             },
             "no use": {"image": pa.array([None], pa.binary()), "label": [0]},
-            "twins": {"image": [b"", b""], "label": ["brain_tumor", "brain tumor"]},
         }
         pq.write_table(pa.table(tables[name]), folder / "a.parquet")
     return folder
@@ -484,7 +483,6 @@ def broken(folder, name):
         ("fraction", ["a.parquet: wanted labels that can be read", "0.5"]),
         ("no rows", ["config.data.source", "of the 0"]),
         ("no use", ["config.data.source", "of the 1"]),
-        ("twins", ["'brain tumor'", "'brain_tumor'"]),
     ],
 )
 def test_errors_name_the_file_or_field_and_the_way_out(tmp_path, name, words):

@@ -31,6 +31,7 @@ FEATURES = {
     "label": tfds.features.ClassLabel(names=["cat", "dog"]),
 }
 KEYS = ("image", "label")
+MODULE = "tiny_shapes.tiny_shapes_dataset_builder"
 
 
 def picture(value):
@@ -42,8 +43,18 @@ def examples(*labels):
     return [{"image": picture(i), "label": label} for i, label in enumerate(labels)]
 
 
-def prepare(folder, name, splits, features=None, keys=KEYS, version="1.0.0", config=""):
-    """Has TFDS prepare a dataset, {split: examples}, in `folder`."""
+def prepare(
+    folder,
+    name,
+    splits,
+    features=None,
+    *,
+    keys=KEYS,
+    version="1.0.0",
+    config="",
+    module="pets_builder",
+):
+    """Has TFDS prepare a dataset, {split: examples}; returns its own folder."""
     features = tfds.features.FeaturesDict(features or FEATURES)
     configs = [tfds.core.BuilderConfig(name=config)] if config else []
 
@@ -60,6 +71,7 @@ def prepare(folder, name, splits, features=None, keys=KEYS, version="1.0.0", con
             "Made",
             (tfds.core.GeneratorBasedBuilder,),
             {
+                "__module__": module,
                 "name": name,
                 "VERSION": tfds.core.Version(version),
                 "BUILDER_CONFIGS": configs,
@@ -70,6 +82,12 @@ def prepare(folder, name, splits, features=None, keys=KEYS, version="1.0.0", con
         )
     builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder / name / config / version
+
+
+def as_tfrecord(folder):
+    """Makes a prepared dataset one of TFDS's usual format, which wants TensorFlow."""
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
 
 
 def read(folder, name, **columns):
@@ -110,7 +128,7 @@ def test_datasets_with_the_features_of_real_ones(tmp_path, name):
 
     every = [example(label) for label in range(len(names))]
     splits = {"train": every, "test": every[:5]}
-    prepare(tmp_path, name, splits, real.features, real.supervised_keys)
+    prepare(tmp_path, name, splits, real.features, keys=real.supervised_keys)
     source = read(tmp_path, name)
     assert source.class_names == tuple(names)
     assert source.ids[0] == f"{name}/train/000000"
@@ -304,6 +322,20 @@ def test_a_dataset_that_is_not_there(tmp_path, name, words):
         assert word in error
 
 
+def test_a_format_without_random_access_is_to_be_prepared_anew(tmp_path):
+    as_tfrecord(prepare(tmp_path, "pets", {"train": examples(0)}, version="1.2.3"))
+    error = error_of(tmp_path, "pets")
+    assert error.startswith(f"{tmp_path / 'pets' / '1.2.3'}: wanted")
+    for word in (
+        "in the format tfrecord",
+        f"config.data.dir={tmp_path / 'array_record'}",
+        f'data_dir="{tmp_path / "array_record"}"',
+        f'download_dir="{tmp_path / "downloads"}"',
+        "import pets_builder, tensorflow_datasets",
+    ):
+        assert word in error
+
+
 @pytest.mark.parametrize("place", ["a b", "a'b", 'a"b', "$(touch x)", "a;b"])
 def test_the_command_survives_the_shell(tmp_path, place):
     words = shlex.split(error_of(tmp_path / place, "cifar10").partition("pip ")[2])
@@ -448,14 +480,12 @@ def test_tensorflow_is_never_imported(tmp_path):
 
 
 def test_datasets_are_prepared_as_the_errors_say(tmp_path, tensorflow):
-    """One that is not there; then one that is there in a format that is of no use."""
+    """One that is not there, and one that is there in a format that is of no use."""
     folder, old = tmp_path / "a folder", tmp_path / "old"
-    code = command_of(error_of(folder, "tiny_shapes"))
-    code = code.replace("MODULE", "tiny_shapes.tiny_shapes_dataset_builder")
-    usual = f"tfds.builder('tiny_shapes', data_dir={str(old)!r})"  # TFDS's own format
-    run(f"{code}; {usual}.download_and_prepare()")
-    check_tiny_shapes(folder)
+    missing = command_of(error_of(folder, "tiny_shapes"))
+    missing = missing.replace("MODULE", MODULE)
+    as_tfrecord(prepare(old, "tiny_shapes", {"train": examples(0)}, module=MODULE))
     error = error_of(old, "tiny_shapes")
-    assert "tfrecord" in error
-    run(command_of(error))
+    run(f"{missing}; {command_of(error)}")  # at once: TensorFlow takes 6 s to import
+    check_tiny_shapes(folder)
     check_tiny_shapes(re.search(r"config\.data\.dir=(\S+)", error)[1])

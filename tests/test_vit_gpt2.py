@@ -132,6 +132,18 @@ def _captions(images, rows, folder, **options):
     return dict(pairs)
 
 
+def test_weights_on_disk_have_the_names_and_layout_of_pytorch(checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, shape in {
+        "decoder.transformer.h.1.ln_2.weight": (24,),
+        "decoder.transformer.h.0.attn.c_attn.weight": (24, 72),  # in x out, as no other
+        "encoder.encoder.layer.0.attention.attention.query.weight": (16, 16),
+        "encoder.embeddings.patch_embeddings.projection.weight": (16, 3, 16, 16),
+        "enc_to_dec_proj.weight": (24, 16),
+    }.items():
+        assert tensors[name].shape == shape
+
+
 @pytest.fixture(scope="session")
 def twin(checkpoint, torch):
     """PyTorch's model of the same file, which has all its tensors and no others."""

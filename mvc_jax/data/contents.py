@@ -49,6 +49,7 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     lines += _classes(names, rows, {row["id"]: row["caption"] for row in captions})
     notes = Counter(row["note"] for row in rows if row["note"])
     lines += [f"{count} images: {note}" for note, count in sorted(notes.items())]
+    lines += dataset["remarks"]
     lines += _bad(folder)
     lines += _copies(folder, dataset["duplicates"])
     machine = captions[0]["captioner"] if captions else "nobody"

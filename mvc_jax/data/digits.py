@@ -18,6 +18,7 @@ class Digits:
     class_names = tuple(NAMES)
     is_test = None
     defects: dict[str, str] = {}
+    remarks = ()
 
     def __init__(self):
         bunch = load_digits()

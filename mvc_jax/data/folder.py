@@ -83,6 +83,7 @@ class Folder:
         test = next((part for part in ("test", "val") if part in parts), None)
         self.is_test = np.asarray([part == test for part in parts]) if test else None
         self.defects = dict(sorted(tree.defects.items()))
+        self.remarks = tuple(f"{top}: {said}" for top, said in tree.remarks.items())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,7 +111,7 @@ class _Tree:
         self.images: list[str] = []
         self.others: list[str] = []
         self.folders: list[str] = []
-        self.defects: dict[str, str] = {}
+        self.defects, self.remarks = {}, {}
         self.labels: dict[str, tuple[str, str]] = {}
         self.classes: set[str] = set()
 
@@ -345,7 +346,8 @@ def _explain_the_rest(tree: _Tree) -> None:
         else:
             tree.defects[path] = "no label: in no class folder, in no row of metadata"
     for top, count in unused.items():
-        tree.defects[top] = f"{count} images without labels are not used"
+        said = tree.remarks if top[:-1].lower() in _PARTS else tree.defects
+        said[top] = f"{count} images without labels are not used"
 
 
 def _check_labels(tree: _Tree) -> None:

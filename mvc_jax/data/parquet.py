@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mvc_jax.data.decode import BadImage, Decoder
-from mvc_jax.data.sources import Example, check_class_names
+from mvc_jax.data.sources import Example
 from mvc_jax.errors import UserError, require
 
 _KEPT_BYTES = 128 << 20  # of row groups; the last two are kept whatever their size
@@ -56,7 +56,7 @@ class Parquet:
 
     Raises:
       UserError: no file matches; one cannot be read, lacks a column or differs from
-        the others; no row can be used; two classes read the same.
+        the others; no row can be used.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Parquet:
         rows = [len(part.labels) for part in parts]
         names = _names_of_rows(files, rows, paths, reasons)
         self.class_names, labels = _classes(values, shards[0].class_names, reasons)
-        check_class_names(self.class_names)
         pairs = zip(names, reasons, strict=True)
+        self.remarks = ()
         self.defects = {name: reason for name, reason in pairs if reason}
         self._rows = np.flatnonzero([not reason for reason in reasons])
         if not len(self._rows):

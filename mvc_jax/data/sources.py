@@ -37,6 +37,7 @@ class Source(Protocol):
       is_test: bool [N], the source's own test images; None: it has no split.
       defects: what is there but cannot be used, known without decoding: id or path ->
         reason, e.g. `{"cats/a.png": "empty file"}`. None of it is in `ids`.
+      remarks: sentences on what is there and is left alone on purpose.
     """
 
     class_names: tuple[str, ...]
@@ -44,6 +45,7 @@ class Source(Protocol):
     ids: tuple[str, ...]
     is_test: np.ndarray | None
     defects: dict[str, str]
+    remarks: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -126,7 +128,7 @@ class OfClasses:
         self.ids = tuple(source.ids[i] for i in self._indices)
         own = source.is_test
         self.is_test = None if own is None else own[self._indices]
-        self.defects = source.defects
+        self.defects, self.remarks = source.defects, source.remarks
 
     def __len__(self) -> int:
         return len(self.ids)

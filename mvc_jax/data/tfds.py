@@ -19,7 +19,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mvc_jax.data.decode import BadImage, Decoder
-from mvc_jax.data.sources import Example, check_class_names
+from mvc_jax.data.sources import Example
 from mvc_jax.errors import UserError, require
 
 SPLITS = ("train", "validation", "test")
@@ -64,7 +64,6 @@ class Tfds:
         self._decoder, self._image = decoder, image
         self._feature = builder.info.features[image]
         self.class_names = tuple(builder.info.features[label].names)
-        check_class_names(self.class_names)
         self._records, labels = _read(builder, label, folder)
         splits = list(labels)
         counts = [len(labels[split]) for split in splits]
@@ -76,6 +75,7 @@ class Tfds:
         ids = [f"{prefix}/{splits[split]}/{row:06d}" for split, row in places]
 
         good = (every >= 0) & (every < len(self.class_names))
+        self.remarks = ()
         self.defects = {
             ids[i]: "no label"
             if every[i] == -1
