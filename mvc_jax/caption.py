@@ -101,21 +101,14 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
-    for where, field, choices in (
-        (data, "resize", RESIZING),
-        (data, "resample", tuple(RESAMPLING)),
-        (data, "on_bad_image", ("fail", "skip")),
-        (data, "duplicates", ("keep", "remove")),
-        (section, "captioner", CAPTIONERS),
-        (section, "dtype", ("auto", "float32", "bfloat16", "int8")),
+    _check_choice(section.captioner, "config.caption.captioner", CAPTIONERS)
+    for field, choices in (
+        ("resize", RESIZING),
+        ("resample", tuple(RESAMPLING)),
+        ("on_bad_image", ("fail", "skip")),
+        ("duplicates", ("keep", "remove")),
     ):
-        require(
-            where[field] in choices,
-            f"config.{'data' if where is data else 'caption'}.{field}",
-            wanted=f"one of {', '.join(choices)}",
-            got=repr(where[field]),
-            fix="Name one of these.",
-        )
+        _check_choice(data[field], f"config.data.{field}", choices)
     for where, field in (
         *((data, field) for field in ("size", "max_pixels")),
         *((section, x) for x in ("max_new_tokens", "num_beams", "batch_size")),
@@ -136,6 +129,16 @@ def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
         captions.check_template(section.template, name, known[1:])
 
 
+def _check_choice(value: str, name: str, choices: Sequence[str]) -> None:
+    require(
+        value in choices,
+        name,
+        wanted=f"one of {', '.join(choices)}",
+        got=repr(value),
+        fix="Name one of these.",
+    )
+
+
 def _check_captioner(section: ConfigDict, source: Source, parts: Parts) -> None:
     """What a captioner needs, as far as it shows before it is loaded."""
     if section.captioner == "file":
@@ -143,7 +146,9 @@ def _check_captioner(section: ConfigDict, source: Source, parts: Parts) -> None:
         known = {*source.ids, *source.defects}
         captions.read_own(section.file, [source.ids[i] for i in wanted], known)
     elif section.captioner in _USUAL_MODEL:
-        _network(section.captioner).check_model(_model(section))
+        network = _network(section.captioner)
+        _check_choice(section.dtype, "config.caption.dtype", network.DTYPES)
+        network.check_model(_model(section))
 
 
 def _model(section: ConfigDict) -> str:

@@ -89,7 +89,7 @@ def test_every_config_loads_and_passes_its_own_checks(
             lambda name, *_, **__: opened.append(name) or Everything(),
         )
         checked = []
-        network = types.SimpleNamespace(check_model=checked.append)
+        network = types.SimpleNamespace(DTYPES=["auto"], check_model=checked.append)
         monkeypatch.setattr(caption, "_network", lambda name: network)
         stable_diffusion.save(tmp_path, *tiny)
         config.base.path = str(tmp_path)
