@@ -37,7 +37,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
-    "prepare": ["tensorflow-cpu"],  # what `tfds build` needs
+    # To prepare TFDS datasets; TFDS imports importlib_resources without asking for it.
+    "prepare": ["tensorflow-cpu", "importlib_resources"],
     "torch": ["torch==2.13.0"],  # live parity tests
     "dev": ["pytest", "hypothesis", "ruff", "beartype", "datasets>=4", "uv"],
 }

@@ -3,7 +3,7 @@
     python benchmarks/read_images.py --folder=/tmp/photos
 
 Makes JPEG files of 512 px, 10 classes, that are as large as photos are, then reads all
-of them in turns: as the `prepare` stage does, the same without fingerprints, and with
+of them in turns: as a run does, fingerprints and all, and by
 `DataLoader(num_workers=2, batch_size=64)` over a dataset that opens, rotates, converts
 and resizes with Pillow. Each turn is a fresh process that has imported all it needs and
 has read a few images before its clock starts; the files are in the system's cache.
@@ -20,7 +20,6 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -53,8 +52,7 @@ def main() -> None:
         )
         print(f"load of the machine before: {os.getloadavg()[0]:.2f}\n")
         turns = {
-            "ours": (read_ours, arguments.threads, True),
-            "ours, no fingerprints": (read_ours, arguments.threads, False),
+            "ours": (read_ours, arguments.threads),
             "torch": (read_torch, arguments.workers),
         }
         rates = {name: [] for name in turns}
@@ -110,8 +108,8 @@ def scene(seed: int) -> np.ndarray:
     return np.clip(total, 0, 255).astype(np.uint8)
 
 
-def apart(read: Callable, *arguments) -> float:
-    """Images a second that `read` yields in a process of its own."""
+def apart(read: Callable, *arguments) -> tuple[float, float]:
+    """Images a second, and milliseconds of processor each, in a fresh process."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_timed, args=(send, read, *arguments))
@@ -126,23 +124,19 @@ def apart(read: Callable, *arguments) -> float:
 def _timed(send, read: Callable, folder: str, count: int, *options) -> None:
     for _ in read(folder, WARM, *options):
         pass
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), sum(os.times()[:4])  # workers' as they end
     read_count = sum(read(folder, count, *options))
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, sum(os.times()[:4]) - busy
     assert read_count == count
-    send.send(count / seconds)
+    send.send((count / seconds, 1e3 * busy / count))
 
 
-def read_ours(
-    folder: str, count: int, size: int, threads: int, prints: bool
-) -> Iterator[int]:
+def read_ours(folder: str, count: int, size: int, threads: int) -> Iterator[int]:
     source = sources.open_source(f"folder:{folder}")
     reader = gather.Reader(size, threads=threads)
-    without = mock.patch.object(gather, "fingerprint", lambda image: None)
-    with contextlib.nullcontext() if prints else without:
-        for _, image, found in gather.read_images(source, range(count), reader):
-            assert image is not None, found
-            yield 1
+    for _, image, found in gather.read_images(source, range(count), reader):
+        assert image is not None, found
+        yield 1
 
 
 class Files:
@@ -170,21 +164,25 @@ def read_torch(folder: str, count: int, size: int, workers: int) -> Iterator[int
     from torch.utils.data import DataLoader
 
     files = Files(folder, count, size)
-    for images, _ in DataLoader(files, batch_size=64, num_workers=workers):
+    # Linux's default, which a spawned process does not have.
+    settings = {"num_workers": workers, "multiprocessing_context": "fork"}
+    for images, _ in DataLoader(files, batch_size=64, **settings):
         yield len(images)
 
 
-def table(rates: dict[str, list[float]]) -> str:
-    """A Markdown table: each turn's images a second, and their mean as torch's share."""
-    rounds = range(1, len(rates["torch"]) + 1)
-    lines = [
-        "| images/s | " + " | ".join(f"turn {i}" for i in rounds) + " | of torch's |",
-        "|---|" + "---:|" * (len(rounds) + 1),
-    ]
-    for name, values in rates.items():
-        cells = " | ".join(f"{value:.0f}" for value in values)
-        share = np.mean(values) / np.mean(rates["torch"])
-        lines.append(f"| {name} | {cells} | {share:.2f}x |")
+def table(found: dict[str, list[tuple[float, float]]]) -> str:
+    """A Markdown table of the turns, with ours as a share of torch's."""
+    rounds = range(1, len(found["torch"]) + 1)
+    names = [f"images/s, turn {i}" for i in rounds] + ["mean"]
+    names += [f"processor, ms an image, turn {i}" for i in rounds] + ["mean"]
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    rows = {name: np.asarray(turns).T for name, turns in found.items()}
+    rows = {name: np.c_[row, row.mean(1)] for name, row in rows.items()}
+    for name, (rate, busy) in rows.items():
+        cells = [f"{x:.0f}" for x in rate] + [f"{x:.2f}" for x in busy]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    share = (rows["ours"] / rows["torch"]).ravel()
+    lines.append(f"| ours / torch | {' | '.join(f'{x:.2f}' for x in share)} |")
     return "\n".join(lines)
 
 
@@ -207,7 +205,7 @@ def costs(paths: list[pathlib.Path], size: int) -> str:
         "resize in Pillow": (lambda picture: picture.resize(box, method), pictures),
         "ours: JPEG -> array": (decoder, contents),
         "ours: array -> resized array": (lambda image: decode.fit(image, size), images),
-        "ours: without colour?": (lambda s: bool((s == s[..., :1]).all()), fitted),
+        "ours: without colour?": (gather._is_grey, fitted),
         "ours: fingerprint": (duplicates.fingerprint, fitted),
     }
     lines = ["", "| step, one thread | ms an image |", "|---|---:|"]

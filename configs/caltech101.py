@@ -1,9 +1,9 @@
 """Caltech-101: objects in 101 classes and a background class, about 300 by 200 pixels.
 
-    tfds build caltech101 --file_format=array_record
     python -m mvc_jax.train --config=configs/caltech101.py --workdir=runs/caltech101
 
-TFDS's split: 30 training images of each class, all others are test.
+TFDS must have prepared it once; where it has not, the message has the command. Its
+split: 30 training images of each class, all others are test.
 
 Supplement: Adam, learning rate 1e-4, batches of 50. Ours: centre crops, so that nothing
 is squeezed.

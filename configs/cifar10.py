@@ -1,8 +1,8 @@
 """CIFAR-10: 50,000 training images of ten classes at 32 pixels.
 
-    tfds build cifar10 --file_format=array_record
     python -m mvc_jax.train --config=configs/cifar10.py --workdir=runs/cifar10
 
+TFDS must have prepared it once; where it has not, the message has the command.
 `--config=configs/cifar10.py:per_class=50` takes 50 training images of each class.
 
 Supplement: fine-tuning with Adam, learning rate 1e-4, batches of 50; classifiers from

@@ -1,6 +1,5 @@
 """CIFAR-100: 50,000 training images of a hundred classes at 32 pixels.
 
-    tfds build cifar100 --file_format=array_record
     python -m mvc_jax.train --config=configs/cifar100.py --workdir=runs/cifar100
 
 `--config=configs/cifar100.py:per_class=50` takes 50 training images of each class.

@@ -489,3 +489,20 @@ def test_datasets_are_prepared_as_the_errors_say(tmp_path, tensorflow):
     run(f"{missing}; {command_of(error)}")  # at once: TensorFlow takes 6 s to import
     check_tiny_shapes(folder)
     check_tiny_shapes(re.search(r"config\.data\.dir=(\S+)", error)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [("cifar10", 10), ("cifar100", 100), ("caltech101", 102)]
+)
+def test_what_tfds_alone_finds_is_read_as_well(name, classes):
+    """Such as its own stand-in for a dataset, random images and labels."""
+    with tfds.testing.mock_data(num_examples=7):
+        source = open_source(f"tfds:{name}")
+        assert len(source) == 14 and source.is_test.sum() == 7
+        assert len(source.class_names) == classes
+        for i in range(len(source)):
+            example = source[i]
+            assert example["image"].dtype == np.uint8
+            assert example["image"].ndim == 3 and example["image"].shape[2] == 3
+            assert example["id"] == source.ids[i]
+            assert example["label"] == source.labels[i]

@@ -97,7 +97,9 @@ def read_images(
             return index, None, str(error)
 
     threads = reader.threads or 2 * (os.cpu_count() or 1)
-    ahead = int(np.clip(_AHEAD_BYTES // (3 * reader.size**2), threads, 512))
+    # The longer grain's buffer, the more each element costs.
+    ahead = _AHEAD_BYTES // (3 * reader.size**2)
+    ahead = int(np.clip(ahead, threads, 8 * threads))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     with strict_pillow(reader.max_pixels), _reused_memory(4 * threads):
         yield from grain.MapDataset.source(indices).map(read).to_iter_dataset(options)

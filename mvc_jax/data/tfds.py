@@ -59,12 +59,16 @@ class Tfds:
         label_column: str = "label",
     ):
         folder = _find(name, data_dir)
-        builder = _open(folder, name, _root(data_dir))
+        if folder is None:
+            builder, sources = _ask_tfds(name, data_dir)
+        else:
+            builder = _open(folder, name, _root(data_dir))
+            sources = _raw_records(builder, folder)
         image, label = _columns(builder.info, image_column, label_column)
         self._decoder, self._image = decoder, image
         self._feature = builder.info.features[image]
         self.class_names = tuple(builder.info.features[label].names)
-        self._records, labels = _read(builder, label, folder)
+        self._records, labels = _labelled(sources, label, folder or name)
         splits = list(labels)
         counts = [len(labels[split]) for split in splits]
         every = np.concatenate([np.zeros(0, int), *labels.values()])
@@ -101,15 +105,18 @@ class Tfds:
     def __getitem__(self, index: int) -> Example:
         records = self._records[self._splits[index]]
         try:
-            stored = _value(records[int(self._rows[index])], self._image)
-            content = stored.bytes_list.value[0]
-            floats = None
-            if self._feature.np_dtype == np.float32:  # their bits are a PNG's channels
-                floats = self._feature.decode_example_np(content)
+            record = records[int(self._rows[index])]
+            array = content = None
+            if isinstance(record, dict):
+                array = np.asarray(record[self._image])
+            else:
+                content = _value(record, self._image).bytes_list.value[0]
+                if self._feature.np_dtype == np.float32:  # a PNG's channels hold bits
+                    array = self._feature.decode_example_np(content)
         except Exception as error:  # of array_record, protobuf, Arrow, TFDS
             raise BadImage(f"its record cannot be read: {error}") from error
         decode = self._decoder
-        image, note = decode(content) if floats is None else decode.from_array(floats)
+        image, note = decode(content) if array is None else decode.from_array(array)
         label, id_ = int(self.labels[index]), self.ids[index]
         return Example(image=image, label=label, id=id_, note=note)
 
@@ -119,8 +126,8 @@ def _value(record: Any, column: str) -> Any:
     return tf_example_pb2.Example.FromString(record).features.feature[column]
 
 
-def _find(name: str, data_dir: str) -> epath.Path:
-    """The folder of the prepared dataset, `DATA_DIR/NAME[/CONFIG]/VERSION`."""
+def _find(name: str, data_dir: str) -> epath.Path | None:
+    """The folder of the prepared dataset, `DATA_DIR/NAME[/CONFIG]/VERSION`, or None."""
     match = _NAME.fullmatch(name)
     require(
         match is not None,
@@ -141,8 +148,10 @@ def _find(name: str, data_dir: str) -> epath.Path:
     ]
     chosen = [folder for folder in found if version in (None, folder.name)]
     configs = sorted({folder.parent.name for folder in chosen})
+    if not chosen and found:  # another version
+        raise _not_prepared(name, data_dir, found)
     if not chosen:
-        raise _not_prepared(name, dataset, data_dir, found)
+        return None
     require(
         len(configs) == 1,
         f"config.data.source=tfds:{name}",
@@ -151,6 +160,26 @@ def _find(name: str, data_dir: str) -> epath.Path:
         fix=f"Name one, e.g. tfds:{dataset}/{configs[0]}.",
     )
     return max(chosen, key=lambda folder: [*map(int, folder.name.split("."))])
+
+
+def _ask_tfds(name: str, data_dir: str) -> tuple[Any, dict[str, Sequence]]:
+    """TFDS's builder, and split -> examples, of a dataset that is found by TFDS alone.
+
+    It knows of folders that were registered with it, and `tfds.testing.mock_data`
+    stands in for it; its examples are decoded.
+    """
+    try:
+        builder = tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
+        splits = [name for name in SPLITS if name in builder.info.splits]
+        found = {
+            split: builder.as_data_source(split)
+            for split in splits or ("train", "test")
+        }
+        for source in found.values():
+            source[0]
+    except Exception as error:  # of half a dozen libraries: it is not there
+        raise _not_prepared(name, data_dir, ()) from error
+    return builder, found
 
 
 def _root(data_dir: str) -> epath.Path:
@@ -162,9 +191,8 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
     return [x for x in folder.iterdir() if x.is_dir()] if folder.is_dir() else []
 
 
-def _not_prepared(
-    name: str, dataset: str, data_dir: str, found: Sequence[epath.Path]
-) -> UserError:
+def _not_prepared(name: str, data_dir: str, found: Sequence[epath.Path]) -> UserError:
+    dataset = _NAME.fullmatch(name)[1]
     root, known = _root(data_dir), tfds.list_builders(with_community_datasets=False)
     there = ", ".join(str(folder.relative_to(root)) for folder in found)
     got = f"only {there}" if there else "none of this name"
@@ -233,7 +261,7 @@ def _open(folder: epath.Path, name: str, root: epath.Path) -> Any:
     )
 
 
-def _damaged(folder: epath.Path, error: Exception) -> UserError:
+def _damaged(folder: epath.PathLike, error: Exception) -> UserError:
     return UserError(
         str(folder),
         wanted="a whole dataset as TFDS prepares it",
@@ -266,31 +294,49 @@ def _columns(info: Any, image: str, label: str) -> tuple[str, str]:
     return image, label
 
 
-def _read(
-    builder: Any, label: str, folder: epath.Path
-) -> tuple[list[Sequence[bytes]], dict[str, np.ndarray]]:
-    """The records of each labelled split, and its labels as they are, int64 [N].
+def _raw_records(builder: Any, folder: epath.Path) -> dict[str, Sequence]:
+    """Split -> its records, serialised.
 
     Raises:
-      UserError: records are missing or damaged.
+      UserError: records are missing.
+    """
+    counts = {name: split.num_examples for name, split in builder.info.splits.items()}
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    try:
+        return {
+            split: builder.as_data_source(split, deserialize_method=raw)
+            for split in SPLITS
+            if counts.get(split)
+        }
+    except Exception as error:  # of array_record, protobuf, Arrow, TFDS
+        raise _damaged(folder, error) from error
+
+
+def _labelled(
+    sources: dict[str, Sequence], label: str, place: epath.PathLike
+) -> tuple[list[Sequence], dict[str, np.ndarray]]:
+    """Records of the splits that have labels, and these as they are, int64 [N].
+
+    Raises:
+      UserError: records are damaged.
     """
     records, labels = [], {}
-    counts = {name: split.num_examples for name, split in builder.info.splits.items()}
-    for split in (x for x in SPLITS if counts.get(x)):
+    for split, source in sources.items():
         try:
-            source = builder.as_data_source(
-                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-            )
             found = _labels(source, label)
         except Exception as error:  # of array_record, protobuf, Arrow, TFDS
-            raise _damaged(folder, error) from error
+            raise _damaged(place, error) from error
         if (found != -1).any():
             records.append(source)
             labels[split] = found
     return records, labels
 
 
-def _labels(records: Sequence[bytes], column: str) -> np.ndarray:
+def _labels(records: Sequence, column: str) -> np.ndarray:
+    """int64 [N], of serialised records without decoding anything else."""
+    if isinstance(records[0], dict):
+        rows = range(len(records))
+        return np.asarray([records[row][column] for row in rows], np.int64)
     labels = np.empty(len(records), np.int64)
     for start in range(0, len(records), _AT_ONCE):
         rows = range(start, min(start + _AT_ONCE, len(records)))
