@@ -66,18 +66,17 @@ class Decoder:
     def _decode(self, content: bytes) -> tuple[np.ndarray, str]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             self._check_size(*picture.size)
-            if picture.mode in _DEEP:
-                rotated = ImageOps.exif_transpose(picture)
-                return self.from_array(np.asarray(rotated))
             note = "16 bits a channel, high byte" if _is_deep_colour(picture) else ""
             picture.load()
-            rotated = ImageOps.exif_transpose(picture)
-            if "transparency" in rotated.info or rotated.mode in ("LA", "PA", "La"):
-                rotated = rotated.convert("RGBA")
-            if rotated.mode in ("RGBA", "RGBa"):
-                pixels, alpha_note = _on_white(np.asarray(rotated.convert("RGBA")))
+            ImageOps.exif_transpose(picture, in_place=True)  # else it copies
+            if picture.mode in _DEEP:
+                return self.from_array(np.asarray(picture))
+            has_alpha = picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")
+            if has_alpha or "transparency" in picture.info:
+                pixels, alpha_note = _on_white(np.asarray(picture.convert("RGBA")))
                 return pixels, note or alpha_note
-            return np.asarray(rotated.convert("RGB")), note
+            rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+            return np.asarray(rgb), note
 
     def from_array(
         self, array: Num[np.ndarray, "..."]

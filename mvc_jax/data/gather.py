@@ -126,7 +126,7 @@ def _is_grey(image: np.ndarray) -> bool:
 def _reused_memory(blocks: int) -> Iterator[None]:
     """Inside, Pillow keeps blocks of memory, of at most 16 MB, for its next image.
 
-    To get each image's from the system anew takes a sixth of all the time. The setting
+    To get it from the system anew for each image costs a tenth or more. The setting
     is global to the process.
     """
     before = Image.core.get_blocks_max()
