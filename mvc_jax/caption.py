@@ -74,13 +74,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     for part in _kept_parts(folder):
         part.unlink()
     sizes = files.read_json(folder / "splits.json")
+    counts = {name: len(ids) for name, ids in sizes.items()}
+    counts["cleaned"] = sum(a != b for a, b in zip(raw, texts, strict=True))
+    counts["empty"] = sum(not text for text in texts)
     artifacts = [*splits.FILES, "captions.jsonl", "contact_sheet.png"]
-    stage.finish(
-        [*artifacts, "bad_images.jsonl", "duplicates.jsonl"],
-        **{name: len(ids) for name, ids in sizes.items()},
-        captions_cleaned=sum(a != b for a, b in zip(raw, texts, strict=True)),
-        captions_empty=sum(not text for text in texts),
-    )
+    stage.finish([*artifacts, "bad_images.jsonl", "duplicates.jsonl"], **counts)
+    shown = ", ".join(f"{count} {name}" for name, count in counts.items())
+    logging.info("%d captions; %s", len(texts), shown)
     logging.info("contact sheet: %s", folder / "contact_sheet.png")
 
 

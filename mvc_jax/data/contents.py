@@ -54,8 +54,8 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     lines += _copies(folder, dataset["duplicates"])
     machine = captions[0]["captioner"] if captions else "nobody"
     lines.append(
-        f"{len(captions)} captions by {machine}: {counts['captions_cleaned']} cleaned, "
-        f"{counts['captions_empty']} empty (the class prompt alone)"
+        f"{len(captions)} captions by {machine}: {counts['cleaned']} cleaned, "
+        f"{counts['empty']} empty (the class prompt alone)"
     )
     lines.append(f"contact sheet: {folder / 'contact_sheet.png'}")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from mvc_jax.data.sources import Example, Source
 from mvc_jax.data.splits import SPLITS
 from mvc_jax.errors import require_room
 
+_MOST_THREADS = 16  # each holds an image at its own size, 200 MB for some cameras
 _AHEAD_BYTES = 64 << 20  # of images that wait for the consumer
 
 Parts = dict[str, np.ndarray]  # split name -> ascending indices into a source
@@ -32,7 +33,7 @@ class Reader:
       resize: as for `decode.fit`.
       resample: likewise.
       max_pixels: no image of more is decoded.
-      threads: that decode; 0: two a core, since some wait for the disk.
+      threads: that decode; 0: two a core, since some wait for the disk, up to 16.
     """
 
     size: int
@@ -96,7 +97,7 @@ def read_images(
         except BadImage as error:
             return index, None, str(error)
 
-    threads = reader.threads or 2 * (os.cpu_count() or 1)
+    threads = reader.threads or min(2 * (os.cpu_count() or 1), _MOST_THREADS)
     # The longer grain's buffer, the more each element costs.
     ahead = _AHEAD_BYTES // (3 * reader.size**2)
     ahead = int(np.clip(ahead, threads, 8 * threads))
