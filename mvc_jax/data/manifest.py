@@ -199,7 +199,7 @@ def _all_there(folder: epath.Path, manifest: dict) -> bool:
                 wanted="the file that this stage wrote",
                 got="one that was changed since",
                 fix="Keep a copy if the change is meant (captions can be handed back "
-                f"by config.caption.file). Put the old one back, or delete {folder} and "
-                "the stages after it to make them anew.",
+                f"by config.caption.file). Put the old one back, or delete {folder} "
+                "and the stages after it to make them anew.",
             )
     return complete
