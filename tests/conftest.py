@@ -1,5 +1,7 @@
 """Strictness that no user is asked for: shapes, ranks, eight devices."""
 
+import importlib
+import importlib.util
 import os
 import pathlib
 
@@ -82,3 +84,25 @@ def tiny(tmp_path_factory):
         for name in stable_diffusion.WEIGHTS
     }
     return model, params
+
+
+def _import_or_say_why(name: str, extra: str):
+    """A package; its absence is an error, unless the environment says it is meant."""
+    if importlib.util.find_spec(name) is not None:
+        return importlib.import_module(name)
+    variable = f"MVC_JAX_WITHOUT_{name.upper()}"
+    if os.environ.get(variable) == "1":
+        pytest.skip(f"{variable}=1: no {name} here, and none wanted")
+    pytest.fail(f"no {name}: install the extra `{extra}`, or set {variable}=1")
+
+
+@pytest.fixture(scope="session")
+def torch():
+    return _import_or_say_why("torch", "torch")
+
+
+@pytest.fixture(scope="session")
+def tensorflow_is_there():
+    """For subprocesses alone: this process must never import it."""
+    if importlib.util.find_spec("tensorflow") is None:
+        _import_or_say_why("tensorflow", "prepare")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -27,20 +26,6 @@ OPTIONS = {
     "max_new_tokens": 8,
     "num_beams": 2,
 }
-
-
-@pytest.fixture(scope="session")
-def torch():
-    """PyTorch; its absence is an error, unless the environment says it is meant."""
-    if importlib.util.find_spec("torch") is None:
-        if os.environ.get("MVC_JAX_WITHOUT_TORCH") == "1":
-            pytest.skip("MVC_JAX_WITHOUT_TORCH=1: no PyTorch here, and none wanted")
-        pytest.fail(
-            "no PyTorch: install the extra `torch`, or set MVC_JAX_WITHOUT_TORCH=1"
-        )
-    import torch
-
-    return torch
 
 
 OPT = {

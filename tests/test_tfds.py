@@ -5,7 +5,6 @@ here prepare their own datasets without it.
 """
 
 import concurrent.futures
-import importlib.util
 import io
 import json
 import os
@@ -461,25 +460,13 @@ def command_of(error):
     return shlex.split(re.search(r"python -c .*", error)[0])[-1]
 
 
-@pytest.fixture(scope="module")
-def tensorflow():
-    """Skips where somebody says that TensorFlow is absent on purpose, else fails."""
-    if importlib.util.find_spec("tensorflow") is None:
-        if os.environ.get("MVC_JAX_WITHOUT_TENSORFLOW") == "1":
-            pytest.skip("MVC_JAX_WITHOUT_TENSORFLOW=1")
-        pytest.fail(
-            "TensorFlow is not installed, so that no dataset can be prepared: pip "
-            "install -e '.[dev,prepare]', or set MVC_JAX_WITHOUT_TENSORFLOW=1"
-        )
-
-
 def test_tensorflow_is_never_imported(tmp_path):
     prepare(tmp_path, "pets", {x: examples(0, 1) for x in ("train", "test")})
     class_names, *_ = json.loads(run(OPEN_WITHOUT_TENSORFLOW, "tfds:pets", tmp_path))
     assert class_names == ["cat", "dog"]
 
 
-def test_datasets_are_prepared_as_the_errors_say(tmp_path, tensorflow):
+def test_datasets_are_prepared_as_the_errors_say(tmp_path, tensorflow_is_there):
     """One that is not there, and one that is there in a format that is of no use."""
     folder, old = tmp_path / "a folder", tmp_path / "old"
     missing = command_of(error_of(folder, "tiny_shapes"))

@@ -1,9 +1,7 @@
 """ViT-GPT-2 in JAX: what PyTorch would write, without PyTorch, whatever the batch."""
 
 import copy
-import importlib.util
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -27,20 +25,6 @@ from mvc_jax.models import vit_gpt2, weights
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OPTIONS = {"batch_size": 3, "dtype": "float32", "max_new_tokens": 8, "num_beams": 1}
 END = "<|endoftext|>"
-
-
-@pytest.fixture(scope="session")
-def torch():
-    """PyTorch; its absence is an error, unless the environment says it is meant."""
-    if importlib.util.find_spec("torch") is None:
-        if os.environ.get("MVC_JAX_WITHOUT_TORCH") == "1":
-            pytest.skip("MVC_JAX_WITHOUT_TORCH=1: no PyTorch here, and none wanted")
-        pytest.fail(
-            "no PyTorch: install the extra `torch`, or set MVC_JAX_WITHOUT_TORCH=1"
-        )
-    import torch
-
-    return torch
 
 
 @pytest.fixture(scope="session")
