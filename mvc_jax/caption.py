@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         captioner=config.caption.captioner,
         version=_model(config.caption) or VERSION,
     )
-    _warn_of_same_captions(texts[len(pool.ids) :], train)
+    contents.warn_of_same_captions(texts[len(pool.ids) :], train)
     contents.write_contact_sheet(folder)
     for part in _kept_parts(folder):
         part.unlink()
@@ -237,7 +237,8 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
         on_image=lambda: progress.advance(1),
     )
     progress.close()
-    _warn_of_lone_images(source, gathered.parts["train"])
+    train = gathered.parts["train"]
+    contents.warn_of_classes(source.class_names, source.labels[train])
     facts = {"name": data.source, "remarks": source.remarks}
     write_rows(folder, source, gathered, **facts, duplicates=data.duplicates)
 
@@ -295,16 +296,6 @@ def _without_copies(
     )
     logging.warning("%d training images are in test as well; removed", len(copies))
     return parts | {"train": train}
-
-
-def _warn_of_lone_images(source: Source, train: np.ndarray) -> None:
-    counts = np.bincount(source.labels[train], minlength=len(source.class_names))
-    lone = [name for name, n in zip(source.class_names, counts, strict=True) if n == 1]
-    if lone:
-        logging.warning(
-            "one training image, which can only pair with itself, in: %s",
-            ", ".join(lone),
-        )
 
 
 def _captions(
@@ -380,19 +371,3 @@ def _network(captioner: str) -> ModuleType:
 def _kept_parts(folder: epath.Path) -> list[epath.Path]:
     """Files of captions that were made before a run was cut."""
     return sorted((folder / "captions.partial").glob("*.jsonl"))
-
-
-def _warn_of_same_captions(texts: Sequence[str], train: splits.Split) -> None:
-    """Mixing takes from another caption of the class: there must be another."""
-    same = []
-    for label, name in enumerate(train.class_names):
-        mine = {t for t, k in zip(texts, train.labels, strict=True) if k == label}
-        if len(mine) == 1 and (train.labels == label).sum() > 1:
-            same.append(name)
-    if same:
-        logging.warning(
-            "all captions are the same within %d of %d classes: mixing them changes "
-            "nothing there; --config.caption.captioner=blip2 describes each image",
-            len(same),
-            len(train.class_names),
-        )

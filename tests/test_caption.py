@@ -286,6 +286,15 @@ def test_a_mistake_is_told_before_anything_is_read(run, flag, words):
     assert not folder.exists()
 
 
+def test_a_folder_around_the_classes_is_told(run, parts, tmp_path):
+    inner = parts / "outer"
+    inner.mkdir()
+    for name in CLASSES:
+        (parts / name).rename(inner / name)
+    code, said, _ = run()
+    assert code == 0 and "warning: one class only, 'outer'" in " ".join(said.split())
+
+
 def test_classes_that_read_the_same_are_told(run, parts):
     (parts / "bolt").rename(parts / "hex nut")
     code, said, _ = run()

@@ -1,8 +1,10 @@
 """What a dataset holds, for the person who brought it: a table and a contact sheet."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from etils import epath
 from PIL import Image
 
@@ -59,6 +61,43 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     )
     lines.append(f"contact sheet: {folder / 'contact_sheet.png'}")
     return "\n".join(lines)
+
+
+def warn_of_classes(names: Sequence[str], labels: np.ndarray) -> None:
+    """Of classes that cannot be told apart, or paired, by what is there.
+
+    Args:
+      names: of the classes.
+      labels: of the training images.
+    """
+    if len(names) == 1:
+        logging.warning(
+            "one class only, %r; if its folder holds the classes, or train and test, "
+            "name that folder",
+            names[0],
+        )
+    counts = np.bincount(labels, minlength=len(names))
+    lone = [name for name, n in zip(names, counts, strict=True) if n == 1]
+    if lone:
+        logging.warning(
+            "one training image, which can only pair with itself, in: %s",
+            ", ".join(lone),
+        )
+
+
+def warn_of_same_captions(texts: Sequence[str], train: splits.Split) -> None:
+    """Mixing takes from another caption of the class: there must be another."""
+    texts_of: dict[int, list[str]] = {}
+    for text, label in zip(texts, train.labels.tolist(), strict=True):
+        texts_of.setdefault(label, []).append(text)
+    same = [said for said in texts_of.values() if len(said) > 1 == len(set(said))]
+    if same:
+        logging.warning(
+            "all captions are the same within %d of %d classes: mixing them changes "
+            "nothing there; --config.caption.captioner=blip2 describes each image",
+            len(same),
+            len(train.class_names),
+        )
 
 
 def _classes(names: list[str], rows: list[dict], captions: dict) -> list[str]:
