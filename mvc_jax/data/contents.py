@@ -22,13 +22,15 @@ _SHEET_BYTES = 2_000_000
 def write_contact_sheet(folder: epath.Path) -> None:
     """Writes `contact_sheet.png`: the first training images of each class, as read."""
     train = splits.read_split(folder, "train")
+    names = train.class_names[:_MOST_CLASSES]
+    members = [np.flatnonzero(train.labels == label) for label in range(len(names))]
+    columns = min(max(map(len, members)), _COLUMNS)
     rows: list[pictures.Row] = []
-    for label, name in enumerate(train.class_names[:_MOST_CLASSES]):
-        members = np.flatnonzero(train.labels == label)
-        images = [Image.fromarray(train.images[i]) for i in members[:_COLUMNS]]
-        images += [None] * (_COLUMNS - len(images))
+    for name, mine in zip(names, members, strict=True):
+        images = [Image.fromarray(train.images[i]) for i in mine[:columns]]
+        images += [None] * (columns - len(images))
         cells = [pictures.Cell(heading="", image=image) for image in images]
-        rows.append(pictures.Row(name=f"{_short(name)} ({len(members)})", cells=cells))
+        rows.append(pictures.Row(name=f"{_short(name)} ({len(mine)})", cells=cells))
     content = pictures.grid_png(rows, _TILE, most_bytes=_SHEET_BYTES)
     files.write_bytes(folder / "contact_sheet.png", content)
 
