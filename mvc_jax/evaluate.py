@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "runs": [_row(r, results, test.labels, confidence) for r in results.values()],
         "questions": _questions(results, confidence),
         "sets": _sets(workdir / "generate", train),
-        "notes": _notes(made["seeds"]),
+        "notes": _notes(made["seeds"], caption),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
     stage.finish(["metrics.json"], runs=len(results))
@@ -241,8 +241,22 @@ def _describe(flat: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
     return {"images": len(flat), "diversity": diversity}
 
 
-def _notes(seeds: int) -> list[str]:
+def _notes(seeds: int, caption: epath.Path) -> list[str]:
+    copies = len(files.read_jsonl(caption / "duplicates.jsonl"))
+    kept = files.read_json(caption / "dataset.json")["duplicates"] == "keep"
+    bad = len(files.read_jsonl(caption / "bad_images.jsonl"))
+    notes = []
+    if copies and kept:
+        notes.append(
+            f"{copies} training images are in test as well: every accuracy is too high "
+            "(config.data.duplicates=remove takes them out of train)."
+        )
+    elif copies:
+        notes.append(f"{copies} images that test has as well were taken out of train.")
+    if bad:
+        notes.append(f"{bad} images could not be used and were left out.")
     return [
+        *notes,
         f"The spread is over {seeds} classifier seeds on one split and one generator; "
         "another split (--config.seed) moves every row.",
         "Distances are root mean squared pixel differences of images in [0, 1], at no "

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mvc_jax import evaluate
+from mvc_jax import evaluate, files
 from mvc_jax.data import manifest, splits, synthetic
 
 accuracy = st.integers(0, 1000).map(lambda n: n / 1000)
@@ -142,3 +142,21 @@ def test_flat_images_are_counted(tmp_path):
     images = images_of([10, 20, 30])
     images[1] = 77
     assert described(tmp_path, [0, 100], images, [0, 0, 0])["mixed"]["constant"] == 1
+
+
+@pytest.mark.parametrize(
+    ("copies", "policy", "bad", "words"),
+    [
+        (0, "keep", 0, []),
+        (2, "keep", 0, ["2 training images are in test as well"]),
+        (2, "remove", 3, ["2 images that test has", "3 images could not be used"]),
+    ],
+)
+def test_what_was_wrong_with_the_images_is_noted(tmp_path, copies, policy, bad, words):
+    files.write_json(tmp_path / "dataset.json", {"duplicates": policy})
+    files.write_jsonl(tmp_path / "duplicates.jsonl", [{}] * copies)
+    files.write_jsonl(tmp_path / "bad_images.jsonl", [{}] * bad)
+    notes = evaluate._notes(3, epath.Path(tmp_path))
+    assert len(notes) == 2 + len(words)
+    for word, note in zip(words, notes, strict=False):
+        assert word in note
