@@ -4,8 +4,8 @@
 
 scikit-learn's 1,797 digits, split three ways by id: a base pool of 900 that stands in
 for the web (only the base model sees it), ten training images per class, and the rest
-as test. Two CPU cores: 264 s with a cold compilation cache, 1.8 GiB. Expected with seed
-0: real only 83.6 %, real + synthetic 86.9 %, real + affine 92.0 % (5 classifiers each);
+as test. Two CPU cores: 251 s with a warm compilation cache, 2.5 GiB. Expected with seed
+0: real only 83.6 %, real + synthetic 85.8 %, real + affine 92.0 % (5 classifiers each);
 other seeds are in the README.
 """
 
