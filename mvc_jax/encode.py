@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import captions, manifest, splits
 from mvc_jax.errors import require
-from mvc_jax.models import stable_diffusion
+from mvc_jax.models import diffusers_layout, stable_diffusion
 from mvc_jax.training import sharding
 
 
 def check(config: ConfigDict) -> None:
     """Checks the sections `encode` and `base`."""
     if config.base.path:
-        stable_diffusion.check_folder(config.base.path)
+        diffusers_layout.check_folder(config.base.path)
     require(
         config.encode.batch_size > 0,
         "config.encode.batch_size",
@@ -42,7 +42,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     folder = config.base.path or workdir / "pretrain" / "model"
-    model, params = stable_diffusion.load(folder, ("vae", "text_encoder"))
+    model, params = diffusers_layout.load(folder, ("vae", "text_encoder"))
     require(
         config.data.size % model.downsampling == 0,
         "config.data.size",

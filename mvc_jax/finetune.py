@@ -18,7 +18,7 @@ from mvc_jax import files
 from mvc_jax.data import manifest, order
 from mvc_jax.diffusion import loss
 from mvc_jax.errors import require
-from mvc_jax.models import stable_diffusion
+from mvc_jax.models import diffusers_layout, stable_diffusion
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
@@ -68,7 +68,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    base, params = stable_diffusion.load(
+    base, params = diffusers_layout.load(
         config.base.path or workdir / "pretrain" / "model"
     )
     model, params = base.widened(params)
@@ -105,7 +105,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         name="finetune",
     )
     params = {**params, "unet": jax.device_get(state.averaged)}
-    written = stable_diffusion.save(stage.folder / "model", model, params)
+    written = diffusers_layout.save(stage.folder / "model", model, params)
     stage.finish([f"model/{name}" for name in written], steps=settings.steps)
 
 

@@ -22,7 +22,7 @@ from mvc_jax.diffusion.guidance import image_text_guidance
 from mvc_jax.diffusion.loss import posterior_mode
 from mvc_jax.diffusion.samplers import sample
 from mvc_jax.errors import require
-from mvc_jax.models import stable_diffusion
+from mvc_jax.models import diffusers_layout, stable_diffusion
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.console import Progress
 
@@ -143,7 +143,7 @@ class Sampler:
         folder = self._workdir / "finetune" / "model"
         if name == "pretrained":
             folder = epath.Path(self._base)
-        model, params = stable_diffusion.load(folder, ("vae", "unet"))
+        model, params = diffusers_layout.load(folder, ("vae", "unet"))
         # The base's UNet, widened by zeros, ignores the source: text guidance alone.
         model, params = model.widened(params)
         shardings = sharding.tree_shardings(params, self._mesh)
@@ -152,7 +152,7 @@ class Sampler:
             settings = self._settings | {"timesteps": timesteps, "step": step}
             draw = functools.partial(sample_images, model=model, **settings)
             self._draw = jax.jit(draw)
-        unet = folder / "unet" / stable_diffusion.WEIGHTS["unet"]
+        unet = folder / "unet" / diffusers_layout.WEIGHTS["unet"]
         return jax.device_put(params, shardings), files.sha256(unet)[:16]
 
     def images(self, params: dict, recipes: list[dict]) -> UInt8[np.ndarray, "N H W 3"]:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from mvc_jax.data import captions, manifest, order, splits
 from mvc_jax.diffusion import loss
 from mvc_jax.errors import require
-from mvc_jax.models import stable_diffusion, tokenizer
+from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
@@ -147,7 +147,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     rest = train_unet(
         config, stage.folder, workdir, model, moments, model.tokenize(prompts), mesh
     )
-    written = stable_diffusion.save(folder, model, {"vae": vae, **rest})
+    written = diffusers_layout.save(folder, model, {"vae": vae, **rest})
     artifacts = [f"model/{name}" for name in written]
     stage.finish(artifacts, images=len(pool.ids))
 
@@ -161,7 +161,7 @@ def _new_model(config: ConfigDict, folder: epath.Path, texts: list[str]):
         vocab_size=settings.vocab_size,
         max_length=settings.context_length,
     )
-    read = stable_diffusion.read_tokenizer(folder / "tokenizer")
+    read = diffusers_layout.read_tokenizer(folder / "tokenizer")
     configs = {
         "unet": _unet_config(config),
         "vae": _vae_config(config),

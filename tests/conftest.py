@@ -31,14 +31,14 @@ def tiny(tmp_path_factory):
 
     8 px images, 2x2 latents, 12 tokens of width 16; its biases are not zero.
     """
-    from mvc_jax.models import stable_diffusion, tokenizer
+    from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
     from mvc_jax.pretrain import SCHEDULER
 
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.train(
         folder, ["a bold stroke, a photo of digit one"], vocab_size=540, max_length=12
     )
-    read = stable_diffusion.read_tokenizer(folder)
+    read = diffusers_layout.read_tokenizer(folder)
     unet = {
         "sample_size": 2,
         "in_channels": 4,
@@ -81,7 +81,7 @@ def tiny(tmp_path_factory):
             lambda leaf: leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32),
             stable_diffusion.random_params(model.shapes(name), rng),
         )
-        for name in stable_diffusion.WEIGHTS
+        for name in diffusers_layout.WEIGHTS
     }
     return model, params
 

@@ -11,7 +11,7 @@ import pytest
 from mvc_jax import caption, train
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
-from mvc_jax.models import stable_diffusion
+from mvc_jax.models import diffusers_layout
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -91,7 +91,7 @@ def test_every_config_loads_and_passes_its_own_checks(
         checked = []
         network = types.SimpleNamespace(DTYPES=["auto"], check_model=checked.append)
         monkeypatch.setattr(caption, "_network", lambda name: network)
-        stable_diffusion.save(tmp_path, *tiny)
+        diffusers_layout.save(tmp_path, *tiny)
         config.base.path = str(tmp_path)
     for name in train.select_stages(config):
         train._stage(name).check(config)

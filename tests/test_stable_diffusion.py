@@ -9,18 +9,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mvc_jax.errors import UserError
-from mvc_jax.models import stable_diffusion, tokenizer, weights
+from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer, weights
 
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    stable_diffusion.save(tmp_path / "model", *tiny)
+    diffusers_layout.save(tmp_path / "model", *tiny)
     return tmp_path / "model"
 
 
 def test_saving_and_loading_is_the_identity(tiny, saved):
     model, params = tiny
-    read, again = stable_diffusion.load(saved)
+    read, again = diffusers_layout.load(saved)
     assert read.configs == model.configs
     jax.tree.map(np.testing.assert_array_equal, again, params)
     text = "a photo of digit one"
@@ -63,7 +63,7 @@ def test_autoencoders_of_older_exports_are_read(tiny, saved):
                 tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
         old[name] = np.ascontiguousarray(tensor)
     save_file(old, path)
-    params = stable_diffusion.load(saved, ("vae",))[1]
+    params = diffusers_layout.load(saved, ("vae",))[1]
     jax.tree.map(np.testing.assert_array_equal, params["vae"], tiny[1]["vae"])
 
 
@@ -74,7 +74,7 @@ def test_every_wrong_tensor_is_named(tiny, saved):
     tensors["stranger"] = tensors.pop("conv_out.bias")
     save_file(tensors, path)
     with pytest.raises(UserError) as error:
-        stable_diffusion.load(saved)
+        diffusers_layout.load(saved)
     for part in (
         "conv_out.bias is missing",
         "stranger is unexpected",
@@ -96,14 +96,14 @@ def test_every_wrong_tensor_is_named(tiny, saved):
 def test_a_missing_file_is_named(saved, file):
     (saved / file).unlink()
     with pytest.raises(UserError, match=file.split("/")[-1].replace(".", r"\.")):
-        stable_diffusion.load(saved)
+        diffusers_layout.load(saved)
 
 
 def test_a_cut_download_is_an_error_that_names_the_file(saved):
     path = saved / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="diffusion_pytorch_model"):
-        stable_diffusion.load(saved)
+        diffusers_layout.load(saved)
 
 
 def test_the_widened_unet_equals_the_old_one_and_then_sees_the_source(tiny):
@@ -175,7 +175,7 @@ def test_the_trained_tokenizer_is_clip_s(tmp_path):
     tokenizer.train(
         tmp_path, ["bold slanted strokes"] * 5, vocab_size=600, max_length=8
     )
-    read = stable_diffusion.read_tokenizer(tmp_path)
+    read = diffusers_layout.read_tokenizer(tmp_path)
     assert read.tokenize("Bold strokes") == ["bold</w>", "strokes</w>"]
     ids = read("bold", padding="max_length", max_length=8)["input_ids"]
     assert ids[0] == read.bos_token_id
