@@ -23,6 +23,7 @@ REQUIRED = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow",
+    "psutil",
     "pyarrow",
     "safetensors",
     "scikit-learn",

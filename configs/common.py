@@ -42,16 +42,7 @@ def get_config() -> ConfigDict:
     config.pairs = ConfigDict()
     config.pairs.rounds = 1  # pairs per training image
 
-    config.finetune = ConfigDict()
-    config.finetune.steps = 1000
-    config.finetune.batch_size = 50  # supplement
-    config.finetune.learning_rate = 1e-4  # supplement
-    config.finetune.warmup = 0
-    config.finetune.max_norm = 1.0  # of the gradient; 0: not clipped
-    config.finetune.ema_decay = 0.0  # 0: no average is kept
-    config.finetune.drop_rate = 0.05  # p of InstructPix2Pix's conditioning dropout
-    config.finetune.log_every = 20  # steps behind one row of metrics
-    config.finetune.checkpoint_every = 500
+    config.finetune = _finetune()
 
     config.mix = ConfigDict()
     config.mix.per_image = 4  # synthetic images per training image
@@ -156,6 +147,36 @@ def _caption() -> ConfigDict:
     config.num_beams = 3  # 1: greedy
     config.dtype = "auto"  # bfloat16 on an accelerator; or float32, bfloat16, int8
     config.batch_size = 8
+    return config
+
+
+def _finetune() -> ConfigDict:
+    config = ConfigDict()
+    config.mode = "full"  # or "lora": adapters alone, for a smaller GPU
+    config.lora = ConfigDict()
+    config.lora.rank = 16
+    config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' scripts
+    config.steps = 1000
+    config.batch_size = 50  # supplement
+    config.accumulate = 1  # micro-batches, one after the other, for less memory
+    config.learning_rate = 1e-4  # supplement
+    config.schedule = "constant"  # or "cosine", down to 0
+    config.warmup = 0
+    config.max_norm = 1.0  # of the gradient; 0: not clipped
+    config.ema_decay = 0.0  # 0: no average is kept
+    config.min_snr = 0.0  # gamma of min-SNR weighting, 5 is usual; 0: off
+    config.drop_rate = 0.05  # p of InstructPix2Pix's conditioning dropout
+    config.max_skipped = 10  # steps in a row without a finite loss: it stops
+    config.dtype = "auto"  # of activations: bfloat16 on an accelerator
+    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn
+    config.remat = "none"  # or blocks, full: less memory, more time
+    config.memory_gib = 0.0  # of one device, at most; 0: what it says it has
+    config.log_every = 20  # steps behind one row of metrics
+    config.sample_every = 500  # steps from one grid of samples to the next; 0: none
+    config.samples = 8  # pairs in it
+    config.checkpoint_every = 500
+    config.checkpoint_minutes = 20.0  # or after so long; 0: by steps alone
+    config.keep = 2  # the newest, besides the one with the lowest loss
     return config
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class UserError(Exception):
@@ -37,6 +37,40 @@ def require(condition: bool, name: str, *, wanted: str, got: object, fix: str) -
     """Raises a `UserError` unless `condition` holds."""
     if not condition:
         raise UserError(name, wanted=wanted, got=f"{got}", fix=fix)
+
+
+def require_within(
+    prefix: str, fields: Mapping, ranges: Mapping[str, tuple[float, float, str]]
+) -> None:
+    """Raises a `UserError` for the first field outside its range.
+
+    Args:
+      prefix: of the names, e.g. `"config.finetune"`.
+      fields: name -> value.
+      ranges: name -> (least, most, what to say as the way out).
+    """
+    for name, (least, most, fix) in ranges.items():
+        require(
+            least <= fields[name] <= most,
+            f"{prefix}.{name}",
+            wanted=f"a number from {least:g} to {most:g}",
+            got=fields[name],
+            fix=fix,
+        )
+
+
+def require_one_of(
+    prefix: str, fields: Mapping, choices: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises a `UserError` for the first field that is none of its choices."""
+    for name, known in choices.items():
+        require(
+            fields[name] in known,
+            f"{prefix}.{name}",
+            wanted=" or ".join(known),
+            got=repr(fields[name]),
+            fix="Name one of these.",
+        )
 
 
 def require_room(folder: os.PathLike, size: int, *, what: str, fix: str) -> None:

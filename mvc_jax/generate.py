@@ -226,7 +226,7 @@ def sample_images(
     images = model.decode(params, latents)
     if grey:
         images = jnp.broadcast_to(images.mean(-1, keepdims=True), images.shape)
-    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
+    return stable_diffusion.to_pixels(images)
 
 
 def recipe_of_set(recipe: dict, name: str) -> dict:

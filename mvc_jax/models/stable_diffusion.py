@@ -150,6 +150,16 @@ class StableDiffusion:
             )
         return output.sample.transpose(0, 2, 3, 1)
 
+    def inputs(self, height: int, width: int) -> tuple:
+        """What `denoise` takes behind its parameters, for one example, as shapes."""
+        channels = self.configs["unet"]["in_channels"]
+        text = (1, self.context_length, self.configs["text_encoder"]["hidden_size"])
+        return (
+            jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct(text, jnp.float32),
+        )
+
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
         """The noise schedule: the product of 1 - beta up to each training timestep."""
@@ -197,6 +207,11 @@ class StableDiffusion:
         unet_config = {**self.configs["unet"], "in_channels": kernel.shape[2]}
         configs = {**self.configs, "unet": unet_config}
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
+
+
+def to_pixels(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
+    """Decoded images, about [-1, 1], as what is stored and shown."""
+    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def encode_images(
