@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from mvc_jax.errors import UserError
-from mvc_jax.training import sharding
+from mvc_jax.training import preemption, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.console import Progress
 from mvc_jax.training.metrics import MetricsLog
@@ -110,15 +110,11 @@ def fit(
 
     Raises:
       UserError: a metric is not finite.
+      Preempted: SIGTERM came; the state is saved.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step_on = jax.jit(
-        lambda state, data, rows: train_step(state, gather(data, rows)),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    step_on = _jitted(train_step, gather, state)
     data = jax.device_put(data, sharding.replicated(mesh))
-    with contextlib.closing(checkpoints):
+    with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         first = int(state.step)
         with (
@@ -126,17 +122,21 @@ def fit(
             contextlib.closing(Progress(name, steps, done=first)) as progress,
         ):
             pending: list[dict] = []
+            stop = asked()
             for step in range(first, steps):
+                if stop:
+                    raise preemption.Preempted(f"{name} after step {step}")
                 state, values = step_on(state, data, place_rows(rows(step), mesh))
                 done = step + 1
                 if pending and step % log_every == 0:  # the device is busy meanwhile
                     _record(step, pending, log, progress)
                     pending = []
                 pending.append(values)
-                if done % checkpoints.every == 0 or done == steps:
-                    _record(done, pending, log, progress)  # a bad state is never saved
-                    pending = []
-                    checkpoints.save(done, state)
+                stop = asked()
+                if checkpoints.due(done) or done == steps or stop:
+                    means = _record(done, pending, log, progress)  # or raises: a bad
+                    pending = []  # state is never saved
+                    checkpoints.save(done, state, means)
     return state
 
 
@@ -157,8 +157,20 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     return (values * weights).sum() / jax.numpy.maximum(weights.sum(), 1e-8)
 
 
-def _record(step: int, values: list[dict], log: MetricsLog, progress: Progress) -> None:
-    """Logs at `step` the mean of each metric over the steps since the last row."""
+def _jitted(train_step: Callable, gather: Callable, state: TrainState) -> Callable:
+    """`(state, data, rows) -> (state, metrics)`: donated, sharded as `state` is."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        lambda state, data, rows: train_step(state, gather(data, rows)),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+
+
+def _record(
+    step: int, values: list[dict], log: MetricsLog, progress: Progress
+) -> dict[str, float]:
+    """Logs at `step`, and returns, the mean of each metric since the last row."""
     fetched = jax.device_get(values)
     means = {key: float(np.mean([v[key] for v in fetched])) for key in fetched[0]}
     bad = [f"{key}={value}" for key, value in means.items() if not np.isfinite(value)]
@@ -171,3 +183,4 @@ def _record(step: int, values: list[dict], log: MetricsLog, progress: Progress) 
         )
     log.write(step, **means)
     progress.advance(len(values), **means)
+    return means
