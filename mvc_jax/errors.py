@@ -1,5 +1,6 @@
 """The one exception that a user of the tool is meant to read."""
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -85,3 +86,14 @@ def require_room(folder: os.PathLike, size: int, *, what: str, fix: str) -> None
         got=free,
         fix=fix,
     )
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether ENOSPC is anywhere in the chain; Orbax and pyarrow wrap it in words."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            return True
+        if "No space left on device" in str(error) or "ENOSPC" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

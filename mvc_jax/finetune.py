@@ -33,8 +33,9 @@ from mvc_jax.models import diffusers_layout, lora, stable_diffusion
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.gallery import Gallery
-from mvc_jax.training.loop import TrainState, Watch, create_state, fit, gradients
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.journal import Journal, Watch
+from mvc_jax.training.loop import TrainState, create_state, fit, gradients
+from mvc_jax.training.memory import Room
 from mvc_jax.training.throughput import count_flops
 
 # They change what is kept, what is shown or how fast it goes, but not what is computed.
@@ -138,21 +139,23 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
         fixed=fixed,
         mesh=mesh,
         steps=section.steps,
-        log_every=section.log_every,
         checkpoints=Checkpoints(
             folder / "checkpoints",
             every=section.checkpoint_every,
             minutes=section.checkpoint_minutes,
             keep=section.keep,
+            best="loss",
         ),
-        metrics=lambda first: MetricsLog(workdir, "finetune", from_step=first),
-        name="finetune",
+        journal=Journal(
+            workdir,
+            "finetune",
+            log_every=section.log_every,
+            max_skipped=section.max_skipped,
+            flops=step_flops(model, section.mode, *cache.moments.shape[1:3]),
+            watch=gallery and Watch(section.sample_every, gallery.draw),
+        ),
         accumulate=section.accumulate,
-        max_skipped=section.max_skipped,
-        flops=step_flops(model, section.mode, *cache.moments.shape[1:3]),
-        memory_limit=int(section.memory_gib * 2**30),
-        ways_out=_WAYS_OUT.format(**section),
-        watch=gallery and Watch(section.sample_every, gallery.draw),
+        room=Room(int(section.memory_gib * 2**30), _WAYS_OUT.format(**section)),
     )
     return export(config, folder, model, params, state), int(state.skipped)
 

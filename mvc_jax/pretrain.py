@@ -21,8 +21,8 @@ from mvc_jax.errors import require
 from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.journal import Journal
 from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
-from mvc_jax.training.metrics import MetricsLog
 
 # Stable Diffusion 1.x's own schedule.
 SCHEDULER = {
@@ -370,16 +370,15 @@ def _reader(seed: int, purpose: str, batch_size: int, arrays: dict[str, np.ndarr
 
 
 def _loop_arguments(config, folder, workdir, mesh, part: str, steps: int) -> dict:
-    name = f"pretrain/{part}"
     return {
         "mesh": mesh,
         "steps": steps,
-        "log_every": config.pretrain.log_every,
         "checkpoints": Checkpoints(
             folder / "checkpoints" / part, every=config.pretrain.checkpoint_every
         ),
-        "metrics": lambda first: MetricsLog(workdir, name, from_step=first),
-        "name": name,
+        "journal": Journal(
+            workdir, f"pretrain/{part}", log_every=config.pretrain.log_every
+        ),
     }
 
 

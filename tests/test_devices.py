@@ -12,8 +12,8 @@ from mvc_jax.data import order
 from mvc_jax.data.cache import pair_rows
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.journal import Journal
 from mvc_jax.training.loop import create_state, fit
-from mvc_jax.training.metrics import MetricsLog
 
 MESHES = {"1": (1, 1), "8": (8, 1), "2x4": (2, 4)}
 
@@ -74,10 +74,8 @@ def finetuned(tiny, cache, tmp_path_factory):
             fixed={"null_states": cache["text_states"][0]},
             mesh=mesh,
             steps=2,
-            log_every=1,
             checkpoints=Checkpoints(folder / "checkpoints", every=2),
-            metrics=lambda first, folder=folder: MetricsLog(folder, "finetune"),
-            name="finetune",
+            journal=Journal(folder, "finetune", log_every=1),
         )
         text = (folder / "metrics.jsonl").read_text()
         results[name] = jax.device_get(state.params), text

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
-from mvc_jax.training import rng, sharding
+from mvc_jax.training import memory, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.loop import Watch, create_state, fit, gradients, weighted_mean
+from mvc_jax.training.journal import Journal, Watch
+from mvc_jax.training.loop import create_state, fit, gradients, weighted_mean
 from mvc_jax.training.metrics import MetricsLog
 from mvc_jax.training.throughput import count_flops, peak_tflops
 
@@ -35,7 +36,18 @@ def noisy_step(state, batch):
     return state.update(grads, TX, ema_decay=0.9), {"loss": value}
 
 
-def run(folder, steps, *, mesh=None, batch_size=5, step=noisy_step, every=2, **others):
+def run(
+    folder,
+    steps,
+    *,
+    mesh=None,
+    batch_size=5,
+    step=noisy_step,
+    every=2,
+    accumulate=1,
+    room=memory.DEVICE,
+    **told,
+):
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     data = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
 
@@ -50,11 +62,10 @@ def run(folder, steps, *, mesh=None, batch_size=5, step=noisy_step, every=2, **o
         fixed={},
         mesh=mesh,
         steps=steps,
-        log_every=1,
         checkpoints=Checkpoints(folder / "checkpoints", every=every),
-        metrics=lambda first: MetricsLog(folder, "toy", from_step=first),
-        name="toy",
-        **others,
+        journal=Journal(folder, "toy", log_every=1, **told),
+        accumulate=accumulate,
+        room=room,
     )
 
 
@@ -126,7 +137,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
     assert int(state.step) == 6
     assert int(state.skipped) == 3
     assert int(state.skipped_in_a_row) == 0
-    assert "1 of the 1 steps before step 2 were skipped" in caplog.text
+    assert "toy: 1 of the 1 steps up to 2 were skipped" in caplog.text
     rows = rows_of(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 0]
     assert ["loss" in row for row in rows] == [True, False, False, True, False, True]
@@ -234,11 +245,11 @@ def test_master_weights_are_fp32_whatever_the_file_had():
 
 def test_a_step_that_does_not_fit_is_refused_with_numbers_and_ways_out(tmp_path):
     with pytest.raises(UserError) as error:
-        run(tmp_path, 2, memory_limit=40, ways_out="Do less.")
+        run(tmp_path, 2, room=memory.Room(40, "Do less."))
     assert "0.00 GiB of cpu" in str(error.value)
     assert "for activations and gradients. Do less." in str(error.value)
     assert not (tmp_path / "metrics.jsonl").exists()
-    run(tmp_path, 2, memory_limit=1 << 30)
+    run(tmp_path, 2, room=memory.Room(1 << 30, ""))
 
 
 def test_a_row_has_rates_memory_and_what_was_to_be_watched(tmp_path):

@@ -7,7 +7,7 @@ XLA's CPU backend runs convolutions inside a loop fifteen times slower than outs
 """
 
 import contextlib
-import dataclasses
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,19 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import Mesh
 
-from mvc_jax.errors import UserError
 from mvc_jax.training import memory, preemption, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.console import Progress
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.journal import Journal
 from mvc_jax.training.optim import ema_update
-from mvc_jax.training.throughput import Throughput
 
 Batch = dict[str, Any]
-_STATE_IS_SAVED = "The state before them is saved. Lower the learning rate, or clip."
 
 
 @flax.struct.dataclass
@@ -92,14 +87,6 @@ def create_state(
     return jax.jit(init, out_shardings=shardings)(params)
 
 
-@dataclasses.dataclass(frozen=True)
-class Watch:
-    """Something to look at: `draw(step, state, log)` every `every` steps."""
-
-    every: int
-    draw: Callable[[int, TrainState, MetricsLog], None]
-
-
 def fit(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
     state: TrainState,
@@ -108,94 +95,68 @@ def fit(
     fixed: dict[str, Any],
     mesh: Mesh,
     steps: int,
-    log_every: int,
     checkpoints: Checkpoints,
-    metrics: Callable[[int], MetricsLog],
-    name: str,
+    journal: Journal,
     accumulate: int = 1,
-    max_skipped: int = 10,
-    flops: float = 0.0,
-    memory_limit: int = 0,
-    ways_out: str = "Lower the batch size.",
-    watch: Watch | None = None,
+    room: memory.Room = memory.DEVICE,
 ) -> TrainState:
     """Runs `train_step` up to step `steps`, from the newest checkpoint if there is one.
 
     Args:
-      train_step: pure, `(state, batch) -> (state, metrics)`; metrics are scalars.
+      train_step: pure, `(state, batch) -> (state, metrics)`, metrics being scalars; it
+        is not taken where one is not finite.
       state: at step 0; its buffers are donated.
-      read: step -> host arrays [B, ...], a function of the step alone. It runs in a
-        thread, one step ahead.
-      fixed: the part of every batch that is the same: placed once, sharded by the
-        default rules.
+      read: step -> host arrays [B, ...]; a thread calls it one step ahead.
+      fixed: what all batches share: placed once, sharded by the default rules.
       mesh: the devices.
       steps: where to stop.
-      log_every: steps over which metrics are averaged into one row.
       checkpoints: when and where the state is kept.
-      metrics: step to start from -> log of this loop.
-      name: for the progress bar.
-      accumulate: micro-batches that `train_step` cuts a batch into; B is padded to a
-        multiple of it and of the devices.
-      max_skipped: so many steps in a row whose metrics are not finite end the run.
-      flops: of one example's step, forward and backward; 0: not known.
-      memory_limit: bytes of one device; 0: what it says it has.
-      ways_out: for the error of a step that does not fit.
-      watch: what to draw, and when.
+      journal: of this loop.
+      accumulate: micro-batches that `train_step` cuts a batch into.
+      room: how much memory the step may take.
 
     Raises:
-      UserError: the step does not fit the memory, or too many steps were skipped.
-      Preempted: the process was told to stop; the state is saved.
+      UserError: a step takes too much memory, or too many were skipped.
+      Preempted: SIGTERM came; the state is saved.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step_on = jax.jit(
-        lambda state, fixed, batch: _skip_bad(state, *train_step(state, fixed | batch)),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    step_on = _jitted(train_step, state)
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
-
-    def batch_of(step):
-        return place_batch(read(step), mesh, accumulate)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(checkpoints))
+    place = functools.partial(place_batch, mesh=mesh, accumulate=accumulate)
+    with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         first = int(state.step)
         if first >= steps:
             return state
-        batch = batch_of(first)
-        step_on = memory.compile_step(
-            step_on, state, fixed, batch, limit=memory_limit, name=name, fix=ways_out
-        )
-        told_to_stop = stack.enter_context(preemption.deferred())
-        log = stack.enter_context(contextlib.closing(metrics(first)))
-        progress = stack.enter_context(
-            contextlib.closing(Progress(name, steps, done=first))
-        )
-        reader = stack.enter_context(ThreadPoolExecutor(1))
-        rate = Throughput(int(batch["weight"].sum()), flops)
-        book = _Book(log, progress, rate, max_skipped)
-        for step in range(first, steps):
-            ahead = reader.submit(batch_of, step + 1) if step + 1 < steps else None
-            state, values = step_on(state, fixed, batch)
-            batch = ahead.result() if ahead else None
-            done = step + 1
-            if step % log_every == 0:  # the device is busy meanwhile
-                book.close_row(step)
-            book.note(values)
-            if watch and (done % watch.every == 0 or done == steps):
-                watch.draw(done, state, log)
-                rate.restart()
-            stop = told_to_stop()
-            if done == steps or stop or book.hopeless or checkpoints.due(done):
-                book.close_row(done)  # so that what is saved was looked at
-                checkpoints.save(done, state, book.last)
-                rate.restart()
-            if book.hopeless:
-                raise book.error(name)
-            if stop and done < steps:
-                raise preemption.Preempted(f"{name} at step {done} of {steps}")
+        batch = place(read(first))
+        step_on = room.compile(step_on, state, fixed, batch, name=journal.name)
+        if asked():
+            raise preemption.Preempted(f"{journal.name} after step {first}")
+        size = int(batch["weight"].sum())
+        with journal.opened(first, steps, size), ThreadPoolExecutor(1) as reader:
+            for done in range(first + 1, steps + 1):
+                ahead = reader.submit(lambda n: place(read(n)), min(done, steps - 1))
+                state, values = step_on(state, fixed, batch)
+                batch = ahead.result()
+                journal.note(done, values)
+                journal.draw(done, state)
+                stop = asked() or journal.hopeless
+                if checkpoints.due(done) or done == steps or stop:
+                    with journal.pause():
+                        checkpoints.save(done, state, journal.close_row(done))
+                journal.raise_if_hopeless()
+                if stop and done < steps:
+                    raise preemption.Preempted(f"{journal.name} after step {done}")
     return state
+
+
+def _jitted(train_step: Callable, state: TrainState) -> Any:
+    """`(state, fixed, batch) -> (state, metrics)`: donated, sharded as `state` is."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        lambda state, fixed, batch: skip_bad(state, *train_step(state, fixed | batch)),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
 
 
 def place_batch(
@@ -252,10 +213,14 @@ def gradients(
     return jax.lax.scan(add, zeros, micro, unroll=unroll)[0]
 
 
-def _skip_bad(
+def skip_bad(
     old: TrainState, new: TrainState, metrics: dict
 ) -> tuple[TrainState, dict]:
-    """`new`, or `old` at the next step where a metric is not finite."""
+    """`new`, or `old` at the next step where a metric is not finite.
+
+    Returns:
+      the state, and the metrics with `skipped_in_a_row`.
+    """
     good = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
     chosen = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     bad = 1 - good.astype(jnp.int32)
@@ -264,51 +229,4 @@ def _skip_bad(
         skipped=old.skipped + bad,
         skipped_in_a_row=(old.skipped_in_a_row + 1) * bad,
     )
-    return state, metrics | {"skipped": state.skipped_in_a_row}
-
-
-class _Book:
-    """Metrics of the steps since the last row, still on the device until it closes."""
-
-    def __init__(self, log: MetricsLog, progress: Progress, rate, max_skipped: int):
-        self._log, self._progress, self._rate = log, progress, rate
-        self._max_skipped = max_skipped
-        self._open: list[dict] = []
-        self._in_a_row = 0
-        self.last: dict[str, float] = {}
-
-    @property
-    def hopeless(self) -> bool:
-        return self._in_a_row >= self._max_skipped
-
-    def note(self, values: dict) -> None:
-        self._open.append(values)
-
-    def close_row(self, step: int) -> None:
-        """Logs at `step` the mean of each metric over the steps since the last row."""
-        if not self._open:
-            return
-        fetched, self._open = jax.device_get(self._open), []
-        streaks = [int(values.pop("skipped")) for values in fetched]
-        self._in_a_row = streaks[-1]
-        skipped = sum(streak > 0 for streak in streaks)
-        if skipped:
-            logging.warning(
-                "%d of the %d steps before step %d were skipped: not finite",
-                *(skipped, len(fetched), step),
-            )
-        good = [v for v, streak in zip(fetched, streaks, strict=True) if streak == 0]
-        names = good[0] if good else ()
-        means = {key: float(np.mean([v[key] for v in good])) for key in names}
-        self.last = means | {"skipped": float(skipped)}
-        seen = self.last | self._rate.over(len(fetched)) | memory.in_use()
-        self._log.write(step, **seen)
-        self._progress.advance(len(fetched), **means)
-
-    def error(self, name: str) -> UserError:
-        return UserError(
-            name,
-            wanted="finite losses and gradients",
-            got=f"{self._in_a_row} steps in a row without",
-            fix=_STATE_IS_SAVED,
-        )
+    return state, metrics | {"skipped_in_a_row": state.skipped_in_a_row}

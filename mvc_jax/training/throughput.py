@@ -1,5 +1,6 @@
 """How fast a loop is: examples a second, TFLOP/s, and the share of what is possible."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -40,11 +41,14 @@ class Throughput:
         devices = jax.devices()
         peak = peak_tflops(devices[0].device_kind)
         self._peak = peak * len(devices) if peak else None
-        self.restart()
-
-    def restart(self) -> None:
-        """Leaves out the time since the last row, e.g. that of a save."""
         self._began = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the watch, e.g. during a save."""
+        stopped = time.monotonic()
+        yield
+        self._began += time.monotonic() - stopped
 
     def over(self, steps: int) -> dict[str, float]:
         """Rates over the `steps` since the last call.
@@ -53,8 +57,8 @@ class Throughput:
           `examples_per_s`; with known FLOPs `tflops`, a second and on all devices; and
           on known devices `mfu`, the model's FLOPs as a share of the peak.
         """
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        self.restart()
+        began, self._began = self._began, time.monotonic()
+        seconds = max(self._began - began, 1e-9)
         rate = steps * self._batch_size / seconds
         rates = {"examples_per_s": rate}
         if self._flops:
