@@ -4,6 +4,7 @@ Reads: the base model, `encode/`, `pairs/`. Writes: `model/`, the whole pipeline
 diffusers layout (`StableDiffusionInstructPix2PixPipeline`).
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import manifest, order
+from mvc_jax.data import manifest, order, shards
 from mvc_jax.diffusion import loss
 from mvc_jax.errors import require
 from mvc_jax.models import diffusers_layout, stable_diffusion
@@ -79,7 +80,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         settings.learning_rate, warmup=settings.warmup, steps=settings.steps
     )
     tx = optim.adam(schedule, max_norm=settings.max_norm)
-    pairs = files.read_array(workdir / "pairs" / "pairs.npy")
+    cache = open_cache(workdir / "encode")
+    rows = functools.partial(
+        pair_rows,
+        files.read_array(workdir / "pairs" / "pairs.npy"),
+        seed=config.seed,
+        batch_size=settings.batch_size,
+        flip=cache.flipped,
+    )
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        read = read_batch(cache, rows(step))
+        return {key: read[key] for key in read if key != "null_states"}
+
     state = fit(
         functools.partial(
             train_step,
@@ -90,11 +103,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             ema_decay=settings.ema_decay,
         ),
         create_state(params["unet"], tx, mesh, ema=settings.ema_decay > 0),
-        data=read_cache(workdir),
-        gather=gather,
-        rows=functools.partial(
-            pair_rows, pairs, seed=config.seed, batch_size=settings.batch_size
-        ),
+        data={"null_states": read_batch(cache, rows(0))["null_states"]},
+        gather=lambda data, rows: data | rows,
+        rows=batch,
         mesh=mesh,
         steps=settings.steps,
         log_every=settings.log_every,
@@ -109,37 +120,86 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage.finish([f"model/{name}" for name in written], steps=settings.steps)
 
 
-def read_cache(workdir: epath.Path) -> dict[str, np.ndarray]:
-    """What `encode` wrote, as the arrays that `gather` reads."""
-    folder = workdir / "encode"
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What `encode` wrote: opened, not loaded.
+
+    Attributes:
+      moments: [V N, h, w, 2c]; with V = 2 the mirror image of image i is row N + i.
+      text_states: [P, L, D], of the empty prompt first.
+      state_of: int32 [N], the text states of each image's prompt.
+    """
+
+    moments: shards.Shards
+    text_states: shards.Shards
+    state_of: np.ndarray
+
+    @property
+    def flipped(self) -> bool:
+        """Whether there are mirror images."""
+        return len(self.moments) > len(self.state_of)
+
+
+def open_cache(folder: epath.PathLike) -> Cache:
+    """The cache in the folder of `encode`.
+
+    Raises:
+      UserError: a shard is missing or damaged.
+    """
+    folder = epath.Path(folder)
     rows = files.read_jsonl(folder / "prompts.jsonl")
-    return {
-        "moments": files.read_array(folder / "moments.npy"),
-        "text_states": files.read_array(folder / "text_states.npy"),
-        "state_of": np.asarray([row["state"] for row in rows], np.int32),
-    }
+    cache = Cache(
+        moments=shards.Shards(folder / "moments"),
+        text_states=shards.Shards(folder / "text_states"),
+        state_of=np.asarray([row["state"] for row in rows], np.int32),
+    )
+    cache.moments.verify()  # a minute for 26 GB, before hours on them
+    cache.text_states.verify()
+    return cache
 
 
 def pair_rows(
-    pairs: np.ndarray, step: int, *, seed: int, batch_size: int
+    pairs: np.ndarray, step: int, *, seed: int, batch_size: int, flip: bool = False
 ) -> dict[str, np.ndarray]:
-    """The pairs of the batch at `step`: `source` and `target`, int32 [B]."""
+    """The pairs of the batch at `step`, a function of (seed, step).
+
+    Returns:
+      `source` and `target`, int32 [B]; `source_flip` and `target_flip`, bool [B]: which
+      of them are mirrored, each with probability 1/2 where `flip`, independently.
+    """
     chosen = pairs[
         order.batch_indices(
             seed, "finetune", step, batch_size=batch_size, size=len(pairs)
         )
     ]
-    return {"source": chosen[:, 0], "target": chosen[:, 1]}
-
-
-def gather(data: dict, rows: dict) -> dict:
-    """Cache and rows -> batch, on the device; the text is the target's prompt."""
+    flips = order.generator(seed, "finetune/flip", step).random((2, batch_size)) < 0.5
     return {
-        "source_moments": data["moments"][rows["source"]],
-        "target_moments": data["moments"][rows["target"]],
-        "text_states": data["text_states"][data["state_of"][rows["target"]]],
-        "null_states": data["text_states"][0],
-        "weight": rows["weight"],
+        "source": chosen[:, 0],
+        "target": chosen[:, 1],
+        "source_flip": flips[0] & flip,
+        "target_flip": flips[1] & flip,
+    }
+
+
+def read_batch(cache: Cache, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cache and rows -> what `train_step` takes, but for `weight`; on the host, fp32.
+
+    Reads these rows alone from disk. The text is the target's prompt.
+    """
+    images = len(cache.state_of)
+
+    def moments(role: str) -> np.ndarray:
+        taken = cache.moments.take(rows[role] + images * rows[f"{role}_flip"])
+        return taken.astype(np.float32, copy=False)
+
+    # The empty prompt's states come first, the others behind them.
+    states = np.concatenate([[0], cache.state_of[rows["target"]]])
+    states = cache.text_states.take(states).astype(np.float32, copy=False)
+    return {
+        "source_moments": moments("source"),
+        "target_moments": moments("target"),
+        "text_states": states[1:],
+        "null_states": states[0],
     }
 
 

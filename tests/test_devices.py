@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from mvc_jax import finetune, generate
-from mvc_jax.data import order
+from mvc_jax.data import order, shards
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state, fit
@@ -46,22 +45,40 @@ def cache():
 
 
 @pytest.fixture(scope="module")
-def finetuned(tiny, cache, tmp_path_factory):
+def opened(cache, write_shards, tmp_path_factory):
+    """The same, as `finetune` reads it."""
+    folder = tmp_path_factory.mktemp("cache")
+    arrays = {}
+    for name in ("moments", "text_states"):
+        write_shards(folder / name, cache[name])
+        arrays[name] = shards.Shards(folder / name)
+    return finetune.Cache(**arrays, state_of=cache["state_of"])
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, cache, opened, tmp_path_factory):
     """Losses and parameters after two steps of batch 50, by mesh."""
     model, params = tiny
     model, params = model.widened(params)
     # SGD: Adam's first steps are the gradients' signs, which no tolerance forgives.
     tx = optax.sgd(0.01)
     pairs = order.generator(0, "p").integers(6, size=(60, 2)).astype(np.int32)
+
+    def batch(step):
+        rows = finetune.pair_rows(pairs, step, seed=0, batch_size=50)
+        read = finetune.read_batch(opened, rows)
+        del read["null_states"]
+        return read
+
     results = {}
     for name in MESHES:
         mesh, folder = make_mesh(name), tmp_path_factory.mktemp("finetune")
         state = fit(
             train_step(model, tx),
             create_state(params["unet"], tx, mesh),
-            data=cache,
-            gather=finetune.gather,
-            rows=functools.partial(finetune.pair_rows, pairs, seed=0, batch_size=50),
+            data={"null_states": cache["text_states"][0]},
+            gather=lambda data, rows: data | rows,
+            rows=batch,
             mesh=mesh,
             steps=2,
             log_every=1,
@@ -148,7 +165,7 @@ def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
     assert np.abs(one - reordered).max() <= 1
 
 
-def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
+def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, opened):
     """The loss of a padded batch equals that of the batch without its padding."""
     model, params = tiny
     model, params = model.widened(params)
@@ -157,15 +174,15 @@ def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
 
     def one_step(rows):
         state = create_state(params["unet"], tx, mesh)
-        batch = finetune.gather(
-            jax.tree.map(jnp.asarray, cache), jax.tree.map(jnp.asarray, rows)
-        )
+        batch = finetune.read_batch(opened, rows) | {"weight": rows["weight"]}
         state, metrics = jax.jit(train_step(model, tx))(state, batch)
         return jax.device_get((state.params["conv_out"], metrics))
 
     rows = {
         "source": np.array([0, 1, 2]),
         "target": np.array([3, 4, 5]),
+        "source_flip": np.zeros(3, bool),
+        "target_flip": np.zeros(3, bool),
         "weight": np.ones(3, np.float32),
     }
     padded = {key: np.pad(value, (0, 5)) for key, value in rows.items()}
