@@ -37,7 +37,11 @@ def get_config() -> ConfigDict:
     config.pretrain = _pretrain()
 
     config.encode = ConfigDict()
-    config.encode.batch_size = 16
+    config.encode.batch_size = 16  # images, or prompts, at once
+    # Also the mirror images, for `finetune` to draw from. Not where left and right mean
+    # something: digits, text, a heart.
+    config.encode.flip = False
+    config.encode.dtype = "float32"  # on disk; float16 halves it
 
     config.pairs = ConfigDict()
     config.pairs.rounds = 1  # pairs per training image

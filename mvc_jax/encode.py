@@ -1,21 +1,28 @@
 """Images, captions -> VAE moments and text states: computed once, read many times.
 
-Reads: the base model, training images, captions. Writes: `moments.npy` [N, h, w, 2c],
-`text_states.npy` [P, L, D] of the distinct prompts, the empty one first, and
+Reads: the base model, training images, captions. Writes, in shards: `moments/`
+[V N, h, w, 2c], image i in row i and, where `encode.flip` makes V = 2, its mirror image
+in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty one first. And
 `prompts.jsonl`, a row for each training image.
 """
 
-import jax
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import captions, manifest, splits
-from mvc_jax.errors import require
+from mvc_jax.data import captions, manifest, shards, splits
+from mvc_jax.errors import UserError, require, require_room
 from mvc_jax.models import diffusers_layout, stable_diffusion
 from mvc_jax.training import sharding
+from mvc_jax.training.console import Progress
+
+DTYPES = ("float32", "float16")
 
 
 def check(config: ConfigDict) -> None:
@@ -29,46 +36,124 @@ def check(config: ConfigDict) -> None:
         got=config.encode.batch_size,
         fix="Raise it.",
     )
+    require(
+        config.encode.dtype in DTYPES,
+        "config.encode.dtype",
+        wanted=f"one of {', '.join(DTYPES)}",
+        got=repr(config.encode.dtype),
+        fix="Name one of these.",
+    )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Encodes every training image and every distinct prompt."""
+    """Encodes every training image and every distinct prompt, shard by shard."""
     workdir = epath.Path(workdir)
+    section = config.encode.to_dict()
+    batch_size = section.pop("batch_size")  # changes no shard
     settings = {"seed": config.seed, "data": config.data.to_dict()}
-    settings |= {"base": config.base.to_dict()}
+    settings |= {"base": config.base.to_dict(), "encode": section}
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
     stage = manifest.open_stage(workdir, "encode", settings, inputs)
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     folder = config.base.path or workdir / "pretrain" / "model"
-    model, params = diffusers_layout.load(folder, ("vae", "text_encoder"))
-    require(
-        config.data.size % model.downsampling == 0,
-        "config.data.size",
-        wanted=f"a multiple of {model.downsampling}, the autoencoder's downsampling",
-        got=config.data.size,
-        fix="Round it.",
-    )
+    model, _ = diffusers_layout.load(folder, ())
+    _check_size(config.data.size, model)
     train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
-
     rows, prompts = prompt_rows(model, train, texts, config.data)
     files.write_jsonl(stage.folder / "prompts.jsonl", rows)
-    ids = model.tokenize(prompts)
-    states = jax.jit(model.text_states)(params, ids)
-    files.write_array(stage.folder / "text_states.npy", np.asarray(states))
 
-    moments = stable_diffusion.encode_images(
-        model, params, train.images, batch_size=config.encode.batch_size, mesh=mesh
+    side, dtype = config.data.size // model.downsampling, section["dtype"]
+    moments = shards.Writer(
+        stage.folder / "moments",
+        rows=len(train.images) * (2 if section["flip"] else 1),
+        row_shape=(side, side, 2 * model.latent_channels),
+        dtype=dtype,
     )
-    files.write_array(stage.folder / "moments.npy", moments)
-    logging.info("%d images, %d distinct prompts", len(moments), len(prompts))
+    states = shards.Writer(
+        stage.folder / "text_states",
+        rows=len(prompts),
+        row_shape=(model.context_length, model.text_width),
+        dtype=dtype,
+    )
+    _require_room(stage.folder, moments, states)
+    _, params = diffusers_layout.load(folder, ("vae", "text_encoder"))
+    size = sharding.padded_size(batch_size, mesh)
+
+    def tokens(rows: range) -> np.ndarray:
+        return model.tokenize(prompts[rows.start : rows.stop])
+
+    def pixels(rows: range) -> np.ndarray:
+        return image_rows(train.images, rows)
+
+    for what, writer, function, part, inputs in (
+        ("prompt", states, model.text_states, "text_encoder", tokens),
+        ("image", moments, model.encode_pixels, "vae", pixels),
+    ):
+        encode = sharding.over_batches(
+            function, {part: params[part]}, size=size, mesh=mesh
+        )
+        fill(writer, encode, inputs, size=size, what=what)
+    logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
     stage.finish(
-        ["prompts.jsonl", "text_states.npy", "moments.npy"],
-        images=len(moments),
+        ["prompts.jsonl", *moments.names, *states.names],
+        images=len(train.images),
         prompts=len(prompts),
     )
+
+
+def image_rows(
+    images: UInt8[np.ndarray, "N H W 3"], rows: range
+) -> UInt8[np.ndarray, "B H W 3"]:
+    """The images behind rows of the moments: from row N on, the mirror images."""
+    variants, indices = np.divmod(np.asarray(rows), len(images))
+    batch = images[indices]
+    mirrored = variants == 1
+    batch[mirrored] = batch[mirrored, :, ::-1]
+    return batch
+
+
+def fill(
+    writer: shards.Writer,
+    encode: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]],
+    inputs: Callable[[range], np.ndarray],
+    *,
+    size: int,
+    what: str,
+) -> None:
+    """Writes the missing shards.
+
+    No batch runs over a shard's border, so that each shard is made of the same batches
+    whatever was there before.
+
+    Args:
+      writer: of the array.
+      encode: batches of inputs -> batches of rows.
+      inputs: row numbers -> what to encode.
+      size: of a batch.
+      what: a row stands for, for the terminal.
+
+    Raises:
+      UserError: a row is not finite.
+    """
+    count, missing = writer.shape[0], writer.missing
+    done = count - sum(len(rows) for rows in missing)
+    progress = Progress(f"encode/{what}s", count, done=done, unit=what)
+    with contextlib.closing(progress):
+        for rows in missing:
+            shard = np.empty((len(rows), *writer.shape[1:]), writer.dtype)
+            starts = range(rows.start, rows.stop, size)
+            spans = (range(i, min(i + size, rows.stop)) for i in starts)
+            filled = 0
+            for batch in encode(inputs(span) for span in spans):
+                with np.errstate(over="ignore"):  # to infinity, which is refused below
+                    shard[filled : filled + len(batch)] = batch
+                _require_finite(shard[filled:][: len(batch)], rows[filled], what)
+                filled += len(batch)
+                progress.advance(len(batch))
+            writer.write(rows, shard)
 
 
 def prompt_rows(
@@ -106,3 +191,41 @@ def prompt_rows(
         row |= {"caption_tokens": model.count_tokens(prompt.caption) - 2}
         rows.append(row | {"tokens": model.count_tokens(prompt.text)})
     return rows, list(index_of)
+
+
+def _check_size(size: int, model: stable_diffusion.StableDiffusion) -> None:
+    require(
+        size % model.downsampling == 0,
+        "config.data.size",
+        wanted=f"a multiple of {model.downsampling}, the autoencoder's downsampling",
+        got=size,
+        fix="Round it.",
+    )
+
+
+def _require_room(
+    folder: epath.Path, moments: shards.Writer, states: shards.Writer
+) -> None:
+    parts = [
+        f"{what} {'x'.join(map(str, writer.shape))} {writer.dtype}"
+        for what, writer in (("moments", moments), ("text states", states))
+    ]
+    require_room(
+        folder,
+        moments.missing_bytes + states.missing_bytes,
+        what=f"what is missing of the cache ({' and '.join(parts)})",
+        fix="Free some or name a --workdir on another disk; "
+        "--config.encode.dtype=float16 needs half.",
+    )
+
+
+def _require_finite(rows: np.ndarray, first: int, what: str) -> None:
+    finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
+    if not finite.all():
+        raise UserError(
+            f"encode: {what} {first + int(np.argmin(finite))}",
+            wanted="finite numbers from the base model",
+            got=f"NaN or infinity, or more than {rows.dtype} holds",
+            fix="Set --config.encode.dtype=float32; if it is, the base model's weights "
+            "are damaged: download them again.",
+        )

@@ -136,13 +136,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     ]
 
     vae = train_vae(config, stage.folder, workdir, model, pool.images, mesh)
-    moments = stable_diffusion.encode_images(
-        model,
-        {"vae": vae},
-        pool.images,
-        batch_size=config.encode.batch_size,
-        mesh=mesh,
+    size = sharding.padded_size(config.encode.batch_size, mesh)
+    encode = sharding.over_batches(
+        model.encode_pixels, {"vae": vae}, size=size, mesh=mesh
     )
+    starts = range(0, len(pool.images), size)
+    moments = np.concatenate([*encode(pool.images[i : i + size] for i in starts)])
     model = _with_scaling_factor(model, moments)
     rest = train_unet(
         config, stage.folder, workdir, model, moments, model.tokenize(prompts), mesh

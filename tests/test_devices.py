@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from mvc_jax import finetune, generate
+from mvc_jax import files, finetune, generate
 from mvc_jax.data import order
-from mvc_jax.data.cache import pair_rows
+from mvc_jax.data.cache import open_cache, pair_rows, read_pairs
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.journal import Journal
@@ -35,15 +35,6 @@ def train_step(model, tx):
     )
 
 
-def read(cache, rows):
-    """What `train_step` takes, from arrays in place of the cache on disk."""
-    return {
-        "source_moments": cache["moments"][rows["source"]],
-        "target_moments": cache["moments"][rows["target"]],
-        "text_states": cache["text_states"][cache["state_of"][rows["target"]]],
-    }
-
-
 @pytest.fixture(scope="module")
 def cache():
     draw = np.random.default_rng(0)
@@ -55,7 +46,18 @@ def cache():
 
 
 @pytest.fixture(scope="module")
-def finetuned(tiny, cache, tmp_path_factory):
+def opened(cache, write_shards, tmp_path_factory):
+    """The same, as `finetune` reads it."""
+    folder = tmp_path_factory.mktemp("cache")
+    for name in ("moments", "text_states"):
+        write_shards(folder / name, cache[name])
+    rows = [{"state": int(state)} for state in cache["state_of"]]
+    files.write_jsonl(folder / "prompts.jsonl", rows)
+    return open_cache(folder)
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, opened, tmp_path_factory):
     """Losses and parameters after two steps of batch 50, by mesh."""
     model, params = tiny
     model, params = model.widened(params)
@@ -68,10 +70,10 @@ def finetuned(tiny, cache, tmp_path_factory):
         state = fit(
             train_step(model, tx),
             create_state(params["unet"], tx, mesh),
-            read=lambda step: read(
-                cache, pair_rows(pairs, step, seed=0, batch_size=50)
+            read=lambda step: read_pairs(
+                opened, pair_rows(pairs, step, seed=0, batch_size=50)
             ),
-            fixed={"null_states": cache["text_states"][0]},
+            fixed={"null_states": opened.null_states},
             mesh=mesh,
             steps=2,
             checkpoints=Checkpoints(folder / "checkpoints", every=2),
@@ -156,7 +158,7 @@ def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
     assert np.abs(one - reordered).max() <= 1
 
 
-def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
+def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, opened):
     """The loss of a padded batch equals that of the batch without its padding."""
     model, params = tiny
     model, params = model.widened(params)
@@ -165,8 +167,10 @@ def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
 
     def one_step(rows):
         state = create_state(params["unet"], tx, mesh)
-        batch = read(cache, rows) | {"weight": rows["weight"]}
-        batch["null_states"] = cache["text_states"][0]
+        unflipped = np.zeros(len(rows["source"]), bool)
+        rows = rows | {"source_flip": unflipped, "target_flip": unflipped}
+        batch = read_pairs(opened, rows) | {"weight": rows["weight"]}
+        batch["null_states"] = opened.null_states
         state, metrics = jax.jit(train_step(model, tx))(state, batch)
         return jax.device_get((state.params["conv_out"], metrics))
 

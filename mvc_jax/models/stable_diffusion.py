@@ -18,8 +18,6 @@ import transformers
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
 from diffusers.models.vae_flax import FlaxAutoencoderKL
 from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
@@ -65,6 +63,11 @@ class StableDiffusion:
     def context_length(self) -> int:
         """L: tokens of a prompt, markers and padding included."""
         return self.configs["text_encoder"]["max_position_embeddings"]
+
+    @property
+    def text_width(self) -> int:
+        """D: dims of a token's text state."""
+        return self.configs["text_encoder"]["hidden_size"]
 
     @property
     def latent_channels(self) -> int:
@@ -124,6 +127,10 @@ class StableDiffusion:
         ).latent_dist
         return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
+    def encode_pixels(self, params: Params, pixels: UInt8[Array, "B H W 3"]) -> Array:
+        """`moments` of images as they lie on disk, in [0, 255]."""
+        return self.moments(params, pixels / 127.5 - 1.0)
+
     def decode(self, params: Params, latents: Float[Array, "B h w c"]) -> Array:
         """Images [B, H, W, 3], about [-1, 1], from *scaled* latents."""
         output = self.vae.apply(
@@ -153,7 +160,7 @@ class StableDiffusion:
     def inputs(self, height: int, width: int) -> tuple:
         """What `denoise` takes behind its parameters, for one example, as shapes."""
         channels = self.configs["unet"]["in_channels"]
-        text = (1, self.context_length, self.configs["text_encoder"]["hidden_size"])
+        text = (1, self.context_length, self.text_width)
         return (
             jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -212,27 +219,6 @@ class StableDiffusion:
 def to_pixels(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
     """Decoded images, about [-1, 1], as what is stored and shown."""
     return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
-
-
-def encode_images(
-    model: StableDiffusion,
-    params: Params,
-    images: UInt8[np.ndarray, "N H W 3"],
-    *,
-    batch_size: int,
-    mesh: Mesh,
-) -> Float[np.ndarray, "N h w c2"]:
-    """Posterior moments of many images, a batch at a time on all devices."""
-    encode = jax.jit(lambda params, x: model.moments(params, x / 127.5 - 1.0))
-    params = jax.device_put({"vae": params["vae"]}, NamedSharding(mesh, P()))
-    size = -(-batch_size // mesh.size) * mesh.size
-    moments = []
-    for start in range(0, len(images), size):
-        batch = images[start : start + size].astype(np.float32)
-        padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3])
-        placed = jax.device_put(padded, NamedSharding(mesh, P(mesh.axis_names)))
-        moments.append(np.asarray(encode(params, placed))[: len(batch)])
-    return np.concatenate(moments)
 
 
 def random_params(shapes: Any, rng: np.random.Generator) -> Any:
