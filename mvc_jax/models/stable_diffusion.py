@@ -37,11 +37,13 @@ class StableDiffusion:
       configs: of the three, and of the `scheduler`.
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
+      attention: how the UNet's runs, one of `attention.ASKED`.
     """
 
     configs: dict[str, dict[str, Any]]
     tokenizer: transformers.CLIPTokenizerFast
     dtype: str = "float32"
+    attention: str = "auto"
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -148,7 +150,7 @@ class StableDiffusion:
         text_states: Float[Array, "B L D"],
     ) -> Float[Array, "B h w c"]:
         """The UNet's prediction; C is c, or 2c with source latents concatenated."""
-        with attention.exact():
+        with attention.exact(), attention.running(self.attention):
             output = self.unet.apply(
                 {"params": params["unet"]},
                 latents.transpose(0, 3, 1, 2),
