@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
-from mvc_jax.models import attention
+from mvc_jax.models import attention, lora
 
 Params = dict[str, Any]
 
@@ -33,7 +33,7 @@ class StableDiffusion:
     """The architecture: four `config.json` contents and a tokenizer; no weights.
 
     Parameters are passed to each method, as a tree with the keys `unet`, `vae` and
-    `text_encoder`.
+    `text_encoder`, and `lora` where the UNet has adapters.
 
     Attributes:
       configs: of the three, and of the `scheduler`.
@@ -140,8 +140,11 @@ class StableDiffusion:
         timesteps: Int[Array, " B"],
         text_states: Float[Array, "B L D"],
     ) -> Float[Array, "B h w c"]:
-        """The UNet's prediction; C is c, or 2c with source latents concatenated."""
-        with attention.exact():
+        """The UNet's prediction; C is c, or 2c with source latents concatenated.
+
+        Where `params` have the key `lora`, its adapters are added to the UNet's layers.
+        """
+        with attention.exact(), lora.adapted(params.get("lora", {})):
             output = self.unet.apply(
                 {"params": params["unet"]},
                 latents.transpose(0, 3, 1, 2),
