@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
-from mvc_jax.models import attention
+from mvc_jax.models import attention, lora
 
 Params = dict[str, Any]
 
@@ -31,7 +31,7 @@ class StableDiffusion:
     """The architecture: four `config.json` contents and a tokenizer; no weights.
 
     Parameters are passed to each method, as a tree with the keys `unet`, `vae` and
-    `text_encoder`.
+    `text_encoder`, and `lora` where the UNet has adapters.
 
     Attributes:
       configs: of the three, and of the `scheduler`.
@@ -149,8 +149,12 @@ class StableDiffusion:
         timesteps: Int[Array, " B"],
         text_states: Float[Array, "B L D"],
     ) -> Float[Array, "B h w c"]:
-        """The UNet's prediction; C is c, or 2c with source latents concatenated."""
-        with attention.exact(), attention.running(self.attention):
+        """The UNet's prediction; C is c, or 2c with source latents concatenated.
+
+        Where `params` have the key `lora`, its adapters are added to the UNet's layers.
+        """
+        adapters = lora.adapted(params.get("lora", {}))
+        with attention.exact(), attention.running(self.attention), adapters:
             output = self.unet.apply(
                 {"params": params["unet"]},
                 latents.transpose(0, 3, 1, 2),
