@@ -1,8 +1,9 @@
 """Images, captions -> VAE moments and text states: computed once, read many times.
 
 Reads: the base model, training images, captions. Writes: `moments.npy` [N, h, w, 2c],
-`text_states.npy` [P, L, D] of the distinct prompts, the empty one first, and
-`prompts.jsonl`, a row for each training image.
+`text_states.npy` [P, L, D] of the distinct prompts, the empty one first,
+`prompts.jsonl`, a row for each training image, and `base.json`, which base model that
+was, so that later stages read the same.
 """
 
 import jax
@@ -14,14 +15,26 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import captions, manifest, splits
 from mvc_jax.errors import require
-from mvc_jax.models import diffusers_layout, stable_diffusion
+from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import sharding
 
 
 def check(config: ConfigDict) -> None:
     """Checks the sections `encode` and `base`."""
-    if config.base.path:
-        diffusers_layout.check_folder(config.base.path)
+    base = config.base
+    if base.path:
+        diffusers_layout.check_base(
+            *(base.path, base.variant, base.revision),
+            finetuned=base.finetuned,
+            size=config.data.size,
+        )
+    require(
+        bool(base.path) or not (base.variant or base.revision),
+        "config.base",
+        wanted="no variant and no revision without a path: `pretrain` makes the base",
+        got=f"variant={base.variant!r}, revision={base.revision!r}",
+        fix="Leave both empty, or name a base in config.base.path.",
+    )
     require(
         config.encode.batch_size > 0,
         "config.encode.batch_size",
@@ -41,15 +54,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    folder = config.base.path or workdir / "pretrain" / "model"
-    model, params = diffusers_layout.load(folder, ("vae", "text_encoder"))
-    require(
-        config.data.size % model.downsampling == 0,
-        "config.data.size",
-        wanted=f"a multiple of {model.downsampling}, the autoencoder's downsampling",
-        got=config.data.size,
-        fix="Round it.",
-    )
+    folder = _find_base(config, workdir, stage.folder / "base.json")
+    components = ("vae", "text_encoder")
+    model, params = diffusers_layout.load(folder, components, config.base.variant)
     train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
 
@@ -65,10 +72,28 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     files.write_array(stage.folder / "moments.npy", moments)
     logging.info("%d images, %d distinct prompts", len(moments), len(prompts))
     stage.finish(
-        ["prompts.jsonl", "text_states.npy", "moments.npy"],
+        ["base.json", "prompts.jsonl", "text_states.npy", "moments.npy"],
         images=len(moments),
         prompts=len(prompts),
     )
+
+
+def _find_base(
+    config: ConfigDict, workdir: epath.Path, record: epath.Path
+) -> epath.Path:
+    """The folder of the base model, looked over; which one it is goes into `record`."""
+    base, revision = config.base, config.base.revision
+    if record.exists():  # this stage was cut: it goes on with the same commit
+        revision = files.read_json(record)["revision"] or ""
+    folder, commit = checkpoint_folder.resolve(
+        base.path or workdir / "pretrain" / "model", base.variant, revision
+    )
+    diffusers_layout.check_base(
+        folder, base.variant, finetuned=base.finetuned, size=config.data.size
+    )
+    found = {"path": base.path, "variant": base.variant, "revision": commit}
+    files.write_json(record, found)
+    return folder
 
 
 def prompt_rows(

@@ -68,10 +68,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    base, params = diffusers_layout.load(
-        config.base.path or workdir / "pretrain" / "model"
+    recorded = diffusers_layout.recorded(
+        workdir / "encode" / "base.json", workdir / "pretrain" / "model"
     )
+    base, params = diffusers_layout.load(**recorded)
     model, params = base.widened(params)
+    # Master weights are fp32, in whatever precision the base is stored.
+    unet = jax.tree.map(lambda x: x.astype(np.float32, copy=False), params["unet"])
     if model is base:
         logging.info("the base's UNet takes source latents already: not widened")
     settings = config.finetune
@@ -89,7 +92,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             drop_rate=settings.drop_rate,
             ema_decay=settings.ema_decay,
         ),
-        create_state(params["unet"], tx, mesh, ema=settings.ema_decay > 0),
+        create_state(unet, tx, mesh, ema=settings.ema_decay > 0),
         data=read_cache(workdir),
         gather=gather,
         rows=functools.partial(
