@@ -19,6 +19,7 @@ REQUIRED = [
     "jinja2",
     "matplotlib",
     "ml_collections>=1.1",
+    "ml_dtypes",
     "numpy>=2",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",

@@ -4,9 +4,9 @@
 
 The architecture is that of the public checkpoint, the weights are random. It is written
 in the diffusers layout (a folder that is there already is used), loaded, its UNet
-widened, and takes steps of fine-tuning, sharded over 8 devices that share this machine's
-CPU and memory, or over the accelerators that there are. Printed is what each part took:
-seconds, and the most memory that the process has held until then.
+widened, and takes steps of fine-tuning, sharded over 8 devices that share the memory of
+this machine, or over its accelerators. Printed is what each part took: seconds, and the
+most memory that the process has held until then.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from mvc_jax.training.journal import Journal  # noqa: E402
 from mvc_jax.training.loop import create_state, fit  # noqa: E402
 
 GIB = 2**30
+_BEGAN = [time.monotonic()]
 VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -83,9 +84,9 @@ def main() -> None:
         train(base, workdir, arguments)
 
 
-def told(what: str, began: list[float] = [time.monotonic()]) -> None:  # noqa: B006
+def told(what: str) -> None:
     """Prints the seconds since the last call, and the peak of memory so far."""
-    seconds, began[0] = time.monotonic() - began[0], time.monotonic()
+    seconds, _BEGAN[0] = time.monotonic() - _BEGAN[0], time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     print(f"{what:32s} {seconds:8.1f} s   peak {peak:6.2f} GiB", flush=True)
 
@@ -113,7 +114,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
     model, params = diffusers_layout.load(folder)
     told(f"loaded {size / GIB:.2f} GiB")
     model, params = model.widened(params)
-    model = finetune.computing(model, remat=arguments.remat)
+    model = model.computing(remat=arguments.remat)
     mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
     schedule = optim.schedule("constant", 1e-4, warmup=0, steps=arguments.steps)
     tx = optim.adam(schedule, max_norm=1.0)

@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax.errors import require
 
-# hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir models/...
-STABLE_DIFFUSION = "models/stable-diffusion-v1-5"
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
 
 
 def get_config() -> ConfigDict:
@@ -30,7 +29,11 @@ def get_config() -> ConfigDict:
     config.data = _data()
 
     config.base = ConfigDict()
-    config.base.path = ""  # a Stable Diffusion folder; "": the one of `pretrain`
+    # A Stable Diffusion folder or its name on the Hugging Face hub; "": `pretrain`'s.
+    config.base.path = ""
+    config.base.variant = ""  # of the weights, e.g. fp16; "": the plain ones
+    config.base.revision = ""  # of a hub name: branch, tag or commit; "": the default
+    config.base.finetuned = False  # True: a base that was fine-tuned before is welcome
 
     config.caption = _caption()
 

@@ -3,7 +3,8 @@
 Reads: the base model, training images, captions. Writes, in shards: `moments/`
 [V N, h, w, 2c], image i in row i and, where `encode.flip` makes V = 2, its mirror image
 in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty one first. And
-`prompts.jsonl`, a row for each training image.
+`prompts.jsonl`, a row for each training image, and `base.json`, which base model that
+was, so that later stages read the same.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import captions, manifest, shards, splits
 from mvc_jax.errors import UserError, require, require_room
-from mvc_jax.models import diffusers_layout, stable_diffusion
+from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
@@ -27,8 +28,20 @@ DTYPES = ("float32", "float16")
 
 def check(config: ConfigDict) -> None:
     """Checks the sections `encode` and `base`."""
-    if config.base.path:
-        diffusers_layout.check_folder(config.base.path)
+    base = config.base
+    if base.path:
+        diffusers_layout.check_base(
+            *(base.path, base.variant, base.revision),
+            finetuned=base.finetuned,
+            size=config.data.size,
+        )
+    require(
+        bool(base.path) or not (base.variant or base.revision),
+        "config.base",
+        wanted="no variant and no revision without a path: `pretrain` makes the base",
+        got=f"variant={base.variant!r}, revision={base.revision!r}",
+        fix="Leave both empty, or name a base in config.base.path.",
+    )
     require(
         config.encode.batch_size > 0,
         "config.encode.batch_size",
@@ -57,9 +70,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    folder = config.base.path or workdir / "pretrain" / "model"
-    model, _ = diffusers_layout.load(folder, ())
-    _check_size(config.data.size, model)
+    folder = _find_base(config, workdir, stage.folder / "base.json")
+    model, _ = diffusers_layout.load(folder, (), config.base.variant)
     train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
     rows, prompts = prompt_rows(model, train, texts, config.data)
@@ -79,7 +91,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         dtype=dtype,
     )
     _require_room(stage.folder, moments, states)
-    _, params = diffusers_layout.load(folder, ("vae", "text_encoder"))
+    components = ("vae", "text_encoder")
+    _, params = diffusers_layout.load(folder, components, config.base.variant)
     size = sharding.padded_size(batch_size, mesh)
 
     def tokens(rows: range) -> np.ndarray:
@@ -98,10 +111,28 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         fill(writer, encode, inputs, size=size, what=what)
     logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
     stage.finish(
-        ["prompts.jsonl", *moments.names, *states.names],
+        ["base.json", "prompts.jsonl", *moments.names, *states.names],
         images=len(train.images),
         prompts=len(prompts),
     )
+
+
+def _find_base(
+    config: ConfigDict, workdir: epath.Path, record: epath.Path
+) -> epath.Path:
+    """The folder of the base model, looked over; which one it is goes into `record`."""
+    base, revision = config.base, config.base.revision
+    if record.exists():  # this stage was cut: it goes on with the same commit
+        revision = files.read_json(record)["revision"] or ""
+    folder, commit = checkpoint_folder.resolve(
+        base.path or workdir / "pretrain" / "model", base.variant, revision
+    )
+    diffusers_layout.check_base(
+        folder, base.variant, finetuned=base.finetuned, size=config.data.size
+    )
+    found = {"path": base.path, "variant": base.variant, "revision": commit}
+    files.write_json(record, found)
+    return folder
 
 
 def image_rows(
@@ -191,16 +222,6 @@ def prompt_rows(
         row |= {"caption_tokens": model.count_tokens(prompt.caption) - 2}
         rows.append(row | {"tokens": model.count_tokens(prompt.text)})
     return rows, list(index_of)
-
-
-def _check_size(size: int, model: stable_diffusion.StableDiffusion) -> None:
-    require(
-        size % model.downsampling == 0,
-        "config.data.size",
-        wanted=f"a multiple of {model.downsampling}, the autoencoder's downsampling",
-        got=size,
-        fix="Round it.",
-    )
 
 
 def _require_room(

@@ -25,11 +25,12 @@ from mvc_jax.data.cache import (
     pairs_of_all_classes,
     read_pairs,
 )
-from mvc_jax.diffusion import loss
+from mvc_jax.diffusion import instruct_pix2pix, loss
 from mvc_jax.diffusion.guidance import image_text_guidance
 from mvc_jax.diffusion.samplers import sample
 from mvc_jax.errors import UserError, require_one_of, require_within
 from mvc_jax.models import diffusers_layout, lora, stable_diffusion
+from mvc_jax.models.diffusers_layout import WEIGHTS
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.gallery import Gallery
@@ -114,6 +115,9 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     section = config.finetune
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     model, params = load_base(config, workdir)
+    model = model.computing(
+        dtype=section.dtype, attention=section.attention, remat=section.remat
+    )
     cache = open_cache(workdir / "encode")
     cache.verify()
     trained, fixed = params.pop("unet"), {"null_states": cache.null_states}
@@ -160,19 +164,16 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     return export(config, folder, model, params, state), int(state.skipped)
 
 
-def load_base(config: ConfigDict, workdir: epath.Path):
-    """The base model, conditioned on source latents, and its host parameters."""
-    folder = config.base.path or workdir / "pretrain" / "model"
-    base, params = diffusers_layout.load(folder)
+def load_base(config: ConfigDict, workdir: epath.Path, components=WEIGHTS):
+    """The base model that `encode` read, conditioned on source latents, and its host
+    parameters."""
+    record = workdir / "encode" / "base.json"
+    found = diffusers_layout.recorded(record, workdir / "pretrain" / "model")
+    base, params = diffusers_layout.load(**found, components=components)
     model, params = base.widened(params)
     if model is base:
         logging.info("the base's UNet takes source latents already: not widened")
-    section = config.finetune
-    dtype = section.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    how = {"dtype": dtype, "attention": section.attention, "remat": section.remat}
-    return dataclasses.replace(model, **how), params
+    return model, params
 
 
 def make_step(config: ConfigDict, model):
@@ -257,9 +258,6 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One InstructPix2Pix step (arXiv 2211.09800, equation 2).
 
-    The noisy scaled *sample* of the target's posterior, with the unscaled *mode* of the
-    source's on the channel axis; text and source dropped as in section 3.2.1.
-
     Args:
       state: with the UNet's parameters; or with adapters, where the batch has a `base`.
       batch: `source_moments` and `target_moments` [B, h, w, 2c], `text_states`
@@ -306,37 +304,24 @@ def noised(
     model: stable_diffusion.StableDiffusion,
     drop_rate: float,
 ) -> dict[str, jax.Array]:
-    """What the UNet sees of a batch in one step, and what it should say.
-
-    Returns:
-      `inputs` [B, h, w, 2c], `timesteps` [B], `text_states` [B, L, D], `target`
-      [B, h, w, c], `weight` [B].
-    """
+    """`instruct_pix2pix.examples` of a batch, with the draws of one step's key."""
     keys = rng.example_keys(key, jnp.arange(batch["weight"].shape[0]))
     posterior_keys, noise_keys, time_keys, drop_keys = rng.use_keys(keys, 4)
-    moments = batch["target_moments"]
-    shape = (*moments.shape[1:3], model.latent_channels)
-    latents = loss.posterior_sample(moments, rng.normal_like(posterior_keys, shape))
-    latents = latents * model.scaling_factor
-    noise = rng.normal_like(noise_keys, shape)
-    alphas = model.alphas_cumprod
-    timesteps = rng.integers(time_keys, len(alphas))
-    drop_text, drop_image = loss.drop_conditions(rng.uniform(drop_keys), drop_rate)
-    states = jnp.where(
-        drop_text[:, None, None], batch["null_states"][None], batch["text_states"]
-    )
-    cond_latents = loss.posterior_mode(batch["source_moments"])
-    cond_latents = jnp.where(drop_image[:, None, None, None], 0.0, cond_latents)
-    noisy = loss.add_noise(latents, noise, timesteps, alphas)
-    return {
-        "inputs": jnp.concatenate([noisy, cond_latents], axis=-1),
-        "timesteps": timesteps,
-        "text_states": states,
-        "target": loss.prediction_target(
-            latents, noise, timesteps, alphas, model.prediction_type
-        ),
-        "weight": batch["weight"],
+    shape = (*batch["target_moments"].shape[1:3], model.latent_channels)
+    draws = {
+        "posterior": rng.normal_like(posterior_keys, shape),
+        "noise": rng.normal_like(noise_keys, shape),
+        "timesteps": rng.integers(time_keys, len(model.alphas_cumprod)),
+        "dropout": rng.uniform(drop_keys),
     }
+    return instruct_pix2pix.examples(
+        batch,
+        draws,
+        alphas_cumprod=model.alphas_cumprod,
+        prediction_type=model.prediction_type,
+        scaling_factor=model.scaling_factor,
+        drop_rate=drop_rate,
+    )
 
 
 def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:

@@ -23,7 +23,7 @@ from mvc_jax.diffusion.guidance import image_text_guidance
 from mvc_jax.diffusion.loss import posterior_mode
 from mvc_jax.diffusion.samplers import sample
 from mvc_jax.errors import require
-from mvc_jax.models import diffusers_layout, stable_diffusion
+from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.console import Progress
 
@@ -124,7 +124,9 @@ class Sampler:
         self._cache = open_cache(workdir / "encode")
         self.class_names = train.class_names
         self._workdir, self._mesh, self._batch_size = workdir, mesh, batch_size
-        self._base = config.base.path or workdir / "pretrain" / "model"
+        self._base = diffusers_layout.recorded(
+            workdir / "encode" / "base.json", workdir / "pretrain" / "model"
+        )
         self._row_of = {row["id"]: i for i, row in enumerate(self._cache.rows)}
         self._key = rng.purpose_key(config.seed, "noise")
         self._steps = config.generate.steps
@@ -137,10 +139,11 @@ class Sampler:
 
     def load(self, name: str) -> tuple[dict, str]:
         """Parameters on the devices for a set, and the hash of their UNet."""
-        folder = self._workdir / "finetune" / "model"
+        folder, variant = self._workdir / "finetune" / "model", ""
         if name == "pretrained":
-            folder = epath.Path(self._base)
-        model, params = diffusers_layout.load(folder, ("vae", "unet"))
+            folder, _ = checkpoint_folder.resolve(**self._base)
+            variant = self._base["variant"]
+        model, params = diffusers_layout.load(folder, ("vae", "unet"), variant)
         # The base's UNet, widened by zeros, ignores the source: text guidance alone.
         model, params = model.widened(params)
         shardings = sharding.tree_shardings(params, self._mesh)
@@ -149,8 +152,8 @@ class Sampler:
             settings = self._settings | {"timesteps": timesteps, "step": step}
             draw = functools.partial(sample_images, model=model, **settings)
             self._draw = jax.jit(draw)
-        unet = folder / "unet" / diffusers_layout.WEIGHTS["unet"]
-        return jax.device_put(params, shardings), files.sha256(unet)[:16]
+        unet = checkpoint_folder.weight_files(folder, "unet", variant)
+        return jax.device_put(params, shardings), files.sha256(*unet)[:16]
 
     def images(self, params: dict, recipes: list[dict]) -> UInt8[np.ndarray, "N H W 3"]:
         """The images of `recipes`, whatever the batch they happen to be drawn in."""

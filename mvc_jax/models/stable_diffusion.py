@@ -38,12 +38,14 @@ class StableDiffusion:
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: how the UNet's runs, one of `attention.ASKED`.
+      remat: what of its forward pass is computed again in the backward.
     """
 
     configs: dict[str, dict[str, Any]]
     tokenizer: transformers.CLIPTokenizerFast
     dtype: str = "float32"
     attention: str = "auto"
+    remat: str = "none"
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -203,6 +205,24 @@ class StableDiffusion:
             init = functools.partial(init, attention_mask=ids, position_ids=ids)
             return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
         return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
+
+    def computing(self, *, dtype: str = "auto", **how: str) -> "StableDiffusion":
+        """This model with its UNet computed as asked.
+
+        Args:
+          dtype: of activations; `auto`: bfloat16 on an accelerator, else float32.
+          **how: `attention` and `remat`, see the attributes.
+
+        Raises:
+          UserError: the devices have no such attention.
+        """
+        backend = attention.backend()
+        if dtype == "auto":
+            dtype = "float32" if backend == "cpu" else "bfloat16"
+        asked = how.get("attention", self.attention)
+        field = "config.finetune.attention"
+        attention.check(asked, field=field, backend=backend, dtype=dtype)
+        return dataclasses.replace(self, dtype=dtype, **how)
 
     def widened(self, params: Params) -> tuple["StableDiffusion", Params]:
         """A UNet that takes source latents too, equal to this one at the start.
