@@ -269,7 +269,7 @@ def train_step(
       key: root of the step's randomness; example i of step n draws by (n, i).
       drop_rate: p of `loss.drop_conditions`.
       ema_decay: of the averaged parameters, where the state keeps them.
-      min_snr: gamma of `loss.min_snr_weights`; 0: all timesteps weigh alike.
+      min_snr: gamma of `loss.loss_weights`; 0: all timesteps weigh alike.
       accumulate: micro-batches, a divisor of B.
 
     Returns:
@@ -286,7 +286,7 @@ def train_step(
         )
         error = loss.squared_error(prediction, part["target"])
         if min_snr > 0:
-            error *= loss.min_snr_weights(
+            error *= loss.loss_weights(
                 part["timesteps"], alphas, model.prediction_type, min_snr
             )
         return error
