@@ -127,6 +127,8 @@ class Writer:
         if layout != self._layout:
             logging.warning("%s is of another array: all shards are made anew", path)
             return nothing
+        if any(written):
+            logging.info("%s: checking the shards that are there", self._folder)
         for shard, described in enumerate(written):
             path = self._folder / _name(shard)
             if described is None or not path.exists():
