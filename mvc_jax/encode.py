@@ -8,17 +8,21 @@ was, so that later stages read the same.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import captions, manifest, shards, splits
-from mvc_jax.errors import UserError, require, require_room
+from mvc_jax.errors import require, require_room
 from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
@@ -77,41 +81,21 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     rows, prompts = prompt_rows(model, train, texts, config.data)
     files.write_jsonl(stage.folder / "prompts.jsonl", rows)
 
-    side, dtype = config.data.size // model.downsampling, section["dtype"]
-    moments = shards.Writer(
-        stage.folder / "moments",
-        rows=len(train.images) * (2 if section["flip"] else 1),
-        row_shape=(side, side, 2 * model.latent_channels),
-        dtype=dtype,
+    parts = (
+        _text_part(stage.folder, model, prompts, section),
+        _image_part(stage.folder, model, train, section),
     )
-    states = shards.Writer(
-        stage.folder / "text_states",
-        rows=len(prompts),
-        row_shape=(model.context_length, model.text_width),
-        dtype=dtype,
-    )
-    _require_room(stage.folder, moments, states)
-    components = ("vae", "text_encoder")
+    _require_room(stage.folder, parts)
+    components = [part.component for part in parts]
     _, params = diffusers_layout.load(folder, components, config.base.variant)
-    size = sharding.padded_size(batch_size, mesh)
-
-    def tokens(rows: range) -> np.ndarray:
-        return model.tokenize(prompts[rows.start : rows.stop])
-
-    def pixels(rows: range) -> np.ndarray:
-        return image_rows(train.images, rows)
-
-    for what, writer, function, part, inputs in (
-        ("prompt", states, model.text_states, "text_encoder", tokens),
-        ("image", moments, model.encode_pixels, "vae", pixels),
-    ):
-        encode = sharding.over_batches(
-            function, {part: params[part]}, size=size, mesh=mesh
-        )
-        fill(writer, encode, inputs, size=size, what=what)
+    for part in parts:
+        fill(part, params, size=sharding.padded_size(batch_size, mesh), mesh=mesh)
     logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
     stage.finish(
-        ["base.json", "prompts.jsonl", *moments.names, *states.names],
+        [
+            *("base.json", "prompts.jsonl"),
+            *(name for part in parts for name in part.writer.names),
+        ],
         images=len(train.images),
         prompts=len(prompts),
     )
@@ -135,6 +119,61 @@ def _find_base(
     return folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One array of the cache, and how its rows are made.
+
+    Attributes:
+      what: a row stands for, for the terminal.
+      component: whose parameters `encode` takes.
+      encode: (parameters, batch of inputs) -> rows.
+      inputs: row numbers -> inputs, on the host.
+      name: row number -> what it stands for, for an error.
+      writer: of the array.
+    """
+
+    what: str
+    component: str
+    encode: Callable[[Any, Any], jax.Array]
+    inputs: Callable[[range], np.ndarray]
+    name: Callable[[int], str]
+    writer: shards.Writer
+
+
+def fill(part: Part, params: Any, *, size: int, mesh: Mesh) -> None:
+    """Writes the missing shards of a part.
+
+    No batch runs over a shard's border, so that each shard is made of the same batches
+    whatever was there before.
+
+    Args:
+      part: of the cache.
+      params: host parameters, by component.
+      size: rows of a batch, a multiple of the number of devices.
+      mesh: the devices.
+
+    Raises:
+      UserError: a row is not finite.
+    """
+    params = {part.component: params[part.component]}
+    encode = sharding.over_batches(part.encode, params, size=size, mesh=mesh)
+    writer, missing = part.writer, part.writer.missing
+    total = writer.shape[0]
+    done = total - sum(len(rows) for rows in missing)
+    progress = Progress(f"encode/{part.what}s", total, done=done, unit=part.what)
+    with contextlib.closing(progress):
+        for rows in missing:
+            shard = np.empty((len(rows), *writer.shape[1:]), writer.dtype)
+            starts = range(0, len(rows), size)
+            batches = encode(part.inputs(rows[i : i + size]) for i in starts)
+            for start, batch in zip(starts, batches, strict=True):
+                with np.errstate(over="ignore"):  # becomes infinity, refused below
+                    shard[start : start + size] = batch
+                _require_finite(part, rows[start : start + size], shard[start:])
+                progress.advance(len(batch))
+            writer.write(rows, shard)
+
+
 def image_rows(
     images: UInt8[np.ndarray, "N H W 3"], rows: range
 ) -> UInt8[np.ndarray, "B H W 3"]:
@@ -144,47 +183,6 @@ def image_rows(
     mirrored = variants == 1
     batch[mirrored] = batch[mirrored, :, ::-1]
     return batch
-
-
-def fill(
-    writer: shards.Writer,
-    encode: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]],
-    inputs: Callable[[range], np.ndarray],
-    *,
-    size: int,
-    what: str,
-) -> None:
-    """Writes the missing shards.
-
-    No batch runs over a shard's border, so that each shard is made of the same batches
-    whatever was there before.
-
-    Args:
-      writer: of the array.
-      encode: batches of inputs -> batches of rows.
-      inputs: row numbers -> what to encode.
-      size: of a batch.
-      what: a row stands for, for the terminal.
-
-    Raises:
-      UserError: a row is not finite.
-    """
-    count, missing = writer.shape[0], writer.missing
-    done = count - sum(len(rows) for rows in missing)
-    progress = Progress(f"encode/{what}s", count, done=done, unit=what)
-    with contextlib.closing(progress):
-        for rows in missing:
-            shard = np.empty((len(rows), *writer.shape[1:]), writer.dtype)
-            starts = range(rows.start, rows.stop, size)
-            spans = (range(i, min(i + size, rows.stop)) for i in starts)
-            filled = 0
-            for batch in encode(inputs(span) for span in spans):
-                with np.errstate(over="ignore"):  # to infinity, which is refused below
-                    shard[filled : filled + len(batch)] = batch
-                _require_finite(shard[filled:][: len(batch)], rows[filled], what)
-                filled += len(batch)
-                progress.advance(len(batch))
-            writer.write(rows, shard)
 
 
 def prompt_rows(
@@ -224,29 +222,70 @@ def prompt_rows(
     return rows, list(index_of)
 
 
-def _require_room(
-    folder: epath.Path, moments: shards.Writer, states: shards.Writer
-) -> None:
-    parts = [
-        f"{what} {'x'.join(map(str, writer.shape))} {writer.dtype}"
-        for what, writer in (("moments", moments), ("text states", states))
+def _text_part(
+    folder: epath.Path,
+    model: stable_diffusion.StableDiffusion,
+    prompts: list[str],
+    section: dict[str, Any],
+) -> Part:
+    return Part(
+        what="prompt",
+        component="text_encoder",
+        encode=model.text_states,
+        inputs=lambda rows: model.tokenize(prompts[rows.start : rows.stop]),
+        name=lambda row: repr(prompts[row]),
+        writer=shards.Writer(
+            folder / "text_states",
+            rows=len(prompts),
+            row_shape=(model.context_length, model.text_width),
+            dtype=section["dtype"],
+        ),
+    )
+
+
+def _image_part(
+    folder: epath.Path,
+    model: stable_diffusion.StableDiffusion,
+    train: splits.Split,
+    section: dict[str, Any],
+) -> Part:
+    side = train.images.shape[1] // model.downsampling
+    return Part(
+        what="image",
+        component="vae",
+        encode=model.encode_pixels,
+        inputs=lambda rows: image_rows(train.images, rows),
+        name=lambda row: train.ids[row % len(train.ids)],
+        writer=shards.Writer(
+            folder / "moments",
+            rows=len(train.images) * (2 if section["flip"] else 1),
+            row_shape=(side, side, 2 * model.latent_channels),
+            dtype=section["dtype"],
+        ),
+    )
+
+
+def _require_room(folder: epath.Path, parts: Sequence[Part]) -> None:
+    arrays = [
+        f"{part.writer.shape[0]} {part.what}s x {part.writer.row_bytes} bytes"
+        for part in parts
     ]
     require_room(
         folder,
-        moments.missing_bytes + states.missing_bytes,
-        what=f"what is missing of the cache ({' and '.join(parts)})",
+        sum(part.writer.missing_bytes for part in parts),
+        what=f"the rest of the cache ({' + '.join(arrays)})",
         fix="Free some or name a --workdir on another disk; "
         "--config.encode.dtype=float16 needs half.",
     )
 
 
-def _require_finite(rows: np.ndarray, first: int, what: str) -> None:
-    finite = np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))
-    if not finite.all():
-        raise UserError(
-            f"encode: {what} {first + int(np.argmin(finite))}",
-            wanted="finite numbers from the base model",
-            got=f"NaN or infinity, or more than {rows.dtype} holds",
-            fix="Set --config.encode.dtype=float32; if it is, the base model's weights "
-            "are damaged: download them again.",
-        )
+def _require_finite(part: Part, rows: range, array: np.ndarray) -> None:
+    finite = np.isfinite(array[: len(rows)]).reshape(len(rows), -1).all(axis=1)
+    require(
+        bool(finite.all()),
+        f"encode: {part.what} {part.name(rows[int(np.argmin(finite))])}",
+        wanted="finite numbers from the base model",
+        got=f"NaN or infinity, or more than {array.dtype} holds",
+        fix="Set --config.encode.dtype=float32; if it is, the base model's weights are "
+        "damaged: download them again.",
+    )

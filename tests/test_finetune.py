@@ -13,7 +13,7 @@ from PIL import Image
 
 from mvc_jax import finetune, train
 from mvc_jax.configs import common
-from mvc_jax.data.cache import pair_rows, pairs_of_all_classes
+from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
 from mvc_jax.models import diffusers_layout, lora
 from mvc_jax.training import optim, rng, sharding
@@ -137,20 +137,6 @@ def test_learning_rates_warm_up_and_stay_or_fall(name, last):
     np.testing.assert_allclose(rates[:5], [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rtol=1e-6)
     assert rates[20] == pytest.approx(last, abs=1e-9)
     assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
-
-
-def test_mirror_images_are_drawn_for_source_and_target_alone():
-    pairs = np.arange(40, dtype=np.int32).reshape(20, 2)
-    assert not pair_rows(pairs, 3, seed=0, batch_size=8)["source_flip"].any()
-    one, again, later = (
-        pair_rows(pairs, step, seed=0, batch_size=2000, flip=True) for step in (3, 3, 4)
-    )
-    np.testing.assert_array_equal(one["source_flip"], again["source_flip"])
-    assert (one["source_flip"] != later["source_flip"]).any()
-    for a in (False, True):
-        for b in (False, True):
-            share = ((one["source_flip"] == a) & (one["target_flip"] == b)).mean()
-            assert abs(share - 0.25) < 0.04
 
 
 def test_pictures_show_one_pair_of_each_class_first():

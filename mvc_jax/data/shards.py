@@ -80,6 +80,10 @@ class Writer:
         return np.dtype(self._layout.dtype)
 
     @property
+    def row_bytes(self) -> int:
+        return self._layout.row_bytes
+
+    @property
     def missing(self) -> list[range]:
         """The rows of each shard that is still to be written."""
         pairs = zip(self._layout.spans, self._written, strict=True)
@@ -87,7 +91,7 @@ class Writer:
 
     @property
     def missing_bytes(self) -> int:
-        return sum(len(span) for span in self.missing) * self._layout.row_bytes
+        return sum(len(span) for span in self.missing) * self.row_bytes
 
     @property
     def names(self) -> list[str]:
@@ -123,6 +127,8 @@ class Writer:
         if layout != self._layout:
             logging.warning("%s is of another array: all shards are made anew", path)
             return nothing
+        if any(written):
+            logging.info("%s: checking the shards that are there", self._folder)
         for shard, described in enumerate(written):
             path = self._folder / _name(shard)
             if described is None or not path.exists():
