@@ -69,7 +69,7 @@ def resolve(
             got=repr(revision),
             fix="Leave it empty.",
         )
-        folder, commit = epath.Path(name).expanduser(), None
+        folder, commit = _local(name), None
     else:
         patterns = download_patterns(variant)
         folder = hub.download(name, patterns, field=field(name), revision=revision)
@@ -178,6 +178,20 @@ def check_files(folder: epath.Path, name: str, variant: str) -> None:
             fix=_way_out(name, variant, pipeline, others),
             details=details,
         )
+
+
+def _local(name: str) -> epath.Path:
+    try:
+        folder = epath.Path(name).expanduser()
+        folder.exists()
+    except (ImportError, KeyError) as error:  # no library for its scheme
+        raise UserError(
+            field(name),
+            wanted="a path that etils.epath can open",
+            got=str(error),
+            fix="Install the library of that file system, or name a local folder.",
+        ) from error
+    return folder
 
 
 def _way_out(name: str, variant: str, pipeline: str, others: set[str]) -> str:

@@ -31,7 +31,7 @@ _SIZES = {  # bytes of one element of the dtypes that are at least checked
 }
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 _POINTER = b"version https://git-lfs"
-_BLOCK = 16 << 20  # bytes moved at a time; remote files have no `readinto`
+_BLOCK = 4 << 20  # bytes moved at a time; remote files have no `readinto`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def write(
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(shapes):
-            tensor = np.ascontiguousarray(fetch(name), DTYPES["F32"])
+            tensor = np.asarray(fetch(name), DTYPES["F32"], order="C")
             assert tensor.shape == tuple(shapes[name]), name
             content = tensor.reshape(-1).view(np.uint8)
             for start in range(0, content.size, _BLOCK):

@@ -158,7 +158,7 @@ def _to_flax(leaf: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
 def _to_torch(leaf: str, tensor: np.ndarray) -> np.ndarray:
     if leaf == "kernel":
         tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
-    return np.ascontiguousarray(tensor, dtype=np.float32)
+    return np.asarray(tensor, np.float32, order="C")
 
 
 def _renamed(
