@@ -24,6 +24,7 @@ REQUIRED = [
     "orbax-checkpoint>=0.12.8",
     "pillow",
     "pyarrow",
+    "pyyaml",
     "safetensors",
     "scikit-learn",
     "tensorboardX",
