@@ -26,6 +26,7 @@ REQUIRED = [
     "pillow",
     "psutil",
     "pyarrow",
+    "pyyaml",
     "safetensors",
     "scikit-learn",
     "tensorboardX",
