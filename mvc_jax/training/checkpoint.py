@@ -182,9 +182,6 @@ class Checkpoints:
         except Exception as error:
             if not is_full_disk(error):
                 raise
-            if jax.process_index() == 0:  # what was written of it fills the disk
-                for part in self._folder.glob(f"{self._saving.name}.*"):
-                    part.rmtree()
             raise UserError(
                 str(self._saving),
                 wanted=f"{self._size} bytes of free disk for {_FULL['what']}",

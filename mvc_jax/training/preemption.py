@@ -63,12 +63,12 @@ def handled() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request.forget()
     before = signal.signal(signal.SIGTERM, _request.on_signal)
     try:
         yield
     finally:  # None: a handler that was not installed from Python
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        _request.forget()
 
 
 @contextlib.contextmanager
