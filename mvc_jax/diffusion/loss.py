@@ -69,6 +69,33 @@ def squared_error(
     return jnp.mean((prediction - target) ** 2, axis=(1, 2, 3))
 
 
+def loss_weights(
+    timesteps: Int[Array, " B"],
+    alphas_cumprod: Float[Array | np.ndarray, " T"],
+    prediction_type: str,
+    gamma: float,
+) -> Float[Array, " B"]:
+    """Min-SNR-gamma weights of the squared error (arXiv 2303.09556, section 3.4).
+
+    With SNR = alpha / (1 - alpha): min(SNR, gamma) / SNR where the network predicts the
+    noise, min(SNR, gamma) / (SNR + 1) where it predicts v; both weigh the implied error
+    of x_0 by min(SNR, gamma).
+
+    Args:
+      gamma: above 0; the paper's is 5.
+
+    Raises:
+      ValueError: `prediction_type` is neither `epsilon` nor `v_prediction`.
+    """
+    alphas = jnp.asarray(alphas_cumprod)[timesteps]
+    clipped = jnp.minimum(alphas, gamma * (1.0 - alphas))  # min(SNR, gamma) (1 - alpha)
+    if prediction_type == "epsilon":
+        return clipped / alphas
+    if prediction_type == "v_prediction":
+        return clipped
+    raise ValueError(f"unknown prediction_type {prediction_type!r}")
+
+
 def drop_conditions(
     uniform: Float[Array, " B"], rate: float
 ) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
