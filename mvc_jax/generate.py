@@ -49,9 +49,9 @@ def check(config: ConfigDict) -> None:
             fix="Raise it.",
         )
     require(
-        section.steps <= 1000,
+        section.steps < 1000,
         "config.generate.steps",
-        wanted="at most 1000, the timesteps of training",
+        wanted="fewer than 1000, the timesteps of training",
         got=section.steps,
         fix="Lower it; 50 is usual.",
     )

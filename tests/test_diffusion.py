@@ -117,3 +117,24 @@ def test_a_perfect_denoiser_returns_the_latents(tiny):
     np.testing.assert_allclose(drawn, target, atol=4 * last)
     assert list(timesteps) == sorted(timesteps, reverse=True)
     assert len(timesteps) == 20
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0, 20.0])
+def test_min_snr_weighs_the_error_of_x0_by_the_clipped_snr(gamma):
+    """An error of x_0 is one of the noise times SNR, of v times SNR + 1."""
+    timesteps = jnp.arange(1000)
+    snr = ALPHAS / (1 - ALPHAS)
+    of_noise = loss.loss_weights(timesteps, ALPHAS, "epsilon", gamma)
+    of_v = loss.loss_weights(timesteps, ALPHAS, "v_prediction", gamma)
+    clipped = jnp.minimum(snr, gamma)
+    np.testing.assert_allclose(of_noise * snr, clipped, rtol=1e-4)
+    np.testing.assert_allclose(of_v * (snr + 1), clipped, rtol=1e-4)
+    noisy = snr < gamma
+    assert noisy.any() and not noisy.all()
+    np.testing.assert_allclose(of_noise[noisy], 1.0, rtol=1e-6)
+    assert (jnp.diff(of_noise[~noisy]) > 0).all()
+
+
+def test_min_snr_knows_epsilon_and_v_only():
+    with pytest.raises(ValueError, match="sample"):
+        loss.loss_weights(jnp.arange(3), ALPHAS, "sample", 5.0)

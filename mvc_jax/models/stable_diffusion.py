@@ -21,7 +21,9 @@ from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
+from mvc_jax.errors import require
 from mvc_jax.models import attention, lora
+from mvc_jax.models.ddim import ddim_config
 
 Params = dict[str, Any]
 
@@ -34,7 +36,7 @@ class StableDiffusion:
     `text_encoder`, and `lora` where the UNet has adapters.
 
     Attributes:
-      configs: of the three, and of the `scheduler`.
+      configs: of the three, and of the `scheduler`, which is made DDIM's.
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: how the UNet's runs, one of `attention.ASKED`.
@@ -46,6 +48,11 @@ class StableDiffusion:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+
+    def __post_init__(self):
+        scheduler = ddim_config(self.configs["scheduler"])
+        configs = {**self.configs, "scheduler": scheduler}
+        object.__setattr__(self, "configs", configs)
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -90,7 +97,7 @@ class StableDiffusion:
     @property
     def prediction_type(self) -> str:
         """`epsilon` or `v_prediction`: what the UNet predicts."""
-        return self.configs["scheduler"].get("prediction_type", "epsilon")
+        return self.configs["scheduler"]["prediction_type"]
 
     @property
     def conditioned(self) -> bool:
@@ -186,7 +193,18 @@ class StableDiffusion:
         """DDIM (eta = 0): its timesteps, and `step(latents, prediction, timestep)`.
 
         Equations (12) and (16) of Song et al., arXiv 2010.02502, by the library.
+
+        Raises:
+          UserError: there are not enough training timesteps for as many steps.
         """
+        trained = self.configs["scheduler"]["num_train_timesteps"]
+        require(
+            0 < steps < trained,
+            "steps of DDIM",
+            wanted=f"1 to {trained - 1}; the base was trained on {trained} timesteps",
+            got=steps,
+            fix="50 to 100 are usual.",
+        )
         scheduler = _build(FlaxDDIMScheduler, self.configs["scheduler"])
         state = scheduler.set_timesteps(scheduler.create_state(), steps)
 

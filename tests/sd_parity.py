@@ -1,0 +1,421 @@
+"""What is compared with PyTorch: for each comparison our arrays, and PyTorch's.
+
+`COMPARISONS` maps a name to a pair of functions that return arrays of the same names.
+Ours takes a family; PyTorch's takes the family and its pipelines, which it reads from
+the folders that our `save` wrote. `golden/make.py` stores what PyTorch's return.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sd_families
+from sd_families import LATENTS, PROMPTS, normal
+
+from mvc_jax.diffusion import loss
+from mvc_jax.diffusion.guidance import image_text_guidance
+from mvc_jax.diffusion.samplers import sample
+from mvc_jax.models import diffusers_layout
+from mvc_jax.models.stable_diffusion import Params, StableDiffusion
+
+Arrays = dict[str, np.ndarray]
+GOLDEN = pathlib.Path(__file__).with_name("golden")
+
+TIMESTEPS = np.array([0, 1, 500, 999], np.int32)
+DROP_RATE = 0.05
+UNIFORM = np.array([0.02, 0.07, 0.12, 0.5], np.float32)  # no text, none, no image, both
+TEXT_SCALE, IMAGE_SCALE, STEPS = 7.5, 1.5, 4
+
+
+def bar(name: str, reference: np.ndarray) -> float:
+    """The largest difference allowed: 1e-5, or 1e-4 after a whole walk of sampling.
+
+    Absolute for arrays of order 1, relative to the largest number in smaller ones.
+    """
+    scale = min(1.0, float(np.abs(reference).max()))
+    return (1e-4 if name == "sample" else 1e-5) * scale
+
+
+def assert_equal(name: str, ours: Arrays, reference: Arrays) -> None:
+    """Fails with the array, the difference and the scale of what is compared."""
+    assert ours.keys() == reference.keys()
+    for key, expected in reference.items():
+        actual = ours[key]
+        assert actual.shape == expected.shape, (key, actual.shape, expected.shape)
+        if expected.dtype.kind == "i":
+            np.testing.assert_array_equal(actual, expected)
+            continue
+        scale = f"{key}: std {expected.std():.2g}, largest {np.abs(expected).max():.2g}"
+        print(scale, f"difference {np.abs(actual - expected).max():.1e}")
+        np.testing.assert_allclose(
+            actual, expected, rtol=0, atol=bar(name, expected), err_msg=scale
+        )
+
+
+def read_golden(family: str, name: str) -> Arrays:
+    with np.load(GOLDEN / f"{family}.npz") as stored:
+        keys = [key for key in stored if key.startswith(f"{name}/")]
+        return {key.removeprefix(f"{name}/"): stored[key] for key in keys}
+
+
+def thin(arrays: Arrays) -> Arrays:
+    """Every seventh number of large arrays, in their order: what golden files hold."""
+    return {
+        key: array.reshape(-1)[::7] if array.size > 4096 else array
+        for key, array in arrays.items()
+    }
+
+
+def write_folders(family: str, root: pathlib.Path) -> None:
+    """Our `save` of the base, and of its fine-tuned child."""
+    diffusers_layout.save(root / "base", *sd_families.checkpoint(family))
+    diffusers_layout.save(root / "fine_tuned", *sd_families.fine_tuned(family))
+
+
+class Pipelines:
+    """PyTorch's pipelines from the two folders of `write_folders`."""
+
+    def __init__(self, root: pathlib.Path):
+        import diffusers
+
+        diffusers.utils.logging.disable_progress_bar()
+        for folder in ("base", "fine_tuned"):
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(root / folder)
+            pipeline.set_progress_bar_config(disable=True)
+            setattr(self, folder, pipeline)
+
+
+# The UNet.
+
+
+def unet_inputs(model: StableDiffusion, family: str) -> tuple[np.ndarray, ...]:
+    config = model.configs["unet"]
+    batch = len(TIMESTEPS)
+    latents = normal(f"{family} latents", batch, *LATENTS, config["in_channels"])
+    states = normal(f"{family} states", batch, 77, config["cross_attention_dim"])
+    return latents, TIMESTEPS, states
+
+
+def unet(family: str) -> Arrays:
+    model, params = sd_families.checkpoint(family)
+    inputs = unet_inputs(model, family)
+    return {
+        "prediction": _numpy(jax.jit(model.denoise)(_only(params, "unet"), *inputs))
+    }
+
+
+def unet_torch(family: str, pipelines: Pipelines) -> Arrays:
+    model, _ = sd_families.checkpoint(family)
+    latents, timesteps, states = unet_inputs(model, family)
+    network = pipelines.base.unet
+    out = network(_tensor(latents), _tensor(timesteps), _tensor(states)).sample
+    return {"prediction": _array(out)}
+
+
+# The autoencoder.
+
+
+def autoencoder_inputs(family: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images, and latents as the sampler would leave them."""
+    latents = np.float32(0.18215) * normal(f"{family} decode", 1, *LATENTS, 4)
+    return sd_families.images(f"{family} encode", 2), latents
+
+
+def autoencoder(family: str) -> Arrays:
+    model, params = sd_families.checkpoint(family)
+    params = _only(params, "vae")
+    images, latents = autoencoder_inputs(family)
+    return {
+        "moments": _numpy(jax.jit(model.moments)(params, images)),
+        "images": _numpy(jax.jit(model.decode)(params, latents)),
+    }
+
+
+def autoencoder_torch(family: str, pipelines: Pipelines) -> Arrays:
+    vae = pipelines.base.vae
+    images, latents = autoencoder_inputs(family)
+    posterior = vae.encode(_tensor(images)).latent_dist
+    moments = np.concatenate([_array(posterior.mean), _array(posterior.logvar)], -1)
+    decoded = vae.decode(_tensor(latents) / vae.config.scaling_factor).sample
+    return {"moments": moments, "images": _array(decoded)}
+
+
+# Token ids and text states.
+
+
+def text(family: str) -> Arrays:
+    model, params = sd_families.checkpoint(family)
+    ids = model.tokenize(PROMPTS)
+    encode = jax.jit(model.text_states)
+    states = encode(_only(params, "text_encoder"), jnp.asarray(ids))
+    return {"ids": ids, "states": _numpy(states)}
+
+
+def text_torch(family: str, pipelines: Pipelines) -> Arrays:
+    ids = _tokenize_torch(pipelines.base.tokenizer, PROMPTS)
+    return {
+        "ids": ids.numpy().astype(np.int32),
+        "states": pipelines.base.text_encoder(ids)[0].numpy(),
+    }
+
+
+# The noise schedule and DDIM.
+
+
+def schedule_inputs(family: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    latents, noise = normal(f"{family} schedule", 2, len(TIMESTEPS), 2, 3, 4)
+    predictions = normal(f"{family} predictions", 7, len(TIMESTEPS), 2, 3, 4)
+    return latents, noise, list(predictions)
+
+
+def schedule(family: str) -> Arrays:
+    model, _ = sd_families.checkpoint(family)
+    latents, noise, predictions = schedule_inputs(family)
+    alphas = model.alphas_cumprod
+    arguments = (jnp.asarray(latents), jnp.asarray(noise), jnp.asarray(TIMESTEPS))
+    velocity = loss.prediction_target(*arguments, alphas, "v_prediction")
+    arrays = {
+        "alphas_cumprod": alphas,
+        "noisy": _numpy(loss.add_noise(*arguments, alphas)),
+        "velocity": _numpy(velocity),
+        "timesteps_50": model.ddim(50)[0],
+        "timesteps_7": model.ddim(7)[0],
+    }
+    timesteps, step = model.ddim(len(predictions))
+    steps = [
+        step(jnp.asarray(latents), jnp.asarray(prediction), jnp.asarray(timestep))
+        for timestep, prediction in zip(timesteps, predictions, strict=True)
+    ]
+    return arrays | {"steps": np.stack([_numpy(latents) for latents in steps])}
+
+
+def schedule_torch(family: str, pipelines: Pipelines) -> Arrays:
+    """Noise by the published config, as diffusers' examples train; steps by ours."""
+    import diffusers
+
+    published = sd_families.SCHEDULERS[family]
+    ddpm = diffusers.DDPMScheduler.from_config(published)
+    latents, noise, predictions = schedule_inputs(family)
+    exported = pipelines.base.scheduler
+    arguments = (_tensor(latents), _tensor(noise), _tensor(TIMESTEPS).long())
+    arrays = {
+        "alphas_cumprod": ddpm.alphas_cumprod.numpy(),
+        "noisy": _array(ddpm.add_noise(*arguments)),
+        "velocity": _array(ddpm.get_velocity(*arguments)),
+    }
+    for count in (50, 7):
+        exported.set_timesteps(count)
+        timesteps = exported.timesteps.numpy().astype(np.int32)
+        arrays[f"timesteps_{count}"] = timesteps
+    steps = [
+        exported.step(_tensor(prediction), timestep, _tensor(latents)).prev_sample
+        for timestep, prediction in zip(exported.timesteps, predictions, strict=True)
+    ]
+    return arrays | {"steps": np.stack([_array(latents) for latents in steps])}
+
+
+# One InstructPix2Pix training loss.
+
+
+def training_inputs(family: str) -> dict[str, np.ndarray]:
+    batch = len(TIMESTEPS)
+    return {
+        "target": sd_families.images(f"{family} target", batch),
+        "source": sd_families.images(f"{family} source", batch),
+        "posterior_noise": normal(f"{family} posterior", batch, *LATENTS, 4),
+        "noise": normal(f"{family} noise", batch, *LATENTS, 4),
+    }
+
+
+def instruct_pix2pix_loss(
+    model: StableDiffusion, params: Params, batch: dict[str, Any]
+) -> jax.Array:
+    """The mean squared error of `batch`, draws included, composed as in `finetune`."""
+    latents = loss.posterior_sample(batch["target_moments"], batch["posterior_noise"])
+    latents = latents * model.scaling_factor
+    drop_text, drop_image = loss.drop_conditions(batch["uniform"], DROP_RATE)
+    states = jnp.where(
+        drop_text[:, None, None], batch["null_states"][None], batch["text_states"]
+    )
+    cond_latents = loss.posterior_mode(batch["source_moments"])
+    cond_latents = jnp.where(drop_image[:, None, None, None], 0.0, cond_latents)
+    arguments = (latents, batch["noise"], batch["timesteps"], model.alphas_cumprod)
+    target = loss.prediction_target(*arguments, model.prediction_type)
+    inputs = jnp.concatenate([loss.add_noise(*arguments), cond_latents], axis=-1)
+    prediction = model.denoise(params, inputs, batch["timesteps"], states)
+    return loss.squared_error(prediction, target).mean()
+
+
+def training(family: str) -> Arrays:
+    model, params = sd_families.fine_tuned(family)
+    encode = jax.jit(model.moments)
+    states = jax.jit(model.text_states)(
+        _only(params, "text_encoder"), jnp.asarray(model.tokenize(PROMPTS))
+    )
+    inputs = training_inputs(family)
+    batch = {
+        "target_moments": encode(_only(params, "vae"), inputs["target"]),
+        "source_moments": encode(_only(params, "vae"), inputs["source"]),
+        "posterior_noise": inputs["posterior_noise"],
+        "noise": inputs["noise"],
+        "timesteps": TIMESTEPS,
+        "uniform": UNIFORM,
+        "text_states": states,
+        "null_states": states[PROMPTS.index("")],
+    }
+
+    def loss_of(conv_in, unet, batch):
+        with_conv_in = {"unet": {**unet, "conv_in": conv_in}}
+        return instruct_pix2pix_loss(model, with_conv_in, batch)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss_of))(
+        params["unet"]["conv_in"], params["unet"], batch
+    )
+    return {"loss": _numpy(value), **{k: _numpy(v) for k, v in gradient.items()}}
+
+
+def training_torch(family: str, pipelines: Pipelines) -> Arrays:
+    """The step of diffusers' InstructPix2Pix training example, with our draws."""
+    import diffusers
+    import torch
+
+    pipeline = pipelines.fine_tuned
+    vae, text_encoder = pipeline.vae, pipeline.text_encoder
+    scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+    inputs = {name: _tensor(array) for name, array in training_inputs(family).items()}
+    timesteps, uniform = _tensor(TIMESTEPS).long(), torch.from_numpy(UNIFORM)
+
+    posterior = vae.encode(inputs["target"]).latent_dist
+    latents = posterior.mean + posterior.std * inputs["posterior_noise"]
+    latents = latents * vae.config.scaling_factor
+    noisy = scheduler.add_noise(latents, inputs["noise"], timesteps)
+    source = vae.encode(inputs["source"]).latent_dist.mode()
+
+    states = text_encoder(_tokenize_torch(pipeline.tokenizer, PROMPTS))[0]
+    null = text_encoder(_tokenize_torch(pipeline.tokenizer, [""]))[0]
+    no_text = (uniform < 2 * DROP_RATE).reshape(-1, 1, 1)
+    states = torch.where(no_text, null, states)
+    no_image = (uniform >= DROP_RATE) & (uniform < 3 * DROP_RATE)
+    source = source * (1 - no_image.float()).reshape(-1, 1, 1, 1)
+
+    target = inputs["noise"]
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(latents, inputs["noise"], timesteps)
+    unet = pipeline.unet
+    with torch.enable_grad():
+        prediction = unet(torch.cat([noisy, source], dim=1), timesteps, states).sample
+        value = torch.nn.functional.mse_loss(prediction, target)
+        weight, bias = torch.autograd.grad(value, list(unet.conv_in.parameters()))
+    return {
+        "loss": value.detach().numpy(),
+        "kernel": weight.permute(2, 3, 1, 0).numpy(),
+        "bias": bias.numpy(),
+    }
+
+
+# One whole sample of the pipeline.
+
+
+def sample_inputs(family: str) -> tuple[np.ndarray, str, np.ndarray]:
+    source = sd_families.images(f"{family} condition", 1)
+    return source, PROMPTS[1], normal(f"{family} start", 1, *LATENTS, 4)
+
+
+def whole_sample(family: str) -> Arrays:
+    model, params = sd_families.fine_tuned(family)
+    source, prompt, noise = sample_inputs(family)
+    ids = jnp.asarray(model.tokenize(["", prompt]))
+    timesteps, step = model.ddim(STEPS)
+
+    @jax.jit
+    def draw(params, source, ids, noise):
+        null_states, text_states = model.text_states(params, ids)
+        guided = image_text_guidance(
+            functools.partial(model.denoise, params),
+            text_states=text_states[None],
+            null_states=null_states,
+            cond_latents=loss.posterior_mode(model.moments(params, source)),
+            text_scale=TEXT_SCALE,
+            image_scale=IMAGE_SCALE,
+        )
+        latents = sample(guided, step, timesteps, noise)
+        return latents, model.decode(params, latents)
+
+    latents, images = draw(params, source, ids, noise)
+    images = np.clip(_numpy(images) / 2 + 0.5, 0, 1)
+    return {"latents": _numpy(latents), "images": images}
+
+
+def whole_sample_torch(family: str, pipelines: Pipelines) -> Arrays:
+    source, prompt, noise = sample_inputs(family)
+    last = {}
+
+    def keep(pipeline, step, timestep, tensors):
+        last.update(tensors)
+        return tensors
+
+    images = pipelines.fine_tuned(
+        prompt,
+        image=source / 2 + 0.5,
+        num_inference_steps=STEPS,
+        guidance_scale=TEXT_SCALE,
+        image_guidance_scale=IMAGE_SCALE,
+        latents=_tensor(noise),
+        output_type="np",
+        callback_on_step_end=keep,
+    ).images
+    return {"latents": _array(last["latents"]), "images": images}
+
+
+COMPARISONS: dict[str, tuple[Callable[..., Arrays], Callable[..., Arrays]]] = {
+    "unet": (unet, unet_torch),
+    "autoencoder": (autoencoder, autoencoder_torch),
+    "text": (text, text_torch),
+    "schedule": (schedule, schedule_torch),
+    "training": (training, training_torch),
+    "sample": (whole_sample, whole_sample_torch),
+}
+
+
+def compute_torch(family: str, pipelines: Pipelines) -> dict[str, Arrays]:
+    """PyTorch's arrays of every comparison."""
+    import torch
+
+    with torch.no_grad():
+        return {
+            name: theirs(family, pipelines) for name, (_, theirs) in COMPARISONS.items()
+        }
+
+
+def _only(params: Params, component: str) -> Params:
+    return {component: params[component]}
+
+
+def _numpy(array: jax.Array) -> np.ndarray:
+    return np.asarray(array)
+
+
+def _tensor(array: np.ndarray) -> Any:
+    """Channels first, where the array is a batch of images or latents."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return tensor.permute(0, 2, 3, 1).numpy()
+
+
+def _tokenize_torch(tokenizer: Any, prompts: Any) -> Any:
+    return tokenizer(
+        list(prompts),
+        max_length=tokenizer.model_max_length,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
