@@ -73,6 +73,7 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         )
         self._folder = epath.Path(folder).absolute()
+        self._saving, self._size = self._folder, 0  # the last save, for its errors
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         for step in self._manager.all_steps():
             with contextlib.suppress(Exception):  # damaged: told when it is restored
