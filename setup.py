@@ -19,11 +19,14 @@ REQUIRED = [
     "jinja2",
     "matplotlib",
     "ml_collections>=1.1",
+    "ml_dtypes",
     "numpy>=2",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow",
+    "psutil",
     "pyarrow",
+    "pyyaml",
     "safetensors",
     "scikit-learn",
     "tensorboardX",
@@ -39,7 +42,8 @@ EXTRAS = {
     "caption": ["torch"],  # BLIP-2
     # To prepare TFDS datasets; TFDS imports importlib_resources without asking for it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
-    "torch": ["torch==2.13.0"],  # live parity tests
+    # Live tests beside PyTorch; peft is what diffusers loads adapters with.
+    "torch": ["torch==2.13.0", "peft>=0.21"],
     "dev": ["pytest", "hypothesis", "ruff", "beartype", "datasets>=4", "uv"],
 }
 

@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax.errors import require
 
-# hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir models/...
-STABLE_DIFFUSION = "models/stable-diffusion-v1-5"
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
 
 
 def get_config() -> ConfigDict:
@@ -30,28 +29,27 @@ def get_config() -> ConfigDict:
     config.data = _data()
 
     config.base = ConfigDict()
-    config.base.path = ""  # a Stable Diffusion folder; "": the one of `pretrain`
+    # A Stable Diffusion folder or its name on the Hugging Face hub; "": `pretrain`'s.
+    config.base.path = ""
+    config.base.variant = ""  # of the weights, e.g. fp16; "": the plain ones
+    config.base.revision = ""  # of a hub name: branch, tag or commit; "": the default
+    config.base.finetuned = False  # True: a base that was fine-tuned before is welcome
 
     config.caption = _caption()
 
     config.pretrain = _pretrain()
 
     config.encode = ConfigDict()
-    config.encode.batch_size = 16
+    config.encode.batch_size = 16  # images, or prompts, at once
+    # Also the mirror images, for `finetune` to draw from. Not where left and right mean
+    # something: digits, text, a heart.
+    config.encode.flip = False
+    config.encode.dtype = "float32"  # on disk; float16 halves it
 
     config.pairs = ConfigDict()
     config.pairs.rounds = 1  # pairs per training image
 
-    config.finetune = ConfigDict()
-    config.finetune.steps = 1000
-    config.finetune.batch_size = 50  # supplement
-    config.finetune.learning_rate = 1e-4  # supplement
-    config.finetune.warmup = 0
-    config.finetune.max_norm = 1.0  # of the gradient; 0: not clipped
-    config.finetune.ema_decay = 0.0  # 0: no average is kept
-    config.finetune.drop_rate = 0.05  # p of InstructPix2Pix's conditioning dropout
-    config.finetune.log_every = 20  # steps behind one row of metrics
-    config.finetune.checkpoint_every = 500
+    config.finetune = _finetune()
 
     config.mix = ConfigDict()
     config.mix.per_image = 4  # synthetic images per training image
@@ -156,6 +154,36 @@ def _caption() -> ConfigDict:
     config.num_beams = 3  # 1: greedy
     config.dtype = "auto"  # bfloat16 on an accelerator; or float32, bfloat16, int8
     config.batch_size = 8
+    return config
+
+
+def _finetune() -> ConfigDict:
+    config = ConfigDict()
+    config.mode = "full"  # or "lora": adapters alone, for a smaller GPU
+    config.lora = ConfigDict()
+    config.lora.rank = 16
+    config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' scripts
+    config.steps = 1000
+    config.batch_size = 50  # supplement
+    config.accumulate = 1  # micro-batches, one after the other, for less memory
+    config.learning_rate = 1e-4  # supplement
+    config.schedule = "constant"  # or "cosine", down to 0
+    config.warmup = 0
+    config.max_norm = 1.0  # of the gradient; 0: not clipped
+    config.ema_decay = 0.0  # 0: no average is kept
+    config.min_snr = 0.0  # gamma of min-SNR weighting, 5 is usual; 0: off
+    config.drop_rate = 0.05  # p of InstructPix2Pix's conditioning dropout
+    config.max_skipped = 10  # steps in a row without a finite loss: it stops
+    config.dtype = "auto"  # of activations: bfloat16 on an accelerator
+    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn
+    config.remat = "none"  # or blocks, full: less memory, more time
+    config.memory_gib = 0.0  # of one device, at most; 0: what it says it has
+    config.log_every = 20  # steps behind one row of metrics
+    config.sample_every = 500  # steps from one grid of samples to the next; 0: none
+    config.samples = 8  # pairs in it
+    config.checkpoint_every = 500
+    config.checkpoint_minutes = 20.0  # or after so long; 0: by steps alone
+    config.keep = 2  # the newest, besides the one with the lowest loss
     return config
 
 

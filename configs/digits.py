@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.pretrain.unet.steps = 1500
     config.finetune.steps = 300
     config.finetune.learning_rate = 2e-4  # gentle: the base must not be forgotten
+    config.finetune.schedule = "cosine"
     config.finetune.checkpoint_every = 100
 
     config.mix.per_image = 6

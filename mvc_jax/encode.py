@@ -1,27 +1,51 @@
 """Images, captions -> VAE moments and text states: computed once, read many times.
 
-Reads: the base model, training images, captions. Writes: `moments.npy` [N, h, w, 2c],
-`text_states.npy` [P, L, D] of the distinct prompts, the empty one first, and
-`prompts.jsonl`, a row for each training image.
+Reads: the base model, training images, captions. Writes, in shards: `moments/`
+[V N, h, w, 2c], image i in row i and, where `encode.flip` makes V = 2, its mirror image
+in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty one first. And
+`prompts.jsonl`, a row for each training image, and `base.json`, which base model that
+was, so that later stages read the same.
 """
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import captions, manifest, splits
-from mvc_jax.errors import require
-from mvc_jax.models import diffusers_layout, stable_diffusion
+from mvc_jax.data import captions, manifest, shards, splits
+from mvc_jax.errors import require, require_room
+from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import sharding
+from mvc_jax.training.console import Progress
+
+DTYPES = ("float32", "float16")
 
 
 def check(config: ConfigDict) -> None:
     """Checks the sections `encode` and `base`."""
-    if config.base.path:
-        diffusers_layout.check_folder(config.base.path)
+    base = config.base
+    if base.path:
+        diffusers_layout.check_base(
+            *(base.path, base.variant, base.revision),
+            finetuned=base.finetuned,
+            size=config.data.size,
+        )
+    require(
+        bool(base.path) or not (base.variant or base.revision),
+        "config.base",
+        wanted="no variant and no revision without a path: `pretrain` makes the base",
+        got=f"variant={base.variant!r}, revision={base.revision!r}",
+        fix="Leave both empty, or name a base in config.base.path.",
+    )
     require(
         config.encode.batch_size > 0,
         "config.encode.batch_size",
@@ -29,46 +53,136 @@ def check(config: ConfigDict) -> None:
         got=config.encode.batch_size,
         fix="Raise it.",
     )
+    require(
+        config.encode.dtype in DTYPES,
+        "config.encode.dtype",
+        wanted=f"one of {', '.join(DTYPES)}",
+        got=repr(config.encode.dtype),
+        fix="Name one of these.",
+    )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Encodes every training image and every distinct prompt."""
+    """Encodes every training image and every distinct prompt, shard by shard."""
     workdir = epath.Path(workdir)
+    section = config.encode.to_dict()
+    batch_size = section.pop("batch_size")  # changes no shard
     settings = {"seed": config.seed, "data": config.data.to_dict()}
-    settings |= {"base": config.base.to_dict()}
+    settings |= {"base": config.base.to_dict(), "encode": section}
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
     stage = manifest.open_stage(workdir, "encode", settings, inputs)
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    folder = config.base.path or workdir / "pretrain" / "model"
-    model, params = diffusers_layout.load(folder, ("vae", "text_encoder"))
-    require(
-        config.data.size % model.downsampling == 0,
-        "config.data.size",
-        wanted=f"a multiple of {model.downsampling}, the autoencoder's downsampling",
-        got=config.data.size,
-        fix="Round it.",
-    )
+    folder = _find_base(config, workdir, stage.folder / "base.json")
+    model, _ = diffusers_layout.load(folder, (), config.base.variant)
     train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
-
     rows, prompts = prompt_rows(model, train, texts, config.data)
     files.write_jsonl(stage.folder / "prompts.jsonl", rows)
-    ids = model.tokenize(prompts)
-    states = jax.jit(model.text_states)(params, ids)
-    files.write_array(stage.folder / "text_states.npy", np.asarray(states))
 
-    moments = stable_diffusion.encode_images(
-        model, params, train.images, batch_size=config.encode.batch_size, mesh=mesh
+    parts = (
+        _text_part(stage.folder, model, prompts, section),
+        _image_part(stage.folder, model, train, section),
     )
-    files.write_array(stage.folder / "moments.npy", moments)
-    logging.info("%d images, %d distinct prompts", len(moments), len(prompts))
+    _require_room(stage.folder, parts)
+    components = [part.component for part in parts]
+    _, params = diffusers_layout.load(folder, components, config.base.variant)
+    for part in parts:
+        fill(part, params, size=sharding.padded_size(batch_size, mesh), mesh=mesh)
+    logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
     stage.finish(
-        ["prompts.jsonl", "text_states.npy", "moments.npy"],
-        images=len(moments),
+        [
+            *("base.json", "prompts.jsonl"),
+            *(name for part in parts for name in part.writer.names),
+        ],
+        images=len(train.images),
         prompts=len(prompts),
     )
+
+
+def _find_base(
+    config: ConfigDict, workdir: epath.Path, record: epath.Path
+) -> epath.Path:
+    """The folder of the base model, looked over; which one it is goes into `record`."""
+    base, revision = config.base, config.base.revision
+    if record.exists():  # this stage was cut: it goes on with the same commit
+        revision = files.read_json(record)["revision"] or ""
+    folder, commit = checkpoint_folder.resolve(
+        base.path or workdir / "pretrain" / "model", base.variant, revision
+    )
+    diffusers_layout.check_base(
+        folder, base.variant, finetuned=base.finetuned, size=config.data.size
+    )
+    found = {"path": base.path, "variant": base.variant, "revision": commit}
+    files.write_json(record, found)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One array of the cache, and how its rows are made.
+
+    Attributes:
+      what: a row stands for, for the terminal.
+      component: whose parameters `encode` takes.
+      encode: (parameters, batch of inputs) -> rows.
+      inputs: row numbers -> inputs, on the host.
+      name: row number -> what it stands for, for an error.
+      writer: of the array.
+    """
+
+    what: str
+    component: str
+    encode: Callable[[Any, Any], jax.Array]
+    inputs: Callable[[range], np.ndarray]
+    name: Callable[[int], str]
+    writer: shards.Writer
+
+
+def fill(part: Part, params: Any, *, size: int, mesh: Mesh) -> None:
+    """Writes the missing shards of a part.
+
+    No batch runs over a shard's border, so that each shard is made of the same batches
+    whatever was there before.
+
+    Args:
+      part: of the cache.
+      params: host parameters, by component.
+      size: rows of a batch, a multiple of the number of devices.
+      mesh: the devices.
+
+    Raises:
+      UserError: a row is not finite.
+    """
+    params = {part.component: params[part.component]}
+    encode = sharding.over_batches(part.encode, params, size=size, mesh=mesh)
+    writer, missing = part.writer, part.writer.missing
+    total = writer.shape[0]
+    done = total - sum(len(rows) for rows in missing)
+    progress = Progress(f"encode/{part.what}s", total, done=done, unit=part.what)
+    with contextlib.closing(progress):
+        for rows in missing:
+            shard = np.empty((len(rows), *writer.shape[1:]), writer.dtype)
+            starts = range(0, len(rows), size)
+            batches = encode(part.inputs(rows[i : i + size]) for i in starts)
+            for start, batch in zip(starts, batches, strict=True):
+                with np.errstate(over="ignore"):  # becomes infinity, refused below
+                    shard[start : start + size] = batch
+                _require_finite(part, rows[start : start + size], shard[start:])
+                progress.advance(len(batch))
+            writer.write(rows, shard)
+
+
+def image_rows(
+    images: UInt8[np.ndarray, "N H W 3"], rows: range
+) -> UInt8[np.ndarray, "B H W 3"]:
+    """The images behind rows of the moments: from row N on, the mirror images."""
+    variants, indices = np.divmod(np.asarray(rows), len(images))
+    batch = images[indices]
+    mirrored = variants == 1
+    batch[mirrored] = batch[mirrored, :, ::-1]
+    return batch
 
 
 def prompt_rows(
@@ -106,3 +220,72 @@ def prompt_rows(
         row |= {"caption_tokens": model.count_tokens(prompt.caption) - 2}
         rows.append(row | {"tokens": model.count_tokens(prompt.text)})
     return rows, list(index_of)
+
+
+def _text_part(
+    folder: epath.Path,
+    model: stable_diffusion.StableDiffusion,
+    prompts: list[str],
+    section: dict[str, Any],
+) -> Part:
+    return Part(
+        what="prompt",
+        component="text_encoder",
+        encode=model.text_states,
+        inputs=lambda rows: model.tokenize(prompts[rows.start : rows.stop]),
+        name=lambda row: repr(prompts[row]),
+        writer=shards.Writer(
+            folder / "text_states",
+            rows=len(prompts),
+            row_shape=(model.context_length, model.text_width),
+            dtype=section["dtype"],
+        ),
+    )
+
+
+def _image_part(
+    folder: epath.Path,
+    model: stable_diffusion.StableDiffusion,
+    train: splits.Split,
+    section: dict[str, Any],
+) -> Part:
+    side = train.images.shape[1] // model.downsampling
+    return Part(
+        what="image",
+        component="vae",
+        encode=model.encode_pixels,
+        inputs=lambda rows: image_rows(train.images, rows),
+        name=lambda row: train.ids[row % len(train.ids)],
+        writer=shards.Writer(
+            folder / "moments",
+            rows=len(train.images) * (2 if section["flip"] else 1),
+            row_shape=(side, side, 2 * model.latent_channels),
+            dtype=section["dtype"],
+        ),
+    )
+
+
+def _require_room(folder: epath.Path, parts: Sequence[Part]) -> None:
+    arrays = [
+        f"{part.writer.shape[0]} {part.what}s x {part.writer.row_bytes} bytes"
+        for part in parts
+    ]
+    require_room(
+        folder,
+        sum(part.writer.missing_bytes for part in parts),
+        what=f"the rest of the cache ({' + '.join(arrays)})",
+        fix="Free some or name a --workdir on another disk; "
+        "--config.encode.dtype=float16 needs half.",
+    )
+
+
+def _require_finite(part: Part, rows: range, array: np.ndarray) -> None:
+    finite = np.isfinite(array[: len(rows)]).reshape(len(rows), -1).all(axis=1)
+    require(
+        bool(finite.all()),
+        f"encode: {part.what} {part.name(rows[int(np.argmin(finite))])}",
+        wanted="finite numbers from the base model",
+        got=f"NaN or infinity, or more than {array.dtype} holds",
+        fix="Set --config.encode.dtype=float32; if it is, the base model's weights are "
+        "damaged: download them again.",
+    )

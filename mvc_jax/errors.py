@@ -1,8 +1,9 @@
 """The one exception that a user of the tool is meant to read."""
 
+import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class UserError(Exception):
@@ -39,6 +40,40 @@ def require(condition: bool, name: str, *, wanted: str, got: object, fix: str) -
         raise UserError(name, wanted=wanted, got=f"{got}", fix=fix)
 
 
+def require_within(
+    prefix: str, fields: Mapping, ranges: Mapping[str, tuple[float, float, str]]
+) -> None:
+    """Raises a `UserError` for the first field outside its range.
+
+    Args:
+      prefix: of the names, e.g. `"config.finetune"`.
+      fields: name -> value.
+      ranges: name -> (least, most, what to say as the way out).
+    """
+    for name, (least, most, fix) in ranges.items():
+        require(
+            least <= fields[name] <= most,
+            f"{prefix}.{name}",
+            wanted=f"a number from {least:g} to {most:g}",
+            got=fields[name],
+            fix=fix,
+        )
+
+
+def require_one_of(
+    prefix: str, fields: Mapping, choices: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises a `UserError` for the first field that is none of its choices."""
+    for name, known in choices.items():
+        require(
+            fields[name] in known,
+            f"{prefix}.{name}",
+            wanted=" or ".join(known),
+            got=repr(fields[name]),
+            fix="Name one of these.",
+        )
+
+
 def require_room(folder: os.PathLike, size: int, *, what: str, fix: str) -> None:
     """Raises a `UserError` unless a local disk has room for `size` bytes."""
     if "://" in str(folder):
@@ -51,3 +86,14 @@ def require_room(folder: os.PathLike, size: int, *, what: str, fix: str) -> None
         got=free,
         fix=fix,
     )
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether ENOSPC is anywhere in the chain; Orbax and pyarrow wrap it in words."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            return True
+        if "No space left on device" in str(error) or "ENOSPC" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -76,11 +76,13 @@ def map_array(path: epath.PathLike) -> np.ndarray:
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
-def sha256(path: epath.PathLike) -> str:
+def sha256(*paths: epath.PathLike) -> str:
+    """Of a file's bytes, or of several files' one after another."""
     digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with epath.Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

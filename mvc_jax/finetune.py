@@ -1,9 +1,12 @@
 """Cache, pairs -> a fine-tuned UNet that a source image conditions.
 
 Reads: the base model, `encode/`, `pairs/`. Writes: `model/`, the whole pipeline in the
-diffusers layout (`StableDiffusionInstructPix2PixPipeline`).
+diffusers layout (`StableDiffusionInstructPix2PixPipeline`) with its model card;
+`samples/`, pictures from fixed noise and fixed pairs; with `mode = "lora"` also
+`lora/`, the adapters alone.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,132 +18,229 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import manifest, order
-from mvc_jax.diffusion import loss
-from mvc_jax.errors import require
-from mvc_jax.models import diffusers_layout, stable_diffusion
+from mvc_jax.data import manifest, order, splits
+from mvc_jax.data.cache import (
+    open_cache,
+    pair_rows,
+    pairs_of_all_classes,
+    read_pairs,
+)
+from mvc_jax.diffusion import instruct_pix2pix, loss
+from mvc_jax.diffusion.guidance import image_text_guidance
+from mvc_jax.diffusion.samplers import sample
+from mvc_jax.errors import UserError, require_one_of, require_within
+from mvc_jax.models import diffusers_layout, lora, stable_diffusion
+from mvc_jax.models.diffusers_layout import WEIGHTS
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.gallery import Gallery
+from mvc_jax.training.journal import Journal, Watch
+from mvc_jax.training.loop import TrainState, create_state, fit, gradients
+from mvc_jax.training.memory import Room
+from mvc_jax.training.throughput import count_flops
+
+# They change what is kept, what is shown or how fast it goes, but not what is computed.
+_NO_RESULT = (
+    *("log_every", "checkpoint_every", "checkpoint_minutes", "keep"),
+    *("sample_every", "samples", "memory_gib", "attention", "remat", "accumulate"),
+)
+_CHOICES = {
+    "mode": ("full", "lora"),
+    "schedule": ("constant", "cosine"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "attention": ("auto", "xla", "mapped", "cudnn"),
+    "remat": ("none", "blocks", "full"),
+}
+_RANGES = {
+    "steps": (1, 1e9, "1000 is the default."),
+    "batch_size": (1, 1e6, "The paper's is 50."),
+    "accumulate": (1, 1e6, "1 takes the batch as a whole."),
+    "learning_rate": (1e-12, 1e3, "The paper's is 0.0001."),
+    "warmup": (0, 1e9, "0 starts at once."),
+    "max_norm": (0, 1e9, "1 is usual; 0 does not clip."),
+    "ema_decay": (0, 1 - 1e-9, "0.999 is usual; 0 keeps no average."),
+    "min_snr": (0, 1e6, "5 is usual; 0 weighs all timesteps alike."),
+    "drop_rate": (0, 1 / 3, "Text, image and both drop with it; 0.05 is usual."),
+    "max_skipped": (1, 1e9, "10 is the default."),
+    "log_every": (1, 1e9, "20 is the default."),
+    "checkpoint_every": (1, 1e9, "500 is the default."),
+    "checkpoint_minutes": (0, 1e6, "0 goes by steps alone."),
+    "keep": (1, 1e3, "2 keeps one to fall back on."),
+    "sample_every": (0, 1e9, "0 draws nothing."),
+    "samples": (1, 1024, "8 is the default."),
+    "memory_gib": (0, 1e6, "0 asks the device."),
+}
+_WAYS_OUT = (
+    "Lower config.finetune.batch_size ({batch_size}) or raise "
+    "config.finetune.accumulate ({accumulate}); set config.finetune.remat ({remat}) to "
+    "blocks or full; share the state among devices by config.mesh.fsdp; or train "
+    "adapters alone by config.finetune.mode=lora ({mode})."
+)
 
 
 def check(config: ConfigDict) -> None:
     """Checks the section `finetune`."""
     section = config.finetune
-    for field in ("steps", "batch_size", "log_every", "checkpoint_every"):
-        require(
-            section[field] > 0,
-            f"config.finetune.{field}",
-            wanted="at least 1",
-            got=section[field],
-            fix="Raise it.",
-        )
-    require(
-        0 < section.learning_rate < float("inf"),
-        "config.finetune.learning_rate",
-        wanted="a number above 0",
-        got=section.learning_rate,
-        fix="The paper's is 0.0001.",
-    )
-    require(
-        0 <= section.ema_decay < 1,
-        "config.finetune.ema_decay",
-        wanted="a rate in [0, 1); 0 keeps no average",
-        got=section.ema_decay,
-        fix="0.999 is usual.",
-    )
-    require(
-        0 <= section.drop_rate <= 1 / 3,
-        "config.finetune.drop_rate",
-        wanted="a rate in [0, 1/3] (text, image and both are each dropped with it)",
-        got=section.drop_rate,
-        fix="InstructPix2Pix uses 0.05.",
+    require_within("config.finetune", section, _RANGES)
+    require_one_of("config.finetune", section, _CHOICES)
+    require_within(
+        "config.finetune.lora", section.lora, {"rank": (1, 4096, "4 to 64 are usual.")}
     )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Widens the base UNet, trains it on the pairs, writes the pipeline."""
-    workdir = epath.Path(workdir)
+    workdir, section = epath.Path(workdir), config.finetune
+    shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
     settings = {"seed": config.seed, "base": config.base.to_dict()}
-    settings["finetune"] = config.finetune.to_dict()
+    settings["finetune"] = shaping
     stage = manifest.open_stage(workdir, "finetune", settings, ("encode", "pairs"))
     if stage.complete:
         return
+    try:
+        written, skipped = train(config, workdir, stage.folder)
+    except UserError:
+        if not any((stage.folder / "checkpoints").glob("[0-9]*")):
+            stage.abandon()  # nothing is kept: other settings may follow
+        raise
+    stage.finish(written, steps=section.steps, skipped_steps=skipped)
+
+
+def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
+    """Fits the UNet, or adapters, from the last checkpoint on, and exports it.
+
+    Returns:
+      the files written, relative to `folder`, and the number of steps skipped.
+    """
+    section = config.finetune
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    base, params = diffusers_layout.load(
-        config.base.path or workdir / "pretrain" / "model"
+    model, params = load_base(config, workdir)
+    model = model.computing(
+        dtype=section.dtype, attention=section.attention, remat=section.remat
     )
+    cache = open_cache(workdir / "encode")
+    cache.verify()
+    trained, fixed = params.pop("unet"), {"null_states": cache.null_states}
+    if section.mode == "lora":
+        fixed["base"] = jax.tree.map(  # frozen kernels need no master weights
+            lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, trained
+        )
+        trained = lora.init(
+            trained,
+            rank=section.lora.rank,
+            targets=section.lora.targets,
+            rng=order.generator(config.seed, "finetune/lora"),
+        )
+    fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
+    gallery = None
+    if section.sample_every:
+        gallery = make_gallery(config, workdir, model, mesh, cache, params, fixed)
+    step, tx = make_step(config, model)
+    state = fit(
+        step,
+        create_state(trained, tx, mesh, ema=section.ema_decay > 0),
+        read=make_reader(config, workdir, cache),
+        fixed=fixed,
+        mesh=mesh,
+        steps=section.steps,
+        checkpoints=Checkpoints(
+            folder / "checkpoints",
+            every=section.checkpoint_every,
+            minutes=section.checkpoint_minutes,
+            keep=section.keep,
+            best="loss",
+        ),
+        journal=Journal(
+            workdir,
+            "finetune",
+            log_every=section.log_every,
+            max_skipped=section.max_skipped,
+            flops=step_flops(model, section.mode, *cache.moments.shape[1:3]),
+            watch=gallery and Watch(section.sample_every, gallery.draw),
+        ),
+        accumulate=section.accumulate,
+        room=Room(int(section.memory_gib * 2**30), _WAYS_OUT.format(**section)),
+    )
+    return export(config, folder, model, params, state), int(state.skipped)
+
+
+def load_base(config: ConfigDict, workdir: epath.Path, components=WEIGHTS):
+    """The base model that `encode` read, conditioned on source latents, and its host
+    parameters."""
+    record = workdir / "encode" / "base.json"
+    found = diffusers_layout.recorded(record, workdir / "pretrain" / "model")
+    base, params = diffusers_layout.load(**found, components=components)
     model, params = base.widened(params)
     if model is base:
         logging.info("the base's UNet takes source latents already: not widened")
-    settings = config.finetune
-    schedule = optim.warmup_cosine(
-        settings.learning_rate, warmup=settings.warmup, steps=settings.steps
+    return model, params
+
+
+def make_step(config: ConfigDict, model):
+    """`train_step` with all but state and batch, and its optimiser."""
+    section = config.finetune
+    schedule = optim.schedule(
+        section.schedule,
+        section.learning_rate,
+        warmup=section.warmup,
+        steps=section.steps,
     )
-    tx = optim.adam(schedule, max_norm=settings.max_norm)
-    pairs = files.read_array(workdir / "pairs" / "pairs.npy")
-    state = fit(
-        functools.partial(
-            train_step,
-            model=model,
-            tx=tx,
-            key=rng.purpose_key(config.seed, "finetune"),
-            drop_rate=settings.drop_rate,
-            ema_decay=settings.ema_decay,
-        ),
-        create_state(params["unet"], tx, mesh, ema=settings.ema_decay > 0),
-        data=read_cache(workdir),
-        gather=gather,
-        rows=functools.partial(
-            pair_rows, pairs, seed=config.seed, batch_size=settings.batch_size
-        ),
-        mesh=mesh,
-        steps=settings.steps,
-        log_every=settings.log_every,
-        checkpoints=Checkpoints(
-            stage.folder / "checkpoints", every=settings.checkpoint_every
-        ),
-        metrics=lambda first: MetricsLog(workdir, "finetune", from_step=first),
-        name="finetune",
+    tx = optim.adam(schedule, max_norm=section.max_norm)
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        key=rng.purpose_key(config.seed, "finetune"),
+        drop_rate=section.drop_rate,
+        ema_decay=section.ema_decay,
+        min_snr=section.min_snr,
+        accumulate=section.accumulate,
     )
-    params = {**params, "unet": jax.device_get(state.averaged)}
-    written = diffusers_layout.save(stage.folder / "model", model, params)
-    stage.finish([f"model/{name}" for name in written], steps=settings.steps)
+    return step, tx
 
 
-def read_cache(workdir: epath.Path) -> dict[str, np.ndarray]:
-    """What `encode` wrote, as the arrays that `gather` reads."""
-    folder = workdir / "encode"
-    rows = files.read_jsonl(folder / "prompts.jsonl")
-    return {
-        "moments": files.read_array(folder / "moments.npy"),
-        "text_states": files.read_array(folder / "text_states.npy"),
-        "state_of": np.asarray([row["state"] for row in rows], np.int32),
-    }
+def make_reader(config: ConfigDict, workdir: epath.Path, cache):
+    """Step -> its pairs from the cache."""
+    rows = functools.partial(
+        pair_rows,
+        files.read_array(workdir / "pairs" / "pairs.npy"),
+        seed=config.seed,
+        batch_size=config.finetune.batch_size,
+        flip=cache.flipped,
+    )
+    return lambda step: read_pairs(cache, rows(step))
 
 
-def pair_rows(
-    pairs: np.ndarray, step: int, *, seed: int, batch_size: int
-) -> dict[str, np.ndarray]:
-    """The pairs of the batch at `step`: `source` and `target`, int32 [B]."""
-    chosen = pairs[
-        order.batch_indices(
-            seed, "finetune", step, batch_size=batch_size, size=len(pairs)
-        )
-    ]
-    return {"source": chosen[:, 0], "target": chosen[:, 1]}
+def export(config, folder, model, params, state) -> list[str]:
+    """Writes the pipeline, and in `lora` mode the adapters too; returns the files."""
+    trained = jax.device_get(state.averaged)
+    written = []
+    if config.finetune.mode == "lora":
+        names = lora.write(folder / "lora", trained)
+        written += [f"lora/{name}" for name in names]
+        # The base again, for on the device it may have been rounded to bfloat16.
+        _, whole = load_base(config, folder.parent, ("unet",))
+        trained = lora.merge(whole["unet"], trained)
+    names = diffusers_layout.save(folder / "model", model, params | {"unet": trained})
+    return [*written, *(f"model/{name}" for name in names)]
 
 
-def gather(data: dict, rows: dict) -> dict:
-    """Cache and rows -> batch, on the device; the text is the target's prompt."""
-    return {
-        "source_moments": data["moments"][rows["source"]],
-        "target_moments": data["moments"][rows["target"]],
-        "text_states": data["text_states"][data["state_of"][rows["target"]]],
-        "null_states": data["text_states"][0],
-        "weight": rows["weight"],
-    }
+def step_flops(
+    model: stable_diffusion.StableDiffusion, mode: str, height: int, width: int
+) -> float:
+    """FLOPs of a step on one example, by attention's plain form, without remat.
+
+    A forward pass, twice that for all gradients; once where weights are frozen.
+    """
+    plain = dataclasses.replace(model, attention="xla", remat="none")
+
+    def forward(unet, *inputs):
+        return plain.denoise({"unet": unet}, *inputs)
+
+    inputs = plain.inputs(height, width)
+    passes = {"full": 3, "lora": 2}[mode]
+    return passes * count_flops(forward, plain.shapes("unet"), *inputs)
 
 
 def train_step(
@@ -148,55 +248,146 @@ def train_step(
     batch: dict,
     *,
     model: stable_diffusion.StableDiffusion,
-    tx,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
     key: jax.Array,
     drop_rate: float,
-    ema_decay: float,
+    ema_decay: float = 0.0,
+    min_snr: float = 0.0,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict]:
     """One InstructPix2Pix step (arXiv 2211.09800, equation 2).
 
-    The noisy scaled *sample* of the target's posterior, with the unscaled *mode* of the
-    source's on the channel axis; text and source dropped as in section 3.2.1.
-
     Args:
-      state: with the UNet's parameters.
+      state: with the UNet's parameters; or with adapters, where the batch has a `base`.
       batch: `source_moments` and `target_moments` [B, h, w, 2c], `text_states`
-        [B, L, D], `null_states` [L, D], `weight` [B], 0 for padding.
+        [B, L, D], `null_states` [L, D], `weight` [B], 0 for padding; for adapters the
+        frozen parameters of the UNet, `base`.
       model: the architecture, conditioned.
       tx: the optimiser.
+      schedule: its learning rate by step, to be logged.
       key: root of the step's randomness; example i of step n draws by (n, i).
       drop_rate: p of `loss.drop_conditions`.
       ema_decay: of the averaged parameters, where the state keeps them.
+      min_snr: gamma of `loss.loss_weights`; 0: all timesteps weigh alike.
+      accumulate: micro-batches, a divisor of B.
 
     Returns:
-      the next state; `loss` and `grad_norm`.
+      the next state; `loss`, `grad_norm` (before clipping), `learning_rate`.
     """
     step_key = jax.random.fold_in(key, state.step)
-    keys = rng.example_keys(step_key, jnp.arange(batch["weight"].shape[0]))
-    posterior_keys, noise_keys, time_keys, drop_keys = rng.use_keys(keys, 4)
-    moments = batch["target_moments"]
-    shape = (*moments.shape[1:3], model.latent_channels)
-    latents = loss.posterior_sample(moments, rng.normal_like(posterior_keys, shape))
-    latents = latents * model.scaling_factor
-    noise = rng.normal_like(noise_keys, shape)
+    examples = noised(batch, step_key, model=model, drop_rate=drop_rate)
     alphas = model.alphas_cumprod
-    timesteps = rng.integers(time_keys, len(alphas))
-    target = loss.prediction_target(
-        latents, noise, timesteps, alphas, model.prediction_type
-    )
-    drop_text, drop_image = loss.drop_conditions(rng.uniform(drop_keys), drop_rate)
-    states = jnp.where(
-        drop_text[:, None, None], batch["null_states"][None], batch["text_states"]
-    )
-    cond_latents = loss.posterior_mode(batch["source_moments"])
-    cond_latents = jnp.where(drop_image[:, None, None, None], 0.0, cond_latents)
-    noisy = loss.add_noise(latents, noise, timesteps, alphas)
-    inputs = jnp.concatenate([noisy, cond_latents], axis=-1)
 
-    def loss_of(unet):
-        prediction = model.denoise({"unet": unet}, inputs, timesteps, states)
-        return weighted_mean(loss.squared_error(prediction, target), batch["weight"])
+    def losses(trained, part):
+        prediction = model.denoise(
+            unet_params(trained, batch),
+            *(part["inputs"], part["timesteps"], part["text_states"]),
+        )
+        error = loss.squared_error(prediction, part["target"])
+        if min_snr > 0:
+            error *= loss.loss_weights(
+                part["timesteps"], alphas, model.prediction_type, min_snr
+            )
+        return error
 
-    value, grads = jax.value_and_grad(loss_of)(state.params)
+    value, grads = gradients(losses, state.params, examples, accumulate)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+    metrics |= {"learning_rate": jnp.asarray(schedule(state.step))}
     return state.update(grads, tx, ema_decay=ema_decay), metrics
+
+
+def noised(
+    batch: dict,
+    key: jax.Array,
+    *,
+    model: stable_diffusion.StableDiffusion,
+    drop_rate: float,
+) -> dict[str, jax.Array]:
+    """`instruct_pix2pix.examples` of a batch, with the draws of one step's key."""
+    keys = rng.example_keys(key, jnp.arange(batch["weight"].shape[0]))
+    posterior_keys, noise_keys, time_keys, drop_keys = rng.use_keys(keys, 4)
+    shape = (*batch["target_moments"].shape[1:3], model.latent_channels)
+    draws = {
+        "posterior": rng.normal_like(posterior_keys, shape),
+        "noise": rng.normal_like(noise_keys, shape),
+        "timesteps": rng.integers(time_keys, len(model.alphas_cumprod)),
+        "dropout": rng.uniform(drop_keys),
+    }
+    return instruct_pix2pix.examples(
+        batch,
+        draws,
+        alphas_cumprod=model.alphas_cumprod,
+        prediction_type=model.prediction_type,
+        scaling_factor=model.scaling_factor,
+        drop_rate=drop_rate,
+    )
+
+
+def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:
+    """Draws pairs of all classes, guided as `generate` will."""
+    train = splits.read_split(workdir / "caption", "train")
+    pairs = files.read_array(workdir / "pairs" / "pairs.npy")
+    pairs = pairs_of_all_classes(pairs, train.labels, config.finetune.samples)
+    source, target = pairs.T
+    timesteps, step = model.ddim(config.generate.steps)
+    sample = functools.partial(
+        sample_pairs,
+        key=rng.purpose_key(config.seed, "finetune/samples"),
+        model=model,
+        timesteps=timesteps,
+        step=step,
+        text_scale=config.generate.text_scale,
+        image_scale=config.generate.image_scale,
+    )
+    sample = jax.jit(sample)
+    fixed = fixed | {"vae": params["vae"]}
+    fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
+    return Gallery(
+        workdir / "finetune" / "samples",
+        lambda trained, batch: sample(trained, fixed, batch),
+        {
+            "source_moments": cache.moments_of(source),
+            "text_states": cache.states_of(target),
+            "index": np.arange(len(pairs), dtype=np.int32),
+        },
+        names=[train.class_names[label] for label in train.labels[source]],
+        beside={"source": train.images[source], "a real one": train.images[target]},
+        mesh=mesh,
+    )
+
+
+def sample_pairs(
+    trained: dict,
+    fixed: dict,
+    batch: dict,
+    *,
+    key: jax.Array,
+    model: stable_diffusion.StableDiffusion,
+    timesteps: np.ndarray,
+    step,
+    text_scale: float,
+    image_scale: float,
+) -> jax.Array:
+    """Images uint8 [B, H, W, 3] of the target's prompt from the source's latents."""
+    cond_latents = loss.posterior_mode(batch["source_moments"])
+    noise = rng.normal_like(
+        rng.example_keys(key, batch["index"]), cond_latents.shape[1:]
+    )
+    guided = image_text_guidance(
+        functools.partial(model.denoise, unet_params(trained, fixed)),
+        text_states=batch["text_states"],
+        null_states=fixed["null_states"],
+        cond_latents=cond_latents,
+        text_scale=text_scale,
+        image_scale=image_scale,
+    )
+    latents = sample(guided, step, timesteps, noise)
+    return stable_diffusion.to_pixels(model.decode({"vae": fixed["vae"]}, latents))
+
+
+def unet_params(trained: dict, fixed: dict) -> dict:
+    """Parameters as `denoise` takes them: the UNet's own, or base and adapters."""
+    if "base" in fixed:
+        return {"unet": fixed["base"], "lora": trained}
+    return {"unet": trained}

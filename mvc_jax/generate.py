@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files, mix
 from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax.data.cache import open_cache
 from mvc_jax.diffusion.guidance import image_text_guidance
 from mvc_jax.diffusion.loss import posterior_mode
 from mvc_jax.diffusion.samplers import sample
 from mvc_jax.errors import require
-from mvc_jax.models import diffusers_layout, stable_diffusion
+from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.console import Progress
 
@@ -120,15 +121,13 @@ class Sampler:
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, mesh, batch_size: int):
         train = splits.read_split(workdir / "caption", "train")
-        encode = workdir / "encode"
-        rows = files.read_jsonl(encode / "prompts.jsonl")
+        self._cache = open_cache(workdir / "encode")
         self.class_names = train.class_names
         self._workdir, self._mesh, self._batch_size = workdir, mesh, batch_size
-        self._base = config.base.path or workdir / "pretrain" / "model"
-        self._row_of = {row["id"]: i for i, row in enumerate(rows)}
-        self._state_of = np.asarray([row["state"] for row in rows], np.int32)
-        self._moments = files.read_array(encode / "moments.npy")
-        self._states = files.read_array(encode / "text_states.npy")
+        self._base = diffusers_layout.recorded(
+            workdir / "encode" / "base.json", workdir / "pretrain" / "model"
+        )
+        self._row_of = {row["id"]: i for i, row in enumerate(self._cache.rows)}
         self._key = rng.purpose_key(config.seed, "noise")
         self._steps = config.generate.steps
         self._settings = {
@@ -140,10 +139,11 @@ class Sampler:
 
     def load(self, name: str) -> tuple[dict, str]:
         """Parameters on the devices for a set, and the hash of their UNet."""
-        folder = self._workdir / "finetune" / "model"
+        folder, variant = self._workdir / "finetune" / "model", ""
         if name == "pretrained":
-            folder = epath.Path(self._base)
-        model, params = diffusers_layout.load(folder, ("vae", "unet"))
+            folder, _ = checkpoint_folder.resolve(**self._base)
+            variant = self._base["variant"]
+        model, params = diffusers_layout.load(folder, ("vae", "unet"), variant)
         # The base's UNet, widened by zeros, ignores the source: text guidance alone.
         model, params = model.widened(params)
         shardings = sharding.tree_shardings(params, self._mesh)
@@ -152,32 +152,36 @@ class Sampler:
             settings = self._settings | {"timesteps": timesteps, "step": step}
             draw = functools.partial(sample_images, model=model, **settings)
             self._draw = jax.jit(draw)
-        unet = folder / "unet" / diffusers_layout.WEIGHTS["unet"]
-        return jax.device_put(params, shardings), files.sha256(unet)[:16]
+        unet = checkpoint_folder.weight_files(folder, "unet", variant)
+        return jax.device_put(params, shardings), files.sha256(*unet)[:16]
 
     def images(self, params: dict, recipes: list[dict]) -> UInt8[np.ndarray, "N H W 3"]:
         """The images of `recipes`, whatever the batch they happen to be drawn in."""
         size = sharding.padded_size(self._batch_size, self._mesh)
-        length, width = self._states.shape[1:]
+        null = self._cache.null_states
+        null = jax.device_put(null, sharding.replicated(self._mesh))
+        drawn = []
+        for start in range(0, len(recipes), size):
+            batch = self._batch(recipes[start : start + size])
+            batch = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
+            batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
+            drawn.append(self._draw(params, batch, null, self._key))
+        return np.concatenate([np.asarray(d) for d in drawn])[: len(recipes)]
+
+    def _batch(self, recipes: list[dict]) -> dict[str, np.ndarray]:
+        """What `sample_images` takes of recipes: these rows alone leave the disk."""
+        length, width = self._cache.text_states.shape[1:]
         source = np.asarray([self._row_of[r["source"]] for r in recipes])
         partner = np.asarray([self._row_of[r["partner"]] for r in recipes])
         positions = mix.pad_indices([r["positions"] for r in recipes], length, length)
-        batch = {
-            "moments": self._moments[source],
-            "states": self._states[self._state_of[source]],
-            "partner_states": self._states[self._state_of[partner]],
+        return {
+            "moments": self._cache.moments_of(source),
+            "states": self._cache.states_of(source),
+            "partner_states": self._cache.states_of(partner),
             "positions": positions,
             "dims": mix.pad_indices([r["dims"] for r in recipes], width, width),
             "index": np.asarray([r["index"] for r in recipes], np.int32),
         }
-        null = jax.device_put(self._states[0], sharding.replicated(self._mesh))
-        drawn = []
-        for start in range(0, len(recipes), size):
-            part = {k: v[start : start + size] for k, v in batch.items()}
-            part = {k: sharding.pad_rows(v, size) for k, v in part.items()}
-            part = jax.device_put(part, sharding.batch_sharding(self._mesh))
-            drawn.append(self._draw(params, part, null, self._key))
-        return np.concatenate([np.asarray(d) for d in drawn])[: len(recipes)]
 
 
 def sample_images(
@@ -226,7 +230,7 @@ def sample_images(
     images = model.decode(params, latents)
     if grey:
         images = jnp.broadcast_to(images.mean(-1, keepdims=True), images.shape)
-    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
+    return stable_diffusion.to_pixels(images)
 
 
 def recipe_of_set(recipe: dict, name: str) -> dict:

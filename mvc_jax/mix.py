@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import manifest, order
+from mvc_jax.data import manifest, order, shards
 from mvc_jax.errors import require
 
 MODES = ("coarse", "fine")
@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
-    shape = files.read_array(workdir / "encode" / "text_states.npy").shape
+    shape = shards.Shards(workdir / "encode" / "text_states").shape
     settings = config.mix
     _check_dims(settings.dims, shape[2])
     classes: dict[int, list[int]] = {}

@@ -21,8 +21,8 @@ from mvc_jax.errors import require
 from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.journal import Journal
 from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
-from mvc_jax.training.metrics import MetricsLog
 
 # Stable Diffusion 1.x's own schedule.
 SCHEDULER = {
@@ -136,13 +136,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     ]
 
     vae = train_vae(config, stage.folder, workdir, model, pool.images, mesh)
-    moments = stable_diffusion.encode_images(
-        model,
-        {"vae": vae},
-        pool.images,
-        batch_size=config.encode.batch_size,
-        mesh=mesh,
+    size = sharding.padded_size(config.encode.batch_size, mesh)
+    encode = sharding.over_batches(
+        model.encode_pixels, {"vae": vae}, size=size, mesh=mesh
     )
+    starts = range(0, len(pool.images), size)
+    moments = np.concatenate([*encode(pool.images[i : i + size] for i in starts)])
     model = _with_scaling_factor(model, moments)
     rest = train_unet(
         config, stage.folder, workdir, model, moments, model.tokenize(prompts), mesh
@@ -244,12 +243,10 @@ def train_vae(config, folder, workdir, model, images, mesh: Mesh):
             kl_weight=settings.kl_weight,
         ),
         create_state(params, tx, mesh),
-        data=images,
-        gather=lambda data, rows: {
-            "images": data[rows["image"]] / 127.5 - 1.0,
-            "weight": rows["weight"],
-        },
-        rows=_image_rows(config.seed, "pretrain/vae", settings.batch_size, len(images)),
+        read=_reader(
+            config.seed, "pretrain/vae", settings.batch_size, {"images": images}
+        ),
+        fixed={},
         **_loop_arguments(config, folder, workdir, mesh, "vae", settings.steps),
     )
     return jax.device_get(state.params)
@@ -278,16 +275,13 @@ def train_unet(config, folder, workdir, model, moments, ids, mesh: Mesh):
             ema_decay=settings.ema_decay,
         ),
         create_state(params, tx, mesh, ema=True),
-        data={"moments": moments, "ids": ids, "null_ids": null_ids},
-        gather=lambda data, rows: {
-            "moments": data["moments"][rows["image"]],
-            "ids": data["ids"][rows["image"]],
-            "null_ids": data["null_ids"],
-            "weight": rows["weight"],
-        },
-        rows=_image_rows(
-            config.seed, "pretrain/unet", settings.batch_size, len(moments)
+        read=_reader(
+            config.seed,
+            "pretrain/unet",
+            settings.batch_size,
+            {"moments": moments, "ids": ids},
         ),
+        fixed={"null_ids": null_ids},
         **_loop_arguments(config, folder, workdir, mesh, "unet", settings.steps),
     )
     return jax.device_get(state.averaged)
@@ -297,12 +291,12 @@ def vae_step(state: TrainState, batch: dict, *, model, tx, key, kl_weight: float
     """One step on the absolute error of the reconstruction, with a light KL term.
 
     The loss of latent diffusion (arXiv 2112.10752, appendix G) without its perceptual
-    and adversarial terms. `batch` has `images` [B, H, W, 3] in [-1, 1] and `weight`.
+    and adversarial terms. `batch` has `images` uint8 [B, H, W, 3] and `weight` [B].
     """
     keys = _step_keys(key, state.step, batch["weight"])
 
     def loss_of(params):
-        images = batch["images"]
+        images = batch["images"] / 127.5 - 1.0
         moments = model.moments({"vae": params}, images)
         shape = (*moments.shape[1:3], model.latent_channels)
         latents = loss.posterior_sample(moments, rng.normal_like(keys, shape))
@@ -361,27 +355,29 @@ def _step_keys(key, step, weight):
     return rng.example_keys(step_key, jnp.arange(weight.shape[0]))
 
 
-def _image_rows(seed: int, purpose: str, batch_size: int, size: int):
-    def rows(step: int) -> dict[str, np.ndarray]:
+def _reader(seed: int, purpose: str, batch_size: int, arrays: dict[str, np.ndarray]):
+    """Step -> the rows of `arrays` [N, ...] that its batch has."""
+    size = len(next(iter(arrays.values())))
+
+    def read(step: int) -> dict[str, np.ndarray]:
         indices = order.batch_indices(
             seed, purpose, step, batch_size=batch_size, size=size
         )
-        return {"image": indices}
+        return {name: array[indices] for name, array in arrays.items()}
 
-    return rows
+    return read
 
 
 def _loop_arguments(config, folder, workdir, mesh, part: str, steps: int) -> dict:
-    name = f"pretrain/{part}"
     return {
         "mesh": mesh,
         "steps": steps,
-        "log_every": config.pretrain.log_every,
         "checkpoints": Checkpoints(
             folder / "checkpoints" / part, every=config.pretrain.checkpoint_every
         ),
-        "metrics": lambda first: MetricsLog(workdir, name, from_step=first),
-        "name": name,
+        "journal": Journal(
+            workdir, f"pretrain/{part}", log_every=config.pretrain.log_every
+        ),
     }
 
 

@@ -3,11 +3,11 @@
     python -m mvc_jax.train --config=configs/digits.py --workdir=runs/digits
 
 `--config=file.py:arg` picks the structure, `--config.section.field=value` sets values.
-Exit codes: 0 done, 2 a mistake that the message says how to mend, 130 interrupted.
+Exit codes: 0 done, 2 a mistake that the message says how to mend, 75 stopped by SIGTERM
+(the same command goes on; a launcher reads "run me again"), 130 interrupted by Ctrl-C.
 """
 
 import ast
-import errno
 import importlib
 import importlib.util
 import resource
@@ -23,8 +23,8 @@ from ml_collections import ConfigDict, config_flags
 
 from mvc_jax import files
 from mvc_jax.data import manifest
-from mvc_jax.errors import UserError, require
-from mvc_jax.training import console, runtime
+from mvc_jax.errors import UserError, is_full_disk, require
+from mvc_jax.training import console, preemption, runtime
 
 STAGES = (
     *("caption", "pretrain", "encode", "pairs", "finetune"),
@@ -37,19 +37,27 @@ _MOST_DETAILS = 100
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     console.be_quiet()
-    try:
-        config, workdir = parse_flags(list(sys.argv if argv is None else argv))
-        run(config, workdir)
-    except UserError as error:
-        return _fail(str(error), error.details)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not _is_full_disk(error):
-            raise
-        return _fail(_disk_message(error, workdir))
-    return 0
+    with preemption.handled():
+        try:
+            config, workdir = parse_flags(list(sys.argv if argv is None else argv))
+            run(config, workdir)
+        except UserError as error:
+            return _fail(str(error), error.details)
+        except preemption.Preempted as stop:
+            where = f" in {stop.where}" if stop.where else ""
+            print(
+                f"stopped by SIGTERM{where}; the same command goes on from there",
+                file=sys.stderr,
+            )
+            return preemption.EXIT_CODE
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if not is_full_disk(error):
+                raise
+            return _fail(_disk_message(error, workdir))
+        return 0
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -102,7 +110,11 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
     began, compiled = time.monotonic(), runtime.compile_seconds()
-    _stage(name).run(config, workdir)
+    try:
+        _stage(name).run(config, workdir)
+    except preemption.Preempted as stop:
+        stop.where = stop.where or name
+        raise
     if path.stat().mtime == before:
         return False
     seconds = time.monotonic() - began
@@ -284,7 +296,7 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
         for leftover in workdir.glob(".tmp-*"):  # of a run that was killed
             leftover.unlink()
     except (OSError, ImportError) as error:
-        if _is_full_disk(error):
+        if is_full_disk(error):
             raise
         raise UserError(
             f"--workdir={workdir}",
@@ -328,17 +340,6 @@ def _fail(message: str, details: Sequence[str] = ()) -> int:
     if len(details) > _MOST_DETAILS:
         print(f"  ... and {len(details) - _MOST_DETAILS} more", file=sys.stderr)
     return 2
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether ENOSPC is anywhere in the chain; Orbax and pyarrow wrap it in words."""
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            return True
-        if "No space left on device" in str(error) or "ENOSPC" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _disk_message(error: BaseException, workdir: epath.Path) -> str:

@@ -86,6 +86,21 @@ def tiny(tmp_path_factory):
     return model, params
 
 
+@pytest.fixture(scope="session")
+def write_shards():
+    """Writes an array as `encode` writes its own: `write_shards(folder, array)`."""
+    from mvc_jax.data import shards
+
+    def write(folder, array):
+        shape, dtype = array.shape[1:], array.dtype.name
+        writer = shards.Writer(folder, rows=len(array), row_shape=shape, dtype=dtype)
+        for rows in writer.missing:
+            writer.write(rows, array[rows.start : rows.stop])
+        return writer.names
+
+    return write
+
+
 def _import_or_say_why(name: str, extra: str):
     """A package; its absence is an error, unless the environment says it is meant."""
     if importlib.util.find_spec(name) is not None:

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import huggingface_hub
@@ -499,6 +502,9 @@ for row, text in blip2.captions("no.npy", [0], model=sys.argv[2], **options):
 """
 
 
+TALKER = "while True: yield 0, 'ready'; time.sleep(0.05)"
+
+
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="no /proc")
 @pytest.mark.parametrize(
     "body",
@@ -521,6 +527,34 @@ def test_a_killed_parent_takes_its_child_along(shell, body):
     patience = time.monotonic() + 20
     while _runs(child) and time.monotonic() < patience:
         time.sleep(0.02)
+    assert not _runs(child)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="no /proc")
+def test_sigterm_to_all_ends_the_parent_in_its_own_way_and_the_child_with_it(shell):
+    """Whichever process hears of it first."""
+    script = (
+        "from mvc_jax.training import preemption\n"
+        "with preemption.handled():\n"
+        "    try:\n"
+        f"{textwrap.indent(PARENT, ' ' * 8)}"
+        "    except preemption.Preempted:\n"
+        "        print('preempted', flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, CHILD.format(body=TALKER), str(shell)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        child = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "ready\n"
+        os.kill(child, signal.SIGTERM)
+        for _ in range(3):  # it still answers
+            assert parent.stdout.readline() == "ready\n"
+        parent.terminate()
+        assert parent.stdout.read().splitlines()[-1] == "preempted"
+        assert parent.wait() == 0
     assert not _runs(child)
 
 

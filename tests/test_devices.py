@@ -3,17 +3,17 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from mvc_jax import finetune, generate
+from mvc_jax import files, finetune, generate
 from mvc_jax.data import order
+from mvc_jax.data.cache import open_cache, pair_rows, read_pairs
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.journal import Journal
 from mvc_jax.training.loop import create_state, fit
-from mvc_jax.training.metrics import MetricsLog
 
 MESHES = {"1": (1, 1), "8": (8, 1), "2x4": (2, 4)}
 
@@ -30,8 +30,8 @@ def train_step(model, tx):
         model=model,
         tx=tx,
         key=key,
+        schedule=optax.constant_schedule(0.01),
         drop_rate=0.05,
-        ema_decay=0.0,
     )
 
 
@@ -46,7 +46,18 @@ def cache():
 
 
 @pytest.fixture(scope="module")
-def finetuned(tiny, cache, tmp_path_factory):
+def opened(cache, write_shards, tmp_path_factory):
+    """The same, as `finetune` reads it."""
+    folder = tmp_path_factory.mktemp("cache")
+    for name in ("moments", "text_states"):
+        write_shards(folder / name, cache[name])
+    rows = [{"state": int(state)} for state in cache["state_of"]]
+    files.write_jsonl(folder / "prompts.jsonl", rows)
+    return open_cache(folder)
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, opened, tmp_path_factory):
     """Losses and parameters after two steps of batch 50, by mesh."""
     model, params = tiny
     model, params = model.widened(params)
@@ -59,15 +70,14 @@ def finetuned(tiny, cache, tmp_path_factory):
         state = fit(
             train_step(model, tx),
             create_state(params["unet"], tx, mesh),
-            data=cache,
-            gather=finetune.gather,
-            rows=functools.partial(finetune.pair_rows, pairs, seed=0, batch_size=50),
+            read=lambda step: read_pairs(
+                opened, pair_rows(pairs, step, seed=0, batch_size=50)
+            ),
+            fixed={"null_states": opened.null_states},
             mesh=mesh,
             steps=2,
-            log_every=1,
             checkpoints=Checkpoints(folder / "checkpoints", every=2),
-            metrics=lambda first, folder=folder: MetricsLog(folder, "finetune"),
-            name="finetune",
+            journal=Journal(folder, "finetune", log_every=1),
         )
         text = (folder / "metrics.jsonl").read_text()
         results[name] = jax.device_get(state.params), text
@@ -148,7 +158,7 @@ def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
     assert np.abs(one - reordered).max() <= 1
 
 
-def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
+def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, opened):
     """The loss of a padded batch equals that of the batch without its padding."""
     model, params = tiny
     model, params = model.widened(params)
@@ -157,9 +167,10 @@ def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, cache):
 
     def one_step(rows):
         state = create_state(params["unet"], tx, mesh)
-        batch = finetune.gather(
-            jax.tree.map(jnp.asarray, cache), jax.tree.map(jnp.asarray, rows)
-        )
+        unflipped = np.zeros(len(rows["source"]), bool)
+        rows = rows | {"source_flip": unflipped, "target_flip": unflipped}
+        batch = read_pairs(opened, rows) | {"weight": rows["weight"]}
+        batch["null_states"] = opened.null_states
         state, metrics = jax.jit(train_step(model, tx))(state, batch)
         return jax.device_get((state.params["conv_out"], metrics))
 

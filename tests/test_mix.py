@@ -153,15 +153,15 @@ def test_seeds_draw_differently():
     assert len({str([recipe(k, seed=s) for k in range(30)]) for s in range(5)}) == 5
 
 
-def test_raising_per_image_only_appends(tmp_path):
+def test_raising_per_image_only_appends(tmp_path, write_shards):
     """By the stage itself, which reads the length and width of the states."""
     written = []
     for per_image in (2, 3):
         workdir = tmp_path / str(per_image)
         encode = manifest.open_stage(workdir, "encode", {})
         files.write_jsonl(encode.folder / "prompts.jsonl", ROWS)
-        files.write_array(encode.folder / "text_states.npy", states(0, 2))
-        encode.finish(["prompts.jsonl", "text_states.npy"])
+        names = write_shards(encode.folder / "text_states", states(0, 2))
+        encode.finish(["prompts.jsonl", *names])
         config = common.get_config()
         config.mix.per_image = per_image
         mix.run(config, workdir)

@@ -13,10 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
-from mvc_jax.training import rng, sharding
+from mvc_jax.training import memory, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.loop import create_state, fit, weighted_mean
+from mvc_jax.training.journal import Journal, Watch
+from mvc_jax.training.loop import create_state, fit, gradients, weighted_mean
 from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.throughput import count_flops, peak_tflops
 
 TX = optax.adam(0.1)
 
@@ -34,31 +36,42 @@ def noisy_step(state, batch):
     return state.update(grads, TX, ema_decay=0.9), {"loss": value}
 
 
-def run(folder, steps, *, mesh=None, batch_size=5, step=noisy_step, every=2):
+def run(
+    folder,
+    steps,
+    *,
+    mesh=None,
+    batch_size=5,
+    step=noisy_step,
+    every=2,
+    accumulate=1,
+    room=memory.DEVICE,
+    **told,
+):
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     data = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
 
-    def rows(number):
+    def read(number):
         index = order.batch_indices(0, "t", number, batch_size=batch_size, size=11)
-        return {"index": index}
+        return {"x": data[index], "y": data[index].sum(1)}
 
     return fit(
         step,
         create_state({"w": np.ones(3, np.float32)}, TX, mesh, ema=True),
-        data={"x": data, "y": data.sum(1)},
-        gather=lambda data, rows: {
-            "x": data["x"][rows["index"]],
-            "y": data["y"][rows["index"]],
-            "weight": rows["weight"],
-        },
-        rows=rows,
+        read=read,
+        fixed={},
         mesh=mesh,
         steps=steps,
-        log_every=1,
         checkpoints=Checkpoints(folder / "checkpoints", every=every),
-        metrics=lambda first: MetricsLog(folder, "toy", from_step=first),
-        name="toy",
+        journal=Journal(folder, "toy", log_every=1, **told),
+        accumulate=accumulate,
+        room=room,
     )
+
+
+def rows_of(folder):
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def leaves(state):
@@ -72,10 +85,11 @@ def test_four_steps_are_two_and_two_more_bit_for_bit(tmp_path):
     for a, b in zip(leaves(whole), leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
     assert int(again.step) == 4
-    read = [
-        (tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")
+    losses = [
+        [(row["step"], row["loss"]) for row in rows_of(tmp_path / name)]
+        for name in ("whole", "cut")
     ]
-    assert read[0] == read[1]
+    assert losses[0] == losses[1]
 
 
 def test_rows_that_a_killed_run_wrote_past_its_checkpoint_are_dropped(tmp_path):
@@ -85,9 +99,7 @@ def test_rows_that_a_killed_run_wrote_past_its_checkpoint_are_dropped(tmp_path):
     log.write(1, other=1.0)
     log.close()
     run(tmp_path, 4)
-    rows = [
-        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = rows_of(tmp_path)
     assert 123.0 not in [row.get("loss") for row in rows]
     assert sorted(row["step"] for row in rows if "loss" in row) == [1, 2, 3, 4]
 
@@ -106,16 +118,43 @@ def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path, caplog):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_state(tmp_path):
-    def explode(state, batch):
-        state, metrics = noisy_step(state, batch)
-        return state, {"loss": jnp.where(state.step > 3, jnp.nan, metrics["loss"])}
+def bad_at(steps):
+    """`noisy_step`, but for a loss or a gradient that is not finite at some steps."""
 
-    with pytest.raises(UserError, match="loss=nan"):
-        run(tmp_path, 6, step=explode)
-    again = run(tmp_path, 6)
-    whole = run(tmp_path / "whole", 6)
-    np.testing.assert_array_equal(again.params["w"], whole.params["w"])
+    def step(state, batch):
+        new, metrics = noisy_step(state, batch)
+        bad = jnp.isin(state.step, jnp.array(steps))
+        poison = jnp.where(bad, jnp.inf, 0.0)
+        params = jax.tree.map(lambda leaf: leaf + poison, new.params)
+        return new.replace(params=params), {"loss": metrics["loss"] + poison}
+
+    return step
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        state = run(tmp_path, 6, step=bad_at([1, 2, 4]))
+    assert int(state.step) == 6
+    assert int(state.skipped) == 3
+    assert int(state.skipped_in_a_row) == 0
+    assert "toy: 1 of the 1 steps up to 2 were skipped" in caplog.text
+    rows = rows_of(tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 0]
+    assert ["loss" in row for row in rows] == [True, False, False, True, False, True]
+    count = next(x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32)
+    assert int(count) == 3  # the optimiser took the good steps alone
+    assert np.isfinite(np.concatenate([x.ravel() for x in leaves(state)])).all()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_the_good_state(tmp_path):
+    with pytest.raises(UserError, match="toy.*finite.*4 steps in a row"):
+        run(tmp_path, 9, step=bad_at([2, 4, 5, 6, 7, 8]), max_skipped=3)
+    good = run(tmp_path / "good", 4, step=bad_at([2]))
+    kept = Checkpoints(tmp_path / "checkpoints", every=2).restore(
+        jax.tree.map(jnp.zeros_like, good)
+    )
+    assert int(kept.skipped_in_a_row) >= 3
+    np.testing.assert_array_equal(kept.params["w"], good.params["w"])
 
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
@@ -153,6 +192,101 @@ def test_optimiser_state_is_born_with_its_parameter_s_sharding():
     ):
         assert leaf.sharding.spec == P("fsdp")
         assert leaf.addressable_shards[0].data.shape == (2, 3)
+
+
+def squared_errors(params, batch):
+    return (batch["x"] @ params["w"] - batch["y"]) ** 2
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_micro_batches_have_the_gradient_of_the_whole_padding_or_not(parts):
+    draw = np.random.default_rng(1)
+    batch = {
+        "x": draw.normal(size=(6, 3)).astype(np.float32),
+        "y": draw.normal(size=6).astype(np.float32),
+        "weight": np.array([1, 1, 1, 1, 0, 0], np.float32),
+    }
+    params = {"w": draw.normal(size=3).astype(np.float32)}
+    whole = gradients(squared_errors, params, batch, 1)
+    real = {key: array[:4] for key, array in batch.items()}
+    for other in (
+        gradients(squared_errors, params, batch, parts),
+        gradients(squared_errors, params, real, 1),
+    ):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, other
+        )
+
+
+def test_micro_batches_are_spread_over_the_devices(tmp_path):
+    def step(state, batch):
+        assert batch["x"].shape[0] == 24  # 8 devices x 3 parts
+        value, grads = gradients(squared_errors, state.params, batch, 3)
+        return state.update(grads, TX, ema_decay=0.9), {"loss": value}
+
+    one = run(tmp_path / "a", 2, step=step, mesh=sharding.make_mesh(), accumulate=3)
+
+    def plain(state, batch):
+        value, grads = gradients(squared_errors, state.params, batch, 1)
+        return state.update(grads, TX, ema_decay=0.9), {"loss": value}
+
+    two = run(tmp_path / "b", 2, step=plain)
+    np.testing.assert_allclose(one.params["w"], two.params["w"], rtol=1e-5)
+
+
+def test_master_weights_are_fp32_whatever_the_file_had():
+    mesh = sharding.make_mesh()
+    half = {"kernel": np.arange(8, dtype=np.float16)}
+    state = create_state(half, TX, mesh, ema=True)
+    for tree in (state.params, state.ema_params, state.opt_state[0].mu):
+        assert tree["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(state.params["kernel"], np.arange(8))
+
+
+def test_a_step_that_does_not_fit_is_refused_with_numbers_and_ways_out(tmp_path):
+    with pytest.raises(UserError) as error:
+        run(tmp_path, 2, room=memory.Room(40, "Do less."))
+    assert "0.00 GiB of cpu" in str(error.value)
+    assert "for activations and gradients. Do less." in str(error.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    run(tmp_path, 2, room=memory.Room(1 << 30, ""))
+
+
+def test_a_row_has_rates_memory_and_what_was_to_be_watched(tmp_path):
+    seen = []
+
+    def draw(step, state, log):
+        seen.append((step, int(state.step)))
+        log.picture(step, "grid", np.zeros((4, 4, 3), np.uint8))
+
+    run(tmp_path, 5, flops=1e6, watch=Watch(2, draw))
+    assert seen == [(2, 2), (4, 4), (5, 5)]
+    for row in rows_of(tmp_path):
+        assert row["examples_per_s"] > 0
+        assert row["tflops"] == pytest.approx(row["examples_per_s"] * 1e-6)
+        assert 0.01 < row["memory_gib"] < 1000
+        assert "mfu" not in row  # nobody knows the peak of a CPU
+
+
+def test_flops_are_those_of_products_and_convolutions():
+    def function(x, kernel):
+        y = jax.lax.conv(x, kernel, (1, 1), "SAME")
+        y, _ = jax.lax.scan(lambda c, _: (jax.nn.relu(c @ c), None), y, length=5)
+        return jax.jit(jnp.tanh)(y)
+
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 3, 8, 8), (3, 3, 5, 5))
+    ]
+    conv = 2 * 64 * 3 * 3 * 25
+    assert count_flops(function, *shapes) == conv + 5 * 3 * 2 * 8**3
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("cpu", None)],
+)
+def test_the_peak_of_a_device_is_known_or_none(kind, peak):
+    assert peak_tflops(kind) == peak
 
 
 @pytest.mark.parametrize("data, fsdp", [(3, 1), (-1, 3), (0, 8), (4, 4)])

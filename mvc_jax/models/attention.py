@@ -1,14 +1,145 @@
-"""Where diffusers' Flax transformer blocks depart from PyTorch's, mended in place.
+"""The attention of diffusers' Flax blocks: which implementation a layer runs, and how.
 
-Nothing in the library is patched: `nn.intercept_methods` swaps two calls while a
-module runs under `exact()`.
+Nothing in the library is patched: `nn.intercept_methods` swaps calls while a module
+runs under `running()`, and mends under `exact()` where the blocks depart from
+PyTorch's.
+
+Legend: B batch, T query tokens, S key and value tokens, N heads, D width of a head.
 """
 
 import contextlib
+import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from diffusers.models.attention_flax import FlaxGEGLU, FlaxTransformer2DModel
+from diffusers.models.attention_flax import (
+    FlaxAttention,
+    FlaxGEGLU,
+    FlaxTransformer2DModel,
+)
+from jaxtyping import Array, Float
+
+from mvc_jax.errors import require
+
+ASKED = ("auto", "xla", "mapped", "cudnn")
+_CUDNN_DTYPES = ("bfloat16", "float16")
+_CUDNN_WIDTH = 128  # the widest head whose gradient cuDNN has on every GPU it supports
+_CUDNN_TILE = 64  # tokens; other lengths are newer, and not tried here
+_MAPPED_TOKENS = 1024  # from here on the scores of a layer leave the cache
+
+
+def backend() -> str:
+    """The default backend: `cpu`, `tpu`, or `cuda` where cuDNN has flash attention.
+
+    GPUs without it (other makers', NVIDIA's before compute capability 8.0) are `gpu`.
+    """
+    name = jax.default_backend()
+    if name != "gpu":
+        return name
+    capability = str(getattr(jax.devices()[0], "compute_capability", "0.0"))
+    return "cuda" if capability[:1].isdigit() and float(capability) >= 8 else "gpu"
+
+
+def check(asked: str, *, field: str, backend: str, dtype: str) -> None:
+    """Checks the choice that the config field `field` holds, before anything compiles.
+
+    Raises:
+      UserError: it is not one of `ASKED`, or cuDNN on a backend or with a dtype that it
+        has no flash attention for.
+    """
+    require(
+        asked in ASKED,
+        field,
+        wanted=f"one of {', '.join(ASKED)}",
+        got=asked,
+        fix="auto picks for each layer.",
+    )
+    require(
+        asked != "cudnn" or backend == "cuda",
+        field,
+        wanted="an NVIDIA GPU of compute capability 8.0 or newer for cudnn",
+        got=f"the backend {backend}",
+        fix="Use auto.",
+    )
+    require(
+        asked != "cudnn" or dtype in _CUDNN_DTYPES,
+        field,
+        wanted=f"activations in {' or '.join(_CUDNN_DTYPES)} for cudnn",
+        got=dtype,
+        fix="Use auto, or bfloat16.",
+    )
+
+
+def implementation(
+    asked: str, *, backend: str, dtype: str, q_tokens: int, kv_tokens: int, width: int
+) -> str:
+    """The implementation of one layer: `cudnn`, `mapped` or `xla`.
+
+    Args:
+      asked: one of `ASKED`. `cudnn` falls back to `xla` in layers that it cannot do:
+        heads of SD 1.x are 40, 80 and 160 wide, prompts have 77 tokens.
+      backend: as `backend()` says it.
+      dtype: of the queries.
+      q_tokens: T.
+      kv_tokens: S.
+      width: D.
+    """
+    if asked in ("xla", "mapped"):
+        return asked
+    flash = (
+        backend == "cuda"
+        and dtype in _CUDNN_DTYPES
+        and width % 8 == 0
+        and width <= _CUDNN_WIDTH
+        and q_tokens % _CUDNN_TILE == kv_tokens % _CUDNN_TILE == 0
+    )
+    if flash:
+        return "cudnn"
+    if asked == "auto" and backend == "cpu" and q_tokens >= _MAPPED_TOKENS:
+        return "mapped"
+    return "xla"
+
+
+def attend(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S N D"],
+    value: Float[Array, "B S N D"],
+    *,
+    asked: str = "auto",
+) -> Float[Array, "B T N D"]:
+    """softmax(Q K^T / sqrt(D)) V; the softmax is float32 whatever the inputs are."""
+    chosen = implementation(
+        asked,
+        backend=backend(),
+        dtype=query.dtype.name,
+        q_tokens=query.shape[1],
+        kv_tokens=key.shape[1],
+        width=query.shape[3],
+    )
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return (_mapped if chosen == "mapped" else _plain)(query, key, value)
+
+
+def running(asked: str) -> contextlib.AbstractContextManager:
+    """Within it, attention runs as `implementation` says for `asked`.
+
+    And group norms return the dtype that they are given: Flax promotes bfloat16 to the
+    float32 of the parameters, and every residual after it would be float32 too. Their
+    statistics stay float32.
+    """
+
+    def intercept(next_call, args, kwargs, context):
+        module = context.module
+        if context.method_name == "__call__":
+            if isinstance(module, FlaxAttention):
+                return _attention(module, asked, *args, **kwargs)
+            if isinstance(module, nn.GroupNorm):
+                return next_call(*args, **kwargs).astype(args[0].dtype)
+        return next_call(*args, **kwargs)
+
+    return nn.intercept_methods(intercept)
 
 
 def exact() -> contextlib.AbstractContextManager:
@@ -31,3 +162,100 @@ def _mend(next_call, args, kwargs, context):
         ):
             object.__setattr__(module, "epsilon", 1e-6)
     return next_call(*args, **kwargs)
+
+
+def _attention(module, asked, hidden_states, context=None, deterministic=True):
+    """`FlaxAttention.__call__` with heads on axis 2 and `attend` in the middle."""
+    context = hidden_states if context is None else context
+
+    def heads(states):
+        return states.reshape(*states.shape[:2], module.heads, module.dim_head)
+
+    attended = attend(
+        heads(module.query(hidden_states)),
+        heads(module.key(context)),
+        heads(module.value(context)),
+        asked=asked,
+    )
+    output = module.proj_attn(attended.reshape(*attended.shape[:2], -1))
+    return module.dropout_layer(output, deterministic=deterministic)
+
+
+def _plain(query, key, value):
+    scores = jnp.einsum(
+        "btnd,bsnd->bnts", query, key, preferred_element_type=jnp.float32
+    )
+    probabilities = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("bnts,bsnd->btnd", probabilities.astype(value.dtype), value)
+
+
+def _mapped(query, key, value):
+    """One head of one example at a time, so that its scores stay in a CPU's cache.
+
+    Where several devices share the batch, each works on an example of its own.
+    """
+    batch, tokens, heads, width = query.shape
+    parts = math.gcd(batch, jax.device_count())
+
+    def stack(x):  # [B, T, N, D] -> [B / parts * N, parts, T, D]
+        x = x.reshape(parts, batch // parts, *x.shape[1:])
+        return x.transpose(1, 3, 0, 2, 4).reshape(-1, parts, x.shape[2], width)
+
+    stacked = _over_stack(stack(query), stack(key), stack(value))
+    stacked = stacked.reshape(batch // parts, heads, parts, tokens, width)
+    return stacked.transpose(2, 0, 3, 1, 4).reshape(query.shape)
+
+
+@jax.custom_vjp
+def _over_stack(query, key, value):
+    return jax.lax.map(lambda x: _forward(*x)[0], (query, key, value))
+
+
+def _over_stack_forward(query, key, value):
+    output, normaliser = jax.lax.map(lambda x: _forward(*x), (query, key, value))
+    return output, (query, key, value, output, normaliser)
+
+
+def _over_stack_backward(saved, gradient):
+    d_query, d_key, d_value = jax.lax.map(lambda x: _backward(*x), (*saved, gradient))
+    return d_query.swapaxes(-1, -2), d_key, d_value
+
+
+_over_stack.defvjp(_over_stack_forward, _over_stack_backward)
+
+
+def _forward(query, key, value):
+    """[P, T, D] and log-sum-exp [P, T, 1] of the scores, which are not kept."""
+    dtype = query.dtype
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    scores = jnp.einsum("ptd,psd->pts", query * query.shape[-1] ** -0.5, key)
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    output = jnp.einsum("pts,psd->ptd", weights, value) / total
+    return output.astype(dtype), highest + jnp.log(total)
+
+
+def _backward(query, key, value, output, normaliser, gradient):
+    """The gradients, the query's as [P, D, T]; probabilities are computed again.
+
+    Equations of FlashAttention-2 (arXiv 2307.08691, section 2.3.2), on transposed
+    probabilities [P, S, T]. XLA's CPU backend takes seven times as long over a dot that
+    contracts the first axis of a large left operand: in this layout the only such
+    operand is small, and the transpose that is left waits until the map has ended.
+    """
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5
+    query, key, value, output, gradient = (
+        x.astype(jnp.float32) for x in (query, key, value, output, gradient)
+    )
+    query = query * scale
+    scores = jnp.einsum("psd,ptd->pst", key, query)
+    probabilities = jnp.exp(scores - normaliser.swapaxes(-1, -2))
+    from_output = (gradient * output).sum(axis=-1)[:, None]
+    d_scores = probabilities * (
+        jnp.einsum("psd,ptd->pst", value, gradient) - from_output
+    )
+    d_query = scale * jnp.einsum("psd,pst->pdt", key, d_scores)
+    d_key = jnp.einsum("pst,ptd->psd", d_scores, query)
+    d_value = jnp.einsum("pst,ptd->psd", probabilities, gradient)
+    return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype)

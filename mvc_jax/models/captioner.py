@@ -5,16 +5,14 @@ where JAX must not be, `vit_gpt2` where PyTorch is not.
 """
 
 import dataclasses
-import re
 from typing import Any
 
-import huggingface_hub
 from etils import epath
 
 from mvc_jax import files
 from mvc_jax.errors import UserError, require
+from mvc_jax.models import hub
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _PROCESSOR = "preprocessor_config.json"
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model")  # any one of them
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
@@ -45,28 +43,16 @@ def find(model: str, layout: Layout) -> epath.Path:
     Raises:
       UserError: there is none, the hub does not give it, or it is no such checkpoint.
     """
-    if _is_local(model):
+    if hub.is_local(model):
         return _check_folder(model, layout)
-    patterns = [*_SMALL_FILES, *layout.weights, layout.shards]
-    try:
-        folder = huggingface_hub.snapshot_download(
-            model, allow_patterns=[pattern for pattern in patterns if pattern]
-        )
-    except (OSError, ValueError) as error:  # what its own errors derive from
-        raise UserError(
-            field(model),
-            wanted="a checkpoint folder, or a name that the Hugging Face hub gives",
-            got=f"no such folder, and from the hub {type(error).__name__}: "
-            f"{_first_line(error)}",
-            fix="Check the name. A gated or private one needs `hf auth login`; without "
-            "a network, download it elsewhere and name its folder.",
-        ) from error
+    patterns = [*_SMALL_FILES, *layout.weights, *filter(None, [layout.shards])]
+    folder = hub.download(model, patterns, field=field(model))
     return _check_folder(folder, layout, model)
 
 
 def check(model: str, layout: Layout) -> epath.Path | None:
     """The folder, unless `find` would refuse it; None for a hub name, not looked up."""
-    return _check_folder(model, layout) if _is_local(model) else None
+    return _check_folder(model, layout) if hub.is_local(model) else None
 
 
 def _check_folder(
@@ -161,14 +147,6 @@ def _how_to_convert(folder: epath.Path, torch_class: str, model: str) -> str:
     )
 
 
-def _is_local(model: str) -> bool:
-    return not _HUB_NAME.fullmatch(model) or epath.Path(model).exists()
-
-
 def field(model: str) -> str:
     """The name of the setting, for errors."""
     return f"config.caption.model {model!r}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")

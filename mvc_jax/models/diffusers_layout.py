@@ -1,31 +1,28 @@
-"""A pipeline folder in the diffusers layout: checked, read, written.
+"""A pipeline folder in the diffusers layout: found, checked, read, written.
 
 Weights on disk are safetensors under PyTorch's names. A base without downloadable
-weights (`pretrain`) and a real checkpoint come in by the same `load`.
+weights (`pretrain`) and a real checkpoint, in a folder or on the Hugging Face hub, come
+in by the same `load`.
 """
 
 import importlib.metadata
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import transformers
+from absl import logging
 from etils import epath
 
 from mvc_jax import files
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import weights
+from mvc_jax.models import checkpoint_folder, families, weights
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
-TOKENIZER_FILES = (
-    *("vocab.json", "merges.txt"),
-    *("tokenizer_config.json", "special_tokens_map.json"),
-)
+WEIGHTS = checkpoint_folder.WEIGHTS
+TOKENIZER_FILES = checkpoint_folder.TOKENIZER_FILES
 _TORCH_CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -36,47 +33,119 @@ _TORCH_CLASSES = {
 
 
 def load(
-    folder: epath.PathLike, components: Sequence[str] = tuple(WEIGHTS)
+    path: epath.PathLike,
+    components: Sequence[str] = tuple(WEIGHTS),
+    variant: str = "",
+    revision: str = "",
 ) -> tuple[StableDiffusion, Params]:
-    """Reads a model folder in the diffusers layout: safetensors only, no PyTorch.
+    """Reads a model in the diffusers layout: safetensors only, no PyTorch.
 
     Args:
-      folder: holds `model_index.json` and a folder for each component.
+      path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
       components: whose weights to read; keys of `WEIGHTS`.
 
     Returns:
-      the architecture, and host parameters in fp32, by component.
+      the architecture, and host parameters by component, in the precision in which they
+      are stored: fp32, fp16 or bfloat16. fp32 modules promote them exactly.
 
     Raises:
-      UserError: a file is missing, or tensors do not fit the architecture.
+      UserError: a file is missing, damaged or of another family, or tensors do not fit
+        the architecture.
     """
-    folder = check_folder(folder)
-    configs = {name: _read_config(folder / name / "config.json") for name in WEIGHTS}
-    configs["scheduler"] = _read_config(folder / "scheduler" / "scheduler_config.json")
-    model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
-    _check_widths(folder, configs)
-    params = {
-        name: weights.read(folder / name / WEIGHTS[name], model.shapes(name))
-        for name in components
-    }
+    folder, _ = checkpoint_folder.resolve(path, variant, revision)
+    model = _read_architecture(folder)
+    params = {}
+    for name in components:
+        file = checkpoint_folder.find_weights(folder, name, variant)
+        params[name] = weights.read(file, _shapes(folder, model, name))
+    kinds = {name: jax.tree.leaves(tree)[0].dtype for name, tree in params.items()}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        logging.info("%s is stored in several precisions: %s", path, found)
     return model, params
 
 
-def check_folder(folder: epath.PathLike) -> epath.Path:
-    """Refuses, without reading weights, what is no folder in the diffusers layout."""
-    folder = epath.Path(folder)
+def check_base(
+    path: epath.PathLike,
+    variant: str = "",
+    revision: str = "",
+    *,
+    finetuned: bool = False,
+    size: int = 0,
+) -> None:
+    """Refuses, without a network or a device, what cannot be the base model.
+
+    Everything but the tensors is read. A hub name is not looked up: check the folder
+    that it gives.
+
+    Args:
+      path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
+      finetuned: whether a model that this program has fine-tuned is welcome.
+      size: of the images, in pixels; 0: not checked.
+
+    Raises:
+      UserError: whatever `load` would refuse before it reads a tensor; a model that was
+        fine-tuned before; a size that the networks cannot halve.
+    """
     require(
-        (folder / "model_index.json").exists(),
-        f"config.base.path {str(folder)!r}",
-        wanted="a folder in the diffusers layout",
-        got="one without model_index.json" if folder.exists() else "no such folder",
-        fix="Point it at a folder saved by save_pretrained.",
+        re.fullmatch(r"[\w-]*", variant) is not None,
+        "config.base.variant",
+        wanted="the word between the dots of diffusion_pytorch_model.WORD.safetensors",
+        got=repr(variant),
+        fix="Usual are fp16 and, for none, ''.",
     )
-    return folder
+    if checkpoint_folder.is_hub_name(path):
+        logging.info("%s is no folder here: the Hugging Face hub will be asked", path)
+        return
+    folder, _ = checkpoint_folder.resolve(path, variant, revision)
+    model = _read_architecture(folder)
+    for name in WEIGHTS:
+        weights.check(checkpoint_folder.find_weights(folder, name, variant))
+    if size:
+        families.check_size(model.configs, size)
+    if (folder / checkpoint_folder.MADE_BY).exists() and not finetuned:
+        made_by = checkpoint_folder.read_json(folder / checkpoint_folder.MADE_BY)
+        raise UserError(
+            checkpoint_folder.field(path),
+            wanted="a base model",
+            got=f"one that was fine-tuned already, of base {made_by.get('base')!r} on "
+            f"data {made_by.get('data')!r}",
+            fix="Name that base; or, to train it further all the same, set "
+            "--config.base.finetuned=True.",
+        )
 
 
-def save(folder: epath.PathLike, model: StableDiffusion, params: Params) -> list[str]:
+def recorded(path: epath.PathLike, own: epath.PathLike) -> dict[str, Any]:
+    """The base model that a stage recorded, as arguments of `load`.
+
+    Args:
+      path: of the JSON file, `{"path", "variant", "revision"}`; the revision is the
+        commit that the hub gave, so that all stages read the same.
+      own: the model folder that a path of `""` stands for.
+    """
+    record = checkpoint_folder.read_json(path)
+    return {
+        "path": record["path"] or own,
+        "variant": record["variant"],
+        "revision": record["revision"] or "",
+    }
+
+
+def save(
+    folder: epath.PathLike,
+    model: StableDiffusion,
+    params: Params,
+    *,
+    made_by: dict[str, Any] | None = None,
+) -> list[str]:
     """Writes a model folder in the diffusers layout, under PyTorch's class names.
+
+    Args:
+      folder: to write to.
+      model: the architecture.
+      params: by component; written in fp32, fetched a tensor at a time.
+      made_by: what a fine-tuned model is made of, `{"stage", "base", "data"}`: kept
+        beside it, by which `check_base` knows it again.
 
     Returns:
       the files written, relative to `folder`.
@@ -87,8 +156,7 @@ def save(folder: epath.PathLike, model: StableDiffusion, params: Params) -> list
         files.write_json(folder / name / "config.json", model.configs[name])
         weights.write(folder / name / file, params[name])
         written += [f"{name}/config.json", f"{name}/{file}"]
-    scheduler = "scheduler/scheduler_config.json"
-    files.write_json(folder / scheduler, model.configs["scheduler"])
+    files.write_json(folder / checkpoint_folder.SCHEDULER, model.configs["scheduler"])
     _write_tokenizer(folder / "tokenizer", model.tokenizer)
     pipeline = "StableDiffusionPipeline"
     if model.conditioned:
@@ -100,9 +168,12 @@ def save(folder: epath.PathLike, model: StableDiffusion, params: Params) -> list
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     index |= {"requires_safety_checker": False}
     index |= {name: list(class_) for name, class_ in _TORCH_CLASSES.items()}
-    files.write_json(folder / "model_index.json", index)
+    if made_by is not None:
+        files.write_json(folder / checkpoint_folder.MADE_BY, made_by)
+        written.append(checkpoint_folder.MADE_BY)
+    files.write_json(folder / checkpoint_folder.INDEX, index)
     tokenizer = [f"tokenizer/{name}" for name in TOKENIZER_FILES]
-    return [*written, *tokenizer, scheduler, "model_index.json"]
+    return [*written, *tokenizer, checkpoint_folder.SCHEDULER, checkpoint_folder.INDEX]
 
 
 def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
@@ -120,7 +191,27 @@ def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
                 (folder / name).copy(epath.Path(local) / name)
-        return transformers.CLIPTokenizerFast.from_pretrained(local)
+        try:
+            return transformers.CLIPTokenizerFast.from_pretrained(local)
+        except Exception as error:  # of its Rust half, which raises no other type
+            raise UserError(
+                str(folder),
+                wanted="the files of CLIP's tokenizer",
+                got=f"damaged ones ({error})",
+                fix="Copy the tokenizer folder of the checkpoint whole.",
+            ) from error
+
+
+def _read_architecture(folder: epath.Path) -> StableDiffusion:
+    """The architecture in a folder, whose JSON files and tokenizer are checked."""
+    configs = {}
+    for name, file in checkpoint_folder.CONFIGS.items():
+        config = checkpoint_folder.read_json(folder / file)
+        configs[name] = families.completed(name, config)
+        families.check_config(name, configs[name], str(folder / file))
+    model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
+    families.check_fit(configs, model.tokenizer, str(folder))
+    return model
 
 
 def _write_tokenizer(folder: epath.Path, tokenizer) -> None:
@@ -131,25 +222,13 @@ def _write_tokenizer(folder: epath.Path, tokenizer) -> None:
             files.write_bytes(folder / name, content)
 
 
-def _read_config(path: epath.Path) -> dict[str, Any]:
+def _shapes(folder: epath.Path, model: StableDiffusion, component: str) -> Any:
     try:
-        return files.read_json(path)
-    except (FileNotFoundError, ValueError) as error:
+        return model.shapes(component)
+    except Exception as error:  # of Flax, JAX or the library, as the numbers have it
         raise UserError(
-            str(path),
-            wanted="the JSON file of a diffusers model",
-            got="no such file" if not path.exists() else f"bad JSON ({error})",
-            fix="Download the checkpoint again.",
+            str(folder / checkpoint_folder.CONFIGS[component]),
+            wanted="the options of a network",
+            got=f"some that cannot be built ({type(error).__name__}: {error})",
+            fix="Take config.json from the checkpoint, unchanged.",
         ) from error
-
-
-def _check_widths(folder: epath.Path, configs: dict[str, dict]) -> None:
-    width = configs["text_encoder"]["hidden_size"]
-    wanted = configs["unet"]["cross_attention_dim"]
-    require(
-        width == wanted,
-        f"{folder}/text_encoder",
-        wanted=f"a text width of {wanted}, the UNet's cross_attention_dim",
-        got=width,
-        fix="Take all parts from the same checkpoint.",
-    )

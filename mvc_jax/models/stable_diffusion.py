@@ -18,13 +18,11 @@ import transformers
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
 from diffusers.models.vae_flax import FlaxAutoencoderKL
 from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
 from mvc_jax.errors import require
-from mvc_jax.models import attention
+from mvc_jax.models import attention, lora
 from mvc_jax.models.ddim import ddim_config
 
 Params = dict[str, Any]
@@ -35,17 +33,21 @@ class StableDiffusion:
     """The architecture: four `config.json` contents and a tokenizer; no weights.
 
     Parameters are passed to each method, as a tree with the keys `unet`, `vae` and
-    `text_encoder`.
+    `text_encoder`, and `lora` where the UNet has adapters.
 
     Attributes:
       configs: of the three, and of the `scheduler`, which is made DDIM's.
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
+      attention: how the UNet's runs, one of `attention.ASKED`.
+      remat: what of its forward pass is computed again in the backward.
     """
 
     configs: dict[str, dict[str, Any]]
     tokenizer: transformers.CLIPTokenizerFast
     dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
 
     def __post_init__(self):
         scheduler = ddim_config(self.configs["scheduler"])
@@ -72,6 +74,11 @@ class StableDiffusion:
     def context_length(self) -> int:
         """L: tokens of a prompt, markers and padding included."""
         return self.configs["text_encoder"]["max_position_embeddings"]
+
+    @property
+    def text_width(self) -> int:
+        """D: dims of a token's text state."""
+        return self.configs["text_encoder"]["hidden_size"]
 
     @property
     def latent_channels(self) -> int:
@@ -131,6 +138,10 @@ class StableDiffusion:
         ).latent_dist
         return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
+    def encode_pixels(self, params: Params, pixels: UInt8[Array, "B H W 3"]) -> Array:
+        """`moments` of images as they lie on disk, in [0, 255]."""
+        return self.moments(params, pixels / 127.5 - 1.0)
+
     def decode(self, params: Params, latents: Float[Array, "B h w c"]) -> Array:
         """Images [B, H, W, 3], about [-1, 1], from *scaled* latents."""
         output = self.vae.apply(
@@ -147,8 +158,12 @@ class StableDiffusion:
         timesteps: Int[Array, " B"],
         text_states: Float[Array, "B L D"],
     ) -> Float[Array, "B h w c"]:
-        """The UNet's prediction; C is c, or 2c with source latents concatenated."""
-        with attention.exact():
+        """The UNet's prediction; C is c, or 2c with source latents concatenated.
+
+        Where `params` have the key `lora`, its adapters are added to the UNet's layers.
+        """
+        adapters = lora.adapted(params.get("lora", {}))
+        with attention.exact(), attention.running(self.attention), adapters:
             output = self.unet.apply(
                 {"params": params["unet"]},
                 latents.transpose(0, 3, 1, 2),
@@ -156,6 +171,16 @@ class StableDiffusion:
                 text_states,
             )
         return output.sample.transpose(0, 2, 3, 1)
+
+    def inputs(self, height: int, width: int) -> tuple:
+        """What `denoise` takes behind its parameters, for one example, as shapes."""
+        channels = self.configs["unet"]["in_channels"]
+        text = (1, self.context_length, self.text_width)
+        return (
+            jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct(text, jnp.float32),
+        )
 
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
@@ -199,6 +224,24 @@ class StableDiffusion:
             return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
         return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
 
+    def computing(self, *, dtype: str = "auto", **how: str) -> "StableDiffusion":
+        """This model with its UNet computed as asked.
+
+        Args:
+          dtype: of activations; `auto`: bfloat16 on an accelerator, else float32.
+          **how: `attention` and `remat`, see the attributes.
+
+        Raises:
+          UserError: the devices have no such attention.
+        """
+        backend = attention.backend()
+        if dtype == "auto":
+            dtype = "float32" if backend == "cpu" else "bfloat16"
+        asked = how.get("attention", self.attention)
+        field = "config.finetune.attention"
+        attention.check(asked, field=field, backend=backend, dtype=dtype)
+        return dataclasses.replace(self, dtype=dtype, **how)
+
     def widened(self, params: Params) -> tuple["StableDiffusion", Params]:
         """A UNet that takes source latents too, equal to this one at the start.
 
@@ -217,25 +260,9 @@ class StableDiffusion:
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
 
 
-def encode_images(
-    model: StableDiffusion,
-    params: Params,
-    images: UInt8[np.ndarray, "N H W 3"],
-    *,
-    batch_size: int,
-    mesh: Mesh,
-) -> Float[np.ndarray, "N h w c2"]:
-    """Posterior moments of many images, a batch at a time on all devices."""
-    encode = jax.jit(lambda params, x: model.moments(params, x / 127.5 - 1.0))
-    params = jax.device_put({"vae": params["vae"]}, NamedSharding(mesh, P()))
-    size = -(-batch_size // mesh.size) * mesh.size
-    moments = []
-    for start in range(0, len(images), size):
-        batch = images[start : start + size].astype(np.float32)
-        padded = np.pad(batch, [(0, size - len(batch)), *[(0, 0)] * 3])
-        placed = jax.device_put(padded, NamedSharding(mesh, P(mesh.axis_names)))
-        moments.append(np.asarray(encode(params, placed))[: len(batch)])
-    return np.concatenate(moments)
+def to_pixels(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
+    """Decoded images, about [-1, 1], as what is stored and shown."""
+    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def random_params(shapes: Any, rng: np.random.Generator) -> Any:

@@ -1,21 +1,21 @@
 """Safetensors in the PyTorch layout, in and out of Flax parameter trees.
 
 One function, `torch_name`, maps a Flax path to its PyTorch name; reading and writing
-both follow from it and from the shapes of the tree.
+both follow from it and from the shapes of the tree. Both hold one tensor at a time
+besides the tree.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from mvc_jax import files
 from mvc_jax.errors import UserError
+from mvc_jax.models import tensor_file
 
 # diffusers' Flax autoencoder kept the attention names that its PyTorch twin gave up.
 _VAE_ATTENTION = {
@@ -49,54 +49,108 @@ def torch_name(path: Path) -> str:
 def read(
     path: epath.PathLike, shapes: Mapping[str, Any], unused: str = r"(?!)"
 ) -> dict[str, Any]:
-    """Reads a safetensors file into a Flax tree, fp32.
+    """Reads a PyTorch module's tensors into a Flax tree, in their stored precision.
+
+    The leaves are NumPy's float32 or float16, or ml_dtypes' bfloat16: a checkpoint of
+    half the size takes half the memory. fp32 modules promote it exactly; who trains
+    casts it to fp32 master weights first.
 
     Args:
-      path: a `.safetensors` file of a PyTorch module.
+      path: a `.safetensors` file, or the JSON index of its shards.
       shapes: the tree of that module, leaves with `.shape` (from `jax.eval_shape`).
       unused: a pattern, found in the names of tensors that may be there although
         `shapes` has no place for them; without one there are none.
 
     Raises:
-      UserError: tensors are missing, unexpected or of another shape; all are named.
+      UserError: a file is damaged, or tensors are missing, unexpected, or of another
+        shape or precision; all are named, before any is read.
     """
-    tensors = _renamed(_open(epath.Path(path)))
-    tree, problems = {}, []
+    found, problems = _renamed(tensor_file.entries(path))
+    leaves = {}
     for key, leaf in flax.traverse_util.flatten_dict(shapes).items():
         name = torch_name(key)
-        if name not in tensors:
+        if name not in found:
             problems.append(f"{name} is missing")
             continue
-        tensor = _to_flax(key[-1], tensors.pop(name), len(leaf.shape))
-        if tensor.shape != tuple(leaf.shape):
-            problems.append(
-                f"{name} makes {list(tensor.shape)}, not {list(leaf.shape)}"
-            )
-        tree[key] = np.ascontiguousarray(tensor, dtype=np.float32)
-    surplus = [name for name in sorted(tensors) if not re.search(unused, name)]
-    problems += [f"{name} is unexpected" for name in surplus]
+        leaves[name] = key, tuple(leaf.shape)
+        shape = _flax_shape(key[-1], found[name][1].shape, len(leaf.shape))
+        if shape != tuple(leaf.shape):
+            problems.append(f"{name} makes {list(shape)}, not {list(leaf.shape)}")
+    surplus = sorted(found.keys() - leaves.keys())
+    problems += [f"{x} is unexpected" for x in surplus if not re.search(unused, x)]
     if problems:
+        got, details = tensor_file.listed(problems)
         raise UserError(
             str(path),
             wanted="the tensors of the architecture in its config.json",
-            got=f"{len(problems)} that differ: {'; '.join(problems)}",
+            got=f"{len(problems)} that differ: {got}",
             fix="Take weights and config.json from the same checkpoint.",
+            details=details,
         )
+    _check_precision(path, {name: found[name][1] for name in leaves})
+    names = {found[name][0]: name for name in leaves}  # by the name in the file
+    tree = {}
+    for stored, tensor in tensor_file.tensors(
+        {stored: found[name][1] for stored, name in names.items()}
+    ):
+        key, shape = leaves[names[stored]]
+        tree[key] = np.array(_to_flax(key[-1], tensor, len(shape)), order="C")
     return flax.traverse_util.unflatten_dict(tree)
 
 
+def check(path: epath.PathLike) -> str:
+    """Looks over the headers of a file, or of the shards of an index, without reading.
+
+    Returns:
+      the precision of its tensors: `float32`, `float16` or `bfloat16`.
+
+    Raises:
+      UserError: a file is missing, cut or damaged, or the precision is mixed or not of
+        these three.
+    """
+    found, _ = _renamed(tensor_file.entries(path))
+    return _check_precision(path, {name: entry for name, (_, entry) in found.items()})
+
+
 def write(path: epath.PathLike, params: Mapping[str, Any]) -> None:
-    """Writes a Flax tree as the safetensors file that PyTorch's module would write."""
-    tensors = {}
-    for key, leaf in flax.traverse_util.flatten_dict(params).items():
-        tensors[torch_name(key)] = _to_torch(key[-1], np.asarray(leaf))
-    files.write_bytes(path, save(tensors, metadata={"format": "pt"}))
+    """Writes a Flax tree, in fp32, as the file that PyTorch's module would write.
+
+    Leaves are NumPy or JAX arrays, sharded or not, and are fetched one at a time.
+    """
+    leaves = flax.traverse_util.flatten_dict(params)
+    keys = {torch_name(key): key for key in leaves}
+
+    def fetch(name):
+        leaf = leaves[keys[name]]
+        if not isinstance(leaf, np.ndarray):
+            leaf = leaf.copy()  # what NumPy fetches of a JAX array stays with the array
+        return _to_torch(keys[name][-1], np.asarray(leaf))
+
+    tensor_file.write(
+        path,
+        {name: _torch_shape(key[-1], leaves[key].shape) for name, key in keys.items()},
+        fetch,
+    )
+
+
+def _flax_shape(leaf: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    if leaf != "kernel":
+        return shape
+    if len(shape) == 4 and ndim == 2 and shape[2:] == (1, 1):
+        shape = shape[:2]  # a linear layer stored as a 1x1 convolution
+    return (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape[::-1]
+
+
+def _torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if leaf != "kernel":
+        return shape
+    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
 
 
 def _to_flax(leaf: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
     if leaf != "kernel":
         return tensor
-    if tensor.ndim == 4 and ndim == 2:  # a linear layer stored as a 1x1 convolution
+    if tensor.ndim == 4 and ndim == 2:
         tensor = tensor[:, :, 0, 0]
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
@@ -104,29 +158,50 @@ def _to_flax(leaf: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
 def _to_torch(leaf: str, tensor: np.ndarray) -> np.ndarray:
     if leaf == "kernel":
         tensor = tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
-    return np.ascontiguousarray(tensor, dtype=np.float32)
+    return np.asarray(tensor, np.float32, order="C")
 
 
-def _renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Drops stored constants and gives old autoencoder attention its new names."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if _IGNORED.search(name):
+def _renamed(
+    entries: Mapping[str, tensor_file.Entry],
+) -> tuple[dict[str, tuple[str, tensor_file.Entry]], list[str]]:
+    """Drops stored constants and gives old autoencoder attention its new names.
+
+    Returns:
+      (name in the file, entry) by today's name, and a line for each name there twice.
+    """
+    renamed, problems = {}, []
+    for stored, entry in entries.items():
+        if _IGNORED.search(stored):
             continue
+        name = stored
         *modules, module, leaf = name.split(".") if "." in name else ("", name)
         if "attentions" in modules and module in _VAE_ATTENTION:
             name = ".".join([*modules, _VAE_ATTENTION[module], leaf])
-        renamed[name] = tensor
-    return renamed
+        if name in renamed:
+            problems.append(f"{name} is there twice, once as {stored}")
+        renamed[name] = stored, entry
+    return renamed, problems
 
 
-def _open(path: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        return load(path.read_bytes())
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(
-            str(path),
-            wanted="a safetensors file",
-            got=f"a damaged one ({error})" if path.exists() else "no such file",
-            fix="Download it again; weights in .bin files are never opened.",
-        ) from error
+def _check_precision(
+    path: epath.PathLike, entries: Mapping[str, tensor_file.Entry]
+) -> str:
+    """Requires one floating-point precision of all tensors; returns its NumPy name."""
+    counts = Counter(entry.dtype for entry in entries.values())
+    known = [dtype for dtype in counts if dtype in tensor_file.DTYPES]
+    if len(counts) == len(known) == 1:
+        return tensor_file.DTYPES[known[0]].name
+    usual = max(known, key=counts.__getitem__, default=None)
+    lines = [
+        f"{k} is {e.dtype}" for k, e in sorted(entries.items()) if e.dtype != usual
+    ]
+    got, details = tensor_file.listed(lines)
+    tally = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+    raise UserError(
+        str(path),
+        wanted=f"tensors of one precision ({', '.join(tensor_file.DTYPES)})",
+        got=f"{tally or 'no tensors'}" + (f": {got}" if got else ""),
+        fix="Take the checkpoint in one precision, not quantised; `torch_dtype` of "
+        "from_pretrained and save_pretrained convert it.",
+        details=details,
+    )

@@ -1,41 +1,45 @@
 """The training loop: one jitted, donated, sharded step; resumable by its number.
 
-Steps are dispatched one by one and run asynchronously. A scan over many would spare
-microseconds on an accelerator, and XLA's CPU backend runs convolutions inside a loop
-fifteen times slower than outside (measured on the digits' autoencoder).
+Steps are dispatched one by one and run asynchronously; the next batch is read by a
+thread meanwhile. A scan over many steps would spare microseconds on an accelerator, and
+XLA's CPU backend runs convolutions inside a loop fifteen times slower than outside
+(measured on the digits' autoencoder).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mvc_jax.errors import UserError
-from mvc_jax.training import sharding
+from mvc_jax.training import memory, preemption, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.console import Progress
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.journal import Journal
 from mvc_jax.training.optim import ema_update
 
-Batch = Any
-Rows = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 @flax.struct.dataclass
 class TrainState:
     """What an optimiser step changes. Randomness and data order follow from `step`.
 
-    `ema_params` is None where no average is kept.
+    `ema_params` is None where no average is kept. `skipped` counts the steps that were
+    not taken because something was not finite, `skipped_in_a_row` those at the end.
     """
 
     step: Any  # int32 []; `Any`, for a state also holds shapes, specs, shardings
     params: Any
     opt_state: Any
+    skipped: Any
+    skipped_in_a_row: Any
     ema_params: Any = None
 
     def update(
@@ -47,7 +51,9 @@ class TrainState:
         ema = self.ema_params
         if ema is not None:
             ema = ema_update(ema, params, self.step, ema_decay)
-        return TrainState(self.step + 1, params, opt_state, ema)
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, ema_params=ema
+        )
 
     @property
     def averaged(self) -> Any:
@@ -65,13 +71,15 @@ def create_state(
 ) -> TrainState:
     """A state born sharded, from host parameters (read from a file, or initialised).
 
-    Optimiser moments and averages take the shardings of their parameters.
+    Master weights are fp32 whatever the precision of `params`. Optimiser moments and
+    averages take the shardings of their parameters.
     """
 
     def init(params):
-        copy = jax.tree.map(jax.numpy.copy, params) if ema else None
-        step = jax.numpy.zeros((), jax.numpy.int32)
-        return TrainState(step, params, tx.init(params), copy)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        copy = jax.tree.map(jnp.copy, params) if ema else None
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), zero, zero, copy)
 
     shapes = jax.eval_shape(init, params)
     shardings = sharding.tree_shardings(shapes, mesh, rules)
@@ -83,91 +91,142 @@ def fit(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
     state: TrainState,
     *,
-    data: Any,
-    gather: Callable[[Any, dict], Batch],
-    rows: Callable[[int], Rows],
+    read: Callable[[int], dict[str, np.ndarray]],
+    fixed: dict[str, Any],
     mesh: Mesh,
     steps: int,
-    log_every: int,
     checkpoints: Checkpoints,
-    metrics: Callable[[int], MetricsLog],
-    name: str,
+    journal: Journal,
+    accumulate: int = 1,
+    room: memory.Room = memory.DEVICE,
 ) -> TrainState:
     """Runs `train_step` up to step `steps`, from the newest checkpoint if there is one.
 
     Args:
-      train_step: pure, `(state, batch) -> (state, metrics)`; metrics are scalars.
+      train_step: pure, `(state, batch) -> (state, metrics)`, metrics being scalars; it
+        is not taken where one is not finite.
       state: at step 0; its buffers are donated.
-      data: arrays that stay on the device, whole on each.
-      gather: `(data, rows) -> batch`, inside jit; rows are those of `place_rows`.
-      rows: step -> host arrays [B], a function of the step alone.
+      read: step -> host arrays [B, ...]; a thread calls it one step ahead.
+      fixed: what all batches share: placed once, sharded by the default rules.
       mesh: the devices.
       steps: where to stop.
-      log_every: steps over which metrics are averaged into one row.
-      checkpoints: where the state is kept.
-      metrics: step to start from -> log of this loop.
-      name: for the progress bar.
+      checkpoints: when and where the state is kept.
+      journal: of this loop.
+      accumulate: micro-batches that `train_step` cuts a batch into.
+      room: how much memory the step may take.
 
     Raises:
-      UserError: a metric is not finite.
+      UserError: a step takes too much memory, or too many were skipped.
+      Preempted: SIGTERM came; the state is saved.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step_on = jax.jit(
-        lambda state, data, rows: train_step(state, gather(data, rows)),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    data = jax.device_put(data, sharding.replicated(mesh))
-    with contextlib.closing(checkpoints):
+    step_on = _jitted(train_step, state)
+    fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
+    place = functools.partial(place_batch, mesh=mesh, accumulate=accumulate)
+    with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         first = int(state.step)
-        with (
-            contextlib.closing(metrics(first)) as log,
-            contextlib.closing(Progress(name, steps, done=first)) as progress,
-        ):
-            pending: list[dict] = []
-            for step in range(first, steps):
-                state, values = step_on(state, data, place_rows(rows(step), mesh))
-                done = step + 1
-                if pending and step % log_every == 0:  # the device is busy meanwhile
-                    _record(step, pending, log, progress)
-                    pending = []
-                pending.append(values)
-                if done % checkpoints.every == 0 or done == steps:
-                    _record(done, pending, log, progress)  # a bad state is never saved
-                    pending = []
-                    checkpoints.save(done, state)
+        if first >= steps:
+            return state
+        batch = place(read(first))
+        step_on = room.compile(step_on, state, fixed, batch, name=journal.name)
+        if asked():
+            raise preemption.Preempted(f"{journal.name} after step {first}")
+        size = int(batch["weight"].sum())
+        with journal.opened(first, steps, size), ThreadPoolExecutor(1) as reader:
+            for done in range(first + 1, steps + 1):
+                ahead = reader.submit(lambda n: place(read(n)), min(done, steps - 1))
+                state, values = step_on(state, fixed, batch)
+                batch = ahead.result()
+                journal.note(done, values)
+                journal.draw(done, state)
+                stop = asked() or journal.hopeless
+                if checkpoints.due(done) or done == steps or stop:
+                    with journal.pause():
+                        checkpoints.save(done, state, journal.close_row(done))
+                journal.raise_if_hopeless()
+                if stop and done < steps:
+                    raise preemption.Preempted(f"{journal.name} after step {done}")
     return state
 
 
-def place_rows(rows: Rows, mesh: Mesh) -> dict[str, jax.Array]:
-    """Host rows [B] as sharded arrays [B'], B' padded to the mesh.
+def _jitted(train_step: Callable, state: TrainState) -> Any:
+    """`(state, fixed, batch) -> (state, metrics)`: donated, sharded as `state` is."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        lambda state, fixed, batch: skip_bad(state, *train_step(state, fixed | batch)),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
 
-    `weight` is added if it is not given: 1 for real examples, 0 for padding.
+
+def place_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, accumulate: int = 1
+) -> dict[str, jax.Array]:
+    """Host arrays [B, ...] as sharded arrays [B', ...], B' padded to the mesh.
+
+    `weight` [B] is added if it is not given: 1 for real examples, 0 for padding.
     """
-    batch_size = len(next(iter(rows.values())))
-    rows = {"weight": np.ones(batch_size, np.float32), **rows}
-    size = sharding.padded_size(batch_size, mesh)
-    padded = {key: sharding.pad_rows(array, size) for key, array in rows.items()}
+    batch_size = len(next(iter(batch.values())))
+    batch = {"weight": np.ones(batch_size, np.float32), **batch}
+    multiple = mesh.size * accumulate
+    size = -(-batch_size // multiple) * multiple
+    padded = {key: sharding.pad_rows(array, size) for key, array in batch.items()}
     return jax.device_put(padded, sharding.batch_sharding(mesh))
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Mean of `values` [B] over the examples with weight; padding counts nothing."""
-    return (values * weights).sum() / jax.numpy.maximum(weights.sum(), 1e-8)
+    return (values * weights).sum() / jnp.maximum(weights.sum(), 1e-8)
 
 
-def _record(step: int, values: list[dict], log: MetricsLog, progress: Progress) -> None:
-    """Logs at `step` the mean of each metric over the steps since the last row."""
-    fetched = jax.device_get(values)
-    means = {key: float(np.mean([v[key] for v in fetched])) for key in fetched[0]}
-    bad = [f"{key}={value}" for key, value in means.items() if not np.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"training before step {step}",
-            wanted="finite metrics",
-            got=", ".join(bad),
-            fix="Lower the learning rate; the last good checkpoint is kept.",
-        )
-    log.write(step, **means)
-    progress.advance(len(values), **means)
+def gradients(
+    losses: Callable[[Any, Batch], jax.Array], params: Any, batch: Batch, parts: int
+) -> tuple[jax.Array, Any]:
+    """Mean loss and its gradient, `parts` micro-batches one after the other.
+
+    Args:
+      losses: `(params, batch) -> [B]`.
+      params: what to differentiate for.
+      batch: arrays [B, ...]; `weight` [B] weighs the mean over the whole batch, so that
+        the result does not depend on `parts`.
+      parts: a divisor of B.
+    """
+    total = jnp.maximum(batch["weight"].sum(), 1e-8)
+
+    def share(params, part):
+        return (losses(params, part) * part["weight"]).sum() / total
+
+    share_and_gradient = jax.value_and_grad(share)
+    if parts == 1:
+        return share_and_gradient(params, batch)
+    # Part i is every `parts`-th example from i on: each device keeps its own.
+    micro = jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, share_and_gradient(params, part)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (total, params))
+    # Convolutions' gradients in a loop are slow on a CPU (top of this file).
+    unroll = jax.default_backend() == "cpu"
+    return jax.lax.scan(add, zeros, micro, unroll=unroll)[0]
+
+
+def skip_bad(
+    old: TrainState, new: TrainState, metrics: dict
+) -> tuple[TrainState, dict]:
+    """`new`, or `old` at the next step where a metric is not finite.
+
+    Returns:
+      the state, and the metrics with `skipped_in_a_row`.
+    """
+    good = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
+    chosen = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    bad = 1 - good.astype(jnp.int32)
+    state = chosen.replace(
+        step=new.step,
+        skipped=old.skipped + bad,
+        skipped_in_a_row=(old.skipped_in_a_row + 1) * bad,
+    )
+    return state, metrics | {"skipped_in_a_row": state.skipped_in_a_row}

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
@@ -38,6 +39,10 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Shows an image, uint8 [H, W, 3], in TensorBoard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
         files.write_jsonl(self._path, self._rows)

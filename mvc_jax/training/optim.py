@@ -4,6 +4,16 @@ import jax
 import optax
 
 
+def schedule(name: str, peak: float, *, warmup: int, steps: int) -> optax.Schedule:
+    """`constant` or `cosine` learning rate, after a linear warm-up from 0.
+
+    The cosine falls to 0 at `steps`.
+    """
+    if name == "cosine":
+        return warmup_cosine(peak, warmup=warmup, steps=steps)
+    return optax.warmup_constant_schedule(0.0, peak, warmup)
+
+
 def warmup_cosine(peak: float, *, warmup: int, steps: int) -> optax.Schedule:
     """Linear from 0 to `peak` in `warmup` steps, then a half cosine to 0 at `steps`."""
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))

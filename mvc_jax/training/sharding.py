@@ -1,7 +1,7 @@
 """One mesh, ("data", "fsdp"); sharding rules as data."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,31 @@ def pad_rows(array: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
     missing = size - array.shape[axis]
     widths = [(0, missing if i == axis else 0) for i in range(array.ndim)]
     return np.pad(array, widths)
+
+
+def over_batches(
+    function: Callable[[Any, Any], jax.Array], params: Any, *, size: int, mesh: Mesh
+) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+    """Turns `function(params, batch)` into one from host batches to host results.
+
+    It is compiled once, for `size` rows, a multiple of the number of devices: shorter
+    batches are padded, and their results cut. Parameters are on every device; the next
+    batch is sent before a result is fetched.
+    """
+    function = jax.jit(function)
+    params = jax.device_put(params, replicated(mesh))
+
+    def run(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        ahead = None
+        for batch in batches:
+            placed = jax.device_put(pad_rows(batch, size), batch_sharding(mesh))
+            behind, ahead = ahead, (function(params, placed), len(batch))
+            if behind is not None:
+                yield np.asarray(behind[0])[: behind[1]]
+        if ahead is not None:
+            yield np.asarray(ahead[0])[: ahead[1]]
+
+    return run
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:

@@ -1,0 +1,167 @@
+"""Stable Diffusion 1.5 at its true size: written, loaded, widened, trained with FSDP.
+
+    python benchmarks/full_size.py --folder=/tmp/sd15
+
+The architecture is that of the public checkpoint, the weights are random. It is written
+in the diffusers layout (a folder that is there already is used), loaded, its UNet
+widened, and takes steps of fine-tuning, sharded over 8 devices that share the memory of
+this machine, or over its accelerators. Printed is what each part took: seconds, and the
+most memory that the process has held until then.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import resource
+import tempfile
+import time
+
+DEVICES = 8
+if "XLA_FLAGS" not in os.environ:  # before JAX looks for devices
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from finetune_step import SD15  # noqa: E402
+
+from mvc_jax import finetune  # noqa: E402
+from mvc_jax.models import (  # noqa: E402
+    diffusers_layout,
+    stable_diffusion,
+    tokenizer,
+)
+from mvc_jax.pretrain import SCHEDULER  # noqa: E402
+from mvc_jax.training import optim, rng, runtime, sharding  # noqa: E402
+from mvc_jax.training.checkpoint import Checkpoints  # noqa: E402
+from mvc_jax.training.journal import Journal  # noqa: E402
+from mvc_jax.training.loop import create_state, fit  # noqa: E402
+
+GIB = 2**30
+_BEGAN = [time.monotonic()]
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=pathlib.Path, help="of the checkpoint")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=DEVICES)
+    parser.add_argument("--latents", type=int, default=32, help="side; 64 is 512 px")
+    parser.add_argument("--remat", default="none", help="none, blocks, full")
+    arguments = parser.parse_args()
+    runtime.set_up("")
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = pathlib.Path(temporary)
+        base = arguments.folder or workdir / "base"
+        told("start")
+        if not (base / "model_index.json").exists():
+            write(base)
+            told("written")
+        train(base, workdir, arguments)
+
+
+def told(what: str) -> None:
+    """Prints the seconds since the last call, and the peak of memory so far."""
+    seconds, _BEGAN[0] = time.monotonic() - _BEGAN[0], time.monotonic()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    print(f"{what:32s} {seconds:8.1f} s   peak {peak:6.2f} GiB", flush=True)
+
+
+def write(folder: pathlib.Path) -> None:
+    """The checkpoint, from NumPy's generator and a tokenizer of a few words."""
+    configs = {"unet": SD15 | {"in_channels": 4}, "vae": VAE, "text_encoder": TEXT}
+    configs["scheduler"] = dict(SCHEDULER)
+    tokenizer.train(
+        folder / "tokenizer", ["a photo of a part"], vocab_size=520, max_length=77
+    )
+    read = diffusers_layout.read_tokenizer(folder / "tokenizer")
+    model = stable_diffusion.StableDiffusion(configs, read)
+    draw = np.random.default_rng(0)
+    params = {
+        name: stable_diffusion.random_params(model.shapes(name), draw)
+        for name in diffusers_layout.WEIGHTS
+    }
+    told("drawn")
+    diffusers_layout.save(folder, model, params)
+
+
+def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    model, params = diffusers_layout.load(folder)
+    told(f"loaded {size / GIB:.2f} GiB")
+    model, params = model.widened(params)
+    model = model.computing(remat=arguments.remat)
+    mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
+    schedule = optim.schedule("constant", 1e-4, warmup=0, steps=arguments.steps)
+    tx = optim.adam(schedule, max_norm=1.0)
+    state = create_state(params.pop("unet"), tx, mesh)
+    del params
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    jax.block_until_ready(state)
+    told(f"widened, placed: {count / 1e6:.0f}M on {mesh.size}")
+    draw = np.random.default_rng(1)
+    side = arguments.latents
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        shape = (arguments.batch, side, side, 2 * model.latent_channels)
+        text = (arguments.batch, model.context_length, model.text_width)
+        return {
+            "source_moments": draw.normal(size=shape).astype(np.float32),
+            "target_moments": draw.normal(size=shape).astype(np.float32),
+            "text_states": draw.normal(size=text).astype(np.float32),
+        }
+
+    state = fit(
+        functools.partial(
+            finetune.train_step,
+            model=model,
+            tx=tx,
+            schedule=schedule,
+            key=rng.purpose_key(0, "finetune"),
+            drop_rate=0.05,
+        ),
+        state,
+        read=read,
+        fixed={"null_states": read(0)["text_states"][0]},
+        mesh=mesh,
+        steps=arguments.steps,
+        checkpoints=Checkpoints(workdir / "checkpoints", every=10**9),
+        journal=Journal(
+            workdir,
+            "steps",
+            log_every=1,
+            flops=finetune.step_flops(model, "full", side, side),
+        ),
+    )
+    told(f"compiled, {arguments.steps} steps, saved")
+    moved = np.abs(np.asarray(state.params["conv_in"]["kernel"])[:, :, 4:]).max()
+    print((workdir / "metrics.jsonl").read_text(), end="")
+    assert int(state.step) == arguments.steps and moved > 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Checkpoints by name: asked of the Hugging Face hub once, for the files needed.
+
+Cache, token, mirror and offline mode are the library's, by its environment variables
+(`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`).
+"""
+
+import errno
+import re
+from collections.abc import Sequence
+
+import huggingface_hub
+from etils import epath
+
+from mvc_jax.errors import UserError
+
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_local(name: str) -> bool:
+    """Whether `name` is a path: it exists here, or no hub name is written like it."""
+    return not _NAME.fullmatch(name) or epath.Path(name).exists()
+
+
+def download(
+    name: str, patterns: Sequence[str], *, field: str, revision: str = ""
+) -> epath.Path:
+    """The folder of a snapshot, whose missing files are downloaded first.
+
+    Without a network, or in offline mode, it is the one of the cache, which may lack
+    files: what it must hold is for the caller to check.
+
+    Args:
+      name: `organisation/model`.
+      patterns: of the files, as `fnmatch` reads them.
+      field: the setting that holds the name, for errors.
+      revision: a branch, tag or commit; `""`: the hub's default branch.
+
+    Raises:
+      UserError: the hub does not give it.
+    """
+    options = {"revision": revision} if revision else {}
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, allow_patterns=list(patterns), **options
+        )
+    except (OSError, ValueError) as error:  # what its own errors derive from
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        first_line = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            field,
+            wanted="a checkpoint folder, or a name that the Hugging Face hub gives",
+            got=f"no such folder, and from the hub {type(error).__name__}: "
+            f"{first_line}",
+            fix="Check the name. A gated or private one needs `hf auth login`; without "
+            "a network, download it elsewhere and name its folder.",
+        ) from error
+    return epath.Path(folder)
+
+
+def commit_of(folder: epath.PathLike) -> str | None:
+    """The commit of a snapshot in the hub's cache; None for any other folder."""
+    folder = epath.Path(folder)
+    cached = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    return folder.name if cached else None

@@ -1,0 +1,239 @@
+"""The model card of an exported folder: README.md, as the Hugging Face hub reads it."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from etils import epath
+
+from mvc_jax import files
+
+FILE = "README.md"
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+_UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the card tells, as plain values.
+
+    Attributes:
+      base: hub name, or path, of the model that was fine-tuned.
+      revision: the commit of a base from the hub; None where it is a local folder.
+      license: of the base, from `base_license`.
+      dataset: its name.
+      classes: their names.
+      images: how many the model was trained on.
+      resolution: pixels along one side.
+      prompt: one of the prompts, for the examples.
+      hyperparameters: of the fine-tuning, by name.
+      steps: optimiser steps taken.
+      final_loss: a mean over the last steps, if known.
+      adapters: the folder of the LoRA file, relative to the card's, if there is one.
+    """
+
+    base: str
+    revision: str | None
+    license: Mapping[str, Any]
+    dataset: str
+    classes: Sequence[str]
+    images: int
+    resolution: int
+    prompt: str
+    hyperparameters: Mapping[str, Any]
+    steps: int
+    final_loss: float | None = None
+    adapters: str | None = None
+
+
+def write(folder: epath.PathLike, facts: Facts) -> list[str]:
+    """Writes the card of a model folder.
+
+    Returns:
+      the files written, relative to `folder`.
+    """
+    files.write_text(epath.Path(folder) / FILE, text(facts))
+    return [FILE]
+
+
+def text(facts: Facts) -> str:
+    """The card: YAML front matter, then Markdown."""
+    front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
+    about = f"# Stable Diffusion fine-tuned on {_code(facts.dataset)}\n\n{_ABOUT}"
+    sections = [about, _base(facts), _data(facts), _training(facts), _USE]
+    sections.append(_loading(facts))
+    if facts.adapters is not None:
+        sections.append(_loading_adapters(facts))
+    return f"---\n{front}---\n\n" + "\n".join([*sections, _REFERENCES])
+
+
+def base_license(folder: epath.PathLike) -> dict[str, Any]:
+    """The licence that the card in a model folder states, as front matter fields.
+
+    Where there is no card, or it states none, it is `other` and unknown: a licence is
+    never made up.
+    """
+    path = epath.Path(folder) / FILE
+    card = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
+    match = re.match(r"---\s*\n(.*?\n)---\s*(\n|$)", card, re.DOTALL)
+    try:
+        front = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        front = None
+    if not isinstance(front, dict) or not front.get("license"):
+        return dict(_UNKNOWN)
+    return {name: front[name] for name in _LICENSE_FIELDS if name in front}
+
+
+def _front_matter(facts: Facts) -> dict[str, Any]:
+    front = dict(facts.license)
+    if facts.revision is not None:  # the hub refuses anything but a name of its own
+        front["base_model"] = facts.base
+    tags = ["stable-diffusion", "instruct-pix2pix", "image-to-image", "mvc_jax"]
+    return {
+        **front,
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        "tags": [*tags, "data-augmentation", *["lora"] * (facts.adapters is not None)],
+        "classes": list(facts.classes),
+    }
+
+
+_ABOUT = """\
+A conditional model in the manner of InstructPix2Pix: given an image of a class and a
+text, it draws another image of that class. The UNet takes the latents of the given
+image on input channels of their own. Fine-tuned on the classes below by `mvc_jax`, to
+enlarge the dataset by Mixing Visual Concepts.
+"""
+
+_USE = """\
+## Intended use and limits
+
+- Meant for the augmentation of the dataset it was trained on: it knows these classes,
+  and what the base knew.
+- It may reproduce training images, whole or in part. If those are private, do not
+  publish this model or what it draws.
+- What it draws is no evidence: not for diagnosis, identification or decisions about
+  people. Whether synthetic images help a classifier has to be measured on real ones.
+- It carries on the errors and biases of the base and of the dataset.
+- The licence of the base applies to it, and so may the terms of the dataset.
+"""
+
+_REFERENCES = """\
+## References
+
+- Mixing Visual Concepts, WACV 2025: [arXiv 2412.15358](https://arxiv.org/abs/2412.15358)
+- InstructPix2Pix: [arXiv 2211.09800](https://arxiv.org/abs/2211.09800)
+"""
+
+_LOAD = """\
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+
+pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained({arguments})
+"""
+
+_WIDEN = """\
+narrow, channels = pipe.unet.conv_in, pipe.vae.config.latent_channels
+if narrow.in_channels == channels:  # the new input channels start at zero
+    wide = torch.nn.Conv2d(2 * channels, narrow.out_channels, 3, padding=1)
+    wide = wide.to(narrow.weight)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.weight[:, :channels] = narrow.weight
+        wide.bias.copy_(narrow.bias)
+    pipe.unet.conv_in = wide
+    pipe.unet.register_to_config(in_channels=2 * channels)
+pipe.load_lora_weights({adapters})
+"""
+
+_DRAW = """\
+drawn = pipe(
+    {prompt},
+    image=Image.open("source.png").convert("RGB").resize(({size}, {size})),
+    num_inference_steps=50,
+    guidance_scale=7.5,
+    image_guidance_scale=1.5,
+    generator=torch.manual_seed(0),
+).images[0]
+drawn.save("drawn.png")
+"""
+
+
+def _base(facts: Facts) -> str:
+    name = facts.license.get("license_name", facts.license["license"])
+    if facts.license == _UNKNOWN:
+        name = "unknown, see the base"
+    rows = {"base": facts.base}
+    if facts.revision is not None:
+        rows["revision"] = facts.revision
+    rows["licence"] = name
+    return "## Base\n\n" + _table(rows)
+
+
+def _data(facts: Facts) -> str:
+    rows = {
+        "dataset": facts.dataset,
+        "images": facts.images,
+        "resolution": f"{facts.resolution} x {facts.resolution}",
+        "classes": len(facts.classes),
+    }
+    names = ", ".join(_code(name) for name in facts.classes)
+    return f"## Data\n\n{_table(rows)}\nClasses: {names}\n"
+
+
+def _training(facts: Facts) -> str:
+    rows = {"steps": facts.steps}
+    if facts.final_loss is not None:
+        rows["final loss"] = f"{facts.final_loss:.4g}"
+    return (
+        f"## Hyper-parameters\n\n{_table(facts.hyperparameters)}\n"
+        f"## Training result\n\n{_table(rows)}"
+    )
+
+
+def _loading(facts: Facts) -> str:
+    load = _LOAD.format(arguments='"."')
+    return (
+        "## Load it in diffusers\n\n"
+        "From within this folder; on the hub, its name there stands for the dot.\n\n"
+        f"```python\n{load}{_draw(facts)}```\n"
+    )
+
+
+def _loading_adapters(facts: Facts) -> str:
+    arguments = repr(facts.base)
+    if facts.revision is not None:
+        arguments += f", revision={facts.revision!r}"
+    load = _LOAD.format(arguments=arguments)
+    widen = _WIDEN.format(adapters=repr(facts.adapters))
+    return (
+        "## Load the adapters onto the base\n\n"
+        "The same model, as low-rank adapters "
+        "([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)) of the widened base.\n"
+        "This needs the package `peft`.\n\n"
+        f"```python\n{load}\n{widen}{_draw(facts)}```\n"
+    )
+
+
+def _draw(facts: Facts) -> str:
+    return _DRAW.format(prompt=repr(facts.prompt), size=facts.resolution)
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = ["| | |", "|---|---|"]
+    for name, value in rows.items():
+        value = _code(str(value)).replace("|", r"\|")
+        lines.append(f"| {name} | {value} |")
+    return "\n".join(lines) + "\n"
+
+
+def _code(value: str) -> str:
+    """A Markdown code span of any string, on one line."""
+    value = " ".join(value.split()) or "(blank)"
+    fence = "`" * (1 + max(map(len, re.findall("`+", value)), default=0))
+    space = " " if value[0] == "`" or value[-1] == "`" else ""
+    return f"{fence}{space}{value}{space}{fence}"

@@ -1,0 +1,65 @@
+"""Pictures of a model while it trains: always the same inputs and the same noise."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from PIL import Image
+
+from mvc_jax import files, pictures
+from mvc_jax.training.loop import TrainState, place_batch
+from mvc_jax.training.metrics import MetricsLog
+
+_TILE = (64, 256)  # least and largest side of an image, in pixels
+
+
+class Gallery:
+    """Draws a row for each of N examples, and writes them as one grid."""
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        sample: Callable[[Any, dict], Any],
+        batch: dict[str, np.ndarray],
+        *,
+        names: Sequence[str],
+        beside: dict[str, Sequence[UInt8[np.ndarray, "H W 3"]]],
+        mesh: Mesh,
+    ):
+        """
+        Args:
+          folder: gets `step_<n>.png`.
+          sample: jitted, `(parameters, batch) -> images`, uint8 [B, H, W, 3].
+          batch: what it is given of the N examples, arrays [N, ...].
+          names: of the rows.
+          beside: heading -> N images to show beside the drawn ones, in this order;
+            the drawn ones stand behind the first.
+          mesh: the devices; each draws one example at a time.
+        """
+        self._folder, self._sample, self._batch = epath.Path(folder), sample, batch
+        self._names, self._beside, self._mesh = names, beside, mesh
+
+    def draw(self, step: int, state: TrainState, log: MetricsLog) -> None:
+        """Writes the grid of `step`, and shows it in TensorBoard."""
+        drawn: list[np.ndarray] = []
+        for start in range(0, len(self._names), self._mesh.size):
+            here = slice(start, start + self._mesh.size)
+            part = {name: array[here] for name, array in self._batch.items()}
+            images = self._sample(state.averaged, place_batch(part, self._mesh))
+            drawn.extend(np.asarray(images)[: len(self._names[here])])
+        (first, sources), *others = self._beside.items()
+        columns = {first: sources, "drawn": drawn, **dict(others)}
+        rows = []
+        for i, name in enumerate(self._names):
+            cells = [
+                {"heading": heading, "image": Image.fromarray(np.asarray(images[i]))}
+                for heading, images in columns.items()
+            ]
+            rows.append({"name": name, "cells": cells})
+        least, most = _TILE
+        picture = pictures.grid(rows, min(max(drawn[0].shape[0], least), most))
+        files.write_bytes(self._folder / f"step_{step:06d}.png", pictures.png(picture))
+        log.picture(step, "samples", np.asarray(picture))

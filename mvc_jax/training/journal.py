@@ -1,0 +1,130 @@
+"""What a loop tells while it runs: rows of metrics, progress, pictures, warnings."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mvc_jax.errors import UserError
+from mvc_jax.training import memory
+from mvc_jax.training.console import Progress
+from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.throughput import Throughput
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Something to look at: `draw(step, state, log)` every `every` steps."""
+
+    every: int
+    draw: Callable[[int, Any, MetricsLog], None]
+
+
+class Journal:
+    """Metrics of one loop; they stay on the device until their row is written."""
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        name: str,
+        *,
+        log_every: int,
+        max_skipped: int = 10,
+        flops: float = 0.0,
+        watch: Watch | None = None,
+    ):
+        """
+        Args:
+          workdir: whose `metrics.jsonl` and TensorBoard get the rows.
+          name: of the loop, there and on the terminal.
+          log_every: steps over which metrics are averaged into one row.
+          max_skipped: so many steps in a row that were skipped are too many.
+          flops: of one example's step; 0: not known.
+          watch: what to draw, and when.
+        """
+        self.name = name
+        self._workdir, self._log_every = workdir, log_every
+        self._max_skipped, self._flops, self._watch = max_skipped, flops, watch
+        self._open: list[dict] = []
+        self._skipped_in_a_row = 0
+        self._last: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def opened(self, first: int, steps: int, batch_size: int) -> Iterator[None]:
+        """From step `first` to `steps`, with `batch_size` examples in each."""
+        self._steps = steps
+        self._rate = Throughput(batch_size, self._flops)
+        log = MetricsLog(self._workdir, self.name, from_step=first)
+        progress = Progress(self.name, steps, done=first)
+        with contextlib.closing(log), contextlib.closing(progress):
+            self._log, self._progress = log, progress
+            yield
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether too many steps in a row were skipped, as far as it is known."""
+        return self._skipped_in_a_row >= self._max_skipped
+
+    def note(self, done: int, values: dict[str, jax.Array]) -> None:
+        """Takes the metrics of step number `done`; writes the row that was full.
+
+        That row is fetched after this step was dispatched: the device stays busy.
+        """
+        if (done - 1) % self._log_every == 0:
+            self.close_row(done - 1)
+        self._open.append(values)
+
+    def draw(self, done: int, state: Any) -> None:
+        """Shows the state, if it is time or the last step."""
+        watch = self._watch
+        if watch and (done % watch.every == 0 or done == self._steps):
+            with self.pause():
+                watch.draw(done, state, self._log)
+
+    def close_row(self, step: int) -> dict[str, float]:
+        """Writes at `step` the mean of each metric over the steps since the last row.
+
+        Steps that were skipped count for nothing but `skipped`, their number.
+
+        Returns:
+          the newest row.
+        """
+        if not self._open:
+            return self._last
+        fetched, self._open = jax.device_get(self._open), []
+        streaks = [int(values.pop("skipped_in_a_row")) for values in fetched]
+        good = [v for v, streak in zip(fetched, streaks, strict=True) if streak == 0]
+        self._skipped_in_a_row = streaks[-1]
+        skipped = len(fetched) - len(good)
+        if skipped:
+            logging.warning(
+                "%s: %d of the %d steps up to %d were skipped: not finite",
+                *(self.name, skipped, len(fetched), step),
+            )
+        names = good[0] if good else ()
+        means = {name: float(np.mean([v[name] for v in good])) for name in names}
+        self._last = means | {"skipped": float(skipped)}
+        rates = self._rate.over(len(fetched))
+        self._log.write(step, **self._last, **rates, **memory.in_use())
+        self._progress.advance(len(fetched), **means)
+        return self._last
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what is done within it out of the rates."""
+        with self._rate.paused():
+            yield
+
+    def raise_if_hopeless(self) -> None:
+        if self.hopeless:
+            raise UserError(
+                self.name,
+                wanted="finite losses and gradients",
+                got=f"{self._skipped_in_a_row} steps in a row without",
+                fix="The state before them is saved. Lower the learning rate.",
+            )

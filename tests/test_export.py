@@ -1,0 +1,334 @@
+"""PyTorch's diffusers loads what we write, in silence, and draws our images."""
+
+import ast
+import dataclasses
+import json
+import logging
+import re
+
+import huggingface_hub
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from hypothesis import strategies as st
+from PIL import Image
+
+from mvc_jax.diffusion import guidance, loss, samplers
+from mvc_jax.models import diffusers_layout, lora, model_card, stable_diffusion
+
+STEPS, TEXT_SCALE, IMAGE_SCALE = 5, 2.0, 1.5
+PROMPT = "a bold stroke, a photo of digit one"
+FAMILIES = {
+    "sd1": {"attention_head_dim": 2},
+    "sd2": {"attention_head_dim": [2, 4], "use_linear_projection": True},
+}
+PREDICTION_TYPES = {"sd1": "epsilon", "sd2": "v_prediction"}
+TARGETS = (*lora.ATTENTION, "proj_in", "downsamplers.0.conv", "time_emb_proj")
+
+
+@pytest.fixture(scope="module")
+def torch(torch):
+    """On one thread: several spin while they wait, which a busy machine pays for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tiny):
+    """A widened model of two blocks, its parameters, and adapters that do something."""
+    model, params = tiny
+    rng = np.random.default_rng(3)
+    unet = model.configs["unet"] | {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [32, 64],
+        **FAMILIES[request.param],
+    }
+    scheduler = model.configs["scheduler"]
+    scheduler = {**scheduler, "prediction_type": PREDICTION_TYPES[request.param]}
+    configs = {**model.configs, "unet": unet, "scheduler": scheduler}
+    model = dataclasses.replace(model, configs=configs)
+    drawn = stable_diffusion.random_params(model.shapes("unet"), rng)
+    model, params = model.widened({**params, "unet": drawn})
+    return model, params, new_adapters(params["unet"], rng, TARGETS)
+
+
+def new_adapters(unet, rng, targets=lora.ATTENTION):
+    """Of rank 3; B is not zero."""
+    adapters = lora.init(unet, rank=3, targets=targets, rng=rng)
+    return jax.tree.map(
+        lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32), adapters
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(family, tmp_path_factory):
+    """`base`, `lora`, and `merged`, which stands for any fine-tuned model."""
+    model, params, adapters = family
+    folder = tmp_path_factory.mktemp("exported")
+    merged = {**params, "unet": lora.merge(params["unet"], adapters)}
+    diffusers_layout.save(folder / "base", model, params)
+    diffusers_layout.save(folder / "merged", model, merged)
+    lora.write(folder / "lora", adapters)
+    return folder
+
+
+@pytest.fixture
+def complaints():
+    """What diffusers and transformers say at the level of warnings and above."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def start():
+    """Noise for the latents, and a source image in [0, 1]."""
+    rng = np.random.default_rng(9)
+    noise = rng.normal(size=(1, 4, 4, 4)).astype(np.float32)
+    return noise, rng.uniform(size=(1, 16, 16, 3)).astype(np.float32)
+
+
+def draw(model, params):
+    """Our image in [0, 1]."""
+    timesteps, step = model.ddim(STEPS)
+
+    @jax.jit
+    def run(params, ids, noise, source):
+        states = model.text_states(params, ids)
+        guided = guidance.image_text_guidance(
+            lambda *args: model.denoise(params, *args),
+            text_states=states[:1],
+            null_states=states[1],
+            cond_latents=loss.posterior_mode(model.moments(params, 2 * source - 1)),
+            text_scale=TEXT_SCALE,
+            image_scale=IMAGE_SCALE,
+        )
+        latents = samplers.sample(guided, step, timesteps, noise)
+        return jnp.clip(model.decode(params, latents) / 2 + 0.5, 0, 1)
+
+    image = run(params, jnp.asarray(model.tokenize([PROMPT, ""])), *start())
+    assert np.std(image) > 0.05  # a picture, and not of black and white alone
+    assert np.mean((image > 0.01) & (image < 0.99)) > 0.5
+    return image
+
+
+def draw_in_torch(torch, pipe):
+    pipe.set_progress_bar_config(disable=True)
+    noise, source = (torch.from_numpy(x.transpose(0, 3, 1, 2)) for x in start())
+    return pipe(
+        PROMPT,
+        image=source,
+        latents=noise,
+        num_inference_steps=STEPS,
+        guidance_scale=TEXT_SCALE,
+        image_guidance_scale=IMAGE_SCALE,
+        output_type="np",
+    ).images
+
+
+def test_an_exported_folder_draws_our_image(folders, torch, complaints):
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folders / "merged")
+    assert type(pipe) is diffusers.StableDiffusionInstructPix2PixPipeline
+    for name in ("safety_checker", "feature_extractor", "image_encoder"):
+        assert getattr(pipe, name) is None
+    theirs = draw_in_torch(torch, pipe)
+    assert complaints == []
+    ours = draw(*diffusers_layout.load(folders / "merged"))
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+
+
+def test_a_stray_field_or_tensor_would_be_heard(tiny, torch, complaints, tmp_path):
+    import diffusers
+
+    model, params = tiny
+    configs = {**model.configs, "vae": {**model.configs["vae"], "stray_field": 1}}
+    params = {**params, "vae": {**params["vae"], "stray": {"kernel": np.ones((2, 2))}}}
+    model = dataclasses.replace(model, configs=configs)
+    diffusers_layout.save(tmp_path, model, params)
+    diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    for stray in ("stray_field", "stray.weight"):
+        assert any(stray in complaint for complaint in complaints)
+
+
+def test_adapters_loaded_onto_the_base_draw_our_image(
+    family, folders, torch, complaints
+):
+    import diffusers
+
+    model, params, adapters = family
+    ours = draw(model, {**params, "lora": adapters})
+    base = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        folders / "base"
+    )
+    assert np.abs(draw_in_torch(torch, base) - ours).max() > 0.01
+    base.load_lora_weights(folders / "lora")
+    # An adapter of the UNet alone is told so, by its library, whoever wrote it.
+    complaints = [text for text in complaints if "CLIPTextModel" not in text]
+    assert complaints == []
+    np.testing.assert_allclose(draw_in_torch(torch, base), ours, atol=1e-4)
+    merged = type(base).from_pretrained(folders / "merged")
+    np.testing.assert_allclose(draw_in_torch(torch, merged), ours, atol=1e-4)
+
+
+def test_the_index_names_classes_of_pytorch(folders):
+    index = json.loads((folders / "merged" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
+    assert index["safety_checker"] == [None, None]
+    classes = {name: value[1] for name, value in index.items() if type(value) is list}
+    assert classes["unet"] == "UNet2DConditionModel"
+    assert not any(str(class_).startswith("Flax") for class_ in classes.values())
+
+
+FACTS = model_card.Facts(
+    base="someone/small-diffusion",
+    revision="0123abc",
+    license={"license": "creativeml-openrail-m"},
+    dataset="digits",
+    classes=("one", "two"),
+    images=120,
+    resolution=16,
+    prompt=PROMPT,
+    hyperparameters={"learning_rate": 1e-4, "batch_size": 50},
+    steps=300,
+)
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def code_blocks(text):
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_card_tells_all_it_was_given():
+    text = model_card.text(dataclasses.replace(FACTS, final_loss=0.123456))
+    assert front_matter(text) == {
+        "license": "creativeml-openrail-m",
+        "base_model": "someone/small-diffusion",
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image",
+        "tags": front_matter(text)["tags"],
+        "classes": ["one", "two"],
+    }
+    for part in (
+        *("someone/small-diffusion", "0123abc", "creativeml-openrail-m", "digits"),
+        *("`one`, `two`", "| images | `120` |", "16 x 16"),
+        *("| learning_rate | `0.0001` |", "| batch_size | `50` |"),
+        *("| steps | `300` |", "| final loss | `0.1235` |"),
+        *("arXiv 2412.15358", "WACV 2025", "arXiv 2211.09800"),
+        *("training images", "do not\n  publish", "not for diagnosis"),
+    ):
+        assert part in text
+    assert "final loss" not in model_card.text(FACTS)
+    assert "lora" not in model_card.text(FACTS).lower()
+
+
+def test_a_local_base_is_no_model_of_the_hub():
+    text = model_card.text(dataclasses.replace(FACTS, base="/data/x", revision=None))
+    assert "base_model" not in front_matter(text)
+    assert "/data/x" in text and "revision" not in text
+
+
+ODD = [
+    "no",
+    "3",
+    "null",
+    "a: b",
+    "- x",
+    "#",
+    "'",
+    '"',
+    "é|`<b>",
+    "{",
+    "a\n---\nb",
+    "---",
+]
+
+
+@hypothesis.settings(deadline=None, max_examples=50, derandomize=True)
+@hypothesis.given(st.lists(st.one_of(st.text(), st.sampled_from(ODD)), min_size=1))
+@hypothesis.example(ODD)
+def test_odd_names_come_back_from_the_front_matter(names):
+    odd = names[0]
+    text = model_card.text(
+        dataclasses.replace(
+            FACTS, classes=names, dataset=odd, prompt=odd, hyperparameters={"x": odd}
+        )
+    )
+    data = huggingface_hub.ModelCard(text).data.to_dict()
+    assert data["classes"] == names
+    (block,) = code_blocks(text)
+    nodes = ast.walk(ast.parse(block))
+    assert odd in [node.value for node in nodes if isinstance(node, ast.Constant)]
+    rows = [line for line in text.splitlines() if line.startswith("| x | ")]
+    assert len(rows) == 1 and len(re.findall(r"(?<!\\)\|", rows[0])) == 3
+
+
+@pytest.mark.parametrize(
+    "card, wanted",
+    [
+        ("---\nlicense: mit\ntags: [x]\n---\n# Base\n", {"license": "mit"}),
+        (
+            "\ufeff---\r\nlicense: other\r\nlicense_name: x\r\nlicense_link: y\r\n---",
+            {"license": "other", "license_name": "x", "license_link": "y"},
+        ),
+        ("---\ntags: [x]\n---\nlicense: mit\n", None),
+        ("license: mit\n", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\n- license\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_the_base_s_or_unknown(card, wanted, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card.encode())
+    license = model_card.base_license(tmp_path)
+    text = model_card.text(dataclasses.replace(FACTS, license=license))
+    if wanted is None:
+        wanted = {"license": "other", "license_name": "unknown-see-the-base"}
+        assert "unknown, see the base" in text
+    assert license == wanted
+    assert front_matter(text).items() >= wanted.items()
+
+
+def test_the_code_in_the_card_runs(tiny, tmp_path, torch, complaints, monkeypatch):
+    """Both ways to load, from a folder that holds the whole model and the adapters."""
+    narrow, narrow_params = tiny
+    model, params = narrow.widened(narrow_params)
+    rng = np.random.default_rng(10)
+    adapters = new_adapters(params["unet"], rng)
+    merged = {**params, "unet": lora.merge(params["unet"], adapters)}
+    base, folder = tmp_path / "base", tmp_path / "export"
+    diffusers_layout.save(base, narrow, narrow_params)
+    diffusers_layout.save(folder, model, merged)
+    lora.write(folder / "lora", adapters)
+    facts = dataclasses.replace(
+        FACTS, base=str(base), revision=None, adapters="lora", classes=["one"]
+    )
+    assert model_card.write(folder, facts) == ["README.md"]
+    pixels = rng.integers(0, 256, (20, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "source.png")
+    monkeypatch.chdir(folder)
+    drawn = []
+    blocks = code_blocks((folder / "README.md").read_text())
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+        drawn.append(np.asarray(Image.open("drawn.png"), np.float32))
+    assert drawn[0].shape == (16, 16, 3) and np.std(drawn[0]) > 5
+    np.testing.assert_allclose(drawn[0], drawn[1], atol=1)  # of 255
+    assert [text for text in complaints if "CLIPTextModel" not in text] == []

@@ -1,0 +1,279 @@
+"""Fine-tuning: the step and its parts, adapters, pictures, the stage as one runs it."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mvc_jax import finetune, train
+from mvc_jax.configs import common
+from mvc_jax.data.cache import pairs_of_all_classes
+from mvc_jax.errors import UserError
+from mvc_jax.models import diffusers_layout, lora
+from mvc_jax.training import optim, rng, sharding
+from mvc_jax.training.loop import create_state
+
+KEY = rng.purpose_key(0, "finetune")
+
+
+@pytest.fixture(scope="module")
+def wide(tiny):
+    model, params = tiny
+    return model.widened(params)
+
+
+def make_batch(size, *, seed=0):
+    draw = np.random.default_rng(seed)
+    moments = draw.normal(size=(2, size, 2, 2, 8)).astype(np.float32)
+    return {
+        "source_moments": moments[0],
+        "target_moments": moments[1],
+        "text_states": draw.normal(size=(size, 12, 16)).astype(np.float32),
+        "null_states": draw.normal(size=(12, 16)).astype(np.float32),
+        "weight": np.ones(size, np.float32),
+    }
+
+
+def one_step(model, trained, batch, **settings):
+    tx = optax.sgd(0.1)
+    step = functools.partial(
+        finetune.train_step,
+        model=model,
+        tx=tx,
+        schedule=optax.constant_schedule(0.1),
+        key=KEY,
+        drop_rate=0.05,
+        **settings,
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state, metrics = jax.jit(step)(create_state(trained, tx, mesh), batch)
+    return jax.device_get((state.params, metrics))
+
+
+def test_micro_batches_train_as_the_whole_batch_does(wide):
+    model, params = wide
+    batch = make_batch(12)
+    batch["weight"][10:] = 0
+    whole = one_step(model, params["unet"], batch)
+    parts = one_step(model, params["unet"], batch, accumulate=3)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4),
+        whole,
+        parts,
+    )
+
+
+def test_conditions_are_dropped_together_and_alone(wide):
+    model, _ = wide
+    batch = make_batch(4000)
+    noised = jax.jit(functools.partial(finetune.noised, model=model, drop_rate=0.2))
+    seen = jax.device_get(noised(batch, KEY))
+    no_text = (seen["text_states"] == batch["null_states"]).all((1, 2))
+    no_image = (seen["inputs"][..., 4:] == 0).all((1, 2, 3))
+    for dropped, rate in (
+        (no_text & ~no_image, 0.2),
+        (no_image & ~no_text, 0.2),
+        (no_text & no_image, 0.2),
+    ):
+        assert abs(dropped.mean() - rate) < 0.03
+    kept, shown = ~no_text, ~no_image
+    np.testing.assert_array_equal(seen["text_states"][kept], batch["text_states"][kept])
+    source = batch["source_moments"][..., :4]  # the mode, unscaled
+    np.testing.assert_array_equal(seen["inputs"][shown][..., 4:], source[shown])
+
+
+def test_adapters_start_as_the_base_and_train_alone(wide):
+    model, params = wide
+    batch = make_batch(6)
+    adapters = lora.init(
+        params["unet"], rank=2, targets=("to_q",), rng=np.random.default_rng(0)
+    )
+    after, metrics = one_step(model, adapters, batch | {"base": params["unet"]})
+    full = one_step(model, params["unet"], batch)[1]
+    np.testing.assert_allclose(metrics["loss"], full["loss"], rtol=1e-5)
+    assert metrics["grad_norm"] < full["grad_norm"]
+    moved = jax.tree.map(lambda a, b: bool(np.abs(a - b).max() > 0), after, adapters)
+    assert moved["conv_in"]["b"]  # how it learns to look at the source
+
+
+def test_min_snr_weighs_the_loss_by_timestep(wide):
+    model, params = wide
+    batch = make_batch(6)
+    plain = one_step(model, params["unet"], batch)[1]["loss"]
+    weighed = one_step(model, params["unet"], batch, min_snr=5.0)[1]["loss"]
+    all_alike = one_step(model, params["unet"], batch, min_snr=1e-12)[1]["loss"]
+    assert 0 < weighed < plain
+    assert all_alike < 1e-6 * plain
+
+
+def test_a_v_prediction_base_is_trained_on_v(wide):
+    model, params = wide
+    scheduler = model.configs["scheduler"] | {"prediction_type": "v_prediction"}
+    other = dataclasses.replace(model, configs=model.configs | {"scheduler": scheduler})
+    batch = make_batch(6)
+    seen = {
+        m.prediction_type: finetune.noised(batch, KEY, model=m, drop_rate=0.0)
+        for m in (model, other)
+    }
+    noise, v = seen["epsilon"]["target"], seen["v_prediction"]["target"]
+    alphas = model.alphas_cumprod[seen["epsilon"]["timesteps"]][:, None, None, None]
+    noisy = seen["epsilon"]["inputs"][..., :4]
+    # v = (noise - sigma x_t) / signal, whatever the clean latents were.
+    expected = (noise - np.sqrt(1 - alphas) * noisy) / np.sqrt(alphas)
+    np.testing.assert_allclose(v, expected, rtol=1e-3, atol=1e-3)
+    assert one_step(other, params["unet"], batch)[1]["loss"] > 0
+
+
+@pytest.mark.parametrize("name, last", [("constant", 1e-3), ("cosine", 0.0)])
+def test_learning_rates_warm_up_and_stay_or_fall(name, last):
+    schedule = optim.schedule(name, 1e-3, warmup=4, steps=20)
+    rates = [float(schedule(step)) for step in range(21)]
+    np.testing.assert_allclose(rates[:5], [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rtol=1e-6)
+    assert rates[20] == pytest.approx(last, abs=1e-9)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_pictures_show_one_pair_of_each_class_first():
+    labels = np.array([0, 0, 1, 2])
+    pairs = np.array([[0, 1], [1, 0], [2, 2], [0, 0], [3, 3]])
+    chosen = pairs_of_all_classes(pairs, labels, 4)
+    np.testing.assert_array_equal(chosen, pairs[[0, 2, 4, 1]])
+
+
+def test_the_flops_of_stable_diffusion_are_the_published_ones(tiny):
+    model, _ = tiny
+    unet = {
+        "sample_size": 64,
+        "in_channels": 8,
+        "out_channels": 4,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    }
+    text = {"hidden_size": 768, "max_position_embeddings": 77}
+    configs = model.configs | {"unet": unet, "text_encoder": text}
+    model = dataclasses.replace(model, configs=configs)
+    forward = finetune.step_flops(model, "full", 64, 64) / 3
+    assert forward == pytest.approx(0.803e12, rel=1e-3)
+    assert finetune.step_flops(model, "lora", 32, 32) == pytest.approx(
+        2 * 0.180e12, rel=2e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("steps", 0),
+        ("learning_rate", float("nan")),
+        ("schedule", "linear"),
+        ("mode", "dora"),
+        ("dtype", "float16"),
+        ("attention", "flash"),
+        ("remat", "all"),
+        ("ema_decay", 1.0),
+        ("drop_rate", 0.4),
+        ("min_snr", -1.0),
+        ("accumulate", 0),
+        ("keep", 0),
+        ("lora.rank", 0),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(field, value):
+    config = common.get_config()
+    config.finetune.update(ConfigDict({field: value}) if "." not in field else {})
+    if "." in field:
+        config.finetune.lora.rank = value
+    with pytest.raises(UserError, match=f"config.finetune.{field}: wanted"):
+        finetune.check(config)
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    diffusers_layout.save(folder, *tiny)
+    return folder
+
+
+def run(base, workdir, *flags):
+    command = [
+        *("train", "--config=configs/digits.py", f"--workdir={workdir}"),
+        *(f"--config.base.path={base}", "--config.data.size=8"),
+        *("--config.data.per_class=2", "--config.compilation_cache="),
+        *("--config.data.pool=0", "--config.stages=caption,encode,pairs,finetune"),
+        *("--config.finetune.steps=4", "--config.finetune.batch_size=6"),
+        *("--config.finetune.sample_every=2", "--config.finetune.samples=12"),
+        *("--config.generate.steps=2", *flags),
+    ]
+    return train.main(command)
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("full")
+    assert run(base, workdir) == 0
+    return workdir
+
+
+def test_pictures_are_drawn_while_it_trains(finished):
+    folder = finished / "finetune" / "samples"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step_000002.png", "step_000004.png"]
+    image = np.asarray(Image.open(folder / names[0]))
+    assert image.shape[2] == 3 and image.std() > 10
+    assert list((finished / "tensorboard" / "finetune").iterdir())
+
+
+def test_a_row_of_metrics_has_what_one_watches(finished):
+    text = (finished / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    row = next(row for row in rows if row["stage"] == "finetune")
+    assert {
+        *("step", "loss", "grad_norm", "learning_rate", "skipped"),
+        *("examples_per_s", "tflops", "memory_gib"),
+    } <= set(row)
+
+
+def test_what_is_kept_or_shown_may_change_in_a_finished_workdir(base, finished, capsys):
+    assert run(base, finished, "--config.finetune.checkpoint_every=3") == 0
+    assert run(base, finished, "--config.finetune.remat=blocks") == 0
+    assert run(base, finished, "--config.finetune.learning_rate=0.5") == 2
+    assert "finetune.learning_rate: 0.0002 -> 0.5" in capsys.readouterr().err
+
+
+def test_adapters_are_written_beside_the_merged_pipeline(base, finished, tmp_path):
+    assert run(base, tmp_path, "--config.finetune.mode=lora") == 0
+    folder = tmp_path / "finetune"
+    assert (folder / "lora" / lora.FILE).exists()
+    model, merged = diffusers_layout.load(folder / "model", ("unet",))
+    assert model.conditioned
+    _, start = diffusers_layout.load(base, ("unet",))
+    kernel = merged["unet"]["conv_in"]["kernel"]
+    assert np.abs(kernel[:, :, 4:]).max() > 0
+    np.testing.assert_array_equal(
+        merged["unet"]["conv_out"]["kernel"], start["unet"]["conv_out"]["kernel"]
+    )
+
+
+def test_too_little_memory_is_an_error_before_the_first_step(base, tmp_path, capsys):
+    assert run(base, tmp_path, "--config.finetune.memory_gib=0.0001") == 2
+    error = capsys.readouterr().err
+    assert "config.finetune.batch_size (6)" in error
+    assert "mode=lora (full)" in error
+    assert not (tmp_path / "finetune" / "samples").exists()
+    # Another way out may be taken in the same workdir.
+    assert run(base, tmp_path, "--config.finetune.batch_size=4") == 0
+
+
+def test_an_unknown_target_of_adapters_names_those_there_are(base, tmp_path, capsys):
+    flags = ("--config.finetune.mode=lora", "--config.finetune.lora.targets=to_x")
+    assert run(base, tmp_path, *flags) == 2
+    assert "to_out.0" in capsys.readouterr().err
