@@ -13,7 +13,8 @@ import tempfile
 
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # this checkout's, not an installed one
 
 import sd_families  # noqa: E402
 import sd_parity  # noqa: E402
