@@ -129,9 +129,11 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     if section.sample_every:
         gallery = make_gallery(config, workdir, model, mesh, cache, params, fixed)
     step, tx = make_step(config, model)
+    state = create_state(trained, tx, mesh, ema=section.ema_decay > 0)
+    del trained  # gigabytes on the host
     state = fit(
         step,
-        create_state(trained, tx, mesh, ema=section.ema_decay > 0),
+        state,
         read=functools.partial(
             read_pairs,
             cache,
