@@ -89,9 +89,8 @@ def check(config: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Widens the base UNet, trains it on the pairs, writes the pipeline."""
     workdir, section = epath.Path(workdir), config.finetune
-    shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
-    base = config.base.to_dict()
-    settings = {"seed": config.seed, "base": base, "finetune": shaping}
+    settings = {"seed": config.seed, "base": config.base.to_dict()}
+    settings["finetune"] = shaping(section)
     stage = manifest.open_stage(workdir, "finetune", settings, ("encode", "pairs"))
     if stage.complete:
         return
@@ -102,6 +101,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             stage.abandon()  # nothing is kept: other settings may follow
         raise
     stage.finish(written, steps=section.steps, skipped_steps=skipped)
+
+
+def shaping(section: ConfigDict) -> dict:
+    """The fields that shape the result."""
+    return {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
 
 
 def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
@@ -165,11 +169,15 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     return export(config, workdir, model, params, state), int(state.skipped)
 
 
+def base_of(workdir: epath.Path) -> dict:
+    """Which base `encode` read, as arguments of `load`."""
+    record = workdir / "encode" / "base.json"
+    return diffusers_layout.recorded(record, workdir / "pretrain" / "model")
+
+
 def load_base(workdir: epath.Path, components=tuple(WEIGHTS)):
     """The base that `encode` read, conditioned on source latents; host parameters."""
-    record = workdir / "encode" / "base.json"
-    found = diffusers_layout.recorded(record, workdir / "pretrain" / "model")
-    base, params = diffusers_layout.load(**found, components=components)
+    base, params = diffusers_layout.load(**base_of(workdir), components=components)
     model, params = base.widened(params)
     if model is base:
         logging.info("the base's UNet takes source latents already: not widened")
@@ -179,12 +187,8 @@ def load_base(workdir: epath.Path, components=tuple(WEIGHTS)):
 def make_step(config: ConfigDict, model):
     """`train_step` with all but state and batch, and its optimiser."""
     section = config.finetune
-    schedule = optim.schedule(
-        section.schedule,
-        section.learning_rate,
-        warmup=section.warmup,
-        steps=section.steps,
-    )
+    times = {"warmup": section.warmup, "steps": section.steps}
+    schedule = optim.schedule(section.schedule, section.learning_rate, **times)
     tx = optim.adam(schedule, max_norm=section.max_norm)
     step = functools.partial(
         train_step,
@@ -223,20 +227,16 @@ def export(config, workdir, model, params, state) -> list[str]:
 
 def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     """What the model card tells."""
-    base = files.read_json(workdir / "encode" / "base.json")
-    own = workdir / "pretrain" / "model"
-    folder, _ = checkpoint_folder.resolve(
-        base["path"] or own, base["variant"], base["revision"] or ""
-    )
+    folder, commit = checkpoint_folder.resolve(**base_of(workdir))
     dataset = files.read_json(workdir / "caption" / "dataset.json")
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
-    section = config.finetune.to_dict()
+    section = shaping(config.finetune)
     adapters = section.pop("lora")
     if section["mode"] == "lora":
         section |= {f"lora.{name}": value for name, value in adapters.items()}
     return model_card.Facts(
-        base=base["path"] or str(own),
-        revision=base["revision"],
+        base=config.base.path or "../../pretrain/model",  # as seen from the card
+        revision=commit,
         license=model_card.base_license(folder),
         dataset=dataset["name"],
         classes=dataset["class_names"],
