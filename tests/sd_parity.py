@@ -16,7 +16,7 @@ import numpy as np
 import sd_families
 from sd_families import LATENTS, PROMPTS, normal
 
-from mvc_jax.diffusion import loss
+from mvc_jax.diffusion import instruct_pix2pix, loss
 from mvc_jax.diffusion.guidance import image_text_guidance
 from mvc_jax.diffusion.samplers import sample
 from mvc_jax.models import diffusers_layout
@@ -231,28 +231,9 @@ def training_inputs(family: str) -> dict[str, np.ndarray]:
     return {
         "target": sd_families.images(f"{family} target", batch),
         "source": sd_families.images(f"{family} source", batch),
-        "posterior_noise": normal(f"{family} posterior", batch, *LATENTS, 4),
+        "posterior": normal(f"{family} posterior", batch, *LATENTS, 4),
         "noise": normal(f"{family} noise", batch, *LATENTS, 4),
     }
-
-
-def instruct_pix2pix_loss(
-    model: StableDiffusion, params: Params, batch: dict[str, Any], drop_rate: float
-) -> jax.Array:
-    """The loss of `finetune`, of a batch that says what is drawn there."""
-    latents = loss.posterior_sample(batch["target_moments"], batch["posterior_noise"])
-    latents = latents * model.scaling_factor
-    drop_text, drop_image = loss.drop_conditions(batch["uniform"], drop_rate)
-    states = jnp.where(
-        drop_text[:, None, None], batch["null_states"][None], batch["text_states"]
-    )
-    cond_latents = loss.posterior_mode(batch["source_moments"])
-    cond_latents = jnp.where(drop_image[:, None, None, None], 0.0, cond_latents)
-    arguments = (latents, batch["noise"], batch["timesteps"], model.alphas_cumprod)
-    target = loss.prediction_target(*arguments, model.prediction_type)
-    inputs = jnp.concatenate([loss.add_noise(*arguments), cond_latents], axis=-1)
-    prediction = model.denoise(params, inputs, batch["timesteps"], states)
-    return loss.squared_error(prediction, target).mean()
 
 
 def training(family: str) -> Arrays:
@@ -265,20 +246,34 @@ def training(family: str) -> Arrays:
     batch = {
         "target_moments": encode(_only(params, "vae"), inputs["target"]),
         "source_moments": encode(_only(params, "vae"), inputs["source"]),
-        "posterior_noise": inputs["posterior_noise"],
-        "noise": inputs["noise"],
-        "timesteps": TIMESTEPS,
-        "uniform": UNIFORM,
         "text_states": states,
         "null_states": states[PROMPTS.index("")],
+        "weight": jnp.ones(len(PROMPTS)),
+    }
+    draws = {
+        "posterior": jnp.asarray(inputs["posterior"]),
+        "noise": jnp.asarray(inputs["noise"]),
+        "timesteps": jnp.asarray(TIMESTEPS),
+        "dropout": jnp.asarray(UNIFORM),
     }
 
-    def loss_of(conv_in, unet, batch):
-        with_conv_in = {"unet": {**unet, "conv_in": conv_in}}
-        return instruct_pix2pix_loss(model, with_conv_in, batch, DROP_RATE)
+    def mean_loss(conv_in, unet, batch, draws):
+        examples = instruct_pix2pix.examples(
+            batch,
+            draws,
+            alphas_cumprod=model.alphas_cumprod,
+            prediction_type=model.prediction_type,
+            scaling_factor=model.scaling_factor,
+            drop_rate=DROP_RATE,
+        )
+        prediction = model.denoise(
+            {"unet": {**unet, "conv_in": conv_in}},
+            *(examples["inputs"], examples["timesteps"], examples["text_states"]),
+        )
+        return loss.squared_error(prediction, examples["target"]).mean()
 
-    value, gradient = jit_fast(jax.value_and_grad(loss_of))(
-        params["unet"]["conv_in"], params["unet"], batch
+    value, gradient = jit_fast(jax.value_and_grad(mean_loss))(
+        params["unet"]["conv_in"], params["unet"], batch, draws
     )
     return {"loss": _numpy(value), **{k: _numpy(v) for k, v in gradient.items()}}
 
@@ -295,7 +290,7 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     timesteps, uniform = _tensor(TIMESTEPS).long(), torch.from_numpy(UNIFORM)
 
     posterior = vae.encode(inputs["target"]).latent_dist
-    latents = posterior.mean + posterior.std * inputs["posterior_noise"]
+    latents = posterior.mean + posterior.std * inputs["posterior"]
     latents = latents * vae.config.scaling_factor
     noisy = scheduler.add_noise(latents, inputs["noise"], timesteps)
     source = vae.encode(inputs["source"]).latent_dist.mode()
