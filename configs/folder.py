@@ -7,7 +7,7 @@ looks at the images first: classes, counts, bad files, a contact sheet. The whol
 
     python -m mvc_jax.train --config=configs/folder.py:path=/data/parts \
       --workdir=runs/parts --config.caption.captioner=blip2 \
-      --config.data.class_type=part --config.base.path=models/stable-diffusion-v1-5
+      --config.data.class_type=part
 
 Captions by template are the same for a whole class, so that mixing them does nothing:
 they are for the first look. docs/your-own-images.md goes through it step by step.

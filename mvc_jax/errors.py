@@ -40,9 +40,7 @@ def require(condition: bool, name: str, *, wanted: str, got: object, fix: str) -
         raise UserError(name, wanted=wanted, got=f"{got}", fix=fix)
 
 
-def require_within(
-    prefix: str, fields: Mapping, ranges: Mapping[str, tuple[float, float, str]]
-) -> None:
+def require_within(prefix: str, fields: Mapping, ranges: Mapping[str, tuple]) -> None:
     """Raises a `UserError` for the first field outside its range.
 
     Args:

@@ -19,17 +19,16 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import manifest, order, splits
-from mvc_jax.data.cache import (
-    open_cache,
-    pair_rows,
-    pairs_of_all_classes,
-    read_pairs,
-)
+from mvc_jax.data.cache import open_cache, pairs_of_all_classes, read_pairs
 from mvc_jax.diffusion import instruct_pix2pix, loss
-from mvc_jax.diffusion.guidance import image_text_guidance
-from mvc_jax.diffusion.samplers import sample
 from mvc_jax.errors import UserError, require_one_of, require_within
-from mvc_jax.models import diffusers_layout, lora, stable_diffusion
+from mvc_jax.models import (
+    checkpoint_folder,
+    diffusers_layout,
+    lora,
+    model_card,
+    stable_diffusion,
+)
 from mvc_jax.models.diffusers_layout import WEIGHTS
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
@@ -80,20 +79,19 @@ _WAYS_OUT = (
 
 def check(config: ConfigDict) -> None:
     """Checks the section `finetune`."""
-    section = config.finetune
+    section = config.finetune.to_dict()
     require_within("config.finetune", section, _RANGES)
     require_one_of("config.finetune", section, _CHOICES)
-    require_within(
-        "config.finetune.lora", section.lora, {"rank": (1, 4096, "4 to 64 are usual.")}
-    )
+    ranks = {"rank": (1, 4096, "4 to 64 are usual.")}
+    require_within("config.finetune.lora", section["lora"], ranks)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Widens the base UNet, trains it on the pairs, writes the pipeline."""
     workdir, section = epath.Path(workdir), config.finetune
     shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
-    settings = {"seed": config.seed, "base": config.base.to_dict()}
-    settings["finetune"] = shaping
+    base = config.base.to_dict()
+    settings = {"seed": config.seed, "base": base, "finetune": shaping}
     stage = manifest.open_stage(workdir, "finetune", settings, ("encode", "pairs"))
     if stage.complete:
         return
@@ -114,10 +112,9 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     """
     section = config.finetune
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    model, params = load_base(config, workdir)
-    model = model.computing(
-        dtype=section.dtype, attention=section.attention, remat=section.remat
-    )
+    model, params = load_base(workdir)
+    how = {field: section[field] for field in ("dtype", "attention", "remat")}
+    model = model.computing(**how)
     cache = open_cache(workdir / "encode")
     cache.verify()
     trained, fixed = params.pop("unet"), {"null_states": cache.null_states}
@@ -125,21 +122,25 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
         fixed["base"] = jax.tree.map(  # frozen kernels need no master weights
             lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, trained
         )
-        trained = lora.init(
-            trained,
-            rank=section.lora.rank,
-            targets=section.lora.targets,
-            rng=order.generator(config.seed, "finetune/lora"),
-        )
+        draw = order.generator(config.seed, "finetune/lora")
+        trained = lora.init(trained, rng=draw, **section.lora)
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
     gallery = None
     if section.sample_every:
         gallery = make_gallery(config, workdir, model, mesh, cache, params, fixed)
     step, tx = make_step(config, model)
+    state = create_state(trained, tx, mesh, ema=section.ema_decay > 0)
+    del trained  # gigabytes on the host
     state = fit(
         step,
-        create_state(trained, tx, mesh, ema=section.ema_decay > 0),
-        read=make_reader(config, workdir, cache),
+        state,
+        read=functools.partial(
+            read_pairs,
+            cache,
+            files.read_array(workdir / "pairs" / "pairs.npy"),
+            seed=config.seed,
+            batch_size=section.batch_size,
+        ),
         fixed=fixed,
         mesh=mesh,
         steps=section.steps,
@@ -161,12 +162,11 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
         accumulate=section.accumulate,
         room=Room(int(section.memory_gib * 2**30), _WAYS_OUT.format(**section)),
     )
-    return export(config, folder, model, params, state), int(state.skipped)
+    return export(config, workdir, model, params, state), int(state.skipped)
 
 
-def load_base(config: ConfigDict, workdir: epath.Path, components=WEIGHTS):
-    """The base model that `encode` read, conditioned on source latents, and its host
-    parameters."""
+def load_base(workdir: epath.Path, components=tuple(WEIGHTS)):
+    """The base that `encode` read, conditioned on source latents; host parameters."""
     record = workdir / "encode" / "base.json"
     found = diffusers_layout.recorded(record, workdir / "pretrain" / "model")
     base, params = diffusers_layout.load(**found, components=components)
@@ -200,30 +200,53 @@ def make_step(config: ConfigDict, model):
     return step, tx
 
 
-def make_reader(config: ConfigDict, workdir: epath.Path, cache):
-    """Step -> its pairs from the cache."""
-    rows = functools.partial(
-        pair_rows,
-        files.read_array(workdir / "pairs" / "pairs.npy"),
-        seed=config.seed,
-        batch_size=config.finetune.batch_size,
-        flip=cache.flipped,
-    )
-    return lambda step: read_pairs(cache, rows(step))
+def export(config, workdir, model, params, state) -> list[str]:
+    """Writes the pipeline with its card, and in `lora` mode the adapters too.
 
-
-def export(config, folder, model, params, state) -> list[str]:
-    """Writes the pipeline, and in `lora` mode the adapters too; returns the files."""
-    trained = jax.device_get(state.averaged)
+    Returns:
+      the files written, relative to the folder of this stage.
+    """
+    folder, trained = workdir / "finetune", state.averaged
     written = []
     if config.finetune.mode == "lora":
-        names = lora.write(folder / "lora", trained)
-        written += [f"lora/{name}" for name in names]
+        written += [f"lora/{name}" for name in lora.write(folder / "lora", trained)]
         # The base again, for on the device it may have been rounded to bfloat16.
-        _, whole = load_base(config, folder.parent, ("unet",))
+        _, whole = load_base(workdir, ("unet",))
         trained = lora.merge(whole["unet"], trained)
-    names = diffusers_layout.save(folder / "model", model, params | {"unet": trained})
+    facts = model_facts(config, workdir, int(state.step))
+    made_by = {"stage": "finetune", "base": facts.base, "data": facts.dataset}
+    whole = params | {"unet": trained}
+    names = diffusers_layout.save(folder / "model", model, whole, made_by=made_by)
+    names += model_card.write(folder / "model", facts)
     return [*written, *(f"model/{name}" for name in names)]
+
+
+def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
+    """What the model card tells."""
+    base = files.read_json(workdir / "encode" / "base.json")
+    own = workdir / "pretrain" / "model"
+    folder, _ = checkpoint_folder.resolve(
+        base["path"] or own, base["variant"], base["revision"] or ""
+    )
+    dataset = files.read_json(workdir / "caption" / "dataset.json")
+    prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
+    section = config.finetune.to_dict()
+    adapters = section.pop("lora")
+    if section["mode"] == "lora":
+        section |= {f"lora.{name}": value for name, value in adapters.items()}
+    return model_card.Facts(
+        base=base["path"] or str(own),
+        revision=base["revision"],
+        license=model_card.base_license(folder),
+        dataset=dataset["name"],
+        classes=dataset["class_names"],
+        images=len(prompts),
+        resolution=config.data.size,
+        prompt=prompts[0]["prompt"],
+        hyperparameters=section,
+        steps=steps,
+        adapters="../lora" if section["mode"] == "lora" else None,
+    )
 
 
 def step_flops(
@@ -331,59 +354,40 @@ def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:
     pairs = pairs_of_all_classes(pairs, train.labels, config.finetune.samples)
     source, target = pairs.T
     timesteps, step = model.ddim(config.generate.steps)
-    sample = functools.partial(
-        sample_pairs,
-        key=rng.purpose_key(config.seed, "finetune/samples"),
-        model=model,
+    draw = functools.partial(
+        instruct_pix2pix.draw,
         timesteps=timesteps,
         step=step,
         text_scale=config.generate.text_scale,
         image_scale=config.generate.image_scale,
     )
-    sample = jax.jit(sample)
+    key = rng.purpose_key(config.seed, "finetune/samples")
+    shape = (*cache.moments.shape[1:3], model.latent_channels)
+
+    @jax.jit
+    def sample(trained, fixed, batch):
+        latents = draw(
+            functools.partial(model.denoise, unet_params(trained, fixed)),
+            rng.normal_like(rng.example_keys(key, batch["index"]), shape),
+            *(batch["moments"], batch["text_states"], fixed["null_states"]),
+        )
+        return stable_diffusion.to_pixels(model.decode(fixed, latents))
+
     fixed = fixed | {"vae": params["vae"]}
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
+    batch = {
+        "moments": cache.moments_of(source),
+        "text_states": cache.states_of(target),
+        "index": np.arange(len(pairs), dtype=np.int32),
+    }
     return Gallery(
         workdir / "finetune" / "samples",
         lambda trained, batch: sample(trained, fixed, batch),
-        {
-            "source_moments": cache.moments_of(source),
-            "text_states": cache.states_of(target),
-            "index": np.arange(len(pairs), dtype=np.int32),
-        },
+        batch,
         names=[train.class_names[label] for label in train.labels[source]],
         beside={"source": train.images[source], "a real one": train.images[target]},
         mesh=mesh,
     )
-
-
-def sample_pairs(
-    trained: dict,
-    fixed: dict,
-    batch: dict,
-    *,
-    key: jax.Array,
-    model: stable_diffusion.StableDiffusion,
-    timesteps: np.ndarray,
-    step,
-    text_scale: float,
-    image_scale: float,
-) -> jax.Array:
-    """Images uint8 [B, H, W, 3] of the target's prompt from the source's latents."""
-    cond_latents = loss.posterior_mode(batch["source_moments"])
-    noise = rng.normal_like(
-        rng.example_keys(key, batch["index"]), cond_latents.shape[1:]
-    )
-    guided = image_text_guidance(
-        functools.partial(model.denoise, unet_params(trained, fixed)),
-        text_states=batch["text_states"],
-        null_states=fixed["null_states"],
-        cond_latents=cond_latents,
-        text_scale=text_scale,
-        image_scale=image_scale,
-    )
-    latents = sample(guided, step, timesteps, noise)
-    return stable_diffusion.to_pixels(model.decode({"vae": fixed["vae"]}, latents))
 
 
 def unet_params(trained: dict, fixed: dict) -> dict:

@@ -19,9 +19,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files, mix
 from mvc_jax.data import manifest, splits, synthetic
 from mvc_jax.data.cache import open_cache
-from mvc_jax.diffusion.guidance import image_text_guidance
-from mvc_jax.diffusion.loss import posterior_mode
-from mvc_jax.diffusion.samplers import sample
+from mvc_jax.diffusion import instruct_pix2pix
 from mvc_jax.errors import require
 from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import rng, sharding
@@ -215,18 +213,19 @@ def sample_images(
     states = jax.vmap(mix.mix)(
         batch["states"], batch["partner_states"], batch["positions"], batch["dims"]
     )
-    cond_latents = posterior_mode(batch["moments"])
     keys = rng.example_keys(key, batch["index"])
-    noise = rng.normal_like(keys, cond_latents.shape[1:])
-    guided = image_text_guidance(
+    shape = (*batch["moments"].shape[1:3], model.latent_channels)
+    latents = instruct_pix2pix.draw(
         functools.partial(model.denoise, params),
-        text_states=states,
-        null_states=null_states,
-        cond_latents=cond_latents,
+        rng.normal_like(keys, shape),
+        batch["moments"],
+        states,
+        null_states,
+        timesteps=timesteps,
+        step=step,
         text_scale=text_scale,
         image_scale=image_scale,
     )
-    latents = sample(guided, step, timesteps, noise)
     images = model.decode(params, latents)
     if grey:
         images = jnp.broadcast_to(images.mean(-1, keepdims=True), images.shape)

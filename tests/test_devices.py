@@ -9,7 +9,7 @@ import pytest
 
 from mvc_jax import files, finetune, generate
 from mvc_jax.data import order
-from mvc_jax.data.cache import open_cache, pair_rows, read_pairs
+from mvc_jax.data.cache import open_cache, read_pairs
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.journal import Journal
@@ -70,9 +70,7 @@ def finetuned(tiny, opened, tmp_path_factory):
         state = fit(
             train_step(model, tx),
             create_state(params["unet"], tx, mesh),
-            read=lambda step: read_pairs(
-                opened, pair_rows(pairs, step, seed=0, batch_size=50)
-            ),
+            read=functools.partial(read_pairs, opened, pairs, seed=0, batch_size=50),
             fixed={"null_states": opened.null_states},
             mesh=mesh,
             steps=2,
@@ -167,9 +165,12 @@ def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, opened):
 
     def one_step(rows):
         state = create_state(params["unet"], tx, mesh)
-        unflipped = np.zeros(len(rows["source"]), bool)
-        rows = rows | {"source_flip": unflipped, "target_flip": unflipped}
-        batch = read_pairs(opened, rows) | {"weight": rows["weight"]}
+        batch = {
+            "source_moments": opened.moments_of(rows["source"]),
+            "target_moments": opened.moments_of(rows["target"]),
+            "text_states": opened.states_of(rows["target"]),
+            "weight": rows["weight"],
+        }
         batch["null_states"] = opened.null_states
         state, metrics = jax.jit(train_step(model, tx))(state, batch)
         return jax.device_get((state.params["conv_out"], metrics))

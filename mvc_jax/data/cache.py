@@ -113,13 +113,21 @@ def pairs_of_all_classes(
     return pairs[np.argsort(turns, kind="stable")[:count]]
 
 
-def read_pairs(cache: Cache, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows of `pair_rows` -> what a step of fine-tuning takes of them.
+def read_pairs(
+    cache: Cache,
+    pairs: Int[np.ndarray, "M 2"],
+    step: int,
+    *,
+    seed: int,
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """What fine-tuning takes of the pairs of the batch at `step`.
 
     Returns:
       `source_moments`, `target_moments` [B, h, w, 2c] and the target's `text_states`
       [B, L, D].
     """
+    rows = pair_rows(pairs, step, seed=seed, batch_size=batch_size, flip=cache.flipped)
     return {
         "source_moments": cache.moments_of(rows["source"], rows["source_flip"]),
         "target_moments": cache.moments_of(rows["target"], rows["target_flip"]),

@@ -1,17 +1,22 @@
-"""InstructPix2Pix (arXiv 2211.09800): what its UNet is trained on.
+"""InstructPix2Pix (arXiv 2211.09800): what its UNet is trained on, how it draws.
 
 Legend: B batch, h w latent grid, c latent channels, L text tokens, D their width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mvc_jax.diffusion import loss
+from mvc_jax.diffusion.guidance import Denoise, image_text_guidance
+from mvc_jax.diffusion.samplers import sample
 
 
 def examples(
-    batch: dict[str, Array],
+    batch: dict[str, Any],
     draws: dict[str, Array],
     *,
     alphas_cumprod: Float[np.ndarray, " T"],
@@ -56,3 +61,39 @@ def examples(
         ),
         "weight": batch["weight"],
     }
+
+
+def draw(
+    denoise: Denoise,
+    noise: Float[Array, "B h w c"],
+    source_moments: Float[Array, "B h w c2"],
+    text_states: Float[Array, "B L D"],
+    null_states: Float[Array, "L D"],
+    *,
+    timesteps: Int[np.ndarray, " S"],
+    step: Callable[[Array, Array, Array], Array],
+    text_scale: float,
+    image_scale: float,
+) -> Float[Array, "B h w c"]:
+    """Scaled latents from noise, guided by texts and source images.
+
+    Args:
+      denoise: the UNet's prediction, as `guidance.image_text_guidance` takes it.
+      noise: standard normal.
+      source_moments: of the source images.
+      text_states: of their texts.
+      null_states: of the empty prompt.
+      timesteps: of the solver, as `samplers.sample` takes them.
+      step: of the solver.
+      text_scale: s_T.
+      image_scale: s_I.
+    """
+    guided = image_text_guidance(
+        denoise,
+        text_states=text_states,
+        null_states=null_states,
+        cond_latents=loss.posterior_mode(source_moments),
+        text_scale=text_scale,
+        image_scale=image_scale,
+    )
+    return sample(guided, step, timesteps, noise)

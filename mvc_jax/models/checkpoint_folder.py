@@ -199,7 +199,7 @@ def _way_out(name: str, variant: str, pipeline: str, others: set[str]) -> str:
     matches = [_VARIANT.fullmatch(other) for other in sorted(others)]
     variants = [match[1] or "" for match in matches if match]
     if variants:
-        return f"Set --config.base.variant={variants[0]}, which is there."
+        return f"Set --config.base.variant={variants[0] or repr('')}, which is there."
     source = repr(name) + (f", variant={variant!r}" if variant else "")
     convert = _CONVERT.format(
         pipeline=pipeline,

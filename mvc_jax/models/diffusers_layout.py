@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import transformers
 from absl import logging
 from etils import epath
@@ -46,7 +45,7 @@ def load(
 
     Returns:
       the architecture, and host parameters by component, in the precision in which they
-      are stored: fp32, fp16 or bfloat16. fp32 modules promote them exactly.
+      are stored: fp32, fp16 or bfloat16 (see `weights.read`).
 
     Raises:
       UserError: a file is missing, damaged or of another family, or tensors do not fit
@@ -54,11 +53,11 @@ def load(
     """
     folder, _ = checkpoint_folder.resolve(path, variant, revision)
     model = _read_architecture(folder)
-    params = {}
+    params, kinds = {}, {}
     for name in components:
         file = checkpoint_folder.find_weights(folder, name, variant)
+        kinds[name] = weights.check(file)
         params[name] = weights.read(file, _shapes(folder, model, name))
-    kinds = {name: jax.tree.leaves(tree)[0].dtype for name, tree in params.items()}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         logging.info("%s is stored in several precisions: %s", path, found)

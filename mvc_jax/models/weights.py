@@ -53,7 +53,8 @@ def read(
 
     The leaves are NumPy's float32 or float16, or ml_dtypes' bfloat16: a checkpoint of
     half the size takes half the memory. fp32 modules promote it exactly; who trains
-    casts it to fp32 master weights first.
+    casts it to fp32 master weights first. Embeddings alone are always fp32: Flax's CLIP
+    looks them up as they are, and would round the sum of a token's and a position's.
 
     Args:
       path: a `.safetensors` file, or the JSON index of its shards.
@@ -94,7 +95,8 @@ def read(
         {stored: found[name][1] for stored, name in names.items()}
     ):
         key, shape = leaves[names[stored]]
-        tree[key] = np.array(_to_flax(key[-1], tensor, len(shape)), order="C")
+        dtype = np.float32 if key[-1] == "embedding" else tensor.dtype
+        tree[key] = np.array(_to_flax(key[-1], tensor, len(shape)), dtype, order="C")
     return flax.traverse_util.unflatten_dict(tree)
 
 

@@ -73,6 +73,11 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         )
         self._folder = epath.Path(folder).absolute()
+        if jax.process_index() == 0 and self._folder.exists():
+            # Orbax does so too, but in the background, when room may be asked for.
+            for leftover in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                leftover.rmtree()
+        self._saving, self._size = self._folder, 0  # the last save, for its errors
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         for step in self._manager.all_steps():
             with contextlib.suppress(Exception):  # damaged: told when it is restored

@@ -26,7 +26,7 @@ class Gallery:
         batch: dict[str, np.ndarray],
         *,
         names: Sequence[str],
-        beside: dict[str, Sequence[UInt8[np.ndarray, "H W 3"]]],
+        beside: dict[str, UInt8[np.ndarray, "N H W 3"]],
         mesh: Mesh,
     ):
         """
@@ -49,17 +49,17 @@ class Gallery:
             here = slice(start, start + self._mesh.size)
             part = {name: array[here] for name, array in self._batch.items()}
             images = self._sample(state.averaged, place_batch(part, self._mesh))
-            drawn.extend(np.asarray(images)[: len(self._names[here])])
+            drawn.append(np.asarray(images)[: len(self._names[here])])
         (first, sources), *others = self._beside.items()
-        columns = {first: sources, "drawn": drawn, **dict(others)}
+        columns = {first: sources, "drawn": np.concatenate(drawn), **dict(others)}
         rows = []
         for i, name in enumerate(self._names):
             cells = [
-                {"heading": heading, "image": Image.fromarray(np.asarray(images[i]))}
+                {"heading": heading, "image": Image.fromarray(images[i])}
                 for heading, images in columns.items()
             ]
             rows.append({"name": name, "cells": cells})
         least, most = _TILE
-        picture = pictures.grid(rows, min(max(drawn[0].shape[0], least), most))
+        picture = pictures.grid(rows, min(max(sources.shape[1], least), most))
         files.write_bytes(self._folder / f"step_{step:06d}.png", pictures.png(picture))
         log.picture(step, "samples", np.asarray(picture))
