@@ -272,7 +272,7 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     vae, text_encoder = pipeline.vae, pipeline.text_encoder
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     inputs = {name: _tensor(array) for name, array in training_inputs(family).items()}
-    timesteps, uniform = _tensor(TIMESTEPS).long(), torch.fromnp.asarray(UNIFORM)
+    timesteps, uniform = _tensor(TIMESTEPS).long(), torch.from_numpy(UNIFORM)
 
     posterior = vae.encode(inputs["target"]).latent_dist
     latents = posterior.mean + posterior.std * inputs["posterior"]
@@ -383,7 +383,7 @@ def _tensor(array: np.ndarray) -> Any:
     """Channels first, where the array is a batch of images or latents."""
     import torch
 
-    tensor = torch.fromnp.asarray(array)
+    tensor = torch.from_numpy(array)
     return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
 
 
