@@ -16,9 +16,7 @@ import numpy as np
 import sd_families
 from sd_families import LATENTS, PROMPTS, normal
 
-from mvc_jax.diffusion import loss
-from mvc_jax.diffusion.guidance import image_text_guidance
-from mvc_jax.diffusion.samplers import sample
+from mvc_jax.diffusion import instruct_pix2pix, loss
 from mvc_jax.models import diffusers_layout
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
@@ -88,13 +86,9 @@ class Pipelines:
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
-        for folder in ("base", "fine_tuned"):
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(root / folder)
-            pipeline.set_progress_bar_config(disable=True)
-            setattr(self, folder, pipeline)
-
-
-# The UNet.
+        read = diffusers.DiffusionPipeline.from_pretrained
+        self.base, self.fine_tuned = read(root / "base"), read(root / "fine_tuned")
+        self.fine_tuned.set_progress_bar_config(disable=True)
 
 
 def unet_inputs(model: StableDiffusion, family: str) -> tuple[np.ndarray, ...]:
@@ -109,7 +103,7 @@ def unet(family: str) -> Arrays:
     model, params = sd_families.checkpoint(family)
     inputs = unet_inputs(model, family)
     return {
-        "prediction": _numpy(jax.jit(model.denoise)(_only(params, "unet"), *inputs))
+        "prediction": np.asarray(jax.jit(model.denoise)(_only(params, "unet"), *inputs))
     }
 
 
@@ -119,9 +113,6 @@ def unet_torch(family: str, pipelines: Pipelines) -> Arrays:
     network = pipelines.base.unet
     out = network(_tensor(latents), _tensor(timesteps), _tensor(states)).sample
     return {"prediction": _array(out)}
-
-
-# The autoencoder.
 
 
 def autoencoder_inputs(family: str) -> tuple[np.ndarray, np.ndarray]:
@@ -135,8 +126,8 @@ def autoencoder(family: str) -> Arrays:
     params = _only(params, "vae")
     images, latents = autoencoder_inputs(family)
     return {
-        "moments": _numpy(jax.jit(model.moments)(params, images)),
-        "images": _numpy(jax.jit(model.decode)(params, latents)),
+        "moments": np.asarray(jax.jit(model.moments)(params, images)),
+        "images": np.asarray(jax.jit(model.decode)(params, latents)),
     }
 
 
@@ -149,15 +140,12 @@ def autoencoder_torch(family: str, pipelines: Pipelines) -> Arrays:
     return {"moments": moments, "images": _array(decoded)}
 
 
-# Token ids and text states.
-
-
 def text(family: str) -> Arrays:
     model, params = sd_families.checkpoint(family)
     ids = model.tokenize(PROMPTS)
     encode = jax.jit(model.text_states)
     states = encode(_only(params, "text_encoder"), jnp.asarray(ids))
-    return {"ids": ids, "states": _numpy(states)}
+    return {"ids": ids, "states": np.asarray(states)}
 
 
 def text_torch(family: str, pipelines: Pipelines) -> Arrays:
@@ -166,9 +154,6 @@ def text_torch(family: str, pipelines: Pipelines) -> Arrays:
         "ids": ids.numpy().astype(np.int32),
         "states": pipelines.base.text_encoder(ids)[0].numpy(),
     }
-
-
-# The noise schedule and DDIM.
 
 
 def schedule_inputs(family: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -185,8 +170,8 @@ def schedule(family: str) -> Arrays:
     velocity = loss.prediction_target(*arguments, alphas, "v_prediction")
     arrays = {
         "alphas_cumprod": alphas,
-        "noisy": _numpy(loss.add_noise(*arguments, alphas)),
-        "velocity": _numpy(velocity),
+        "noisy": np.asarray(loss.add_noise(*arguments, alphas)),
+        "velocity": np.asarray(velocity),
         "timesteps_50": model.ddim(50)[0],
         "timesteps_7": model.ddim(7)[0],
     }
@@ -195,7 +180,7 @@ def schedule(family: str) -> Arrays:
         step(jnp.asarray(latents), jnp.asarray(prediction), jnp.asarray(timestep))
         for timestep, prediction in zip(timesteps, predictions, strict=True)
     ]
-    return arrays | {"steps": np.stack([_numpy(latents) for latents in steps])}
+    return arrays | {"steps": np.stack([np.asarray(latents) for latents in steps])}
 
 
 def schedule_torch(family: str, pipelines: Pipelines) -> Arrays:
@@ -223,36 +208,14 @@ def schedule_torch(family: str, pipelines: Pipelines) -> Arrays:
     return arrays | {"steps": np.stack([_array(latents) for latents in steps])}
 
 
-# One InstructPix2Pix training loss.
-
-
 def training_inputs(family: str) -> dict[str, np.ndarray]:
     batch = len(TIMESTEPS)
     return {
         "target": sd_families.images(f"{family} target", batch),
         "source": sd_families.images(f"{family} source", batch),
-        "posterior_noise": normal(f"{family} posterior", batch, *LATENTS, 4),
+        "posterior": normal(f"{family} posterior", batch, *LATENTS, 4),
         "noise": normal(f"{family} noise", batch, *LATENTS, 4),
     }
-
-
-def instruct_pix2pix_loss(
-    model: StableDiffusion, params: Params, batch: dict[str, Any], drop_rate: float
-) -> jax.Array:
-    """The loss of `finetune`, of a batch that says what is drawn there."""
-    latents = loss.posterior_sample(batch["target_moments"], batch["posterior_noise"])
-    latents = latents * model.scaling_factor
-    drop_text, drop_image = loss.drop_conditions(batch["uniform"], drop_rate)
-    states = jnp.where(
-        drop_text[:, None, None], batch["null_states"][None], batch["text_states"]
-    )
-    cond_latents = loss.posterior_mode(batch["source_moments"])
-    cond_latents = jnp.where(drop_image[:, None, None, None], 0.0, cond_latents)
-    arguments = (latents, batch["noise"], batch["timesteps"], model.alphas_cumprod)
-    target = loss.prediction_target(*arguments, model.prediction_type)
-    inputs = jnp.concatenate([loss.add_noise(*arguments), cond_latents], axis=-1)
-    prediction = model.denoise(params, inputs, batch["timesteps"], states)
-    return loss.squared_error(prediction, target).mean()
 
 
 def training(family: str) -> Arrays:
@@ -265,22 +228,39 @@ def training(family: str) -> Arrays:
     batch = {
         "target_moments": encode(_only(params, "vae"), inputs["target"]),
         "source_moments": encode(_only(params, "vae"), inputs["source"]),
-        "posterior_noise": inputs["posterior_noise"],
-        "noise": inputs["noise"],
-        "timesteps": TIMESTEPS,
-        "uniform": UNIFORM,
         "text_states": states,
         "null_states": states[PROMPTS.index("")],
+        "weight": jnp.ones(len(PROMPTS)),
+    }
+    draws = {
+        "posterior": jnp.asarray(inputs["posterior"]),
+        "noise": jnp.asarray(inputs["noise"]),
+        "timesteps": jnp.asarray(TIMESTEPS),
+        "dropout": jnp.asarray(UNIFORM),
     }
 
-    def loss_of(conv_in, unet, batch):
-        with_conv_in = {"unet": {**unet, "conv_in": conv_in}}
-        return instruct_pix2pix_loss(model, with_conv_in, batch, DROP_RATE)
+    def mean_loss(conv_in, unet, batch, draws):
+        examples = instruct_pix2pix.examples(
+            batch,
+            draws,
+            alphas_cumprod=model.alphas_cumprod,
+            prediction_type=model.prediction_type,
+            scaling_factor=model.scaling_factor,
+            drop_rate=DROP_RATE,
+        )
+        prediction = model.denoise(
+            {"unet": {**unet, "conv_in": conv_in}},
+            *(examples["inputs"], examples["timesteps"], examples["text_states"]),
+        )
+        return loss.squared_error(prediction, examples["target"]).mean()
 
-    value, gradient = jit_fast(jax.value_and_grad(loss_of))(
-        params["unet"]["conv_in"], params["unet"], batch
+    value, gradient = jit_fast(jax.value_and_grad(mean_loss))(
+        params["unet"]["conv_in"], params["unet"], batch, draws
     )
-    return {"loss": _numpy(value), **{k: _numpy(v) for k, v in gradient.items()}}
+    return {
+        "loss": np.asarray(value),
+        **{k: np.asarray(v) for k, v in gradient.items()},
+    }
 
 
 def training_torch(family: str, pipelines: Pipelines) -> Arrays:
@@ -295,7 +275,7 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     timesteps, uniform = _tensor(TIMESTEPS).long(), torch.from_numpy(UNIFORM)
 
     posterior = vae.encode(inputs["target"]).latent_dist
-    latents = posterior.mean + posterior.std * inputs["posterior_noise"]
+    latents = posterior.mean + posterior.std * inputs["posterior"]
     latents = latents * vae.config.scaling_factor
     noisy = scheduler.add_noise(latents, inputs["noise"], timesteps)
     source = vae.encode(inputs["source"]).latent_dist.mode()
@@ -322,9 +302,6 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     }
 
 
-# One whole sample of the pipeline.
-
-
 def sample_inputs(family: str) -> tuple[np.ndarray, str, np.ndarray]:
     source = sd_families.images(f"{family} condition", 1)
     return source, PROMPTS[1], normal(f"{family} start", 1, *LATENTS, 4)
@@ -339,20 +316,22 @@ def whole_sample(family: str) -> Arrays:
     @jit_fast
     def draw(params, source, ids, noise):
         null_states, text_states = model.text_states(params, ids)
-        guided = image_text_guidance(
+        latents = instruct_pix2pix.draw(
             functools.partial(model.denoise, params),
-            text_states=text_states[None],
-            null_states=null_states,
-            cond_latents=loss.posterior_mode(model.moments(params, source)),
+            noise,
+            model.moments(params, source),
+            text_states[None],
+            null_states,
+            timesteps=timesteps,
+            step=step,
             text_scale=TEXT_SCALE,
             image_scale=IMAGE_SCALE,
         )
-        latents = sample(guided, step, timesteps, noise)
         return latents, model.decode(params, latents)
 
     latents, images = draw(params, source, ids, noise)
-    images = np.clip(_numpy(images) / 2 + 0.5, 0, 1)
-    return {"latents": _numpy(latents), "images": images}
+    images = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
+    return {"latents": np.asarray(latents), "images": images}
 
 
 def whole_sample_torch(family: str, pipelines: Pipelines) -> Arrays:
@@ -398,10 +377,6 @@ def compute_torch(family: str, pipelines: Pipelines) -> dict[str, Arrays]:
 
 def _only(params: Params, component: str) -> Params:
     return {component: params[component]}
-
-
-def _numpy(array: jax.Array) -> np.ndarray:
-    return np.asarray(array)
 
 
 def _tensor(array: np.ndarray) -> Any:
