@@ -371,7 +371,8 @@ def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:
             rng.normal_like(rng.example_keys(key, batch["index"]), shape),
             *(batch["moments"], batch["text_states"], fixed["null_states"]),
         )
-        return stable_diffusion.to_pixels(model.decode(fixed, latents))
+        images = model.decode(fixed, latents)
+        return stable_diffusion.to_pixels(images, grey=train.grey)
 
     fixed = fixed | {"vae": params["vae"]}
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))

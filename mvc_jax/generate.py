@@ -9,7 +9,6 @@ out fine-tuning, the base model by caption alone.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -226,10 +225,7 @@ def sample_images(
         text_scale=text_scale,
         image_scale=image_scale,
     )
-    images = model.decode(params, latents)
-    if grey:
-        images = jnp.broadcast_to(images.mean(-1, keepdims=True), images.shape)
-    return stable_diffusion.to_pixels(images)
+    return stable_diffusion.to_pixels(model.decode(params, latents), grey=grey)
 
 
 def recipe_of_set(recipe: dict, name: str) -> dict:

@@ -260,8 +260,15 @@ class StableDiffusion:
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
 
 
-def to_pixels(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
-    """Decoded images, about [-1, 1], as what is stored and shown."""
+def to_pixels(
+    images: Float[Array, "B H W 3"], *, grey: bool = False
+) -> UInt8[Array, "B H W 3"]:
+    """Decoded images, about [-1, 1], as what is stored and shown.
+
+    `grey` averages the channels, for a dataset without colour.
+    """
+    if grey:
+        images = jnp.broadcast_to(images.mean(-1, keepdims=True), images.shape)
     return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
 
 

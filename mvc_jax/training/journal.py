@@ -117,6 +117,7 @@ class Journal:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leaves what is done within it out of the rates."""
+        jax.block_until_ready(self._open)  # or it would wait for steps that count
         with self._rate.paused():
             yield
 

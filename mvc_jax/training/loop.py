@@ -124,8 +124,7 @@ def fit(
     place = functools.partial(place_batch, mesh=mesh, accumulate=accumulate)
     with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
-        first = int(state.step)
-        if first >= steps:
+        if (first := int(state.step)) >= steps:
             return state
         batch = place(read(first))
         step_on = room.compile(step_on, state, fixed, batch, name=journal.name)
@@ -141,8 +140,9 @@ def fit(
                 journal.draw(done, state)
                 stop = asked() or journal.hopeless
                 if checkpoints.due(done) or done == steps or stop:
+                    row = journal.close_row(done)
                     with journal.pause():
-                        checkpoints.save(done, state, journal.close_row(done))
+                        checkpoints.save(done, state, row)
                 journal.raise_if_hopeless()
                 if stop and done < steps:
                     raise preemption.Preempted(f"{journal.name} after step {done}")
