@@ -59,7 +59,11 @@ _RANGES = {
     "max_norm": (0, 1e9, "1 is usual; 0 does not clip."),
     "ema_decay": (0, 1 - 1e-9, "0.999 is usual; 0 keeps no average."),
     "min_snr": (0, 1e6, "5 is usual; 0 weighs all timesteps alike."),
-    "drop_rate": (0, 1 / 3, "Text, image and both drop with it; 0.05 is usual."),
+    "drop_rate": (
+        0,
+        1 / 3,
+        "At most 1/3: text, image and both drop with it. 0.05 is usual.",
+    ),
     "max_skipped": (1, 1e9, "10 is the default."),
     "log_every": (1, 1e9, "20 is the default."),
     "checkpoint_every": (1, 1e9, "500 is the default."),
