@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
-from mvc_jax.models import attention
+from mvc_jax.models import attention, remat
 
 Params = dict[str, Any]
 
@@ -40,12 +40,14 @@ class StableDiffusion:
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: how the UNet's runs, one of `attention.ASKED`.
+      remat: what its backward pass computes again, one of `remat.MODES`.
     """
 
     configs: dict[str, dict[str, Any]]
     tokenizer: transformers.CLIPTokenizerFast
     dtype: str = "float32"
     attention: str = "auto"
+    remat: str = "none"
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -143,7 +145,11 @@ class StableDiffusion:
         text_states: Float[Array, "B L D"],
     ) -> Float[Array, "B h w c"]:
         """The UNet's prediction; C is c, or 2c with source latents concatenated."""
-        with attention.exact(), attention.running(self.attention):
+        with (
+            attention.exact(),
+            attention.running(self.attention),
+            remat.checkpointing(self.remat),
+        ):
             output = self.unet.apply(
                 {"params": params["unet"]},
                 latents.transpose(0, 3, 1, 2),
