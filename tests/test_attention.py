@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -12,24 +15,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvc_jax.errors import UserError
-from mvc_jax.models import attention, stable_diffusion
+from mvc_jax.models import attention, remat
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    latents = jnp.asarray(rng.normal(size=(2, 32, 32, 4)), jnp.float32)
+    states = jnp.asarray(rng.normal(size=(2, 12, 16)), jnp.float32)
+    return latents, jnp.array([3, 700]), states
 
 
 @pytest.fixture(scope="module")
-def small(tiny):
-    """The tiny model, its UNet with two resolutions and 1,024 tokens at the finer."""
+def deep(tiny):
+    """The tiny model with a UNet of two resolutions, to be traced and not run."""
     unet = tiny[0].configs["unet"] | {
-        "sample_size": 32,
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
         "block_out_channels": [32, 32],
     }
     model = dataclasses.replace(tiny[0], configs=tiny[0].configs | {"unet": unet})
-    rng = np.random.default_rng(0)
-    params = stable_diffusion.random_params(model.shapes("unet"), rng)
-    latents = jnp.asarray(rng.normal(size=(2, 32, 32, 4)), jnp.float32)
-    states = jnp.asarray(rng.normal(size=(2, 12, 16)), jnp.float32)
-    return model, {"unet": params}, (latents, jnp.array([3, 700]), states)
+    return model, {"unet": model.shapes("unet")}
+
+
+def denoise(model, params, **changes):
+    """The prediction on 1,024 tokens, compiled."""
+    model = dataclasses.replace(model, **changes)
+    return jax.jit(model.denoise)({"unet": params["unet"]}, *inputs())
 
 
 def layer(asked="auto", **changes):
@@ -132,51 +143,55 @@ def test_the_softmax_is_float32_in_bfloat16(asked):
     np.testing.assert_allclose(output[0, 0, 0, 0], expected, rtol=2**-8)
 
 
-@pytest.mark.parametrize("asked", ["xla", "mapped", "auto"])
-def test_the_unet_predicts_what_the_library_s_own_attention_does(small, asked):
-    model, params, inputs = small
-    with attention.exact():
-        latents, timesteps, states = inputs
-        channels_first = latents.transpose(0, 3, 1, 2)
-        library = model.unet.apply(
-            params | {"params": params["unet"]}, channels_first, timesteps, states
-        )
-    ours = dataclasses.replace(model, attention=asked).denoise(params, *inputs)
-    np.testing.assert_allclose(ours, library.sample.transpose(0, 2, 3, 1), atol=2e-5)
+@pytest.fixture(scope="module")
+def predicted(tiny):
+    return denoise(*tiny, attention="xla")
 
 
-def captured(model, params, inputs):
-    """The dtype of every module's output, by path, while `denoise` runs."""
-    seen = {}
+def test_the_unet_predicts_what_the_library_s_own_attention_does(tiny, predicted):
+    model, params = tiny
+    latents, timesteps, states = inputs()
 
-    def note(next_call, args, kwargs, context):
-        output = next_call(*args, **kwargs)
-        for leaf in jax.tree.leaves(output):
-            if hasattr(leaf, "dtype"):
-                seen[context.module.path] = (type(context.module), leaf.dtype)
-        return output
+    @jax.jit
+    def library(params):
+        with attention.exact():
+            return model.unet.apply(
+                {"params": params}, latents.transpose(0, 3, 1, 2), timesteps, states
+            ).sample.transpose(0, 2, 3, 1)
 
-    def run(params):
+    np.testing.assert_allclose(predicted, library(params["unet"]), atol=2e-5)
+
+
+@pytest.mark.parametrize("asked", ["mapped", "auto"])
+def test_every_implementation_predicts_the_same(tiny, predicted, asked):
+    ours = denoise(*tiny, attention=asked)
+    np.testing.assert_allclose(ours, predicted, atol=2e-5)
+
+
+def test_no_block_returns_float32_in_bfloat16(deep):
+    def outputs(dtype):
+        """(path, dtype) of every array that a module returned, and the prediction's."""
+        model = dataclasses.replace(deep[0], dtype=dtype)
+        seen = set()
+
+        def note(next_call, args, kwargs, context):
+            output = next_call(*args, **kwargs)
+            for leaf in jax.tree.leaves(output):
+                if isinstance(leaf, jax.Array):
+                    seen.add(("/".join(context.module.path), leaf.dtype.name))
+            return output
+
         with nn.intercept_methods(note):
-            return model.denoise(params, *inputs)
+            prediction = jax.eval_shape(model.denoise, deep[1], *inputs())
+        return seen, prediction.dtype
 
-    return jax.eval_shape(run, params), seen
-
-
-def test_no_block_returns_float32_in_bfloat16(small):
-    model, params, inputs = small
-    half = dataclasses.replace(model, dtype="bfloat16")
-    prediction, seen = captured(half, params, inputs)
+    seen, predicted = outputs("bfloat16")
     assert len(seen) > 50
-    wide = {
-        "/".join(path)
-        for path, (_, dtype) in seen.items()
-        if dtype == jnp.float32 and path != ("time_proj",)
-    }
-    assert wide == set()
-    assert prediction.dtype == jnp.bfloat16
-    _, seen = captured(model, params, inputs)
-    assert {dtype for _, dtype in seen.values()} == {jnp.dtype("float32")}
+    wide = {path for path, dtype in seen if dtype != "bfloat16"}
+    assert wide == {"time_proj"}  # the sines, before any layer
+    assert predicted == jnp.bfloat16
+    seen, predicted = outputs("float32")
+    assert {dtype for _, dtype in seen} == {"float32"}
 
 
 def test_statistics_of_group_norm_stay_float32_in_bfloat16():
@@ -197,13 +212,10 @@ def test_statistics_of_group_norm_stay_float32_in_bfloat16():
     )
 
 
-def test_bfloat16_predicts_nearly_what_float32_does(small):
-    model, params, inputs = small
-    half = dataclasses.replace(model, dtype="bfloat16")
-    wide = model.denoise(params, *inputs)
-    error = half.denoise(params, *inputs).astype(jnp.float32) - wide
-    assert jnp.sqrt(jnp.mean(error**2)) < 0.02 * jnp.sqrt(jnp.mean(wide**2))
-    assert jnp.abs(error).max() > 0
+def test_bfloat16_predicts_nearly_what_float32_does(tiny, predicted):
+    half = denoise(*tiny, attention="xla", dtype="bfloat16").astype(jnp.float32)
+    error = jnp.sqrt(jnp.mean((half - predicted) ** 2))
+    assert 0 < error < 0.02 * jnp.sqrt(jnp.mean(predicted**2))
 
 
 def test_the_layers_that_qualify_are_lowered_to_cudnn(monkeypatch):
@@ -226,3 +238,82 @@ def test_the_layers_that_qualify_are_lowered_to_cudnn(monkeypatch):
 
     assert calls(40, 64) == 2  # forward and backward
     assert calls(160, 64) == calls(40, 77) == 0
+
+
+def test_remat_changes_no_gradient(tiny):
+    def loss(params, mode):
+        model = dataclasses.replace(tiny[0], remat=mode)
+        return (model.denoise({"unet": params}, *inputs()) ** 2).mean()
+
+    found = {
+        mode: jax.jit(jax.grad(functools.partial(loss, mode=mode)))(tiny[1]["unet"])
+        for mode in remat.MODES
+    }
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(found["none"]))
+    for mode in ("blocks", "full"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
+            found[mode],
+            found["none"],
+        )
+
+
+MEMORY = """
+import dataclasses, jax, sys
+from mvc_jax.models import remat
+from mvc_jax.models.stable_diffusion import StableDiffusion
+from mvc_jax.training import runtime
+
+runtime.set_up(sys.argv[1])
+unet = {
+    "sample_size": 32,
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "block_out_channels": [32],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+}
+model = StableDiffusion({"unet": unet}, tokenizer=None, attention="xla")
+shapes = (2, 32, 32, 4), (2,), (2, 12, 16)
+inputs = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+for mode in remat.MODES:
+    def loss(params, *inputs):
+        chosen = dataclasses.replace(model, remat=mode)
+        return (chosen.denoise({"unet": params}, *inputs) ** 2).mean()
+
+    compiled = jax.jit(jax.grad(loss)).lower(model.shapes("unet"), *inputs).compile()
+    print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+def test_remat_lowers_the_memory_of_the_compiled_step():
+    """Where XLA schedules as `runtime.set_up` tells it, which this process cannot."""
+    compiled = jax.config.jax_compilation_cache_dir
+    environment = {key: os.environ[key] for key in os.environ if key != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEMORY, str(compiled)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    none, blocks, full = map(int, run.stdout.split())
+    assert blocks < 0.75 * none
+    assert full < 0.75 * none
+
+
+def test_what_is_computed_again_is_what_remat_says(deep):
+    def counted(mode):
+        model = dataclasses.replace(deep[0], remat=mode)
+        run = jax.make_jaxpr(model.denoise)(deep[1], *inputs())
+        return str(run).count("remat2[")
+
+    blocks = (2 + 1) + 3 + (2 + 4)  # resnets and transformers: down, middle, up
+    assert [counted(mode) for mode in remat.MODES] == [0, blocks, blocks + 5]
+
+
+def test_an_unknown_remat_is_an_error():
+    with pytest.raises(UserError, match="none, blocks, full"):
+        remat.check("some", field="config.finetune.remat")
+    remat.check("full", field="config.finetune.remat")

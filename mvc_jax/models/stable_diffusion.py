@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
 from mvc_jax.errors import require
-from mvc_jax.models import attention, lora
+from mvc_jax.models import attention, lora, remat
 from mvc_jax.models.ddim import ddim_config
 
 Params = dict[str, Any]
@@ -40,7 +40,7 @@ class StableDiffusion:
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: how the UNet's runs, one of `attention.ASKED`.
-      remat: what of its forward pass is computed again in the backward.
+      remat: what its backward pass computes again, one of `remat.MODES`.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -162,8 +162,12 @@ class StableDiffusion:
 
         Where `params` have the key `lora`, its adapters are added to the UNet's layers.
         """
-        adapters = lora.adapted(params.get("lora", {}))
-        with attention.exact(), attention.running(self.attention), adapters:
+        with (
+            attention.exact(),
+            attention.running(self.attention),
+            lora.adapted(params.get("lora", {})),
+            remat.checkpointing(self.remat),
+        ):
             output = self.unet.apply(
                 {"params": params["unet"]},
                 latents.transpose(0, 3, 1, 2),
