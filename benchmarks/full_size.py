@@ -10,6 +10,7 @@ most memory that the process has held until then.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import pathlib
@@ -19,7 +20,14 @@ import time
 
 DEVICES = 8
 if "XLA_FLAGS" not in os.environ:  # before JAX looks for devices
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    # XLA's CPU backend, unlike those for accelerators, would sum all gradients at once
+    # and keep them whole on every device.
+    passes = "all-reduce-combiner", "cpu-all-reduce-combiner"
+    passes += "optimization-barrier-expander", "cse_barrier_expander"
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={DEVICES} "
+        f"--xla_disable_hlo_passes={','.join(passes)}"
+    )
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -70,8 +78,8 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, help="of the checkpoint")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", type=int, default=DEVICES)
-    parser.add_argument("--latents", type=int, default=32, help="side; 64 is 512 px")
-    parser.add_argument("--remat", default="none", help="none, blocks, full")
+    parser.add_argument("--latents", type=int, default=16, help="side; 64 is 512 px")
+    parser.add_argument("--remat", default="blocks", help="none, blocks, full")
     arguments = parser.parse_args()
     runtime.set_up("")
     with tempfile.TemporaryDirectory() as temporary:
@@ -114,10 +122,12 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
     model, params = diffusers_layout.load(folder)
     told(f"loaded {size / GIB:.2f} GiB")
     model, params = model.widened(params)
-    model = model.computing(remat=arguments.remat)
     mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
+    model = model.computing(remat=arguments.remat)
+    model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
     schedule = optim.schedule("constant", 1e-4, warmup=0, steps=arguments.steps)
     tx = optim.adam(schedule, max_norm=1.0)
+    shardings = sharding.tree_shardings(params["unet"], mesh)
     state = create_state(params.pop("unet"), tx, mesh)
     del params
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -143,6 +153,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
             schedule=schedule,
             key=rng.purpose_key(0, "finetune"),
             drop_rate=0.05,
+            shardings=shardings,
         ),
         state,
         read=read,

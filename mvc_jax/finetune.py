@@ -8,6 +8,7 @@ diffusers layout (`StableDiffusionInstructPix2PixPipeline`) with its model card;
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,28 +51,16 @@ _CHOICES = {
     "attention": ("auto", "xla", "mapped", "cudnn"),
     "remat": ("none", "blocks", "full"),
 }
+_COUNTS = ("steps", "batch_size", "accumulate", "max_skipped", "keep", "samples")
+_COUNTS += ("log_every", "checkpoint_every")
+_SWITCHES = ("warmup", "max_norm", "min_snr", "sample_every")
+_SWITCHES += ("checkpoint_minutes", "memory_gib")
 _RANGES = {
-    "steps": (1, 1e9, "1000 is the default."),
-    "batch_size": (1, 1e6, "The paper's is 50."),
-    "accumulate": (1, 1e6, "1 takes the batch as a whole."),
+    **dict.fromkeys(_COUNTS, (1, 1e9, "configs/common.py has values that work.")),
+    **dict.fromkeys(_SWITCHES, (0, 1e9, "0 switches it off.")),
     "learning_rate": (1e-12, 1e3, "The paper's is 0.0001."),
-    "warmup": (0, 1e9, "0 starts at once."),
-    "max_norm": (0, 1e9, "1 is usual; 0 does not clip."),
     "ema_decay": (0, 1 - 1e-9, "0.999 is usual; 0 keeps no average."),
-    "min_snr": (0, 1e6, "5 is usual; 0 weighs all timesteps alike."),
-    "drop_rate": (
-        0,
-        1 / 3,
-        "At most 1/3: text, image and both drop with it. 0.05 is usual.",
-    ),
-    "max_skipped": (1, 1e9, "10 is the default."),
-    "log_every": (1, 1e9, "20 is the default."),
-    "checkpoint_every": (1, 1e9, "500 is the default."),
-    "checkpoint_minutes": (0, 1e6, "0 goes by steps alone."),
-    "keep": (1, 1e3, "2 keeps one to fall back on."),
-    "sample_every": (0, 1e9, "0 draws nothing."),
-    "samples": (1, 1024, "8 is the default."),
-    "memory_gib": (0, 1e6, "0 asks the device."),
+    "drop_rate": (0, 1 / 3, "At most 1/3, for text, image, and both drop with it."),
 }
 _WAYS_OUT = (
     "Lower config.finetune.batch_size ({batch_size}) or raise "
@@ -125,18 +114,14 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     model = model.computing(**how)
     cache = open_cache(workdir / "encode")
     cache.verify()
-    trained, fixed = params.pop("unet"), {"null_states": cache.null_states}
-    if section.mode == "lora":
-        fixed["base"] = jax.tree.map(  # frozen kernels need no master weights
-            lambda leaf: leaf.astype(model.dtype) if leaf.ndim > 1 else leaf, trained
-        )
-        draw = order.generator(config.seed, "finetune/lora")
-        trained = lora.init(trained, rng=draw, **section.lora)
+    trained, fixed = trained_and_frozen(config, params.pop("unet"), model.dtype)
+    fixed["null_states"] = cache.null_states
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
     gallery = None
     if section.sample_every:
         gallery = make_gallery(config, workdir, model, mesh, cache, params, fixed)
-    step, tx = make_step(config, model)
+    model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
+    step, tx = make_step(config, model, sharding.tree_shardings(trained, mesh))
     state = create_state(trained, tx, mesh, ema=section.ema_decay > 0)
     del trained  # gigabytes on the host
     state = fit(
@@ -173,6 +158,15 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     return export(config, workdir, model, params, state), int(state.skipped)
 
 
+def trained_and_frozen(config: ConfigDict, unet: dict, dtype: str):
+    """The parameters to fit, and those that every batch gets as `base`."""
+    if config.finetune.mode == "full":
+        return unet, {}
+    draw = order.generator(config.seed, "finetune/lora")
+    adapters = lora.init(unet, rng=draw, **config.finetune.lora)
+    return adapters, {"base": lora.frozen(unet, dtype)}
+
+
 def base_of(workdir: epath.Path) -> dict:
     """Which base `encode` read, as arguments of `load`."""
     record = workdir / "encode" / "base.json"
@@ -188,7 +182,7 @@ def load_base(workdir: epath.Path, components=tuple(WEIGHTS)):
     return model, params
 
 
-def make_step(config: ConfigDict, model):
+def make_step(config: ConfigDict, model, shardings):
     """`train_step` with all but state and batch, and its optimiser."""
     section = config.finetune
     times = {"warmup": section.warmup, "steps": section.steps}
@@ -204,6 +198,7 @@ def make_step(config: ConfigDict, model):
         ema_decay=section.ema_decay,
         min_snr=section.min_snr,
         accumulate=section.accumulate,
+        shardings=shardings,
     )
     return step, tx
 
@@ -260,7 +255,8 @@ def step_flops(
 
     A forward pass, twice that for all gradients; once where weights are frozen.
     """
-    plain = dataclasses.replace(model, attention="xla", remat="none")
+    plain = {"attention": "xla", "remat": "none", "batch_sharding": None}
+    plain = dataclasses.replace(model, **plain)
 
     def forward(unet, *inputs):
         return plain.denoise({"unet": unet}, *inputs)
@@ -282,6 +278,7 @@ def train_step(
     ema_decay: float = 0.0,
     min_snr: float = 0.0,
     accumulate: int = 1,
+    shardings: Any = None,
 ) -> tuple[TrainState, dict]:
     """One InstructPix2Pix step (arXiv 2211.09800, equation 2).
 
@@ -298,6 +295,7 @@ def train_step(
       ema_decay: of the averaged parameters, where the state keeps them.
       min_snr: gamma of `loss.loss_weights`; 0: all timesteps weigh alike.
       accumulate: micro-batches, a divisor of B.
+      shardings: of the parameters, where these are split.
 
     Returns:
       the next state; `loss`, `grad_norm` (before clipping), `learning_rate`.
@@ -318,7 +316,7 @@ def train_step(
             )
         return error
 
-    value, grads = gradients(losses, state.params, examples, accumulate)
+    value, grads = gradients(losses, state.params, examples, accumulate, shardings)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
     metrics |= {"learning_rate": jnp.asarray(schedule(state.step))}
     return state.update(grads, tx, ema_decay=ema_decay), metrics

@@ -1,5 +1,6 @@
 """One code path: fine-tuning and sampling on 1 and on 8 devices, in any batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -67,8 +68,14 @@ def finetuned(tiny, opened, tmp_path_factory):
     results = {}
     for name in MESHES:
         mesh, folder = make_mesh(name), tmp_path_factory.mktemp("finetune")
+        step = train_step(model, tx)
+        if mesh.shape["fsdp"] > 1:
+            batch_sharding = sharding.batch_sharding(mesh)
+            split = dataclasses.replace(model, batch_sharding=batch_sharding)
+            shardings = sharding.tree_shardings(params["unet"], mesh)
+            step = functools.partial(train_step(split, tx), shardings=shardings)
         state = fit(
-            train_step(model, tx),
+            step,
             create_state(params["unet"], tx, mesh),
             read=functools.partial(read_pairs, opened, pairs, seed=0, batch_size=50),
             fixed={"null_states": opened.null_states},

@@ -86,6 +86,16 @@ def init(
     return adapters
 
 
+def frozen(unet: Mapping[str, Any], dtype: str) -> Any:
+    """The UNet's parameters as they lie under adapters: kernels in `dtype`.
+
+    What is not trained needs no fp32 master weights; norms and biases are small.
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, unet
+    )
+
+
 @contextlib.contextmanager
 def adapted(adapters: Adapters) -> Iterator[None]:
     """Within it, `apply` of the UNet adds every adapter to its layer's output.

@@ -4,6 +4,7 @@ The only file that knows those libraries' classes. Everything that crosses its b
 channels-last; `diffusers_layout` reads and writes the folders.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -18,6 +19,7 @@ import transformers
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
 from diffusers.models.vae_flax import FlaxAutoencoderKL
 from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
@@ -41,6 +43,7 @@ class StableDiffusion:
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: how the UNet's runs, one of `attention.ASKED`.
       remat: what its backward pass computes again, one of `remat.MODES`.
+      batch_sharding: of its activations' first axis; None leaves it to XLA.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -48,6 +51,7 @@ class StableDiffusion:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+    batch_sharding: NamedSharding | None = None
 
     def __post_init__(self):
         scheduler = ddim_config(self.configs["scheduler"])
@@ -167,6 +171,7 @@ class StableDiffusion:
             attention.running(self.attention),
             lora.adapted(params.get("lora", {})),
             remat.checkpointing(self.remat),
+            _batch_stays(self.batch_sharding),
         ):
             output = self.unet.apply(
                 {"params": params["unet"]},
@@ -262,6 +267,26 @@ class StableDiffusion:
         unet_config = {**self.configs["unet"], "in_channels": kernel.shape[2]}
         configs = {**self.configs, "unet": unet_config}
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
+
+
+def _batch_stays(
+    sharding: NamedSharding | None,
+) -> contextlib.AbstractContextManager:
+    """Within it, every layer's output is split over the devices by its batch.
+
+    Where weights are sharded, too, XLA may rather gather the activations of all
+    examples on each device and leave the weights where they are; so it gathers the
+    weights, a layer at a time (FSDP, arXiv 2304.11277).
+    """
+
+    def intercept(next_call, args, kwargs, context):
+        output = next_call(*args, **kwargs)
+        layer = isinstance(context.module, nn.Dense | nn.Conv | nn.GroupNorm)
+        if sharding is None or not layer or context.method_name != "__call__":
+            return output
+        return jax.lax.with_sharding_constraint(output, sharding)
+
+    return nn.intercept_methods(intercept)
 
 
 def to_pixels(

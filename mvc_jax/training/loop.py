@@ -180,7 +180,11 @@ def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def gradients(
-    losses: Callable[[Any, Batch], jax.Array], params: Any, batch: Batch, parts: int
+    losses: Callable[[Any, Batch], jax.Array],
+    params: Any,
+    batch: Batch,
+    parts: int,
+    shardings: Any = None,
 ) -> tuple[jax.Array, Any]:
     """Mean loss and its gradient, `parts` micro-batches one after the other.
 
@@ -190,6 +194,8 @@ def gradients(
       batch: arrays [B, ...]; `weight` [B] weighs the mean over the whole batch, so that
         the result does not depend on `parts`.
       parts: a divisor of B.
+      shardings: of the parameters, where these are split: each device then keeps its
+        share of a gradient as soon as it is summed, and never all of them.
     """
     total = jnp.maximum(batch["weight"].sum(), 1e-8)
 
@@ -198,19 +204,29 @@ def gradients(
 
     share_and_gradient = jax.value_and_grad(share)
     if parts == 1:
-        return share_and_gradient(params, batch)
+        value, grads = share_and_gradient(params, batch)
+        return value, _shares(grads, shardings)
     # Part i is every `parts`-th example from i on: each device keeps its own.
     micro = jax.tree.map(
         lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
     def add(sums, part):
-        return jax.tree.map(jnp.add, sums, share_and_gradient(params, part)), None
+        value, grads = share_and_gradient(params, part)
+        new = (value, _shares(grads, shardings))
+        return jax.tree.map(jnp.add, sums, new), None
 
     zeros = jax.tree.map(jnp.zeros_like, (total, params))
     # Convolutions' gradients in a loop are slow on a CPU (top of this file).
     unroll = jax.default_backend() == "cpu"
     return jax.lax.scan(add, zeros, micro, unroll=unroll)[0]
+
+
+def _shares(grads: Any, shardings: Any) -> Any:
+    if shardings is None:
+        return grads
+    grads = jax.lax.with_sharding_constraint(grads, shardings)
+    return jax.tree.map(jax.lax.optimization_barrier, grads)  # one by one
 
 
 def skip_bad(

@@ -10,6 +10,7 @@ import jax
 import psutil
 
 from mvc_jax.errors import UserError
+from mvc_jax.training import runtime
 
 _GIB = 2**30
 
@@ -89,6 +90,7 @@ def device_bytes(device: jax.Device, held: int = 0) -> int:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
+    runtime.return_freed_memory()  # it counts as used
     return psutil.virtual_memory().available // jax.local_device_count() + held
 
 

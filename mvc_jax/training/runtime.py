@@ -55,6 +55,12 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(add)
 
 
+def return_freed_memory() -> None:
+    """Gives what was freed and kept back to the kernel, once."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Tells glibc to keep what it frees: XLA's scratch memory on a CPU, every step.
 
