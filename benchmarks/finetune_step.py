@@ -198,8 +198,8 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
             model=model,
             tx=tx,
             key=jax.random.key(0),
+            schedule=optim.schedule("constant", LEARNING_RATE, warmup=0, steps=1),
             drop_rate=DROP_RATE,
-            ema_decay=0.0,
         ),
         donate_argnums=0,
     )

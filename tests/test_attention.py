@@ -262,6 +262,7 @@ MEMORY = """
 import dataclasses, jax, sys
 from mvc_jax.models import remat
 from mvc_jax.models.stable_diffusion import StableDiffusion
+from mvc_jax.pretrain import SCHEDULER
 from mvc_jax.training import runtime
 
 runtime.set_up(sys.argv[1])
@@ -274,7 +275,8 @@ unet = {
     "attention_head_dim": 2,
     "cross_attention_dim": 16,
 }
-model = StableDiffusion({"unet": unet}, tokenizer=None, attention="xla")
+configs = {"unet": unet, "scheduler": SCHEDULER}
+model = StableDiffusion(configs, tokenizer=None, attention="xla")
 shapes = (2, 32, 32, 4), (2,), (2, 12, 16)
 inputs = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
 for mode in remat.MODES:

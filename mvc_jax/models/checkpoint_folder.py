@@ -184,12 +184,13 @@ def _local(name: str) -> epath.Path:
     try:
         folder = epath.Path(name).expanduser()
         folder.exists()
-    except (ImportError, KeyError) as error:  # no library for its scheme
+    except Exception as error:  # no library for its scheme, or whatever that raises
         raise UserError(
             field(name),
             wanted="a path that etils.epath can open",
-            got=str(error),
-            fix="Install the library of that file system, or name a local folder.",
+            got=next(iter(str(error).splitlines()), type(error).__name__),
+            fix="Look whether it is there, and reachable with the library of that file "
+            "system; or name a local folder.",
         ) from error
     return folder
 
