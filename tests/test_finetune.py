@@ -15,7 +15,7 @@ from mvc_jax import finetune, train
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
-from mvc_jax.models import diffusers_layout, lora
+from mvc_jax.models import attention, diffusers_layout, lora, remat
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.loop import create_state
 
@@ -171,6 +171,11 @@ def test_the_flops_of_stable_diffusion_are_the_published_ones(tiny):
     assert finetune.step_flops(model, "lora", 32, 32) == pytest.approx(
         2 * 0.180e12, rel=2e-3
     )
+
+
+def test_a_config_may_choose_all_that_the_networks_can_do():
+    assert finetune._CHOICES["attention"] == attention.ASKED
+    assert finetune._CHOICES["remat"] == tuple(remat.MODES)
 
 
 @pytest.mark.parametrize(

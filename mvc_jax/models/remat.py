@@ -8,29 +8,12 @@ import re
 
 import flax.linen as nn
 
-from mvc_jax.errors import require
-
 _STAGE = r"(down_blocks_\d+|mid_block|up_blocks_\d+)"
 _BLOCK = rf"{_STAGE}/(resnets|attentions)_\d+"
 
 # Modules, by path, of which only the inputs are kept. In `full` the blocks of a stage
 # are computed once more when the stage is, so that one block's insides are alive.
 MODES = {"none": (), "blocks": (_BLOCK,), "full": (_STAGE, _BLOCK)}
-
-
-def check(mode: str, *, field: str) -> None:
-    """Checks the choice that the config field `field` holds.
-
-    Raises:
-      UserError: it is not one of `MODES`.
-    """
-    require(
-        mode in MODES,
-        field,
-        wanted=f"one of {', '.join(MODES)}",
-        got=mode,
-        fix="blocks takes a quarter to a third more compute, full half as much again.",
-    )
 
 
 def checkpointing(mode: str) -> contextlib.AbstractContextManager:
