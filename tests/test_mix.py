@@ -585,6 +585,19 @@ def test_a_wrong_file_leaves_the_stage_unbegun(encoded, tmp_path, made):
     assert len(run(workdir, file=str(written(path, made[:1])))) == 1
 
 
+def test_what_needs_no_ids_is_looked_at_before_any_work(tmp_path, made):
+    config = common.get_config()
+    config.mix.file = str(written(tmp_path / "mine.jsonl", made))
+    mix.check(config)
+    written(tmp_path / "mine.jsonl", [*made[:-1], made[-1] | {"text_scale": -1}])
+    with pytest.raises(UserError, match="line 8: text_scale is -1"):
+        mix.check(config)
+    config.mix.file = ""
+    config.mix.dims = 99
+    with pytest.raises(UserError, match="at most the 64 dims"):
+        mix.check(config)
+
+
 def test_more_tokens_than_any_caption_has_is_an_error(encoded):
     workdir = encoded()
     with pytest.raises(UserError, match="config.mix.tokens") as error:
