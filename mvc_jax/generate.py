@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files, mix, preview
+from mvc_jax.conditionings import CONDITIONINGS, Texts
 from mvc_jax.data import decode, manifest, recipe_file, splits, synthetic
 from mvc_jax.data.background import Background
+from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import (
     UserError,
     require,
@@ -29,7 +30,7 @@ from mvc_jax.errors import (
     require_within,
 )
 from mvc_jax.models import dataset_card, model_card, solvers
-from mvc_jax.sampler import CONDITIONINGS, HEALTH, Drawn, Sampler, Settings
+from mvc_jax.sampler import Drawn, Sampler, Settings, draw_again
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
@@ -44,11 +45,9 @@ _CHOICES = {
     "attention": ("auto", "xla", "mapped", "cudnn"),
 }
 _COUNT = "configs/common.py has values that work."
-_SCALE = "InstructPix2Pix uses 7.5 for text and 1.5 for the image."
 _RANGES = {
     **dict.fromkeys(("batch_size", "shard_size"), (1, 1e9, _COUNT)),
     "steps": (1, 999, "It is less than the 1000 timesteps of training; 50 is usual."),
-    **dict.fromkeys(("text_scale", "image_scale"), (0, 1e6, _SCALE)),
     "guidance_rescale": (0, 1, "0 switches it off; 0.7 is usual."),
     "size": (-1, 1e5, "0: as the model draws, -1: as the source was, else pixels."),
     "max_redraws": (0, 100, "3 is enough for accidents."),
@@ -58,7 +57,7 @@ _RANGES = {
 }
 _MOST_BAD = 0.1  # of what was drawn; more is no accident
 _ENOUGH = 100  # images by which to judge that
-Judge = Callable[[UInt8[np.ndarray, "N H W 3"], Sequence[dict]], dict[int, str]]
+Judge = Callable[[np.ndarray, Sequence[dict]], Sequence[Sequence[dict]]]
 
 
 def check(config: ConfigDict) -> None:
@@ -73,15 +72,6 @@ def check(config: ConfigDict) -> None:
     )
     require_within("config.generate", section, _RANGES)
     require_one_of("config.generate", section, _CHOICES)
-    for field in ("text_scale", "image_scale"):
-        most = section[f"{field}_most"]
-        require(
-            most == 0 or section[field] <= most <= _RANGES[field][1],
-            f"config.generate.{field}_most",
-            wanted=f"0, or a number from {field}={section[field]:g} on",
-            got=most,
-            fix=f"0 gives every image {field} itself.",
-        )
     interval = tuple(section.guidance_interval)
     require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
@@ -110,7 +100,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         grows_with=("mix",),
     )
     if stage.complete:
-        _restore_pictures(stage.folder, section.sets)
+        _restore_pictures(stage.folder, section)
         return
     if not fresh:
         _require_same_weights(workdir)
@@ -164,9 +154,15 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
     section = config.generate
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     recipes = recipe_file.read_recipes(workdir / "mix" / "recipes.jsonl")
-    settings = {"seed": config.seed, "guidance_interval": section.guidance_interval}
-    fields = {field.name for field in dataclasses.fields(Settings)} - {*settings}
-    settings |= {name: section[name] for name in fields}
+    train = splits.read_split(workdir / "caption", "train")
+    texts = Texts(
+        open_cache(workdir / "encode"),
+        mix.widths_of(recipes),
+        *(config.seed, section.noise_scale, section.interpolation),
+    )
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"grey"}
+    settings = {name: section[name] for name in fields} | {"grey": train.grey}
+    settings["guidance_interval"] = tuple(section.guidance_interval)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     rows = files.read_jsonl(workdir / "caption" / "images.jsonl")
     return _Job(
@@ -174,9 +170,9 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
         workdir=workdir,
         recipes=recipes,
         prompts={row["id"]: row for row in prompts},
-        train=splits.read_split(workdir / "caption", "train"),
+        train=train,
         sizes={row["id"]: (row["width"], row["height"]) for row in rows},
-        sampler=Sampler(workdir, mesh, Settings(**settings), mix.widths_of(recipes)),
+        sampler=Sampler(workdir, mesh, Settings(**settings), texts),
     )
 
 
@@ -186,8 +182,10 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     Args:
       job: of the run.
       name: of the set.
-      judge: says which of a shard's images are to be left out: (images as they were
-        drawn, their provenance) -> {place: reason}. None: no healthy one is.
+      judge: says which images of a shard are to be left out: (images as they were
+        drawn, their provenance) -> a list for each, of what speaks against it, empty
+        for one that is kept; `Store.recorded("removed")` gives it back. None: all that
+        can be used are kept.
 
     Returns:
       its files, relative to its folder, and counts for the manifest.
@@ -206,72 +204,36 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     if parts:
         _require_room(job, store.folder, len(recipes) - done)
         job.sampler.load(name)
-    bad = Counter(_left_out(store.notes()))
+    bad = Counter(_given_up(store.recorded("notes")))
     progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
     with contextlib.closing(progress), Background() as writer:
         drawing = zip(parts, groups, job.sampler.stream(groups), strict=True)
         for part, group, drawn in drawing:
             notes = draw_again(job.sampler.draw, group, drawn, section.max_redraws)
             done += len(group)
-            bad.update(_left_out(notes))
+            bad.update(_given_up(notes))
             _require_few(name, bad, done, len(recipes))
             redraws = {note["index"]: note["redraws"] for note in notes}
             rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
-            notes += _judged(judge, drawn, rows) if judge is not None else []
-            writer.submit(_write, job, store, part, drawn, rows, notes)
+            kept, removed = _judged(judge, drawn, rows)
+            images = [drawn.images[place] for place in kept]
+            rows = [rows[place] for place in kept]
+            writer.submit(_write, job, store, part, images, rows, notes, removed)
             progress.advance(len(group))
     if section.include_real:
         _write_real(job, store)
     store.restore_pictures()
     names = store.finish()
     names += dataset_card.write(store.folder, _facts(job, name, store))
-    notes = store.notes()
-    kept = sum(note["kept"] for note in notes)
-    counts = {"images": len(recipes) - len(notes) + kept, "redrawn": kept}
-    return names, Counter(counts | {"left_out": len(notes) - kept})
+    redrawn = sum(note["kept"] for note in store.recorded("notes"))
+    images = len(store.labels())
+    counts = {"images": images, "redrawn": redrawn, "left_out": len(recipes) - images}
+    return names, Counter(counts)
 
 
-def draw_again(
-    draw: Callable[[Sequence[dict], int], Drawn],
-    recipes: Sequence[dict],
-    drawn: Drawn,
-    most: int,
-) -> list[dict]:
-    """Draws images that cannot be used anew, in place.
-
-    Args:
-      draw: (recipes, how often they were drawn before) -> images.
-      recipes: of all images.
-      drawn: all images, drawn once.
-      most: how often at most.
-
-    Returns:
-      a row for each that was bad at first: `{"index", "reason", "redraws", "kept"}`.
-    """
-    reasons = [HEALTH[flag] for flag in drawn.health]
-    redraws = np.zeros(len(recipes), int)
-    for attempt in range(1, most + 1):
-        bad = np.flatnonzero(drawn.health)
-        if not len(bad):
-            break
-        again = draw([recipes[place] for place in bad], attempt)
-        drawn.images[bad], drawn.health[bad] = again.images, again.health
-        redraws[bad] = attempt
-    return [
-        {
-            "index": recipes[place]["index"],
-            "reason": reason,
-            "redraws": int(redraws[place]),
-            "kept": not drawn.health[place],
-        }
-        for place, reason in enumerate(reasons)
-        if reason != HEALTH[0]
-    ]
-
-
-def _left_out(notes: Sequence[dict]) -> list[str]:
-    """Reasons why images that cannot be used were given up."""
-    return [n["reason"] for n in notes if not n["kept"] and n["reason"] in HEALTH]
+def _given_up(notes: Sequence[dict]) -> list[str]:
+    """Why images could not be used, however often they were drawn."""
+    return [note["reason"] for note in notes if not note["kept"]]
 
 
 def _require_few(name: str, bad: Counter, done: int, total: int) -> None:
@@ -292,26 +254,23 @@ def _require_few(name: str, bad: Counter, done: int, total: int) -> None:
     )
 
 
-def _judged(judge: Judge, drawn: Drawn, rows: Sequence[dict]) -> list[dict]:
-    """Marks what `judge` leaves out, among the images that can be used; its notes."""
-    healthy = np.flatnonzero(drawn.health == 0)
+def _judged(
+    judge: Judge | None, drawn: Drawn, rows: Sequence[dict]
+) -> tuple[list[int], list[dict]]:
+    """Places of the images that are kept, and what `judge` says of the others."""
+    healthy = np.flatnonzero(drawn.health == 0).tolist()
+    if judge is None:
+        return healthy, []
     found = judge(drawn.images[healthy], [rows[place] for place in healthy])
-    notes = []
-    for place, reason in sorted(found.items()):
-        row = rows[healthy[place]]
-        drawn.health[healthy[place]] = len(HEALTH)
-        notes.append({"index": row["index"], "reason": reason})
-        notes[-1] |= {"redraws": row["redraws"], "kept": False}
-    return notes
+    judged = list(zip(healthy, found, strict=True))
+    kept = [place for place, reasons in judged if not reasons]
+    return kept, [reason for _, reasons in judged for reason in reasons]
 
 
-def _write(job: _Job, store, part, drawn: Drawn, rows: list[dict], notes) -> None:
-    """Writes the images of a part that are kept."""
-    kept = np.flatnonzero(drawn.health == 0)
-    rows = [rows[place] for place in kept]
-    images = [drawn.images[place] for place in kept]
-    images = [job.sized(i, r["source"]) for i, r in zip(images, rows, strict=True)]
-    store.write(part, images, rows, notes)
+def _write(job: _Job, store, part, images, rows, notes, removed) -> None:
+    """Brings images to their size and writes them, beside the device."""
+    images = [job.sized(i, row["source"]) for i, row in zip(images, rows, strict=True)]
+    store.write(part, images, rows, notes, removed)
 
 
 def _provenance(job: _Job, recipe: dict, model: str, redraws: dict[int, int]) -> dict:
@@ -372,7 +331,64 @@ def _require_same_weights(workdir: epath.Path) -> None:
             manifest.require_unchanged(workdir, stage, ".safetensors")
 
 
-def _restore_pictures(folder: epath.Path, sets: Sequence[str]) -> None:
+def _restore_pictures(folder: epath.Path, section: ConfigDict) -> None:
     """Writes pictures of finished sets that are no longer there."""
-    for name in sets:
-        ...
+    for name in section.sets if section.folder else ():
+        store = synthetic.Store(folder / name, (), "", section.shard_size)
+        restored = store.restore_pictures()
+        if restored:
+            logging.info("generate/%s: %d pictures restored", name, restored)
+
+
+def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
+    """What the card of a set tells."""
+    config, names = job.config, job.train.class_names
+    notes, removed = store.recorded("notes"), store.recorded("removed")
+    left_out = Counter(_given_up(notes))
+    left_out += Counter(row.get("filter", "judged") for row in removed)
+    counts = [
+        np.bincount(store.labels(real=real), minlength=len(names)).tolist()
+        for real in (False, True)
+    ]
+    side = config.generate.size or config.data.size
+    dataset = files.read_json(job.workdir / "caption" / "dataset.json")
+    base = job.sampler.base_folder()
+    return dataset_card.Facts(
+        set=name,
+        about=CONDITIONINGS[name].about,
+        dataset=dataset["name"],
+        classes=names,
+        counts=counts[0],
+        real=counts[1],
+        size="as the real images" if side < 0 else f"{side} x {side} pixels",
+        settings=dataset_card.in_words(
+            config.to_dict(), mixes=CONDITIONINGS[name].partners is None
+        )
+        | {"weights": store.model},
+        redrawn=Counter(note["reason"] for note in notes if note["kept"]),
+        left_out=left_out,
+        base=config.base.path or "made by the stage pretrain",
+        license=model_card.base_license(base),
+        pictures=config.generate.folder,
+    )
+
+
+def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
+    """Draws only a sheet to look at, and leaves the stage as it is."""
+    for name in ("finetune", "mix"):
+        require(
+            manifest.is_complete(workdir, name),
+            "config.generate.limit",
+            wanted=f"the finished stage {name} in {workdir}",
+            got="none",
+            fix=f"Add {name} to --config.stages or run it first.",
+        )
+    _require_same_weights(workdir)
+    job = _open(config, workdir)
+    preview.contact_sheet(
+        workdir / "generate" / preview.CONTACT_SHEET,
+        job.sampler,
+        job.recipes,
+        job.train,
+        limit=config.generate.limit,
+    )

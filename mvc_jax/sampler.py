@@ -1,9 +1,8 @@
-"""Recipes in, images and their health out: one compiled sampler for every set.
+"""Recipes in, images and their health out: one compiled program for every set.
 
 A part beside the stages: whoever draws synthetic images uses it, and it calls no stage.
-What a set tells the UNet of an image is nothing but text states, and source latents or
-zeros; `CONDITIONINGS` says how each set makes them, and all are drawn by the same
-program. Legend: B batch, h w latent grid, c its channels, L text tokens, D their width.
+`conditionings.py` says what each set tells the UNet. Legend: B batch, h w latent grid,
+c its channels, L text tokens, D their width.
 """
 
 import dataclasses
@@ -18,9 +17,8 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from mvc_jax import files, mix
-from mvc_jax.data import splits
-from mvc_jax.data.cache import Cache, open_cache
+from mvc_jax import files
+from mvc_jax.conditionings import CONDITIONINGS, Texts
 from mvc_jax.diffusion import instruct_pix2pix
 from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import rng, sharding
@@ -34,162 +32,25 @@ class Settings:
     """How images are drawn; plain values of the fields of the same names.
 
     Attributes:
-      seed: of the run.
       sampler: a solver's name.
       steps: of the solver.
       guidance_interval: shares of the training noise levels within which there is
         guidance.
       guidance_rescale: of the guided prediction.
-      noise_scale: of `noised`, in standard deviations of the text states.
-      interpolation: share of the partner in `interpolated`, in [0, 1].
+      grey: the dataset has no colour: channels are averaged.
       batch_size: images at once; changes none of them.
       dtype: of the UNet's activations.
       attention: how it is computed.
     """
 
-    seed: int
     sampler: str
     steps: int
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
-    noise_scale: float = 0.1
-    interpolation: float = 0.5
+    grey: bool = False
     batch_size: int = 16
     dtype: str = "auto"
     attention: str = "auto"
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """What text states are made of, for the recipes of a batch.
-
-    Attributes:
-      cache: of `encode`.
-      settings: of the run.
-      widths: of the recipes' arrays, the same for every batch of the run.
-    """
-
-    cache: Cache
-    settings: Settings
-    widths: mix.Widths
-
-    @functools.cached_property
-    def row_of(self) -> dict[str, int]:
-        """Image id -> its row in the cache."""
-        return {row["id"]: i for i, row in enumerate(self.cache.rows)}
-
-    def rows(self, ids: Iterable[str]) -> Int[np.ndarray, " N"]:
-        return np.asarray([self.row_of[id_] for id_ in ids], np.int32)
-
-    def own(self, recipes: Sequence[dict]) -> Float[np.ndarray, "B L D"]:
-        """E: states of the prompts of the sources."""
-        return self.cache.states_of(self.rows(r["source"] for r in recipes))
-
-    def partner(self, recipes: Sequence[dict]) -> Float[np.ndarray, "B L D"]:
-        """F: states of the prompts of the first partners."""
-        return self.cache.states_of(self.rows(r["partners"][0] for r in recipes))
-
-
-def mixed(texts: Texts, recipes: Sequence[dict]) -> Float[Array, "B L D"]:
-    """The method: E, with tokens or dims of its partners as the recipes say."""
-    length, width = texts.cache.text_states.shape[1:]
-    sizes = {"length": length, "width": width, "widths": texts.widths}
-    arrays = mix.as_arrays(recipes, texts.row_of, **sizes)
-    partners = texts.cache.states_of(arrays["partners"].ravel())
-    return _mixed(
-        texts.cache.states_of(arrays["source"]),
-        partners.reshape(*arrays["partners"].shape, length, width),
-        *(arrays["positions"], arrays["donors"]),
-        *(arrays["dims"], arrays["dim_donors"]),
-    )
-
-
-def own(texts: Texts, recipes: Sequence[dict]) -> Float[np.ndarray, "B L D"]:
-    """E itself."""
-    return texts.own(recipes)
-
-
-def noised(texts: Texts, recipes: Sequence[dict]) -> Float[Array, "B L D"]:
-    """E + noise_scale * std(E) * N(0, 1), BOS apart; a redraw changes nothing here."""
-    key = rng.purpose_key(texts.settings.seed, "embedding noise")
-    seeds = np.asarray([r["noise_seed"] for r in recipes], np.int32)
-    return _noised(texts.own(recipes), key, seeds, texts.settings.noise_scale)
-
-
-def interpolated(texts: Texts, recipes: Sequence[dict]) -> Float[np.ndarray, "B L D"]:
-    """(1 - a) E + a F, a being `interpolation`."""
-    share = np.float32(texts.settings.interpolation)
-    return (1 - share) * texts.own(recipes) + share * texts.partner(recipes)
-
-
-_mixed = jax.jit(jax.vmap(mix.mix))
-
-
-@jax.jit
-def _noised(states, key, seeds, scale):
-    words = states[:, 1:]
-    noise = rng.normal_like(rng.example_keys(key, seeds), words.shape[1:])
-    std = words.std(axis=(1, 2), keepdims=True)
-    return states.at[:, 1:].add(scale * std * noise)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conditioning:
-    """What a set tells the UNet.
-
-    Attributes:
-      about: a sentence, for the dataset card.
-      states: (texts, recipes of a batch) -> text states [B, L, D].
-      source: whether the source's latents count; else there are zeros.
-      finetuned: whether the fine-tuned model draws; else the base.
-      partners: how many of a recipe's partners it uses; None: the whole recipe.
-    """
-
-    about: str
-    states: Callable[[Texts, Sequence[dict]], Any]
-    source: bool = True
-    finetuned: bool = True
-    partners: int | None = 0
-
-    def recipe(self, recipe: dict, name: str) -> dict:
-        """What of a recipe is true of an image of the set `name`."""
-        if self.partners is None:
-            return recipe
-        nothing = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
-        partners = recipe["partners"][: self.partners]
-        return recipe | nothing | {"mode": name, "partners": partners}
-
-
-CONDITIONINGS = {
-    "mixed": Conditioning(
-        "The method: a real image, and its caption mixed with others of its class.",
-        mixed,
-        partners=None,
-    ),
-    "unmixed": Conditioning(
-        "A control: a real image with its own caption, not mixed.", own
-    ),
-    "pretrained": Conditioning(
-        "A control: the base model without fine-tuning, by captions alone.",
-        own,
-        source=False,
-        finetuned=False,
-    ),
-    "caption_only": Conditioning(
-        "An ablation: the fine-tuned model by captions alone, without a real image.",
-        own,
-        source=False,
-    ),
-    "noised": Conditioning(
-        "An ablation: a real image with its own caption, whose text states have noise.",
-        noised,
-    ),
-    "interpolated": Conditioning(
-        "An ablation: a real image, and a mean of its caption and another's.",
-        interpolated,
-        partners=1,
-    ),
-}
 
 
 @dataclasses.dataclass
@@ -209,29 +70,36 @@ class Sampler:
     """The cache, the compiled program, and a model on the devices."""
 
     def __init__(
-        self,
-        workdir: epath.Path,
-        mesh: Mesh,
-        settings: Settings,
-        widths: mix.Widths,
+        self, workdir: epath.Path, mesh: Mesh, settings: Settings, texts: Texts
     ):
+        """Opens it; nothing is loaded yet.
+
+        Args:
+          workdir: of a run whose model is fine-tuned.
+          mesh: the devices.
+          settings: how to draw.
+          texts: of the run.
+        """
         self._workdir, self._mesh, self._settings = workdir, mesh, settings
-        self._grey = splits.read_split(workdir / "caption", "train").grey
-        self.texts = Texts(open_cache(workdir / "encode"), settings, widths)
+        self._texts = texts
         self._base = diffusers_layout.recorded(
             workdir / "encode" / "base.json", workdir / "pretrain" / "model"
         )
         self._size = sharding.padded_size(settings.batch_size, mesh)
-        self._key = rng.purpose_key(settings.seed, "noise")
-        null = self.texts.cache.null_states
+        self._key = rng.purpose_key(texts.seed, "noise")
+        null = self._texts.cache.null_states
         self._null = jax.device_put(null, sharding.replicated(mesh))
         self._conditioning = self._folder = self._params = self._draw = None
+
+    def base_folder(self) -> epath.Path:
+        """The folder of the base model."""
+        return checkpoint_folder.resolve(**self._base)[0]
 
     def model_folder(self, name: str) -> tuple[epath.Path, str]:
         """The folder of the model that draws a set, and the variant of its weights."""
         if CONDITIONINGS[name].finetuned:
             return self._workdir / "finetune" / "model", ""
-        return checkpoint_folder.resolve(**self._base)[0], self._base["variant"]
+        return self.base_folder(), self._base["variant"]
 
     def model_hash(self, name: str) -> str:
         """Of the weights of the UNet that draws a set."""
@@ -300,15 +168,15 @@ class Sampler:
 
     def _batch(self, recipes: Sequence[dict]) -> dict[str, Any]:
         """What `sample_images` takes of recipes: these rows alone leave the disk."""
-        cache = self.texts.cache
+        cache = self._texts.cache
         moments = np.zeros((len(recipes), *cache.moments.shape[1:]), np.float32)
         if self._conditioning.source:
-            moments = cache.moments_of(self.texts.rows(r["source"] for r in recipes))
+            moments = cache.moments_of(self._texts.rows(r["source"] for r in recipes))
         numbers = {"noise_seed": np.int32}
         numbers |= dict.fromkeys(("text_scale", "image_scale"), np.float32)
         return {
             "moments": moments,
-            "states": self._conditioning.states(self.texts, recipes),
+            "states": self._conditioning.states(self._texts, recipes),
             **{
                 name: np.asarray([recipe[name] for recipe in recipes], type_)
                 for name, type_ in numbers.items()
@@ -318,7 +186,9 @@ class Sampler:
     def _compiled(self, model: stable_diffusion.StableDiffusion) -> Callable:
         settings = self._settings
         model = model.computing(
-            dtype=settings.dtype, attention=settings.attention, section="generate"
+            dtype=settings.dtype,
+            attention=settings.attention,
+            field="config.generate.attention",
         )
         draw = functools.partial(
             sample_images,
@@ -326,7 +196,7 @@ class Sampler:
             solver=model.solver(settings.sampler, settings.steps),
             guidance_interval=settings.guidance_interval,
             guidance_rescale=settings.guidance_rescale,
-            grey=self._grey,
+            grey=settings.grey,
         )
         return jax.jit(draw)
 
@@ -439,3 +309,41 @@ def _one_behind(items: Iterable[Any]) -> Iterator[Any]:
         yield from behind
         behind = [item]
     yield from behind
+
+
+def draw_again(
+    draw: Callable[[Sequence[dict], int], Drawn],
+    recipes: Sequence[dict],
+    drawn: Drawn,
+    most: int,
+) -> list[dict]:
+    """Draws images that cannot be used anew, in place.
+
+    Args:
+      draw: (recipes, how often they were drawn before) -> images.
+      recipes: of all images.
+      drawn: all images, drawn once.
+      most: how often at most.
+
+    Returns:
+      a row for each that was bad at first: `{"index", "reason", "redraws", "kept"}`.
+    """
+    reasons = [HEALTH[flag] for flag in drawn.health]
+    redraws = np.zeros(len(recipes), int)
+    for attempt in range(1, most + 1):
+        bad = np.flatnonzero(drawn.health)
+        if not len(bad):
+            break
+        again = draw([recipes[place] for place in bad], attempt)
+        drawn.images[bad], drawn.health[bad] = again.images, again.health
+        redraws[bad] = attempt
+    return [
+        {
+            "index": recipes[place]["index"],
+            "reason": reason,
+            "redraws": int(redraws[place]),
+            "kept": not drawn.health[place],
+        }
+        for place, reason in enumerate(reasons)
+        if reason != HEALTH[0]
+    ]

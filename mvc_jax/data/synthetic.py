@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 from mvc_jax import files
@@ -113,6 +113,7 @@ class Store:
         images: Sequence[UInt8[np.ndarray, "H W 3"]],
         rows: Sequence[dict[str, Any]],
         notes: Sequence[dict[str, Any]] = (),
+        removed: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Writes a part, behind what its shard holds already; first the pictures.
 
@@ -121,16 +122,18 @@ class Store:
           images: in [0, 255], those that are kept.
           rows: of provenance, one an image with the keys of `PROVENANCE` and `label`,
             an index into `class_names`.
-          notes: of images that were drawn anew or left out, `{"index", "reason",
-            "redraws", "kept"}`.
+          notes: of images that could not be used as they were first drawn, `{"index",
+            "reason", "redraws", "kept"}`.
+          removed: of images that could, but were judged and left out.
         """
         table = self._table(images, rows)
         record = {"start": part.start, "stop": part.stop, "model": self.model}
-        record["notes"] = list(notes)
+        record |= {"notes": list(notes), "removed": list(removed)}
         if part.path.exists():
             before = self._record(part.path)
             record["start"] = before["start"]
-            record["notes"] = before["notes"] + record["notes"]
+            for name in ("notes", "removed"):
+                record[name] = before[name] + record[name]
             with part.path.open("rb") as file:
                 earlier = pq.read_table(file).replace_schema_metadata(None)
             table = pa.concat_tables([earlier, table])
@@ -156,10 +159,18 @@ class Store:
             for row in found:
                 yield {"path": row.pop("image")["path"], **row}
 
-    def notes(self) -> list[dict[str, Any]]:
-        """Of images that were drawn anew or left out, in order."""
+    def recorded(self, name: str) -> list[dict[str, Any]]:
+        """All `notes`, or all `removed`, in order."""
         shards = self.shards(real=False)
-        return [note for path in shards for note in self._record(path)["notes"]]
+        return [row for path in shards for row in self._record(path)[name]]
+
+    def labels(self, *, real: bool = False) -> Int[np.ndarray, " N"]:
+        """Labels of the synthetic images that are kept, or of the real ones."""
+        found = [np.zeros(0, np.int64)]
+        for path in self.folder.glob(f"data/{'real' if real else 'train'}-*"):
+            with path.open("rb") as file:
+                found.append(pq.read_table(file, columns=["label"])["label"].to_numpy())
+        return np.concatenate(found)
 
     def shards(self, *, real: bool = True) -> list[epath.Path]:
         """Paths of the shards, synthetic images first."""
@@ -198,7 +209,7 @@ class Store:
         Returns:
           the files that make up the set, pictures apart, relative to its folder.
         """
-        files.write_jsonl(self.folder / "redrawn.jsonl", self.notes())
+        files.write_jsonl(self.folder / "redrawn.jsonl", self.recorded("notes"))
         names = [f"data/{path.name}" for path in self.shards()] + ["redrawn.jsonl"]
         if not self.pictures:
             return names

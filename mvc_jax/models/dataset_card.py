@@ -75,6 +75,38 @@ def text(facts: Facts) -> str:
     return f"---\n{front}---\n\n" + "\n".join(sections)
 
 
+def in_words(config: Mapping[str, Any], *, mixes: bool) -> dict[str, Any]:
+    """How the images of a set were drawn, for people.
+
+    Args:
+      config: of the run, as plain values.
+      mixes: whether the set follows the recipes; else the mixing is not told.
+    """
+    section, asked = config["mix"], config["generate"]
+    told: dict[str, Any] = {}
+    if section["file"]:
+        told["recipes"] = "edited by hand"
+    else:
+        told["images for each real one"] = section["per_image"]
+    if mixes and not section["file"]:
+        tokens = _span(section["tokens"], section["tokens_most"])
+        told["modes, in turn"] = ", ".join(section["modes"])
+        told["coarse mixing"] = f"{tokens} tokens; which: {section['positions']}"
+        told["fine mixing"] = f"{section['dims']} dims; of tokens: {section['dims_on']}"
+        told["partners"] = f"{section['partners']}; of class: {section['partner']}"
+    if not section["file"]:
+        for name in ("text_scale", "image_scale"):
+            told[name.replace("_", " ")] = _span(asked[name], asked[f"{name}_most"])
+    told["sampler"] = f"{asked['sampler']}, {asked['steps']} steps"
+    told["guidance interval"] = _span(*asked["guidance_interval"])
+    told["guidance rescale"] = f"{asked['guidance_rescale']:g}"
+    return told | {"seed": config["seed"]}
+
+
+def _span(least: float, most: float) -> str:
+    return f"{least:g} to {most:g}" if most > least else f"{least:g}"
+
+
 def _front_matter(facts: Facts) -> dict[str, Any]:
     paths = {"synthetic": ["data/train-*.parquet"], "real": ["data/real-*.parquet"]}
     total = sum(facts.counts) + sum(facts.real)
