@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 from PIL import Image
 
 from mvc_jax import files, pictures
+from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.data.splits import Split
 from mvc_jax.sampler import Sampler
 
@@ -41,8 +41,9 @@ def contact_sheet(
     of_source: dict[str, dict[str, dict]] = {}
     for recipe in recipes:
         of_source.setdefault(recipe["source"], {}).setdefault(recipe["mode"], recipe)
-    with_recipes = [i for i in in_turn(train.labels) if train.ids[i] in of_source]
-    sources = with_recipes[:limit]
+    there = np.flatnonzero([id_ in of_source for id_ in train.ids])
+    pairs = np.stack([there, there], axis=1)
+    sources = pairs_of_all_classes(pairs, train.labels, limit)[:, 0].tolist()
     modes = list(dict.fromkeys(recipe["mode"] for recipe in recipes))
     firsts = [next(iter(of_source[train.ids[i]].values())) for i in sources]
     columns = [("unmixed", "unmixed", firsts)]
@@ -66,16 +67,6 @@ def contact_sheet(
         for name, row in zip(names, cells, strict=True)
     ]
     files.write_bytes(path, pictures.grid_png(rows, _TILE, most_bytes=_SHEET_BYTES))
-
-
-def in_turn(labels: Int[np.ndarray, " N"]) -> list[int]:
-    """Indices of images, classes in turn: the first of each, then the second."""
-    seen: dict[int, int] = {}
-    turns = []
-    for label in labels.tolist():
-        seen[label] = seen.get(label, -1) + 1
-        turns.append((seen[label], label))
-    return sorted(range(len(turns)), key=turns.__getitem__)
 
 
 def _cell(heading: str, image: np.ndarray | None) -> pictures.Cell:

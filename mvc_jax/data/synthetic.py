@@ -155,9 +155,7 @@ class Store:
         for path in self.shards():
             columns = ["label", "image.path", *PROVENANCE]
             with path.open("rb") as file:
-                found = pq.read_table(file, columns=columns).to_pylist()
-            for row in found:
-                yield {"path": row.pop("image")["path"], **row}
+                yield from pq.read_table(file, columns=columns).to_pylist()
 
     def recorded(self, name: str) -> list[dict[str, Any]]:
         """All `notes`, or all `removed`, in order."""
@@ -191,8 +189,8 @@ class Store:
         }
         for shard in self.shards():
             with shard.open("rb") as file:
-                cells = pq.read_table(file, columns=["image.path"])["image"].to_pylist()
-            gone = {cell["path"] for cell in cells} - there
+                named = pq.read_table(file, columns=["image.path"])["path"]
+            gone = {*named.to_pylist()} - there
             if not gone:
                 continue
             with shard.open("rb") as file:
