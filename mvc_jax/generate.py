@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files, mix
 from mvc_jax.data import manifest, splits, synthetic
 from mvc_jax.data.cache import open_cache
 from mvc_jax.diffusion import instruct_pix2pix
+from mvc_jax.diffusion.samplers import Solver
 from mvc_jax.errors import require
 from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import rng, sharding
@@ -126,11 +127,14 @@ class Sampler:
         )
         self._row_of = {row["id"]: i for i, row in enumerate(self._cache.rows)}
         self._key = rng.purpose_key(config.seed, "noise")
-        self._steps = config.generate.steps
+        section = config.generate
+        self._solver = {"name": section.sampler, "steps": section.steps}
         self._settings = {
             "grey": train.grey,
-            "text_scale": config.generate.text_scale,
-            "image_scale": config.generate.image_scale,
+            "text_scale": section.text_scale,
+            "image_scale": section.image_scale,
+            "guidance_interval": section.guidance_interval,
+            "guidance_rescale": section.guidance_rescale,
         }
         self._draw = None
 
@@ -145,8 +149,7 @@ class Sampler:
         model, params = model.widened(params)
         shardings = sharding.tree_shardings(params, self._mesh)
         if self._draw is None:
-            timesteps, step = model.ddim(self._steps)
-            settings = self._settings | {"timesteps": timesteps, "step": step}
+            settings = self._settings | {"solver": model.solver(**self._solver)}
             draw = functools.partial(sample_images, model=model, **settings)
             self._draw = jax.jit(draw)
         unet = checkpoint_folder.weight_files(folder, "unet", variant)
@@ -188,11 +191,9 @@ def sample_images(
     key: Array,
     *,
     model: stable_diffusion.StableDiffusion,
-    timesteps: Int[np.ndarray, " S"],
-    step,
-    text_scale: float,
-    image_scale: float,
+    solver: Solver,
     grey: bool,
+    **guidance,
 ) -> UInt8[Array, "B H W 3"]:
     """Mixes, samples and decodes one batch; image k's noise is a function of (key, k).
 
@@ -203,11 +204,9 @@ def sample_images(
       null_states: of the empty prompt.
       key: root of the noise.
       model: the architecture.
-      timesteps: of the solver.
-      step: of the solver, as `samplers.sample` takes it.
-      text_scale: s_T.
-      image_scale: s_I.
+      solver: as `samplers.sample` takes it.
       grey: average the colour channels, for a dataset without colour.
+      **guidance: scales and more, as `instruct_pix2pix.draw` takes them.
     """
     states = jax.vmap(mix.mix)(
         batch["states"], batch["partner_states"], batch["positions"], batch["dims"]
@@ -220,10 +219,8 @@ def sample_images(
         batch["moments"],
         states,
         null_states,
-        timesteps=timesteps,
-        step=step,
-        text_scale=text_scale,
-        image_scale=image_scale,
+        solver=solver,
+        **guidance,
     )
     return stable_diffusion.to_pixels(model.decode(params, latents), grey=grey)
 
@@ -247,7 +244,7 @@ def _provenance(
         "text_scale": section.text_scale,
         "image_scale": section.image_scale,
         "steps": section.steps,
-        "sampler": "ddim",
+        "sampler": section.sampler,
         "model": model_hash,
     }
 
