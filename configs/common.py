@@ -60,9 +60,13 @@ def get_config() -> ConfigDict:
 
     config.generate = ConfigDict()
     config.generate.sets = ("mixed", "unmixed")
+    config.generate.sampler = "ddim"  # or "dpmpp_2m", "euler"
     config.generate.steps = 50
     config.generate.text_scale = 7.5  # s_T of InstructPix2Pix
     config.generate.image_scale = 1.5  # s_I
+    # Shares of the training timesteps, 0 without noise, between which guidance acts.
+    config.generate.guidance_interval = (0.0, 1.0)
+    config.generate.guidance_rescale = 0.0  # phi, towards the contrast of no guidance
     config.generate.batch_size = 16
     config.generate.shard_size = 1000  # images in a Parquet file
     config.generate.folder = True  # also train/<class>/*.png
