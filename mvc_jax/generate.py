@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 from mvc_jax import files, mix
 from mvc_jax.data import manifest, splits, synthetic
 from mvc_jax.data.cache import open_cache
+from mvc_jax.data.recipe_file import read_recipes
+from mvc_jax.data.recipes import NOTHING
 from mvc_jax.diffusion import instruct_pix2pix
 from mvc_jax.errors import require
 from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
@@ -76,9 +78,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     rows = {row["id"]: row for row in prompts}
-    recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
+    recipes = read_recipes(workdir / "mix" / "recipes.jsonl", any_partner=True)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sampler = Sampler(config, workdir, mesh, batch_size)
+    sampler = Sampler(config, workdir, mesh, batch_size, mix.widths_of(recipes))
     artifacts, constant = [], 0
     for name in section["sets"]:
         folder = stage.folder / name
@@ -116,22 +118,26 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 class Sampler:
     """Recipes in, images out: the cache, the compiled sampler, the devices."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, mesh, batch_size: int):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        mesh,
+        batch_size: int,
+        widths: mix.Widths,
+    ):
         train = splits.read_split(workdir / "caption", "train")
         self._cache = open_cache(workdir / "encode")
         self.class_names = train.class_names
         self._workdir, self._mesh, self._batch_size = workdir, mesh, batch_size
+        self._widths = widths
         self._base = diffusers_layout.recorded(
             workdir / "encode" / "base.json", workdir / "pretrain" / "model"
         )
         self._row_of = {row["id"]: i for i, row in enumerate(self._cache.rows)}
         self._key = rng.purpose_key(config.seed, "noise")
         self._steps = config.generate.steps
-        self._settings = {
-            "grey": train.grey,
-            "text_scale": config.generate.text_scale,
-            "image_scale": config.generate.image_scale,
-        }
+        self._settings = {"grey": train.grey}
         self._draw = None
 
     def load(self, name: str) -> tuple[dict, str]:
@@ -168,17 +174,15 @@ class Sampler:
     def _batch(self, recipes: list[dict]) -> dict[str, np.ndarray]:
         """What `sample_images` takes of recipes: these rows alone leave the disk."""
         length, width = self._cache.text_states.shape[1:]
-        source = np.asarray([self._row_of[r["source"]] for r in recipes])
-        partner = np.asarray([self._row_of[r["partner"]] for r in recipes])
-        positions = mix.pad_indices([r["positions"] for r in recipes], length, length)
-        return {
-            "moments": self._cache.moments_of(source),
-            "states": self._cache.states_of(source),
-            "partner_states": self._cache.states_of(partner),
-            "positions": positions,
-            "dims": mix.pad_indices([r["dims"] for r in recipes], width, width),
-            "index": np.asarray([r["index"] for r in recipes], np.int32),
-        }
+        batch = mix.as_arrays(
+            recipes, self._row_of, length=length, width=width, widths=self._widths
+        )
+        source, partners = batch.pop("source"), batch.pop("partners")
+        batch["moments"] = self._cache.moments_of(source)
+        batch["states"] = self._cache.states_of(source)
+        states = self._cache.states_of(partners.ravel())
+        batch["partner_states"] = states.reshape(*partners.shape, length, width)
+        return batch
 
 
 def sample_images(
@@ -190,29 +194,24 @@ def sample_images(
     model: stable_diffusion.StableDiffusion,
     timesteps: Int[np.ndarray, " S"],
     step,
-    text_scale: float,
-    image_scale: float,
     grey: bool,
 ) -> UInt8[Array, "B H W 3"]:
-    """Mixes, samples and decodes one batch; image k's noise is a function of (key, k).
+    """Mixes, samples and decodes one batch; noise is a function of (key, noise_seed).
 
     Args:
       params: `unet` (conditioned) and `vae`.
-      batch: `moments` [B, h, w, 2c] of the sources, `states` and `partner_states`
-        [B, L, D], `positions` [B, k] and `dims` [B, d] of `mix.mix`, `index` [B].
+      batch: `moments` [B, h, w, 2c] and `states` [B, L, D] of the sources,
+        `partner_states` [B, M, L, D], and the rest of `mix.as_arrays`.
       null_states: of the empty prompt.
       key: root of the noise.
       model: the architecture.
       timesteps: of the solver.
       step: of the solver, as `samplers.sample` takes it.
-      text_scale: s_T.
-      image_scale: s_I.
       grey: average the colour channels, for a dataset without colour.
     """
-    states = jax.vmap(mix.mix)(
-        batch["states"], batch["partner_states"], batch["positions"], batch["dims"]
-    )
-    keys = rng.example_keys(key, batch["index"])
+    names = ("states", "partner_states", "positions", "donors", "dims", "dim_donors")
+    states = jax.vmap(mix.mix)(*(batch[name] for name in names))
+    keys = rng.example_keys(key, batch["noise_seed"])
     shape = (*batch["moments"].shape[1:3], model.latent_channels)
     latents = instruct_pix2pix.draw(
         functools.partial(model.denoise, params),
@@ -222,8 +221,8 @@ def sample_images(
         null_states,
         timesteps=timesteps,
         step=step,
-        text_scale=text_scale,
-        image_scale=image_scale,
+        text_scale=batch["text_scale"],
+        image_scale=batch["image_scale"],
     )
     return stable_diffusion.to_pixels(model.decode(params, latents), grey=grey)
 
@@ -232,7 +231,7 @@ def recipe_of_set(recipe: dict, name: str) -> dict:
     """The recipe as set `name` uses it: only `mixed` mixes."""
     if name == "mixed":
         return recipe
-    return recipe | {"mode": name, "positions": [], "dims": []}
+    return recipe | {"mode": name, **NOTHING}
 
 
 def _provenance(
@@ -244,8 +243,6 @@ def _provenance(
         "label": row["label"],
         "prompt": row["prompt"],
         "seed": config.seed,
-        "text_scale": section.text_scale,
-        "image_scale": section.image_scale,
         "steps": section.steps,
         "sampler": "ddim",
         "model": model_hash,

@@ -124,8 +124,6 @@ def draw(tiny, cache, mesh, index, batch_size):
             model=model,
             timesteps=timesteps,
             step=step,
-            text_scale=3.0,
-            image_scale=1.5,
             grey=False,
         )
     )
@@ -138,10 +136,14 @@ def draw(tiny, cache, mesh, index, batch_size):
         batch = {
             "moments": cache["moments"][part % 6],
             "states": cache["text_states"][1 + part % 3],
-            "partner_states": cache["text_states"][1 + (part + 1) % 3],
-            "positions": np.full((len(part), 12), 12, np.int32),
-            "dims": np.tile(np.array([[2, 5, 16]], np.int32), (len(part), 1)),
-            "index": part,
+            "partner_states": cache["text_states"][1 + (part + 1) % 3][:, None],
+            "positions": np.full((len(part), 2), 12, np.int32),
+            "donors": np.zeros((len(part), 2), np.int32),
+            "dims": np.tile(np.array([2, 5, 16], np.int32), (len(part), 12, 1)),
+            "dim_donors": np.zeros((len(part), 3), np.int32),
+            "noise_seed": part,
+            "text_scale": np.full(len(part), 3.0, np.float32),
+            "image_scale": np.full(len(part), 1.5, np.float32),
         }
         padded = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
         padded = jax.device_put(padded, sharding.batch_sharding(mesh))

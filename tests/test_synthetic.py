@@ -14,8 +14,10 @@ from mvc_jax.data import synthetic
 
 NAMES = ("brain tumor", "naïve class", "healthy")
 ROWS = [
-    {"index": k, "label": k % 3, "source": f"s/{k}", "partner": "s/9", "mode": "coarse"}
-    | {"positions": [1, 5][: k % 3], "dims": [], "prompt": "a cat", "seed": 1 << 40}
+    {"index": k, "label": k % 3, "source": f"s/{k}", "partners": ["s/9", "s/é"]}
+    | {"mode": "both", "positions": [1, 5][: k % 3], "donors": [1, 0][: k % 3]}
+    | {"dims": [[3, 40], [3, 9]][: k % 3], "dim_donors": [0, 1][: 2 * (k % 3)]}
+    | {"dim_tokens": [2, 4], "noise_seed": k + 1, "prompt": "a cat", "seed": 1 << 40}
     | {"text_scale": 7.5, "image_scale": 1.5, "steps": 3, "sampler": "ddim"}
     | {"model": "0badf00d"}
     for k in range(7)

@@ -14,8 +14,8 @@ def image_text_guidance(
     text_states: Float[Array, "B L D"],
     null_states: Float[Array, "L D"],
     cond_latents: Float[Array, "B h w c"],
-    text_scale: float,
-    image_scale: float,
+    text_scale: Float[Array, " B"] | float,
+    image_scale: Float[Array, " B"] | float,
 ) -> Callable[[Array, Array], Array]:
     """Two-scale guidance of InstructPix2Pix (arXiv 2211.09800, equation 3).
 
@@ -26,12 +26,15 @@ def image_text_guidance(
       text_states: T.
       null_states: text states of the empty prompt.
       cond_latents: I, the unscaled mode of the source's posterior.
-      text_scale: s_T.
+      text_scale: s_T, of all or of each.
       image_scale: s_I.
 
     Returns:
       `(latents [B, h, w, c], timesteps [B]) -> prediction [B, h, w, c]`.
     """
+    text_scale, image_scale = (
+        jnp.reshape(scale, (-1, 1, 1, 1)) for scale in (text_scale, image_scale)
+    )
     null = jnp.broadcast_to(null_states, text_states.shape)
     states = jnp.concatenate([null, null, text_states])
     zeros = jnp.zeros_like(cond_latents)

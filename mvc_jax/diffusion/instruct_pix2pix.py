@@ -72,8 +72,8 @@ def draw(
     *,
     timesteps: Int[np.ndarray, " S"],
     step: Callable[[Array, Array, Array], Array],
-    text_scale: float,
-    image_scale: float,
+    text_scale: Float[Array, " B"] | float,
+    image_scale: Float[Array, " B"] | float,
 ) -> Float[Array, "B h w c"]:
     """Scaled latents from noise, guided by texts and source images.
 
@@ -85,7 +85,7 @@ def draw(
       null_states: of the empty prompt.
       timesteps: of the solver, as `samplers.sample` takes them.
       step: of the solver.
-      text_scale: s_T.
+      text_scale: s_T, of all or of each.
       image_scale: s_I.
     """
     guided = image_text_guidance(
