@@ -120,8 +120,8 @@ def test_rule_7_an_edited_file_is_an_error(tmp_path, text, edited, gone):
     assert contents(tmp_path) == before
 
 
-# Rule 8. `encode` stands for a stage with settings that grow, `mix` for one that reads it
-# and follows it, or does not.
+# Rule 8. `encode` is a stage with settings that grow, `mix` one that reads it and that
+# follows it, or does not.
 
 
 def grow(workdir, count, *, stop=False, follows=True):

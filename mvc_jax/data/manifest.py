@@ -95,9 +95,9 @@ class Stage:
                 str(self.folder / name),
                 wanted="the file of before, and more rows behind it",
                 got="other rows for what was there already",
-                fix="Another version of a library may draw otherwise (versions in "
-                f"{self.folder / _STARTED}): install that one, or delete {self.folder} "
-                "and the stages after it to make them anew.",
+                fix="Another version of a library may draw otherwise: install those "
+                f"that {self.folder / _FINISHED} lists, or delete {self.folder} and "
+                "the stages after it to make them anew.",
             )
 
     def abandon(self) -> None:
