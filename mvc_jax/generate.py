@@ -1,16 +1,16 @@
 """UNet, recipes -> the augmented dataset.
 
 Reads: the fine-tuned model, `mix/recipes.jsonl`, `encode/`. Writes a dataset for each
-set of `generate.sets`, all from the same recipes and noise, by `data/synthetic.py`, with
-its card; `sampler.CONDITIONINGS` says what each set is. Images that cannot be used are
-drawn anew, or left out. `generate.limit` draws nothing but a sheet to look at.
+set of `generate.sets`, all from the same recipes and noise, in the form that
+`data/synthetic.py` tells, with a card; `conditionings.py` says what each set is. Images
+that cannot be used are drawn anew, or left out. With `generate.limit` nothing but a
+sheet to look at is drawn.
 """
 
 import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -310,7 +310,7 @@ def _write_real(job: _Job, store: synthetic.Store) -> None:
 
 
 def _require_room(job: _Job, folder: epath.Path, images: int) -> None:
-    """Refuses to begin what the disk will not hold, by the images without compression."""
+    """Refuses what the disk will not hold; images count as not compressed."""
     side = job.config.generate.size
     side = side if side > 0 else job.config.data.size
     forms = 2 if job.config.generate.folder else 1

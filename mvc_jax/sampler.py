@@ -279,9 +279,7 @@ def examine(
     return jnp.where(finite, flag, 1).astype(jnp.uint8)
 
 
-def aligned(
-    indices: Sequence[int], size: int
-) -> list[Int[np.ndarray, " size"]]:
+def aligned(indices: Sequence[int], size: int) -> list[Int[np.ndarray, " size"]]:
     """Cuts images into batches in which image k has row k % size.
 
     Args:

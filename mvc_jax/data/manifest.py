@@ -170,9 +170,7 @@ def read_manifest(workdir: epath.PathLike, name: str) -> dict[str, Any]:
     return files.read_json(epath.Path(workdir) / name / _FINISHED)
 
 
-def require_unchanged(
-    workdir: epath.PathLike, name: str, suffix: str = ""
-) -> None:
+def require_unchanged(workdir: epath.PathLike, name: str, suffix: str = "") -> None:
     """Compares all bytes of a stage's artifacts, the largest ones too.
 
     Args:

@@ -217,11 +217,18 @@ class StableDiffusion:
             return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
         return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
 
-    def computing(self, *, dtype: str = "auto", **how: str) -> "StableDiffusion":
+    def computing(
+        self,
+        *,
+        dtype: str = "auto",
+        field: str = "config.finetune.attention",
+        **how: str,
+    ) -> "StableDiffusion":
         """This model with its UNet computed as asked.
 
         Args:
           dtype: of activations; `auto`: bfloat16 on an accelerator, else float32.
+          field: that asks for the attention, for errors.
           **how: `attention` and `remat`, see the attributes.
 
         Raises:
@@ -231,7 +238,6 @@ class StableDiffusion:
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         asked = how.get("attention", self.attention)
-        field = "config.finetune.attention"
         attention.check(asked, field=field, backend=backend, dtype=dtype)
         return dataclasses.replace(self, dtype=dtype, **how)
 
