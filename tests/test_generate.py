@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from mvc_jax import files, generate, mix, preview, sampler
@@ -175,7 +176,7 @@ def opened(workdir, devices, batch_size):
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
     texts = Texts(open_cache(workdir / "encode"), mix.widths_of(recipes))
     asked = sampler.Settings(sampler="ddim", steps=2, batch_size=batch_size)
-    return sampler.Sampler(workdir, mesh, asked, texts), recipes
+    return sampler.Sampler(epath.Path(workdir), mesh, asked, texts), recipes
 
 
 def test_neither_batch_nor_devices_change_an_image(make):

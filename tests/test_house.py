@@ -26,7 +26,8 @@ STAGES = {
     "report",
 }
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
-PARTS = {"classifier", "preview", "sampler"}  # of stages: what several of them share
+# Of stages: what several of them share.
+PARTS = {"classifier", "conditionings", "preview", "sampler"}
 LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | ROOMS | {"configs"},
