@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from mvc_jax.configs import common
 
 
-def get_config() -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
+    given = common.parse_argument(argument, known=("preset",))
     config = common.get_config()
     config.data.source = "digits"
     config.data.size = 16
@@ -61,4 +62,4 @@ def get_config() -> ConfigDict:
     config.classify.seeds = 5
     config.classify.steps = 250
     config.report.title = "Mixing Visual Concepts: ten handwritten digits per class"
-    return config
+    return common.apply_preset(config, given)

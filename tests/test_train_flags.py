@@ -86,6 +86,19 @@ MISTAKES = [
     ("--config.generate.sets=('mixed'", "config.generate.sets", "('mixed'"),
     ("--config.generate.sets=(1)", "config.generate.sets", "(1)"),
     ("--config.generate.sets=mixed", "config.classify.runs", "('mixed',)", "unmixed"),
+    ("--config.generate.sampler=pndm", "config.generate.sampler", "dpmpp_2m", "'pndm'"),
+    ("--config.generate.guidance_rescale=2", "config.generate.guidance_rescale", "2.0"),
+    (
+        "--config.generate.guidance_interval=0.8,0.2",
+        "config.generate.guidance_i",
+        "0.8",
+    ),
+    ("--config.generate.guidance_interval=0.5", "config.generate.guidance_i", "(0.5,)"),
+    (
+        "--config.generate.guidance_interval=0.0,1.5",
+        "config.generate.guidance_i",
+        "1.5",
+    ),
     ("--config.pretrain.vae.channels=", "config.pretrain.vae.channels"),
     ("--config.pretrain.vae.channels=('a',)", "config.pretrain.vae.channels", "'a'"),
     ("--config.pretrain.vae.channels=8,12", "config.pretrain.vae.channels", "(8, 12)"),
@@ -274,6 +287,41 @@ def test_an_override_has_the_type_of_its_field_and_changes_no_other(
     for part in field.split("."):
         found = found[part]
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("steps", [12, 50])
+def test_the_fast_preset_takes_no_more_steps_than_there_were(steps, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from mvc_jax.configs import common\n"
+        "def get_config(argument=''):\n"
+        "    config = common.get_config()\n"
+        f"    config.generate.steps = {steps}\n"
+        "    given = common.parse_argument(argument, known=('preset',))\n"
+        "    return common.apply_preset(config, given)\n"
+    )
+    plain, fast = (train.load_config(f"{path}{x}") for x in ("", ":preset=fast"))
+    changed = {"sampler": "dpmpp_2m", "steps": min(20, steps)}
+    changed["guidance_interval"] = (0.2, 0.8)
+    assert fast.generate.to_dict() == plain.generate.to_dict() | changed
+    assert fast.finetune.to_dict() == plain.finetune.to_dict()
+    for argument, said in {
+        ":preset=slow": "fast, got 'slow'",
+        ":slow": "preset=",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            train.load_config(f"{path}{argument}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["digits.py:", "cifar10.py:", "cifar100.py:", "caltech101.py:", "brain_tumor.py:"]
+    + ["tiny_imagenet.py:path=a,b,", "folder.py:path=a,"],
+)
+def test_every_config_has_the_fast_preset(path):
+    config = train.load_config(f"configs/{path}preset=fast")
+    assert config.generate.sampler == "dpmpp_2m"
+    assert config.data.source != "folder:a,preset=fast"
 
 
 def test_a_field_cannot_be_added_later():
