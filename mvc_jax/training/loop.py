@@ -95,16 +95,23 @@ def create_state(
     averages take the shardings of their parameters.
     """
 
+    def cast(params):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
     def init(params):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         copy = jax.tree.map(jnp.copy, params) if ema else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, zero, copy)
+        return TrainState(zero, None, tx.init(params), zero, zero, copy)
 
-    shapes = jax.eval_shape(init, params)
-    shardings = sharding.tree_shardings(shapes, mesh, rules)
-    params = jax.device_put(params, shardings.params)
-    return jax.jit(init, out_shardings=shardings)(params)
+    shapes = jax.eval_shape(cast, params)
+    split = sharding.tree_shardings(shapes, mesh, rules)
+    half = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
+    params = jax.device_put(params, split)
+    if half:
+        params = jax.jit(cast, out_shardings=split)(params)
+    others = sharding.tree_shardings(jax.eval_shape(init, shapes), mesh, rules)
+    # By itself, or the parameters would lie there twice.
+    return jax.jit(init, out_shardings=others)(params).replace(params=params)
 
 
 def fit(
