@@ -1,6 +1,7 @@
 """Guidance: in an interval, rescaled, with scales of each image's own."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def executed_rows(jaxpr, times=1):
         if equation.primitive.name == "sin":
             rows += times * equation.invars[0].aval.shape[0]
         length = equation.params.get("length", 1)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             rows += executed_rows(inner, times * length)
     return rows
 

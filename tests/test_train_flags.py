@@ -385,6 +385,30 @@ def test_the_end_of_a_run_is_told(
     assert words in capsys.readouterr().err
 
 
+def test_two_runs_do_not_share_a_workdir(began, workdir, capsys, monkeypatch):
+    """The second would take what the first has under way for leftovers of a kill."""
+    command = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.stages=mix"]
+    under_way = workdir / ".tmp-1-metrics.jsonl"
+    said = []
+
+    def run_stage(*_):
+        under_way.write_text("half")
+        said.append(failure(capsys, *command))
+        return under_way.exists()
+
+    monkeypatch.setattr(train, "run_stage", run_stage)
+    assert train.main(["train", *command]) == 0
+    assert said == [
+        f"--workdir={workdir}: wanted a folder in which no other run is at work, got "
+        "one in which another process is. Wait until it has ended, or name another "
+        "folder."
+    ]
+    assert under_way.exists()
+    capsys.readouterr()
+    monkeypatch.setattr(train, "run_stage", lambda *_: not under_way.exists())
+    assert train.main(["train", *command]) == 0  # given back; and cleared away
+
+
 def test_our_own_mistakes_keep_their_traceback(began, workdir, monkeypatch):
     monkeypatch.setattr(train, "run_stage", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
