@@ -124,7 +124,7 @@ def test_each_converges_and_two_orders_are_better_than_one():
     noise = jnp.asarray(normal("start", *SHAPE))
 
     def denoise(latents, timesteps):
-        alpha = alphas[timesteps][:, None, None, None]
+        alpha = alphas[timesteps.astype(jnp.int32)][:, None, None, None]
         spread = 0.25 * alpha + 1 - alpha
         return jnp.sqrt(1 - alpha) * latents / spread
 
@@ -132,7 +132,7 @@ def test_each_converges_and_two_orders_are_better_than_one():
         """Of x_t / spread_t, which the exact flow keeps."""
         solver = solvers.make(name, config, steps)
         drawn = jax.jit(lambda noise: sample(denoise, solver, noise))(noise)
-        first = alphas[solver.timesteps[0]]
+        first = alphas[int(solver.timesteps[0])]
         start = noise / jnp.sqrt(0.25 * first + 1 - first)
         return float(jnp.abs(drawn / 0.5 - start).mean())
 
