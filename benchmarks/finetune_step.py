@@ -6,6 +6,7 @@ The whole InstructPix2Pix step from cached moments: posterior sample, noise, dro
 conditions, the source on the channel axis, UNet forward and backward, clipping by the
 global norm, Adam. Both sides have the same architecture, shapes and precision, a
 process of their own with all cores, and take turns: what else the machine does hits
+both.
 
 On an accelerator it is ours alone: Stable Diffusion 1.5's architecture with random
 weights in bfloat16 at 64x64 latents, with TFLOP/s by 0.803 TFLOP per example forward

@@ -30,7 +30,14 @@ from mvc_jax.errors import (
     require_within,
 )
 from mvc_jax.models import dataset_card, model_card, solvers
-from mvc_jax.sampler import Drawn, Sampler, Settings, draw_again
+from mvc_jax.sampler import (
+    Drawn,
+    Sampler,
+    Settings,
+    draw_again,
+    given_up,
+    require_few,
+)
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
@@ -55,8 +62,6 @@ _RANGES = {
     "noise_scale": (0, 1e3, "0.1 is a tenth of the states' standard deviation."),
     "interpolation": (0, 1, "It is the partner's share."),
 }
-_MOST_BAD = 0.1  # of what was drawn; more is no accident
-_ENOUGH = 100  # images by which to judge that
 Judge = Callable[[np.ndarray, Sequence[dict]], Sequence[Sequence[dict]]]
 
 
@@ -70,8 +75,8 @@ def check(config: ConfigDict) -> None:
         got=tuple(section.sets),
         fix="Name these.",
     )
-    require_within("config.generate", section, _RANGES)
-    require_one_of("config.generate", section, _CHOICES)
+    require_within("config.generate", section.to_dict(), _RANGES)
+    require_one_of("config.generate", section.to_dict(), _CHOICES)
     interval = tuple(section.guidance_interval)
     require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
@@ -102,18 +107,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         _restore_pictures(stage.folder, section)
         return
-    if not fresh:
-        _require_same_weights(workdir)
     job = _open(config, workdir)
-    artifacts, counts = [], Counter()
+    artifacts, counts, drawing = [], Counter(), False
     try:
+        if not fresh:
+            _require_same_weights(workdir)
+        _require_room(job)
+        drawing = True
         for name in section.sets:
             made, counted = _draw_set(job, name, judge=None)
             artifacts += [f"{name}/{file}" for file in made]
             counts += counted
     except UserError:
-        if not any(stage.folder.glob("*/data/*")):
-            stage.abandon()  # nothing is kept: other settings may follow
+        if not (fresh or drawing) or not any(stage.folder.glob("*/data/*")):
+            stage.abandon()  # nothing was added: other settings may follow
         raise
     stage.finish(artifacts, **{"images": 0, "redrawn": 0, "left_out": 0} | counts)
 
@@ -176,6 +183,16 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
     )
 
 
+def _store(job: _Job, name: str) -> synthetic.Store:
+    section = job.config.generate
+    return synthetic.Store(
+        job.workdir / "generate" / name,
+        job.train.class_names,
+        job.sampler.model_hash(name),
+        *(section.shard_size, section.format, section.folder),
+    )
+
+
 def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Counter]:
     """Draws what a set lacks, and completes its folder.
 
@@ -190,29 +207,22 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     Returns:
       its files, relative to its folder, and counts for the manifest.
     """
-    section = job.config.generate
-    store = synthetic.Store(
-        job.workdir / "generate" / name,
-        job.train.class_names,
-        job.sampler.model_hash(name),
-        *(section.shard_size, section.format, section.folder),
-    )
+    section, store = job.config.generate, _store(job, name)
     recipes = [CONDITIONINGS[name].recipe(recipe, name) for recipe in job.recipes]
     parts = store.missing(len(recipes))
     groups = [recipes[part.start : part.stop] for part in parts]
     done = len(recipes) - sum(map(len, groups))
     if parts:
-        _require_room(job, store.folder, len(recipes) - done)
         job.sampler.load(name)
-    bad = Counter(_given_up(store.recorded("notes")))
+    bad = Counter(given_up(store.recorded("notes")))
     progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
     with contextlib.closing(progress), Background() as writer:
         drawing = zip(parts, groups, job.sampler.stream(groups), strict=True)
         for part, group, drawn in drawing:
             notes = draw_again(job.sampler.draw, group, drawn, section.max_redraws)
             done += len(group)
-            bad.update(_given_up(notes))
-            _require_few(name, bad, done, len(recipes))
+            bad.update(given_up(notes))
+            require_few(name, bad, done, len(recipes))
             redraws = {note["index"]: note["redraws"] for note in notes}
             rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
             kept, removed = _judged(judge, drawn, rows)
@@ -229,29 +239,6 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     images = len(store.labels())
     counts = {"images": images, "redrawn": redrawn, "left_out": len(recipes) - images}
     return names, Counter(counts)
-
-
-def _given_up(notes: Sequence[dict]) -> list[str]:
-    """Why images could not be used, however often they were drawn."""
-    return [note["reason"] for note in notes if not note["kept"]]
-
-
-def _require_few(name: str, bad: Counter, done: int, total: int) -> None:
-    """Stops where so many images cannot be used that it is no accident."""
-    given_up = sum(bad.values())
-    if given_up <= _MOST_BAD * done or done < min(total, _ENOUGH):
-        return
-    raise UserError(
-        f"generate/{name}",
-        wanted=f"images that can be used, at least {1 - _MOST_BAD:.0%} of them",
-        got=f"{given_up} of {done} that cannot, however often they were drawn anew ("
-        + ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
-        + ")",
-        fix="NaN and black are mostly numbers too large for half precision: set "
-        "--config.generate.dtype=float32, or lower generate.text_scale and "
-        "generate.image_scale; or the fine-tuned model is broken (look at "
-        "finetune/samples), or generate.steps are too few.",
-    )
 
 
 def _judged(
@@ -309,14 +296,20 @@ def _write_real(job: _Job, store: synthetic.Store) -> None:
         store.write_real(images, rows, shard)
 
 
-def _require_room(job: _Job, folder: epath.Path, images: int) -> None:
-    """Refuses what the disk will not hold; images count as not compressed."""
-    side = job.config.generate.size
-    side = side if side > 0 else job.config.data.size
-    forms = 2 if job.config.generate.folder else 1
-    images += len(job.train.ids) if job.config.generate.include_real else 0
+def _require_room(job: _Job) -> None:
+    """Refuses what the disk will not hold, of all sets, or what others have drawn.
+
+    Images count as if they were not compressed.
+    """
+    section = job.config.generate
+    stores = [_store(job, name) for name in section.sets]
+    parts = [part for store in stores for part in store.missing(len(job.recipes))]
+    images = sum(part.stop - part.start for part in parts)
+    images += len(stores) * len(job.train.ids) * section.include_real
+    side = section.size if section.size > 0 else job.config.data.size
+    forms = 2 if section.folder else 1
     require_room(
-        folder.parent,
+        job.workdir,
         images * forms * 3 * side**2,
         what=f"{images} images of {side} x {side} pixels in {forms} form(s)",
         fix="Free some or name a --workdir on another disk; "
@@ -344,7 +337,7 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
     """What the card of a set tells."""
     config, names = job.config, job.train.class_names
     notes, removed = store.recorded("notes"), store.recorded("removed")
-    left_out = Counter(_given_up(notes))
+    left_out = Counter(given_up(notes))
     left_out += Counter(row.get("filter", "judged") for row in removed)
     counts = [
         np.bincount(store.labels(real=real), minlength=len(names)).tolist()
@@ -376,13 +369,7 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
 def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
     """Draws only a sheet to look at, and leaves the stage as it is."""
     for name in ("finetune", "mix"):
-        require(
-            manifest.is_complete(workdir, name),
-            "config.generate.limit",
-            wanted=f"the finished stage {name} in {workdir}",
-            got="none",
-            fix=f"Add {name} to --config.stages or run it first.",
-        )
+        manifest.read_input(workdir, name, reader="generate")
     _require_same_weights(workdir)
     job = _open(config, workdir)
     preview.contact_sheet(

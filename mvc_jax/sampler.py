@@ -7,6 +7,7 @@ c its channels, L text tokens, D their width.
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,11 +21,14 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from mvc_jax import files
 from mvc_jax.conditionings import CONDITIONINGS, Texts
 from mvc_jax.diffusion import instruct_pix2pix
+from mvc_jax.errors import UserError
 from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import rng, sharding
 
 HEALTH = ("fine", "NaN", "black", "constant")  # an image's flag indexes them
 _FLAT = 2  # grey levels that count as none
+_MOST_BAD = 0.1  # of what was drawn; more is no accident
+_ENOUGH = 100  # images by which to judge that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Sampler:
         self._key = rng.purpose_key(texts.seed, "noise")
         null = self._texts.cache.null_states
         self._null = jax.device_put(null, sharding.replicated(mesh))
+        self._hashes: dict[epath.Path, str] = {}
         self._conditioning = self._folder = self._params = self._draw = None
 
     def base_folder(self) -> epath.Path:
@@ -104,8 +109,10 @@ class Sampler:
     def model_hash(self, name: str) -> str:
         """Of the weights of the UNet that draws a set."""
         folder, variant = self.model_folder(name)
-        weights = checkpoint_folder.weight_files(folder, "unet", variant)
-        return files.sha256(*weights)[:16]
+        if folder not in self._hashes:
+            weights = checkpoint_folder.weight_files(folder, "unet", variant)
+            self._hashes[folder] = files.sha256(*weights)[:16]
+        return self._hashes[folder]
 
     def load(self, name: str) -> None:
         """Makes ready to draw the set `name`; its model goes onto the devices."""
@@ -345,3 +352,27 @@ def draw_again(
         for place, reason in enumerate(reasons)
         if reason != HEALTH[0]
     ]
+
+
+def given_up(notes: Sequence[dict]) -> list[str]:
+    """Why images could not be used, however often they were drawn."""
+    return [note["reason"] for note in notes if not note["kept"]]
+
+
+def require_few(name: str, bad: Counter, done: int, total: int) -> None:
+    """Stops where so many images cannot be used that it is no accident."""
+    count = sum(bad.values())
+    many = count > _MOST_BAD * done and done >= _ENOUGH
+    if not many and count <= _MOST_BAD * total:
+        return
+    raise UserError(
+        f"generate/{name}",
+        wanted=f"images that can be used, at least {1 - _MOST_BAD:.0%} of them",
+        got=f"{count} of {done} that cannot, however often they were drawn anew ("
+        + ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items()))
+        + ")",
+        fix="NaN and black are mostly numbers too large for half precision: set "
+        "--config.generate.dtype=float32, or lower generate.text_scale and "
+        "generate.image_scale; or the fine-tuned model is broken (look at "
+        "finetune/samples), or generate.steps are too few.",
+    )
