@@ -9,7 +9,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import distances, manifest, splits, synthetic
+from mvc_jax.data import distances, manifest, removed, splits, synthetic
 from mvc_jax.errors import require
 
 # Asked of every table: does `run` beat `against`?
@@ -73,6 +73,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "runs": [_row(r, results, test.labels, confidence) for r in results.values()],
         "questions": _questions(results, confidence),
         "sets": _sets(workdir / "generate", train),
+        "filters": _filters(workdir / "generate"),
         "notes": _notes(made["seeds"], caption),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
@@ -193,6 +194,17 @@ def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float 
             "copies": int((nearest < copy_distance).sum()),
         }
     return described
+
+
+def _filters(folder: epath.Path) -> dict[str, dict]:
+    """What the filters removed of each set; {} where there were none."""
+    if not (folder / removed.FACTS).exists():
+        return {}
+    names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
+    counts = {
+        name: removed.count(removed.read(folder / name)) for name in names["sets"]
+    }
+    return {"facts": files.read_json(folder / removed.FACTS), "sets": counts}
 
 
 def _describe(points: distances.Points, labels: np.ndarray) -> dict[str, float | int]:

@@ -18,7 +18,7 @@ from mvc_jax.data.distances import Points
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import require, require_one_of, require_within
 
-_FIELD = "config.generate.filter"
+FIELD = "config.generate.filter"
 _CHOICES = {
     "label": ("", "folds", "clip"),
     "copies": ("", "any", "source"),
@@ -69,15 +69,15 @@ class Filters:
           has_clip: there is a CLIP to ask.
         """
         fields = dataclasses.asdict(self)
-        require_one_of(_FIELD, fields, _CHOICES)
+        require_one_of(FIELD, fields, _CHOICES)
         shares = ("label_threshold", "copies_quantile", "outliers_quantile")
         ranges = dict.fromkeys(shares, (0, 1, "Set it within this range."))
         ranges["label_top"] = (0, np.inf, "0 switches it off.")
-        require_within(_FIELD, fields, ranges)
+        require_within(FIELD, fields, ranges)
         asked = [name for name in ("label", "features") if fields[name] == "clip"]
         require(
             has_clip or not asked,
-            f"{_FIELD}.{' and '.join(asked)}",
+            f"{FIELD}.{' and '.join(asked)}",
             wanted="a CLIP to ask, or another value",
             got="'clip', and neither config.generate.clip nor an image_encoder in the "
             "base model",
@@ -85,7 +85,7 @@ class Filters:
         )
         require(
             self.label != "folds" or self.label_folds >= partners + 2,
-            f"{_FIELD}.label_folds",
+            f"{FIELD}.label_folds",
             wanted=f"at least {partners + 2}: the folds of an image's source and of "
             f"its {partners} partners are left out, and one must be left to learn from",
             got=self.label_folds,
@@ -226,7 +226,7 @@ class _Labels:
         self._threshold, self._top = fields.label_threshold, fields.label_top
         require(
             len(self._names) > 1,
-            f"{_FIELD}.label",
+            f"{FIELD}.label",
             wanted="two classes or more to tell apart",
             got=f"one, {self._names[0]!r}",
             fix="Switch it off.",
@@ -336,7 +336,7 @@ class _Outliers:
         every = np.concatenate(usual)
         require(
             len(every) > 0,
-            f"{_FIELD}.outliers",
+            f"{FIELD}.outliers",
             wanted="a class with two different images, to see how far apart they are",
             got="none",
             fix="Switch it off.",
@@ -382,8 +382,8 @@ def _require_images(train: Split, copies: np.ndarray, count: int) -> None:
     least = int(counts.argmin())
     require(
         int(counts[least]) >= count,
-        f"{_FIELD}.label_folds",
+        f"{FIELD}.label_folds",
         wanted=f"{count} different training images or more in each class, one a fold",
         got=f"{counts[least]} in class {train.class_names[least]!r}",
-        fix=f"Lower it to {counts[least]}, or ask CLIP by {_FIELD}.label=clip.",
+        fix=f"Lower it to {counts[least]}, or ask CLIP by {FIELD}.label=clip.",
     )
