@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mvc_jax.configs import common
 from mvc_jax.data import digits, filters, folds, splits
 from mvc_jax.data.filters import Filters
 from mvc_jax.errors import UserError
@@ -337,3 +338,8 @@ def test_right_fields_pass():
     for fields in (OFF, ALL, Filters(label="folds", label_folds=3)):
         fields.check(partners=1, has_clip=False)
     Filters(label="clip", features="clip").check(partners=9, has_clip=True)
+
+
+def test_the_fields_of_the_config_are_those_of_the_filters():
+    section = common.get_config().generate.filter.to_dict()
+    assert Filters(**section) == OFF
