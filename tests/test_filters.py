@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from mvc_jax.configs import common
 from mvc_jax.data import digits, filters, folds, splits
@@ -258,19 +259,17 @@ def coloured():
 @pytest.mark.parametrize("label", ["clip", "folds"])
 def test_a_clip_judges_by_its_embeddings(coloured, label):
     fields = Filters(label=label, outliers=True)
-    texts = 20 * np.eye(3)
-    found = filters.Judge(fields, coloured, seed=0, embed=colour, texts=texts)
+    clip = {"embed": colour, "zero_shot": lambda e: special.softmax(20 * e, axis=1)}
+    found = filters.Judge(fields, coloured, seed=0, **clip)
     assert found.facts["features"] == "clip"
     rows = recipes(coloured, [0, 1, 2])
-    flat = np.zeros((3, 8, 8, 3), np.uint8)
-    flat[np.arange(3), ..., np.arange(3)] = 90
     mixed = coloured.images[[0, 6, 12]][:, ::-1]  # same colours, other pixels
     assert found(mixed, rows) == [[], [], []]
     wrong = found(mixed[[1, 2, 0]], rows)
     for findings in wrong:
         assert [f.filter for f in findings] == ["label", "outliers"]
     by_pixels = dataclasses.replace(fields, features="pixels")
-    found = filters.Judge(by_pixels, coloured, seed=0, embed=colour, texts=texts)
+    found = filters.Judge(by_pixels, coloured, seed=0, **clip)
     assert found.facts["features"] == "pixels"
 
 

@@ -26,6 +26,7 @@ _CHOICES = {
 }
 _ASKED = 1000  # real images, at most, that the label filter is tried on
 Embed = Callable[[UInt8[np.ndarray, "N H W 3"]], Float[np.ndarray, "N D"]]
+ZeroShot = Callable[[Float[np.ndarray, "N D"]], Float[np.ndarray, "N K"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Judge:
         *,
         seed: int,
         embed: Embed | None = None,
-        texts: Float[np.ndarray, "K D"] | None = None,
+        zero_shot: ZeroShot | None = None,
     ):
         """Learns from the real images what is usual.
 
@@ -146,8 +147,8 @@ class Judge:
           train: the real training images.
           seed: of the folds.
           embed: image embeddings of a CLIP; None: there is none.
-          texts: for a `label` of "clip": the unit embedding of each class's text, times
-            the CLIP's scale of logits.
+          zero_shot: for a `label` of "clip": image embeddings -> probabilities of the
+            texts of the classes.
 
         Raises:
           UserError: there are too few images, or classes, for what is asked.
@@ -163,7 +164,7 @@ class Judge:
         if fields.label or fields.outliers:
             self.facts["features"] = "clip" if self._by_clip else "pixels"
         if fields.label:
-            self._filters.append(_Labels(fields, train, real, texts, seed))
+            self._filters.append(_Labels(fields, train, real, zero_shot, seed))
         if fields.copies:
             self._filters.append(_Copies(fields, train, real))
         if fields.outliers:
@@ -221,8 +222,10 @@ class _Labels:
 
     name = "label"
 
-    def __init__(self, fields: Filters, train: Split, real: _Views, texts, seed: int):
-        self._names, self._texts = train.class_names, texts
+    def __init__(
+        self, fields: Filters, train: Split, real: _Views, zero_shot, seed: int
+    ):
+        self._names, self._zero_shot = train.class_names, zero_shot
         self._threshold, self._top = fields.label_threshold, fields.label_top
         require(
             len(self._names) > 1,
@@ -277,12 +280,8 @@ class _Labels:
         if self._folds is not None:
             made_from = [{row["source"], *row["partners"]} for row in rows]
             return self._folds.probabilities(views.features, made_from)
-        from scipy import special  # takes a second, and a finished stage needs none
-
-        # One at a time, as with the folds.
-        levels, unit = views.embeddings.levels, views.embeddings.unit
-        logits = np.asarray([self._texts @ (level / unit) for level in levels])
-        return special.softmax(logits, axis=1)
+        levels = views.embeddings.levels[:, None] / views.embeddings.unit
+        return np.concatenate([self._zero_shot(one) for one in levels])  # as the folds
 
 
 class _Copies:
