@@ -136,10 +136,16 @@ def libraries_stay_in_their_rooms(path: str, source: str) -> Iterator[str]:
     layer, name = place(path)
     in_models = layer == "room" and name == "models"
     knows_diffusers = path.endswith(
-        ("mvc_jax/models/stable_diffusion.py", "mvc_jax/models/attention.py")
+        tuple(
+            f"mvc_jax/models/{name}.py"
+            for name in ("stable_diffusion", "controlnet", "attention")
+        )
     )
     allowed = {
-        "diffusers": (knows_diffusers, "models/{stable_diffusion,attention}.py"),
+        "diffusers": (
+            knows_diffusers,
+            "models/{stable_diffusion,controlnet,attention}.py",
+        ),
         "transformers": (in_models, "models/"),
         "ml_collections": (
             layer in {"train", "stage", "configs"},

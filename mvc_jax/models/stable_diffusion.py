@@ -60,14 +60,14 @@ class StableDiffusion:
 
     @functools.cached_property
     def unet(self) -> nn.Module:
-        return _build(
+        return build(
             FlaxUNet2DConditionModel,
             self.configs["unet"] | {"dtype": jnp.dtype(self.dtype)},
         )
 
     @functools.cached_property
     def vae(self) -> nn.Module:
-        return _build(FlaxAutoencoderKL, self.configs["vae"])
+        return build(FlaxAutoencoderKL, self.configs["vae"])
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
@@ -161,11 +161,14 @@ class StableDiffusion:
         latents: Float[Array, "B h w C"],
         timesteps: Int[Array, " B"],
         text_states: Float[Array, "B L D"],
+        residuals: tuple[Sequence[Array], Array] | None = None,
     ) -> Float[Array, "B h w c"]:
         """The UNet's prediction; C is c, or 2c with source latents concatenated.
 
         Where `params` have the key `lora`, its adapters are added to the UNet's layers.
+        `residuals` are a ControlNet's, added to its skip connections and middle block.
         """
+        down, middle = (None, None) if residuals is None else residuals
         with (
             attention.exact(),
             attention.running(self.attention),
@@ -178,6 +181,8 @@ class StableDiffusion:
                 latents.transpose(0, 3, 1, 2),
                 timesteps,
                 text_states,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
             )
         return output.sample.transpose(0, 2, 3, 1)
 
@@ -194,7 +199,7 @@ class StableDiffusion:
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
         """The noise schedule: the product of 1 - beta up to each training timestep."""
-        scheduler = _build(FlaxDDIMScheduler, self.configs["scheduler"])
+        scheduler = build(FlaxDDIMScheduler, self.configs["scheduler"])
         with jax.ensure_compile_time_eval():  # it may first be read inside a jit
             return np.asarray(scheduler.create_state().common.alphas_cumprod)
 
@@ -214,7 +219,7 @@ class StableDiffusion:
             got=steps,
             fix="50 to 100 are usual.",
         )
-        scheduler = _build(FlaxDDIMScheduler, self.configs["scheduler"])
+        scheduler = build(FlaxDDIMScheduler, self.configs["scheduler"])
         state = scheduler.set_timesteps(scheduler.create_state(), steps)
 
         def step(latents, prediction, timestep):
@@ -320,7 +325,7 @@ def random_params(shapes: Any, rng: np.random.Generator) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def _build(class_: type, config: dict[str, Any]) -> Any:
+def build(class_: type, config: dict[str, Any]) -> Any:
     """Constructs a library class from the fields of `config` that it knows."""
     known = inspect.signature(class_).parameters
     fields = {
