@@ -25,11 +25,13 @@ STAGES = {
     "evaluate",
     "report",
 }
+PARTS = {"companions"}  # beside the stages: they are used by them, and call none
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
 LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | ROOMS | {"configs"},
-    "stage": ROOMS | {"mix"},
+    "stage": ROOMS | {"mix"} | PARTS,
+    "part": ROOMS | {"mix"} | PARTS,
     "room": set(),  # and its own files
     "leaf": set(),
     "configs": {"configs"},
@@ -55,8 +57,8 @@ def place(path: str) -> tuple[str, str]:
         return "configs", "configs"
     if len(rest) > 1:
         return ("room" if name in ROOMS else "unknown"), name
-    if name in STAGES:
-        return "stage", name
+    if name in STAGES | PARTS:
+        return ("stage" if name in STAGES else "part"), name
     layers = {"train": "train", "__init__": "leaf"} | dict.fromkeys(LEAVES, "leaf")
     return layers.get(name, "unknown"), name
 
@@ -93,7 +95,7 @@ def imports_run_one_way(path: str, source: str) -> Iterator[str]:
     layer, name = place(path)
     allowed = MAY_IMPORT.get(layer, set()) | (LEAVES if layer != "leaf" else set())
     allowed |= {name} if layer == "room" else set()
-    known = STAGES | ROOMS | LEAVES | {"train", "configs"}
+    known = STAGES | PARTS | ROOMS | LEAVES | {"train", "configs"}
     for line, part, _, _ in ours(path, ast.parse(source)):
         if part in known and part not in allowed:
             yield (

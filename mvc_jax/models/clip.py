@@ -162,6 +162,31 @@ def zero_shot(
     return jax.nn.softmax(logits)
 
 
+def small_tower(
+    *, side: int, patch: int, width: int, layers: int, heads: int, embedding: int
+) -> Clip:
+    """An image tower of any size, without weights.
+
+    Args:
+      side: S, pixels.
+      patch: pixels along a side of a patch.
+      width: dims of its states.
+      layers: of its transformer.
+      heads: of its attention.
+      embedding: P.
+    """
+    config = transformers.CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=embedding,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=side,
+        patch_size=patch,
+    )
+    return Clip(config, image_processor(side))
+
+
 def load(
     path: epath.PathLike, *, field: str, text: bool = False
 ) -> tuple[Clip, Params]:

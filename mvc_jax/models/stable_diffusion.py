@@ -127,11 +127,19 @@ class StableDiffusion:
         self, params: Params, ids: Int[Array, "B L"]
     ) -> Float[Array, "B L D"]:
         """The text encoder's last hidden states, layer norm applied."""
+        return self._encoded(params, ids).last_hidden_state
+
+    def pooled_text(
+        self, params: Params, ids: Int[Array, "B L"]
+    ) -> Float[Array, "B D"]:
+        """The state of the text's EOS token, which has seen all of it."""
+        return self._encoded(params, ids).pooler_output
+
+    def _encoded(self, params: Params, ids: Array) -> Any:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        output = self.text_encoder.apply(
+        return self.text_encoder.apply(
             {"params": params["text_encoder"]}, ids, jnp.ones_like(ids), positions
         )
-        return output.last_hidden_state
 
     def moments(self, params: Params, images: Float[Array, "B H W 3"]) -> Array:
         """Mean and log variance [B, h, w, 2c] of the posterior of images in [-1, 1]."""
