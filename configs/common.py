@@ -51,21 +51,9 @@ def get_config() -> ConfigDict:
 
     config.finetune = _finetune()
 
-    config.mix = ConfigDict()
-    config.mix.per_image = 4  # synthetic images per training image
-    config.mix.modes = ("coarse", "fine")  # taken in turn
-    config.mix.tokens = 4  # k: word positions that coarse mixing takes over
-    config.mix.positions = "caption"  # where: "caption" words, all "words", or "all"
-    config.mix.dims = 8  # d: text dims that fine mixing takes over
+    config.mix = _mix()
 
-    config.generate = ConfigDict()
-    config.generate.sets = ("mixed", "unmixed")
-    config.generate.steps = 50
-    config.generate.text_scale = 7.5  # s_T of InstructPix2Pix
-    config.generate.image_scale = 1.5  # s_I
-    config.generate.batch_size = 16
-    config.generate.shard_size = 1000  # images in a Parquet file
-    config.generate.folder = True  # also train/<class>/*.png
+    config.generate = _generate()
 
     config.classify = ConfigDict()
     config.classify.runs = ("real", "real+affine", "combined", "combined:unmixed")
@@ -184,6 +172,56 @@ def _finetune() -> ConfigDict:
     config.checkpoint_every = 500
     config.checkpoint_minutes = 20.0  # or after so long; 0: by steps alone
     config.keep = 2  # the newest, besides the one with the lowest loss
+    return config
+
+
+def _generate() -> ConfigDict:
+    config = ConfigDict()
+    # Also pretrained, caption_only, noised, interpolated: mvc_jax/conditionings.py.
+    config.sets = ("mixed", "unmixed")
+    config.limit = 0  # above 0: only a contact sheet of so many images, then it stops
+    config.sampler = "ddim"  # or "dpmpp_2m", "euler"
+    config.steps = 50
+    # s_T and s_I of InstructPix2Pix. With a most above it, `mix` draws a scale for each
+    # image, uniform between the two.
+    config.text_scale = 7.5
+    config.text_scale_most = 0.0
+    config.image_scale = 1.5
+    config.image_scale_most = 0.0
+    # Shares of the training timesteps, 0 without noise, between which guidance acts.
+    config.guidance_interval = (0.0, 1.0)
+    config.guidance_rescale = 0.0  # phi, towards the contrast of no guidance
+    config.noise_scale = 0.1  # of `noised`: times the text states' standard deviation
+    config.interpolation = 0.5  # of `interpolated`: the partner's share
+    config.dtype = "auto"  # of the UNet's activations: bfloat16 on an accelerator
+    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn
+    config.batch_size = 16
+    config.max_redraws = 3  # of an image that is NaN, black or of one colour
+    config.shard_size = 1000  # images in a Parquet file
+    config.folder = True  # also train/<class>/*.png
+    config.format = "png"  # or "jpeg", in both forms
+    config.size = 0  # pixels written, by area; 0: as drawn, -1: as its source was
+    config.include_real = False  # True: also the training images, beside them
+    return config
+
+
+def _mix() -> ConfigDict:
+    config = ConfigDict()
+    config.per_image = 4  # synthetic images per training image; raising it adds
+    config.modes = ("coarse", "fine")  # or "both" in one image; taken in turn
+    config.tokens = 4  # k: token positions that coarse mixing takes over
+    config.tokens_most = 0  # above `tokens`: each image draws its k, up to this
+    # Which: k of the "caption"'s words, their "first" k, a "span" of k in a row, or any
+    # k of "all" 77 but BOS.
+    config.positions = "caption"
+    config.class_prompt = False  # True: also the words of "a photo of ..."
+    config.partner = "class"  # whose caption is mixed in: of the same class, or "any"
+    config.partners = 1  # m: how many images' captions
+    config.dims = 8  # d: text dims that fine mixing takes over; supplement: below 10
+    config.dims_per_token = False  # True: other dims at every token
+    config.dims_on = "all"  # tokens, or "words" of the caption alone
+    config.file = ""  # recipes.jsonl, edited and handed back; "": they are drawn
+    config.levels = False  # True: also levels.jsonl, for Figure 5 of the supplement
     return config
 
 

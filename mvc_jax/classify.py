@@ -137,7 +137,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     section = config.classify
     runs = [parse_run(name) for name in section.runs]
-    data, test, ranges = _load(workdir, runs, section.size)
+    data, test, ranges = _load(workdir, runs, config)
     model = resnet.VARIANTS[section.model](
         num_classes=int(data["labels"].max()) + 1,
         width=section.width,
@@ -178,14 +178,17 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage.finish(artifacts, runs=len(runs), fits=len(runs) * section.seeds)
 
 
-def _load(workdir: epath.Path, runs: list[Run], size: int):
+def _load(workdir: epath.Path, runs: list[Run], config: ConfigDict):
     """All images in one array, real ones first, and each set's range in it."""
-    caption = workdir / "caption"
+    caption, size = workdir / "caption", config.classify.size
+    fit = {"resize": config.data.resize, "resample": config.data.resample}
+    fit["size"] = config.data.size  # whatever size they were stored at
     train, test = (splits.read_split(caption, name) for name in ("train", "test"))
     images, labels = [_smaller(train.images, size)], [train.labels]
     ranges = {"": (0, len(train.labels))}
     for name in sorted({run_.set for run_ in runs} - {""}):
-        drawn, drawn_labels, _ = synthetic.read_images(workdir / "generate" / name)
+        folder = workdir / "generate" / name
+        drawn, drawn_labels, _ = synthetic.read_images(folder, **fit)
         first = sum(map(len, labels))
         ranges[name] = (first, first + len(drawn_labels))
         images.append(_smaller(drawn, size))

@@ -48,8 +48,12 @@ def read_json(path: epath.PathLike) -> Any:
 
 def write_jsonl(path: epath.PathLike, rows: list[dict]) -> None:
     """One JSON object a line, in the order given."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, jsonl(rows))
+
+
+def jsonl(rows: list[dict]) -> str:
+    """What `write_jsonl` writes."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict]:

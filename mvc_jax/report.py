@@ -25,9 +25,10 @@ from mvc_jax.errors import require
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
 _MODES = ("coarse", "fine")
 _SETS = ("unmixed", "mixed", "pretrained")  # order of the columns; others follow
-_PROVENANCE = ["index", "label", "source", "partner", "mode", "prompt"]
+_PROVENANCE = ["index", "label", "source", "partners", "mode", "prompt"]
 _MOST_CLASSES = 20  # in the grid; of more, the first are shown
 _EXAMPLES = 6  # rows of the comparison, and captions
+_MOST_NUMBERS = 12  # positions or dims of a recipe
 _MOST_POINTS = 400  # of a curve
 _PICTURE_BYTES = 150_000
 
@@ -197,7 +198,11 @@ def _comparison(run: _Run) -> list[dict]:
         texts = {
             "name": run.class_names[label],
             "mixed": _mixed(run, row),
-            "partner_caption": run.captions.get(row["partner"], {}).get("caption", ""),
+            "partner_captions": [
+                run.captions[id_]["caption"]
+                for id_ in row["partners"]
+                if run.captions.get(id_, {}).get("caption")
+            ],
         }
         compared.append(row | texts | {"cells": cells})
     return compared
@@ -243,13 +248,23 @@ def _cell(run: _Run, set_name: str, row: dict, heading: str) -> dict:
 
 
 def _mixed(run: _Run, row: dict) -> str:
+    """What an image took of whom: `token positions 1, 4 and text dims 7 of a.png`."""
     recipe = run.recipes.get(row["index"], {})
-    taken = [
-        f"{words} {', '.join(map(str, recipe[field]))}"
-        for field, words in (("positions", "token positions"), ("dims", "text dims"))
-        if recipe.get(field)
-    ]
-    return f"{' and '.join(taken) or 'nothing'} of {row['partner']}"
+    taken = []
+    if recipe.get("positions"):
+        taken.append(f"token positions {_numbers(recipe['positions'])}")
+    if recipe.get("dims"):
+        same = len(recipe["dims"]) == 1
+        shown = _numbers(recipe["dims"][0]) if same else "that differ by token"
+        start, stop = recipe["dim_tokens"]
+        taken.append(f"text dims {shown} (tokens {start} to {stop - 1})")
+    return f"{' and '.join(taken) or 'nothing'} of {' and '.join(row['partners'])}"
+
+
+def _numbers(values: list[int]) -> str:
+    rest = len(values) - _MOST_NUMBERS
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(map(str, values[:_MOST_NUMBERS])) + more
 
 
 def _add_pixels(run: _Run, cells: list[dict]) -> None:

@@ -117,13 +117,11 @@ def draw(tiny, cache, mesh, index, batch_size):
     """Images by index, mixed in two dims, a batch at a time."""
     model, params = tiny
     model, params = model.widened(params)
-    timesteps, step = model.ddim(3)
     sampler = jax.jit(
         functools.partial(
             generate.sample_images,
             model=model,
-            timesteps=timesteps,
-            step=step,
+            solver=model.solver("ddim", 3),
             text_scale=3.0,
             image_scale=1.5,
             grey=False,

@@ -120,6 +120,168 @@ def test_rule_7_an_edited_file_is_an_error(tmp_path, text, edited, gone):
     assert contents(tmp_path) == before
 
 
+# Rule 8. `encode` is a stage with settings that grow, `mix` one that reads it and that
+# follows it, or does not.
+
+
+def grow(workdir, count, *, stop=False, follows=True):
+    """A stage of `count` rows; `stop` leaves it unfinished."""
+    grows = ("mix.count", "mix.more") if follows else ()
+    drawn = {"seed": 0, "mix": {"count": count, "more": False}}
+    stage = manifest.open_stage(workdir, "encode", drawn, grows=grows)
+    if not stage.complete:
+        content = b"".join(b"row %d\n" % i for i in range(count))
+        stage.require_prefix("rows.txt", content)
+        files.write_bytes(stage.folder / "rows.txt", content)
+        if not stop:
+            stage.finish(["rows.txt"], rows=count)
+    return stage
+
+
+def read_grown(workdir, *, follows=True, stop=False):
+    grows_with = ("encode",) if follows else ()
+    stage = manifest.open_stage(workdir, "mix", {}, ["encode"], grows_with=grows_with)
+    if not stage.complete:
+        content = (workdir / "encode" / "rows.txt").read_bytes()
+        files.write_bytes(stage.folder / "read.txt", content)
+        if not stop:
+            stage.finish(["read.txt"], rows=content.count(b"\n"))
+    return stage
+
+
+def test_rule_8_a_larger_setting_adds_and_keeps(tmp_path):
+    grow(tmp_path, 2)
+    stage = grow(tmp_path, 3, stop=True)
+    assert not stage.complete
+    assert stage.earlier["counts"] == {"rows": 2}
+    assert not manifest.is_complete(tmp_path, "encode")
+    stage = grow(tmp_path, 3)  # as after a kill
+    assert stage.earlier["counts"] == {"rows": 2}
+    assert manifest.read_manifest(tmp_path, "encode")["counts"] == {"rows": 3}
+    before = contents(tmp_path)
+    stage = grow(tmp_path, 3)
+    assert stage.complete and not stage.earlier
+    assert contents(tmp_path) == before
+
+
+def test_rule_8_an_unfinished_stage_grows_too(tmp_path):
+    grow(tmp_path, 2, stop=True)
+    assert grow(tmp_path, 3, stop=True).earlier == {}
+    grow(tmp_path, 3)
+    assert grow(tmp_path, 4, stop=True).earlier["counts"] == {"rows": 3}
+    assert grow(tmp_path, 5).earlier["counts"] == {"rows": 3}
+    assert grow(tmp_path, 5).complete
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("count", "follows", "said"),
+    [
+        (1, True, "mix.count: 2 -> 1"),
+        (3, False, "mix.count: 2 -> 3"),
+        (True, True, "mix.count: 2 -> True"),
+        (3.0, True, "mix.count: 2 -> 3.0"),
+        ("3", True, "mix.count: 2 -> '3'"),
+    ],
+)
+def test_rule_8_is_for_larger_numbers_of_named_fields(
+    tmp_path, count, follows, said, finished
+):
+    grow(tmp_path, 2, stop=not finished)
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        grow(tmp_path, count, follows=follows)
+    assert f"({said})" in str(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_rule_8_another_change_beside_growth_is_an_error(tmp_path):
+    grow(tmp_path, 2)
+    drawn = {"seed": 1, "mix": {"count": 3, "more": True}}
+    with pytest.raises(UserError) as error:
+        manifest.open_stage(tmp_path, "encode", drawn, grows=("mix.count", "mix.more"))
+    assert "(seed: 0 -> 1)" in str(error.value)
+    drawn["seed"] = 0
+    stage = manifest.open_stage(
+        tmp_path, "encode", drawn, grows=("mix.count", "mix.more")
+    )
+    assert stage.earlier and not stage.complete
+
+
+def test_rule_8_refuses_other_rows_for_what_was_there(tmp_path):
+    grow(tmp_path, 2)
+    stage = grow(tmp_path, 3, stop=True)
+    for content in (b"row 1\nrow 1\nrow 2\n", b"row 0\n", b""):
+        with pytest.raises(UserError, match="rows.txt: wanted the file of before"):
+            stage.require_prefix("rows.txt", content)
+    stage.require_prefix("rows.txt", b"row 0\nrow 1\nmore")
+    stage.require_prefix("another.txt", b"")
+
+
+def test_rule_8_an_edited_file_does_not_grow(tmp_path):
+    grow(tmp_path, 2)
+    (tmp_path / "encode" / "rows.txt").write_text("row 9\nrow 1\n")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="one that was changed since"):
+        grow(tmp_path, 3)
+    assert contents(tmp_path) == before
+
+
+def test_growth_that_is_given_up_leaves_what_was_finished(tmp_path):
+    grow(tmp_path, 2)
+    before = {path: content for path, (content, _) in contents(tmp_path).items()}
+    drawn = {"seed": 0, "mix": {"count": 3, "more": False}}
+    stage = manifest.open_stage(tmp_path, "encode", drawn, grows=["mix.count"])
+    stage.abandon()
+    after = {path: content for path, (content, _) in contents(tmp_path).items()}
+    assert after == before
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (2, 3, 5)], ids=["once", "twice"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_rule_8_a_stage_follows_its_input(tmp_path, counts, finished):
+    grow(tmp_path, counts[0])
+    read_grown(tmp_path, stop=not finished)
+    for count in counts[1:]:
+        grow(tmp_path, count)
+    stage = read_grown(tmp_path)
+    earlier = {"rows": counts[0]} if finished else None
+    assert stage.earlier.get("counts") == earlier
+    assert (
+        (tmp_path / "mix" / "read.txt").read_bytes().endswith(b"row %d\n" % (count - 1))
+    )
+    assert read_grown(tmp_path).complete
+
+
+def test_rule_8_growth_is_remembered_when_rule_6_ran_in_between(tmp_path):
+    grow(tmp_path, 2)
+    read_grown(tmp_path)
+    grow(tmp_path, 3)
+    (tmp_path / "encode" / "rows.txt").unlink()
+    assert grow(tmp_path, 3).earlier == {}
+    assert read_grown(tmp_path).earlier["counts"] == {"rows": 2}
+
+
+def test_rule_8_to_a_stage_that_does_not_follow_it_was_made_anew(tmp_path):
+    grow(tmp_path, 2)
+    read_grown(tmp_path, follows=False)
+    grow(tmp_path, 3)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="stage encode was made anew"):
+        read_grown(tmp_path, follows=False)
+    assert contents(tmp_path) == before
+
+
+def test_rule_8_what_was_made_anew_has_not_grown(tmp_path):
+    grow(tmp_path, 2)
+    read_grown(tmp_path)
+    for path in (tmp_path / "encode").iterdir():
+        path.unlink()
+    grow(tmp_path, 3)
+    with pytest.raises(UserError, match="stage encode was made anew"):
+        read_grown(tmp_path)
+
+
 def test_an_input_must_be_finished(tmp_path):
     manifest.open_stage(tmp_path, "encode", {})
     with pytest.raises(UserError, match="^stage mix: wanted the finished stage encode"):

@@ -76,7 +76,9 @@ def labelled(source):
 
 def test_our_own_sets_come_back(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
-    row = {"source": "s", "partner": "p", "mode": "fine", "positions": [1], "dims": []}
+    row = {"source": "s", "partners": ["p"], "mode": "fine", "positions": [1]}
+    row |= {"donors": [0], "dims": [[2, 3]], "dim_donors": [0, 0], "dim_tokens": [1, 9]}
+    row |= {"noise_seed": 7}
     row |= {"prompt": "a cat", "seed": 1, "text_scale": 7.5, "image_scale": 1.5}
     row |= {"steps": 3, "sampler": "ddim", "model": "0badf00d"}
     rows = [row | {"index": i, "label": i % 2} for i in range(5)]

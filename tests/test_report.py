@@ -38,9 +38,10 @@ def make_recipes(ids: dict[int, list[str]], modes=("coarse", "fine")) -> list[di
     recipes = []
     for label, mode, _ in itertools.product(ids, modes, range(2)):
         k = len(recipes)
-        taken = {"positions": [], "dims": []}
-        taken["positions" if mode == "coarse" else "dims"] = [1 + k % 5, 40 + k]
-        recipe = {"index": k, "source": ids[label][0], "partner": ids[label][1]}
+        taken = {"positions": [], "dims": [], "dim_tokens": [1, 16]}
+        chosen = [1 + k % 5, 40 + k]
+        taken |= {"positions": chosen} if mode == "coarse" else {"dims": [chosen]}
+        recipe = {"index": k, "source": ids[label][0], "partners": [ids[label][1]]}
         recipes.append(recipe | {"label": NAMES[label], "mode": mode} | taken)
     return recipes
 
@@ -57,7 +58,7 @@ def write_set(folder, name: str, recipes: list[dict]) -> None:
         buffer = io.BytesIO()
         Image.fromarray(pixels(name, recipe["index"])).save(buffer, "png")
         row = {"image": {"bytes": buffer.getvalue(), "path": "x.png"}}
-        row |= {key: recipe[key] for key in ("index", "source", "partner")}
+        row |= {key: recipe[key] for key in ("index", "source", "partners")}
         row["mode"] = recipe["mode"] if name == "mixed" else name
         row["label"] = NAMES.index(recipe["label"])
         rows.append(row | {"prompt": f"prompt {recipe['index']} {EVIL}", "seed": 3})
@@ -291,7 +292,9 @@ def test_a_row_of_the_grid_is_a_source_and_its_images(page):
             np.testing.assert_array_equal(image, pixels("mixed", index))
     tooltips = [attrs.get("title", "") for tag, attrs in page.tags if tag == "img"]
     assert any("token positions 2, 41 of digits/0010" in text for text in tooltips)
-    assert any("text dims 3, 42 of digits/0010" in text for text in tooltips)
+    assert any(
+        "text dims 3, 42 (tokens 1 to 15) of digits/0010" in text for text in tooltips
+    )
 
 
 def test_the_comparison_keeps_the_index(page):

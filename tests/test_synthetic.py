@@ -9,36 +9,62 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mvc_jax import generate
 from mvc_jax.data import synthetic
+from mvc_jax.models import dataset_card
 
 NAMES = ("brain tumor", "naïve class", "healthy")
 ROWS = [
-    {"index": k, "label": k % 3, "source": f"s/{k}", "partner": "s/9", "mode": "coarse"}
-    | {"positions": [1, 5][: k % 3], "dims": [], "prompt": "a cat", "seed": 1 << 40}
-    | {"text_scale": 7.5, "image_scale": 1.5, "steps": 3, "sampler": "ddim"}
-    | {"model": "0badf00d"}
+    {"index": k, "label": k % 3, "source": f"s/{k}", "partners": ["s/9", "s/8"]}
+    | {"mode": "both", "positions": [1, 5][: k % 3], "donors": [0, 1][: k % 3]}
+    | {"dims": [[2, 7], [0, 9]][: k % 3], "dim_donors": [0, 1][: 2 * (k % 3)]}
+    | {"dim_tokens": [1, 1 + k % 3], "prompt": "a cat", "seed": 1 << 40}
+    | {"noise_seed": k, "redraws": k % 2, "text_scale": 7.5, "image_scale": 1.5}
+    | {"steps": 3, "sampler": "ddim", "guidance_interval": [0.0, 0.5]}
+    | {"guidance_rescale": 0.5, "model": "0badf00d"}
     for k in range(7)
+]
+NOTHING = dict.fromkeys(synthetic.PROVENANCE)
+REAL = [
+    NOTHING | {"index": i, "label": i, "source": f"s/{i}", "mode": "real"}
+    for i in range(3)
 ]
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 6, 3), dtype=np.uint8)
 
 
-def write(folder, names=NAMES, rows=ROWS, shards=2, pictures=True):
+def store(folder, names=NAMES, size=4, **form):
+    return synthetic.Store(epath.Path(folder), names, "0badf00d", size, **form)
+
+
+def write(folder, names=NAMES, rows=ROWS, size=4, real=False, **form):
     """A set as `generate` writes it, shard by shard."""
-    folder = epath.Path(folder)
-    size = -(-len(rows) // shards)
-    for shard in range(shards):
-        part = slice(shard * size, (shard + 1) * size)
-        synthetic.write_shard(
-            synthetic.shard_path(folder, shard, shards),
-            IMAGES[: len(rows)][part],
-            rows[part],
-            names,
-            pictures=folder / "train" if pictures else None,
-        )
-    if pictures:
-        generate._write_metadata(folder / "train", rows, names)
+    made = store(folder, names, size, **form)
+    for part in made.missing(len(rows)):
+        mine = slice(part.start, part.stop)
+        made.write(part, list(IMAGES[mine]), rows[mine])
+    if real:
+        made.write_real(list(IMAGES[:3]), REAL, 0)
+    made.finish()
+    dataset_card.write(made.folder, card(names, rows, real=real, **form))
     return pathlib.Path(folder)
+
+
+def card(names=NAMES, rows=ROWS, *, real=False, pictures=True, format="png"):
+    labels = [row["label"] for row in rows]
+    return dataset_card.Facts(
+        set="mixed",
+        about="The method.",
+        dataset="beans `and` peas",
+        classes=names,
+        counts=np.bincount(labels, minlength=len(names)).tolist(),
+        real=[int(real)] * len(names),
+        size=f"8 x 6 pixels, {format}",
+        settings={"sampler": "ddim, 3 steps"},
+        redrawn={"NaN": 2},
+        left_out={"black": 1, "copies": 3},
+        base="some/base",
+        license={"license": "other", "license_name": "unknown-see-the-base"},
+        pictures=pictures,
+    )
 
 
 def content(folder):
@@ -60,21 +86,22 @@ def image_folder(root):
     return samples, classes
 
 
-@pytest.mark.parametrize("shards", [1, 2, 7])
-def test_pixels_labels_and_sources_come_back_in_order(tmp_path, shards):
-    folder = write(tmp_path, shards=shards, pictures=False)
+@pytest.mark.parametrize(("size", "shards"), [(7, 1), (9, 1), (4, 2), (1, 7)])
+def test_pixels_labels_and_sources_come_back_in_order(tmp_path, size, shards):
+    folder = write(tmp_path, size=size, pictures=False)
     images, labels, sources = synthetic.read_images(folder)
     np.testing.assert_array_equal(images, IMAGES)
     assert labels.tolist() == [row["label"] for row in ROWS]
     assert labels.dtype == np.int32
     assert sources == [row["source"] for row in ROWS]
-    assert len(content(folder)) == shards
+    assert len(list(folder.glob("data/*"))) == shards
+    assert not (folder / "train").exists()
 
 
 def test_the_same_images_make_the_same_bytes(tmp_path):
     first, second = content(write(tmp_path / "a")), content(write(tmp_path / "b"))
     assert first == second
-    assert len(first) == 2 + 7 + 1  # shards, pictures, metadata
+    assert len(first) == 2 + 7 + 3  # shards, pictures, metadata, list, card
 
 
 def test_the_folder_is_what_the_shards_are(tmp_path):
@@ -109,12 +136,12 @@ AWKWARD += ("数", "A.B", "A B", "metadata.jsonl", "x" * 300, "é" * 200)
 
 @pytest.mark.parametrize("name", AWKWARD, ids=lambda name: ascii(name)[:20])
 def test_a_class_folder_stays_inside_and_is_one_level_deep(tmp_path, name):
-    png = synthetic.png_name(name, 3)
+    png = synthetic.picture_name(name, 3)
     inside = pathlib.PurePosixPath(png)
     assert not inside.is_absolute()
     assert len(inside.parts) == 2
     assert not set(inside.parts) & {"..", "."}
-    folder = write(tmp_path / "set", names=(name,), rows=[ROWS[0]], shards=1)
+    folder = write(tmp_path / "set", names=(name,), rows=[ROWS[0]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
     [(path, _)], _ = image_folder(folder / "train")
     np.testing.assert_array_equal(Image.open(path), IMAGES[0])
@@ -123,7 +150,7 @@ def test_a_class_folder_stays_inside_and_is_one_level_deep(tmp_path, name):
 def test_two_classes_never_share_a_folder():
     folder_of = {}
     for name in AWKWARD:
-        folder_of.setdefault(synthetic.png_name(name, 0), []).append(name)
+        folder_of.setdefault(synthetic.picture_name(name, 0), []).append(name)
     assert [names for names in folder_of.values() if len(names) > 1] == []
 
 
