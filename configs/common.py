@@ -177,8 +177,14 @@ def _finetune() -> ConfigDict:
 
 def _generate() -> ConfigDict:
     config = ConfigDict()
-    # Also pretrained, caption_only, noised, interpolated: mvc_jax/conditionings.py.
+    # Also pretrained, caption_only, noised, interpolated, image_embedding,
+    # image_number, embedding_difference, controlnet: docs/mixing.md.
     config.sets = ("mixed", "unmixed")
+    config.conditioning = ""  # "all", or some sets: the picture conditionings.png
+    # CLIP for image_embedding and embedding_difference, a folder or hub name whose
+    # embeddings are as wide as the base's text states; "": the base's image_encoder.
+    config.clip = ""
+    config.controlnet = ""  # for edges, a folder or hub name; "": `pretrain`'s
     config.limit = 0  # above 0: only a contact sheet of so many images, then it stops
     config.sampler = "ddim"  # or "dpmpp_2m", "euler"
     config.steps = 50

@@ -5,7 +5,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -30,22 +30,28 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def grid_png(rows: Sequence[Row], tile: int, *, most_bytes: int) -> bytes:
+def grid_png(
+    rows: Sequence[Row], tile: int, *, most_bytes: int, **options: Any
+) -> bytes:
     """`grid` as PNG; with fewer colours, then smaller, if it is too large."""
-    content = png(grid(rows, tile))
+    content = png(grid(rows, tile, **options))
     while len(content) > most_bytes and tile >= 16:
-        content = png(grid(rows, tile).quantize(256))
+        content = png(grid(rows, tile, **options).quantize(256))
         tile = tile * 3 // 4
     return content
 
 
-def grid(rows: Sequence[Row], tile: int) -> Image.Image:
+def grid(
+    rows: Sequence[Row], tile: int, *, panels: int = 0, notes: Sequence[str] = ()
+) -> Image.Image:
     """Rows of images with names at the left, headings above, two panels when many.
 
     Args:
-      rows: each with as many cells as the first, whose headings are shown; a gap
-        stands between different ones.
+      rows: each with as many cells as the first, whose headings are shown, as far as
+        there is room; a gap stands between different ones.
       tile: pixels along a side of a cell. Smaller images are enlarged pixel by pixel.
+      panels: beside each other; 0: two of more than five rows.
+      notes: sentences below, broken where they are too long.
     """
     font = _font(max(tile // 5, 9))
     gap, margin, top = max(tile // 16, 2), tile // 4, tile // 2
@@ -56,11 +62,17 @@ def grid(rows: Sequence[Row], tile: int) -> Image.Image:
         left += gap if i and heading != headings[i - 1] else 0
         lefts.append(left)
         left += tile + gap
-    panels = 1 if len(rows) <= 5 else 2
+    panels = panels or (1 if len(rows) <= 5 else 2)
     per_panel = math.ceil(len(rows) / panels)
-    size = (panels * left + margin, top + per_panel * (tile + gap) + margin)
-    image = Image.new("RGB", size, "white")
+    width, bottom = panels * left + margin, top + per_panel * (tile + gap) + margin
+    small = _font(max(tile // 8, 9))
+    lines = [
+        line for note in notes for line in _broken(note, small, width - 2 * margin)
+    ]
+    image = Image.new("RGB", (width, bottom + len(lines) * tile // 6 + margin), "white")
     draw = ImageDraw.Draw(image)
+    for n, line in enumerate(lines):
+        draw.text((margin, bottom + n * tile // 6), line, "#222222", small)
     for n, row in enumerate(rows):
         x, y = n // per_panel * left, top + n % per_panel * (tile + gap)
         middle = (x + margin + names, y + tile / 2)
@@ -68,7 +80,7 @@ def grid(rows: Sequence[Row], tile: int) -> Image.Image:
         for cell_left, cell in zip(lefts, row["cells"], strict=True):
             if n % per_panel == 0:
                 above = (x + cell_left + tile / 2, top - gap)
-                draw.text(above, cell["heading"], "#666666", font, anchor="mb")
+                draw.text(above, *_fitted(cell["heading"], tile), anchor="mb")
             if cell["image"] is not None:
                 smaller = cell["image"].width > tile
                 method = (
@@ -78,6 +90,28 @@ def grid(rows: Sequence[Row], tile: int) -> Image.Image:
                     cell["image"].resize((tile, tile), method), (x + cell_left, y)
                 )
     return image
+
+
+def _fitted(text: str, tile: int) -> tuple[str, str, ImageFont.FreeTypeFont]:
+    """A heading, its colour, and a font in which it is not wider than its column."""
+    sizes = (tile // 5, tile // 6, tile // 7, tile // 8)
+    fonts = [_font(max(size, 9)) for size in sizes]
+    font = next((f for f in fonts if f.getlength(text) <= tile), fonts[-1])
+    while font.getlength(text) > tile and len(text) > 2:
+        text = text.rstrip("…")[:-1] + "…"
+    return text, "#666666", font
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """The lines of a text, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 @functools.cache

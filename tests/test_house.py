@@ -26,13 +26,10 @@ STAGES = {
     "report",
 }
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
-PARTS = {
-    "classifier",
-    "companions",
-    "conditionings",
-    "preview",
-    "sampler",
-}  # of stages: what several of them share
+PARTS = {  # of stages: what several of them share
+    *("ablation", "classifier", "companions", "conditionings", "preview", "sampler"),
+    "selection",
+}
 LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | ROOMS | {"configs"},
