@@ -103,7 +103,7 @@ def in_words(config: Mapping[str, Any], *, mixes: bool) -> dict[str, Any]:
     return told | {"seed": config["seed"]}
 
 
-def _span(least: float, most: float) -> str:
+def _span(least: float | int, most: float | int) -> str:
     return f"{least:g} to {most:g}" if most > least else f"{least:g}"
 
 
