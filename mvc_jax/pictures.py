@@ -69,18 +69,20 @@ def grid(
     lines = [
         line for note in notes for line in _broken(note, small, width - 2 * margin)
     ]
-    image = Image.new("RGB", (width, bottom + len(lines) * tile // 6 + margin), "white")
+    below = len(lines) * tile // 6 + margin if lines else 0
+    image = Image.new("RGB", (width, bottom + below), "white")
     draw = ImageDraw.Draw(image)
     for n, line in enumerate(lines):
         draw.text((margin, bottom + n * tile // 6), line, "#222222", small)
+    font_above, headings = _fitted(headings, tile)
     for n, row in enumerate(rows):
         x, y = n // per_panel * left, top + n % per_panel * (tile + gap)
         middle = (x + margin + names, y + tile / 2)
         draw.text(middle, row["name"], "#222222", font, anchor="rm")
-        for cell_left, cell in zip(lefts, row["cells"], strict=True):
+        for cell_left, heading, cell in zip(lefts, headings, row["cells"], strict=True):
             if n % per_panel == 0:
-                above = (x + cell_left + tile / 2, top - gap)
-                draw.text(above, *_fitted(cell["heading"], tile), anchor="mb")
+                above = (x + cell_left + tile / 2, top - 2 * gap)
+                draw.text(above, heading, "#666666", font_above, anchor="ms")
             if cell["image"] is not None:
                 smaller = cell["image"].width > tile
                 method = (
@@ -92,14 +94,18 @@ def grid(
     return image
 
 
-def _fitted(text: str, tile: int) -> tuple[str, str, ImageFont.FreeTypeFont]:
-    """A heading, its colour, and a font in which it is not wider than its column."""
-    sizes = (tile // 5, tile // 6, tile // 7, tile // 8)
-    fonts = [_font(max(size, 9)) for size in sizes]
-    font = next((f for f in fonts if f.getlength(text) <= tile), fonts[-1])
-    while font.getlength(text) > tile and len(text) > 2:
-        text = text.rstrip("…")[:-1] + "…"
-    return text, "#666666", font
+def _fitted(
+    texts: Sequence[str], width: int
+) -> tuple[ImageFont.FreeTypeFont, list[str]]:
+    """A font for headings of columns of a width, and these, cut where they must be."""
+    fonts = [_font(max(width // part, 9)) for part in (5, 6, 7, 8)]
+    fitting = [f for f in fonts if max(map(f.getlength, texts)) <= width]
+    font, cut = (fitting or fonts[-1:])[0], []
+    for text in texts:
+        while font.getlength(text) > width and len(text) > 2:
+            text = text.rstrip("…")[:-1] + "…"
+        cut.append(text)
+    return font, cut
 
 
 def _broken(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:

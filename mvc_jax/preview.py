@@ -22,9 +22,9 @@ CONTACT_SHEET = "contact_sheet.png"
 CONDITIONING_FIGURE = "conditionings.png"
 LEVEL_FIGURE = "levels.png"
 TITLES = {  # in the order of the figure
-    "image_embedding": "image embedding",
+    "image_embedding": "embedding of the image",
     "caption_only": "caption",
-    "image_number": "image number",
+    "image_number": "number of the image",
     "pretrained": "caption, not fine-tuned",
     "controlnet": "caption + edges (ControlNet)",
     "embedding_difference": "image + embedding difference",
@@ -35,6 +35,15 @@ TITLES = {  # in the order of the figure
 }
 _TOKENS = {"tokens 1": "words", "tokens 2": "+ padding", "tokens 3": "all tokens"}
 _COLUMNS = 8
+_CONDITIONING_NOTE = (
+    "Along a column the noise is the same. Where the name begins with image, the "
+    "image's latents condition as well; elsewhere text states alone, or edges."
+)
+_LEVEL_NOTE = (
+    "Along a row image, partner and noise are the same. Dims: how many of every "
+    "token's are the partner's. Then whole tokens: the captions' words, as many tokens "
+    "of padding as well, all but the first."
+)
 _TILE = 128
 _SHEET_BYTES = 8_000_000
 _LONGEST = 32  # characters of a name
@@ -132,7 +141,7 @@ def conditionings(
         pictures.Row(name=title, cells=list(map(_cell, headings, row)))
         for title, row in images.items()
     ]
-    _write(path, rows, panels=1, notes=left_out)
+    _write(path, rows, panels=1, notes=[_CONDITIONING_NOTE, *left_out])
     return left_out
 
 
@@ -163,7 +172,7 @@ def level_figure(
         heading = _level(level, next(filter(None, wanted)))
         for row, image in zip(rows, _drawn(sampler, "mixed", wanted), strict=True):
             row["cells"].append(_cell(heading, image))
-    _write(path, rows, panels=1)
+    _write(path, rows, panels=1, notes=[_LEVEL_NOTE])
 
 
 def read_levels(workdir: epath.Path) -> list[dict]:

@@ -1,0 +1,108 @@
+"""An image tower and a ControlNet for a small base: trained, written, read back."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvc_jax import companions
+from mvc_jax.models import clip, controlnet, diffusers_layout
+from mvc_jax.training import sharding
+from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.journal import Journal
+
+TOWER = {"patch": 4, "width": 16, "layers": 1, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Dark and bright images of 8 px, whose prompts say which."""
+    draw = np.random.default_rng(0)
+    bright = np.arange(24) % 2
+    images = draw.integers(0, 60, (24, 8, 8, 3)) + 180 * bright[:, None, None, None]
+    moments = draw.normal(size=(24, 2, 2, 8)).astype(np.float32)
+    prompts = tuple(("a bold stroke", "a photo of one")[kind] for kind in bright)
+    return companions.Pool(images.astype(np.uint8), moments, prompts)
+
+
+def _loop(folder, steps):
+    return {
+        "mesh": sharding.make_mesh(),
+        "steps": steps,
+        "checkpoints": Checkpoints(folder / "checkpoints", every=1000),
+        "journal": Journal(folder, "pretrain/part", log_every=1000),
+    }
+
+
+def test_an_image_tower_learns_which_text_is_whose(tiny, pool, tmp_path, torch):
+    model, params = tiny
+    options = {"seed": 0, "batch_size": 20, "learning_rate": 1e-2, **TOWER}
+    loop = _loop(tmp_path / "run", 40)
+    tower, trained = companions.train_image_encoder(
+        model, params, pool, loop=loop, **options
+    )
+    images = np.asarray(
+        jax.jit(tower.image_embeddings)(trained, tower.preprocess(pool.images))
+    )
+    pooled = jax.jit(model.pooled_text)
+    texts = pooled(params, jnp.asarray(model.tokenize(pool.prompts[:2])))
+    nearest = np.argmax(images @ np.asarray(clip.normalised(texts)).T, axis=1)
+    np.testing.assert_array_equal(nearest, np.arange(24) % 2)
+
+    # In the layout of diffusers, as its pipelines read it.
+    clip.save(tmp_path / "model", tower, trained)
+    diffusers_layout.save(tmp_path / "model", model, params, beside=clip.INDEX_ENTRIES)
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    inputs = pipeline.feature_extractor(list(pool.images), return_tensors="pt")
+    with torch.no_grad():
+        theirs = pipeline.image_encoder(**inputs).image_embeds.numpy()
+    np.testing.assert_allclose(images, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_controlnet_is_trained_and_the_base_is_not(tiny, pool, tmp_path, torch):
+    model, params = tiny
+    before = jax.tree.map(np.copy, params)
+    options = {"batch_size": 10, "learning_rate": 1e-2, "drop_rate": 0.5}
+    network, trained = companions.train_controlnet(
+        model, params, pool, seed=0, loop=_loop(tmp_path / "run", 3), **options
+    )
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    assert all(
+        np.abs(leaf).max() > 0
+        for name, tree in trained.items()
+        if name.startswith("controlnet_")
+        for leaf in jax.tree.leaves(tree)
+    )
+    controlnet.save(tmp_path / "controlnet", network, trained)
+    import diffusers
+
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "controlnet")
+    weight = theirs.controlnet_mid_block.weight.detach().numpy()[:, :, 0, 0]
+    ours = trained["controlnet_mid_block"]["kernel"][0, 0].T
+    np.testing.assert_array_equal(weight, ours)
+
+
+def test_edges_are_those_of_the_images(tiny, pool, tmp_path, monkeypatch):
+    """What the ControlNet sees has the size of the images, not of the latents."""
+    seen = {}
+
+    def fit(step, state, *, read, **rest):
+        seen.update(read(0), fixed=rest["fixed"])
+        return state
+
+    monkeypatch.setattr(companions, "fit", fit)
+    square = np.zeros((24, 8, 8, 3), np.uint8)
+    square[:, 2:6, 2:6] = 255
+    model, params = tiny
+    companions.train_controlnet(
+        *(model, params, dataclasses.replace(pool, images=square)),
+        seed=0,
+        loop={"mesh": sharding.make_mesh(), "steps": 1},
+        **{"batch_size": 4, "learning_rate": 1e-2, "drop_rate": 0.0},
+    )
+    assert seen["edges"].shape == (4, 8, 8, 3) and seen["edges"].max() == 255
+    assert set(seen["fixed"]["base"]) == {"text_encoder", "unet"}
