@@ -41,15 +41,23 @@ def test_images_at_their_texts_are_right_repeated_or_not():
     assert wrong > 3
 
 
-@pytest.mark.parametrize("group", [0, 1, 7])
-def test_padding_changes_nothing(group):
+@pytest.mark.parametrize(("group", "fill"), [(0, 1), (1, 0), (7, 1)])
+def test_padding_changes_nothing(group, fill):
+    """Zeros too, whose length is zero; gradients as well."""
     images, texts = normal("contrastive images", 4, 6), _texts(GROUPS)
-    expected = info_nce(images, texts, GROUPS, 2.0, np.ones(4))
-    padded = info_nce(
-        jnp.concatenate([images, np.ones((2, 6), np.float32)]),
-        jnp.concatenate([texts, np.ones((2, 6), np.float32)]),
-        np.concatenate([GROUPS, np.full(2, group, np.int32)]),
-        2.0,
-        np.array([1, 1, 1, 1, 0, 0], np.float32),
-    )
-    np.testing.assert_allclose(padded, expected, rtol=1e-6)
+
+    def pad(array, value, dtype=np.float32):
+        shape = (2, *array.shape[1:])
+        return np.concatenate([array, np.full(shape, value, dtype)])
+
+    def loss(images, *rest):
+        return contrastive.info_nce(images, *rest)[0]
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    weight = np.ones(4, np.float32)
+    expected = gradient(jnp.asarray(images), texts, GROUPS, 2.0, weight)
+    rest = (pad(texts, fill), pad(GROUPS, group, np.int32), 2.0, pad(weight, 0))
+    value, grads = gradient(jnp.asarray(pad(images, fill)), *rest)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(grads[:4], expected[1], atol=1e-7)
+    np.testing.assert_array_equal(grads[4:], 0)

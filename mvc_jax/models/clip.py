@@ -144,8 +144,12 @@ class Clip:
 
 
 def normalised(embeddings: Float[Array, "B P"]) -> Float[Array, "B P"]:
-    """Embeddings of length 1: their dot products are CLIP's cosine similarities."""
-    return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+    """Embeddings of length 1: their dot products are CLIP's cosine similarities.
+
+    A zero, which stands for no example, stays zero, with a gradient.
+    """
+    square = (embeddings**2).sum(axis=-1, keepdims=True)
+    return embeddings * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def zero_shot(
