@@ -61,11 +61,13 @@ def check(config: ConfigDict) -> None:
             fix=fix,
         )
         _check_range(config.generate, f"generate.{name}")
+    shape = {}
     if not config.base.path:
-        text = config.pretrain.text.width
-        _check_room(section, config.pretrain.context_length, text)
-    if section.file:
-        recipe_file.read_recipes(section.file)
+        width = config.pretrain.text.width
+        shape = {"length": config.pretrain.context_length, "width": width}
+        _check_room(section, **shape)
+    if section.file:  # ids can wait: `encode` knows them
+        recipe_file.read_recipes(section.file, **shape)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

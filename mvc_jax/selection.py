@@ -24,7 +24,8 @@ def given_up(notes: Sequence[dict]) -> list[str]:
 def require_few(name: str, bad: Counter, done: int, total: int) -> None:
     """Stops where so many images cannot be used that it is no accident."""
     given_up = sum(bad.values())
-    if given_up <= _MOST_BAD * done or done < min(total, _ENOUGH):
+    many = given_up > _MOST_BAD * done and done >= _ENOUGH
+    if not many and given_up <= _MOST_BAD * total:
         return
     raise UserError(
         f"generate/{name}",

@@ -7,8 +7,10 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from mvc_jax import files, generate, mix, preview, sampler
@@ -124,6 +126,23 @@ def pixels(workdir, name="mixed"):
     return synthetic.read_images(workdir / "generate" / name)[0].astype(int)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Samplers of the same settings, on the same devices, share their program."""
+    programs = {}
+    build = sampler.Sampler._compiled
+
+    def compiled(self, model):
+        key = self._settings, self._mesh
+        if key not in programs:
+            programs[key] = build(self, model)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler.Sampler, "_compiled", compiled)
+        yield
+
+
 # Image k is a function of (seed, k).
 
 
@@ -175,7 +194,7 @@ def opened(workdir, devices, batch_size):
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
     texts = Texts(open_cache(workdir / "encode"), mix.widths_of(recipes))
     asked = sampler.Settings(sampler="ddim", steps=2, batch_size=batch_size)
-    return sampler.Sampler(workdir, mesh, asked, texts), recipes
+    return sampler.Sampler(epath.Path(workdir), mesh, asked, texts), recipes
 
 
 def test_neither_batch_nor_devices_change_an_image(make):
@@ -258,15 +277,16 @@ def test_images_are_examined():
     shown[4] = [255, 3, 0]  # of one colour
     shown[5] = [0, 0, 0]
     shown[5, 2, 2] = 9  # a spot
-    flags = sampler.examine(latents, images.astype(np.float32), shown)
+    images = images.astype(np.float32)
+    flags = sampler.examine(*map(jnp.asarray, (latents, images, shown)))
     words = [sampler.HEALTH[flag] for flag in np.asarray(flags)]
     assert words == ["fine", "NaN", "NaN", "black", "constant", "fine"]
 
 
 def test_a_redraw_has_noise_of_its_own_and_the_first_draw_that_of_its_seed():
     key = jax.random.key(0)
-    seeds = np.asarray([4, 4, 4, 5], np.int32)
-    keys = sampler.image_keys(key, seeds, np.asarray([0, 1, 2, 1], np.int32))
+    seeds = jnp.asarray([4, 4, 4, 5])
+    keys = sampler.image_keys(key, seeds, jnp.asarray([0, 1, 2, 1]))
     data = np.asarray(jax.random.key_data(keys))
     assert len({row.tobytes() for row in data}) == 4
     first = jax.random.key_data(jax.random.fold_in(key, 4))
@@ -412,22 +432,25 @@ def test_images_of_any_size_in_any_form(make):
     native = make(size=-1, format="jpeg", include_real=True) / "generate" / "mixed"
     found = sorted(native.glob("train/*/*.jpg"))
     assert len(found) == 10
-    assert {Image.open(path).size for path in found} == {(6, 4)}
+    for path in found:
+        with Image.open(path) as picture:
+            assert picture.size == (6, 4)
     assert "as the real images" in (native / "README.md").read_text()
     images, _, _ = synthetic.read_images(native, 8)
     assert images.shape == (5, 8, 8, 3)
     small = make(size=4)
     whole = pixels(make())
     averaged = whole.reshape(5, 4, 2, 4, 2, 3).mean((2, 4))
-    assert np.abs(pixels(small) - averaged).max() <= 0.5
+    assert np.abs(pixels(small) - averaged).max() <= 1  # it rounds along each axis
 
 
 def test_a_sheet_to_look_at_leaves_the_stage_as_it_was(make):
     workdir = make(limit=3)
     folder = workdir / "generate"
     assert [path.name for path in folder.iterdir()] == [preview.CONTACT_SHEET]
-    sheet = Image.open(folder / preview.CONTACT_SHEET)
-    assert len(np.unique(np.asarray(sheet.convert("RGB")).reshape(-1, 3), axis=0)) > 99
+    with Image.open(folder / preview.CONTACT_SHEET) as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 99
     make(workdir, guidance_rescale=0.5)  # another setting than that of the sheet
     done = digests(folder)
     make(workdir, guidance_rescale=0.5, limit=2)

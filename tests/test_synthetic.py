@@ -3,13 +3,17 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import yaml
 from etils import epath
 from PIL import Image
 
 from mvc_jax.data import synthetic
+from mvc_jax.data.sources import open_source
 from mvc_jax.models import dataset_card
 
 NAMES = ("brain tumor", "naïve class", "healthy")
@@ -169,9 +173,10 @@ def datasets(monkeypatch, tmp_path):
     return datasets
 
 
+@pytest.mark.parametrize("format", ["png", "jpeg"])
 @pytest.mark.parametrize("by", ["shards", "folder of the set"])
-def test_hugging_face_reads_the_shards(tmp_path, datasets, by):
-    folder = write(tmp_path / "set")
+def test_hugging_face_reads_the_shards(tmp_path, datasets, by, format):
+    folder = write(tmp_path / "set", format=format)
     what = {"path": str(folder)}
     if by == "shards":
         what = {"path": "parquet", "data_files": str(folder / "data" / "*.parquet")}
@@ -182,21 +187,97 @@ def test_hugging_face_reads_the_shards(tmp_path, datasets, by):
     assert dataset.features["label"].names == list(NAMES)
     assert len(dataset) == 7
     for row, expected, image in zip(dataset, ROWS, IMAGES, strict=True):
-        np.testing.assert_array_equal(row.pop("image"), image)
+        pixels = np.asarray(row.pop("image"))
+        if format == "png":
+            np.testing.assert_array_equal(pixels, image)
+        assert pixels.shape == image.shape
         assert row == expected
 
 
-def test_hugging_face_reads_the_folder(tmp_path, datasets):
-    folder = write(tmp_path / "set")
+def test_hugging_face_reads_real_and_synthetic_together_and_apart(tmp_path, datasets):
+    """What `load_dataset` gives for the folder is settled by its card."""
+    folder = write(tmp_path / "set", real=True)
+    for name, modes in (
+        ("default", ["both"] * 7 + ["real"] * 3),
+        ("synthetic", ["both"] * 7),
+        ("real", ["real"] * 3),
+    ):
+        dataset = datasets.load_dataset(
+            str(folder), name, split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert dataset["mode"][:] == modes
+        assert dataset.features["label"].names == list(NAMES)
+    first = dataset[0]
+    np.testing.assert_array_equal(first.pop("image"), IMAGES[0])
+    assert first == REAL[0]
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_hugging_face_reads_the_folder(tmp_path, datasets, real):
+    folder = write(tmp_path / "set", real=real)
     dataset = datasets.load_dataset(
         "imagefolder",
         data_dir=str(folder / "train"),
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )
-    rows = {row["index"]: row for row in dataset}
-    assert sorted(rows) == list(range(7))
-    for expected, image in zip(ROWS, IMAGES, strict=True):
-        row = rows[expected["index"]]
-        np.testing.assert_array_equal(row.pop("image"), image)
-        assert row == expected | {"label": NAMES[expected["label"]]}
+    rows = {(row["mode"], row["index"]): row for row in dataset}
+    expected = [*zip(ROWS, IMAGES, strict=True)]
+    expected += zip(REAL, IMAGES[:3], strict=True) if real else ()
+    assert len(rows) == len(expected)
+    for row, image in expected:
+        found = rows[row["mode"], row["index"]]
+        np.testing.assert_array_equal(found.pop("image"), image)
+        assert found == row | {"label": NAMES[row["label"]]}
+
+
+# Other readers.
+
+
+def test_tfds_reads_the_folder(tmp_path, tensorflow_is_there):
+    folder = write(tmp_path / "set")
+    script = (
+        "import json, sys, tensorflow_datasets as tfds\n"
+        "builder = tfds.ImageFolder(sys.argv[1])\n"
+        "names = builder.info.features['label'].names\n"
+        "for row in builder.as_dataset(split='train').as_numpy_iterator():\n"
+        "    name = row['image/filename'].decode().rpartition('/')[2]\n"
+        "    print(json.dumps([name, names[row['label']], row['image'].tolist()]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = sorted(map(json.loads, done.stdout.splitlines()))
+    assert [name for name, _, _ in rows] == [f"{k:08d}.png" for k in range(7)]
+    assert [label for _, label, _ in rows] == [NAMES[row["label"]] for row in ROWS]
+    np.testing.assert_array_equal([image for _, _, image in rows], IMAGES)
+
+
+def test_our_own_sources_read_both_forms(tmp_path):
+    folder = write(tmp_path / "set", real=True)
+    for source in (f"parquet:{folder}/data/*.parquet", f"folder:{folder}/train"):
+        found = open_source(source)
+        assert sorted(found.class_names) == sorted(NAMES)
+        images = {id_: found[i]["image"] for i, id_ in enumerate(found.ids)}
+        assert len(images) == 10
+        for rows, real in ((ROWS, False), (REAL, True)):
+            for row, image in zip(rows, IMAGES, strict=False):
+                name = NAMES[row["label"]]
+                id_ = synthetic.picture_name(name, row["index"], real=real)
+                np.testing.assert_array_equal(images[id_], image)
+
+
+# The card.
+
+
+def test_the_card_tells_what_is_there(tmp_path):
+    text = (write(tmp_path, real=True) / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license_name"] == "unknown-see-the-base"
+    assert front["size_categories"] == ["n<1K"]
+    assert "| `naïve class` | 2 | 1 |" in text
+    assert "| all | 7 | 3 |" in text
+    assert "Drawn anew with other noise: 2 (2 NaN)." in text
+    assert "Left out: 4 (1 black, 3 copies)." in text
+    assert "``beans `and` peas``" in text

@@ -171,7 +171,7 @@ def _of_ids(
             )
 
 
-def _of_tokens(recipe: dict, length: float, width: float) -> Iterator[str]:
+def _of_tokens(recipe: dict, length: int | float, width: int | float) -> Iterator[str]:
     """What is wrong with positions, dims and their donors."""
     positions, dims = recipe["positions"], recipe["dims"]
     if recipe["mode"] == "coarse" and dims:
@@ -198,7 +198,7 @@ def _of_tokens(recipe: dict, length: float, width: float) -> Iterator[str]:
 
 
 def _of_indices(
-    name: str, values: Sequence[int], start: int, stop: float
+    name: str, values: Sequence[int], start: int, stop: int | float
 ) -> Iterator[str]:
     if not all(start <= value < stop for value in values):
         yield f"{name} is {values}, not within [{start}, {stop})"

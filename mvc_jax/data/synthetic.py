@@ -135,7 +135,8 @@ class Store:
             for name in ("notes", "removed"):
                 record[name] = before[name] + record[name]
             with part.path.open("rb") as file:
-                earlier = pq.read_table(file).replace_schema_metadata(None)
+                # Parquet names the items of lists otherwise than Arrow does.
+                earlier = pq.read_table(file).cast(table.schema)
             table = pa.concat_tables([earlier, table])
         self._write(part.path, table, record)
 

@@ -1,0 +1,155 @@
+"""A million mixed embeddings, beside the NumPy loop that a user would write.
+
+    python benchmarks/mix.py
+
+Text states [P, 77, 768] of P prompts; recipes as `mix` draws them, coarse and fine by
+turns. Ours: `mix.as_arrays` on the host, then `mix.mix`, vmapped and jitted with its
+gather from the table, a batch on its way while the next one is padded. The loop: image
+by image, E[pos] = F[pos], E[1:, dims] = F[1:, dims]. Both take turns with the same
+recipes; of the first turn every embedding is compared, bit by bit. Of each, only the
+last batch is kept: a million are 236 GB.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mvc_jax import mix
+from mvc_jax.data import recipes
+
+SHAPE = {"length": 77, "width": 768}
+CLASSES, CAPTION, CLASS_PROMPT = 8, 9, 6  # tokens of the last two, as BLIP-2 says them
+
+
+def main() -> None:
+    arguments = parse()
+    rows, states = prompts(arguments.prompts)
+    row_of = {row["id"]: i for i, row in enumerate(rows)}
+    classes, drawing = recipes.classes_of(rows), recipes.Drawing()
+    began = time.perf_counter()
+    made = [
+        recipes.make_recipe(k, rows, classes, drawing, seed=0, **SHAPE)
+        for k in range(arguments.turn)
+    ]
+    drawing_rate = len(made) / (time.perf_counter() - began)
+
+    table, widths = jnp.asarray(states), mix.widths_of(made)
+    batches = [
+        made[start : start + arguments.batch]
+        for start in range(0, len(made), arguments.batch)
+    ]
+    began = time.perf_counter()
+    arrays = arrays_of(batches[0], row_of, widths)
+    mixed = jax.jit(mix_batch).lower(table, arrays).compile()
+    compiling = time.perf_counter() - began
+    both = zip(on_device(mixed, table, batches, row_of, widths), batches, strict=True)
+    for ours, batch in both:
+        np.testing.assert_array_equal(ours, [*loop(states, batch, row_of)])
+
+    seconds: dict[str, list[float]] = {"ours": [], "loop": []}
+    for _ in range(max(arguments.count // len(made), 1)):
+        began = time.perf_counter()
+        for ours in on_device(mixed, table, batches, row_of, widths):
+            ours.block_until_ready()
+        seconds["ours"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for one in loop(states, made, row_of):
+            one[-1, -1]  # noqa: B018
+        seconds["loop"].append(time.perf_counter() - began)
+    report(seconds, len(made), compiling, drawing_rate)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=16, help="divides --turn")
+    parser.add_argument("--turn", type=int, default=8192, help="recipes of a turn")
+    return parser.parse_args()
+
+
+def prompts(count: int) -> tuple[list[dict], np.ndarray]:
+    """Rows as of `encode`, captions of a few lengths, and random text states."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, words in enumerate(rng.integers(CAPTION - 4, CAPTION + 5, count).tolist()):
+        label = i % CLASSES
+        row = {"id": f"{i}.png", "label": label, "class_name": f"class {label}"}
+        row |= {"caption_start": 1, "caption_tokens": words}
+        rows.append(row | {"tokens": words + CLASS_PROMPT + 2})
+    shape = (count, SHAPE["length"], SHAPE["width"])
+    return rows, rng.standard_normal(shape, np.float32)
+
+
+def mix_batch(table: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Mixed states [B, L, D] of the prompts that a batch of recipes names."""
+    return jax.vmap(mix.mix)(
+        table[arrays["source"]],
+        table[arrays["partners"]],
+        *(arrays[name] for name in ("positions", "donors", "dims", "dim_donors")),
+    )
+
+
+def arrays_of(
+    batch: list[dict], row_of: dict[str, int], widths: mix.Widths
+) -> dict[str, np.ndarray]:
+    return mix.as_arrays(batch, row_of, **SHAPE, widths=widths)
+
+
+def on_device(
+    mixed, table: jax.Array, batches: list[list[dict]], row_of, widths: mix.Widths
+) -> Iterator[jax.Array]:
+    """Yields each batch, mixed, when the next one is on its way."""
+    waiting = None
+    for batch in batches:
+        coming = mixed(table, arrays_of(batch, row_of, widths))
+        if waiting is not None:
+            yield waiting
+        waiting = coming
+    yield waiting
+
+
+def loop(
+    states: np.ndarray, made: list[dict], row_of: dict[str, int]
+) -> Iterator[np.ndarray]:
+    """What a user would write; of one partner and the same dims for every token."""
+    for recipe in made:
+        mixed = states[row_of[recipe["source"]]].copy()
+        partner = states[row_of[recipe["partners"][0]]]
+        positions = recipe["positions"]
+        mixed[positions] = partner[positions]
+        for dims in recipe["dims"]:
+            mixed[1:, dims] = partner[1:, dims]
+        yield mixed
+
+
+def report(
+    seconds: dict[str, list[float]], turn: int, compiling: float, drawing_rate: float
+) -> None:
+    device = jax.devices()[0].device_kind
+    total = {name: sum(values) for name, values in seconds.items()}
+    count = turn * len(seconds["ours"])
+    ratios = sorted(
+        b / a for a, b in zip(seconds["ours"], seconds["loop"], strict=True)
+    )
+    gigabytes = SHAPE["length"] * SHAPE["width"] * 4 / 1e9
+    print(
+        f"{count} embeddings of 77 x 768 on {device}, {turn} a turn, equal bit by bit"
+    )
+    for name, value in total.items():
+        rate = count / value
+        print(f"{name}: {rate:,.0f} embeddings/s, {rate * gigabytes:.1f} GB/s written")
+    middle = ratios[len(ratios) // 2]
+    print(
+        f"ours / loop: {total['loop'] / total['ours']:.2f}x; turn by turn median "
+        f"{middle:.2f}x, from {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    )
+    print(f"compiled in {compiling:.2f} s; recipes drawn: {drawing_rate:,.0f} a second")
+
+
+if __name__ == "__main__":
+    main()
