@@ -105,18 +105,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         _restore_pictures(stage.folder, section)
         _draw_figures(config, workdir, again=False)
         return
-    if not fresh:
-        _require_same_weights(workdir)
     job = _open(config, workdir)
-    artifacts, counts = [], Counter()
+    artifacts, counts, drawing = [], Counter(), False
     try:
+        if not fresh:
+            _require_same_weights(workdir)
+        _require_room(job)
+        drawing = True
         for name in section.sets:
             made, counted = _draw_set(job, name, judge=None)
             artifacts += [f"{name}/{file}" for file in made]
             counts += counted
     except UserError:
-        if not any(stage.folder.glob("*/data/*")):
-            stage.abandon()  # nothing is kept: other settings may follow
+        if not (fresh or drawing) or not any(stage.folder.glob("*/data/*")):
+            stage.abandon()  # nothing was added: other settings may follow
         raise
     _draw_figures(config, workdir, job)
     stage.finish(artifacts, **{"images": 0, "redrawn": 0, "left_out": 0} | counts)
@@ -190,6 +192,16 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
     )
 
 
+def _store(job: _Job, name: str) -> synthetic.Store:
+    section = job.config.generate
+    return synthetic.Store(
+        job.workdir / "generate" / name,
+        job.train.class_names,
+        job.sampler.model_hash(name),
+        *(section.shard_size, section.format, section.folder),
+    )
+
+
 def _draw_set(
     job: _Job, name: str, judge: selection.Judge | None
 ) -> tuple[list[str], Counter]:
@@ -206,19 +218,12 @@ def _draw_set(
     Returns:
       its files, relative to its folder, and counts for the manifest.
     """
-    section = job.config.generate
-    store = synthetic.Store(
-        job.workdir / "generate" / name,
-        job.train.class_names,
-        job.sampler.model_hash(name),
-        *(section.shard_size, section.format, section.folder),
-    )
+    section, store = job.config.generate, _store(job, name)
     recipes = [CONDITIONINGS[name].recipe(recipe, name) for recipe in job.recipes]
     parts = store.missing(len(recipes))
     groups = [recipes[part.start : part.stop] for part in parts]
     done = len(recipes) - sum(map(len, groups))
     if parts:
-        _require_room(job, store.folder, len(recipes) - done)
         job.sampler.load(name)
     bad = Counter(selection.given_up(store.recorded("notes")))
     progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
@@ -289,14 +294,20 @@ def _write_real(job: _Job, store: synthetic.Store) -> None:
         store.write_real(images, rows, shard)
 
 
-def _require_room(job: _Job, folder: epath.Path, images: int) -> None:
-    """Refuses what the disk will not hold; images count as not compressed."""
-    side = job.config.generate.size
-    side = side if side > 0 else job.config.data.size
-    forms = 2 if job.config.generate.folder else 1
-    images += len(job.train.ids) if job.config.generate.include_real else 0
+def _require_room(job: _Job) -> None:
+    """Refuses what the disk will not hold, of all sets, or what others have drawn.
+
+    Images count as if they were not compressed.
+    """
+    section = job.config.generate
+    stores = [_store(job, name) for name in section.sets]
+    parts = [part for store in stores for part in store.missing(len(job.recipes))]
+    images = sum(part.stop - part.start for part in parts)
+    images += len(stores) * len(job.train.ids) * section.include_real
+    side = section.size if section.size > 0 else job.config.data.size
+    forms = 2 if section.folder else 1
     require_room(
-        folder.parent,
+        job.workdir,
         images * forms * 3 * side**2,
         what=f"{images} images of {side} x {side} pixels in {forms} form(s)",
         fix="Free some or name a --workdir on another disk; "
@@ -356,13 +367,7 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
 def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
     """Draws only a sheet to look at, and leaves the stage as it is."""
     for name in ("finetune", "mix"):
-        require(
-            manifest.is_complete(workdir, name),
-            "config.generate.limit",
-            wanted=f"the finished stage {name} in {workdir}",
-            got="none",
-            fix=f"Add {name} to --config.stages or run it first.",
-        )
+        manifest.read_input(workdir, name, reader="generate")
     _require_same_weights(workdir)
     job = _open(config, workdir)
     preview.contact_sheet(

@@ -99,6 +99,7 @@ class Sampler:
         self._key = rng.purpose_key(texts.seed, "noise")
         null = self._texts.cache.null_states
         self._null = jax.device_put(null, sharding.replicated(mesh))
+        self._hashes: dict[epath.Path, str] = {}
         self._conditioning = self._loaded = self._params = None
         self._programs: dict[bool, Callable] = {}  # by whether there is a ControlNet
 
@@ -115,8 +116,10 @@ class Sampler:
     def model_hash(self, name: str) -> str:
         """Of the weights of the UNet that draws a set."""
         folder, variant = self.model_folder(name)
-        weights = checkpoint_folder.weight_files(folder, "unet", variant)
-        return files.sha256(*weights)[:16]
+        if folder not in self._hashes:
+            weights = checkpoint_folder.weight_files(folder, "unet", variant)
+            self._hashes[folder] = files.sha256(*weights)[:16]
+        return self._hashes[folder]
 
     def load(self, name: str) -> None:
         """Makes ready to draw the set `name`; its model goes onto the devices."""

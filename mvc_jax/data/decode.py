@@ -188,9 +188,9 @@ def unfit(
     picture = Image.fromarray(image)
     if resize == "pad":
         inner = size / max(width, height)
-        sides = (max(round(side * inner), 1) for side in (width, height))
-        left, top = (round((size - side) * 0.5) for side in sides)
-        picture = picture.crop((left, top, size - left, size - top))
+        wide, high = (max(round(side * inner), 1) for side in (width, height))
+        left, top = (round((size - side) * 0.5) for side in (wide, high))
+        picture = picture.crop((left, top, left + wide, top + high))
     return np.asarray(picture.resize(box, RESAMPLING["area"]))
 
 
