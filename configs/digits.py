@@ -10,8 +10,11 @@ other seeds are in the README.
 
     python -m mvc_jax.train --config=configs/digits.py:ablation --workdir=runs/ablation
 
-draws every conditioning of the ablation beside them, for which the base gets an image
-tower and a ControlNet. Not yet measured.
+draws figures 4 and 5 of the supplement as well (`generate/conditionings.png`,
+`levels.png`), for which the base gets an image tower and a ControlNet. Two CPU cores,
+2026-11-24, seed 0, at the end of their training: 80 % of a batch's images are nearest to
+their own text (loss 1.05); the ControlNet's loss is 0.062, half of the prompts dropped,
+where the base alone had 0.081 with a tenth dropped. Accuracies: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -77,4 +80,6 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument == "ablation":
         config.pretrain.image_encoder.steps = 500
         config.pretrain.controlnet.steps = 500
+        config.mix.levels = True
+        config.generate.conditioning = "all"
     return config
