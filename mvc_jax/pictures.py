@@ -108,7 +108,7 @@ def _fitted(
     return font, cut
 
 
-def _broken(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """The lines of a text, broken between words."""
     lines = [""]
     for word in text.split():
