@@ -69,7 +69,7 @@ def test_an_image_tower_learns_which_text_is_whose(tiny, pool, tmp_path, torch):
 
 
 def test_a_step_moves_the_controlnet_away_from_zero(tiny, pool):
-    """And takes no part in it from examples without weight."""
+    """Every zero convolution gets a gradient at once (arXiv 2302.05543, 3.1)."""
     model, params = tiny
     network = controlnet.of_unet(model)
     start = controlnet.start(network, params["unet"], np.random.default_rng(0))
