@@ -67,13 +67,13 @@ def check(config: ConfigDict) -> None:
         got=tuple(section.sets),
         fix="Name these.",
     )
+    require_within("config.generate", section.to_dict(), _RANGES)
+    require_one_of("config.generate", section.to_dict(), _CHOICES)
     drawn = {*section.sets}
     if section.conditioning != "all":  # which leaves out what there is not
         drawn |= {*named(section.conditioning)}
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
-    require_within("config.generate", section.to_dict(), _RANGES)
-    require_one_of("config.generate", section.to_dict(), _CHOICES)
     interval = tuple(section.guidance_interval)
     require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,

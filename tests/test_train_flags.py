@@ -68,7 +68,7 @@ MISTAKES = [
     ("--config.nope.size=1", "config.nope", "base, caption"),
     ("--config.data.sise=1", "config.data.sise", "per_class, pool, prompt"),
     ("--config.data.size.x=1", "config.data.size.x", "it has none"),
-    ("--noconfig.generate.nope", "config.generate.nope", "folder, image_scale"),
+    ("--noconfig.generate.nope", "config.generate.nope", "folder, format"),
     ("--config.=1", "config.", "base, caption"),
     ("--config.seed=abc", "command line", "--config.seed=abc"),
     ("--config.seed=1.5", "command line", "--config.seed=1.5"),
