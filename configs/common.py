@@ -6,11 +6,11 @@ been measured as a whole. A section belongs to the stage of the same name; `data
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from mvc_jax.errors import require
+from mvc_jax.errors import require, require_one_of
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
 
@@ -80,6 +80,35 @@ def get_config() -> ConfigDict:
     return config
 
 
+def fast(config: ConfigDict) -> None:
+    """Fewer steps of a better solver, guided where guidance matters: our choice.
+
+    DPM-Solver++ 2M has settled by 20 steps (arXiv 2211.01095); guidance hurts where the
+    noise is strong and hardly acts where it is weak (arXiv 2404.07724). Of 150 rows of
+    the UNet behind an image with the defaults, 46 are left. What it costs in quality:
+    not yet measured.
+    """
+    config.generate.sampler = "dpmpp_2m"
+    config.generate.steps = min(20, config.generate.steps)
+    config.generate.guidance_interval = (0.2, 0.8)
+
+
+PRESETS = {"fast": fast}
+_EXAMPLES = {"per_class": "per_class=50", "preset": "preset=fast"}
+
+
+def apply_preset(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
+    """`config` with the preset that `given` names, if it names one.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    if "preset" in given:
+        require_one_of("--config=FILE:ARGUMENT", given, {"preset": tuple(PRESETS)})
+        PRESETS[given["preset"]](config)
+    return config
+
+
 def parse_argument(
     argument: str, *, known: Sequence[str], needed: Sequence[str] = ()
 ) -> dict[str, str]:
@@ -101,7 +130,7 @@ def parse_argument(
         got=repr(argument),
         fix="Write e.g. --config=configs/folder.py:path=/data/parts."
         if "path" in known
-        else f"Write e.g. {known[0]}=50 behind the colon.",
+        else f"Write e.g. {_EXAMPLES[known[0]]} behind the colon.",
     )
     return given
 

@@ -20,17 +20,11 @@ where the base alone had 0.081 with a tenth dropped. Accuracies: not yet measure
 from ml_collections import ConfigDict
 
 from mvc_jax.configs import common
-from mvc_jax.errors import require
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    require(
-        argument in ("", "ablation"),
-        "--config=configs/digits.py:ARGUMENT",
-        wanted="nothing behind the file's name, or :ablation",
-        got=repr(argument),
-        fix="Set single fields by --config.FIELD=VALUE.",
-    )
+    ablation = argument == "ablation"
+    given = common.parse_argument("" if ablation else argument, known=("preset",))
     config = common.get_config()
     config.data.source = "digits"
     config.data.size = 16
@@ -77,9 +71,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.seeds = 5
     config.classify.steps = 250
     config.report.title = "Mixing Visual Concepts: ten handwritten digits per class"
-    if argument == "ablation":
+    if ablation:
         config.pretrain.image_encoder.steps = 500
         config.pretrain.controlnet.steps = 500
         config.mix.levels = True
         config.generate.conditioning = "all"
-    return config
+    return common.apply_preset(config, given)

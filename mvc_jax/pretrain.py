@@ -317,7 +317,8 @@ def vae_step(state: TrainState, batch: dict, *, model, tx, key, kl_weight: float
         return weighted_mean(error + kl_weight * kl, weight), weighted_mean(kl, weight)
 
     (value, kl), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    return state.update(grads, tx), {"loss": value, "kl": kl}
+    metrics = {"loss": value, "kl": kl}
+    return state.update(grads, tx, metrics), metrics
 
 
 def unet_step(
@@ -347,7 +348,8 @@ def unet_step(
         return weighted_mean(loss.squared_error(prediction, target), batch["weight"])
 
     value, grads = jax.value_and_grad(loss_of)(state.params)
-    return state.update(grads, tx, ema_decay=ema_decay), {"loss": value}
+    metrics = {"loss": value}
+    return state.update(grads, tx, metrics, ema_decay=ema_decay), metrics
 
 
 def _loop_arguments(config, folder, workdir, mesh, part: str, steps: int) -> dict:

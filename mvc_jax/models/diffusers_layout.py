@@ -17,7 +17,7 @@ from etils import epath
 
 from mvc_jax import files
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import checkpoint_folder, families, weights
+from mvc_jax.models import checkpoint_folder, families, hub, weights
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 WEIGHTS = checkpoint_folder.WEIGHTS
@@ -74,8 +74,8 @@ def check_base(
 ) -> None:
     """Refuses, without a network or a device, what cannot be the base model.
 
-    Everything but the tensors is read. A hub name is not looked up: check the folder
-    that it gives.
+    Everything but the tensors is read. A hub name is looked up in offline mode alone,
+    in the library's cache; else check the folder that it gives.
 
     Args:
       path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
@@ -93,7 +93,7 @@ def check_base(
         got=repr(variant),
         fix="Usual are fp16 and, for none, ''.",
     )
-    if checkpoint_folder.is_hub_name(path):
+    if checkpoint_folder.is_hub_name(path) and not hub.offline():
         logging.info("%s is no folder here: the Hugging Face hub will be asked", path)
         return
     folder, _ = checkpoint_folder.resolve(path, variant, revision)

@@ -43,16 +43,36 @@ class TrainState:
     ema_params: Any = None
 
     def update(
-        self, grads: Any, tx: optax.GradientTransformation, *, ema_decay: float = 0.0
+        self,
+        grads: Any,
+        tx: optax.GradientTransformation,
+        metrics: dict[str, jax.Array],
+        *,
+        ema_decay: float = 0.0,
     ) -> "TrainState":
-        """The state after one optimiser step along `grads`."""
-        updates, opt_state = tx.update(grads, self.opt_state, self.params)
-        params = optax.apply_updates(self.params, updates)
-        ema = self.ema_params
-        if ema is not None:
-            ema = ema_update(ema, params, self.step, ema_decay)
-        return self.replace(
-            step=self.step + 1, params=params, opt_state=opt_state, ema_params=ema
+        """The state after one optimiser step along `grads`.
+
+        Where a metric or the norm of `grads` is not finite, nothing but the number of
+        the step and the counts of skipped ones changes. That is decided before the
+        update: to choose between its result and the old state, XLA would keep both.
+        """
+        finite = [jnp.isfinite(x) for x in (*metrics.values(), optax.tree.norm(grads))]
+        good = jnp.stack(finite).all()
+
+        def taken(state, grads):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema_params
+            if ema is not None:
+                ema = ema_update(ema, params, state.step, ema_decay)
+            return state.replace(params=params, opt_state=opt_state, ema_params=ema)
+
+        state = jax.lax.cond(good, taken, lambda state, grads: state, self, grads)
+        bad = 1 - good.astype(jnp.int32)
+        return state.replace(
+            step=self.step + 1,
+            skipped=self.skipped + bad,
+            skipped_in_a_row=(self.skipped_in_a_row + 1) * bad,
         )
 
     @property
@@ -75,16 +95,23 @@ def create_state(
     averages take the shardings of their parameters.
     """
 
+    def cast(params):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
     def init(params):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         copy = jax.tree.map(jnp.copy, params) if ema else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, zero, copy)
+        return TrainState(zero, None, tx.init(params), zero, zero, copy)
 
-    shapes = jax.eval_shape(init, params)
-    shardings = sharding.tree_shardings(shapes, mesh, rules)
-    params = jax.device_put(params, shardings.params)
-    return jax.jit(init, out_shardings=shardings)(params)
+    shapes = jax.eval_shape(cast, params)
+    split = sharding.tree_shardings(shapes, mesh, rules)
+    half = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
+    params = jax.device_put(params, split)
+    if half:
+        params = jax.jit(cast, out_shardings=split)(params)
+    others = sharding.tree_shardings(jax.eval_shape(init, shapes), mesh, rules)
+    # By itself, or the parameters would lie there twice.
+    return jax.jit(init, out_shardings=others)(params).replace(params=params)
 
 
 def fit(
@@ -103,8 +130,8 @@ def fit(
     """Runs `train_step` up to step `steps`, from the newest checkpoint if there is one.
 
     Args:
-      train_step: pure, `(state, batch) -> (state, metrics)`, metrics being scalars; it
-        is not taken where one is not finite.
+      train_step: pure, `(state, batch) -> (state, metrics)`, by `TrainState.update`;
+        metrics are scalars.
       state: at step 0; its buffers are donated.
       read: step -> host arrays [B, ...]; a thread calls it one step ahead.
       fixed: what all batches share: placed once, sharded by the default rules.
@@ -119,7 +146,7 @@ def fit(
       UserError: a step takes too much memory, or too many were skipped.
       Preempted: SIGTERM came; the state is saved.
     """
-    step_on = _jitted(train_step, state)
+    step_on = jitted(train_step, state)
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
     place = functools.partial(place_batch, mesh=mesh, accumulate=accumulate)
     with preemption.deferred() as asked, contextlib.closing(checkpoints):
@@ -149,14 +176,15 @@ def fit(
     return state
 
 
-def _jitted(train_step: Callable, state: TrainState) -> Any:
+def jitted(train_step: Callable, state: TrainState) -> Any:
     """`(state, fixed, batch) -> (state, metrics)`: donated, sharded as `state` is."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(
-        lambda state, fixed, batch: skip_bad(state, *train_step(state, fixed | batch)),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+
+    def step(state, fixed, batch):
+        state, metrics = train_step(state, fixed | batch)
+        return state, metrics | {"skipped_in_a_row": state.skipped_in_a_row}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def place_batch(
@@ -227,22 +255,3 @@ def _shares(grads: Any, shardings: Any) -> Any:
         return grads
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     return jax.tree.map(jax.lax.optimization_barrier, grads)  # one by one
-
-
-def skip_bad(
-    old: TrainState, new: TrainState, metrics: dict
-) -> tuple[TrainState, dict]:
-    """`new`, or `old` at the next step where a metric is not finite.
-
-    Returns:
-      the state, and the metrics with `skipped_in_a_row`.
-    """
-    good = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
-    chosen = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    bad = 1 - good.astype(jnp.int32)
-    state = chosen.replace(
-        step=new.step,
-        skipped=old.skipped + bad,
-        skipped_in_a_row=(old.skipped_in_a_row + 1) * bad,
-    )
-    return state, metrics | {"skipped_in_a_row": state.skipped_in_a_row}
