@@ -165,12 +165,14 @@ class Ablation:
 
     def load_controlnet(self) -> tuple[controlnet.ControlNet, dict[str, Any]]:
         """The architecture, and host parameters."""
+        self.needs.check("controlnet")
         model, _ = diffusers_layout.load(components=(), **self.base)
         path = self.needs.controlnet or self.own_controlnet
         return controlnet.load(path, model.configs, field=CONTROLNET_FIELD)
 
     @functools.cached_property
     def _tower(self) -> tuple[clip.Clip, Callable]:
+        self.needs.check("image_tower")
         path = self.needs.clip or checkpoint_folder.resolve(**self.base)[0]
         tower, params = clip.load(path, field=CLIP_FIELD)
         model, _ = diffusers_layout.load(components=(), **self.base)

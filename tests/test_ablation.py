@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 from test_controlnet import base as two_levels
 
-from mvc_jax import ablation, files, generate, mix
+from mvc_jax import ablation, files, generate, mix, preview
 from mvc_jax.conditionings import CONDITIONINGS, named
 from mvc_jax.configs import common
 from mvc_jax.data import manifest, synthetic
@@ -185,24 +185,23 @@ def test_what_there_is_not_is_left_out_of_all_and_said_below(run, tmp_path):
     config = config.copy_and_resolve_references()
     config.pretrain.image_encoder.steps = config.pretrain.controlnet.steps = 0
     config.generate.sets = ("mixed",)
-    config.generate.limit = 1
     bare = epath.Path(tmp_path) / "bare"
     shutil.copytree(workdir, bare, ignore=shutil.ignore_patterns("generate"))
     shutil.rmtree(bare / "pretrain" / "controlnet")
     shutil.rmtree(bare / "pretrain" / "model" / "image_encoder")
     generate.check(config)
-    generate.run(config, bare)
     job = generate._open(config, bare)
-    sentences = generate.preview.conditionings(
-        bare / "again.png",
+    sentences = preview.conditionings(
+        bare / "some.png",
         *(job.sampler, job.recipes, job.train),
         names=named("all"),
         optional=True,
     )
     assert len(sentences) == 3
-    assert sum("config.generate.clip" in sentence for sentence in sentences) == 2
-    assert sum("config.generate.controlnet" in sentence for sentence in sentences) == 1
-    assert (bare / "generate" / "conditionings.png").exists()
+    for field, count in (("image_encoder", 2), ("controlnet", 1)):
+        way_out = f"--config.pretrain.{field}.steps=500"
+        assert sum(way_out in sentence for sentence in sentences) == count
+    assert 2 * 128 < _size(bare / "some.png")[1] < (1 + len(CONDITIONINGS)) * 128
 
 
 def _config(**fields):
