@@ -229,8 +229,14 @@ def _finetune() -> ConfigDict:
 
 def _generate() -> ConfigDict:
     config = ConfigDict()
-    # Also pretrained, caption_only, noised, interpolated: mvc_jax/conditionings.py.
+    # Also pretrained, caption_only, noised, interpolated, image_embedding,
+    # image_number, embedding_difference, controlnet: docs/mixing.md.
     config.sets = ("mixed", "unmixed")
+    config.conditioning = ""  # "all", or some sets: the picture conditionings.png
+    # CLIP for image_embedding and embedding_difference, a folder or hub name whose
+    # embeddings are as wide as the base's text states; "": the base's image_encoder.
+    config.clip = ""
+    config.controlnet = ""  # for edges, a folder or hub name; "": `pretrain`'s
     config.limit = 0  # above 0: only a contact sheet of so many images, then it stops
     config.sampler = "ddim"  # or "dpmpp_2m", "euler"
     config.steps = 50
@@ -303,6 +309,20 @@ def _pretrain() -> ConfigDict:
     config.unet.warmup = 100
     config.unet.ema_decay = 0.999
     config.unet.drop_rate = 0.1  # of the text, for classifier-free guidance
+    # For the ablation's conditionings by an image's embedding, and by its edges.
+    config.image_encoder = ConfigDict()
+    config.image_encoder.steps = 0  # 0: none is made
+    config.image_encoder.batch_size = 64
+    config.image_encoder.learning_rate = 1e-3
+    config.image_encoder.patch = 4  # pixels
+    config.image_encoder.width = 64
+    config.image_encoder.layers = 2
+    config.image_encoder.heads = 4
+    config.controlnet = ConfigDict()
+    config.controlnet.steps = 0  # 0: none is made
+    config.controlnet.batch_size = 32
+    config.controlnet.learning_rate = 5e-4
+    config.controlnet.drop_rate = 0.5  # of the text, as ControlNet's paper
     config.log_every = 50
     config.checkpoint_every = 500
     return config

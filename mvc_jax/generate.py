@@ -10,15 +10,15 @@ sheet to look at is drawn.
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, mix, preview
-from mvc_jax.conditionings import CONDITIONINGS, Texts
+from mvc_jax import files, mix, preview, selection
+from mvc_jax.ablation import Ablation, Needs
+from mvc_jax.conditionings import CONDITIONINGS, Texts, named
 from mvc_jax.data import decode, manifest, recipe_file, splits, synthetic
 from mvc_jax.data.background import Background
 from mvc_jax.data.cache import open_cache
@@ -30,14 +30,7 @@ from mvc_jax.errors import (
     require_within,
 )
 from mvc_jax.models import dataset_card, model_card, solvers
-from mvc_jax.sampler import (
-    Drawn,
-    Sampler,
-    Settings,
-    draw_again,
-    given_up,
-    require_few,
-)
+from mvc_jax.sampler import Sampler, Settings, draw_again, recorded_base
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
@@ -62,7 +55,6 @@ _RANGES = {
     "noise_scale": (0, 1e3, "0.1 is a tenth of the states' standard deviation."),
     "interpolation": (0, 1, "It is the partner's share."),
 }
-Judge = Callable[[np.ndarray, Sequence[dict]], Sequence[Sequence[dict]]]
 
 
 def check(config: ConfigDict) -> None:
@@ -77,6 +69,11 @@ def check(config: ConfigDict) -> None:
     )
     require_within("config.generate", section.to_dict(), _RANGES)
     require_one_of("config.generate", section.to_dict(), _CHOICES)
+    drawn = {*section.sets}
+    if section.conditioning != "all":  # which leaves out what there is not
+        drawn |= {*named(section.conditioning)}
+    for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
+        Needs.of(config.to_dict()).check(need)
     interval = tuple(section.guidance_interval)
     require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
@@ -106,6 +103,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     )
     if stage.complete:
         _restore_pictures(stage.folder, section)
+        _draw_figures(config, workdir, again=False)
         return
     job = _open(config, workdir)
     artifacts, counts, drawing = [], Counter(), False
@@ -122,6 +120,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if not (fresh or drawing) or not any(stage.folder.glob("*/data/*")):
             stage.abandon()  # nothing was added: other settings may follow
         raise
+    _draw_figures(config, workdir, job)
     stage.finish(artifacts, **{"images": 0, "redrawn": 0, "left_out": 0} | counts)
 
 
@@ -162,15 +161,25 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     recipes = recipe_file.read_recipes(workdir / "mix" / "recipes.jsonl")
     train = splits.read_split(workdir / "caption", "train")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     texts = Texts(
         open_cache(workdir / "encode"),
-        mix.widths_of(recipes),
+        mix.widths_of([*recipes, *preview.read_levels(workdir)]),
         *(config.seed, section.noise_scale, section.interpolation),
+        Ablation(
+            needs=Needs.of(config.to_dict()),
+            base=recorded_base(workdir),
+            own_controlnet=workdir / "pretrain" / "controlnet",
+            images=train.images,
+            rows=prompts,
+            class_type=config.data.class_type,
+            mesh=mesh,
+            batch_size=section.batch_size,
+        ),
     )
     fields = {field.name for field in dataclasses.fields(Settings)} - {"grey"}
     settings = {name: section[name] for name in fields} | {"grey": train.grey}
     settings["guidance_interval"] = tuple(section.guidance_interval)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     rows = files.read_jsonl(workdir / "caption" / "images.jsonl")
     return _Job(
         config=config,
@@ -193,7 +202,9 @@ def _store(job: _Job, name: str) -> synthetic.Store:
     )
 
 
-def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Counter]:
+def _draw_set(
+    job: _Job, name: str, judge: selection.Judge | None
+) -> tuple[list[str], Counter]:
     """Draws what a set lacks, and completes its folder.
 
     Args:
@@ -214,18 +225,18 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     done = len(recipes) - sum(map(len, groups))
     if parts:
         job.sampler.load(name)
-    bad = Counter(given_up(store.recorded("notes")))
+    bad = Counter(selection.given_up(store.recorded("notes")))
     progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
     with contextlib.closing(progress), Background() as writer:
         drawing = zip(parts, groups, job.sampler.stream(groups), strict=True)
         for part, group, drawn in drawing:
             notes = draw_again(job.sampler.draw, group, drawn, section.max_redraws)
             done += len(group)
-            bad.update(given_up(notes))
-            require_few(name, bad, done, len(recipes))
+            bad.update(selection.given_up(notes))
+            selection.require_few(name, bad, done, len(recipes))
             redraws = {note["index"]: note["redraws"] for note in notes}
             rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
-            kept, removed = _judged(judge, drawn, rows)
+            kept, removed = selection.judged(judge, drawn, rows)
             images = [drawn.images[place] for place in kept]
             rows = [rows[place] for place in kept]
             writer.submit(_write, job, store, part, images, rows, notes, removed)
@@ -239,19 +250,6 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     images = len(store.labels())
     counts = {"images": images, "redrawn": redrawn, "left_out": len(recipes) - images}
     return names, Counter(counts)
-
-
-def _judged(
-    judge: Judge | None, drawn: Drawn, rows: Sequence[dict]
-) -> tuple[list[int], list[dict]]:
-    """Places of the images that are kept, and what `judge` says of the others."""
-    healthy = np.flatnonzero(drawn.health == 0).tolist()
-    if judge is None:
-        return healthy, []
-    found = judge(drawn.images[healthy], [rows[place] for place in healthy])
-    judged = list(zip(healthy, found, strict=True))
-    kept = [place for place, reasons in judged if not reasons]
-    return kept, [reason for _, reasons in judged for reason in reasons]
 
 
 def _write(job: _Job, store, part, images, rows, notes, removed) -> None:
@@ -337,7 +335,7 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
     """What the card of a set tells."""
     config, names = job.config, job.train.class_names
     notes, removed = store.recorded("notes"), store.recorded("removed")
-    left_out = Counter(given_up(notes))
+    left_out = Counter(selection.given_up(notes))
     left_out += Counter(row.get("filter", "judged") for row in removed)
     counts = [
         np.bincount(store.labels(real=real), minlength=len(names)).tolist()
@@ -378,4 +376,19 @@ def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
         job.recipes,
         job.train,
         limit=config.generate.limit,
+    )
+    _draw_figures(config, workdir, job)
+
+
+def _draw_figures(
+    config: ConfigDict, workdir: epath.Path, job: _Job | None = None, again: bool = True
+) -> None:
+    """Draws what is asked for of the figures; only what is missing, if not `again`."""
+    preview.figures(
+        workdir / "generate",
+        lambda: job or _open(config, workdir),
+        names=named(config.generate.conditioning),
+        optional=config.generate.conditioning == "all",
+        levels=preview.read_levels(workdir),
+        again=again,
     )

@@ -136,6 +136,7 @@ def save(
     params: Params,
     *,
     made_by: dict[str, Any] | None = None,
+    beside: dict[str, list[str]] | None = None,
 ) -> list[str]:
     """Writes a model folder in the diffusers layout, under PyTorch's class names.
 
@@ -145,6 +146,7 @@ def save(
       params: by component; written in fp32, fetched a tensor at a time.
       made_by: what a fine-tuned model is made of, `{"stage", "base", "data"}`: kept
         beside it, by which `check_base` knows it again.
+      beside: library and class of further components that lie in the folder, by name.
 
     Returns:
       the files written, relative to `folder`.
@@ -167,6 +169,7 @@ def save(
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     index |= {"requires_safety_checker": False}
     index |= {name: list(class_) for name, class_ in _TORCH_CLASSES.items()}
+    index |= beside or {}
     if made_by is not None:
         files.write_json(folder / checkpoint_folder.MADE_BY, made_by)
         written.append(checkpoint_folder.MADE_BY)
