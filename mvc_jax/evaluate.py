@@ -205,12 +205,11 @@ def _sets(
 
 def _filters(folder: epath.Path) -> dict[str, dict]:
     """What the filters removed of each set; {} where there were none."""
-    if not (folder / removed.FACTS).exists():
+    made = manifest.read_manifest(folder.parent, "generate")
+    if removed.FACTS not in made["artifacts"]:
         return {}
-    names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
-    counts = {
-        name: removed.count(removed.read(folder / name)) for name in names["sets"]
-    }
+    names = made["settings"]["generate"]["sets"]
+    counts = {name: removed.count(removed.read(folder / name)) for name in names}
     return {"facts": files.read_json(folder / removed.FACTS), "sets": counts}
 
 

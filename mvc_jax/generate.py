@@ -16,10 +16,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, mix, preview, selection
+from mvc_jax import files, mix, preview, screening, selection
 from mvc_jax.ablation import Ablation, Needs
 from mvc_jax.conditionings import CONDITIONINGS, Texts, named
-from mvc_jax.data import decode, manifest, recipe_file, splits, synthetic
+from mvc_jax.data import decode, manifest, recipe_file, removed, splits, synthetic
 from mvc_jax.data.background import Background
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import (
@@ -74,6 +74,7 @@ def check(config: ConfigDict) -> None:
         drawn |= {*named(section.conditioning)}
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
+    screening.check(config)
     interval = tuple(section.guidance_interval)
     require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
@@ -111,9 +112,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if not fresh:
             _require_same_weights(workdir)
         _require_room(job)
+        screen = screening.open_screen(config, workdir, job.train, job.recipes)
         drawing = True
         for name in section.sets:
-            made, counted = _draw_set(job, name, judge=None)
+            made, counted = _draw_set(job, name, screen)
             artifacts += [f"{name}/{file}" for file in made]
             counts += counted
     except UserError:
@@ -121,7 +123,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             stage.abandon()  # nothing was added: other settings may follow
         raise
     _draw_figures(config, workdir, job)
-    stage.finish(artifacts, **{"images": 0, "redrawn": 0, "left_out": 0} | counts)
+    artifacts += screen.write_facts(stage.folder)
+    counted = dict.fromkeys(("images", "redrawn", "left_out", *screen.counted), 0)
+    stage.finish(artifacts, **counted | counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,17 +207,14 @@ def _store(job: _Job, name: str) -> synthetic.Store:
 
 
 def _draw_set(
-    job: _Job, name: str, judge: selection.Judge | None
+    job: _Job, name: str, screen: screening.Screen
 ) -> tuple[list[str], Counter]:
     """Draws what a set lacks, and completes its folder.
 
     Args:
       job: of the run.
       name: of the set.
-      judge: says which images of a shard are to be left out: (images as they were
-        drawn, their provenance) -> a list for each, of what speaks against it, empty
-        for one that is kept; `Store.recorded("removed")` gives it back. None: all that
-        can be used are kept.
+      screen: the filters that leave images out.
 
     Returns:
       its files, relative to its folder, and counts for the manifest.
@@ -226,6 +227,7 @@ def _draw_set(
     if parts:
         job.sampler.load(name)
     bad = Counter(selection.given_up(store.recorded("notes")))
+    judge = screen.of_set(store.folder)
     progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
     with contextlib.closing(progress), Background() as writer:
         drawing = zip(parts, groups, job.sampler.stream(groups), strict=True)
@@ -236,26 +238,29 @@ def _draw_set(
             selection.require_few(name, bad, done, len(recipes))
             redraws = {note["index"]: note["redraws"] for note in notes}
             rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
-            kept, removed = selection.judged(judge, drawn, rows)
-            images = [drawn.images[place] for place in kept]
-            rows = [rows[place] for place in kept]
-            writer.submit(_write, job, store, part, images, rows, notes, removed)
+            writer.submit(_write, job, store, part, drawn, rows, notes, judge)
             progress.advance(len(group))
     if section.include_real:
         _write_real(job, store)
     store.restore_pictures()
-    names = store.finish()
+    listed, screened = screen.finish(store)
+    names = store.finish() + listed
     names += dataset_card.write(store.folder, _facts(job, name, store))
     redrawn = sum(note["kept"] for note in store.recorded("notes"))
     images = len(store.labels())
     counts = {"images": images, "redrawn": redrawn, "left_out": len(recipes) - images}
-    return names, Counter(counts)
+    return names, Counter(counts | screened)
 
 
-def _write(job: _Job, store, part, images, rows, notes, removed) -> None:
-    """Brings images to their size and writes them, beside the device."""
-    images = [job.sized(i, row["source"]) for i, row in zip(images, rows, strict=True)]
-    store.write(part, images, rows, notes, removed)
+def _write(job: _Job, store, part, drawn, rows, notes, judge) -> None:
+    """Chooses images, brings them to their size and writes them, beside the device."""
+    kept, found = selection.judged(judge, drawn, rows)
+    rows = [rows[place] for place in kept]
+    images = [
+        job.sized(drawn.images[place], row["source"])
+        for place, row in zip(kept, rows, strict=True)
+    ]
+    store.write(part, images, rows, notes, found)
 
 
 def _provenance(job: _Job, recipe: dict, model: str, redraws: dict[int, int]) -> dict:
@@ -334,9 +339,9 @@ def _restore_pictures(folder: epath.Path, section: ConfigDict) -> None:
 def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
     """What the card of a set tells."""
     config, names = job.config, job.train.class_names
-    notes, removed = store.recorded("notes"), store.recorded("removed")
+    notes = store.recorded("notes")
     left_out = Counter(selection.given_up(notes))
-    left_out += Counter(row.get("filter", "judged") for row in removed)
+    left_out += Counter(removed.reasons(store.recorded("removed")))
     counts = [
         np.bincount(store.labels(real=real), minlength=len(names)).tolist()
         for real in (False, True)

@@ -43,7 +43,19 @@ def require_few(name: str, bad: Counter, done: int, total: int) -> None:
 def judged(
     judge: Judge | None, drawn: Drawn, rows: Sequence[dict]
 ) -> tuple[list[int], list[dict]]:
-    """Places of the images that are kept, and what `judge` says of the others."""
+    """Chooses among the images of a shard.
+
+    Args:
+      judge: says which are to be left out: (images as they were drawn, their
+        provenance) -> a list for each, of what speaks against it, empty for one that is
+        kept; `Store.recorded("removed")` gives it back. None: all that can be used are
+        kept.
+      drawn: the images.
+      rows: of provenance.
+
+    Returns:
+      places of the images that are kept, and what `judge` says of the others.
+    """
     healthy = np.flatnonzero(drawn.health == 0).tolist()
     if judge is None:
         return healthy, []

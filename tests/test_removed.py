@@ -44,7 +44,7 @@ def test_the_list_has_a_row_for_each_finding(tmp_path):
     }
     assert [row["index"] for row in rows] == [10, 11, 11]
     assert removed.count(rows) == {"images": 2, "label": 1, "copies": 1, "outliers": 1}
-    assert removed.reason([COPY, FAR]) == "by filter copies and outliers"
+    assert removed.reasons(rows) == {"label": 1, "copies and outliers": 1}
 
 
 def test_without_a_removed_image_there_is_a_list_alone(tmp_path):
@@ -63,6 +63,9 @@ def test_the_sheet_shows_source_removed_and_nearest(tmp_path):
         windows = np.lib.stride_tricks.sliding_window_view(sheet, (1, 48), (0, 1))
         rows = (windows[:, :, :, 0] == tile[24].T).all((2, 3))
         assert rows.any()
+    for path in (tmp_path / "removed").iterdir():
+        path.unlink()
+    assert removed.write(epath.Path(tmp_path), found, TRAIN)[1] == "removed.png"
 
 
 @pytest.mark.parametrize(

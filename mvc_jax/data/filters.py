@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from mvc_jax.data import distances, folds
 from mvc_jax.data.distances import Points
@@ -19,13 +19,14 @@ from mvc_jax.data.splits import Split
 from mvc_jax.errors import require, require_one_of, require_within
 
 FIELD = "config.generate.filter"
+NAMES = ("label", "copies", "outliers")
 _CHOICES = {
     "label": ("", "folds", "clip"),
     "copies": ("", "any", "source"),
     "features": ("auto", "pixels", "clip"),
 }
 _ASKED = 1000  # real images, at most, that the label filter is tried on
-Embed = Callable[[UInt8[np.ndarray, "N H W 3"]], Float[np.ndarray, "N D"]]
+Embed = Callable[[Sequence[np.ndarray]], Float[np.ndarray, "N D"]]
 ZeroShot = Callable[[Float[np.ndarray, "N D"]], Float[np.ndarray, "N K"]]
 
 
@@ -146,7 +147,8 @@ class Judge:
           fields: which filters, and how strict; checked.
           train: the real training images.
           seed: of the folds.
-          embed: image embeddings of a CLIP; None: there is none.
+          embed: uint8 images [H, W, 3] -> their embeddings by a CLIP, each a function
+            of its image alone; None: there is none.
           zero_shot: for a `label` of "clip": image embeddings -> probabilities of the
             texts of the classes.
 
@@ -194,7 +196,7 @@ class Judge:
         pixels = distances.pixels(images, self._size)
         embeddings = None
         if self._embed is not None:
-            embeddings = distances.directions(self._embed(np.stack(images)))
+            embeddings = distances.directions(self._embed(images))
         features = embeddings if self._by_clip and embeddings is not None else pixels
         return _Views(pixels, embeddings, features)
 

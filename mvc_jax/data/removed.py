@@ -36,11 +36,6 @@ _CURES = {
 }
 
 
-def reason(findings: Iterable[Finding]) -> str:
-    """Which filters removed an image, in words that many images share."""
-    return "by filter " + " and ".join(finding.filter for finding in findings)
-
-
 def rows(
     recipe: Mapping[str, Any], findings: Iterable[Finding], class_names: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -93,6 +88,15 @@ def count(found: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Images removed: in all (`images`), and by each filter that removed any."""
     by_filter = collections.Counter(row["filter"] for row in found)
     return {"images": len({row["index"] for row in found}), **by_filter}
+
+
+def reasons(found: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Images by the filters that removed them, each once: "copies and label"."""
+    filters_of: dict[int, list[str]] = {}
+    for row in found:
+        filters_of.setdefault(row["index"], []).append(row["filter"])
+    said = (" and ".join(sorted(names)) for names in filters_of.values())
+    return dict(collections.Counter(said))
 
 
 def complaints(
@@ -154,8 +158,10 @@ def _sheet(
     for row in chosen:
         name = f"{row['label']}: {row['reason']}"
         name = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
-        with picture(folder, row["index"]).open("rb") as file:
-            removed = Image.open(file).convert("RGB")
+        path, removed = picture(folder, row["index"]), None
+        if path.exists():  # a user may have cleared them away
+            with path.open("rb") as file:
+                removed = Image.open(file).convert("RGB")
         cells: list[pictures.Cell] = [
             {"heading": "source", "image": real(row["source"])},
             {"heading": "removed", "image": removed},

@@ -17,6 +17,7 @@ from mvc_jax.models.model_card import code, table
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
 _SIZES += ((1_000_000, "100K<n<1M"), (float("inf"), "1M<n<10M"))
+_FILTERS = "filters"  # among the settings, where some were on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,25 @@ def in_words(config: Mapping[str, Any], *, mixes: bool) -> dict[str, Any]:
     told["sampler"] = f"{asked['sampler']}, {asked['steps']} steps"
     told["guidance interval"] = _span(*asked["guidance_interval"])
     told["guidance rescale"] = f"{asked['guidance_rescale']:g}"
+    if filtered := _filters(asked["filter"]):
+        told[_FILTERS] = filtered
     return told | {"seed": config["seed"]}
+
+
+def _filters(section: Mapping[str, Any]) -> str:
+    """Those that are on, with their thresholds."""
+    said = []
+    if section["label"]:
+        least, top = section["label_threshold"], section["label_top"]
+        by = "CLIP" if section["label"] == "clip" else f"{section['label_folds']} folds"
+        likeliest = f" or among the {top} likeliest" if top else ""
+        said.append(f"label, by {by}: {least:g} or more{likeliest}")
+    if section["copies"]:
+        of = {"any": "any real image", "source": "the source"}[section["copies"]]
+        said.append(f"copies, of {of}: quantile {section['copies_quantile']:g}")
+    if section["outliers"]:
+        said.append(f"outliers: quantile {section['outliers_quantile']:g}")
+    return "; ".join(said)
 
 
 def _span(least: float | int, most: float | int) -> str:
@@ -174,10 +193,16 @@ def _guards(facts: Facts) -> str:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
         return f"{sum(counts.values())}" + (f" ({reasons})" if reasons else "")
 
+    lists = "`redrawn.jsonl` lists them."
+    if _FILTERS in facts.settings:
+        lists = (
+            "`redrawn.jsonl` lists them, and `removed.jsonl` those that filters left "
+            "out, with their reasons."
+        )
     return (
         "## What was drawn anew, and left out\n\n"
         f"Drawn anew with other noise: {said(facts.redrawn)}. "
-        f"Left out: {said(facts.left_out)}. `redrawn.jsonl` lists them.\n"
+        f"Left out: {said(facts.left_out)}. {lists}\n"
     )
 
 
