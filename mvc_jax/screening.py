@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.ablation import CLIP_FIELD
-from mvc_jax.data import filters, removed, synthetic
+from mvc_jax.data import captions, filters, removed, synthetic
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import require
 from mvc_jax.models import checkpoint_folder, clip
@@ -206,11 +206,12 @@ class _Tower:
 
     def zero_shot(self, names: Sequence[str], class_type: str) -> filters.ZeroShot:
         """Embeddings -> probabilities of `"a photo of {class_type} {name}"`."""
-        texts = [" ".join(f"a photo of {class_type} {name}".split()) for name in names]
+        words = (f"{class_type} {captions.readable(name)}".strip() for name in names)
+        texts = [f"a photo of {word}" for word in words]
         encode, ask = jax.jit(self.model.text_embeddings), jax.jit(clip.zero_shot)
-        words = encode(self.params, self.model.tokenize(texts))
+        states = encode(self.params, self.model.tokenize(texts))
         scale = self.params["logit_scale"]
-        return lambda images: np.asarray(ask(np.float32(images), words, scale))
+        return lambda images: np.asarray(ask(np.float32(images), states, scale))
 
 
 def _load_clip(config: ConfigDict, workdir: epath.Path) -> _Tower | None:

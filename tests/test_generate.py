@@ -1,7 +1,6 @@
 """Generation: what is drawn depends on (seed, k) alone, whatever came between."""
 
 import errno
-import functools
 import hashlib
 import json
 import shutil
@@ -16,7 +15,7 @@ from PIL import Image
 from mvc_jax import files, generate, mix, preview, sampler
 from mvc_jax.conditionings import CONDITIONINGS, Texts
 from mvc_jax.configs import common
-from mvc_jax.data import manifest, synthetic
+from mvc_jax.data import distances, manifest, splits, synthetic
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import UserError
 from mvc_jax.models import diffusers_layout
@@ -132,10 +131,12 @@ def compiled_once():
     programs = {}
     build = sampler.Sampler._compiled
 
-    def compiled(self, model):
+    def compiled(self, model, network):
+        if network is not None:
+            return build(self, model, network)
         key = self._settings, self._mesh
         if key not in programs:
-            programs[key] = build(self, model)
+            programs[key] = build(self, model, network)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -346,19 +347,76 @@ def test_many_bad_images_stop_the_run_and_nothing_is_kept(make, tmp_path, monkey
     make(workdir, text_scale=3.0)
 
 
-def test_what_is_judged_is_left_out_with_its_reasons(make, monkeypatch):
-    def judge(images, rows):
-        assert images.shape[1:] == (8, 8, 3)
-        return [[{"index": 2, "filter": "label"}] * (r["index"] == 2) for r in rows]
+def test_what_filters_find_is_left_out_shown_and_counted(make):
+    """What they must find is computed here from a run without them."""
+    plain = make(per_image=3)
+    assert not {*(plain / "generate").rglob("removed*"), *plain.rglob("filters.json")}
+    train = splits.read_split(plain / "caption", "train")
+    images, labels, sources = synthetic.read_images(plain / "generate" / "mixed")
+    real, seen = (distances.pixels(some, 8) for some in (train.images, images))
+    own = real.of(np.asarray([train.ids.index(id_) for id_ in sources]))
+    closest = distances.nearest(real, real, skip_self=True).different.min()
+    expected = {"copies": {*np.flatnonzero(distances.aligned(seen, own) < closest)}}
+    expected["outliers"] = set()
+    for k in (0, 1):
+        members, mine = real.of(train.labels == k), np.flatnonzero(labels == k)
+        least = distances.nearest(members, members, skip_self=True).different.min()
+        far = distances.nearest(seen.of(mine), members).distance > least
+        expected["outliers"] |= {*mine[far]}
+    gone = expected["copies"] | expected["outliers"]
+    assert 0 < len(expected["outliers"]) < len(gone) < len(images)
 
-    draw = functools.partial(generate._draw_set)
-    monkeypatch.setattr(
-        generate, "_draw_set", lambda job, name, **_: draw(job, name, judge=judge)
+    asked = {"copies": "source", "outliers": True, "outliers_quantile": 0.0}
+    workdir = make(per_image=3, filter=asked, shard_size=5)
+    folder = workdir / "generate" / "mixed"
+    kept = [k for k in range(15) if k not in gone]
+    assert [row["index"] for row in rows_of(workdir)] == kept
+    np.testing.assert_array_equal(pixels(workdir), images[kept])
+    found = files.read_jsonl(folder / "removed.jsonl")
+    for name, these in expected.items():
+        assert {row["index"] for row in found if row["filter"] == name} == these
+    for k in gone:
+        picture = np.asarray(Image.open(folder / "removed" / f"{k:08d}.png"))
+        np.testing.assert_array_equal(picture, images[k])
+    counts = manifest.read_manifest(workdir, "generate")["counts"]
+    assert counts == {"images": len(kept), "redrawn": 0, "left_out": len(gone)} | {
+        "removed": len(gone),
+        "removed_copies": len(expected["copies"]),
+        "removed_outliers": len(expected["outliers"]),
+    }
+    card = " ".join((folder / "README.md").read_text().split())
+    assert f"Left out: {len(gone)} (" in card and "`removed.jsonl`" in card
+    assert "outliers: quantile 0" in card
+
+    whole = digests(workdir / "generate")
+    (folder / "data" / "train-00001.parquet").unlink()
+    (folder / "removed.png").unlink()
+    make(workdir, per_image=3, filter=asked, shard_size=5)
+    assert digests(workdir / "generate") == whole
+    grown = make(filter=asked, shard_size=5)
+    make(grown, per_image=3, filter=asked, shard_size=5)
+    but = ["manifest.json"]
+    assert digests(grown / "generate", but=but) == digests(
+        workdir / "generate", but=but
     )
-    workdir = make()
-    assert [row["index"] for row in rows_of(workdir)] == [0, 1, 3, 4]
-    card = (workdir / "generate" / "mixed" / "README.md").read_text()
-    assert "Left out: 1 (1 label)" in card
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"copies": "any"}, "mixed: .*none of 5 .*copies 5.*removed.png"),
+        ({"label": "folds"}, "label_folds: .*5 different.*2 in class 'two'"),
+    ],
+)
+def test_filters_that_cannot_be_are_one_sentence(make, tmp_path, asked, words):
+    with pytest.raises(UserError, match=words):
+        make(filter=asked)
+    (workdir,) = tmp_path.iterdir()
+    if "label" in asked:  # nothing was drawn: other settings may follow
+        make(workdir)
+        assert len(rows_of(workdir)) == 5
+    else:
+        assert files.read_jsonl(workdir / "generate" / "mixed" / "removed.jsonl")
 
 
 # Models and disks.

@@ -136,6 +136,20 @@ MISTAKES = [
     ("--config.generate.dtype=int8", "config.generate.dtype", "float32", "'int8'"),
     ("--config.generate.attention=x", "config.generate.attention", "cudnn", "'x'"),
     ("--config.generate.interpolation=2", "config.generate.interpolation", "0 to 1"),
+    (
+        "--config.generate.filter.nope=1",
+        "config.generate.filter.nope",
+        "copies, copies",
+    ),
+    ("--config.generate.filter.label=x", "config.generate.filter.label", "folds or"),
+    ("--config.generate.filter.label=clip", "config.generate.filter.label", "a CLIP"),
+    ("--config.generate.filter.copies=x", "config.generate.filter.copies", "source"),
+    (
+        "--config.generate.filter.outliers_quantile=1.5",
+        "config.generate.filter.outliers_quantile",
+        "from 0 to 1",
+        "got 1.5",
+    ),
     ("--config.generate.noise_scale=-1", "config.generate.noise_scale", "got -1"),
     ("--config.generate.guidance_rescale=2", "config.generate.guidance_rescale", "2.0"),
     (
