@@ -74,7 +74,7 @@ def check(config: ConfigDict) -> None:
         drawn |= {*named(section.conditioning)}
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
-    screening.check(config)
+    screening.check(config.to_dict())
     interval = tuple(section.guidance_interval)
     require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
@@ -112,7 +112,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if not fresh:
             _require_same_weights(workdir)
         _require_room(job)
-        screen = screening.open_screen(config, workdir, job.train, job.recipes)
+        plain = config.to_dict()
+        screen = screening.open_screen(plain, workdir, job.train, job.recipes)
         drawing = True
         for name in section.sets:
             made, counted = _draw_set(job, name, screen)

@@ -6,14 +6,14 @@ here they meet the config, a CLIP and the folders of the sets.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.ablation import CLIP_FIELD
@@ -25,14 +25,14 @@ from mvc_jax.sampler import recorded_base
 from mvc_jax.selection import Judge
 
 
-def check(config: ConfigDict) -> None:
-    """Checks the section `generate.filter`; of a CLIP that lies here, its files."""
-    fields, own = _fields(config), config.pretrain.image_encoder.steps > 0
-    named, base = config.generate.clip, config.base.path
+def check(config: dict[str, Any]) -> None:
+    """Checks `generate.filter` of a run's settings, and the files of a CLIP here."""
+    fields, named = _fields(config), config["generate"]["clip"]
+    base, own = config["base"]["path"], config["pretrain"]["image_encoder"]["steps"] > 0
     if base:
         own = checkpoint_folder.is_hub_name(base) or _has_tower(epath.Path(base))
     # Recipes of the user's own have the partners that they have.
-    partners = 1 if config.mix.file else config.mix.partners
+    partners = 1 if config["mix"]["file"] else config["mix"]["partners"]
     fields.check(partners=partners, has_clip=bool(named or own))
     if not fields.asks_images or not (named or own):
         return
@@ -146,12 +146,12 @@ class Screen:
 
 
 def open_screen(
-    config: ConfigDict, workdir: epath.Path, train: Split, recipes: Sequence[dict]
+    config: dict[str, Any], workdir: epath.Path, train: Split, recipes: Sequence[dict]
 ) -> Screen:
     """The filters that the config asks for.
 
     Args:
-      config: checked.
+      config: the settings of the run, checked.
       workdir: of the run.
       train: the real training images.
       recipes: of all images that will be judged.
@@ -167,11 +167,11 @@ def open_screen(
     fields.check(partners=partners, has_clip=bool(tower) or not fields.asks_images)
     zero_shot = None
     if tower is not None and fields.label == "clip":
-        zero_shot = tower.zero_shot(train.class_names, config.data.class_type)
+        zero_shot = tower.zero_shot(train.class_names, config["data"]["class_type"])
     judge = filters.Judge(
         fields,
         train,
-        seed=config.seed,
+        seed=config["seed"],
         embed=tower and tower.embed,
         zero_shot=zero_shot,
     )
@@ -195,7 +195,7 @@ class _Tower:
     def run(self) -> Callable:
         return jax.jit(self.model.image_embeddings)
 
-    def embed(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "N P"]:
+    def embed(self, images: Iterable[np.ndarray]) -> Float[np.ndarray, "N P"]:
         """Embeddings of images [H, W, 3], one at a time.
 
         How a product of matrices is rounded depends on the rows beside a row. Beside
@@ -214,14 +214,14 @@ class _Tower:
         return lambda images: np.asarray(ask(np.float32(images), states, scale))
 
 
-def _load_clip(config: ConfigDict, workdir: epath.Path) -> _Tower | None:
+def _load_clip(config: dict[str, Any], workdir: epath.Path) -> _Tower | None:
     """The CLIP that `generate.clip` names, or the base's own; None: there is none."""
-    path = config.generate.clip
+    path = config["generate"]["clip"]
     if not path:
         path, _ = checkpoint_folder.resolve(**recorded_base(workdir))
         if not _has_tower(path):
             return None
-    by_texts = config.generate.filter.label == "clip"
+    by_texts = config["generate"]["filter"]["label"] == "clip"
     model, params = clip.load(path, field=CLIP_FIELD, text=by_texts)
     return _Tower(model, jax.device_put(params))
 
@@ -230,5 +230,5 @@ def _has_tower(base: epath.Path) -> bool:
     return (base.expanduser() / clip.IMAGE_ENCODER / "config.json").exists()
 
 
-def _fields(config: ConfigDict) -> filters.Filters:
-    return filters.Filters(**config.generate.filter.to_dict())
+def _fields(config: dict[str, Any]) -> filters.Filters:
+    return filters.Filters(**config["generate"]["filter"])

@@ -42,9 +42,9 @@ def recipe(index, train, partners=1):
 def test_a_clip_names_images_one_by_one(clip_folder, train):
     """By the texts of the classes, whatever else is in the batch."""
     config = settings(clip_folder, label="clip", label_threshold=1.0, label_top=1)
-    screening.check(config)
+    screening.check(config.to_dict())
     rows = [recipe(i, train) for i in range(len(train.ids))]
-    judge = screening.open_screen(config, NOWHERE, train, rows).judge
+    judge = screening.open_screen(config.to_dict(), NOWHERE, train, rows).judge
     found = judge(train.images, rows)
 
     model, params = clip.load(clip_folder, field="clip", text=True)
@@ -54,6 +54,7 @@ def test_a_clip_names_images_one_by_one(clip_folder, train):
     texts = jax.jit(model.text_embeddings)(params, words)
     images = jax.jit(model.image_embeddings)(params, model.preprocess(train.images))
     shares = jax.jit(clip.zero_shot)(images, texts, params["logit_scale"])
+    shares = np.asarray(shares)
     wrong = np.flatnonzero(np.argmax(shares, axis=1) != train.labels)
     assert 0 < len(wrong) < len(rows)
     assert [i for i, findings in enumerate(found) if findings] == wrong.tolist()
@@ -71,36 +72,38 @@ def test_a_clip_without_texts_gives_features_alone(clip_folder, train, tmp_path)
         settings(tower, outliers=True),
         settings(clip_folder, outliers=True, features="clip"),
     ):
-        screening.check(config)
-        screen = screening.open_screen(config, NOWHERE, train, [recipe(0, train)])
+        screening.check(config.to_dict())
+        screen = screening.open_screen(
+            config.to_dict(), NOWHERE, train, [recipe(0, train)]
+        )
         assert screen.judge.facts["features"] == "clip"
     with pytest.raises(UserError, match="text tower.*an image tower alone"):
-        screening.check(settings(tower, label="clip"))
+        screening.check(settings(tower, label="clip").to_dict())
     config = settings(label="clip")
     config.pretrain.image_encoder.steps = 1
     with pytest.raises(UserError, match=r"filter\.label: .*text tower.*pretrain makes"):
-        screening.check(config)
+        screening.check(config.to_dict())
     config = settings(outliers=True, features="clip")
     with pytest.raises(UserError, match=r"filter\.features: .*generate\.clip"):
-        screening.check(config)
+        screening.check(config.to_dict())
     config.base.path = str(tmp_path)  # a pipeline with an image_encoder
     (tmp_path / "model_index.json").write_text("{}")
-    screening.check(config)
+    screening.check(config.to_dict())
 
 
 def test_recipes_of_ones_own_may_touch_too_many_folds(train):
-    config = settings(label="folds", label_folds=3)
+    config = settings(label="folds", label_folds=3, features="pixels")
     config.mix.file = "mine.jsonl"
-    screening.check(config)
+    screening.check(config.to_dict())
     rows = [recipe(0, train), recipe(1, train, partners=2)]
     with pytest.raises(UserError, match="label_folds: .*at least 4.*2 partners.*got 3"):
-        screening.open_screen(config, NOWHERE, train, rows)
-    screening.open_screen(config, NOWHERE, train, rows[:1])
+        screening.open_screen(config.to_dict(), NOWHERE, train, rows)
+    screening.open_screen(config.to_dict(), NOWHERE, train, rows[:1])
 
 
 def test_without_filters_nothing_is_looked_at(train):
     config = settings()
-    screening.check(config)
-    screen = screening.open_screen(config, NOWHERE, train, [])
+    screening.check(config.to_dict())
+    screen = screening.open_screen(config.to_dict(), NOWHERE, train, [])
     assert screen.of_set(NOWHERE) is None
     assert screen.write_facts(NOWHERE) == [] and screen.counted == ()

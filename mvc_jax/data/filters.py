@@ -6,7 +6,7 @@ neither batch nor shard nor an interruption changes it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ _CHOICES = {
     "features": ("auto", "pixels", "clip"),
 }
 _ASKED = 1000  # real images, at most, that the label filter is tried on
-Embed = Callable[[Sequence[np.ndarray]], Float[np.ndarray, "N D"]]
+Embed = Callable[[Iterable[np.ndarray]], Float[np.ndarray, "N D"]]
 ZeroShot = Callable[[Float[np.ndarray, "N D"]], Float[np.ndarray, "N K"]]
 
 
