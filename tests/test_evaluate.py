@@ -148,10 +148,12 @@ def test_flat_images_are_counted(tmp_path):
 
 def test_what_filters_removed_is_counted(tmp_path):
     settings = {"generate": {"sets": ["mixed", "unmixed"]}}
-    manifest.open_stage(tmp_path, "generate", settings).finish([])
     folder = epath.Path(tmp_path) / "generate"
-    assert evaluate._filters(folder) == {}
+    stage = manifest.open_stage(tmp_path, "generate", settings)
     files.write_json(folder / "filters.json", {"copies": {"threshold": 0.1}})
+    stage.finish([])  # it lies there from another run
+    assert evaluate._filters(folder) == {}
+    stage.finish(["filters.json"])
     rows = [{"index": i, "filter": name} for i, name in ((3, "a"), (3, "b"), (5, "a"))]
     files.write_jsonl(folder / "mixed" / "removed.jsonl", rows)
     assert evaluate._filters(folder) == {
