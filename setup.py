@@ -32,6 +32,7 @@ REQUIRED = [
     "scikit-learn",
     "tensorboardX",
     "tensorflow-datasets",  # reads what is prepared; TensorFlow only prepares it
+    "threadpoolctl",
     "tokenizers",
     "tqdm",
     "transformers==4.57.6",

@@ -174,6 +174,29 @@ def _caption() -> ConfigDict:
     return config
 
 
+def _filter() -> ConfigDict:
+    """Which synthetic images are left out; as it is, none. Distances are between 0 and
+    1 of pixels, at no more than 32 a side, or between 0 and 2 of CLIP embeddings."""
+    config = ConfigDict()
+    # "folds": a classifier that learnt from real images, but not from those that an
+    # image was made of, must find its label in it; "clip": CLIP must; "": nobody asks.
+    config.label = ""
+    config.label_folds = 5  # parts that the real images are dealt into for that
+    config.label_threshold = 0.5  # probability from which a label is believed
+    config.label_top = 1  # as it is among so many likeliest ones; 0: never
+    # "any": nothing too close to a real training image; "source": to its own source.
+    config.copies = ""
+    # Closer than this quantile of the distances from each real image to the nearest
+    # other one is too close; 0: than any two of them are.
+    config.copies_quantile = 0.0
+    config.outliers = False  # True: nothing too far from the real images of its class
+    config.outliers_quantile = 0.99  # of distances within the class: farther is too far
+    config.features = (
+        "auto"  # of outliers and folds: "clip" where there is one, "pixels"
+    )
+    return config
+
+
 def _finetune() -> ConfigDict:
     config = ConfigDict()
     config.mode = "full"  # or "lora": adapters alone, for a smaller GPU
@@ -237,6 +260,7 @@ def _generate() -> ConfigDict:
     config.format = "png"  # or "jpeg", in both forms
     config.size = 0  # pixels written, by area; 0: as drawn, -1: as its source was
     config.include_real = False  # True: also the training images, beside them
+    config.filter = _filter()
     return config
 
 

@@ -5,17 +5,12 @@ Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.j
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import manifest, splits, synthetic
-from mvc_jax.data.decode import fit
+from mvc_jax.data import distances, manifest, removed, splits, synthetic
 from mvc_jax.errors import require
-
-_SAME = 1e-6  # of a distance: rounding, no difference
-_LOOK = 32  # pixels along a side, at which images are compared
-_BLOCK = 1024  # of them at once
 
 # Asked of every table: does `run` beat `against`?
 QUESTIONS = (
@@ -83,6 +78,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             resize=config.data.resize,
             resample=config.data.resample,
         ),
+        "filters": _filters(workdir / "generate"),
         "notes": _notes(made["seeds"], caption),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
@@ -185,69 +181,47 @@ def _sets(
     folder: epath.Path, train: splits.Split, **fit: str
 ) -> dict[str, dict[str, float | int]]:
     """Each set, and the training images themselves, in numbers."""
-    real = _flat(train.images)
+    size = train.images.shape[1]
+    real = distances.pixels(train.images, size)
     described = {"real": _describe(real, train.labels)}
-    nearest, different = _nearest(real, real, skip_self=True)
+    among = distances.nearest(real, real, skip_self=True)
     # Nearer to a training image than any two different ones are to each other: a copy.
-    copy_distance = different.min() if np.isfinite(different.min()) else _SAME
+    copy_distance = distances.copy_distance(among.different)
     if len(real) > 1:
-        described["real"]["nearest_real"] = float(nearest.mean())
+        described["real"]["nearest_real"] = float(among.distance.mean())
     names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
     for name in names["sets"]:
         images, labels, _ = synthetic.read_images(
             folder / name, train.images.shape[1], **fit
         )
-        flat = _flat(images)
-        nearest, _ = _nearest(flat, real)
-        described[name] = _describe(flat, labels) | {
-            "constant": int((flat.max(1) == flat.min(1)).sum()),
+        drawn = distances.pixels(images, size)
+        nearest = distances.nearest(drawn, real).distance
+        flat = drawn.levels.max(1) == drawn.levels.min(1)
+        described[name] = _describe(drawn, labels) | {
+            "constant": int(flat.sum()),
             "nearest_real": float(nearest.mean()),
             "copies": int((nearest < copy_distance).sum()),
         }
     return described
 
 
-def _flat(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N P"]:
-    """Pixels in [0, 1], of larger images those of their copies at 32 pixels."""
-    if images.shape[1] > _LOOK:
-        images = np.stack([fit(image, _LOOK, resample="area") for image in images])
-    return images.reshape(len(images), -1) / 255.0
+def _filters(folder: epath.Path) -> dict[str, dict]:
+    """What the filters removed of each set; {} where there were none."""
+    if not (folder / removed.FACTS).exists():
+        return {}
+    names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
+    counts = {
+        name: removed.count(removed.read(folder / name)) for name in names["sets"]
+    }
+    return {"facts": files.read_json(folder / removed.FACTS), "sets": counts}
 
 
-def _nearest(
-    ours: Float[np.ndarray, "N P"],
-    theirs: Float[np.ndarray, "M P"],
-    *,
-    skip_self: bool = False,
-) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Distance from each of `ours` to the nearest, and to the nearest that differs."""
-    nearest, different = [], []
-    for start in range(0, len(ours), _BLOCK):
-        distances = _distances(ours[start : start + _BLOCK], theirs)
-        if skip_self:
-            rows = np.arange(len(distances))
-            distances[rows, start + rows] = np.inf
-        nearest.append(distances.min(1))
-        different.append(np.where(distances > _SAME, distances, np.inf).min(1))
-    return np.concatenate(nearest), np.concatenate(different)
-
-
-def _distances(a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, "N M"]:
-    """Root mean squared pixel differences, images in [0, 1]."""
-    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    return np.sqrt(np.maximum(squares, 0) / a.shape[1])
-
-
-def _describe(flat: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+def _describe(points: distances.Points, labels: np.ndarray) -> dict[str, float | int]:
     """Count, and diversity: mean distance of two different images of a class."""
-    within = []
-    for label in np.unique(labels):
-        members = flat[labels == label]
-        if len(members) > 1:
-            total = _distances(members, members).sum()
-            within.append(total / (len(members) * (len(members) - 1)))
+    members = [points.of(labels == label) for label in np.unique(labels)]
+    within = [distances.mean_within(some) for some in members if len(some) > 1]
     diversity = float(np.mean(within)) if within else 0.0
-    return {"images": len(flat), "diversity": diversity}
+    return {"images": len(points), "diversity": diversity}
 
 
 def _notes(seeds: int, caption: epath.Path) -> list[str]:
@@ -269,7 +243,7 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
         f"The spread is over {seeds} classifier seeds on one split and one generator; "
         "another split (--config.seed) moves every row.",
         "Distances are root mean squared pixel differences of images in [0, 1], at no "
-        f"more than {_LOOK} pixels. A copy "
+        f"more than {distances.LOOK} pixels. A copy "
         "is nearer to a training image than any two training images are to each other.",
     ]
 

@@ -146,6 +146,20 @@ def test_flat_images_are_counted(tmp_path):
     assert described(tmp_path, [0, 100], images, [0, 0, 0])["mixed"]["constant"] == 1
 
 
+def test_what_filters_removed_is_counted(tmp_path):
+    settings = {"generate": {"sets": ["mixed", "unmixed"]}}
+    manifest.open_stage(tmp_path, "generate", settings).finish([])
+    folder = epath.Path(tmp_path) / "generate"
+    assert evaluate._filters(folder) == {}
+    files.write_json(folder / "filters.json", {"copies": {"threshold": 0.1}})
+    rows = [{"index": i, "filter": name} for i, name in ((3, "a"), (3, "b"), (5, "a"))]
+    files.write_jsonl(folder / "mixed" / "removed.jsonl", rows)
+    assert evaluate._filters(folder) == {
+        "facts": {"copies": {"threshold": 0.1}},
+        "sets": {"mixed": {"images": 2, "a": 2, "b": 1}, "unmixed": {"images": 0}},
+    }
+
+
 @pytest.mark.parametrize(
     ("copies", "policy", "bad", "words"),
     [

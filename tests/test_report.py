@@ -420,6 +420,17 @@ def test_without_anything_optional(tmp_path):
     assert "81.2 ± 1.1" in page.text
 
 
+def test_what_filters_removed_is_a_table(tmp_path):
+    assert "Removed by filters" not in run_page(make_workdir(tmp_path / "a")).text
+    counts = {"mixed": {"images": 61, "label": 59, "copies": 13}}
+    facts = {"label": {"real_images": 1017, "real_removed": 173}, "copies": {}}
+    found = {"facts": facts, "sets": counts | {"other": {"images": 0}}}
+    page = run_page(make_workdir(tmp_path / "b", filters=found))
+    assert {"Set label copies in all kept", "mixed 59 13 61 4,070"} <= {*page.rows}
+    assert page.row("other").startswith("other 0 0 0 – ")
+    assert "173 of 1,017 real training images" in " ".join(page.text.split())
+
+
 def test_one_seed_has_no_interval(tmp_path):
     runs = make_metrics()["runs"][:2]
     runs[1]["difference"] |= {"low": None, "high": None}

@@ -1,0 +1,344 @@
+"""Filters: what each must remove, and that nothing else decides than image and data."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
+
+from mvc_jax.configs import common
+from mvc_jax.data import digits, filters, folds, splits
+from mvc_jax.data.filters import Filters
+from mvc_jax.errors import UserError
+
+PER_CLASS = 12
+OFF = Filters()
+LABEL, COPIES = Filters(label="folds"), Filters(copies="any")
+OUTLIERS = Filters(outliers=True)
+ALL = Filters(label="folds", copies="any", outliers=True)
+
+
+def split_of(images, labels, names=None):
+    names = names or [f"class {k}" for k in range(max(labels) + 1)]
+    ids = tuple(f"i{n}" for n in range(len(images)))
+    labels = np.asarray(labels, np.int32)
+    return splits.Split(np.asarray(images), labels, ids, tuple(names), True)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """(training images, others of the same classes), both as splits of digits."""
+    source = digits.Digits()
+    members = [np.flatnonzero(source.labels == k) for k in range(10)]
+
+    def some(first, count):
+        chosen = [i for mine in members for i in mine[first : first + count]]
+        images = np.stack([source[int(i)]["image"] for i in chosen])
+        return split_of(images, source.labels[chosen].tolist(), digits.NAMES)
+
+    return some(0, PER_CLASS), some(PER_CLASS, 6)
+
+
+def recipes(train, labels, seed=0):
+    """A source and a partner of its class for each label."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for label in labels:
+        members = np.flatnonzero(train.labels == label)
+        source, partner = rng.choice(members, 2, replace=False)
+        row = {"source": train.ids[source], "partners": [train.ids[partner]]}
+        rows.append(row | {"label": int(label)})
+    return rows
+
+
+_JUDGES = {}
+
+
+def judge(fields, train):
+    """Fitted once for the whole file."""
+    key = (fields, id(train))
+    if key not in _JUDGES:
+        _JUDGES[key] = filters.Judge(fields, train, seed=0)
+    return _JUDGES[key]
+
+
+def test_nothing_is_removed_with_the_filters_off(data):
+    train, others = data
+    rows = recipes(train, others.labels)
+    noise = np.random.default_rng(0).integers(0, 256, others.images.shape, np.uint8)
+    for images in (others.images, noise, np.resize(train.images, others.images.shape)):
+        assert judge(OFF, train)(images, rows) == [[] for _ in rows]
+    assert not OFF.any and not OFF.asks_images
+
+
+def test_a_pasted_copy_is_removed_and_named(data):
+    train, others = data
+    rows = recipes(train, others.labels[:3])
+    mine = train.ids.index(rows[0]["source"])
+    theirs = (mine + 17) % len(train.ids)
+    nearly = train.images[theirs].copy()
+    nearly[0, 0] += 3
+    images = np.stack([train.images[mine], nearly, others.images[2]])
+    source, other, new = judge(COPIES, train)(images, rows)
+    assert new == []
+    assert source[0].filter == other[0].filter == "copies"
+    assert "its source" in source[0].reason and source[0].real == rows[0]["source"]
+    assert train.ids[theirs] in other[0].reason and other[0].real == train.ids[theirs]
+    assert source[0].score == 0 < other[0].score < other[0].threshold
+
+    own = judge(Filters(copies="source"), train)(images, rows)
+    assert own == [source, [], []]
+
+
+def test_copies_quantile_says_how_near_is_too_near(data):
+    train, others = data
+    rows = recipes(train, others.labels)
+    counts = [
+        sum(
+            map(
+                bool,
+                judge(Filters(copies="any", copies_quantile=q), train)(
+                    others.images, rows
+                ),
+            )
+        )
+        for q in (0.0, 0.5, 1.0)
+    ]
+    assert 0 <= counts[0] < counts[1] < counts[2] <= len(rows)
+
+
+def test_noise_is_an_outlier_and_other_real_images_rarely_are(data):
+    train, others = data
+    rows = recipes(train, others.labels)
+    noise = np.random.default_rng(0).integers(0, 256, others.images.shape, np.uint8)
+    found = judge(OUTLIERS, train)(noise, rows)
+    assert all(len(findings) == 1 for findings in found)
+    for [finding], row in zip(found, rows, strict=True):
+        assert finding.filter == "outliers" and finding.score > finding.threshold
+        assert train.class_names[row["label"]] in finding.reason
+        assert train.labels[train.ids.index(finding.real)] == row["label"]
+    real = judge(OUTLIERS, train)(others.images, rows)
+    assert sum(map(bool, real)) < 0.25 * len(rows)
+
+
+def test_an_image_of_the_wrong_class_is_removed_by_its_label(data):
+    train, others = data
+    found = judge(LABEL, train)
+    right = found(others.images, recipes(train, others.labels))
+    wrong_labels = (others.labels + 3) % 10
+    wrong = found(others.images, recipes(train, wrong_labels))
+    assert sum(map(bool, right)) < 0.25 * len(right)
+    assert sum(map(bool, wrong)) > 0.9 * len(wrong)
+    caught = [i for i, findings in enumerate(wrong) if findings and not right[i]]
+    [finding] = wrong[caught[0]]
+    assert finding.filter == "label" and finding.score < finding.threshold == 0.5
+    assert finding.reason.startswith("looks like ")
+    facts = found.facts["label"]
+    assert facts["real_images"] == len(train.ids)
+    assert 0 < facts["real_removed"] < 0.3 * len(train.ids)
+
+
+def test_threshold_and_rank_keep_an_image_each(data):
+    train, others = data
+    rows = recipes(train, (others.labels + 3) % 10)
+
+    def removed(**fields):
+        found = judge(Filters(label="folds", label_folds=3, **fields), train)(
+            others.images, rows
+        )
+        return {i for i, findings in enumerate(found) if findings}
+
+    assert removed(label_threshold=0.0, label_top=0) == set()
+    assert removed(label_threshold=1.0, label_top=10) == set()
+    assert removed(label_threshold=1.0, label_top=0) == set(range(len(rows)))
+    by_rank = removed(label_threshold=1.0, label_top=3)
+    by_threshold = removed(label_threshold=0.05, label_top=0)
+    both = removed(label_threshold=0.05, label_top=3)
+    assert both == by_rank & by_threshold
+    assert by_rank != by_threshold
+
+
+def test_a_judgement_depends_on_neither_order_nor_batch(data):
+    train, others = data
+    noise = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    images = np.concatenate([others.images[::2], train.images[:4], noise])
+    labels = [*others.labels[::2], *train.labels[:4], *range(4)]
+    rows = recipes(train, labels)
+    found = judge(ALL, train)(images, rows)
+    assert {f.filter for findings in found for f in findings} == {
+        *("label", "copies", "outliers")
+    }
+    again = filters.Judge(ALL, train, seed=0)  # as after an interruption
+    order = np.random.default_rng(1).permutation(len(rows))
+    shuffled = []
+    for start in range(0, len(order), 5):
+        part = order[start : start + 5]
+        shuffled += again(images[part], [rows[i] for i in part])
+    assert [shuffled[i] for i in np.argsort(order)] == found
+    assert again([], []) == []
+
+
+@pytest.fixture(scope="module")
+def leaky():
+    """Dark and bright images; one bright one, of a mark of its own, is called dark.
+
+    It is there twice; only who learnt from it can think it dark.
+    """
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 12)
+    images = rng.integers(0, 60, (24, 8, 8, 3), np.uint8)
+    images[labels == 1] += 160
+    images[3] = images[20]
+    images[3, 2:6, 2:6] = 0
+    images[7] = images[3]
+    return split_of(images, labels.tolist(), ["dark", "bright"])
+
+
+def test_no_classifier_judges_what_it_has_seen(leaky):
+    found = judge(LABEL, leaky)
+    classifiers = folds.deal(
+        np.where(np.arange(24) == 7, 3, np.arange(24)),
+        leaky.labels.astype(np.int64),
+        folds=5,
+        seed=0,
+    )
+    assert classifiers[3] == classifiers[7]  # copies are in one fold
+    elsewhere = [leaky.ids[i] for i in range(12) if classifiers[i] != classifiers[3]]
+    image = leaky.images[3:4]
+
+    def kept(source, *partners):
+        row = {"source": source, "partners": list(partners), "label": 0}
+        return found(image, [row]) == [[]]
+
+    assert kept(elsewhere[0], elsewhere[1])  # by one who has seen it
+    for seen in ("i3", "i7"):
+        assert not kept(seen, elsewhere[0])
+        assert not kept(elsewhere[0], seen)
+        assert not kept(elsewhere[0], elsewhere[1], seen)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=20),
+    st.integers(2, 6),
+    st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=50)
+def test_folds_are_even_and_hold_copies_together(groups, k, seed):
+    labels = np.asarray([label for label, size in groups for _ in range(size)])
+    copies = np.asarray([i for i, (_, size) in enumerate(groups) for _ in range(size)])
+    found = folds.deal(copies, labels, folds=k, seed=seed)
+    assert found.min() >= 0 and found.max() < k
+    for group in np.unique(copies):
+        assert len(set(found[copies == group])) == 1
+    firsts = np.unique(copies, return_index=True)[1]
+    for label in np.unique(labels):
+        counts = np.bincount(found[firsts][labels[firsts] == label], minlength=k)
+        assert counts.max() - counts.min() <= 1
+    counts = np.bincount(found[firsts], minlength=k)
+    assert counts.max() - counts.min() <= 1
+    again = folds.deal(copies, labels, folds=k, seed=seed)
+    np.testing.assert_array_equal(found, again)
+
+
+def colour(images):
+    """A CLIP of which only colour counts: embeddings [N, 3], not of unit length."""
+    return np.asarray(images, np.float64).mean((1, 2)) + 1.0
+
+
+@pytest.fixture(scope="module")
+def coloured():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 6)
+    images = rng.integers(0, 80, (18, 8, 8, 3), np.uint8)
+    images[np.arange(18), ..., labels] += 120
+    return split_of(images, labels.tolist(), ["red", "green", "blue"])
+
+
+@pytest.mark.parametrize("label", ["clip", "folds"])
+def test_a_clip_judges_by_its_embeddings(coloured, label):
+    fields = Filters(label=label, outliers=True)
+    clip = {"embed": colour, "zero_shot": lambda e: special.softmax(20 * e, axis=1)}
+    found = filters.Judge(fields, coloured, seed=0, **clip)
+    assert found.facts["features"] == "clip"
+    rows = recipes(coloured, [0, 1, 2])
+    mixed = coloured.images[[0, 6, 12]][:, ::-1]  # same colours, other pixels
+    assert found(mixed, rows) == [[], [], []]
+    wrong = found(mixed[[1, 2, 0]], rows)
+    for findings in wrong:
+        assert [f.filter for f in findings] == ["label", "outliers"]
+    by_pixels = dataclasses.replace(fields, features="pixels")
+    found = filters.Judge(by_pixels, coloured, seed=0, **clip)
+    assert found.facts["features"] == "pixels"
+
+
+def test_a_class_of_one_image_is_judged_by_the_others(data, caplog):
+    train, others = data
+    some = np.flatnonzero((train.labels < 2) | (np.arange(len(train.ids)) == 24))
+    small = split_of(train.images[some], train.labels[some].tolist())
+    found = filters.Judge(OUTLIERS, small, seed=0)
+    thresholds = found.facts["outliers"]["thresholds"]
+    assert min(thresholds["class 0"], thresholds["class 1"]) <= thresholds["class 2"]
+    assert "class 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels", "words"),
+    [
+        ({"label": "folds"}, [0] * 6, ["filter.label", "two classes", "'class 0'"]),
+        (
+            {"label": "folds"},
+            [0] * 6 + [1] * 4,
+            ["filter.label_folds", "5 different", "4 in class 'class 1'", "Lower it"],
+        ),
+        ({"outliers": True}, [0, 1, 2], ["filter.outliers", "two different images"]),
+    ],
+)
+def test_too_few_images_are_one_sentence(fields, labels, words):
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), np.uint8)
+    with pytest.raises(UserError) as caught:
+        filters.Judge(Filters(**fields), split_of(images, labels), seed=0)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_copies_of_one_image_do_not_count_as_several(data):
+    train, _ = data
+    images = np.stack([train.images[i] for i in (0, 1, 2, 3, 3, 12, 13, 14, 15, 16)])
+    with pytest.raises(UserError, match="4 in class 'class 0'"):
+        filters.Judge(LABEL, split_of(images, [0] * 5 + [1] * 5), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"label": "nope"}, ["filter.label", "folds", "'nope'"]),
+        ({"copies": "all"}, ["filter.copies", "any or source", "'all'"]),
+        ({"features": "dino"}, ["filter.features", "pixels", "'dino'"]),
+        ({"label_threshold": 1.1}, ["filter.label_threshold", "from 0 to 1", "1.1"]),
+        ({"copies_quantile": -0.1}, ["filter.copies_quantile", "from 0 to 1", "-0.1"]),
+        ({"outliers_quantile": 99.0}, ["filter.outliers_quantile", "0 to 1", "99"]),
+        ({"outliers_quantile": float("nan")}, ["filter.outliers_quantile", "nan"]),
+        ({"label_top": -1}, ["filter.label_top", "from 0", "-1"]),
+        ({"label": "folds", "label_folds": 2}, ["label_folds", "at least 3", "got 2"]),
+        ({"label": "clip"}, ["filter.label", "config.generate.clip", "image_encoder"]),
+        ({"features": "clip"}, ["filter.features", "config.generate.clip"]),
+    ],
+)
+def test_a_wrong_field_is_one_sentence(fields, words):
+    with pytest.raises(UserError) as caught:
+        Filters(**fields).check(partners=1, has_clip=False)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_right_fields_pass():
+    for fields in (OFF, ALL, Filters(label="folds", label_folds=3)):
+        fields.check(partners=1, has_clip=False)
+    Filters(label="clip", features="clip").check(partners=9, has_clip=True)
+
+
+def test_the_fields_of_the_config_are_those_of_the_filters():
+    section = common.get_config().generate.filter.to_dict()
+    assert Filters(**section) == OFF
