@@ -179,6 +179,7 @@ def test_a_number_in_its_class():
     assert ablation.number_texts(rows, "")[1] == "a photo 1/1 of b"
 
 
+@pytest.mark.parametrize("run", ["demo"], indirect=True)
 def test_what_there_is_not_is_left_out_of_all_and_said_below(run, tmp_path):
     """Without an image tower and a ControlNet, `all` draws the others."""
     config, workdir = run
