@@ -16,10 +16,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, mix, preview, selection
+from mvc_jax import files, mix, preview, screening, selection
 from mvc_jax.ablation import Ablation, Needs
 from mvc_jax.conditionings import CONDITIONINGS, Texts, named
-from mvc_jax.data import decode, manifest, recipe_file, splits, synthetic
+from mvc_jax.data import decode, manifest, recipe_file, removed, splits, synthetic
 from mvc_jax.data.background import Background
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import (
@@ -72,6 +72,7 @@ def check(config: ConfigDict) -> None:
     drawn = {*section.sets}
     if section.conditioning != "all":  # which leaves out what there is not
         drawn |= {*named(section.conditioning)}
+    screening.check(config)
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
     interval = tuple(section.guidance_interval)
@@ -111,9 +112,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if not fresh:
             _require_same_weights(workdir)
         _require_room(job)
+        screen = screening.open_screen(
+            config, job.train, job.sampler.base_folder(), job.mesh
+        )
         drawing = True
+        artifacts += screen.write_facts(stage.folder) if screen else []
         for name in section.sets:
-            made, counted = _draw_set(job, name, judge=None)
+            made, counted = _draw_set(job, name, screen)
             artifacts += [f"{name}/{file}" for file in made]
             counts += counted
     except UserError:
@@ -135,6 +140,7 @@ class _Job:
       prompts: rows of `encode` by image id.
       train: the real images.
       sizes: (width, height) of each at the source, by id.
+      mesh: the devices.
       sampler: opened.
     """
 
@@ -144,6 +150,7 @@ class _Job:
     prompts: dict[str, dict]
     train: splits.Split
     sizes: dict[str, tuple[int, int]]
+    mesh: Mesh
     sampler: Sampler
 
     def sized(self, image: np.ndarray, source: str) -> np.ndarray:
@@ -188,6 +195,7 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
         prompts={row["id"]: row for row in prompts},
         train=train,
         sizes={row["id"]: (row["width"], row["height"]) for row in rows},
+        mesh=mesh,
         sampler=Sampler(workdir, mesh, Settings(**settings), texts),
     )
 
@@ -203,22 +211,20 @@ def _store(job: _Job, name: str) -> synthetic.Store:
 
 
 def _draw_set(
-    job: _Job, name: str, judge: selection.Judge | None
+    job: _Job, name: str, screen: screening.Screen | None
 ) -> tuple[list[str], Counter]:
     """Draws what a set lacks, and completes its folder.
 
     Args:
       job: of the run.
       name: of the set.
-      judge: says which images of a shard are to be left out: (images as they were
-        drawn, their provenance) -> a list for each, of what speaks against it, empty
-        for one that is kept; `Store.recorded("removed")` gives it back. None: all that
-        can be used are kept.
+      screen: the filters; None: all images that can be used are kept.
 
     Returns:
       its files, relative to its folder, and counts for the manifest.
     """
     section, store = job.config.generate, _store(job, name)
+    judge = screen and screen.of_set(store.folder)
     recipes = [CONDITIONINGS[name].recipe(recipe, name) for recipe in job.recipes]
     parts = store.missing(len(recipes))
     groups = [recipes[part.start : part.stop] for part in parts]
@@ -236,15 +242,18 @@ def _draw_set(
             selection.require_few(name, bad, done, len(recipes))
             redraws = {note["index"]: note["redraws"] for note in notes}
             rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
-            kept, removed = selection.judged(judge, drawn, rows)
+            kept, against = selection.judged(judge, drawn, rows)
             images = [drawn.images[place] for place in kept]
             rows = [rows[place] for place in kept]
-            writer.submit(_write, job, store, part, images, rows, notes, removed)
+            writer.submit(_write, job, store, part, images, rows, notes, against)
             progress.advance(len(group))
     if section.include_real:
         _write_real(job, store)
     store.restore_pictures()
     names = store.finish()
+    if screen:
+        found = store.recorded("removed")
+        names += screen.finish(store.folder, found, store.labels())
     names += dataset_card.write(store.folder, _facts(job, name, store))
     redrawn = sum(note["kept"] for note in store.recorded("notes"))
     images = len(store.labels())
@@ -277,19 +286,9 @@ def _provenance(job: _Job, recipe: dict, model: str, redraws: dict[int, int]) ->
 def _write_real(job: _Job, store: synthetic.Store) -> None:
     """Writes the training images beside the synthetic ones, in the same form."""
     train = job.train
-    nothing = dict.fromkeys(synthetic.PROVENANCE) | {"mode": "real"}
     for shard, start in enumerate(range(0, len(train.ids), store.shard_size)):
         part = range(start, min(start + store.shard_size, len(train.ids)))
-        rows = [
-            {
-                **nothing,
-                "index": i,
-                "source": train.ids[i],
-                "label": int(train.labels[i]),
-                "prompt": job.prompts[train.ids[i]]["prompt"],
-            }
-            for i in part
-        ]
+        rows = [synthetic.real_row(i, job.prompts[train.ids[i]]) for i in part]
         images = [job.sized(train.images[i], train.ids[i]) for i in part]
         store.write_real(images, rows, shard)
 
@@ -334,9 +333,9 @@ def _restore_pictures(folder: epath.Path, section: ConfigDict) -> None:
 def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
     """What the card of a set tells."""
     config, names = job.config, job.train.class_names
-    notes, removed = store.recorded("notes"), store.recorded("removed")
+    notes = store.recorded("notes")
     left_out = Counter(selection.given_up(notes))
-    left_out += Counter(row.get("filter", "judged") for row in removed)
+    left_out += Counter(removed.reasons(store.recorded("removed")))
     counts = [
         np.bincount(store.labels(real=real), minlength=len(names)).tolist()
         for real in (False, True)

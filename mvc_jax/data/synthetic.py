@@ -283,6 +283,21 @@ class Store:
         return record
 
 
+def real_row(index: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a real image: no provenance, but that it is real and which it is.
+
+    Args:
+      index: of the image.
+      row: of it in `prompts.jsonl`.
+    """
+    nothing = dict.fromkeys(PROVENANCE) | {"mode": "real", "index": index}
+    return nothing | {
+        "source": row["id"],
+        "label": row["label"],
+        "prompt": row["prompt"],
+    }
+
+
 def shard_path(folder: epath.Path, shard: int, kind: str = "train") -> epath.Path:
     return folder / "data" / f"{kind}-{shard:05d}.parquet"
 
