@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mvc_jax import files, mix, preview, screening, selection
@@ -72,7 +73,7 @@ def check(config: ConfigDict) -> None:
     drawn = {*section.sets}
     if section.conditioning != "all":  # which leaves out what there is not
         drawn |= {*named(section.conditioning)}
-    screening.check(config)
+    screening.check(config.to_dict())
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
     interval = tuple(section.guidance_interval)
@@ -112,9 +113,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if not fresh:
             _require_same_weights(workdir)
         _require_room(job)
-        screen = screening.open_screen(
-            config, job.train, job.sampler.base_folder(), job.mesh
-        )
+        base = job.sampler.base_folder()
+        screen = screening.open_screen(config.to_dict(), job.train, base, job.mesh)
         drawing = True
         artifacts += screen.write_facts(stage.folder) if screen else []
         for name in section.sets:

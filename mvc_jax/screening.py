@@ -6,13 +6,13 @@ here they meet the config and the folders of the sets.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.ablation import CLIP_FIELD
@@ -26,14 +26,13 @@ from mvc_jax.training import sharding
 _BATCH = 16  # images that CLIP looks at together
 
 
-def check(config: ConfigDict) -> None:
-    """Checks the section `generate.filter`."""
-    fields = _fields(config)
+def check(config: dict[str, Any]) -> None:
+    """Checks the section `generate.filter` of a run's settings."""
+    fields, path = _fields(config), config["generate"]["clip"]
     own = _has_own_tower(config) and fields.label != "clip"  # which has no text tower
-    has_clip = bool(config.generate.clip) or own
-    fields.check(partners=config.mix.partners, has_clip=has_clip)
-    if fields.asks_images and config.generate.clip:
-        clip.check(config.generate.clip, field=CLIP_FIELD, text=fields.label == "clip")
+    fields.check(partners=config["mix"]["partners"], has_clip=bool(path) or own)
+    if fields.asks_images and path:
+        clip.check(path, field=CLIP_FIELD, text=fields.label == "clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +126,12 @@ class Screen:
 
 
 def open_screen(
-    config: ConfigDict, train: Split, base: epath.Path, mesh: Mesh
+    config: dict[str, Any], train: Split, base: epath.Path, mesh: Mesh
 ) -> Screen | None:
     """The filters that the config asks for; None: it asks for none.
 
     Args:
-      config: of the run.
+      config: the settings of the run.
       train: the real training images.
       base: the folder of the base model, which may have an image tower.
       mesh: the devices.
@@ -140,16 +139,18 @@ def open_screen(
     fields = _fields(config)
     if not fields.any:
         return None
-    path = config.generate.clip or (base if _has_own_tower(config) else None)
+    path = config["generate"]["clip"] or (base if _has_own_tower(config) else None)
     asked = {}
     if fields.asks_images and path:
-        asked = _clip_of(fields, path, train.class_names, config.data.class_type, mesh)
-    return Screen(filters.Judge(fields, train, seed=config.seed, **asked), train)
+        class_type = config["data"]["class_type"]
+        asked = _clip_of(fields, path, train.class_names, class_type, mesh)
+    return Screen(filters.Judge(fields, train, seed=config["seed"], **asked), train)
 
 
-def _has_own_tower(config: ConfigDict) -> bool:
+def _has_own_tower(config: dict[str, Any]) -> bool:
     """Whether `pretrain` made the base an image tower."""
-    return not config.base.path and config.pretrain.image_encoder.steps > 0
+    made = config["pretrain"]["image_encoder"]["steps"] > 0
+    return made and not config["base"]["path"]
 
 
 def _clip_of(
@@ -180,5 +181,5 @@ def _clip_of(
     return {"embed": embed, "zero_shot": lambda images: np.asarray(ask(images))}
 
 
-def _fields(config: ConfigDict) -> filters.Filters:
-    return filters.Filters(**config.generate.filter.to_dict())
+def _fields(config: dict[str, Any]) -> filters.Filters:
+    return filters.Filters(**config["generate"]["filter"])
