@@ -1,37 +1,66 @@
 """Real, synthetic -> classifiers, one per run and seed, at equal optimiser steps.
 
 Reads: the training and test images, the sets of `generate/`. Writes:
-`results/<run>.json`: accuracy and predictions on test, once at the end of each fit.
+`results/<run>.json`, predictions on test, made once at the end of each fit;
+`models/<run>/seed-<i>/`, the classifiers; `fits/`, their checkpoints; and `pixels/`,
+the images at the size that the classifiers see.
 
 A run is named `<regime>[:<set>][+<policy>]`, e.g. `combined:unmixed+affine`.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from mvc_jax import files
-from mvc_jax.augment.affine import random_affine
-from mvc_jax.data import decode, manifest, splits, synthetic
-from mvc_jax.data.regimes import REGIMES, schedule
-from mvc_jax.errors import UserError, require
+from mvc_jax import classifier, files
+from mvc_jax.data import manifest, pixels, regimes, training_set
+from mvc_jax.errors import require, require_one_of, require_within
 from mvc_jax.models import resnet
-from mvc_jax.training import rng, sharding
+from mvc_jax.training import memory, optim, rng, sharding
+from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.console import Progress
-from mvc_jax.training.loop import weighted_mean
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.journal import Journal
+from mvc_jax.training.loop import fit
+from mvc_jax.training.validation import Validation
 
-POLICIES = {"none": None, "affine": random_affine}
+_CHOICES = {
+    "optimizer": optim.OPTIMIZERS,
+    "schedule": optim.SCHEDULES,
+    "class_weights": ("none", "balanced"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+_COUNTS = ("seeds", "steps", "batch_size", "width", "stem_stride", "log_every")
+_SWITCHES = ("epochs", "warmup", "patience", "validate_every", "checkpoint_minutes")
+_SWITCHES += ("ratio", "memory_gib", "seeds_at_once", "steps_at_once")
+_SHARES = ("probability", "phase_two", "gamma", "phase_two_rate", "label_smoothing")
+_RANGES = {
+    **dict.fromkeys(_COUNTS, (1, 1e9, "configs/common.py has values that work.")),
+    **dict.fromkeys(_SWITCHES, (0, 1e9, "0 switches it off.")),
+    **dict.fromkeys(_SHARES, (0, 1, "It is a share; the paper's probability is 0.8.")),
+    "learning_rate": (1e-12, 1e3, "Adam's usual one is 0.001."),
+    "weight_decay": (0, 1, "0.0005 is usual with SGD."),
+    "momentum": (0, 1 - 1e-9, "0.9 is usual."),
+    "ema_decay": (0, 1 - 1e-9, "0.999 is usual; 0 keeps no average."),
+    "validation": (0, 0.9, "0.1 to 0.2 are usual; 0 holds nothing out."),
+}
+# They change what is kept, what is shown or how fast it goes, but not what is computed.
+_NO_RESULT = ("log_every", "checkpoint_minutes", "memory_gib", "steps_at_once")
+_WAYS_OUT = (
+    "Lower config.classify.batch_size, config.classify.seeds_at_once or "
+    "config.classify.size."
+)
+_PREDICTED = 500  # images at once
+_SMALL = 5_000_000  # parameters
+_STEPS_AT_ONCE = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +71,11 @@ class Run:
     regime: str
     set: str
     policy: str
+
+    @property
+    def plain(self) -> str:
+        """Its name as a file's name and a TensorBoard tag."""
+        return self.name.replace(":", "-").replace("+", "_")
 
 
 def parse_run(name: str) -> Run:
@@ -55,13 +89,14 @@ def parse_run(name: str) -> Run:
     run_ = Run(
         name, regime, "" if regime == "real" else set_ or "mixed", policy or "none"
     )
-    good = run_.regime in REGIMES and run_.policy in POLICIES
+    good = run_.regime in regimes.REGIMES and run_.policy in classifier.POLICIES
     good = good and bool(plus) == bool(policy) and bool(colon) == bool(set_)
     require(
         good and not (regime == "real" and set_),
         "config.classify.runs",
-        wanted=f"<regime>[:<set>][+<policy>] with a regime of {', '.join(REGIMES)} "
-        f"(real takes no set) and a policy of {', '.join(POLICIES)}",
+        wanted="<regime>[:<set>][+<policy>] with a regime of "
+        f"{', '.join(regimes.REGIMES)} (real takes no set) and a policy of "
+        f"{', '.join(classifier.POLICIES)}",
         got=repr(name),
         fix="Mend this run's name.",
     )
@@ -94,14 +129,9 @@ def check(config: ConfigDict) -> None:
         got=repr(section.model),
         fix="Name one of these.",
     )
-    for field in ("seeds", "steps", "batch_size", "width", "stem_stride"):
-        require(
-            section[field] > 0,
-            f"config.classify.{field}",
-            wanted="at least 1",
-            got=section[field],
-            fix="Raise it.",
-        )
+    fields = section.to_dict()
+    require_within("config.classify", fields, _RANGES)
+    require_one_of("config.classify", fields, _CHOICES)
     require(
         0 <= section.size <= config.data.size,
         "config.classify.size",
@@ -109,264 +139,289 @@ def check(config: ConfigDict) -> None:
         got=section.size,
         fix="Lower it.",
     )
+    milestones = tuple(section.milestones)
     require(
-        0 < section.learning_rate < float("inf"),
-        "config.classify.learning_rate",
-        wanted="a number above 0",
-        got=section.learning_rate,
-        fix="Adam's usual one is 0.001.",
+        list(milestones) == sorted({m for m in milestones if 0 < m < 1}),
+        "config.classify.milestones",
+        wanted="shares of the steps in (0, 1), ascending",
+        got=milestones,
+        fix="Write e.g. 0.5,0.75.",
     )
-    for field in ("probability", "phase_two"):
-        require(
-            0 <= section[field] <= 1,
-            f"config.classify.{field}",
-            wanted="a number in [0, 1]",
-            got=section[field],
-            fix="The paper's p is 0.8.",
-        )
+    require(
+        not section.patience or section.validation > 0,
+        "config.classify.patience",
+        wanted="0, or images to validate on: config.classify.validation above 0",
+        got=section.patience,
+        fix="Set config.classify.validation to e.g. 0.1.",
+    )
+    require(
+        not section.ratio or section.ratio <= config.mix.per_image,
+        "config.classify.ratio",
+        wanted=f"at most the {config.mix.per_image} synthetic images a real one of "
+        "config.mix.per_image, or 0 for all of them",
+        got=section.ratio,
+        fix="Lower it, or raise config.mix.per_image.",
+    )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains and tests every run; results that exist are kept."""
     workdir = epath.Path(workdir)
     settings = {"seed": config.seed, "data": config.data.to_dict()}
-    settings["classify"] = config.classify.to_dict()
+    section = config.classify.to_dict()
+    shaping = {k: v for k, v in section.items() if k not in _NO_RESULT}
+    settings["classify"] = shaping
     stage = manifest.open_stage(workdir, "classify", settings, inputs=("generate",))
     if stage.complete:
         return
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    section = config.classify
-    runs = [parse_run(name) for name in section.runs]
-    data, test, ranges = _load(workdir, runs, section.size)
-    model = resnet.VARIANTS[section.model](
-        num_classes=int(data["labels"].max()) + 1,
-        width=section.width,
-        stem_stride=section.stem_stride,
+    runs = [parse_run(name) for name in section["runs"]]
+    data = training_set.read(
+        workdir,
+        stage.folder / "pixels",
+        sets=sorted({run_.set for run_ in runs} - {""}),
+        size=section["size"] or config.data.size,
+        ratio=section["ratio"],
+        validation=section["validation"],
+        seed=config.seed,
     )
-    data = jax.device_put(data, sharding.replicated(mesh))
-    test_images = jax.device_put(test.images, sharding.replicated(mesh))
-    log = MetricsLog(workdir, "classify")
-    progress = Progress("classify", len(runs) * section.seeds, unit="fit")
+    trainer = Trainer(config, workdir, stage.folder, data)
     artifacts = []
     for run_ in runs:
-        path = stage.folder / "results" / f"{_plain(run_.name)}.json"
+        path = stage.folder / "results" / f"{run_.plain}.json"
         artifacts.append(f"results/{path.name}")
         if path.exists():
-            progress.advance(section.seeds)
+            trainer.progress.advance(section["seeds"] * trainer.steps)
             continue
-        result = dataclasses.asdict(run_) | {"seeds": []}
-        for seed in range(section.seeds):
-            rows = _rows(run_, section, ranges, config.seed, seed)
-            result |= _examples_seen(rows, ranges)
-            state, losses = fit(
-                data,
-                _place(rows, mesh),
-                rng.purpose_key(config.seed, f"classify/{seed}"),
-                model=model,
-                policy=run_.policy,
-                weight_decay=section.weight_decay,
-            )
-            _log_losses(log, f"loss/{_plain(run_.name)}/{seed}", losses)
-            predicted = np.asarray(predict(state, test_images, model=model))
-            accuracy = float((predicted == test.labels).mean())
-            row = {"accuracy": accuracy, "predictions": predicted.tolist()}
-            result["seeds"].append(row)
-            progress.advance(1, accuracy=accuracy)
-        files.write_json(path, result)
-    progress.close()
-    log.close()
-    stage.finish(artifacts, runs=len(runs), fits=len(runs) * section.seeds)
+        files.write_json(path, dataclasses.asdict(run_) | trainer.results(run_))
+    trainer.progress.close()
+    stage.finish(artifacts, runs=len(runs), fits=len(runs) * section["seeds"])
 
 
-def _load(workdir: epath.Path, runs: list[Run], size: int):
-    """All images in one array, real ones first, and each set's range in it."""
-    caption = workdir / "caption"
-    train, test = (splits.read_split(caption, name) for name in ("train", "test"))
-    images, labels = [_smaller(train.images, size)], [train.labels]
-    ranges = {"": (0, len(train.labels))}
-    for name in sorted({run_.set for run_ in runs} - {""}):
-        drawn, drawn_labels, _ = synthetic.read_images(workdir / "generate" / name)
-        first = sum(map(len, labels))
-        ranges[name] = (first, first + len(drawn_labels))
-        images.append(_smaller(drawn, size))
-        labels.append(drawn_labels)
-    data = {"images": np.concatenate(images), "labels": np.concatenate(labels)}
-    return data, dataclasses.replace(test, images=_smaller(test.images, size)), ranges
+class Trainer:
+    """Fits the classifiers of one run after another, on the same images and devices."""
 
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        folder: epath.Path,
+        data: training_set.TrainingSet,
+    ):
+        section = config.classify
+        self._section, self._seed = section, config.seed
+        self._workdir, self._folder, self._data = workdir, folder, data
+        self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        self._programs: dict = {}
+        self._fixed = self._placed(memory.device_bytes(jax.devices()[0]))
+        real = len(data.pools[""].real)
+        self.steps = math.ceil(section.epochs * real / section.batch_size)
+        self.steps = self.steps or section.steps
+        total = len(section.runs) * section.seeds * self.steps
+        self.progress = Progress("classify", total)
 
-def _smaller(images: UInt8[np.ndarray, "N H W 3"], size: int):
-    """All images at `size` pixels by area; 0: as they are."""
-    if not size:
-        return images
-    return np.stack([decode.fit(image, size, resample="area") for image in images])
+    def results(self, run_: Run) -> dict[str, Any]:
+        """Trains every seed of a run; what each says of the test images."""
+        found: list[dict] = []
+        seen = {}
+        for seeds in self._groups():
+            rows = [self._rows(run_, seed) for seed in seeds]
+            seen = self._examples_seen(rows[0])
+            state = self._fit(run_, seeds, rows)
+            probabilities = self._predict(state, self._data.test)
+            found += [_result(row, self._data.test_labels) for row in probabilities]
+        return seen | {"seeds": found}
 
-
-def _rows(run_: Run, section: ConfigDict, ranges: dict, seed: int, repeat: int):
-    """Every batch of one fit, by the run's regime and the config."""
-    return schedule(
-        run_.regime,
-        ranges[""],
-        ranges[run_.set] if run_.set else (0, 0),
-        seed=seed,
-        repeat=repeat,
-        steps=section.steps,
-        batch_size=section.batch_size,
-        learning_rate=section.learning_rate,
-        probability=section.probability,
-        phase_two=section.phase_two,
-        phase_two_rate=section.phase_two_rate,
-    )
-
-
-def _plain(name: str) -> str:
-    """A run's name as a file's name and a TensorBoard tag."""
-    return name.replace(":", "-").replace("+", "_")
-
-
-def _place(rows: dict, mesh) -> dict:
-    size = sharding.padded_size(rows["index"].shape[1], mesh)
-    placed = {
-        name: jax.device_put(
-            sharding.pad_rows(rows[name], size, 1), sharding.batch_sharding(mesh, 1)
+    def _fit(self, run_: Run, seeds: list[int], rows: list[dict]):
+        section = self._section
+        recipe, tx, step = self._step(run_.policy, run_.regime == "two_phase")
+        state = classifier.create_state(
+            recipe,
+            tx,
+            np.asarray(seeds, np.int32),
+            self._mesh,
+            key=rng.purpose_key(self._seed, "classify"),
+            image_shape=self._data.rows.parts[0].shape[1:],
         )
-        for name in ("index", "weight")
-    }
-    return placed | {"rate": jax.device_put(rows["rate"], sharding.replicated(mesh))}
-
-
-def _examples_seen(rows: dict, ranges: dict) -> dict[str, int]:
-    counted = rows["index"][rows["weight"] > 0]
-    real = int((counted < ranges[""][1]).sum())
-    return {"real_seen": real, "synthetic_seen": int(counted.size) - real}
-
-
-@flax.struct.dataclass
-class State:
-    """A classifier in training; `step` alone fixes its batch and its randomness."""
-
-    step: Any  # int32 []
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-
-def fit(
-    data: dict[str, Array],
-    rows: dict[str, Array],
-    key: Array,
-    *,
-    model: nn.Module,
-    policy: str,
-    weight_decay: float,
-) -> tuple[State, Float[np.ndarray, " steps"]]:
-    """One classifier from initialisation to its last step.
-
-    Args:
-      data: `images` uint8 [N, H, W, 3] and `labels` int32 [N].
-      rows: of `regimes.schedule`, on the devices.
-      key: of initialisation and augmentation.
-      model: of `models.resnet`.
-      policy: a key of `POLICIES`.
-      weight_decay: decoupled, on kernels.
-
-    Returns:
-      the last state and the loss of each step.
-    """
-    init_key, augment_key = jax.random.split(key)
-    state = init_state(init_key, data["images"][:1], model, weight_decay)
-    losses = []
-    for _ in range(len(rows["rate"])):
-        state, loss = train_step(
+        name = f"{run_.plain}/seed-{'-'.join(map(str, seeds))}"
+        folder = self._folder / "fits" / name
+        validation = None
+        if len(self._data.validation):
+            validation = Validation(self._measure, section.patience)
+        every = section.validate_every or self.steps
+        kept = {"every": every, "minutes": section.checkpoint_minutes}
+        kept |= {"keep": 1, "best": "validation_loss" if validation else None}
+        state = fit(
+            step,
             state,
-            data,
-            rows,
-            augment_key,
-            model=model,
-            policy=policy,
-            weight_decay=weight_decay,
+            read=self._reader(rows),
+            fixed=self._fixed | {"seed": np.asarray(seeds, np.int32)},
+            mesh=self._mesh,
+            steps=self.steps,
+            checkpoints=Checkpoints(folder, **kept),
+            journal=Journal(
+                self._workdir,
+                f"classify/{name}",
+                log_every=min(section.log_every, every),
+                progress=self.progress,
+            ),
+            room=memory.Room(int(section.memory_gib * 2**30), _WAYS_OUT),
+            stride=self._stride(every),
+            validation=validation,
+            programs=self._programs,
         )
-        losses.append(loss)
-    return state, np.asarray(jax.device_get(losses))
+        if validation:
+            with contextlib.closing(Checkpoints(folder, **kept)) as checkpoints:
+                state = checkpoints.restore_best(state)
+        return state
 
+    @functools.cache  # noqa: B019  one trainer a process
+    def _step(self, policy: str, two_phases: bool):
+        """The recipe, the optimiser and the step of all runs of one kind."""
+        section = self._section
+        recipe = dataclasses.replace(self._recipe, policy=policy)
+        rate = _learning_rate(section, self.steps, two_phases)
+        if section.optimizer == "adam":
+            tx = optim.adam(rate, weight_decay=section.weight_decay)
+        else:
+            decay = {"weight_decay": section.weight_decay}
+            tx = optim.sgd(rate, momentum=section.momentum, **decay)
+        key = rng.purpose_key(self._seed, "classify/steps")
+        step = functools.partial(classifier.train_step, recipe=recipe, tx=tx, key=key)
+        return recipe, tx, step
 
-@functools.partial(jax.jit, static_argnames=("model", "weight_decay"))
-def init_state(key: Array, images: Array, model: nn.Module, weight_decay: float):
-    variables = model.init(key, _scaled(images))
-    opt_state = _adam(weight_decay).init(variables["params"])
-    step = jnp.zeros((), jnp.int32)
-    return State(step, variables["params"], variables["batch_stats"], opt_state)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "policy", "weight_decay"), donate_argnums=0
-)
-def train_step(
-    state: State,
-    data: dict[str, Array],
-    rows: dict[str, Array],
-    key: Array,
-    *,
-    model: nn.Module,
-    policy: str,
-    weight_decay: float,
-) -> tuple[State, Float[Array, ""]]:
-    """One step of Adam with decoupled weight decay; returns the next state and loss."""
-    row = {name: array[state.step] for name, array in rows.items()}
-    images, labels = _scaled(data["images"][row["index"]]), data["labels"][row["index"]]
-    if POLICIES[policy]:
-        step_key = jax.random.fold_in(key, state.step)
-        keys = rng.example_keys(step_key, jnp.arange(len(labels)))
-        images = jax.vmap(POLICIES[policy])(keys, images)
-
-    def loss_of(params):
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            mask=row["weight"] > 0,
-            mutable=["batch_stats"],
+    @functools.cached_property
+    def _recipe(self) -> classifier.Recipe:
+        section, data = self._section, self._data
+        weights: tuple[float, ...] = ()
+        if section.class_weights == "balanced":
+            counts = np.bincount(data.labels[data.pools[""].real])
+            weights = tuple((counts.sum() / (len(counts) * counts)).tolist())
+        return classifier.Recipe(
+            model=resnet.VARIANTS[section.model](
+                num_classes=len(data.class_names),
+                width=section.width,
+                stem_stride=section.stem_stride,
+            ),
+            label_smoothing=section.label_smoothing,
+            class_weights=weights,
+            ema_decay=section.ema_decay,
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return weighted_mean(losses, row["weight"]), updated["batch_stats"]
 
-    (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    updates, opt_state = _adam(weight_decay).update(
-        grads, state.opt_state, state.params
+    @functools.cached_property
+    def _predict(self) -> Callable:
+        return classifier.predictor(self._recipe, self._mesh, batch_size=_PREDICTED)
+
+    def _measure(self, state: classifier.ClassifierState) -> dict[str, float]:
+        """Cross entropy and accuracy on the held-out images."""
+        held = self._data.validation
+        labels = self._data.labels[held]
+        found = self._predict(state, self._data.rows.take(held))[0]
+        likelihood = found[np.arange(len(labels)), labels]
+        return {
+            "validation_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()),
+            "validation_accuracy": float((found.argmax(-1) == labels).mean()),
+        }
+
+    def _groups(self) -> list[list[int]]:
+        """Which seeds are trained side by side."""
+        section = self._section
+        size = section.seeds_at_once or self._usual_group()
+        if len(self._data.validation):
+            size = 1  # each stops by itself
+        seeds = list(range(section.seeds))
+        return [seeds[i : i + size] for i in range(0, len(seeds), size)]
+
+    def _usual_group(self) -> int:
+        """All, where an accelerator would idle between the steps of one."""
+        if jax.default_backend() == "cpu":
+            return 1
+        shape = jax.ShapeDtypeStruct((1, *self._data.rows.parts[0].shape[1:]), "f4")
+        shapes = jax.eval_shape(self._recipe.model.init, jax.random.key(0), shape)
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        return self._section.seeds if count < _SMALL else 1
+
+    def _rows(self, run_: Run, seed: int) -> dict[str, np.ndarray]:
+        """Every batch of one fit, by the run's regime and the config."""
+        section = self._section
+        return regimes.schedule(
+            run_.regime,
+            self._data.pools[run_.set],
+            seed=self._seed,
+            repeat=seed,
+            steps=self.steps,
+            batch_size=section.batch_size,
+            probability=section.probability,
+            phase_two=section.phase_two,
+        )
+
+    def _examples_seen(self, rows: dict[str, np.ndarray]) -> dict[str, int]:
+        counted = rows["index"][rows["weight"] > 0]
+        real = int((counted < len(self._data.rows.parts[0])).sum())
+        return {"real_seen": real, "synthetic_seen": int(counted.size) - real}
+
+    def _placed(self, room: int) -> dict[str, jax.Array]:
+        """All images on every device, where they take less than half of one."""
+        rows = self._data.rows
+        if rows.nbytes > (self._section.images_gib * 2**30 or room / 2):
+            return {}
+        whole = {"images": rows.all(), "labels": self._data.labels}
+        return jax.device_put(whole, sharding.replicated(self._mesh))
+
+    def _reader(self, rows: list[dict]) -> Callable[[int], dict[str, np.ndarray]]:
+        """step -> what `train_step` takes of it, [B, S, ...]."""
+
+        def stacked(name: str, step: int) -> np.ndarray:
+            return np.stack([row[name][step] for row in rows], axis=1)
+
+        def read(step: int) -> dict[str, np.ndarray]:
+            return {name: stacked(name, step) for name in ("index", "weight")}
+
+        def read_images(step: int) -> dict[str, np.ndarray]:
+            batch = read(step)
+            index = batch.pop("index")
+            images, labels = self._data.rows.take(index), self._data.labels[index]
+            return batch | {"images": images, "labels": labels}
+
+        return read if self._fixed else pixels.Ahead(read_images, self.steps)
+
+    def _stride(self, every: int) -> int:
+        """Steps of one dispatch: many small ones on an accelerator, one on a CPU."""
+        most = self._section.steps_at_once or (
+            1 if jax.default_backend() == "cpu" else _STEPS_AT_ONCE
+        )
+        both = math.gcd(self.steps, every, min(self._section.log_every, every))
+        return max(n for n in range(1, min(most, both) + 1) if both % n == 0)
+
+
+def _learning_rate(section: ConfigDict, steps: int, two_phases: bool) -> optax.Schedule:
+    """The rate by step; in the second of two phases it starts anew, and lower."""
+
+    def rate(peak: float, steps: int, warmup: int) -> optax.Schedule:
+        return optim.schedule(
+            section.schedule,
+            peak,
+            warmup=warmup,
+            steps=steps,
+            milestones=section.milestones,
+            gamma=section.gamma,
+        )
+
+    if not two_phases:
+        return rate(section.learning_rate, steps, section.warmup)
+    turn = regimes.first_phase(steps, section.phase_two)
+    lower = section.learning_rate * section.phase_two_rate
+    both = (
+        rate(section.learning_rate, turn, section.warmup),
+        rate(lower, steps - turn, 0),
     )
-    updates = jax.tree.map(lambda u: -row["rate"] * u, updates)
-    params = optax.apply_updates(state.params, updates)
-    return State(state.step + 1, params, stats, opt_state), loss
+    return optax.join_schedules(both, [turn])
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def predict(state: State, images: Array, *, model: nn.Module):
-    """Predicted labels int32 [T] of uint8 images [T, H, W, 3]."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return model.apply(variables, _scaled(images)).argmax(-1)
-
-
-def _adam(weight_decay: float) -> optax.GradientTransformation:
-    """Adam and the decay of kernels; the rate of each step is in its row."""
-    decay = optax.add_decayed_weights(
-        weight_decay, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
-    )
-    return optax.chain(optax.scale_by_adam(), decay)
-
-
-def _scaled(images: Array) -> Array:
-    """uint8 [0, 255] -> float [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def _log_losses(log: MetricsLog, name: str, losses: np.ndarray) -> None:
-    if not np.isfinite(losses).all():
-        raise UserError(
-            name,
-            wanted="a finite training loss",
-            got=f"{losses[~np.isfinite(losses)][0]}",
-            fix="Lower config.classify.learning_rate.",
-        )
-    every = max(len(losses) // 10, 1)
-    for start in range(0, len(losses), every):
-        part = losses[start : start + every]
-        log.write(start + len(part), **{name: part.mean()})
+def _result(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What one classifier says of the test images."""
+    predicted = probabilities.argmax(-1)
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "predictions": predicted.tolist(),
+        "confidences": probabilities.max(-1).round(4).tolist(),
+    }

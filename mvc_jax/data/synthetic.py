@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,17 @@ def restore_pictures(path: epath.Path, pictures: epath.Path) -> None:
     for cell in table["image"].to_pylist():
         if not (pictures / cell["path"]).exists():
             files.write_bytes(pictures / cell["path"], cell["bytes"])
+
+
+def read_rows(folder: epath.PathLike, columns: Sequence[str]) -> Iterator[dict]:
+    """Rows of all shards of `folder`, in order; an `image` as uint8 [H, W, 3]."""
+    for path in sorted((epath.Path(folder) / "data").glob("train-*.parquet")):
+        with path.open("rb") as file:
+            table = pq.read_table(file, columns=list(columns))
+        for row in table.to_pylist():
+            if "image" in row:
+                row["image"] = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+            yield row
 
 
 def read_images(
