@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import classifier, files
-from mvc_jax.data import manifest, pixels, regimes, training_set
+from mvc_jax.data import manifest, regimes, training_set
 from mvc_jax.errors import require, require_one_of, require_within
 from mvc_jax.models import resnet
 from mvc_jax.training import memory, optim, rng, sharding
@@ -225,7 +225,7 @@ class Trainer:
         seen = {}
         for seeds in self._groups():
             rows = [self._rows(run_, seed) for seed in seeds]
-            seen = self._examples_seen(rows[0])
+            seen = self._data.examples_seen(rows[0])
             state = self._fit(run_, seeds, rows)
             probabilities = self._predict(state, self._data.test)
             found += [_result(row, self._data.test_labels) for row in probabilities]
@@ -253,7 +253,7 @@ class Trainer:
         state = fit(
             step,
             state,
-            read=self._reader(rows),
+            read=self._data.reader(rows, pixels=not self._fixed),
             fixed=self._fixed | {"seed": np.asarray(seeds, np.int32)},
             mesh=self._mesh,
             steps=self.steps,
@@ -354,11 +354,6 @@ class Trainer:
             phase_two=section.phase_two,
         )
 
-    def _examples_seen(self, rows: dict[str, np.ndarray]) -> dict[str, int]:
-        counted = rows["index"][rows["weight"] > 0]
-        real = int((counted < len(self._data.rows.parts[0])).sum())
-        return {"real_seen": real, "synthetic_seen": int(counted.size) - real}
-
     def _placed(self, room: int) -> dict[str, jax.Array]:
         """All images on every device, where they take less than half of one."""
         rows = self._data.rows
@@ -366,23 +361,6 @@ class Trainer:
             return {}
         whole = {"images": rows.all(), "labels": self._data.labels}
         return jax.device_put(whole, sharding.replicated(self._mesh))
-
-    def _reader(self, rows: list[dict]) -> Callable[[int], dict[str, np.ndarray]]:
-        """step -> what `train_step` takes of it, [B, S, ...]."""
-
-        def stacked(name: str, step: int) -> np.ndarray:
-            return np.stack([row[name][step] for row in rows], axis=1)
-
-        def read(step: int) -> dict[str, np.ndarray]:
-            return {name: stacked(name, step) for name in ("index", "weight")}
-
-        def read_images(step: int) -> dict[str, np.ndarray]:
-            batch = read(step)
-            index = batch.pop("index")
-            images, labels = self._data.rows.take(index), self._data.labels[index]
-            return batch | {"images": images, "labels": labels}
-
-        return read if self._fixed else pixels.Ahead(read_images, self.steps)
 
     def _stride(self, every: int) -> int:
         """Steps of one dispatch: many small ones on an accelerator, one on a CPU."""

@@ -1,13 +1,14 @@
 """What classifiers are trained and tested on: all images, at one size."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from mvc_jax.data import decode, order, pixels, splits, synthetic
+from mvc_jax.data import decode, order, splits, synthetic
+from mvc_jax.data.pixels import Ahead, Rows, store
 from mvc_jax.data.regimes import Pools
 
 
@@ -26,13 +27,44 @@ class TrainingSet:
       class_names: K strings; labels index them.
     """
 
-    rows: pixels.Rows
+    rows: Rows
     labels: Int[np.ndarray, " R"]
     pools: dict[str, Pools]
     validation: Int[np.ndarray, " V"]
     test: UInt8[np.ndarray, "T S S 3"]
     test_labels: Int[np.ndarray, " T"]
     class_names: tuple[str, ...]
+
+    def examples_seen(self, schedule: dict[str, np.ndarray]) -> dict[str, int]:
+        """How many of one fit's examples are real, and how many synthetic."""
+        counted = schedule["index"][schedule["weight"] > 0]
+        real = int((counted < len(self.rows.parts[0])).sum())
+        return {"real_seen": real, "synthetic_seen": int(counted.size) - real}
+
+    def reader(
+        self, schedules: Sequence[dict[str, np.ndarray]], *, pixels: bool
+    ) -> Callable[[int], dict[str, np.ndarray]]:
+        """From a step to the batches of S fits side by side, by `regimes.schedule`.
+
+        They are `weight` [B, S], and either `index` [B, S], for who holds all images;
+        or `images` [B, S, H, W, 3] and `labels` [B, S], read ahead from the disk.
+        """
+
+        def stacked(name: str, step: int) -> np.ndarray:
+            return np.stack([each[name][step] for each in schedules], axis=1)
+
+        def indices(step: int) -> dict[str, np.ndarray]:
+            return {name: stacked(name, step) for name in ("index", "weight")}
+
+        def images(step: int) -> dict[str, np.ndarray]:
+            batch = indices(step)
+            index = batch.pop("index")
+            return batch | {
+                "images": self.rows.take(index),
+                "labels": self.labels[index],
+            }
+
+        return Ahead(images, len(schedules[0]["index"])) if pixels else indices
 
 
 def read(
@@ -80,7 +112,7 @@ def read(
         pool = Pools(real, drawn, sources, every_label).per_real(ratio)
         pools[name] = pool.without(held_out, parents[: len(pool.synthetic)])
     return TrainingSet(
-        rows=pixels.Rows(tuple(parts)),
+        rows=Rows(tuple(parts)),
         labels=every_label,
         pools=pools,
         validation=held_out,
@@ -98,7 +130,7 @@ def _sized(images: np.ndarray, size: int, path: epath.Path) -> np.ndarray:
 
 def _stored(images, count: int, size: int, path: epath.Path) -> np.ndarray:
     small = (decode.fit(image, size, resample="area") for image in images)
-    return pixels.store(path, small, count, size)
+    return store(path, small, count, size)
 
 
 def _held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
