@@ -121,27 +121,30 @@ class EfficientNet(nn.Module):
         mask: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B K"]:
         layers = Layers(train, mask, self.dtype, self.padding, self.epsilon)
-        x = layers.conv(images, self._scaled(32), 3, 2, name="conv_stem")
+        x = layers.conv(images, self.scaled(32), 3, 2, name="conv_stem")
         x = nn.silu(layers.norm(x, name="bn1"))
-        depths = [math.ceil(self.depth * stage.depth) for stage in self.stages]
-        number = 0
+        number, depths = 0, self.depths()
         for row, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
             for block in range(depth):
                 x = MBConv(
                     stage,
-                    self._scaled(stage.width),
+                    self.scaled(stage.width),
                     stage.stride if block == 0 else 1,
                     self.drop_path * number / sum(depths),
                     name=f"blocks_{row}_{block}",
                 )(x, layers)
                 number += 1
-        x = layers.conv(x, self._scaled(1280), 1, name="conv_head")
+        x = layers.conv(x, self.scaled(1280), 1, name="conv_head")
         x = pooled(nn.silu(layers.norm(x, name="bn2")))
         if train and self.dropout:
             x = drop(x, x.shape, self.dropout, self.make_rng("dropout"))
         return head(x, self.num_classes, name="classifier")
 
-    def _scaled(self, channels: int) -> int:
+    def depths(self) -> list[int]:
+        """Blocks of each stage."""
+        return [math.ceil(self.depth * stage.depth) for stage in self.stages]
+
+    def scaled(self, channels: int) -> int:
         """Channels times `width`, as a multiple of 8 that is not below nine tenths."""
         wanted = channels * self.width
         rounded = max(8, int(wanted + 4) // 8 * 8)
