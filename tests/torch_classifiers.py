@@ -68,6 +68,48 @@ class BasicBlock(nn.Module):
         return F.relu(y + (self.downsample(x) if self.downsample else x))
 
 
+class Bottleneck(nn.Module):
+    def __init__(self, inputs, width, stride, inner):
+        super().__init__()
+        middle, outputs = inner * width, 4 * width
+        self.conv1, self.bn1 = conv(inputs, middle, 1), nn.BatchNorm2d(middle)
+        self.conv2, self.bn2 = conv(middle, middle, 3, stride), nn.BatchNorm2d(middle)
+        self.conv3, self.bn3 = conv(middle, outputs, 1), nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x):
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (self.downsample(x) if self.downsample else x))
+
+
+class BottleneckResNet(nn.Module):
+    """torchvision's, which strides in the 3x3 convolution; for ImageNet."""
+
+    def __init__(self, classes, width, depths, inner):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, width, 7, 2), nn.BatchNorm2d(width)
+        inputs = width
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(Bottleneck(inputs, width * 2**stage, stride, inner))
+                inputs = 4 * width * 2**stage
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.fc, self.count = nn.Linear(inputs, classes), len(depths)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        for stage in range(self.count):
+            x = getattr(self, f"layer{stage + 1}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
 class CifarResNet(Network):
     def __init__(self, classes, width, count, depth):
         widths = [width * 2**i for i in range(count)]

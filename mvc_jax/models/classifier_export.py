@@ -35,7 +35,8 @@ def write(
 ) -> None:
     """Writes `model.safetensors`, `config.json` and what the library reads besides.
 
-    What `classifier_checkpoint.find` and `classifier_weights.read` give back is exactly what went in.
+    `classifier_checkpoint.find` and `classifier_weights.read` give back exactly what
+    went in.
 
     Args:
       folder: made if it is not there.
