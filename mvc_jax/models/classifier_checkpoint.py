@@ -73,8 +73,7 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
     architecture = str(config.get("architecture", ""))
     if architecture.startswith(OURS):
         naming, variant = _ours(naming, architecture.removeprefix(OURS), name, field)
-        fields = config.get("model_args", {})
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        fields = _hashable(config.get("model_args", {}))
     elif naming is None:
         raise _another_kind(field, name, config, shapes)
     else:
@@ -127,6 +126,13 @@ def _locate(name: str, field: str, revision: str) -> tuple[epath.Path, Any]:
 def _read_json(path: epath.Path) -> dict[str, Any]:
     """An optional file of a folder."""
     return checkpoint_folder.read_json(path) if path.exists() else {}
+
+
+def _hashable(value: Any) -> Any:
+    """JSON as a module's fields: the lists in it as tuples."""
+    if isinstance(value, dict):
+        return {key: _hashable(inner) for key, inner in value.items()}
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _ours(naming, variant: str, name: str, field: str) -> tuple[Any, str]:

@@ -50,7 +50,7 @@ def write(
       size: pixels of the images.
 
     Raises:
-      UserError: the library has no such network.
+      UserError: the library has no such network, or not for images of this size.
     """
     folder, family = epath.Path(folder), names.family_of(model)
     naming = names.naming(library, family)
@@ -59,6 +59,13 @@ def write(
         str(folder),
         wanted=f"a network that {library} has",
         got=variant,
+        fix="Write it in timm's layout.",
+    )
+    require(
+        (library, family, size % 2) != ("transformers", "EfficientNet", 1),
+        str(folder),
+        wanted="images of an even size, which transformers' EfficientNet pads rightly",
+        got=size,
         fix="Write it in timm's layout.",
     )
     depths = model.depths() if family == "EfficientNet" else ()
@@ -181,7 +188,7 @@ def _transformers(model: Any, class_names: Sequence[str], size: int) -> dict[str
 def _odd_inputs(model: Any, size: int) -> list[int]:
     """Numbers of the blocks that stride over an odd side, as the library asks."""
     side, number, odd = -(-size // 2), 0, []
-    for stage, depth in zip(model.stages, model.depths(), strict=True):
+    for stage, depth in zip(model.rows(), model.depths(), strict=True):
         if stage.stride > 1 and side % 2:
             odd.append(number)
         side, number = -(-side // stage.stride), number + depth

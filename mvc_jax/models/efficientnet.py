@@ -105,13 +105,13 @@ class EfficientNet(nn.Module):
     drop_path: float = 0.2
     padding: str = "symmetric"
     epsilon: float = 1e-5
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[tuple[int, ...], ...] = STAGES
     dtype: Any = jnp.float32
 
     @property
     def stride(self) -> int:
         """Pixels of the image for one of the last features."""
-        return 2 * math.prod(stage.stride for stage in self.stages)
+        return 2 * math.prod(row.stride for row in self.rows())
 
     @nn.compact
     def __call__(
@@ -124,7 +124,7 @@ class EfficientNet(nn.Module):
         x = layers.conv(images, self.scaled(32), 3, 2, name="conv_stem")
         x = nn.silu(layers.norm(x, name="bn1"))
         number, depths = 0, self.depths()
-        for row, (stage, depth) in enumerate(zip(self.stages, depths, strict=True)):
+        for row, (stage, depth) in enumerate(zip(self.rows(), depths, strict=True)):
             for block in range(depth):
                 x = MBConv(
                     stage,
@@ -140,9 +140,13 @@ class EfficientNet(nn.Module):
             x = drop(x, x.shape, self.dropout, self.make_rng("dropout"))
         return head(x, self.num_classes, name="classifier")
 
+    def rows(self) -> list[Stage]:
+        """Table 1, whether `stages` was given as rows or, read from JSON, as tuples."""
+        return [Stage(*row) for row in self.stages]
+
     def depths(self) -> list[int]:
         """Blocks of each stage."""
-        return [math.ceil(self.depth * stage.depth) for stage in self.stages]
+        return [math.ceil(self.depth * stage.depth) for stage in self.rows()]
 
     def scaled(self, channels: int) -> int:
         """Channels times `width`, as a multiple of 8 that is not below nine tenths."""
