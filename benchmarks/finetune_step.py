@@ -13,15 +13,11 @@ and twice that backward.
 """
 
 import argparse
-import contextlib
 import functools
-import multiprocessing
-import os
-import resource
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
+from turns import accelerator, in_turns, resident, results
 
 TOKENS, TEXT_WIDTH = 77, 768
 FORWARD_TFLOP = {64: 0.803, 32: 0.180}  # an example, SD 1.5, by side of its latents
@@ -56,17 +52,7 @@ def main() -> None:
     sides = {"ours": ours, "torch": torch_s}
     if accelerator():
         sides.pop("torch")
-    with contextlib.ExitStack() as stack:
-        turns = {
-            name: stack.enter_context(apart(side, arguments))
-            for name, side in sides.items()
-        }
-        compiling = {name: turn() for name, turn in turns.items()}
-        seconds = {name: [] for name in turns}
-        for _ in range(arguments.rounds):
-            for name, turn in turns.items():
-                seconds[name].append(turn() / arguments.steps)
-        memory = {name: turn() for name, turn in turns.items()}
+    compiling, seconds, memory = in_turns(sides, arguments)
     print(table(arguments, compiling, seconds, memory))
 
 
@@ -86,55 +72,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=20 if fast else 3, help="a turn")
     return parser.parse_args()
-
-
-def accelerator() -> bool:
-    """Whether JAX has one, asked in a process of its own: this one keeps none."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_backend) != "cpu"
-
-
-def _backend() -> str:
-    import jax
-
-    return jax.default_backend()
-
-
-@contextlib.contextmanager
-def apart(side: Callable, arguments: argparse.Namespace) -> Iterator[Callable]:
-    """A function that lets `side`, in a fresh process, go on to its next number."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, side, arguments))
-    process.start()
-    there.close()
-
-    def turn() -> float:
-        here.send("go on")
-        return here.recv()
-
-    try:
-        yield turn
-    finally:
-        here.close()
-        process.join()
-
-
-def _serve(pipe, side: Callable, arguments: argparse.Namespace) -> None:
-    """Sends seconds to the first step's end, those of each turn, bytes at the peak."""
-    with contextlib.suppress(EOFError):
-        pipe.recv()
-        start = time.perf_counter()
-        step, peak = side(arguments)
-        pipe.send(time.perf_counter() - start)
-        for _ in range(arguments.rounds):
-            pipe.recv()
-            start = time.perf_counter()
-            step(arguments.steps)
-            pipe.send(time.perf_counter() - start)
-        pipe.recv()
-        pipe.send(peak())
 
 
 def cache(arguments: argparse.Namespace, *, channels_last: bool) -> dict:
@@ -214,7 +151,7 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
 
     def peak() -> float:
         if jax.default_backend() == "cpu":
-            return _resident()
+            return resident()
         return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
 
     return step, peak
@@ -258,7 +195,7 @@ def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
         assert np.isfinite(loss.item())
 
     step(1)
-    return step, _resident
+    return step, resident
 
 
 def torch_loss(unet, scheduler, batch: dict, half):
@@ -286,39 +223,14 @@ def torch_loss(unet, scheduler, batch: dict, half):
     return torch.nn.functional.mse_loss(prediction.float(), noise)
 
 
-def _resident() -> float:
-    """Bytes of the process at its largest."""
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def table(
     arguments: argparse.Namespace,
     compiling: dict[str, float],
     seconds: dict[str, list[float]],
     memory: dict[str, float],
 ) -> str:
-    """Markdown: settings, then one row a side; the ratio is that of the medians."""
-    settings = ", ".join(f"{key} {value}" for key, value in vars(arguments).items())
-    lines = [
-        settings,
-        f"load of the machine: {os.getloadavg()[0]:.2f}\n",
-        "| | examples/s | seconds a step, median | fastest | to the end of the first "
-        "step, s | peak memory, GiB |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, found in seconds.items():
-        middle = float(np.median(found))
-        lines.append(
-            f"| {name} | {arguments.batch / middle:.2f} | {middle:.3f} | "
-            f"{min(found):.3f} | {compiling[name]:.1f} | {memory[name] / 2**30:.2f} |"
-        )
-    if "torch" in seconds:
-        pairs = zip(seconds["torch"], seconds["ours"], strict=True)
-        ratios = sorted(theirs / mine for theirs, mine in pairs)
-        lines.append(
-            f"\nspeed, ours / torch, turn by turn: median {np.median(ratios):.2f}, "
-            f"from {ratios[0]:.2f} to {ratios[-1]:.2f}"
-        )
+    """Markdown: settings, one row a side, the ratio; TFLOP/s where they are known."""
+    lines = [results(arguments, compiling, seconds, memory)]
     flop = FORWARD_TFLOP.get(arguments.latents)
     if arguments.model == "sd15" and flop:
         rate = arguments.batch / float(np.median(seconds["ours"]))

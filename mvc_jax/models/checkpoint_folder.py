@@ -110,7 +110,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             str(path),
-            wanted="the JSON file of a diffusers model",
+            wanted="the JSON file of a model",
             got="no such file" if not path.exists() else f"bad JSON ({error})",
             fix="Download the checkpoint again.",
         ) from error

@@ -1,58 +1,88 @@
-"""ResNets for small images: He et al., arXiv 1512.03385, section 4.2.
+"""ResNets: He et al., arXiv 1512.03385; wide ones of Zagoruyko & Komodakis, 1605.07146.
 
-A 3x3 stem, three stages of basic blocks at widths w, 2w, 4w, global average pooling.
-Depth is 6n + 2.
+Bottlenecks stride in their 3x3 convolution ("v1.5"), as torchvision, timm and
+transformers do. Parameters have torchvision's names.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-
-def _norm(x: Array, *, name: str, train: bool, mask: Array | None) -> Array:
-    """Batch normalisation over the examples that `mask` [B] (None: all) lets count."""
-    norm = nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name
-    )
-    return norm(x, mask=None if mask is None else mask[:, None, None, None])
+from mvc_jax.models.layers import Layers, head, pooled
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, projected where the shape changes."""
 
     width: int
-    stride: int = 1
+    stride: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], train: bool, mask: Array | None
-    ) -> Array:
-        norm = functools.partial(_norm, train=train, mask=mask)
-        conv = functools.partial(nn.Conv, use_bias=False)
-        strides = (self.stride, self.stride)
-        y = conv(self.width, (3, 3), strides, padding=1, name="conv1")(x)
-        y = nn.relu(norm(y, name="norm1"))
-        y = conv(self.width, (3, 3), padding=1, name="conv2")(y)
-        y = norm(y, name="norm2")
-        if x.shape != y.shape:
-            x = conv(self.width, (1, 1), strides, name="shortcut")(x)
-            x = norm(x, name="shortcut_norm")
-        return nn.relu(x + y)
+    def __call__(self, x: Float[Array, "B H W C"], layers: Layers) -> Array:
+        y = layers.conv(x, self.width, 3, self.stride, name="conv1")
+        y = nn.relu(layers.norm(y, name="bn1"))
+        y = layers.conv(y, self.width, 3, name="conv2")
+        y = layers.norm(y, name="bn2")
+        return nn.relu(y + _shortcut(x, self.width, self.stride, layers))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last to 4 * `width` channels.
+
+    The others have `inner` * `width`.
+    """
+
+    width: int
+    stride: int
+    inner: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], layers: Layers) -> Array:
+        y = layers.conv(x, self.inner * self.width, 1, name="conv1")
+        y = nn.relu(layers.norm(y, name="bn1"))
+        y = layers.conv(y, self.inner * self.width, 3, self.stride, name="conv2")
+        y = nn.relu(layers.norm(y, name="bn2"))
+        y = layers.conv(y, 4 * self.width, 1, name="conv3")
+        y = layers.norm(y, name="bn3")
+        return nn.relu(y + _shortcut(x, 4 * self.width, self.stride, layers))
+
+
+def _shortcut(x: Array, features: int, stride: int, layers: Layers) -> Array:
+    if stride == 1 and x.shape[-1] == features:
+        return x
+    x = layers.conv(x, features, 1, stride, name="downsample_0")
+    return layers.norm(x, name="downsample_1")
 
 
 class ResNet(nn.Module):
-    """`blocks` basic blocks in each of three stages; logits [B, num_classes].
+    """Stages of `depths` blocks, each twice as wide as the last; logits [B, classes].
 
-    `stem_stride` 2 halves the image at once, for images enlarged from fewer pixels.
     In training, examples whose `mask` [B] is False stay out of the batch statistics.
+
+    Attributes:
+      width: of the first stage.
+      inner: the bottlenecks' inner width, as a multiple of a stage's; 0: basic blocks.
+      stem: "imagenet" (7x7 by stride 2, then a 3x3 maximum by stride 2) or "cifar"
+        (3x3, section 4.2).
+      stem_stride: of the CIFAR stem; 2 is for images enlarged from fewer pixels.
     """
 
     num_classes: int
-    blocks: int
-    width: int = 16
+    depths: tuple[int, ...]
+    width: int = 64
+    inner: int = 0
+    stem: str = "imagenet"
     stem_stride: int = 1
+    dtype: Any = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image for one of the last features."""
+        stem = {"imagenet": 4, "cifar": self.stem_stride}[self.stem]
+        return stem * 2 ** (len(self.depths) - 1)
 
     @nn.compact
     def __call__(
@@ -61,21 +91,31 @@ class ResNet(nn.Module):
         train: bool = False,
         mask: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B K"]:
-        strides = (self.stem_stride, self.stem_stride)
-        stem = nn.Conv(
-            self.width, (3, 3), strides, padding=1, use_bias=False, name="stem"
-        )
-        x = nn.relu(_norm(stem(images), name="stem_norm", train=train, mask=mask))
-        for stage in range(3):
-            for block in range(self.blocks):
+        layers = Layers(train, mask, self.dtype)
+        size, stride = {"imagenet": (7, 2), "cifar": (3, self.stem_stride)}[self.stem]
+        x = layers.conv(images, self.width, size, stride, name="conv1")
+        x = nn.relu(layers.norm(x, name="bn1"))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, depth in enumerate(self.depths):
+            for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                name = f"stage{stage}_block{block}"
-                x = BasicBlock(self.width * 2**stage, stride, name=name)(x, train, mask)
-        return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
+                name, width = f"layer{stage + 1}_{block}", self.width * 2**stage
+                if self.inner:
+                    x = Bottleneck(width, stride, self.inner, name=name)(x, layers)
+                else:
+                    x = BasicBlock(width, stride, name=name)(x, layers)
+        return head(pooled(x), self.num_classes)
 
 
-ResNet8 = functools.partial(ResNet, blocks=1)
-ResNet20 = functools.partial(ResNet, blocks=3)
-ResNet56 = functools.partial(ResNet, blocks=9)
+# Of section 4.2: 6n + 2 layers.
+_Small = functools.partial(ResNet, width=16, stem="cifar")
+ResNet8 = functools.partial(_Small, depths=(1, 1, 1))
+ResNet20 = functools.partial(_Small, depths=(3, 3, 3))
+ResNet56 = functools.partial(_Small, depths=(9, 9, 9))
+ResNet18 = functools.partial(ResNet, depths=(2, 2, 2, 2))
+ResNet34 = functools.partial(ResNet, depths=(3, 4, 6, 3))
+ResNet50 = functools.partial(ResNet, depths=(3, 4, 6, 3), inner=1)
+WideResNet50 = functools.partial(ResNet, depths=(3, 4, 6, 3), inner=2)
 
 VARIANTS = {"resnet8": ResNet8, "resnet20": ResNet20, "resnet56": ResNet56}

@@ -103,26 +103,31 @@ def write(
     path: epath.PathLike,
     shapes: Mapping[str, Sequence[int]],
     fetch: Callable[[str], np.ndarray],
+    dtypes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes fp32 tensors, each fetched when its turn comes; the library's own bytes.
+    """Writes tensors, each fetched when its turn comes; the library's own bytes.
 
     Args:
       path: of the new file.
       shapes: by name.
       fetch: name -> array of that shape.
+      dtypes: "I64" of those that are not F32, by name.
     """
+    dtypes = {name: (dtypes or {}).get(name, "F32") for name in shapes}
+    order = sorted(shapes, key=lambda name: (-_SIZES[dtypes[name]], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in sorted(shapes):
-        start, end = end, end + 4 * math.prod(shapes[name])
-        header[name] = {"dtype": "F32", "shape": list(shapes[name])}
+    for name in order:
+        start, end = end, end + _SIZES[dtypes[name]] * math.prod(shapes[name])
+        header[name] = {"dtype": dtypes[name], "shape": list(shapes[name])}
         header[name]["data_offsets"] = [start, end]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(shapes):
-            tensor = np.asarray(fetch(name), DTYPES["F32"], order="C")
+        for name in order:
+            dtype = {"F32": "<f4", "I64": "<i8"}[dtypes[name]]
+            tensor = np.asarray(fetch(name), dtype, order="C")
             assert tensor.shape == tuple(shapes[name]), name
             content = tensor.reshape(-1).view(np.uint8)
             for start in range(0, content.size, _BLOCK):

@@ -1,13 +1,13 @@
 """Safetensors in the PyTorch layout, in and out of Flax parameter trees.
 
-One function, `torch_name`, maps a Flax path to its PyTorch name; reading and writing
-both follow from it and from the shapes of the tree. Both hold one tensor at a time
-besides the tree.
+One function maps a Flax path to its PyTorch name (`torch_name`, unless the caller has
+another); reading and writing both follow from it and from the shapes of the tree. Both
+hold one tensor at a time besides the tree.
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -47,7 +47,11 @@ def torch_name(path: Path) -> str:
 
 
 def read(
-    path: epath.PathLike, shapes: Mapping[str, Any], unused: str = r"(?!)"
+    path: epath.PathLike,
+    shapes: Mapping[str, Any],
+    unused: str = r"(?!)",
+    *,
+    name_of: Callable[[Path], str] = torch_name,
 ) -> dict[str, Any]:
     """Reads a PyTorch module's tensors into a Flax tree, in their stored precision.
 
@@ -61,6 +65,7 @@ def read(
       shapes: the tree of that module, leaves with `.shape` (from `jax.eval_shape`).
       unused: a pattern, found in the names of tensors that may be there although
         `shapes` has no place for them; without one there are none.
+      name_of: Flax path -> name in the file.
 
     Raises:
       UserError: a file is damaged, or tensors are missing, unexpected, or of another
@@ -69,7 +74,7 @@ def read(
     found, problems = _renamed(tensor_file.entries(path))
     leaves = {}
     for key, leaf in flax.traverse_util.flatten_dict(shapes).items():
-        name = torch_name(key)
+        name = name_of(key)
         if name not in found:
             problems.append(f"{name} is missing")
             continue
@@ -114,15 +119,29 @@ def check(path: epath.PathLike) -> str:
     return _check_precision(path, {name: entry for name, (_, entry) in found.items()})
 
 
-def write(path: epath.PathLike, params: Mapping[str, Any]) -> None:
+def write(
+    path: epath.PathLike,
+    params: Mapping[str, Any],
+    *,
+    name_of: Callable[[Path], str] = torch_name,
+    counters: Sequence[str] = (),
+) -> None:
     """Writes a Flax tree, in fp32, as the file that PyTorch's module would write.
 
     Leaves are NumPy or JAX arrays, sharded or not, and are fetched one at a time.
+
+    Args:
+      path: of the new file.
+      params: the tree.
+      name_of: Flax path -> name in the file.
+      counters: names of integers that PyTorch keeps besides; they are 0.
     """
     leaves = flax.traverse_util.flatten_dict(params)
-    keys = {torch_name(key): key for key in leaves}
+    keys = {name_of(key): key for key in leaves}
 
     def fetch(name):
+        if name in counters:
+            return np.zeros((), np.int64)
         leaf = leaves[keys[name]]
         if not isinstance(leaf, np.ndarray):
             leaf = leaf.copy()  # what NumPy fetches of a JAX array stays with the array
@@ -130,8 +149,10 @@ def write(path: epath.PathLike, params: Mapping[str, Any]) -> None:
 
     tensor_file.write(
         path,
-        {name: _torch_shape(key[-1], leaves[key].shape) for name, key in keys.items()},
+        {name: _torch_shape(key[-1], leaves[key].shape) for name, key in keys.items()}
+        | dict.fromkeys(counters, ()),
         fetch,
+        dtypes=dict.fromkeys(counters, "I64"),
     )
 
 

@@ -1,0 +1,44 @@
+"""Every classifier by name."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from mvc_jax.models import efficientnet, pyramidnet, resnet, shake_shake, wide_resnet
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A network and the image size that it was published for.
+
+    Attributes:
+      make: `make(num_classes=K, **fields)` -> a module. Its `stride` is the least image
+        size. Called as `module.apply(variables, images, train, mask)` with float images
+        [B, H, W, 3] it gives fp32 logits [B, K]; in training with
+        `mutable=["batch_stats"]`, and `rngs={"dropout": key}` for those that draw.
+      size: pixels.
+    """
+
+    make: Callable[..., nn.Module]
+    size: int
+
+
+VARIANTS = {
+    "resnet8": Variant(resnet.ResNet8, 32),
+    "resnet20": Variant(resnet.ResNet20, 32),
+    "resnet56": Variant(resnet.ResNet56, 32),
+    "resnet18": Variant(resnet.ResNet18, 224),
+    "resnet34": Variant(resnet.ResNet34, 224),
+    "resnet50": Variant(resnet.ResNet50, 224),
+    "wide_resnet50_2": Variant(resnet.WideResNet50, 224),
+    "wrn16_4": Variant(wide_resnet.WRN16x4, 32),
+    "wrn40_2": Variant(wide_resnet.WRN40x2, 32),
+    "wrn28_10": Variant(wide_resnet.WRN28x10, 32),
+    "efficientnet_b0": Variant(efficientnet.B0, 224),
+    "efficientnet_b1": Variant(efficientnet.B1, 240),
+    "efficientnet_b2": Variant(efficientnet.B2, 260),
+    "efficientnet_b3": Variant(efficientnet.B3, 300),
+    "shake_shake26_2x96d": Variant(shake_shake.ShakeShake26x96, 32),
+    "pyramidnet272": Variant(pyramidnet.PyramidNet272, 32),
+}

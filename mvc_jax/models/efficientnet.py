@@ -1,0 +1,161 @@
+"""EfficientNets: Tan & Le, arXiv 1905.11946; blocks of MobileNetV2 and MnasNet.
+
+Two traditions share the architecture: timm's `efficientnet_b0` and torchvision pad as
+PyTorch does and have epsilon 1e-5, the fields' defaults; transformers and timm's
+`tf_efficientnet_b0` are TensorFlow's, padding "same" and epsilon 1e-3. Parameters have
+timm's names.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mvc_jax.models.layers import Layers, drop, head, pooled
+
+
+class Stage(NamedTuple):
+    """A row of table 1, before it is scaled."""
+
+    expand: int
+    size: int
+    stride: int
+    width: int
+    depth: int
+
+
+STAGES = (
+    Stage(1, 3, 1, 16, 1),
+    Stage(6, 3, 2, 24, 2),
+    Stage(6, 5, 2, 40, 2),
+    Stage(6, 3, 2, 80, 3),
+    Stage(6, 5, 1, 112, 3),
+    Stage(6, 5, 2, 192, 4),
+    Stage(6, 3, 1, 320, 1),
+)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels scaled by what their means say: Hu et al., arXiv 1709.01507."""
+
+    squeezed: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], layers: Layers) -> Array:
+        y = pooled(x)[:, None, None]
+        y = layers.conv(y, self.squeezed, 1, bias=True, name="conv_reduce")
+        y = layers.conv(nn.silu(y), x.shape[-1], 1, bias=True, name="conv_expand")
+        return x * nn.sigmoid(y)
+
+
+class MBConv(nn.Module):
+    """Expand by 1x1, a depthwise convolution, squeeze and excite, project by 1x1.
+
+    `drop_path` is the share of examples whose residual is left out in training.
+    """
+
+    stage: Stage
+    width: int
+    stride: int
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], layers: Layers) -> Array:
+        inputs, expanded = x.shape[-1], self.stage.expand * x.shape[-1]
+        names = iter(("bn1", "bn2", "bn3"))
+        y = x
+        if self.stage.expand > 1:
+            y = layers.conv(y, expanded, 1, name="conv_pw")
+            y = nn.silu(layers.norm(y, name=next(names)))
+        size, stride = self.stage.size, self.stride
+        y = layers.conv(y, expanded, size, stride, depthwise=True, name="conv_dw")
+        y = nn.silu(layers.norm(y, name=next(names)))
+        y = SqueezeExcite(max(1, inputs // 4), name="se")(y, layers)
+        project = "conv_pwl" if self.stage.expand > 1 else "conv_pw"
+        y = layers.conv(y, self.width, 1, name=project)
+        y = layers.norm(y, name=next(names))
+        if self.stride > 1 or inputs != self.width:
+            return y
+        if layers.train and self.drop_path:
+            key = self.make_rng("dropout")
+            y = drop(y, (len(y), 1, 1, 1), self.drop_path, key)
+        return x + y
+
+
+class EfficientNet(nn.Module):
+    """Logits [B, num_classes].
+
+    In training, examples whose `mask` [B] is False stay out of the batch statistics,
+    and `rngs={"dropout": key}` is wanted unless both rates are 0.
+
+    Attributes:
+      width, depth: factors of table 1's channels and layers.
+      dropout: before the head.
+      drop_path: of the last block; grows linearly from 0 at the first.
+      padding, epsilon: see the top of this file.
+    """
+
+    num_classes: int
+    width: float = 1.0
+    depth: float = 1.0
+    dropout: float = 0.2
+    drop_path: float = 0.2
+    padding: str = "symmetric"
+    epsilon: float = 1e-5
+    stages: tuple[tuple[int, ...], ...] = STAGES
+    dtype: Any = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image for one of the last features."""
+        return 2 * math.prod(row.stride for row in self.rows())
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Float[Array, "B H W C"],
+        train: bool = False,
+        mask: Bool[Array, " B"] | None = None,
+    ) -> Float[Array, "B K"]:
+        layers = Layers(train, mask, self.dtype, self.padding, self.epsilon)
+        x = layers.conv(images, self.scaled(32), 3, 2, name="conv_stem")
+        x = nn.silu(layers.norm(x, name="bn1"))
+        number, depths = 0, self.depths()
+        for row, (stage, depth) in enumerate(zip(self.rows(), depths, strict=True)):
+            for block in range(depth):
+                x = MBConv(
+                    stage,
+                    self.scaled(stage.width),
+                    stage.stride if block == 0 else 1,
+                    self.drop_path * number / sum(depths),
+                    name=f"blocks_{row}_{block}",
+                )(x, layers)
+                number += 1
+        x = layers.conv(x, self.scaled(1280), 1, name="conv_head")
+        x = pooled(nn.silu(layers.norm(x, name="bn2")))
+        if train and self.dropout:
+            x = drop(x, x.shape, self.dropout, self.make_rng("dropout"))
+        return head(x, self.num_classes, name="classifier")
+
+    def rows(self) -> list[Stage]:
+        """Table 1, whether `stages` was given as rows or, read from JSON, as tuples."""
+        return [Stage(*row) for row in self.stages]
+
+    def depths(self) -> list[int]:
+        """Blocks of each stage."""
+        return [math.ceil(self.depth * stage.depth) for stage in self.rows()]
+
+    def scaled(self, channels: int) -> int:
+        """Channels times `width`, as a multiple of 8 that is not below nine tenths."""
+        wanted = channels * self.width
+        rounded = max(8, int(wanted + 4) // 8 * 8)
+        return rounded if rounded >= 0.9 * wanted else rounded + 8
+
+
+B0 = functools.partial(EfficientNet)
+B1 = functools.partial(EfficientNet, depth=1.1)
+B2 = functools.partial(EfficientNet, width=1.1, depth=1.2, dropout=0.3)
+B3 = functools.partial(EfficientNet, width=1.2, depth=1.4, dropout=0.3)
