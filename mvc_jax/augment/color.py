@@ -13,9 +13,11 @@ Image = UInt8[Array, "H W C"]
 Number = Float32[Array, ""] | float
 Whole = Int32[Array, ""] | int
 
+LEVELS = 256
+
 
 def seldom(function: Callable[[Image], Image]) -> Callable[..., Image]:
-    """`(wanted, image) -> function(image) if wanted else image`, dear but seldom wanted.
+    """`(wanted, image) -> function(image) if wanted else image`; dear, seldom wanted.
 
     A batch on a CPU is walked image by image, and only through those that want it; an
     accelerator computes all at once and chooses.
@@ -142,9 +144,10 @@ def posterize_mask(bits: int) -> int:
 def histogram(image: Image) -> Int32[Array, "C 256"]:
     """How often each channel has each level."""
     channels = image.shape[-1]
-    index = image.astype(jnp.int32) + 256 * jnp.arange(channels, dtype=jnp.int32)[
-        None, None
-    ]
+    index = (
+        image.astype(jnp.int32)
+        + 256 * jnp.arange(channels, dtype=jnp.int32)[None, None]
+    )
     counts = jnp.zeros(channels * 256, jnp.int32)
     counts = counts.at[index.reshape(-1)].add(1, mode="promise_in_bounds")
     return counts.reshape(channels, 256)
@@ -180,9 +183,10 @@ def equalize(image: Image) -> Image:
 
 def look_up(table: Int32[Array, "C 256"], image: Image) -> Image:
     channels = image.shape[-1]
-    index = image.astype(jnp.int32) + 256 * jnp.arange(channels, dtype=jnp.int32)[
-        None, None
-    ]
+    index = (
+        image.astype(jnp.int32)
+        + 256 * jnp.arange(channels, dtype=jnp.int32)[None, None]
+    )
     levels = jnp.clip(table, 0, 255).astype(jnp.uint8).reshape(-1)
     return levels.at[index].get(mode="promise_in_bounds")
 

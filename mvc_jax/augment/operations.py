@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt8
@@ -58,11 +57,11 @@ def row(operation: Operation, height: int, width: int, resampling: str) -> Row:
     """One operation at one value, as Pillow defines it.
 
     Args:
-      operation: (name of OPERATIONS, value). The value is the matrix's number for ShearX
-        and ShearY, pixels to the left or up for TranslateX and TranslateY, degrees
-        counterclockwise for Rotate, the first level inverted for Solarize, bits kept for
-        Posterize, ImageEnhance's factor for Brightness, Contrast, Color and Sharpness,
-        the side in pixels for Cutout; of no meaning for the others.
+      operation: (name of OPERATIONS, value). The value is the matrix's number for
+        ShearX and ShearY, pixels to the left or up for TranslateX and TranslateY,
+        degrees counterclockwise for Rotate, the first level inverted for Solarize, bits
+        kept for Posterize, ImageEnhance's factor for Brightness, Contrast, Color and
+        Sharpness, the side in pixels for Cutout; of no meaning for the others.
       height, width: of the image.
       resampling: "nearest" or "bilinear".
     """
@@ -84,9 +83,7 @@ def row(operation: Operation, height: int, width: int, resampling: str) -> Row:
         blend=np.int32(BLENDS.index(name) if name in BLENDS else 0),
         factor=np.float32(value if name in BLENDS else 1),
         threshold=np.int32(threshold),
-        mask=np.int32(
-            color.posterize_mask(int(value)) if name == "Posterize" else 255
-        ),
+        mask=np.int32(color.posterize_mask(int(value)) if name == "Posterize" else 255),
         autocontrast=np.bool_(name == "AutoContrast"),
         equalize=np.bool_(name == "Equalize"),
         cutout=np.float32(value if name == "Cutout" else 0),
