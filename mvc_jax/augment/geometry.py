@@ -20,27 +20,27 @@ Grid = tuple[Int32[Array, "H W"], Int32[Array, "H W"]]
 IDENTITY = np.array([1, 0, 0, 0, 1, 0], np.float64)
 
 
-def shear_x(amount: float) -> Float64[np.ndarray, "6"]:
+def shear_x(amount: float | int) -> Float64[np.ndarray, "6"]:
     """Pixels to the left for each pixel down."""
     return np.array([1, amount, 0, 0, 1, 0], np.float64)
 
 
-def shear_y(amount: float) -> Float64[np.ndarray, "6"]:
+def shear_y(amount: float | int) -> Float64[np.ndarray, "6"]:
     """Pixels up for each pixel to the right."""
     return np.array([1, 0, 0, amount, 1, 0], np.float64)
 
 
-def translate_x(pixels: float) -> Float64[np.ndarray, "6"]:
+def translate_x(pixels: float | int) -> Float64[np.ndarray, "6"]:
     """To the left."""
     return np.array([1, 0, pixels, 0, 1, 0], np.float64)
 
 
-def translate_y(pixels: float) -> Float64[np.ndarray, "6"]:
+def translate_y(pixels: float | int) -> Float64[np.ndarray, "6"]:
     """Up."""
     return np.array([1, 0, 0, 0, 1, pixels], np.float64)
 
 
-def rotate(degrees: float, height: int, width: int) -> Float64[np.ndarray, "6"]:
+def rotate(degrees: float | int, height: int, width: int) -> Float64[np.ndarray, "6"]:
     """Counterclockwise about the middle, by the arithmetic of `Image.rotate`."""
     if degrees % 360.0 == 0:
         return IDENTITY

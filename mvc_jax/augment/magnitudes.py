@@ -25,7 +25,7 @@ class Magnitudes:
     mirrored: bool = False  # a coin mirrors the factor about 1
 
     def values(
-        self, name: str, level: float, height: int, width: int
+        self, name: str, level: float | int, height: int, width: int
     ) -> tuple[operations.Operation, operations.Operation]:
         """The operation at a level, for either face of the coin."""
         low, high = self.factors

@@ -31,7 +31,7 @@ def mixup(
     labels: Float[Array, "B K"],
     weights: Float[Array, "B"],
     *,
-    alpha: float = 1.0,
+    alpha: float | int = 1.0,
 ) -> tuple[Num[Array, "B H W C"], Float[Array, "B K"]]:
     """share * own + (1 - share) * partner's, for images and labels.
 
@@ -59,7 +59,7 @@ def cutmix(
     labels: Float[Array, "B K"],
     weights: Float[Array, "B"],
     *,
-    alpha: float = 1.0,
+    alpha: float | int = 1.0,
 ) -> tuple[Num[Array, "B H W C"], Float[Array, "B K"]]:
     """A box of every image shows its partner; labels are mixed by its area.
 
@@ -77,9 +77,11 @@ def cutmix(
     return mixed, _labels(labels, partner, weights, 1 - box.mean())
 
 
-def _share(key, alpha: float) -> Float[Array, ""]:
+def _share(key, alpha: float | int) -> Float[Array, ""]:
     if not 0 < alpha < float("inf"):
         raise ValueError(f"alpha: above 0, not {alpha}")
+    if alpha == 1:  # Beta(1, 1), which compiles at once
+        return jax.random.uniform(key)
     return jax.random.beta(key, alpha, alpha)
 
 

@@ -29,7 +29,7 @@ OPERATIONS = (
     *BLENDS,
     "Cutout",
 )
-Operation = tuple[str, float]
+Operation = tuple[str, float | int]
 
 
 class Row(NamedTuple):

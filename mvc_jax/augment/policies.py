@@ -46,10 +46,10 @@ class Frame:
     """What happens before the operations and after; shares are of the shorter side."""
 
     flip: bool = False
-    crop: float = 0.0  # padding, on each side
+    crop: float | int = 0.0  # padding, on each side
     crop_fill: int = 0  # its level: black, as for images padded by Pillow
     resized_crop: tuple[float, float] | None = None  # share of the area, from to
-    cutout: float = 0.0  # side of the square
+    cutout: float | int = 0.0  # side of the square
     cutout_fill: int = 128  # zero once images lie in [-1, 1]
 
 
@@ -147,7 +147,10 @@ def policy(name: str, **values) -> Policy:
         operations = functools.partial(operations, **values)
     if operations is None and frame == Frame():
         return lambda key, image: image
-    return functools.partial(_augment, frame=frame, operations=operations)
+    augment = functools.partial(_augment, frame=frame, operations=operations)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jax.eval_shape(augment, key, jax.ShapeDtypeStruct((8, 8, 3), jnp.uint8))
+    return augment
 
 
 def _augment(key, image, *, frame: Frame, operations: Operations | None):

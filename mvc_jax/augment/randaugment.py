@@ -28,7 +28,7 @@ DRAWN = (  # both papers' 14 operations
 WIDE = magnitudes.Magnitudes(
     levels=30,
     translate=1.0,
-    translate_pixels=32,
+    translate_pixels=32.0,
     shear=0.99,
     rotate=135.0,
     bits=(8, 2),
@@ -39,7 +39,7 @@ WIDE = magnitudes.Magnitudes(
 @functools.lru_cache
 def _table(
     scale: magnitudes.Magnitudes,
-    levels: tuple[float, ...],
+    levels: tuple[float | int, ...],
     height: int,
     width: int,
     resampling: str,
@@ -70,7 +70,7 @@ def randaugment(
     image: UInt8[Array, "H W C"],
     *,
     count: int = 2,
-    magnitude: float = 9,
+    magnitude: float | int = 9,
     highest: int = 30,
     fill: int = 128,
     resampling: str = "nearest",
