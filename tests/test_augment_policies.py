@@ -96,14 +96,12 @@ def test_cutout_is_a_square_about_any_pixel():
     assert {hole.tobytes() for hole in holes} == expected
 
 
-def test_a_resized_crop_has_the_drawn_share_of_the_area(monkeypatch):
-    parts = []
-    keep = lambda image, starts, sizes: jnp.concatenate([starts, sizes])  # noqa: E731
-    monkeypatch.setattr(crops, "enlarge", keep)
+def test_a_resized_crop_has_the_drawn_share_of_the_area():
+    def draw(key):
+        return crops.draw_part(key, 64, 64, (0.08, 1.0), (3 / 4, 4 / 3))
+
     keys = jax.random.split(jax.random.key(1), 2000)
-    crop = jax.vmap(crops.random_resized_crop, in_axes=(0, None))
-    parts = np.asarray(jax.jit(crop)(keys, np.zeros((64, 64, 3), np.uint8)))
-    starts, sizes = parts[:, :2], parts[:, 2:]
+    starts, sizes = map(np.asarray, jax.jit(jax.vmap(draw))(keys))
     assert (starts >= 0).all() and (starts + sizes <= 64).all() and (sizes > 0).all()
     area = sizes.prod(1) / 64**2
     assert 0.07 < area.min() < 0.12 and 0.9 < area.max() <= 1
@@ -111,25 +109,12 @@ def test_a_resized_crop_has_the_drawn_share_of_the_area(monkeypatch):
     assert 0.72 < shape.min() < 0.8 and 1.25 < shape.max() < 1.4
 
 
-def drawn_rows(monkeypatch, policy, count: int) -> np.ndarray:
-    """The rows that `count` images draw, instead of the images."""
-
-    def keep(table, drawn, *_, **__):
-        return drawn
-
-    monkeypatch.setattr(operations, "perform", keep)
-    keys = jax.random.split(jax.random.key(2), count)
-    image = np.zeros((32, 32, 3), np.uint8)
-    return np.asarray(jax.jit(jax.vmap(policy, in_axes=(0, None)))(keys, image))
-
-
-def test_sub_policies_come_equally_often_and_steps_by_their_probability(monkeypatch):
-    policy = functools.partial(autoaugment.autoaugment, policy="cifar10")
-    count = 40_000
-    rows = drawn_rows(monkeypatch, policy, count)
-    chances = np.array(
-        [[p for _, p, _ in s] for s in autoaugment.parse(autoaugment.CIFAR10)]
-    )
+def test_sub_policies_come_equally_often_and_steps_by_their_probability():
+    count, policies = 40_000, autoaugment.parse(autoaugment.CIFAR10)
+    chances = np.array([[p for _, p, _ in steps] for steps in policies], np.float32)
+    draw = jax.jit(jax.vmap(autoaugment.draw, in_axes=(0, None)))
+    rows, where = draw(jax.random.split(jax.random.key(2), count), chances)
+    rows = np.asarray(rows)
     for step in range(2):
         happened = rows[:, step][rows[:, step] > 0] - 1
         assert (happened // 2 % 2 == step).all()
@@ -139,16 +124,29 @@ def test_sub_policies_come_equally_often_and_steps_by_their_probability(monkeypa
         assert (shares[chances[:, step] == 0] == 0).all()
     both = ((rows > 0).all(1)).mean()  # the steps are drawn apart
     assert abs(both - chances.prod(1).mean()) < 0.02
+    quantiles = np.quantile(np.asarray(where), [0, 0.5, 1], axis=0)
+    np.testing.assert_allclose(quantiles[:, 0, 0], [0, 0.5, 1], atol=0.02)
 
 
-def test_every_operation_comes_equally_often(monkeypatch):
-    for policy, choices in (
-        (randaugment.randaugment, 1),
-        (randaugment.trivialaugment, 31),
-    ):
-        rows = drawn_rows(monkeypatch, policy, 14_000)
-        counts = np.bincount((rows.ravel() - 1) // (2 * choices), minlength=14)
-        np.testing.assert_allclose(counts / rows.size * 14, 1, atol=0.15)
+def test_rows_lie_where_the_draws_expect_them():
+    table, chances = autoaugment._tables("cifar10", 12, 9, "nearest")
+    assert len(table.rows.factor) == 1 + 2 * chances.size
+    for i, steps in enumerate(autoaugment.parse(autoaugment.CIFAR10)):
+        for j, (name, _, level) in enumerate(steps):
+            for k, value in enumerate(autoaugment.RELEASED.values(name, level, 12, 9)):
+                row = [column[1 + 2 * (2 * i + j) + k] for column in table.rows]
+                expected = operations.row(value, 12, 9, "nearest")
+                assert all(map(np.array_equal, row, expected))
+
+
+def test_every_operation_comes_equally_often():
+    draw = jax.vmap(functools.partial(randaugment.draw, steps=2, rows=1 + 14 * 2))
+    keys = jax.random.split(jax.random.key(2), 14_000)
+    rows = np.asarray(jax.jit(draw)(keys))
+    counts = np.bincount(rows.ravel(), minlength=29)
+    assert counts[0] == 0
+    np.testing.assert_allclose(counts[1:] / rows.size * 28, 1, atol=0.15)
+    assert abs(np.corrcoef(rows.T)[0, 1]) < 0.03  # the steps are drawn apart
 
 
 @pytest.mark.parametrize("name", autoaugment.POLICIES)

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Float32, Int32, Key, UInt8
 
 from mvc_jax.augment import magnitudes, operations
 
@@ -154,31 +154,34 @@ def autoaugment(
         raise ValueError(f"policy {policy!r}; known: {', '.join(POLICIES)}")
     height, width, _ = image.shape
     table, chances = _tables(policy, height, width, resampling)
-    return draw_sub_policy(
-        key, image, table, chances, fill, (125, 122, 113), resampling
+    drawn, where = draw(key, jnp.asarray(chances))
+    return operations.perform(
+        table,
+        drawn,
+        where,
+        image,
+        fill=fill,
+        paint=(125, 122, 113),
+        resampling=resampling,
     )
 
 
-def draw_sub_policy(key, image, table, chances, fill, paint, resampling):
+def draw(
+    key: Key[Array, ""], chances: Float32[Array, "P S"]
+) -> tuple[Int32[Array, "S"], Float32[Array, "S 2"]]:
     """Draws a sub-policy, which of its steps happen, and their directions.
 
     Args:
-      table: row 1 + 2 (i S + j) + k is step j of sub-policy i, heads (k = 0) or tails.
-      chances: float32 [P, S], of each step to happen.
+      chances: of step j of sub-policy i to happen.
+
+    Returns:
+      for each step its row, and a place in [0, 1)^2. Row 0: the step does not happen;
+      row 1 + 2 (i S + j) + k: it does, heads (k = 0) or tails.
     """
     policies, steps = chances.shape
     choice_key, step_key = jax.random.split(key)
     choice = jax.random.randint(choice_key, (), 0, policies)
     draws = jax.random.uniform(step_key, (steps, 4))
-    happens = draws[:, 0] < jnp.asarray(chances)[choice]
     tails = (draws[:, 1] < 0.5).astype(jnp.int32)
-    drawn = 1 + 2 * (choice * steps + jnp.arange(steps)) + tails
-    return operations.perform(
-        table,
-        jnp.where(happens, drawn, 0),
-        draws[:, 2:],
-        image,
-        fill=fill,
-        paint=paint,
-        resampling=resampling,
-    )
+    rows = 1 + 2 * (choice * steps + jnp.arange(steps)) + tails
+    return jnp.where(draws[:, 0] < chances[choice], rows, 0), draws[:, 2:]

@@ -1,8 +1,10 @@
 """Flips, crops and Cutout; images are uint8 [H, W, C], and keep their size."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Int32, Key, UInt8
 
 from mvc_jax.augment import color, geometry
 
@@ -42,25 +44,31 @@ def random_resized_crop(
       scale: the part's share of the area, uniform.
       ratio: its width by its height, log-uniform.
     """
-    height, width, _ = image.shape
+    return enlarge(image, *draw_part(key, *image.shape[:2], scale, ratio))
+
+
+def draw_part(
+    key: Key[Array, ""],
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[Int32[Array, "2"], Int32[Array, "2"]]:
+    """(y, x) where `random_resized_crop` starts, and its (height, width)."""
     area_key, ratio_key, place_key = jax.random.split(key, 3)
-    area = (
-        height * width * jax.random.uniform(area_key, (ATTEMPTS,), jnp.float32, *scale)
-    )
-    low, high = jnp.log(jnp.array(ratio))
+    shares = jax.random.uniform(area_key, (ATTEMPTS,), jnp.float32, *scale)
+    low, high = (math.log(side) for side in ratio)
     aspect = jnp.exp(jax.random.uniform(ratio_key, (ATTEMPTS,), jnp.float32, low, high))
-    widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
-    heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = jnp.argmax(fits)
-    sizes = jnp.stack([heights[first], widths[first]])
-    sizes = jnp.where(fits.any(), sizes, jnp.array([height, width]))
-    room = jnp.array([height, width]) - sizes
-    starts = jax.random.randint(place_key, (2,), jnp.zeros_like(room), room + 1)
-    return enlarge(image, starts, sizes)
+    area, sides = height * width * shares, jnp.array([height, width])
+    drawn = jnp.sqrt(jnp.stack([area / aspect, area * aspect], axis=1))
+    drawn = jnp.round(drawn).astype(jnp.int32)
+    fits = ((drawn > 0) & (drawn <= sides[None])).all(axis=1)
+    sizes = jnp.where(fits.any(), drawn[jnp.argmax(fits)], sides)
+    most = sides - sizes + 1
+    return jax.random.randint(place_key, (2,), jnp.zeros_like(most), most), sizes
 
 
-def enlarge(image: Image, starts, sizes) -> Image:
+def enlarge(image: Image, starts: Int32[Array, "2"], sizes: Int32[Array, "2"]) -> Image:
     """The part of `sizes` (height, width) from `starts` (y, x), at the image's size.
 
     `Image.crop(...).resize(..., BILINEAR)` within one grey level: across, rounded, then

@@ -9,6 +9,7 @@ import csv
 import functools
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt8
 
@@ -85,6 +86,7 @@ def fast_autoaugment(
     """
     height, width, _ = image.shape
     table, chances = _tables(height, width, resampling)
-    return autoaugment.draw_sub_policy(
-        key, image, table, chances, fill, GREY, resampling
+    drawn, where = autoaugment.draw(key, jnp.asarray(chances))
+    return operations.perform(
+        table, drawn, where, image, fill=fill, paint=GREY, resampling=resampling
     )

@@ -4,7 +4,8 @@ arXiv 2103.10158): operations drawn evenly, and nothing searched."""
 import functools
 
 import jax
-from jaxtyping import Array, Key, UInt8
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Key, UInt8
 
 from mvc_jax.augment import magnitudes, operations
 
@@ -54,14 +55,20 @@ def _table(
     return operations.table(drawn, height, width, resampling)
 
 
+def draw(key: Key[Array, ""], steps: int, rows: int) -> Int32[Array, "S"]:
+    """A row for each step; all but the identity's, 0, are as likely."""
+    return jax.random.randint(key, (steps,), 1, rows)
+
+
 def _perform(key, image, table, steps: int, fill: int, resampling: str):
-    operation_key, place_key = jax.random.split(key)
-    rows = len(table.rows.factor)
-    drawn = jax.random.randint(operation_key, (steps,), 1, rows)
-    where = jax.random.uniform(place_key, (steps, 2))
-    paint = (fill, fill, fill)
     return operations.perform(
-        table, drawn, where, image, fill=fill, paint=paint, resampling=resampling
+        table,
+        draw(key, steps, len(table.rows.factor)),
+        jnp.zeros((steps, 2)),  # no Cutout among them
+        image,
+        fill=fill,
+        paint=(fill, fill, fill),
+        resampling=resampling,
     )
 
 
