@@ -59,7 +59,7 @@ setup(
     # lie beside the package, mvc_jax/configs.py leads to them.
     packages=[*find_packages(include=["mvc_jax", "mvc_jax.*"]), "mvc_jax.configs"],
     package_dir={"mvc_jax.configs": "configs"},
-    package_data={"mvc_jax": ["*.j2"]},
+    package_data={"mvc_jax": ["*.j2"], "mvc_jax.augment": ["*.csv"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mvc-jax = mvc_jax.train:main"]},

@@ -1,0 +1,197 @@
+"""The operations of AutoAugment's search space, as rows of numbers.
+
+A policy is a table whose rows are operations at fixed values, made on the host; the
+device draws rows. Every row says what each part of one fixed program does, and most of
+its numbers are neutral, so that a batch in which every image draws another operation
+costs one sampling of pixels and one pass over colours for each step.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32, UInt8
+
+from mvc_jax.augment import color, geometry
+
+GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+BLENDS = ("Brightness", "Contrast", "Color", "Sharpness")  # with what, by `Row.blend`
+OPERATIONS = (
+    "Identity",
+    *GEOMETRIC,
+    "AutoContrast",
+    "Invert",
+    "Equalize",
+    "Solarize",
+    "Posterize",
+    *BLENDS,
+    "Cutout",
+)
+Operation = tuple[str, float | int]
+
+
+class Row(NamedTuple):
+    """One operation, or many on a leading axis."""
+
+    map: np.ndarray | Array  # int32 [6], of `geometry.fixed_point`
+    span: np.ndarray | Array  # int32 [H, 2], of `geometry.spans`; [0, 2] if nearest
+    blend: np.ndarray | Array  # int32, index into BLENDS
+    factor: np.ndarray | Array  # float32, of the blend; 1: none
+    threshold: np.ndarray | Array  # int32, of Solarize; 256: none
+    mask: np.ndarray | Array  # int32, of Posterize; 255: none
+    autocontrast: np.ndarray | Array  # bool
+    equalize: np.ndarray | Array  # bool
+    cutout: np.ndarray | Array  # float32, pixels; 0: none
+
+
+class Table(NamedTuple):
+    """Operations that can be drawn; row 0 is the identity."""
+
+    rows: Row  # NumPy, [R, ...]
+    names: frozenset[str]  # what its rows use: nothing else is compiled
+
+
+def row(operation: Operation, height: int, width: int, resampling: str) -> Row:
+    """One operation at one value, as Pillow defines it.
+
+    Args:
+      operation: (name of OPERATIONS, value). The value is the matrix's number for
+        ShearX and ShearY, pixels to the left or up for TranslateX and TranslateY,
+        degrees counterclockwise for Rotate, the first level inverted for Solarize, bits
+        kept for Posterize, ImageEnhance's factor for Brightness, Contrast, Color and
+        Sharpness, the side in pixels for Cutout; of no meaning for the others.
+      height, width: of the image.
+      resampling: "nearest" or "bilinear".
+    """
+    name, value = operation
+    if name not in OPERATIONS:
+        raise ValueError(f"operation {name!r}; known: {', '.join(OPERATIONS)}")
+    matrix = {
+        "ShearX": geometry.shear_x,
+        "ShearY": geometry.shear_y,
+        "TranslateX": geometry.translate_x,
+        "TranslateY": geometry.translate_y,
+        "Rotate": functools.partial(geometry.rotate, height=height, width=width),
+    }.get(name, lambda _: geometry.IDENTITY)(value)
+    spans = geometry.spans(matrix, height, width)
+    threshold = {"Solarize": int(np.ceil(value)), "Invert": 0}.get(name, 256)
+    return Row(
+        map=geometry.fixed_point(matrix, resampling),
+        span=spans if resampling == "bilinear" else spans[:0],
+        blend=np.int32(BLENDS.index(name) if name in BLENDS else 0),
+        factor=np.float32(value if name in BLENDS else 1),
+        threshold=np.int32(threshold),
+        mask=np.int32(color.posterize_mask(int(value)) if name == "Posterize" else 255),
+        autocontrast=np.bool_(name == "AutoContrast"),
+        equalize=np.bool_(name == "Equalize"),
+        cutout=np.float32(value if name == "Cutout" else 0),
+    )
+
+
+def table(
+    operations: Sequence[Operation], height: int, width: int, resampling: str
+) -> Table:
+    """The identity as row 0, operation i as row i + 1."""
+    if resampling not in geometry.RESAMPLINGS:
+        known = ", ".join(geometry.RESAMPLINGS)
+        raise ValueError(f"resampling {resampling!r}; known: {known}")
+    operations = [("Identity", 0.0), *operations]
+    rows = [row(operation, height, width, resampling) for operation in operations]
+    stacked = Row(*(np.stack(column) for column in zip(*rows, strict=True)))
+    return Table(stacked, frozenset(name for name, _ in operations))
+
+
+def perform(
+    table: Table,
+    drawn: Int32[Array, "N"],
+    where: Float32[Array, "N 2"],
+    image: UInt8[Array, "H W C"],
+    *,
+    fill: int,
+    paint: tuple[int, int, int],
+    resampling: str,
+) -> UInt8[Array, "H W C"]:
+    """Rows `drawn`, one after the other.
+
+    Nearest pixels of two operations are read at once where no colour changes between
+    them: a step either moves pixels or changes colours, hence N steps are N passes over
+    colours with N - 1 samplings (one, if N is 1) in between.
+
+    Args:
+      table: of `table`, for this image's height and width.
+      drawn: indices of rows.
+      where: in [0, 1), the place of Cutout (y, x) of each step.
+      image: [0, 255].
+      fill: the level of what comes in from outside.
+      paint: the colour of Cutout.
+      resampling: that of `table`.
+    """
+    rows = Row(*(jnp.asarray(column)[drawn] for column in table.rows))
+    steps = [Row(*(column[i] for column in rows)) for i in range(len(drawn))]
+    moving = bool(table.names.intersection(GEOMETRIC))
+    after: dict[int, list[Array]] = {}  # recoloring i, the maps that follow
+    for i, step in enumerate(steps):
+        after.setdefault(max(i - 1, 0), []).append(step.map)
+    for i, step in enumerate(steps):
+        if moving and resampling == "bilinear":
+            image = geometry.bilinear(image, step.map, step.span, fill)
+        image = recolor(image, step, where[i], table.names, paint)
+        if moving and resampling == "nearest" and i in after:
+            image = geometry.nearest(image, after[i], fill)
+    return image
+
+
+def recolor(
+    image: UInt8[Array, "H W C"],
+    step: Row,
+    where: Float32[Array, "2"],
+    names: frozenset[str],
+    paint: tuple[int, int, int],
+) -> UInt8[Array, "H W C"]:
+    """What a row says about colours; `names` are those that can occur."""
+    if names.intersection(BLENDS):
+        image = color.blend(_degenerate(image, step, names), image, step.factor)
+    if names.intersection(("Solarize", "Invert")):
+        image = color.solarize(image, step.threshold)
+    if "Posterize" in names:
+        image = color.posterize(image, step.mask)
+    if "AutoContrast" in names:
+        image = color.seldom(color.autocontrast)(step.autocontrast, image)
+    if "Equalize" in names:
+        image = color.seldom(color.equalize)(step.equalize, image)
+    if "Cutout" in names:
+        image = _cut(image, step.cutout, where, paint)
+    return image
+
+
+def _degenerate(image, step: Row, names) -> Int32[Array, "H W C"]:
+    """What a row blends with; the choice is by number, the product does not branch."""
+    index = {name: i for i, name in enumerate(BLENDS)}
+    chosen = jnp.zeros(image.shape, jnp.int32)
+    if "Sharpness" in names:
+        wanted = step.blend == index["Sharpness"]
+        smoothed = color.seldom(color.smooth)(wanted, image)
+        chosen = jnp.where(wanted, smoothed.astype(jnp.int32), chosen)
+    if names.intersection(("Contrast", "Color")):
+        grey = color.grey(image)
+        chosen = jnp.where(step.blend == index["Color"], grey, chosen)
+    if "Contrast" in names:
+        mean = color.mean(grey)
+        chosen = jnp.where(step.blend == index["Contrast"], mean, chosen)
+    return chosen
+
+
+def _cut(image, side: Float32[Array, ""], where, paint) -> UInt8[Array, "H W C"]:
+    """Fast AutoAugment's Cutout: its corner is `side / 2` above and left of a point of
+    the image, and cut at the border; Pillow's rectangle has its last pixel inside."""
+    height, width, channels = image.shape
+    sides = jnp.array([height, width], jnp.float32)
+    corner = jnp.maximum(where * sides - side / 2, 0).astype(jnp.int32)
+    end = corner + side.astype(jnp.int32) + 1
+    end = jnp.where(side > 0, end, corner)
+    fill = jnp.asarray(paint, jnp.uint8).reshape(1, 1, 3)
+    if channels == 1:
+        fill = color.grey(fill)
+    return color.paint(image, corner, end, fill)

@@ -1,0 +1,175 @@
+"""Policies by name: `policy("randaugment", magnitude=5)` -> (key, image) -> image.
+
+The order is that of the papers: flip and crop first, then the policy's operations, then
+Cutout. (The released codes of Fast AutoAugment and TrivialAugment, and AutoAugment's,
+crop and flip after the operations.)
+
+| name | what it does, and whose defaults these are |
+|---|---|
+| none | nothing |
+| flip | left and right, in half of the images |
+| flip_crop | flip; a crop after padding by 1/8 of the side: 4 of 32 pixels (ResNet, arXiv 1512.03385) |
+| affine | a small rotation, zoom and shift (`affine.py`) |
+| cutout | flip_crop; Cutout of half the side: 16 of 32 pixels (arXiv 1708.04552) |
+| autoaugment_cifar10 | flip_crop, 25 sub-policies, Cutout of half the side (arXiv 1805.09501) |
+| autoaugment_imagenet | random-resized-crop, flip, 25 sub-policies (same) |
+| autoaugment_svhn | 25 sub-policies, Cutout of 20/32 of the side (same) |
+| fast_autoaugment_cifar10, fast_autoaugment_cifar100 | flip_crop, 493 sub-policies, Cutout of half the side (arXiv 1905.00397) |
+| randaugment | flip_crop, N = 2 operations at M = 9 of 30, Cutout of half the side (arXiv 1909.13719) |
+| trivialaugment | flip_crop, one operation of the wide space, Cutout of half the side (arXiv 2103.10158) |
+
+Every name takes the fields of `Frame`, and those of its operations' function. Pictures
+in which left and right matter (digits, text, some scans) want `flip=False`.
+"""  # noqa: E501
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, Real, UInt8
+
+from mvc_jax.augment import crops
+from mvc_jax.augment.affine import random_affine
+from mvc_jax.augment.autoaugment import autoaugment
+from mvc_jax.augment.fast_autoaugment import fast_autoaugment
+from mvc_jax.augment.randaugment import randaugment, trivialaugment
+
+Operations = Callable[..., UInt8[Array, "H W C"]]
+Policy = Callable[[Key[Array, ""], Real[Array, "H W C"]], Real[Array, "H W C"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """What happens before the operations and after; shares are of the shorter side."""
+
+    flip: bool = False
+    crop: float | int = 0.0  # padding, on each side
+    crop_fill: int = 0  # its level: black, as for images padded by Pillow
+    resized_crop: tuple[float, float] | None = None  # share of the area, from to
+    cutout: float | int = 0.0  # side of the square
+    cutout_fill: int = 128  # zero once images lie in [-1, 1]
+
+
+def affine(
+    key: Key[Array, ""],
+    image: UInt8[Array, "H W C"],
+    *,
+    degrees: float = 15.0,
+    zoom: float = 0.1,
+    shift: float = 0.1,
+) -> UInt8[Array, "H W C"]:
+    """`affine.random_affine` on grey levels."""
+    moved = random_affine(
+        key, image.astype(jnp.float32), degrees=degrees, zoom=zoom, shift=shift
+    )
+    return _levels(moved)
+
+
+_SMALL = Frame(flip=True, crop=1 / 8, cutout=1 / 2)
+_POLICIES: dict[str, tuple[Operations | None, Frame]] = {
+    "none": (None, Frame()),
+    "flip": (None, Frame(flip=True)),
+    "flip_crop": (None, Frame(flip=True, crop=1 / 8)),
+    "affine": (affine, Frame()),
+    "cutout": (None, _SMALL),
+    "autoaugment_cifar10": (functools.partial(autoaugment, policy="cifar10"), _SMALL),
+    "autoaugment_imagenet": (
+        functools.partial(autoaugment, policy="imagenet"),
+        Frame(flip=True, resized_crop=(0.08, 1.0)),
+    ),
+    "autoaugment_svhn": (
+        functools.partial(autoaugment, policy="svhn"),
+        Frame(cutout=20 / 32),
+    ),
+    "fast_autoaugment_cifar10": (fast_autoaugment, _SMALL),
+    "fast_autoaugment_cifar100": (fast_autoaugment, _SMALL),
+    "randaugment": (randaugment, _SMALL),
+    "trivialaugment": (trivialaugment, _SMALL),
+}
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_POLICIES)
+
+
+def fields(name: str) -> dict[str, object]:
+    """The fields that `policy(name, ...)` takes, and their defaults.
+
+    Raises:
+      ValueError: no such policy.
+    """
+    if name not in _POLICIES:
+        raise ValueError(f"policy {name!r}; known: {', '.join(_POLICIES)}")
+    operations, frame = _POLICIES[name]
+    known = dataclasses.asdict(frame)
+    if operations is not None:
+        bound = getattr(operations, "keywords", {})
+        known |= {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(operations).parameters.values()
+            if parameter.kind == parameter.KEYWORD_ONLY and parameter.name not in bound
+        }
+    return known
+
+
+@functools.lru_cache
+def policy(name: str, **values) -> Policy:
+    """The policy of a name, with some of its fields changed.
+
+    Args:
+      name: of `names()`.
+      values: of `fields(name)`.
+
+    Returns:
+      a pure function of a key and one image [H, W, C] with levels in [0, 255], C = 1 or
+      3, uint8 or float; its result has the same shape and dtype, and whole levels
+      (float images are rounded first). vmap it over a batch, a key for each image.
+
+    Raises:
+      ValueError: no such policy, field or value.
+    """
+    known = fields(name)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{name}: no field {unknown[0]!r}; known: {', '.join(known)}")
+    operations, frame = _POLICIES[name]
+    framed = {
+        key: values.pop(key) for key in dataclasses.asdict(frame) if key in values
+    }
+    frame = dataclasses.replace(frame, **framed)
+    for field in ("crop", "cutout"):
+        if not 0 <= getattr(frame, field) <= 1:
+            raise ValueError(f"{field}: in [0, 1], not {getattr(frame, field)}")
+    if operations is not None:
+        operations = functools.partial(operations, **values)
+    if operations is None and frame == Frame():
+        return lambda key, image: image
+    augment = functools.partial(_augment, frame=frame, operations=operations)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jax.eval_shape(augment, key, jax.ShapeDtypeStruct((8, 8, 3), jnp.uint8))
+    return augment
+
+
+def _augment(key, image, *, frame: Frame, operations: Operations | None):
+    keys = jax.random.split(key, 4)
+    levels = image if image.dtype == jnp.uint8 else _levels(image)
+    side = min(image.shape[:2])
+    padding, hole = round(frame.crop * side), round(frame.cutout * side)
+    if frame.resized_crop:
+        levels = crops.random_resized_crop(keys[1], levels, scale=frame.resized_crop)
+    if padding:
+        levels = crops.pad_crop(keys[1], levels, padding=padding, fill=frame.crop_fill)
+    if frame.flip:
+        levels = crops.flip(keys[0], levels)
+    if operations is not None:
+        levels = operations(keys[2], levels)
+    if hole:
+        levels = crops.cutout(keys[3], levels, side=hole, fill=frame.cutout_fill)
+    return levels.astype(image.dtype)
+
+
+def _levels(image) -> UInt8[Array, "H W C"]:
+    return jnp.clip(jnp.round(image), 0, 255).astype(jnp.uint8)
