@@ -53,18 +53,7 @@ def get_config() -> ConfigDict:
 
     config.mix = _mix()
 
-    config.generate = ConfigDict()
-    config.generate.sets = ("mixed", "unmixed")
-    config.generate.steps = 50
-    # s_T and s_I of InstructPix2Pix. With a most above it, `mix` draws a scale for each
-    # image, uniform between the two.
-    config.generate.text_scale = 7.5
-    config.generate.text_scale_most = 0.0
-    config.generate.image_scale = 1.5
-    config.generate.image_scale_most = 0.0
-    config.generate.batch_size = 16
-    config.generate.shard_size = 1000  # images in a Parquet file
-    config.generate.folder = True  # also train/<class>/*.png
+    config.generate = _generate()
 
     config.classify = _classify()
 
@@ -170,6 +159,36 @@ def _finetune() -> ConfigDict:
     config.checkpoint_every = 500
     config.checkpoint_minutes = 20.0  # or after so long; 0: by steps alone
     config.keep = 2  # the newest, besides the one with the lowest loss
+    return config
+
+
+def _generate() -> ConfigDict:
+    config = ConfigDict()
+    # Also pretrained, caption_only, noised, interpolated: mvc_jax/conditionings.py.
+    config.sets = ("mixed", "unmixed")
+    config.limit = 0  # above 0: only a contact sheet of so many images, then it stops
+    config.sampler = "ddim"  # or "dpmpp_2m", "euler"
+    config.steps = 50
+    # s_T and s_I of InstructPix2Pix. With a most above it, `mix` draws a scale for each
+    # image, uniform between the two.
+    config.text_scale = 7.5
+    config.text_scale_most = 0.0
+    config.image_scale = 1.5
+    config.image_scale_most = 0.0
+    # Shares of the training timesteps, 0 without noise, between which guidance acts.
+    config.guidance_interval = (0.0, 1.0)
+    config.guidance_rescale = 0.0  # phi, towards the contrast of no guidance
+    config.noise_scale = 0.1  # of `noised`: times the text states' standard deviation
+    config.interpolation = 0.5  # of `interpolated`: the partner's share
+    config.dtype = "auto"  # of the UNet's activations: bfloat16 on an accelerator
+    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn
+    config.batch_size = 16
+    config.max_redraws = 3  # of an image that is NaN, black or of one colour
+    config.shard_size = 1000  # images in a Parquet file
+    config.folder = True  # also train/<class>/*.png
+    config.format = "png"  # or "jpeg", in both forms
+    config.size = 0  # pixels written, by area; 0: as drawn, -1: as its source was
+    config.include_real = False  # True: also the training images, beside them
     return config
 
 

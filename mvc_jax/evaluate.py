@@ -77,7 +77,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "confidence": confidence,
         "runs": [_row(r, results, test.labels, confidence) for r in results.values()],
         "questions": _questions(results, confidence),
-        "sets": _sets(workdir / "generate", train),
+        "sets": _sets(
+            workdir / "generate",
+            train,
+            resize=config.data.resize,
+            resample=config.data.resample,
+        ),
         "notes": _notes(made["seeds"], caption),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
@@ -176,7 +181,9 @@ def _verdict(difference: dict, confidence: float) -> dict[str, str]:
     return {"verdict": "unclear", "sentence": f"No evidence either way: {interval}."}
 
 
-def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float | int]]:
+def _sets(
+    folder: epath.Path, train: splits.Split, **fit: str
+) -> dict[str, dict[str, float | int]]:
     """Each set, and the training images themselves, in numbers."""
     real = _flat(train.images)
     described = {"real": _describe(real, train.labels)}
@@ -187,7 +194,9 @@ def _sets(folder: epath.Path, train: splits.Split) -> dict[str, dict[str, float 
         described["real"]["nearest_real"] = float(nearest.mean())
     names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
     for name in names["sets"]:
-        images, labels, _ = synthetic.read_images(folder / name)
+        images, labels, _ = synthetic.read_images(
+            folder / name, train.images.shape[1], **fit
+        )
         flat = _flat(images)
         nearest, _ = _nearest(flat, real)
         described[name] = _describe(flat, labels) | {

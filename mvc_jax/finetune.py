@@ -354,14 +354,14 @@ def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:
     train = splits.read_split(workdir / "caption", "train")
     pairs = files.read_array(workdir / "pairs" / "pairs.npy")
     pairs = pairs_of_all_classes(pairs, train.labels, config.finetune.samples)
-    source, target = pairs.T
-    timesteps, step = model.ddim(config.generate.steps)
+    (source, target), asked = pairs.T, config.generate
     draw = functools.partial(
         instruct_pix2pix.draw,
-        timesteps=timesteps,
-        step=step,
-        text_scale=config.generate.text_scale,
-        image_scale=config.generate.image_scale,
+        solver=model.solver(asked.sampler, asked.steps),
+        text_scale=asked.text_scale,
+        image_scale=asked.image_scale,
+        guidance_interval=asked.guidance_interval,
+        guidance_rescale=asked.guidance_rescale,
     )
     key = rng.purpose_key(config.seed, "finetune/samples")
     shape = (*cache.moments.shape[1:3], model.latent_channels)

@@ -1,32 +1,63 @@
 """UNet, recipes -> the augmented dataset.
 
 Reads: the fine-tuned model, `mix/recipes.jsonl`, `encode/`. Writes a dataset for each
-set of `generate.sets`, all from the same recipes and noise: `mixed`, the method;
-`unmixed`, its control, the source's own caption; `pretrained`, the control that leaves
-out fine-tuning, the base model by caption alone.
+set of `generate.sets`, all from the same recipes and noise, in the form that
+`data/synthetic.py` tells, with a card; `conditionings.py` says what each set is. Images
+that cannot be used are drawn anew, or left out. With `generate.limit` nothing but a
+sheet to look at is drawn.
 """
 
-import functools
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from mvc_jax import files, mix
-from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax import files, mix, preview
+from mvc_jax.conditionings import CONDITIONINGS, Texts
+from mvc_jax.data import decode, manifest, recipe_file, splits, synthetic
+from mvc_jax.data.background import Background
 from mvc_jax.data.cache import open_cache
-from mvc_jax.data.recipe_file import read_recipes
-from mvc_jax.data.recipes import NOTHING
-from mvc_jax.diffusion import instruct_pix2pix
-from mvc_jax.errors import require
-from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
-from mvc_jax.training import rng, sharding
+from mvc_jax.errors import (
+    UserError,
+    require,
+    require_one_of,
+    require_room,
+    require_within,
+)
+from mvc_jax.models import dataset_card, model_card, solvers
+from mvc_jax.sampler import Drawn, Sampler, Settings, draw_again
+from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
-SETS = ("mixed", "unmixed", "pretrained")
+SETS = tuple(CONDITIONINGS)
+# They change how fast it goes, or what is shown, but no image.
+_NO_RESULT = ("batch_size", "attention", "limit", "conditioning")
+_GROWS = ("generate.include_real", "generate.folder")
+_CHOICES = {
+    "format": tuple(synthetic.SUFFIXES),
+    "sampler": tuple(solvers.SOLVERS),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "attention": ("auto", "xla", "mapped", "cudnn"),
+}
+_COUNT = "configs/common.py has values that work."
+_RANGES = {
+    **dict.fromkeys(("batch_size", "shard_size"), (1, 1e9, _COUNT)),
+    "steps": (1, 999, "It is less than the 1000 timesteps of training; 50 is usual."),
+    "guidance_rescale": (0, 1, "0 switches it off; 0.7 is usual."),
+    "size": (-1, 1e5, "0: as the model draws, -1: as the source was, else pixels."),
+    "max_redraws": (0, 100, "3 is enough for accidents."),
+    "limit": (0, 1000, "0 draws the dataset; 16 images make a sheet."),
+    "noise_scale": (0, 1e3, "0.1 is a tenth of the states' standard deviation."),
+    "interpolation": (0, 1, "It is the partner's share."),
+}
+_MOST_BAD = 0.1  # of what was drawn; more is no accident
+_ENOUGH = 100  # images by which to judge that
+Judge = Callable[[np.ndarray, Sequence[dict]], Sequence[Sequence[dict]]]
 
 
 def check(config: ConfigDict) -> None:
@@ -39,228 +70,326 @@ def check(config: ConfigDict) -> None:
         got=tuple(section.sets),
         fix="Name these.",
     )
-    for field in ("batch_size", "shard_size", "steps"):
-        require(
-            section[field] > 0,
-            f"config.generate.{field}",
-            wanted="at least 1",
-            got=section[field],
-            fix="Raise it.",
-        )
+    require_within("config.generate", section, _RANGES)
+    require_one_of("config.generate", section, _CHOICES)
+    interval = tuple(section.guidance_interval)
     require(
-        section.steps < 1000,
-        "config.generate.steps",
-        wanted="fewer than 1000, the timesteps of training",
-        got=section.steps,
-        fix="Lower it; 50 is usual.",
+        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+        "config.generate.guidance_interval",
+        wanted="two shares of the noise levels, ascending, from 0 to 1",
+        got=interval,
+        fix="(0.0, 1.0) guides at every step.",
     )
-    for field in ("text_scale", "image_scale"):
-        require(
-            0 <= section[field] < float("inf"),
-            f"config.generate.{field}",
-            wanted="a number of at least 0",
-            got=section[field],
-            fix="InstructPix2Pix uses 7.5 for text and 1.5 for the image.",
-        )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Samples every set, shard by shard; shards that exist are kept."""
-    workdir = epath.Path(workdir)
-    section = config.generate.to_dict()
-    batch_size = section.pop("batch_size")  # changes no image
+    """Draws every set, shard by shard; what exists is kept."""
+    workdir, section = epath.Path(workdir), config.generate
+    if section.limit:
+        _draw_sheet(config, workdir)
+        return
+    shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
     settings = {"seed": config.seed, "data": config.data.to_dict()}
-    settings |= {"base": config.base.to_dict(), "generate": section}
+    settings |= {"base": config.base.to_dict(), "generate": shaping}
+    fresh = not manifest.is_complete(workdir, "generate")
+    if fresh:  # before anything is written
+        _require_same_weights(workdir)
     stage = manifest.open_stage(
-        workdir, "generate", settings, inputs=("finetune", "mix")
+        *(workdir, "generate", settings, ("finetune", "mix")),
+        grows=_GROWS,
+        grows_with=("mix",),
     )
     if stage.complete:
+        _restore_pictures(stage.folder, section)
         return
+    if not fresh:
+        _require_same_weights(workdir)
+    job = _open(config, workdir)
+    artifacts, counts = [], Counter()
+    try:
+        for name in section.sets:
+            made, counted = _draw_set(job, name, judge=None)
+            artifacts += [f"{name}/{file}" for file in made]
+            counts += counted
+    except UserError:
+        if not any(stage.folder.glob("*/data/*")):
+            stage.abandon()  # nothing is kept: other settings may follow
+        raise
+    stage.finish(artifacts, **{"images": 0, "redrawn": 0, "left_out": 0} | counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What all sets of a run share.
+
+    Attributes:
+      config: of the run.
+      workdir: of the run.
+      recipes: of all synthetic images.
+      prompts: rows of `encode` by image id.
+      train: the real images.
+      sizes: (width, height) of each at the source, by id.
+      sampler: opened.
+    """
+
+    config: ConfigDict
+    workdir: epath.Path
+    recipes: list[dict]
+    prompts: dict[str, dict]
+    train: splits.Split
+    sizes: dict[str, tuple[int, int]]
+    sampler: Sampler
+
+    def sized(self, image: np.ndarray, source: str) -> np.ndarray:
+        """An image as it is stored: by `generate.size`."""
+        size, data = self.config.generate.size, self.config.data
+        if size < 0:
+            return decode.unfit(image, *self.sizes[source], resize=data.resize)
+        smaller = size <= image.shape[0]
+        resample = "area" if smaller else "lanczos"
+        return decode.fit(image, size, resample=resample) if size else image
+
+
+def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
+    section = config.generate
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
-    rows = {row["id"]: row for row in prompts}
-    recipes = read_recipes(workdir / "mix" / "recipes.jsonl", any_partner=True)
+    recipes = recipe_file.read_recipes(workdir / "mix" / "recipes.jsonl")
+    train = splits.read_split(workdir / "caption", "train")
+    texts = Texts(
+        open_cache(workdir / "encode"),
+        mix.widths_of(recipes),
+        *(config.seed, section.noise_scale, section.interpolation),
+    )
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"grey"}
+    settings = {name: section[name] for name in fields} | {"grey": train.grey}
+    settings["guidance_interval"] = tuple(section.guidance_interval)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    sampler = Sampler(config, workdir, mesh, batch_size, mix.widths_of(recipes))
-    artifacts, constant = [], 0
-    for name in section["sets"]:
-        folder = stage.folder / name
-        params, model_hash = sampler.load(name)
-        chosen = [recipe_of_set(recipe, name) for recipe in recipes]
-        provenance = [_provenance(r, rows, config, model_hash) for r in chosen]
-        size = section["shard_size"]
-        starts = range(0, len(chosen), size)
-        progress = Progress(f"generate/{name}", len(chosen), unit="image")
-        for shard, start in enumerate(starts):
-            path = synthetic.shard_path(folder, shard, len(starts))
-            part = slice(start, start + size)
-            if not path.exists():
-                images = sampler.images(params, chosen[part])
-                synthetic.write_shard(
-                    path,
-                    images,
-                    provenance[part],
-                    sampler.class_names,
-                    pictures=folder / "train" if section["folder"] else None,
-                )
-            elif section["folder"]:
-                synthetic.restore_pictures(path, folder / "train")
-            artifacts.append(str(path.relative_to(stage.folder)))
-            progress.advance(len(chosen[part]))
-        progress.close()
-        if section["folder"]:
-            _write_metadata(folder / "train", provenance, sampler.class_names)
-            artifacts.append(f"{name}/train/metadata.jsonl")
-        constant += _warn_of_constant_images(folder)
-    count = len(recipes) * len(section["sets"])
-    stage.finish(artifacts, images=count, constant_images=constant)
+    rows = files.read_jsonl(workdir / "caption" / "images.jsonl")
+    return _Job(
+        config=config,
+        workdir=workdir,
+        recipes=recipes,
+        prompts={row["id"]: row for row in prompts},
+        train=train,
+        sizes={row["id"]: (row["width"], row["height"]) for row in rows},
+        sampler=Sampler(workdir, mesh, Settings(**settings), texts),
+    )
 
 
-class Sampler:
-    """Recipes in, images out: the cache, the compiled sampler, the devices."""
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: epath.Path,
-        mesh,
-        batch_size: int,
-        widths: mix.Widths,
-    ):
-        train = splits.read_split(workdir / "caption", "train")
-        self._cache = open_cache(workdir / "encode")
-        self.class_names = train.class_names
-        self._workdir, self._mesh, self._batch_size = workdir, mesh, batch_size
-        self._widths = widths
-        self._base = diffusers_layout.recorded(
-            workdir / "encode" / "base.json", workdir / "pretrain" / "model"
-        )
-        self._row_of = {row["id"]: i for i, row in enumerate(self._cache.rows)}
-        self._key = rng.purpose_key(config.seed, "noise")
-        self._steps = config.generate.steps
-        self._settings = {"grey": train.grey}
-        self._draw = None
-
-    def load(self, name: str) -> tuple[dict, str]:
-        """Parameters on the devices for a set, and the hash of their UNet."""
-        folder, variant = self._workdir / "finetune" / "model", ""
-        if name == "pretrained":
-            folder, _ = checkpoint_folder.resolve(**self._base)
-            variant = self._base["variant"]
-        model, params = diffusers_layout.load(folder, ("vae", "unet"), variant)
-        # The base's UNet, widened by zeros, ignores the source: text guidance alone.
-        model, params = model.widened(params)
-        shardings = sharding.tree_shardings(params, self._mesh)
-        if self._draw is None:
-            timesteps, step = model.ddim(self._steps)
-            settings = self._settings | {"timesteps": timesteps, "step": step}
-            draw = functools.partial(sample_images, model=model, **settings)
-            self._draw = jax.jit(draw)
-        unet = checkpoint_folder.weight_files(folder, "unet", variant)
-        return jax.device_put(params, shardings), files.sha256(*unet)[:16]
-
-    def images(self, params: dict, recipes: list[dict]) -> UInt8[np.ndarray, "N H W 3"]:
-        """The images of `recipes`, whatever the batch they happen to be drawn in."""
-        size = sharding.padded_size(self._batch_size, self._mesh)
-        null = self._cache.null_states
-        null = jax.device_put(null, sharding.replicated(self._mesh))
-        drawn = []
-        for start in range(0, len(recipes), size):
-            batch = self._batch(recipes[start : start + size])
-            batch = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
-            batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
-            drawn.append(self._draw(params, batch, null, self._key))
-        return np.concatenate([np.asarray(d) for d in drawn])[: len(recipes)]
-
-    def _batch(self, recipes: list[dict]) -> dict[str, np.ndarray]:
-        """What `sample_images` takes of recipes: these rows alone leave the disk."""
-        length, width = self._cache.text_states.shape[1:]
-        batch = mix.as_arrays(
-            recipes, self._row_of, length=length, width=width, widths=self._widths
-        )
-        source, partners = batch.pop("source"), batch.pop("partners")
-        batch["moments"] = self._cache.moments_of(source)
-        batch["states"] = self._cache.states_of(source)
-        states = self._cache.states_of(partners.ravel())
-        batch["partner_states"] = states.reshape(*partners.shape, length, width)
-        return batch
-
-
-def sample_images(
-    params: dict,
-    batch: dict[str, Array],
-    null_states: Float[Array, "L D"],
-    key: Array,
-    *,
-    model: stable_diffusion.StableDiffusion,
-    timesteps: Int[np.ndarray, " S"],
-    step,
-    grey: bool,
-) -> UInt8[Array, "B H W 3"]:
-    """Mixes, samples and decodes one batch; noise is a function of (key, noise_seed).
+def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Counter]:
+    """Draws what a set lacks, and completes its folder.
 
     Args:
-      params: `unet` (conditioned) and `vae`.
-      batch: `moments` [B, h, w, 2c] and `states` [B, L, D] of the sources,
-        `partner_states` [B, M, L, D], and the rest of `mix.as_arrays`.
-      null_states: of the empty prompt.
-      key: root of the noise.
-      model: the architecture.
-      timesteps: of the solver.
-      step: of the solver, as `samplers.sample` takes it.
-      grey: average the colour channels, for a dataset without colour.
+      job: of the run.
+      name: of the set.
+      judge: says which images of a shard are to be left out: (images as they were
+        drawn, their provenance) -> a list for each, of what speaks against it, empty
+        for one that is kept; `Store.recorded("removed")` gives it back. None: all that
+        can be used are kept.
+
+    Returns:
+      its files, relative to its folder, and counts for the manifest.
     """
-    names = ("states", "partner_states", "positions", "donors", "dims", "dim_donors")
-    states = jax.vmap(mix.mix)(*(batch[name] for name in names))
-    keys = rng.example_keys(key, batch["noise_seed"])
-    shape = (*batch["moments"].shape[1:3], model.latent_channels)
-    latents = instruct_pix2pix.draw(
-        functools.partial(model.denoise, params),
-        rng.normal_like(keys, shape),
-        batch["moments"],
-        states,
-        null_states,
-        timesteps=timesteps,
-        step=step,
-        text_scale=batch["text_scale"],
-        image_scale=batch["image_scale"],
+    section = job.config.generate
+    store = synthetic.Store(
+        job.workdir / "generate" / name,
+        job.train.class_names,
+        job.sampler.model_hash(name),
+        *(section.shard_size, section.format, section.folder),
     )
-    return stable_diffusion.to_pixels(model.decode(params, latents), grey=grey)
+    recipes = [CONDITIONINGS[name].recipe(recipe, name) for recipe in job.recipes]
+    parts = store.missing(len(recipes))
+    groups = [recipes[part.start : part.stop] for part in parts]
+    done = len(recipes) - sum(map(len, groups))
+    if parts:
+        _require_room(job, store.folder, len(recipes) - done)
+        job.sampler.load(name)
+    bad = Counter(_given_up(store.recorded("notes")))
+    progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
+    with contextlib.closing(progress), Background() as writer:
+        drawing = zip(parts, groups, job.sampler.stream(groups), strict=True)
+        for part, group, drawn in drawing:
+            notes = draw_again(job.sampler.draw, group, drawn, section.max_redraws)
+            done += len(group)
+            bad.update(_given_up(notes))
+            _require_few(name, bad, done, len(recipes))
+            redraws = {note["index"]: note["redraws"] for note in notes}
+            rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
+            kept, removed = _judged(judge, drawn, rows)
+            images = [drawn.images[place] for place in kept]
+            rows = [rows[place] for place in kept]
+            writer.submit(_write, job, store, part, images, rows, notes, removed)
+            progress.advance(len(group))
+    if section.include_real:
+        _write_real(job, store)
+    store.restore_pictures()
+    names = store.finish()
+    names += dataset_card.write(store.folder, _facts(job, name, store))
+    redrawn = sum(note["kept"] for note in store.recorded("notes"))
+    images = len(store.labels())
+    counts = {"images": images, "redrawn": redrawn, "left_out": len(recipes) - images}
+    return names, Counter(counts)
 
 
-def recipe_of_set(recipe: dict, name: str) -> dict:
-    """The recipe as set `name` uses it: only `mixed` mixes."""
-    if name == "mixed":
-        return recipe
-    return recipe | {"mode": name, **NOTHING}
+def _given_up(notes: Sequence[dict]) -> list[str]:
+    """Why images could not be used, however often they were drawn."""
+    return [note["reason"] for note in notes if not note["kept"]]
 
 
-def _provenance(
-    recipe: dict, rows: dict[str, dict], config: ConfigDict, model_hash: str
-) -> dict:
-    section, row = config.generate, rows[recipe["source"]]
+def _require_few(name: str, bad: Counter, done: int, total: int) -> None:
+    """Stops where so many images cannot be used that it is no accident."""
+    given_up = sum(bad.values())
+    many = given_up > _MOST_BAD * done and done >= _ENOUGH
+    if not many and given_up <= _MOST_BAD * total:
+        return
+    raise UserError(
+        f"generate/{name}",
+        wanted=f"images that can be used, at least {1 - _MOST_BAD:.0%} of them",
+        got=f"{given_up} of {done} that cannot, however often they were drawn anew ("
+        + ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
+        + ")",
+        fix="NaN and black are mostly numbers too large for half precision: set "
+        "--config.generate.dtype=float32, or lower generate.text_scale and "
+        "generate.image_scale; or the fine-tuned model is broken (look at "
+        "finetune/samples), or generate.steps are too few.",
+    )
+
+
+def _judged(
+    judge: Judge | None, drawn: Drawn, rows: Sequence[dict]
+) -> tuple[list[int], list[dict]]:
+    """Places of the images that are kept, and what `judge` says of the others."""
+    healthy = np.flatnonzero(drawn.health == 0).tolist()
+    if judge is None:
+        return healthy, []
+    found = judge(drawn.images[healthy], [rows[place] for place in healthy])
+    judged = list(zip(healthy, found, strict=True))
+    kept = [place for place, reasons in judged if not reasons]
+    return kept, [reason for _, reasons in judged for reason in reasons]
+
+
+def _write(job: _Job, store, part, images, rows, notes, removed) -> None:
+    """Brings images to their size and writes them, beside the device."""
+    images = [job.sized(i, row["source"]) for i, row in zip(images, rows, strict=True)]
+    store.write(part, images, rows, notes, removed)
+
+
+def _provenance(job: _Job, recipe: dict, model: str, redraws: dict[int, int]) -> dict:
+    section, row = job.config.generate, job.prompts[recipe["source"]]
     return {
         **recipe,
         "label": row["label"],
         "prompt": row["prompt"],
-        "seed": config.seed,
+        "seed": job.config.seed,
+        "redraws": redraws.get(recipe["index"], 0),
         "steps": section.steps,
-        "sampler": "ddim",
-        "model": model_hash,
+        "sampler": section.sampler,
+        "guidance_interval": list(section.guidance_interval),
+        "guidance_rescale": section.guidance_rescale,
+        "model": model,
     }
 
 
-def _write_metadata(folder: epath.Path, provenance: list[dict], class_names) -> None:
-    rows = []
-    for row in provenance:
-        name = class_names[row["label"]]
-        file_name = synthetic.png_name(name, row["index"])
-        rows.append({"file_name": file_name, **row, "label": name})
-    files.write_jsonl(folder / "metadata.jsonl", rows)
+def _write_real(job: _Job, store: synthetic.Store) -> None:
+    """Writes the training images beside the synthetic ones, in the same form."""
+    train = job.train
+    nothing = dict.fromkeys(synthetic.PROVENANCE) | {"mode": "real"}
+    for shard, start in enumerate(range(0, len(train.ids), store.shard_size)):
+        part = range(start, min(start + store.shard_size, len(train.ids)))
+        rows = [
+            {
+                **nothing,
+                "index": i,
+                "source": train.ids[i],
+                "label": int(train.labels[i]),
+                "prompt": job.prompts[train.ids[i]]["prompt"],
+            }
+            for i in part
+        ]
+        images = [job.sized(train.images[i], train.ids[i]) for i in part]
+        store.write_real(images, rows, shard)
 
 
-def _warn_of_constant_images(folder: epath.Path) -> int:
-    images = synthetic.read_images(folder)[0]
-    constant = int((images.max((1, 2, 3)) == images.min((1, 2, 3))).sum())
-    if constant:
-        logging.warning("%s: %d images are one flat colour", folder, constant)
-    return constant
+def _require_room(job: _Job, folder: epath.Path, images: int) -> None:
+    """Refuses what the disk will not hold; images count as not compressed."""
+    side = job.config.generate.size
+    side = side if side > 0 else job.config.data.size
+    forms = 2 if job.config.generate.folder else 1
+    images += len(job.train.ids) if job.config.generate.include_real else 0
+    require_room(
+        folder.parent,
+        images * forms * 3 * side**2,
+        what=f"{images} images of {side} x {side} pixels in {forms} form(s)",
+        fix="Free some or name a --workdir on another disk; "
+        "--config.generate.folder=False needs half.",
+    )
+
+
+def _require_same_weights(workdir: epath.Path) -> None:
+    """The models must be those that their stages wrote, byte for byte."""
+    for stage in ("pretrain", "finetune"):
+        if manifest.is_complete(workdir, stage):
+            manifest.require_unchanged(workdir, stage, ".safetensors")
+
+
+def _restore_pictures(folder: epath.Path, section: ConfigDict) -> None:
+    """Writes pictures of finished sets that are no longer there."""
+    for name in section.sets if section.folder else ():
+        store = synthetic.Store(folder / name, (), "", section.shard_size)
+        restored = store.restore_pictures()
+        if restored:
+            logging.info("generate/%s: %d pictures restored", name, restored)
+
+
+def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
+    """What the card of a set tells."""
+    config, names = job.config, job.train.class_names
+    notes, removed = store.recorded("notes"), store.recorded("removed")
+    left_out = Counter(_given_up(notes))
+    left_out += Counter(row.get("filter", "judged") for row in removed)
+    counts = [
+        np.bincount(store.labels(real=real), minlength=len(names)).tolist()
+        for real in (False, True)
+    ]
+    side = config.generate.size or config.data.size
+    dataset = files.read_json(job.workdir / "caption" / "dataset.json")
+    base = job.sampler.base_folder()
+    return dataset_card.Facts(
+        set=name,
+        about=CONDITIONINGS[name].about,
+        dataset=dataset["name"],
+        classes=names,
+        counts=counts[0],
+        real=counts[1],
+        size="as the real images" if side < 0 else f"{side} x {side} pixels",
+        settings=dataset_card.in_words(
+            config.to_dict(), mixes=CONDITIONINGS[name].partners is None
+        )
+        | {"weights": store.model},
+        redrawn=Counter(note["reason"] for note in notes if note["kept"]),
+        left_out=left_out,
+        base=config.base.path or "made by the stage pretrain",
+        license=model_card.base_license(base),
+        pictures=config.generate.folder,
+    )
+
+
+def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
+    """Draws only a sheet to look at, and leaves the stage as it is."""
+    for name in ("finetune", "mix"):
+        require(
+            manifest.is_complete(workdir, name),
+            "config.generate.limit",
+            wanted=f"the finished stage {name} in {workdir}",
+            got="none",
+            fix=f"Add {name} to --config.stages or run it first.",
+        )
+    _require_same_weights(workdir)
+    job = _open(config, workdir)
+    preview.contact_sheet(
+        workdir / "generate" / preview.CONTACT_SHEET,
+        job.sampler,
+        job.recipes,
+        job.train,
+        limit=config.generate.limit,
+    )

@@ -74,6 +74,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     for name in stages:
         if name != "caption":  # whose captioner may want the accelerator to itself
             runtime.log_devices()
+        if name == "generate" and config.generate.limit:
+            _stage(name).run(config, workdir)
+            print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
+            return
         if run_stage(name, config, workdir):
             worked.append(name)
     if worked:

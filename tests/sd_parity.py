@@ -172,13 +172,13 @@ def schedule(family: str) -> Arrays:
         "alphas_cumprod": alphas,
         "noisy": np.asarray(loss.add_noise(*arguments, alphas)),
         "velocity": np.asarray(velocity),
-        "timesteps_50": model.ddim(50)[0],
-        "timesteps_7": model.ddim(7)[0],
+        "timesteps_50": model.solver("ddim", 50).timesteps,
+        "timesteps_7": model.solver("ddim", 7).timesteps,
     }
-    timesteps, step = model.ddim(len(predictions))
+    solver = model.solver("ddim", len(predictions))
     steps = [
-        step(jnp.asarray(latents), jnp.asarray(prediction), jnp.asarray(timestep))
-        for timestep, prediction in zip(timesteps, predictions, strict=True)
+        solver.step(jnp.asarray(latents), jnp.asarray(prediction), i)
+        for i, prediction in enumerate(predictions)
     ]
     return arrays | {"steps": np.stack([np.asarray(latents) for latents in steps])}
 
@@ -311,7 +311,7 @@ def whole_sample(family: str) -> Arrays:
     model, params = sd_families.fine_tuned(family)
     source, prompt, noise = sample_inputs(family)
     ids = jnp.asarray(model.tokenize(["", prompt]))
-    timesteps, step = model.ddim(STEPS)
+    solver = model.solver("ddim", STEPS)
 
     @jit_fast
     def draw(params, source, ids, noise):
@@ -322,8 +322,7 @@ def whole_sample(family: str) -> Arrays:
             model.moments(params, source),
             text_states[None],
             null_states,
-            timesteps=timesteps,
-            step=step,
+            solver=solver,
             text_scale=TEXT_SCALE,
             image_scale=IMAGE_SCALE,
         )

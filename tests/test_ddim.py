@@ -1,5 +1,6 @@
 """The scheduler config that a base brings, and the one we sample and export with."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sd_families import SCHEDULERS
@@ -42,11 +43,11 @@ def test_a_solver_of_the_base_does_not_change_our_samples(tiny):
     config = {key: SCHEDULERS["sd1"][key] for key in NOISE if key != "prediction_type"}
     bare = StableDiffusion({**tiny[0].configs, "scheduler": config}, tiny[0].tokenizer)
     odd = _model(tiny, clip_sample=True, set_alpha_to_one=True, steps_offset=0)
-    latents = 30 * np.ones((1, 2, 2, 4), np.float32)
+    latents = 30 * jnp.ones((1, 2, 2, 4))
     for model in (bare, odd):
-        timesteps, step = model.ddim(4)
-        assert timesteps.tolist() == [751, 501, 251, 1]
-        last = step(latents, np.zeros_like(latents), timesteps[-1])
+        solver = model.solver("ddim", 4)
+        assert solver.timesteps.tolist() == [751, 501, 251, 1]
+        last = solver.step(latents, jnp.zeros_like(latents), 3)
         first, second = model.alphas_cumprod[:2]  # no noise: the signal is rescaled
         np.testing.assert_allclose(last, latents * np.sqrt(first / second), rtol=1e-6)
 
@@ -78,12 +79,12 @@ def test_a_missing_field_of_the_noise_is_named(field):
 @pytest.mark.parametrize("steps", [0, 1000])
 def test_ddim_takes_fewer_steps_than_there_are_timesteps(tiny, steps):
     with pytest.raises(UserError, match="1 to 999"):
-        _model(tiny).ddim(steps)
+        _model(tiny).solver("ddim", steps)
 
 
 def test_all_timesteps_are_of_the_training_schedule(tiny):
     for steps in (1, 3, 50, 500, 501, 999):
-        timesteps, _ = _model(tiny).ddim(steps)
+        timesteps = _model(tiny).solver("ddim", steps).timesteps
         assert len(set(timesteps.tolist())) == steps
         assert timesteps.min() >= 0 and timesteps.max() <= 999
 

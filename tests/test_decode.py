@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from mvc_jax.data import decode
-from mvc_jax.data.decode import BadImage, Decoder, fit, strict_pillow
+from mvc_jax.data.decode import BadImage, Decoder, fit, strict_pillow, unfit
 
 
 def encoded(picture, kind="png", **options):
@@ -230,3 +230,23 @@ def test_downscaling_is_antialiased():
     for resample in decode.RESAMPLING:
         small = fit(stripes, 8, resample=resample)
         assert 120 <= small.min() <= small.max() <= 135
+
+
+@pytest.mark.parametrize("resize", decode.RESIZING)
+@pytest.mark.parametrize("sides", [(40, 30), (30, 40), (12, 8), (8, 8), (50, 1)])
+def test_a_fitted_image_gets_its_proportions_back(resize, sides):
+    """Made square by `resize` and back: as large as the source, or as the square."""
+    width, height = sides
+    x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)
+    source = np.stack(np.broadcast_arrays(x, y[:, None], 128), 2).astype(np.uint8)
+    back = unfit(fit(source, 16, resize=resize), width, height, resize=resize)
+    kept = (min(sides),) * 2 if resize == "crop" else sides
+    share = min(1.0, 16 / max(kept))
+    expected = tuple(max(round(side * share), 1) for side in kept)
+    assert back.shape == (*expected[::-1], 3)
+    if resize != "crop" and min(sides) >= 8:
+        smaller = np.asarray(
+            Image.fromarray(source).resize(expected, Image.Resampling.BOX)
+        )
+        inner = np.s_[1:-1, 1:-1]  # Lanczos rings at the border, and black is beside it
+        assert np.abs(back[inner].astype(int) - smaller[inner]).max() < 16

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mvc_jax import files, finetune, generate
+from mvc_jax import files, finetune, sampler
 from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
 from mvc_jax.training import rng, sharding
@@ -114,16 +114,16 @@ def test_the_conditioning_channels_learn(finetuned):
 
 
 def draw(tiny, cache, mesh, index, batch_size):
-    """Images by index, mixed in two dims, a batch at a time."""
+    """Images by index, a batch at a time."""
     model, params = tiny
     model, params = model.widened(params)
-    timesteps, step = model.ddim(3)
-    sampler = jax.jit(
+    draw = jax.jit(
         functools.partial(
-            generate.sample_images,
+            sampler.sample_images,
             model=model,
-            timesteps=timesteps,
-            step=step,
+            solver=model.solver("ddim", 3),
+            guidance_interval=(0.0, 1.0),
+            guidance_rescale=0.0,
             grey=False,
         )
     )
@@ -136,18 +136,15 @@ def draw(tiny, cache, mesh, index, batch_size):
         batch = {
             "moments": cache["moments"][part % 6],
             "states": cache["text_states"][1 + part % 3],
-            "partner_states": cache["text_states"][1 + (part + 1) % 3][:, None],
-            "positions": np.full((len(part), 2), 12, np.int32),
-            "donors": np.zeros((len(part), 2), np.int32),
-            "dims": np.tile(np.array([2, 5, 16], np.int32), (len(part), 12, 1)),
-            "dim_donors": np.zeros((len(part), 3), np.int32),
-            "noise_seed": part,
-            "text_scale": np.full(len(part), 3.0, np.float32),
+            "text_scale": 3.0 + part.astype(np.float32) / 9,
             "image_scale": np.full(len(part), 1.5, np.float32),
+            "noise_seed": part,
+            "redraws": part % 2,
         }
         padded = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
         padded = jax.device_put(padded, sharding.batch_sharding(mesh))
-        out = sampler(params, padded, null, rng.purpose_key(0, "noise"))
+        out, health = draw(params, padded, null, rng.purpose_key(0, "noise"))
+        assert not np.asarray(health)[: len(part)].any()
         images.append(np.asarray(out)[: len(part)])
     return np.concatenate(images).astype(int)
 

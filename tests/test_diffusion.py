@@ -106,16 +106,17 @@ def test_a_perfect_denoiser_returns_the_latents(tiny):
     model, _ = tiny
     target = _normal(3, 2, 2, 2, 4)
     alphas = jnp.asarray(model.alphas_cumprod)
-    timesteps, step = model.ddim(20)
+    solver = model.solver("ddim", 20)
 
     def denoise(latents, timesteps):
         alpha = alphas[timesteps][:, None, None, None]
         return (latents - jnp.sqrt(alpha) * target) / jnp.sqrt(1 - alpha)
 
-    drawn = sample(denoise, step, timesteps, _normal(4, 2, 2, 2, 4))
+    drawn = sample(denoise, solver, _normal(4, 2, 2, 2, 4))
     last = np.sqrt(1 - alphas[0])  # the schedule's own end: noise of its first step
     np.testing.assert_allclose(drawn, target, atol=4 * last)
-    assert list(timesteps) == sorted(timesteps, reverse=True)
+    timesteps = list(solver.timesteps)
+    assert timesteps == sorted(timesteps, reverse=True)
     assert len(timesteps) == 20
 
 

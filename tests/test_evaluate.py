@@ -90,12 +90,14 @@ def described(tmp_path, train, drawn, drawn_labels=None):
     stage = manifest.open_stage(tmp_path, "generate", {"generate": {"sets": ["mixed"]}})
     labels = drawn_labels or [0] * len(drawn)
     rows = [
-        dict.fromkeys(synthetic._FIELDS) | {"label": label, "source": "s", "index": k}
+        dict.fromkeys(synthetic.PROVENANCE)
+        | {"label": label, "source": "s", "index": k}
         for k, label in enumerate(labels)
     ]
     images = drawn if isinstance(drawn, np.ndarray) else images_of(drawn)
-    path = synthetic.shard_path(folder / "mixed", 0, 1)
-    synthetic.write_shard(path, images, rows, ["a", "b"], pictures=None)
+    store = synthetic.Store(folder / "mixed", ["a", "b"], "", 1000, pictures=False)
+    (part,) = store.missing(len(rows))
+    store.write(part, list(images), rows)
     stage.finish([])
     zeros = np.zeros(len(train), np.int32)
     split = splits.Split(

@@ -101,7 +101,7 @@ def start():
 
 def draw(model, params):
     """Our image in [0, 1]."""
-    timesteps, step = model.ddim(STEPS)
+    solver = model.solver("ddim", STEPS)
 
     @jax.jit
     def run(params, ids, noise, source):
@@ -114,7 +114,7 @@ def draw(model, params):
             text_scale=TEXT_SCALE,
             image_scale=IMAGE_SCALE,
         )
-        latents = samplers.sample(guided, step, timesteps, noise)
+        latents = samplers.sample(guided, solver, noise)
         return jnp.clip(model.decode(params, latents) / 2 + 0.5, 0, 1)
 
     image = run(params, jnp.asarray(model.tokenize([PROMPT, ""])), *start())

@@ -20,7 +20,7 @@ from mvc_jax.data import folder as folder_module
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.folder import Folder
 from mvc_jax.data.sources import Source, check_class_names, open_source
-from mvc_jax.data.synthetic import class_folder, png_name
+from mvc_jax.data.synthetic import class_folder, picture_name
 from mvc_jax.errors import UserError
 
 
@@ -342,7 +342,7 @@ def test_what_we_generate_reads_back(tmp_path):
 
     names = ("brain tumor", "naïve class", "a/b", "..")
     rows = [{"index": k, "label": k % 4, "prompt": "a cat"} for k in range(8)]
-    write(tmp_path, *(f"train/{png_name(names[k % 4], k)}" for k in range(8)))
+    write(tmp_path, *(f"train/{picture_name(names[k % 4], k)}" for k in range(8)))
     write(tmp_path, **{"data/train-00000-of-00001.parquet": b"PAR1"})
     generate._write_metadata(epath.Path(tmp_path) / "train", rows, names)
     source = read(tmp_path)

@@ -26,7 +26,8 @@ STAGES = {
     "report",
 }
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
-PARTS = {"classifier", "preview", "sampler"}  # of stages: what several of them share
+# Of stages: what several of them share.
+PARTS = {"classifier", "conditionings", "preview", "sampler"}
 LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | ROOMS | {"configs"},
@@ -38,6 +39,7 @@ MAY_IMPORT = {  # besides the leaves, which import nothing of ours
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 HOMELESS = re.compile(r"(^|_)(utils?|helpers?|misc)$")
+KNOW_DIFFUSERS = ("stable_diffusion", "attention", "solvers")
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
 
 Checker = Callable[[str, str], Iterator[str]]
@@ -138,11 +140,9 @@ def stages_meet_on_disk(path: str, source: str) -> Iterator[str]:
 def libraries_stay_in_their_rooms(path: str, source: str) -> Iterator[str]:
     layer, name = place(path)
     in_models = layer == "room" and name == "models"
-    knows_diffusers = path.endswith(
-        ("mvc_jax/models/stable_diffusion.py", "mvc_jax/models/attention.py")
-    )
+    knows_diffusers = path in {f"mvc_jax/models/{file}.py" for file in KNOW_DIFFUSERS}
     allowed = {
-        "diffusers": (knows_diffusers, "models/{stable_diffusion,attention}.py"),
+        "diffusers": (knows_diffusers, f"models/{{{','.join(KNOW_DIFFUSERS)}}}.py"),
         "transformers": (in_models, "models/"),
         "ml_collections": (
             layer in {"train", "stage", "configs"},

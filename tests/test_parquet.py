@@ -76,21 +76,21 @@ def labelled(source):
 
 def test_our_own_sets_come_back(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
-    row = {"source": "s", "partners": ["p"], "mode": "fine", "positions": [1]}
-    row |= {"donors": [0], "dims": [[2, 3]], "dim_donors": [0, 0], "dim_tokens": [1, 9]}
-    row |= {"noise_seed": 7}
-    row |= {"prompt": "a cat", "seed": 1, "text_scale": 7.5, "image_scale": 1.5}
-    row |= {"steps": 3, "sampler": "ddim", "model": "0badf00d"}
+    row = dict.fromkeys(synthetic.PROVENANCE) | {"source": "s", "mode": "fine"}
+    row |= {"positions": [1], "dims": [[2, 3]], "seed": 1, "text_scale": 7.5}
     rows = [row | {"index": i, "label": i % 2} for i in range(5)]
     names = ("naïve_class", "b")
-    for shard, part in enumerate((slice(0, 3), slice(3, 5))):
-        path = synthetic.shard_path(epath.Path(tmp_path), shard, 2)
-        synthetic.write_shard(path, images[part], rows[part], names, pictures=None)
-    (tmp_path / "data" / ".tmp-0-train-00002-of-00002.parquet").write_bytes(b"half")
+    store = synthetic.Store(epath.Path(tmp_path), names, "0badf00d", 3, pictures=False)
+    for part in store.missing(5):
+        mine = slice(part.start, part.stop)
+        store.write(part, list(images[mine]), rows[mine])
+    (tmp_path / "data" / ".tmp-0-train-00002.parquet").write_bytes(b"half")
     source = read(tmp_path)
     assert source.class_names == names
     assert source.labels.tolist() == [0, 1, 0, 1, 0]
-    assert source.ids == tuple(synthetic.png_name(names[i % 2], i) for i in range(5))
+    assert source.ids == tuple(
+        synthetic.picture_name(names[i % 2], i) for i in range(5)
+    )
     assert source.is_test is None
     assert source.defects == {}
     for i, image in enumerate(images):

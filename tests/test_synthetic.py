@@ -3,44 +3,72 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import yaml
 from etils import epath
 from PIL import Image
 
-from mvc_jax import generate
 from mvc_jax.data import synthetic
+from mvc_jax.data.sources import open_source
+from mvc_jax.models import dataset_card
 
 NAMES = ("brain tumor", "naïve class", "healthy")
 ROWS = [
-    {"index": k, "label": k % 3, "source": f"s/{k}", "partners": ["s/9", "s/é"]}
-    | {"mode": "both", "positions": [1, 5][: k % 3], "donors": [1, 0][: k % 3]}
-    | {"dims": [[3, 40], [3, 9]][: k % 3], "dim_donors": [0, 1][: 2 * (k % 3)]}
-    | {"dim_tokens": [2, 4], "noise_seed": k + 1, "prompt": "a cat", "seed": 1 << 40}
-    | {"text_scale": 7.5, "image_scale": 1.5, "steps": 3, "sampler": "ddim"}
-    | {"model": "0badf00d"}
+    {"index": k, "label": k % 3, "source": f"s/{k}", "partners": ["s/9", "s/8"]}
+    | {"mode": "both", "positions": [1, 5][: k % 3], "donors": [0, 1][: k % 3]}
+    | {"dims": [[2, 7], [0, 9]][: k % 3], "dim_donors": [0, 1][: 2 * (k % 3)]}
+    | {"dim_tokens": [1, 1 + k % 3], "prompt": "a cat", "seed": 1 << 40}
+    | {"noise_seed": k, "redraws": k % 2, "text_scale": 7.5, "image_scale": 1.5}
+    | {"steps": 3, "sampler": "ddim", "guidance_interval": [0.0, 0.5]}
+    | {"guidance_rescale": 0.5, "model": "0badf00d"}
     for k in range(7)
+]
+NOTHING = dict.fromkeys(synthetic.PROVENANCE)
+REAL = [
+    NOTHING | {"index": i, "label": i, "source": f"s/{i}", "mode": "real"}
+    for i in range(3)
 ]
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 6, 3), dtype=np.uint8)
 
 
-def write(folder, names=NAMES, rows=ROWS, shards=2, pictures=True):
+def store(folder, names=NAMES, size=4, **form):
+    return synthetic.Store(epath.Path(folder), names, "0badf00d", size, **form)
+
+
+def write(folder, names=NAMES, rows=ROWS, size=4, real=False, **form):
     """A set as `generate` writes it, shard by shard."""
-    folder = epath.Path(folder)
-    size = -(-len(rows) // shards)
-    for shard in range(shards):
-        part = slice(shard * size, (shard + 1) * size)
-        synthetic.write_shard(
-            synthetic.shard_path(folder, shard, shards),
-            IMAGES[: len(rows)][part],
-            rows[part],
-            names,
-            pictures=folder / "train" if pictures else None,
-        )
-    if pictures:
-        generate._write_metadata(folder / "train", rows, names)
+    made = store(folder, names, size, **form)
+    for part in made.missing(len(rows)):
+        mine = slice(part.start, part.stop)
+        made.write(part, list(IMAGES[mine]), rows[mine])
+    if real:
+        made.write_real(list(IMAGES[:3]), REAL, 0)
+    made.finish()
+    dataset_card.write(made.folder, card(names, rows, real=real, **form))
     return pathlib.Path(folder)
+
+
+def card(names=NAMES, rows=ROWS, *, real=False, pictures=True, format="png"):
+    labels = [row["label"] for row in rows]
+    return dataset_card.Facts(
+        set="mixed",
+        about="The method.",
+        dataset="beans `and` peas",
+        classes=names,
+        counts=np.bincount(labels, minlength=len(names)).tolist(),
+        real=[int(real)] * len(names),
+        size=f"8 x 6 pixels, {format}",
+        settings={"sampler": "ddim, 3 steps"},
+        redrawn={"NaN": 2},
+        left_out={"black": 1, "copies": 3},
+        base="some/base",
+        license={"license": "other", "license_name": "unknown-see-the-base"},
+        pictures=pictures,
+    )
 
 
 def content(folder):
@@ -62,21 +90,22 @@ def image_folder(root):
     return samples, classes
 
 
-@pytest.mark.parametrize("shards", [1, 2, 7])
-def test_pixels_labels_and_sources_come_back_in_order(tmp_path, shards):
-    folder = write(tmp_path, shards=shards, pictures=False)
+@pytest.mark.parametrize(("size", "shards"), [(7, 1), (9, 1), (4, 2), (1, 7)])
+def test_pixels_labels_and_sources_come_back_in_order(tmp_path, size, shards):
+    folder = write(tmp_path, size=size, pictures=False)
     images, labels, sources = synthetic.read_images(folder)
     np.testing.assert_array_equal(images, IMAGES)
     assert labels.tolist() == [row["label"] for row in ROWS]
     assert labels.dtype == np.int32
     assert sources == [row["source"] for row in ROWS]
-    assert len(content(folder)) == shards
+    assert len(list(folder.glob("data/*"))) == shards
+    assert not (folder / "train").exists()
 
 
 def test_the_same_images_make_the_same_bytes(tmp_path):
     first, second = content(write(tmp_path / "a")), content(write(tmp_path / "b"))
     assert first == second
-    assert len(first) == 2 + 7 + 1  # shards, pictures, metadata
+    assert len(first) == 2 + 7 + 3  # shards, pictures, metadata, list, card
 
 
 def test_the_folder_is_what_the_shards_are(tmp_path):
@@ -111,12 +140,12 @@ AWKWARD += ("数", "A.B", "A B", "metadata.jsonl", "x" * 300, "é" * 200)
 
 @pytest.mark.parametrize("name", AWKWARD, ids=lambda name: ascii(name)[:20])
 def test_a_class_folder_stays_inside_and_is_one_level_deep(tmp_path, name):
-    png = synthetic.png_name(name, 3)
+    png = synthetic.picture_name(name, 3)
     inside = pathlib.PurePosixPath(png)
     assert not inside.is_absolute()
     assert len(inside.parts) == 2
     assert not set(inside.parts) & {"..", "."}
-    folder = write(tmp_path / "set", names=(name,), rows=[ROWS[0]], shards=1)
+    folder = write(tmp_path / "set", names=(name,), rows=[ROWS[0]])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
     [(path, _)], _ = image_folder(folder / "train")
     np.testing.assert_array_equal(Image.open(path), IMAGES[0])
@@ -125,7 +154,7 @@ def test_a_class_folder_stays_inside_and_is_one_level_deep(tmp_path, name):
 def test_two_classes_never_share_a_folder():
     folder_of = {}
     for name in AWKWARD:
-        folder_of.setdefault(synthetic.png_name(name, 0), []).append(name)
+        folder_of.setdefault(synthetic.picture_name(name, 0), []).append(name)
     assert [names for names in folder_of.values() if len(names) > 1] == []
 
 
@@ -144,9 +173,10 @@ def datasets(monkeypatch, tmp_path):
     return datasets
 
 
+@pytest.mark.parametrize("format", ["png", "jpeg"])
 @pytest.mark.parametrize("by", ["shards", "folder of the set"])
-def test_hugging_face_reads_the_shards(tmp_path, datasets, by):
-    folder = write(tmp_path / "set")
+def test_hugging_face_reads_the_shards(tmp_path, datasets, by, format):
+    folder = write(tmp_path / "set", format=format)
     what = {"path": str(folder)}
     if by == "shards":
         what = {"path": "parquet", "data_files": str(folder / "data" / "*.parquet")}
@@ -157,21 +187,97 @@ def test_hugging_face_reads_the_shards(tmp_path, datasets, by):
     assert dataset.features["label"].names == list(NAMES)
     assert len(dataset) == 7
     for row, expected, image in zip(dataset, ROWS, IMAGES, strict=True):
-        np.testing.assert_array_equal(row.pop("image"), image)
+        pixels = np.asarray(row.pop("image"))
+        if format == "png":
+            np.testing.assert_array_equal(pixels, image)
+        assert pixels.shape == image.shape
         assert row == expected
 
 
-def test_hugging_face_reads_the_folder(tmp_path, datasets):
-    folder = write(tmp_path / "set")
+def test_hugging_face_reads_real_and_synthetic_together_and_apart(tmp_path, datasets):
+    """What `load_dataset` gives for the folder is settled by its card."""
+    folder = write(tmp_path / "set", real=True)
+    for name, modes in (
+        ("default", ["both"] * 7 + ["real"] * 3),
+        ("synthetic", ["both"] * 7),
+        ("real", ["real"] * 3),
+    ):
+        dataset = datasets.load_dataset(
+            str(folder), name, split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert dataset["mode"][:] == modes
+        assert dataset.features["label"].names == list(NAMES)
+    first = dataset[0]
+    np.testing.assert_array_equal(first.pop("image"), IMAGES[0])
+    assert first == REAL[0]
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_hugging_face_reads_the_folder(tmp_path, datasets, real):
+    folder = write(tmp_path / "set", real=real)
     dataset = datasets.load_dataset(
         "imagefolder",
         data_dir=str(folder / "train"),
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )
-    rows = {row["index"]: row for row in dataset}
-    assert sorted(rows) == list(range(7))
-    for expected, image in zip(ROWS, IMAGES, strict=True):
-        row = rows[expected["index"]]
-        np.testing.assert_array_equal(row.pop("image"), image)
-        assert row == expected | {"label": NAMES[expected["label"]]}
+    rows = {(row["mode"], row["index"]): row for row in dataset}
+    expected = [*zip(ROWS, IMAGES, strict=True)]
+    expected += zip(REAL, IMAGES[:3], strict=True) if real else ()
+    assert len(rows) == len(expected)
+    for row, image in expected:
+        found = rows[row["mode"], row["index"]]
+        np.testing.assert_array_equal(found.pop("image"), image)
+        assert found == row | {"label": NAMES[row["label"]]}
+
+
+# Other readers.
+
+
+def test_tfds_reads_the_folder(tmp_path, tensorflow_is_there):
+    folder = write(tmp_path / "set")
+    script = (
+        "import json, sys, tensorflow_datasets as tfds\n"
+        "builder = tfds.ImageFolder(sys.argv[1])\n"
+        "names = builder.info.features['label'].names\n"
+        "for row in builder.as_dataset(split='train').as_numpy_iterator():\n"
+        "    name = row['image/filename'].decode().rpartition('/')[2]\n"
+        "    print(json.dumps([name, names[row['label']], row['image'].tolist()]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = sorted(map(json.loads, done.stdout.splitlines()))
+    assert [name for name, _, _ in rows] == [f"{k:08d}.png" for k in range(7)]
+    assert [label for _, label, _ in rows] == [NAMES[row["label"]] for row in ROWS]
+    np.testing.assert_array_equal([image for _, _, image in rows], IMAGES)
+
+
+def test_our_own_sources_read_both_forms(tmp_path):
+    folder = write(tmp_path / "set", real=True)
+    for source in (f"parquet:{folder}/data/*.parquet", f"folder:{folder}/train"):
+        found = open_source(source)
+        assert sorted(found.class_names) == sorted(NAMES)
+        images = {id_: found[i]["image"] for i, id_ in enumerate(found.ids)}
+        assert len(images) == 10
+        for rows, real in ((ROWS, False), (REAL, True)):
+            for row, image in zip(rows, IMAGES, strict=False):
+                name = NAMES[row["label"]]
+                id_ = synthetic.picture_name(name, row["index"], real=real)
+                np.testing.assert_array_equal(images[id_], image)
+
+
+# The card.
+
+
+def test_the_card_tells_what_is_there(tmp_path):
+    text = (write(tmp_path, real=True) / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license_name"] == "unknown-see-the-base"
+    assert front["size_categories"] == ["n<1K"]
+    assert "| `naïve class` | 2 | 1 |" in text
+    assert "| all | 7 | 3 |" in text
+    assert "Drawn anew with other noise: 2 (2 NaN)." in text
+    assert "Left out: 4 (1 black, 3 copies)." in text
+    assert "``beans `and` peas``" in text

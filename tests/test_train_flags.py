@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mvc_jax import train
+from mvc_jax import generate, train
 from mvc_jax.configs import common, digits
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
@@ -112,6 +112,23 @@ MISTAKES = [
     ("--config.generate.text_scale=-1", "config.generate.text_scale", "at least 0"),
     ("--config.generate.text_scale=nan", "config.generate.text_scale", "got nan"),
     ("--config.generate.image_scale_most=1", "config.generate.image_scale_most", "1.5"),
+    ("--config.generate.sets=mixed,mixed", "config.generate.sets", "each once"),
+    ("--config.generate.steps=0", "config.generate.steps", "from 1 to 999", "got 0"),
+    ("--config.generate.steps=1000", "config.generate.steps", "1 to 999", "got 1000"),
+    ("--config.generate.sampler=x", "config.generate.sampler", "dpmpp_2m", "'x'"),
+    ("--config.generate.format=gif", "config.generate.format", "png or jpeg", "'gif'"),
+    ("--config.generate.size=-2", "config.generate.size", "from -1", "got -2"),
+    ("--config.generate.max_redraws=-1", "config.generate.max_redraws", "got -1"),
+    ("--config.generate.limit=-1", "config.generate.limit", "from 0", "got -1"),
+    ("--config.generate.dtype=int8", "config.generate.dtype", "float32", "'int8'"),
+    ("--config.generate.attention=x", "config.generate.attention", "cudnn", "'x'"),
+    ("--config.generate.interpolation=2", "config.generate.interpolation", "0 to 1"),
+    ("--config.generate.noise_scale=-1", "config.generate.noise_scale", "got -1"),
+    ("--config.generate.guidance_rescale=2", "config.generate.guidance_rescale", "2.0"),
+    (
+        "--config.generate.guidance_interval=(0.5,0.5)",
+        "config.generate.guidance_interval",
+    ),
     ("--config.pairs.rounds=0", "config.pairs.rounds", "at least 1", "got 0"),
     ("--config.encode.batch_size=0", "config.encode.batch_size", "at least 1"),
     ("--config.finetune.drop_rate=0.5", "config.finetune.drop_rate", "1/3", "0.5"),
@@ -286,6 +303,18 @@ def test_a_good_command_runs_its_stages_with_its_config(began, workdir, capsys):
     assert train.main(command) == 0
     assert [name for name, _ in began] == ["pairs", "mix"]
     assert {config.seed for _, config in began} == {5}
+
+
+def test_a_sheet_to_look_at_ends_the_run(began, workdir, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(generate, "run", lambda config, workdir: drawn.append(workdir))
+    flags = ["--config.stages=mix,generate,classify", "--config.generate.limit=3"]
+    command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
+    assert train.main(command) == 0
+    assert [name for name, _ in began] == ["mix"]
+    assert len(drawn) == 1
+    sheet = workdir / "generate" / "contact_sheet.png"
+    assert capsys.readouterr().out == f"contact sheet: {sheet}\n"
 
 
 @pytest.mark.parametrize(

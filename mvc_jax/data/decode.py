@@ -164,6 +164,36 @@ def fit(
     return np.asarray(picture.resize(box, method))
 
 
+def unfit(
+    image: UInt8[np.ndarray, "S S 3"], width: int, height: int, *, resize: str
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Undoes the shape of `fit`, not its loss: the sides of a source, never enlarged.
+
+    Args:
+      image: in [0, 255].
+      width: of the source, in pixels.
+      height: of the source, in pixels.
+      resize: how `fit` made it square. What was cropped does not come back: the result
+        is the square that was left.
+
+    Returns:
+      the image by area at the source's size, or smaller, of its proportions, if that is
+      more than S pixels along a side.
+    """
+    size = image.shape[0]
+    if resize == "crop":
+        width = height = min(width, height)
+    share = min(1.0, size / max(width, height))
+    box = (max(round(width * share), 1), max(round(height * share), 1))
+    picture = Image.fromarray(image)
+    if resize == "pad":
+        inner = size / max(width, height)
+        wide, high = (max(round(side * inner), 1) for side in (width, height))
+        left, top = (round((size - side) * 0.5) for side in (wide, high))
+        picture = picture.crop((left, top, left + wide, top + high))
+    return np.asarray(picture.resize(box, RESAMPLING["area"]))
+
+
 def _on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> tuple[np.ndarray, str]:
     """Composites over white; the colours under full transparency are arbitrary."""
     alpha = rgba[..., 3:].astype(np.uint16)

@@ -170,6 +170,33 @@ def read_manifest(workdir: epath.PathLike, name: str) -> dict[str, Any]:
     return files.read_json(epath.Path(workdir) / name / _FINISHED)
 
 
+def require_unchanged(workdir: epath.PathLike, name: str, suffix: str = "") -> None:
+    """Compares all bytes of a stage's artifacts, the largest ones too.
+
+    Args:
+      workdir: of the run.
+      name: of the stage, which is complete.
+      suffix: how the names of the artifacts end that are looked at.
+
+    Raises:
+      UserError: one is gone, or is not what the stage wrote.
+    """
+    folder = epath.Path(workdir) / name
+    for file, described in read_manifest(workdir, name)["artifacts"].items():
+        if not file.endswith(suffix):
+            continue
+        path = folder / file
+        there = path.exists()
+        if not there or files.sha256(path) != described["sha256"]:
+            raise UserError(
+                str(path),
+                wanted="the file that this stage wrote",
+                got="one that was changed since" if there else "no such file",
+                fix=f"Put it back, or delete {folder} and the stages after it to make "
+                "them anew.",
+            )
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
     found = {"python": platform.python_version()}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Denoise = Callable[[Array, Array, Array], Array]  # (latents, timesteps, text) -> pred
+Scale = float | Float[Array, " B"]  # one for all, or one for each image
 
 
 def image_text_guidance(
@@ -14,8 +15,9 @@ def image_text_guidance(
     text_states: Float[Array, "B L D"],
     null_states: Float[Array, "L D"],
     cond_latents: Float[Array, "B h w c"],
-    text_scale: Float[Array, " B"] | float,
-    image_scale: Float[Array, " B"] | float,
+    text_scale: Scale,
+    image_scale: Scale,
+    rescale: float = 0.0,
 ) -> Callable[[Array, Array], Array]:
     """Two-scale guidance of InstructPix2Pix (arXiv 2211.09800, equation 3).
 
@@ -26,25 +28,60 @@ def image_text_guidance(
       text_states: T.
       null_states: text states of the empty prompt.
       cond_latents: I, the unscaled mode of the source's posterior.
-      text_scale: s_T, of all or of each.
+      text_scale: s_T.
       image_scale: s_I.
+      rescale: phi of `rescaled`, towards e(T,I).
 
     Returns:
-      `(latents [B, h, w, c], timesteps [B]) -> prediction [B, h, w, c]`.
+      `(latents [B, h, w, c], timesteps [B]) -> prediction [B, h, w, c]`, in the
+      precision of the latents whatever that of the network is.
     """
-    text_scale, image_scale = (
-        jnp.reshape(scale, (-1, 1, 1, 1)) for scale in (text_scale, image_scale)
-    )
     null = jnp.broadcast_to(null_states, text_states.shape)
     states = jnp.concatenate([null, null, text_states])
     zeros = jnp.zeros_like(cond_latents)
     images = jnp.concatenate([zeros, cond_latents, cond_latents])
+    text_scale, image_scale = _per_image(text_scale), _per_image(image_scale)
 
     def guided(latents, timesteps):
         noisy = jnp.concatenate([latents] * 3)
         stacked = jnp.concatenate([noisy, images], axis=-1)
         out = denoise(stacked, jnp.concatenate([timesteps] * 3), states)
-        none, image, both = jnp.split(out, 3)
-        return none + image_scale * (image - none) + text_scale * (both - image)
+        none, image, both = jnp.split(out.astype(latents.dtype), 3)
+        mixed = none + image_scale * (image - none) + text_scale * (both - image)
+        return rescaled(mixed, both, rescale) if rescale else mixed
 
     return guided
+
+
+def conditional(
+    denoise: Denoise,
+    *,
+    text_states: Float[Array, "B L D"],
+    cond_latents: Float[Array, "B h w c"],
+) -> Callable[[Array, Array], Array]:
+    """e(T,I) alone, which guidance with scales of 1 would give: a third of its rows."""
+
+    def predict(latents, timesteps):
+        stacked = jnp.concatenate([latents, cond_latents], axis=-1)
+        return denoise(stacked, timesteps, text_states).astype(latents.dtype)
+
+    return predict
+
+
+def rescaled(
+    guided: Float[Array, "B h w c"],
+    conditional: Float[Array, "B h w c"],
+    phi: float,
+) -> Float[Array, "B h w c"]:
+    """Guidance rescale: Lin et al., arXiv 2305.08891, equations 15 and 16.
+
+    Large scales raise the contrast. This brings the standard deviation of each image's
+    prediction towards that of `conditional`: all the way at phi = 1, not at all at 0.
+    """
+    axes = (1, 2, 3)
+    factor = conditional.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+    return phi * (guided * factor) + (1.0 - phi) * guided
+
+
+def _per_image(scale: Scale) -> Scale | Float[Array, "B 1 1 1"]:
+    return scale[:, None, None, None] if jnp.ndim(scale) else scale

@@ -3,16 +3,20 @@
 Legend: B batch, h w latent grid, c latent channels, L text tokens, D their width.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mvc_jax.diffusion import loss
-from mvc_jax.diffusion.guidance import Denoise, image_text_guidance
-from mvc_jax.diffusion.samplers import sample
+from mvc_jax.diffusion.guidance import (
+    Denoise,
+    Scale,
+    conditional,
+    image_text_guidance,
+)
+from mvc_jax.diffusion.samplers import WHOLE, Solver, sample
 
 
 def examples(
@@ -70,30 +74,43 @@ def draw(
     text_states: Float[Array, "B L D"],
     null_states: Float[Array, "L D"],
     *,
-    timesteps: Int[np.ndarray, " S"],
-    step: Callable[[Array, Array, Array], Array],
-    text_scale: Float[Array, " B"] | float,
-    image_scale: Float[Array, " B"] | float,
+    solver: Solver,
+    text_scale: Scale,
+    image_scale: Scale,
+    guidance_interval: tuple[float, float] = WHOLE,
+    guidance_rescale: float = 0.0,
 ) -> Float[Array, "B h w c"]:
     """Scaled latents from noise, guided by texts and source images.
 
     Args:
       denoise: the UNet's prediction, as `guidance.image_text_guidance` takes it.
       noise: standard normal.
-      source_moments: of the source images.
+      source_moments: of the source images; zeros where an image has no source.
       text_states: of their texts.
       null_states: of the empty prompt.
-      timesteps: of the solver, as `samplers.sample` takes them.
-      step: of the solver.
-      text_scale: s_T, of all or of each.
+      solver: as `samplers.sample` takes it.
+      text_scale: s_T, one for all images or one for each.
       image_scale: s_I.
+      guidance_interval: of `samplers.stretches`; outside it the text and the image
+        condition as in training, and are not guided.
+      guidance_rescale: phi of `guidance.rescaled`.
     """
+    conditions = {
+        "text_states": text_states,
+        "cond_latents": loss.posterior_mode(source_moments),
+    }
     guided = image_text_guidance(
         denoise,
-        text_states=text_states,
+        **conditions,
         null_states=null_states,
-        cond_latents=loss.posterior_mode(source_moments),
         text_scale=text_scale,
         image_scale=image_scale,
+        rescale=guidance_rescale,
     )
-    return sample(guided, step, timesteps, noise)
+    return sample(
+        guided,
+        solver,
+        noise,
+        unguided=conditional(denoise, **conditions),
+        guidance_interval=guidance_interval,
+    )

@@ -20,6 +20,7 @@ _SPEAKERS = (
     "models.unets.unet_2d_condition_flax",
     "models.vae_flax",
     "schedulers.scheduling_ddim_flax",
+    "schedulers.scheduling_euler_discrete_flax",
 )
 
 for _speaker in _SPEAKERS:

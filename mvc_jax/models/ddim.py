@@ -5,7 +5,7 @@ from typing import Any
 
 from mvc_jax.errors import require
 
-_NOISE = {  # field: its default in every scheduler of diffusers, or none
+NOISE = {  # field: its default in every scheduler of diffusers, or none
     "num_train_timesteps": ...,
     "beta_start": ...,
     "beta_end": ...,
@@ -21,7 +21,7 @@ _KNOWN = {
 }
 # Not DDIM's own defaults: latents are no images in [-1, 1] to be clipped, and Stable
 # Diffusion ends at the first alpha of its schedule.
-_SOLVER = {
+SOLVER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
@@ -42,7 +42,7 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: a field of the noise is missing, or asks for what our DDIM cannot do.
     """
-    noise = {field: config.get(field, default) for field, default in _NOISE.items()}
+    noise = {field: config.get(field, default) for field, default in NOISE.items()}
     for field, value in noise.items():
         require(
             value is not ...,
@@ -60,4 +60,4 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
             got=repr(value),
             fix="This base was trained on noise of another kind: take another base.",
         )
-    return {"_class_name": "DDIMScheduler", **noise, **_SOLVER}
+    return {"_class_name": "DDIMScheduler", **noise, **SOLVER}

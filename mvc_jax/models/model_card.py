@@ -61,7 +61,7 @@ def write(folder: epath.PathLike, facts: Facts) -> list[str]:
 def text(facts: Facts) -> str:
     """The card: YAML front matter, then Markdown."""
     front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
-    about = f"# Stable Diffusion fine-tuned on {_code(facts.dataset)}\n\n{_ABOUT}"
+    about = f"# Stable Diffusion fine-tuned on {code(facts.dataset)}\n\n{_ABOUT}"
     sections = [about, _base(facts), _data(facts), _training(facts), _USE]
     sections.append(_loading(facts))
     if facts.adapters is not None:
@@ -164,14 +164,11 @@ drawn.save("drawn.png")
 
 
 def _base(facts: Facts) -> str:
-    name = facts.license.get("license_name", facts.license["license"])
-    if facts.license == _UNKNOWN:
-        name = "unknown, see the base"
     rows = {"base": facts.base}
     if facts.revision is not None:
         rows["revision"] = facts.revision
-    rows["licence"] = name
-    return "## Base\n\n" + _table(rows)
+    rows["licence"] = license_name(facts.license)
+    return "## Base\n\n" + table(rows)
 
 
 def _data(facts: Facts) -> str:
@@ -181,8 +178,8 @@ def _data(facts: Facts) -> str:
         "resolution": f"{facts.resolution} x {facts.resolution}",
         "classes": len(facts.classes),
     }
-    names = ", ".join(_code(name) for name in facts.classes)
-    return f"## Data\n\n{_table(rows)}\nClasses: {names}\n"
+    names = ", ".join(code(name) for name in facts.classes)
+    return f"## Data\n\n{table(rows)}\nClasses: {names}\n"
 
 
 def _training(facts: Facts) -> str:
@@ -190,8 +187,8 @@ def _training(facts: Facts) -> str:
     if facts.final_loss is not None:
         rows["final loss"] = f"{facts.final_loss:.4g}"
     return (
-        f"## Hyper-parameters\n\n{_table(facts.hyperparameters)}\n"
-        f"## Training result\n\n{_table(rows)}"
+        f"## Hyper-parameters\n\n{table(facts.hyperparameters)}\n"
+        f"## Training result\n\n{table(rows)}"
     )
 
 
@@ -223,15 +220,23 @@ def _draw(facts: Facts) -> str:
     return _DRAW.format(prompt=repr(facts.prompt), size=facts.resolution)
 
 
-def _table(rows: Mapping[str, Any]) -> str:
+def license_name(license_: Mapping[str, Any]) -> str:
+    """The licence of `base_license` in words."""
+    if license_ == _UNKNOWN:
+        return "unknown, see the base"
+    return license_.get("license_name", license_["license"])
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """A Markdown table of two columns."""
     lines = ["| | |", "|---|---|"]
     for name, value in rows.items():
-        value = _code(str(value)).replace("|", r"\|")
+        value = code(str(value)).replace("|", r"\|")
         lines.append(f"| {name} | {value} |")
     return "\n".join(lines) + "\n"
 
 
-def _code(value: str) -> str:
+def code(value: str) -> str:
     """A Markdown code span of any string, on one line."""
     value = " ".join(value.split()) or "(blank)"
     fence = "`" * (1 + max(map(len, re.findall("`+", value)), default=0))

@@ -1,14 +1,15 @@
 """Stable Diffusion: diffusers' and transformers' Flax classes behind plain arrays.
 
-The only file that knows those libraries' classes. Everything that crosses its border is
-channels-last; `diffusers_layout` reads and writes the folders.
+The only file that knows those libraries' networks, with `attention.py`, which reaches
+into their layers; `solvers.py` knows their schedulers. Everything that crosses its
+border is channels-last; `diffusers_layout` reads and writes the folders.
 """
 
 import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,13 +19,11 @@ import numpy as np
 import transformers
 from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
 from diffusers.models.vae_flax import FlaxAutoencoderKL
-from diffusers.schedulers.scheduling_ddim_flax import FlaxDDIMScheduler
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
-from mvc_jax.errors import require
-from mvc_jax.models import attention, lora, remat
+from mvc_jax.models import attention, lora, remat, solvers
 from mvc_jax.models.ddim import ddim_config
 
 Params = dict[str, Any]
@@ -194,35 +193,20 @@ class StableDiffusion:
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
         """The noise schedule: the product of 1 - beta up to each training timestep."""
-        scheduler = _build(FlaxDDIMScheduler, self.configs["scheduler"])
-        with jax.ensure_compile_time_eval():  # it may first be read inside a jit
-            return np.asarray(scheduler.create_state().common.alphas_cumprod)
+        return solvers.alphas_cumprod(self.configs["scheduler"])
 
-    def ddim(self, steps: int) -> tuple[Int[np.ndarray, " S"], Callable]:
-        """DDIM (eta = 0): its timesteps, and `step(latents, prediction, timestep)`.
+    def solver(self, name: str, steps: int) -> solvers.Solver:
+        """What walks from noise to latents, for `diffusion/samplers.py`.
 
-        Equations (12) and (16) of Song et al., arXiv 2010.02502, by the library.
+        Args:
+          name: one of `solvers.SOLVERS`.
+          steps: of the walk.
 
         Raises:
-          UserError: there are not enough training timesteps for as many steps.
+          UserError: no solver has that name, or there are not enough training timesteps
+            for as many steps.
         """
-        trained = self.configs["scheduler"]["num_train_timesteps"]
-        require(
-            0 < steps < trained,
-            "steps of DDIM",
-            wanted=f"1 to {trained - 1}; the base was trained on {trained} timesteps",
-            got=steps,
-            fix="50 to 100 are usual.",
-        )
-        scheduler = _build(FlaxDDIMScheduler, self.configs["scheduler"])
-        state = scheduler.set_timesteps(scheduler.create_state(), steps)
-
-        def step(latents, prediction, timestep):
-            return scheduler.step(
-                state, prediction, timestep, latents, return_dict=False
-            )[0]
-
-        return np.asarray(state.timesteps), step
+        return solvers.make(name, self.configs["scheduler"], steps)
 
     def shapes(self, component: str) -> Any:
         """The parameter tree of a component as `jax.ShapeDtypeStruct`s."""
@@ -233,11 +217,18 @@ class StableDiffusion:
             return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
         return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
 
-    def computing(self, *, dtype: str = "auto", **how: str) -> "StableDiffusion":
+    def computing(
+        self,
+        *,
+        dtype: str = "auto",
+        field: str = "config.finetune.attention",
+        **how: str,
+    ) -> "StableDiffusion":
         """This model with its UNet computed as asked.
 
         Args:
           dtype: of activations; `auto`: bfloat16 on an accelerator, else float32.
+          field: that asks for the attention, for errors.
           **how: `attention` and `remat`, see the attributes.
 
         Raises:
@@ -247,7 +238,6 @@ class StableDiffusion:
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
         asked = how.get("attention", self.attention)
-        field = "config.finetune.attention"
         attention.check(asked, field=field, backend=backend, dtype=dtype)
         return dataclasses.replace(self, dtype=dtype, **how)
 

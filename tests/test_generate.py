@@ -1,0 +1,458 @@
+"""Generation: what is drawn depends on (seed, k) alone, whatever came between."""
+
+import errno
+import functools
+import hashlib
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from mvc_jax import files, generate, mix, preview, sampler
+from mvc_jax.conditionings import CONDITIONINGS, Texts
+from mvc_jax.configs import common
+from mvc_jax.data import manifest, synthetic
+from mvc_jax.data.cache import open_cache
+from mvc_jax.errors import UserError
+from mvc_jax.models import diffusers_layout
+from mvc_jax.training import sharding
+
+IMAGES, LENGTH, WIDTH = 5, 12, 16  # real ones; the states of the model `tiny`
+WEIGHTS = "finetune/model/unet/diffusion_pytorch_model.safetensors"
+
+
+def settings(**fields):
+    """A config; fields of `generate`, and `per_image` of `mix`."""
+    config = common.get_config()
+    config.data.size, config.data.class_type = 8, "digit"
+    config.mix.per_image = fields.pop("per_image", 1)
+    config.mix.modes = ("both",)
+    config.mix.tokens = config.mix.dims = 2
+    short = {"steps": 2, "batch_size": 8, "shard_size": 4, "sets": ("mixed",)}
+    config.generate.update(short | {"text_scale": 3.0} | fields)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny, write_shards, tmp_path_factory):
+    """A workdir as the stage `finetune` leaves it, of random arrays and weights."""
+    workdir = tmp_path_factory.mktemp("finetuned")
+    draw = np.random.default_rng(0)
+    ids = [f"s/{i}" for i in range(IMAGES)]
+    names, labels = ["one", "two"], [i % 2 for i in range(IMAGES)]
+
+    def finish(name, written, inputs=()):
+        manifest.open_stage(workdir, name, {}, inputs).finish(written)
+
+    folder = workdir / "caption"
+    pixels = draw.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
+    files.write_array(folder / "images.npy", pixels)
+    rows = [
+        {"id": id_, "split": "train", "label": label, "width": 6, "height": 4}
+        for id_, label in zip(ids, labels, strict=True)
+    ]
+    files.write_jsonl(folder / "images.jsonl", rows)
+    files.write_json(folder / "splits.json", {"pool": [], "train": ids, "test": []})
+    dataset = {"name": "strokes", "class_names": names, "grey": False}
+    files.write_json(folder / "dataset.json", dataset)
+    finish("caption", ["images.npy", "images.jsonl", "splits.json", "dataset.json"])
+
+    folder = workdir / "encode"
+    states = draw.normal(size=(IMAGES + 1, LENGTH, WIDTH)).astype(np.float32)
+    states[:, 0] = states[0, 0]  # BOS
+    written = write_shards(folder / "text_states", states)
+    moments = draw.normal(size=(IMAGES, 2, 2, 8)).astype(np.float32)
+    written = [*written, *write_shards(folder / "moments", moments)]
+    prompts = [
+        {"id": id_, "label": label, "class_name": names[label], "state": i + 1}
+        | {"prompt": f"stroke {i}", "caption_start": 1, "caption_tokens": 5}
+        | {"tokens": 10}
+        for i, (id_, label) in enumerate(zip(ids, labels, strict=True))
+    ]
+    files.write_jsonl(folder / "prompts.jsonl", prompts)
+    base = {"path": "", "variant": "", "revision": None}
+    files.write_json(folder / "base.json", base)
+    finish("encode", [*written, "prompts.jsonl", "base.json"])
+
+    model, params = tiny
+    written = diffusers_layout.save(workdir / "pretrain" / "model", model, params)
+    finish("pretrain", [f"model/{name}" for name in written])
+    model, params = model.widened(params)
+    noisy = jax.tree.map(
+        lambda x: x + draw.normal(0, 0.05, x.shape).astype(np.float32), params["unet"]
+    )
+    params = params | {"unet": noisy}
+    written = diffusers_layout.save(workdir / "finetune" / "model", model, params)
+    finish("finetune", [f"model/{name}" for name in written], ("encode",))
+    return workdir
+
+
+@pytest.fixture
+def make(finetuned, tmp_path):
+    """`make(**fields)`: a workdir of its own, or the one given, after generation."""
+
+    def run(workdir=None, **fields):
+        if workdir is None:
+            workdir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+            shutil.copytree(finetuned, workdir)
+        config = settings(**fields)
+        mix.run(config, workdir)
+        generate.run(config, workdir)
+        return workdir
+
+    return run
+
+
+def digests(folder, *, but=()):
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(
+            path.read_bytes()
+        ).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in but
+    }
+
+
+def rows_of(workdir, name="mixed"):
+    return files.read_jsonl(workdir / "generate" / name / "train" / "metadata.jsonl")
+
+
+def pixels(workdir, name="mixed"):
+    return synthetic.read_images(workdir / "generate" / name)[0].astype(int)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Samplers of the same settings, on the same devices, share their program."""
+    programs = {}
+    build = sampler.Sampler._compiled
+
+    def compiled(self, model):
+        key = self._settings, self._mesh
+        if key not in programs:
+            programs[key] = build(self, model)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler.Sampler, "_compiled", compiled)
+        yield
+
+
+# Image k is a function of (seed, k).
+
+
+def test_more_images_leave_the_earlier_ones_to_the_byte(make):
+    """Raised `per_image`: equal to a run that asked for as many from the start."""
+    workdir = make()  # 5 images in shards of 4: the last one is not full
+    before = digests(workdir / "generate" / "mixed" / "train", but=["metadata.jsonl"])
+    assert len(before) == 5
+    make(workdir, per_image=2, include_real=True)
+    after = digests(workdir / "generate")
+    assert {f"mixed/train/{k}": v for k, v in before.items()}.items() <= after.items()
+    fresh = digests(make(per_image=2, include_real=True) / "generate")
+    assert after.pop("manifest.json") != fresh.pop("manifest.json")  # grew_from
+    assert after == fresh
+    counts = manifest.read_manifest(workdir, "generate")["counts"]
+    assert counts == {"images": 10, "redrawn": 0, "left_out": 0}
+
+
+def test_a_rerun_fills_in_only_what_is_missing(make, monkeypatch):
+    workdir = make()
+    folder = workdir / "generate"
+    whole = digests(folder)
+    shard = folder / "mixed" / "data" / "train-00001.parquet"
+    picture = next(folder.glob("mixed/train/one/*.png"))
+    drawn = []
+    stream = sampler.Sampler.stream
+
+    def counted(self, groups, redraw=0):
+        drawn.extend(recipe["index"] for group in groups for recipe in group)
+        return stream(self, groups, redraw)
+
+    monkeypatch.setattr(sampler.Sampler, "stream", counted)
+    shard.unlink()
+    picture.unlink()
+    make(workdir)
+    assert drawn == [4]
+    assert digests(folder) == whole
+    picture.unlink()  # of a finished stage
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.p*[gt]")}
+    make(workdir)
+    assert drawn == [4]
+    assert digests(folder) == whole
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def opened(workdir, devices, batch_size):
+    """A sampler, and the recipes of its run."""
+    mesh = sharding.make_mesh(devices, 1, jax.devices()[:devices])
+    recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
+    texts = Texts(open_cache(workdir / "encode"), mix.widths_of(recipes))
+    asked = sampler.Settings(sampler="ddim", steps=2, batch_size=batch_size)
+    return sampler.Sampler(epath.Path(workdir), mesh, asked, texts), recipes
+
+
+def test_neither_batch_nor_devices_change_an_image(make):
+    """The same shapes on the same devices: to the bit. Else within 1 grey level."""
+    workdir = make(per_image=2, sets=("mixed", "interpolated"))
+    stored = pixels(workdir)
+    for devices, batch_size in ((8, 8), (1, 4), (1, 7)):
+        opened_, recipes = opened(workdir, devices, batch_size)
+        opened_.load("mixed")
+        drawn = opened_.draw(recipes)
+        assert not drawn.health.any()
+        assert np.abs(drawn.images.astype(int) - stored).max() <= (devices == 1)
+        some = [recipes[k] for k in (9, 2, 3)]
+        again = opened_.draw(some).images
+        np.testing.assert_array_equal(again, drawn.images[[9, 2, 3]])
+
+
+def test_image_k_has_its_row_of_the_batch():
+    batches = sampler.aligned([6, 7, 8, 9, 10, 14], 4)
+    assert [batch.tolist() for batch in batches] == [
+        [2, 3, 0, 1],
+        [-1, -1, 4, -1],
+        [-1, -1, 5, -1],
+    ]
+
+
+# What a set tells the UNet.
+
+
+def test_sets_differ_in_what_they_say_and_share_sources_and_noise(make):
+    names = ("mixed", "unmixed", "pretrained", "caption_only", "noised", "interpolated")
+    workdir = make(sets=names, shard_size=8, folder=False)
+    drawn = [pixels(workdir, name) for name in names]
+    for i, one in enumerate(drawn):
+        assert one.std() > 5
+        assert all((one != other).any() for other in drawn[:i])
+    sources = [synthetic.read_images(workdir / "generate" / name)[2] for name in names]
+    assert all(ids == sources[0] for ids in sources)
+    assert not (workdir / "generate" / "mixed" / "train").exists()
+    recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
+    cache = open_cache(workdir / "encode")
+    texts = Texts(cache, mix.widths_of(recipes), noise_scale=0.5, interpolation=0.25)
+    states = {
+        name: np.asarray(CONDITIONINGS[name].states(texts, recipes)) for name in names
+    }
+    own, partner = texts.own(recipes), texts.partner(recipes)
+    for name in ("unmixed", "pretrained", "caption_only"):
+        np.testing.assert_array_equal(states[name], own)
+    np.testing.assert_allclose(
+        states["interpolated"], 0.75 * own + 0.25 * partner, atol=1e-6
+    )
+    noise = (states["noised"] - own)[:, 1:]
+    std = own[:, 1:].std((1, 2))
+    np.testing.assert_allclose(noise.std((1, 2)), 0.5 * std, rtol=0.3)
+    assert all((s[:, 0] == own[:, 0]).all() for s in states.values())  # BOS
+    changed = (states["mixed"] != own).any(-1).sum(-1)
+    assert (changed == LENGTH - 1).all()  # fine mixing takes from every token
+
+
+def test_a_recipe_of_another_set_tells_what_is_true_of_it():
+    recipe = {"index": 3, "source": "a", "partners": ["b", "c"], "mode": "both"}
+    recipe |= {"positions": [1], "donors": [1], "dims": [[2]], "dim_donors": [0]}
+    recipe |= {"dim_tokens": [1, 9], "noise_seed": 3}
+    assert CONDITIONINGS["mixed"].recipe(recipe, "mixed") == recipe
+    blank = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
+    blank |= {"dim_tokens": [1, 1]}
+    for name, partners in (("unmixed", []), ("interpolated", ["b"])):
+        expected = recipe | blank | {"mode": name, "partners": partners}
+        assert CONDITIONINGS[name].recipe(recipe, name) == expected
+
+
+# Guards.
+
+
+def test_images_are_examined():
+    latents, images = np.zeros((6, 2, 2, 4), np.float32), np.zeros((6, 4, 4, 3))
+    shown = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    latents[1, 0, 0, 0], images[2, 1, 1, 1] = np.nan, np.inf
+    shown[3] = [1, 0, 2]
+    shown[4] = [255, 3, 0]  # of one colour
+    shown[5] = [0, 0, 0]
+    shown[5, 2, 2] = 9  # a spot
+    images = images.astype(np.float32)
+    flags = sampler.examine(*map(jnp.asarray, (latents, images, shown)))
+    words = [sampler.HEALTH[flag] for flag in np.asarray(flags)]
+    assert words == ["fine", "NaN", "NaN", "black", "constant", "fine"]
+
+
+def test_a_redraw_has_noise_of_its_own_and_the_first_draw_that_of_its_seed():
+    key = jax.random.key(0)
+    seeds = jnp.asarray([4, 4, 4, 5])
+    keys = sampler.image_keys(key, seeds, jnp.asarray([0, 1, 2, 1]))
+    data = np.asarray(jax.random.key_data(keys))
+    assert len({row.tobytes() for row in data}) == 4
+    first = jax.random.key_data(jax.random.fold_in(key, 4))
+    np.testing.assert_array_equal(data[0], first)
+
+
+def flagging(monkeypatch, flags):
+    """Makes image k count as bad, `flags[k]` times."""
+    fetched = sampler.Sampler.stream
+
+    def stream(self, groups, redraw=0):
+        groups = list(groups)
+        for group, drawn in zip(groups, fetched(self, groups, redraw), strict=True):
+            for place, recipe in enumerate(group):
+                if redraw < flags.get(recipe["index"], 0):
+                    drawn.health[place] = 1
+            yield drawn
+
+    monkeypatch.setattr(sampler.Sampler, "stream", stream)
+
+
+def test_bad_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
+    plain = make(per_image=3)
+    with monkeypatch.context() as patch:
+        flagging(patch, {3: 1, 6: 9})
+        workdir = make(per_image=3, max_redraws=2)
+    expected = [
+        {"index": 3, "reason": "NaN", "redraws": 1, "kept": True},
+        {"index": 6, "reason": "NaN", "redraws": 2, "kept": False},
+    ]
+    folder = workdir / "generate" / "mixed"
+    assert files.read_jsonl(folder / "redrawn.jsonl") == expected
+    rows = rows_of(workdir)
+    assert [row["index"] for row in rows] == [k for k in range(15) if k != 6]
+    assert {row["index"]: row["redraws"] for row in rows if row["redraws"]} == {3: 1}
+    assert len(list(folder.glob("train/*/*.png"))) == 14
+    drawn, before = pixels(workdir), pixels(plain)
+    assert (drawn[3] != before[3]).any()
+    np.testing.assert_array_equal(drawn[:3], before[:3])
+    np.testing.assert_array_equal(drawn[6:], before[7:])
+    counts = manifest.read_manifest(workdir, "generate")["counts"]
+    assert counts == {"images": 14, "redrawn": 1, "left_out": 1}
+    card = (folder / "README.md").read_text()
+    assert "Drawn anew with other noise: 1 (1 NaN). Left out: 1 (1 NaN)." in card
+    (folder / "data" / "train-00003.parquet").unlink()  # not that of image 6
+    make(workdir, per_image=3, max_redraws=2)
+    assert files.read_jsonl(folder / "redrawn.jsonl") == expected
+
+
+def test_many_bad_images_stop_the_run_and_nothing_is_kept(make, tmp_path, monkeypatch):
+    flagging(monkeypatch, dict.fromkeys(range(5), 99))
+    with pytest.raises(UserError, match="4 of 4 .*NaN.*dtype=float32.*text_scale"):
+        make(max_redraws=1, shard_size=4)
+    (workdir,) = tmp_path.iterdir()
+    assert not digests(workdir / "generate")
+    monkeypatch.undo()
+    make(workdir, text_scale=3.0)
+
+
+def test_what_is_judged_is_left_out_with_its_reasons(make, monkeypatch):
+    def judge(images, rows):
+        assert images.shape[1:] == (8, 8, 3)
+        return [[{"index": 2, "filter": "label"}] * (r["index"] == 2) for r in rows]
+
+    draw = functools.partial(generate._draw_set)
+    monkeypatch.setattr(
+        generate, "_draw_set", lambda job, name, **_: draw(job, name, judge=judge)
+    )
+    workdir = make()
+    assert [row["index"] for row in rows_of(workdir)] == [0, 1, 3, 4]
+    card = (workdir / "generate" / "mixed" / "README.md").read_text()
+    assert "Left out: 1 (1 label)" in card
+
+
+# Models and disks.
+
+
+def test_a_model_that_changed_is_refused_before_anything_is_written(make, finetuned):
+    workdir = make()
+    (workdir / "generate" / "manifest.json").unlink()
+    before = digests(workdir)
+    weights = bytearray((workdir / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (workdir / WEIGHTS).write_bytes(weights)
+    before = digests(workdir)
+    with pytest.raises(UserError, match="unet.*changed since"):
+        make(workdir)
+    assert digests(workdir) == before
+    # Whoever mends the manifest, too, still has shards of the other model.
+    path = workdir / "finetune" / "manifest.json"
+    record = json.loads(path.read_text())
+    name = WEIGHTS.removeprefix("finetune/")
+    record["artifacts"][name]["sha256"] = hashlib.sha256(weights).hexdigest()
+    files.write_json(path, record)
+    shutil.copytree(workdir / "generate" / "mixed", workdir / "kept")
+    shutil.rmtree(workdir / "generate")
+    (workdir / "generate").mkdir()
+    (workdir / "kept").rename(workdir / "generate" / "mixed")
+    with pytest.raises(UserError, match=r"train-00000.*present model.*another"):
+        make(workdir)
+
+
+def test_a_damaged_shard_is_named(make):
+    workdir = make()
+    shard = workdir / "generate" / "mixed" / "data" / "train-00000.parquet"
+    (workdir / "generate" / "manifest.json").unlink()
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(UserError, match="train-00000.*damaged.*Delete it"):
+        make(workdir)
+
+
+def test_a_small_disk_is_refused_and_a_full_one_leaves_what_is_whole(
+    make, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1900))
+        with pytest.raises(UserError, match="1920 bytes of free disk for 5 images"):
+            make()
+    (workdir,) = tmp_path.iterdir()
+    assert not list((workdir / "generate").rglob("*.p*"))
+    write = files.write_bytes
+
+    def full(path, content):
+        if "00000004.png" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):  # `train.main` says it
+            make(workdir)
+    shards = [path.name for path in (workdir / "generate/mixed/data").iterdir()]
+    assert shards == ["train-00000.parquet"]
+    make(workdir)
+    assert digests(workdir / "generate") == digests(make() / "generate")
+
+
+# Sizes, forms and the sheet.
+
+
+def test_images_of_any_size_in_any_form(make):
+    native = make(size=-1, format="jpeg", include_real=True) / "generate" / "mixed"
+    found = sorted(native.glob("train/*/*.jpg"))
+    assert len(found) == 10
+    for path in found:
+        with Image.open(path) as picture:
+            assert picture.size == (6, 4)
+    assert "as the real images" in (native / "README.md").read_text()
+    images, _, _ = synthetic.read_images(native, 8)
+    assert images.shape == (5, 8, 8, 3)
+    small = make(size=4)
+    whole = pixels(make())
+    averaged = whole.reshape(5, 4, 2, 4, 2, 3).mean((2, 4))
+    assert np.abs(pixels(small) - averaged).max() <= 1  # it rounds along each axis
+
+
+def test_a_sheet_to_look_at_leaves_the_stage_as_it_was(make):
+    workdir = make(limit=3)
+    folder = workdir / "generate"
+    assert [path.name for path in folder.iterdir()] == [preview.CONTACT_SHEET]
+    with Image.open(folder / preview.CONTACT_SHEET) as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 99
+    make(workdir, guidance_rescale=0.5)  # another setting than that of the sheet
+    done = digests(folder)
+    make(workdir, guidance_rescale=0.5, limit=2)
+    changed = {k for k, v in digests(folder).items() if done[k] != v}
+    assert changed == {preview.CONTACT_SHEET}
