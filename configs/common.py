@@ -215,9 +215,12 @@ def _mix() -> ConfigDict:
 def _classify() -> ConfigDict:
     config = ConfigDict()
     config.runs = ("real", "real+affine", "combined", "combined:unmixed")
-    config.model = "resnet20"
-    config.width = 16  # of the small ResNets
-    config.stem_stride = 1
+    config.model = "resnet20"  # a key of models/classifiers.py
+    config.width = 0  # of a ResNet's first stage; 0: its own
+    config.stem = ""  # of a ResNet: "cifar" for small images, "imagenet"; "": its own
+    config.stem_stride = 1  # of the CIFAR stem
+    config.pretrained = ""  # folder, file or hub name to start from; "": from scratch
+    config.pretrained_revision = ""
     config.size = 0  # pixels it sees, made smaller by area; 0: data.size
     config.seeds = 3
     config.seeds_at_once = 0  # trained side by side; 0: all small ones on accelerators
@@ -232,6 +235,10 @@ def _classify() -> ConfigDict:
     config.gamma = 0.1  # times the rate at each of them
     config.momentum = 0.9  # of sgd
     config.weight_decay = 1e-4
+    config.flip = True  # False: no policy flips, where left and right matter
+    config.randaugment_count = 2  # N
+    config.randaugment_magnitude = 9.0  # M, of 30
+    config.alpha = 1.0  # of MixUp's and CutMix's Beta(alpha, alpha)
     config.label_smoothing = 0.0
     config.class_weights = "none"  # or "balanced", for classes of different sizes
     config.ema_decay = 0.0  # 0: no average is kept

@@ -9,7 +9,7 @@ Legend: S seeds, B batch, R rows of the image array, K classes, T images to pred
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,13 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
-from mvc_jax.augment.affine import random_affine
+from mvc_jax import augment
+from mvc_jax.augment.mixup import cutmix, mixup
+from mvc_jax.models.classifier_weights import head_of
 from mvc_jax.training import loop, rng, sharding
 
-POLICIES = {"none": None, "affine": random_affine}
+_MIXES = {"mixup": mixup, "cutmix": cutmix}
 _WHOLE: sharding.Rules = ((r".*", "replicate"),)  # classifiers fit on one device
+_HALF = (0.5, 0.5, 0.5)
+Fields = tuple[tuple[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +39,22 @@ class Recipe:
     Attributes:
       model: takes images [B, H, W, 3], `train`, `mask` [B]; gives logits [B, K].
       mean, std: of the colours of images in [0, 1], which it wants as 0 and 1.
-      policy: a key of `POLICIES`.
+      policy: of each image, of `augment.names()`.
+      policy_fields: pairs (name, value) of the policy's fields.
+      mix: of a batch, `mixup` or `cutmix`; "": none.
+      alpha: of the mix.
       label_smoothing: share of the label that is spread over all classes.
       class_weights: K weights of the loss; (): all weigh alike.
       ema_decay: of the averaged parameters; 0: none are kept.
     """
 
     model: nn.Module
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = _HALF
+    std: tuple[float, ...] = _HALF
     policy: str = "none"
+    policy_fields: Fields = ()
+    mix: str = ""
+    alpha: float = 1.0
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
     ema_decay: float = 0.0
@@ -69,43 +79,44 @@ class ClassifierState(loop.TrainState):
 def create_state(
     recipe: Recipe,
     tx: optax.GradientTransformation,
-    seeds: Int[np.ndarray, " S"],
+    keys: Key[Array, " S"],
     mesh: Mesh,
     *,
-    key: Array,
     image_shape: tuple[int, int, int],
-    pretrained: Any = None,
+    pretrained: Mapping[str, Any] | None = None,
 ) -> ClassifierState:
     """S classifiers at step 0, replicated on `mesh`.
 
     Args:
       recipe: of all of them.
       tx: the optimiser.
-      seeds: numbers of the classifiers; number i depends on (key, i) alone.
-      key: root of the initialisation.
+      keys: of the initialisation, one a classifier.
       image_shape: H, W, 3.
-      pretrained: `{"params", "batch_stats"}` to start from; None: at random.
+      pretrained: `{"params", "batch_stats"}` to start from, all but the last layer,
+        which is always drawn; None: everything is.
     """
-    state = _init(key, seeds, pretrained, recipe=recipe, tx=tx, image_shape=image_shape)
-    return jax.device_put(state, sharding.tree_shardings(state, mesh, _WHOLE))
-
-
-@functools.partial(jax.jit, static_argnames=("recipe", "tx", "image_shape"))
-def _init(key, seeds, pretrained, *, recipe, tx, image_shape):
-    def one(seed):
-        return recipe.model.init(
-            jax.random.fold_in(key, seed), jnp.zeros((1, *image_shape))
-        )
-
-    variables = jax.vmap(one)(seeds)
+    variables = _variables(keys, model=recipe.model, image_shape=image_shape)
     if pretrained is not None:
-        repeat = functools.partial(jnp.repeat, repeats=len(seeds), axis=0)
-        variables = jax.tree.map(lambda leaf: repeat(leaf[None]), pretrained)
-    params = variables["params"]
-    zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.copy, params) if recipe.ema_decay else None
+        head = head_of(recipe.model)
+        heads = {head: variables["params"][head]}
+        variables = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf[None], len(keys), axis=0), dict(pretrained)
+        )
+        variables["params"] = {**variables["params"], **heads}
+    params, zero = variables["params"], np.zeros((), np.int32)
+    ema = params if recipe.ema_decay else None
     stats = variables.get("batch_stats", {})
-    return ClassifierState(zero, params, tx.init(params), zero, zero, ema, stats)
+    opt_state = jax.jit(tx.init)(params)
+    state = ClassifierState(zero, params, opt_state, zero, zero, ema, stats)
+    shardings = sharding.tree_shardings(state, mesh, _WHOLE)
+    # No two leaves may share a buffer: they are donated.
+    return jax.device_put(state, shardings, may_alias=False)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
+def _variables(keys: Key[Array, " S"], *, model: nn.Module, image_shape: tuple):
+    images = jnp.zeros((1, *image_shape))
+    return jax.vmap(lambda key: model.init(key, images))(keys)
 
 
 def train_step(
@@ -114,19 +125,18 @@ def train_step(
     *,
     recipe: Recipe,
     tx: optax.GradientTransformation,
-    key: Array,
 ) -> tuple[ClassifierState, dict[str, Array]]:
     """One step of each seed on batches of its own.
 
     Args:
       state: of S seeds.
-      batch: `seed` int32 [S]; `weight` [B, S], 0 for slots that do not count; and
-        either the whole dataset, `images` uint8 [R, H, W, 3] and `labels` int32 [R],
-        with `index` int32 [B, S] into it; or what a stream has read of it, `images`
-        [B, S, H, W, 3] and `labels` [B, S].
+      batch: `keys` uint32 [S, 2], of which slot b of step n draws by (key, n, b);
+        `weight` [B, S], 0 for slots that do not count; and either the whole dataset,
+        `images` uint8 [R, H, W, 3] and `labels` int32 [R], with `index` int32 [B, S]
+        into it; or what a stream has read of it, `images` [B, S, H, W, 3] and `labels`
+        [B, S].
       recipe: of the classifier.
       tx: the optimiser.
-      key: root of the step's randomness; slot b of step n of seed s draws by (s, n, b).
 
     Returns:
       the next state; the `loss`, a mean over seeds.
@@ -134,9 +144,8 @@ def train_step(
     images, labels = batch["images"], batch["labels"]
     if "index" in batch:
         images, labels = images[batch["index"]], labels[batch["index"]]
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(
-        fold(key, batch["seed"]), state.step
+        jax.random.wrap_key_data(batch["keys"]), state.step
     )
     losses = jax.vmap(
         functools.partial(_loss, recipe=recipe), in_axes=(0, 0, 1, 1, 1, 0)
@@ -154,24 +163,29 @@ def train_step(
 
 def _loss(params, batch_stats, images, labels, weight, key, *, recipe: Recipe):
     """Cross entropy of one seed's batch, and the statistics after it."""
-    keys = rng.example_keys(key, jnp.arange(len(labels)))
-    policy_keys, model_keys = rng.use_keys(keys, 2)
+    image_key, mix_key, model_key = jax.random.split(key, 3)
+    if recipe.policy != "none":
+        policy = augment.policy(recipe.policy, **dict(recipe.policy_fields))
+        keys = rng.example_keys(image_key, jnp.arange(len(labels)))
+        images = jax.vmap(policy)(keys, images)
     images = images.astype(jnp.float32)
-    if POLICIES[recipe.policy]:
-        images = jax.vmap(POLICIES[recipe.policy])(policy_keys, images)
+    targets = jax.nn.one_hot(labels, recipe.model.num_classes)
+    if recipe.mix:
+        images, targets = _MIXES[recipe.mix](
+            mix_key, images, targets, weight, alpha=recipe.alpha
+        )
     logits, updated = recipe.model.apply(
         {"params": params, "batch_stats": batch_stats},
         recipe.normalised(images),
         train=True,
         mask=weight > 0,
-        rngs={"dropout": model_keys[0]},
+        rngs={"dropout": model_key},
         mutable=["batch_stats"],
     )
-    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    if recipe.class_weights:
+        weight = weight * (targets @ jnp.asarray(recipe.class_weights))
     targets = optax.smooth_labels(targets, recipe.label_smoothing)
     losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
-    if recipe.class_weights:
-        weight = weight * jnp.asarray(recipe.class_weights)[labels]
     return loop.weighted_mean(losses, weight), updated.get("batch_stats", {})
 
 

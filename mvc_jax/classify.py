@@ -2,45 +2,46 @@
 
 Reads: the training and test images, the sets of `generate/`. Writes:
 `results/<run>.json`, predictions on test, made once at the end of each fit;
-`models/<run>/seed-<i>/`, the classifiers; `fits/`, their checkpoints; and `pixels/`,
-the images at the size that the classifiers see.
+`models/<run>/seed-<i>/`, the classifiers as timm stores its own; `fits/`, their
+checkpoints; and `pixels/`, the images at the size that the classifiers see.
 
-A run is named `<regime>[:<set>][+<policy>]`, e.g. `combined:unmixed+affine`.
+`runs.py` says how a run is named, `trainer.py` trains it.
 """
 
-import contextlib
 import dataclasses
-import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-import optax
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import classifier, files
-from mvc_jax.data import manifest, regimes, training_set
+from mvc_jax import augment, classifier, files
+from mvc_jax.data import manifest, training_set
 from mvc_jax.errors import require, require_one_of, require_within
-from mvc_jax.models import resnet
-from mvc_jax.training import memory, optim, rng, sharding
-from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.console import Progress
-from mvc_jax.training.journal import Journal
-from mvc_jax.training.loop import fit
-from mvc_jax.training.validation import Validation
+from mvc_jax.models import (
+    classifier_checkpoint,
+    classifier_export,
+    classifier_weights,
+    classifiers,
+    hub,
+)
+from mvc_jax.runs import Run, parse
+from mvc_jax.trainer import Plan, Trainer
+from mvc_jax.training import optim, sharding
 
 _CHOICES = {
+    "model": tuple(classifiers.VARIANTS),
+    "stem": ("", "cifar", "imagenet"),
     "optimizer": optim.OPTIMIZERS,
     "schedule": optim.SCHEDULES,
     "class_weights": ("none", "balanced"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
-_COUNTS = ("seeds", "steps", "batch_size", "width", "stem_stride", "log_every")
+_COUNTS = ("seeds", "steps", "batch_size", "stem_stride", "log_every")
 _SWITCHES = ("epochs", "warmup", "patience", "validate_every", "checkpoint_minutes")
-_SWITCHES += ("ratio", "memory_gib", "seeds_at_once", "steps_at_once")
+_SWITCHES += ("ratio", "images_gib", "memory_gib", "seeds_at_once", "steps_at_once")
+_SWITCHES += ("width",)
 _SHARES = ("probability", "phase_two", "gamma", "phase_two_rate", "label_smoothing")
 _RANGES = {
     **dict.fromkeys(_COUNTS, (1, 1e9, "configs/common.py has values that work.")),
@@ -51,94 +52,23 @@ _RANGES = {
     "momentum": (0, 1 - 1e-9, "0.9 is usual."),
     "ema_decay": (0, 1 - 1e-9, "0.999 is usual; 0 keeps no average."),
     "validation": (0, 0.9, "0.1 to 0.2 are usual; 0 holds nothing out."),
+    "alpha": (1e-3, 1e3, "1 is CutMix's, and MixUp's for CIFAR."),
+    "randaugment_count": (1, 14, "The paper has 2."),
+    "randaugment_magnitude": (0, 30, "9 is usual."),
 }
 # They change what is kept, what is shown or how fast it goes, but not what is computed.
-_NO_RESULT = ("log_every", "checkpoint_minutes", "memory_gib", "steps_at_once")
-_WAYS_OUT = (
-    "Lower config.classify.batch_size, config.classify.seeds_at_once or "
-    "config.classify.size."
-)
-_PREDICTED = 500  # images at once
-_SMALL = 5_000_000  # parameters
-_STEPS_AT_ONCE = 50
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One row of the table: how real and synthetic images meet, and what bends them."""
-
-    name: str
-    regime: str
-    set: str
-    policy: str
-
-    @property
-    def plain(self) -> str:
-        """Its name as a file's name and a TensorBoard tag."""
-        return self.name.replace(":", "-").replace("+", "_")
-
-
-def parse_run(name: str) -> Run:
-    """`"two_phase:unmixed+affine"` -> its parts; the set defaults to `mixed`.
-
-    Raises:
-      UserError: a part is unknown.
-    """
-    head, plus, policy = name.partition("+")
-    regime, colon, set_ = head.partition(":")
-    run_ = Run(
-        name, regime, "" if regime == "real" else set_ or "mixed", policy or "none"
-    )
-    good = run_.regime in regimes.REGIMES and run_.policy in classifier.POLICIES
-    good = good and bool(plus) == bool(policy) and bool(colon) == bool(set_)
-    require(
-        good and not (regime == "real" and set_),
-        "config.classify.runs",
-        wanted="<regime>[:<set>][+<policy>] with a regime of "
-        f"{', '.join(regimes.REGIMES)} (real takes no set) and a policy of "
-        f"{', '.join(classifier.POLICIES)}",
-        got=repr(name),
-        fix="Mend this run's name.",
-    )
-    return run_
+_NO_RESULT = ("log_every", "checkpoint_minutes", "images_gib", "memory_gib")
+_NO_RESULT += ("steps_at_once",)
 
 
 def check(config: ConfigDict) -> None:
     """Checks the section `classify`."""
     section = config.classify
-    runs = [parse_run(name) for name in section.runs]
-    for run_ in runs:
-        require(
-            not run_.set or run_.set in config.generate.sets,
-            "config.classify.runs",
-            wanted=f"a set of config.generate.sets {tuple(config.generate.sets)}",
-            got=repr(run_.name),
-            fix="Add the set there or take the run out.",
-        )
-    require(
-        len({(r.regime, r.set, r.policy) for r in runs}) == len(runs) > 0,
-        "config.classify.runs",
-        wanted="at least one run, each once",
-        got=tuple(section.runs),
-        fix="Mend the list.",
-    )
-    require(
-        section.model in resnet.VARIANTS,
-        "config.classify.model",
-        wanted=f"one of {', '.join(resnet.VARIANTS)}",
-        got=repr(section.model),
-        fix="Name one of these.",
-    )
     fields = section.to_dict()
-    require_within("config.classify", fields, _RANGES)
+    runs = [parse(name) for name in section.runs]
+    _check_runs(runs, tuple(section.runs), tuple(config.generate.sets))
     require_one_of("config.classify", fields, _CHOICES)
-    require(
-        0 <= section.size <= config.data.size,
-        "config.classify.size",
-        wanted=f"at most config.data.size={config.data.size}, or 0 for that",
-        got=section.size,
-        fix="Lower it.",
-    )
+    require_within("config.classify", fields, _RANGES)
     milestones = tuple(section.milestones)
     require(
         list(milestones) == sorted({m for m in milestones if 0 < m < 1}),
@@ -155,12 +85,56 @@ def check(config: ConfigDict) -> None:
         fix="Set config.classify.validation to e.g. 0.1.",
     )
     require(
-        not section.ratio or section.ratio <= config.mix.per_image,
+        section.ratio <= config.mix.per_image,
         "config.classify.ratio",
         wanted=f"at most the {config.mix.per_image} synthetic images a real one of "
         "config.mix.per_image, or 0 for all of them",
         got=section.ratio,
         fix="Lower it, or raise config.mix.per_image.",
+    )
+    checkpoint = None
+    if section.pretrained and hub.is_local(section.pretrained):
+        checkpoint = _checkpoint(config)
+    _check_size(config, _model(fields, 2, checkpoint))
+    if checkpoint:
+        classifier_weights.check(checkpoint, _model(fields, 2, checkpoint))
+
+
+def _check_runs(runs: list[Run], names: tuple, sets: tuple) -> None:
+    for run_ in runs:
+        require(
+            not run_.set or run_.set in sets,
+            "config.classify.runs",
+            wanted=f"a set of config.generate.sets {sets}",
+            got=repr(run_.name),
+            fix="Add the set there or take the run out.",
+        )
+    different = {dataclasses.replace(run_, name="") for run_ in runs}
+    require(
+        len(different) == len(runs) > 0,
+        "config.classify.runs",
+        wanted="at least one run, each once",
+        got=names,
+        fix="Mend the list.",
+    )
+
+
+def _check_size(config: ConfigDict, model: Any) -> None:
+    section = config.classify
+    require(
+        0 <= section.size <= config.data.size,
+        "config.classify.size",
+        wanted=f"at most config.data.size={config.data.size}, or 0 for that",
+        got=section.size,
+        fix="Lower it.",
+    )
+    size = section.size or config.data.size
+    require(
+        size >= model.stride,
+        "config.classify.size",
+        wanted=f"at least {model.stride} pixels, of which {section.model} makes one",
+        got=size,
+        fix="Raise it, or choose a network for small images, as wrn28_10 or resnet20.",
     )
 
 
@@ -169,230 +143,79 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     section = config.classify.to_dict()
-    shaping = {k: v for k, v in section.items() if k not in _NO_RESULT}
-    settings["classify"] = shaping
+    settings["classify"] = {k: v for k, v in section.items() if k not in _NO_RESULT}
     stage = manifest.open_stage(workdir, "classify", settings, inputs=("generate",))
     if stage.complete:
         return
-    runs = [parse_run(name) for name in section["runs"]]
+    runs = [parse(name) for name in section["runs"]]
     data = training_set.read(
         workdir,
         stage.folder / "pixels",
         sets=sorted({run_.set for run_ in runs} - {""}),
         size=section["size"] or config.data.size,
+        stored={k: config.data[k] for k in ("size", "resize", "resample")},
         ratio=section["ratio"],
         validation=section["validation"],
         seed=config.seed,
     )
-    trainer = Trainer(config, workdir, stage.folder, data)
+    recipe, pretrained = _start(config, data)
+    trainer = Trainer(
+        Plan(**{field.name: section[field.name] for field in dataclasses.fields(Plan)}),
+        recipe,
+        data,
+        seed=config.seed,
+        runs=len(runs),
+        mesh=sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
+        workdir=workdir,
+        folder=stage.folder / "fits",
+        policy_fields={run_.policy: _fields(section, run_.policy) for run_ in runs},
+        pretrained=pretrained,
+    )
     artifacts = []
     for run_ in runs:
-        path = stage.folder / "results" / f"{run_.plain}.json"
-        artifacts.append(f"results/{path.name}")
-        if path.exists():
-            trainer.progress.advance(section["seeds"] * trainer.steps)
-            continue
-        files.write_json(path, dataclasses.asdict(run_) | trainer.results(run_))
+        artifacts += _train(trainer, run_, stage.folder, recipe, data, section)
     trainer.progress.close()
     stage.finish(artifacts, runs=len(runs), fits=len(runs) * section["seeds"])
 
 
-class Trainer:
-    """Fits the classifiers of one run after another, on the same images and devices."""
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: epath.Path,
-        folder: epath.Path,
-        data: training_set.TrainingSet,
-    ):
-        section = config.classify
-        self._section, self._seed = section, config.seed
-        self._workdir, self._folder, self._data = workdir, folder, data
-        self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        self._programs: dict = {}
-        self._fixed = self._placed(memory.device_bytes(jax.devices()[0]))
-        real = len(data.pools[""].real)
-        self.steps = math.ceil(section.epochs * real / section.batch_size)
-        self.steps = self.steps or section.steps
-        total = len(section.runs) * section.seeds * self.steps
-        self.progress = Progress("classify", total)
-
-    def results(self, run_: Run) -> dict[str, Any]:
-        """Trains every seed of a run; what each says of the test images."""
-        found: list[dict] = []
-        seen = {}
-        for seeds in self._groups():
-            rows = [self._rows(run_, seed) for seed in seeds]
-            seen = self._data.examples_seen(rows[0])
-            state = self._fit(run_, seeds, rows)
-            probabilities = self._predict(state, self._data.test)
-            found += [_result(row, self._data.test_labels) for row in probabilities]
-        return seen | {"seeds": found}
-
-    def _fit(self, run_: Run, seeds: list[int], rows: list[dict]):
-        section = self._section
-        recipe, tx, step = self._step(run_.policy, run_.regime == "two_phase")
-        state = classifier.create_state(
-            recipe,
-            tx,
-            np.asarray(seeds, np.int32),
-            self._mesh,
-            key=rng.purpose_key(self._seed, "classify"),
-            image_shape=self._data.rows.parts[0].shape[1:],
-        )
-        name = f"{run_.plain}/seed-{'-'.join(map(str, seeds))}"
-        folder = self._folder / "fits" / name
-        validation = None
-        if len(self._data.validation):
-            validation = Validation(self._measure, section.patience)
-        every = section.validate_every or self.steps
-        kept = {"every": every, "minutes": section.checkpoint_minutes}
-        kept |= {"keep": 1, "best": "validation_loss" if validation else None}
-        state = fit(
-            step,
-            state,
-            read=self._data.reader(rows, pixels=not self._fixed),
-            fixed=self._fixed | {"seed": np.asarray(seeds, np.int32)},
-            mesh=self._mesh,
-            steps=self.steps,
-            checkpoints=Checkpoints(folder, **kept),
-            journal=Journal(
-                self._workdir,
-                f"classify/{name}",
-                log_every=min(section.log_every, every),
-                progress=self.progress,
-            ),
-            room=memory.Room(int(section.memory_gib * 2**30), _WAYS_OUT),
-            stride=self._stride(every),
-            validation=validation,
-            programs=self._programs,
-        )
-        if validation:
-            with contextlib.closing(Checkpoints(folder, **kept)) as checkpoints:
-                state = checkpoints.restore_best(state)
-        return state
-
-    @functools.cache  # noqa: B019  one trainer a process
-    def _step(self, policy: str, two_phases: bool):
-        """The recipe, the optimiser and the step of all runs of one kind."""
-        section = self._section
-        recipe = dataclasses.replace(self._recipe, policy=policy)
-        rate = _learning_rate(section, self.steps, two_phases)
-        if section.optimizer == "adam":
-            tx = optim.adam(rate, weight_decay=section.weight_decay)
-        else:
-            decay = {"weight_decay": section.weight_decay}
-            tx = optim.sgd(rate, momentum=section.momentum, **decay)
-        key = rng.purpose_key(self._seed, "classify/steps")
-        step = functools.partial(classifier.train_step, recipe=recipe, tx=tx, key=key)
-        return recipe, tx, step
-
-    @functools.cached_property
-    def _recipe(self) -> classifier.Recipe:
-        section, data = self._section, self._data
-        weights: tuple[float, ...] = ()
-        if section.class_weights == "balanced":
-            counts = np.bincount(data.labels[data.pools[""].real])
-            weights = tuple((counts.sum() / (len(counts) * counts)).tolist())
-        return classifier.Recipe(
-            model=resnet.VARIANTS[section.model](
-                num_classes=len(data.class_names),
-                width=section.width,
-                stem_stride=section.stem_stride,
-            ),
-            label_smoothing=section.label_smoothing,
-            class_weights=weights,
-            ema_decay=section.ema_decay,
-        )
-
-    @functools.cached_property
-    def _predict(self) -> Callable:
-        return classifier.predictor(self._recipe, self._mesh, batch_size=_PREDICTED)
-
-    def _measure(self, state: classifier.ClassifierState) -> dict[str, float]:
-        """Cross entropy and accuracy on the held-out images."""
-        held = self._data.validation
-        labels = self._data.labels[held]
-        found = self._predict(state, self._data.rows.take(held))[0]
-        likelihood = found[np.arange(len(labels)), labels]
-        return {
-            "validation_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()),
-            "validation_accuracy": float((found.argmax(-1) == labels).mean()),
-        }
-
-    def _groups(self) -> list[list[int]]:
-        """Which seeds are trained side by side."""
-        section = self._section
-        size = section.seeds_at_once or self._usual_group()
-        if len(self._data.validation):
-            size = 1  # each stops by itself
-        seeds = list(range(section.seeds))
-        return [seeds[i : i + size] for i in range(0, len(seeds), size)]
-
-    def _usual_group(self) -> int:
-        """All, where an accelerator would idle between the steps of one."""
-        if jax.default_backend() == "cpu":
-            return 1
-        shape = jax.ShapeDtypeStruct((1, *self._data.rows.parts[0].shape[1:]), "f4")
-        shapes = jax.eval_shape(self._recipe.model.init, jax.random.key(0), shape)
-        count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-        return self._section.seeds if count < _SMALL else 1
-
-    def _rows(self, run_: Run, seed: int) -> dict[str, np.ndarray]:
-        """Every batch of one fit, by the run's regime and the config."""
-        section = self._section
-        return regimes.schedule(
-            run_.regime,
-            self._data.pools[run_.set],
-            seed=self._seed,
-            repeat=seed,
-            steps=self.steps,
-            batch_size=section.batch_size,
-            probability=section.probability,
-            phase_two=section.phase_two,
-        )
-
-    def _placed(self, room: int) -> dict[str, jax.Array]:
-        """All images on every device, where they take less than half of one."""
-        rows = self._data.rows
-        if rows.nbytes > (self._section.images_gib * 2**30 or room / 2):
-            return {}
-        whole = {"images": rows.all(), "labels": self._data.labels}
-        return jax.device_put(whole, sharding.replicated(self._mesh))
-
-    def _stride(self, every: int) -> int:
-        """Steps of one dispatch: many small ones on an accelerator, one on a CPU."""
-        most = self._section.steps_at_once or (
-            1 if jax.default_backend() == "cpu" else _STEPS_AT_ONCE
-        )
-        both = math.gcd(self.steps, every, min(self._section.log_every, every))
-        return max(n for n in range(1, min(most, both) + 1) if both % n == 0)
-
-
-def _learning_rate(section: ConfigDict, steps: int, two_phases: bool) -> optax.Schedule:
-    """The rate by step; in the second of two phases it starts anew, and lower."""
-
-    def rate(peak: float, steps: int, warmup: int) -> optax.Schedule:
-        return optim.schedule(
-            section.schedule,
-            peak,
-            warmup=warmup,
-            steps=steps,
-            milestones=section.milestones,
-            gamma=section.gamma,
-        )
-
-    if not two_phases:
-        return rate(section.learning_rate, steps, section.warmup)
-    turn = regimes.first_phase(steps, section.phase_two)
-    lower = section.learning_rate * section.phase_two_rate
-    both = (
-        rate(section.learning_rate, turn, section.warmup),
-        rate(lower, steps - turn, 0),
+def _train(
+    trainer: Trainer,
+    run_: Run,
+    folder: epath.Path,
+    recipe: classifier.Recipe,
+    data: training_set.TrainingSet,
+    section: dict[str, Any],
+) -> list[str]:
+    """Trains, tests and exports all seeds of a run; which files it left in `folder`."""
+    result = f"results/{run_.plain}.json"
+    models = [f"models/{run_.plain}/seed-{seed}" for seed in range(section["seeds"])]
+    weights = [f"{model}/{classifier_checkpoint.WEIGHTS}" for model in models]
+    if all((folder / name).exists() for name in (result, *weights)):
+        trainer.progress.advance(section["seeds"] * trainer.steps)
+        return [result, *weights]
+    found = []
+    for seeds in trainer.groups():
+        fit = trainer.fit(run_, seeds)
+        for i, probabilities in enumerate(trainer.predict(fit.state, data.test)):
+            classifier_export.write(
+                folder / models[seeds[i]],
+                recipe.model,
+                classifier.one_seed(fit.state, i),
+                variant=section["model"],
+                class_names=data.class_names,
+                mean=recipe.mean,
+                std=recipe.std,
+                size=data.test.shape[1],
+            )
+            found.append(_result(probabilities, data.test_labels) | fit.facts[i])
+    seen = {
+        key: round(sum(row[key] for row in found) / len(found))
+        for key in ("real_seen", "synthetic_seen")
+    }
+    files.write_json(
+        folder / result, dataclasses.asdict(run_) | seen | {"seeds": found}
     )
-    return optax.join_schedules(both, [turn])
+    return [result, *weights]
 
 
 def _result(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -401,5 +224,65 @@ def _result(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return {
         "accuracy": float((predicted == labels).mean()),
         "predictions": predicted.tolist(),
-        "confidences": probabilities.max(-1).round(4).tolist(),
+        "confidences": probabilities.max(-1).astype(float).round(6).tolist(),
     }
+
+
+def _start(
+    config: ConfigDict, data: training_set.TrainingSet
+) -> tuple[classifier.Recipe, dict[str, Any] | None]:
+    """The recipe of all runs but for what each bends, and pretrained variables."""
+    section, classes = config.classify, len(data.class_names)
+    checkpoint = _checkpoint(config) if section.pretrained else None
+    model = _model(section.to_dict(), classes, checkpoint)
+    weights: tuple[float, ...] = ()
+    if section.class_weights == "balanced":
+        counts = np.bincount(data.labels[data.pools[""].real], minlength=classes)
+        weights = tuple((counts.sum() / (classes * counts)).tolist())
+    recipe = classifier.Recipe(
+        model,
+        alpha=section.alpha,
+        label_smoothing=section.label_smoothing,
+        class_weights=weights,
+        ema_decay=section.ema_decay,
+    )
+    if checkpoint is None:
+        return recipe, None
+    variables, left = classifier_weights.read(checkpoint, model)
+    logging.info(
+        "classify: %s without %s; a new head of %d classes",
+        *(checkpoint.name, ", ".join(left) or "nothing left over", classes),
+    )
+    normal = {"mean": tuple(checkpoint.mean), "std": tuple(checkpoint.std)}
+    return dataclasses.replace(recipe, **normal), variables
+
+
+def _checkpoint(config: ConfigDict) -> classifier_checkpoint.Checkpoint:
+    return classifier_checkpoint.find(
+        config.classify.pretrained,
+        field="config.classify.pretrained",
+        revision=config.classify.pretrained_revision,
+    )
+
+
+def _model(section: dict[str, Any], classes: int, checkpoint: Any) -> Any:
+    """The network that the section asks for; a checkpoint knows some of its fields."""
+    fields = dict(checkpoint.fields) if checkpoint else {}
+    fields |= {"width": section["width"], "stem": section["stem"]}
+    if section["stem_stride"] > 1:
+        fields["stem_stride"] = section["stem_stride"]
+    return classifiers.make(
+        section["model"], num_classes=classes, dtype=section["dtype"], **fields
+    )
+
+
+def _fields(section: dict[str, Any], policy: str) -> classifier.Fields:
+    """Of a policy, what the section has otherwise than the policy."""
+    usual = augment.fields(policy)
+    fields: dict[str, Any] = {}
+    if usual["flip"] and not section["flip"]:
+        fields["flip"] = False
+    if policy == "randaugment":
+        fields["count"] = section["randaugment_count"]
+        fields["magnitude"] = section["randaugment_magnitude"]
+    return tuple(fields.items())

@@ -8,7 +8,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from mvc_jax import files
+from mvc_jax import files, runs
 from mvc_jax.data import manifest, splits, synthetic
 from mvc_jax.data.decode import fit
 from mvc_jax.errors import require
@@ -120,7 +120,7 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
     predictions = np.asarray([seed["predictions"] for seed in result["seeds"]])
     right = predictions == labels
     row = {key: result[key] for key in ("name", "regime", "policy", "set")}
-    row["title"] = title(result)
+    row["title"] = runs.parse(result["name"]).title
     row["accuracy"] = {
         "mean": float(values.mean()),
         "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
@@ -136,23 +136,6 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
         row["difference"] = {"against": "real"}
         row["difference"] |= paired_difference(values, base, confidence)
     return row
-
-
-def title(result: dict) -> str:
-    """A run in words: `combined:unmixed+affine` -> what a reader would call it."""
-    words = {
-        "real": "real only",
-        "combined": "real + synthetic",
-        "two_phase": "two-phase",
-        "probabilistic": "probabilistic",
-    }[result["regime"]]
-    if result["set"] == "unmixed":
-        words += ", captions unmixed (control)"
-    elif result["set"] == "pretrained":
-        words += ", base not fine-tuned (control)"
-    if result["policy"] != "none":
-        words += f" + {result['policy']} augmentation"
-    return words[0].upper() + words[1:]
 
 
 def _questions(results: dict, confidence: float) -> list[dict]:

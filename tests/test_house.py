@@ -27,7 +27,7 @@ STAGES = {
 }
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
 # Of stages: what several of them share.
-PARTS = {"classifier", "conditionings", "preview", "sampler"}
+PARTS = {"classifier", "conditionings", "preview", "runs", "sampler", "trainer"}
 LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | ROOMS | {"configs"},

@@ -1,7 +1,8 @@
 """What classifiers are trained and tested on: all images, at one size."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,6 +11,7 @@ from jaxtyping import Int, UInt8
 from mvc_jax.data import decode, order, splits, synthetic
 from mvc_jax.data.pixels import Ahead, Rows, store
 from mvc_jax.data.regimes import Pools
+from mvc_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +37,12 @@ class TrainingSet:
     test_labels: Int[np.ndarray, " T"]
     class_names: tuple[str, ...]
 
-    def examples_seen(self, schedule: dict[str, np.ndarray]) -> dict[str, int]:
-        """How many of one fit's examples are real, and how many synthetic."""
-        counted = schedule["index"][schedule["weight"] > 0]
+    def examples_seen(
+        self, schedule: dict[str, np.ndarray], steps: int
+    ) -> dict[str, int]:
+        """How many of a fit's examples are real, and how many synthetic, in `steps`."""
+        index, weight = schedule["index"][:steps], schedule["weight"][:steps]
+        counted = index[weight > 0]
         real = int((counted < len(self.rows.parts[0])).sum())
         return {"real_seen": real, "synthetic_seen": int(counted.size) - real}
 
@@ -73,6 +78,7 @@ def read(
     *,
     sets: Sequence[str],
     size: int,
+    stored: dict[str, Any],
     ratio: float,
     validation: float,
     seed: int,
@@ -84,13 +90,20 @@ def read(
       folder: for images that are not of this size already.
       sets: names of the synthetic sets.
       size: S, pixels.
+      stored: arguments of `decode.fit` that made the real images; synthetic ones, of
+        whatever size, are brought to the same before they are made smaller.
       ratio: synthetic images a real one that are used, the first; 0: all.
       validation: share of each class that is held out of training.
       seed: of the run.
+
+    Raises:
+      UserError: there is but one class, one is missing from train or test, or a set has
+        too few images.
     """
     train, test = (
         splits.read_split(workdir / "caption", name) for name in ("train", "test")
     )
+    _require_classes(train, test)
     real = np.arange(len(train.labels), dtype=np.int32)
     row_of = {id_: row for row, id_ in enumerate(train.ids)}
     parts, labels = [_sized(train.images, size, folder / "train.npy")], [train.labels]
@@ -99,6 +112,7 @@ def read(
         generated = workdir / "generate" / name
         rows = list(synthetic.read_rows(generated, ("label", "source", "partners")))
         images = (row["image"] for row in synthetic.read_rows(generated, ("image",)))
+        images = (decode.fit(image, **stored) for image in images)
         made[name] = sum(map(len, labels)), rows
         parts.append(_stored(images, len(rows), size, folder / f"{name}.npy"))
         labels.append(np.asarray([row["label"] for row in rows], np.int32))
@@ -111,6 +125,7 @@ def read(
         parents = [[row_of[i] for i in (r["source"], *r["partners"])] for r in rows]
         pool = Pools(real, drawn, sources, every_label).per_real(ratio)
         pools[name] = pool.without(held_out, parents[: len(pool.synthetic)])
+        _require_enough(name, pool, pools[name], ratio)
     return TrainingSet(
         rows=Rows(tuple(parts)),
         labels=every_label,
@@ -122,13 +137,56 @@ def read(
     )
 
 
+def _require_classes(train: splits.Split, test: splits.Split) -> None:
+    require(
+        len(train.class_names) > 1,
+        "classify",
+        wanted="at least two classes to tell apart",
+        got=f"{len(train.class_names)}: {', '.join(train.class_names)}",
+        fix="Sort the images by class, or name others in config.data.classes; or stop "
+        "at --config.stages=generate.",
+    )
+    for split, name in ((train, "training"), (test, "test")):
+        counts = np.bincount(split.labels, minlength=len(train.class_names))
+        missing = [train.class_names[k] for k in np.flatnonzero(counts == 0)]
+        require(
+            not missing,
+            f"class {missing[0]!r}" if missing else "",
+            wanted=f"at least one {name} image of each class",
+            got=f"none of {', '.join(missing)}",
+            fix="Add images, or leave the class out by config.data.classes.",
+        )
+
+
+def _require_enough(name: str, pool: Pools, used: Pools, ratio: float) -> None:
+    wanted = round(ratio * len(pool.real))
+    require(
+        len(pool.synthetic) >= wanted,
+        "config.classify.ratio",
+        wanted=f"at most {len(pool.synthetic) / len(pool.real):.3g}: the set {name!r} "
+        f"has {len(pool.synthetic)} images to {len(pool.real)} real ones",
+        got=ratio,
+        fix="Lower it, raise config.mix.per_image, or filter less.",
+    )
+    require(
+        len(used.synthetic) > 0,
+        "config.classify.validation" if len(pool.synthetic) else f"set {name!r}",
+        wanted="synthetic images to train on",
+        got=f"none that is left of {len(pool.synthetic)}",
+        fix="An image goes with the real ones it was made from: lower "
+        "config.classify.validation, raise config.mix.per_image, or filter less.",
+    )
+
+
 def _sized(images: np.ndarray, size: int, path: epath.Path) -> np.ndarray:
     if images.shape[1] == size:
         return images
     return _stored(images, len(images), size, path)
 
 
-def _stored(images, count: int, size: int, path: epath.Path) -> np.ndarray:
+def _stored(
+    images: Iterable[np.ndarray], count: int, size: int, path: epath.Path
+) -> np.ndarray:
     small = (decode.fit(image, size, resample="area") for image in images)
     return store(path, small, count, size)
 

@@ -72,6 +72,15 @@ def sgd(
     return optax.chain(decay, optax.sgd(schedule, momentum, nesterov=momentum > 0))
 
 
+def optimizer(
+    name: str, schedule: optax.Schedule, *, weight_decay: float, momentum: float
+) -> optax.GradientTransformation:
+    """One of `OPTIMIZERS`; `momentum` is sgd's alone."""
+    if name == "adam":
+        return adam(schedule, weight_decay=weight_decay)
+    return sgd(schedule, momentum=momentum, weight_decay=weight_decay)
+
+
 def _kernels(params: Any) -> Any:
     """True for weights that multiply, False for biases and scales of norms."""
     return jax.tree_util.tree_map_with_path(
