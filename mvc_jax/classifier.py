@@ -134,9 +134,9 @@ def train_step(
         `weight` [B, S], 0 for slots that do not count; and either the whole dataset,
         `images` uint8 [R, H, W, 3] and `labels` int32 [R], with `index` int32 [B, S]
         into it; or what a stream has read of it, `images` [B, S, H, W, 3] and `labels`
-        [B, S].
+        [B, S]. `rates` [steps] are the learning rates.
       recipe: of the classifier.
-      tx: the optimiser.
+      tx: the optimiser, its own learning rate 1.
 
     Returns:
       the next state; the `loss`, a mean over seeds.
@@ -157,7 +157,8 @@ def train_step(
         return values.sum(), (values.mean(), stats)  # each seed's gradient is its own
 
     grads, (loss, stats) = jax.grad(total, has_aux=True)(state.params)
-    new = state.update(grads, tx, ema_decay=recipe.ema_decay)
+    rate = batch["rates"][state.step]
+    new = state.update(grads, tx, ema_decay=recipe.ema_decay, rate=rate)
     return new.replace(batch_stats=stats), {"loss": loss}
 
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from mvc_jax import classifier
 from mvc_jax.data import regimes
@@ -65,8 +66,8 @@ class Plan:
     log_every: int
     checkpoint_minutes: float
 
-    def rate(self, steps: int, *, two_phases: bool) -> optax.Schedule:
-        """The learning rate; in the second of two phases it starts anew, and lower."""
+    def rates(self, steps: int, *, two_phases: bool) -> Float[np.ndarray, " steps"]:
+        """Learning rates; in the second of two phases they start anew, and lower."""
 
         def phase(peak: float, steps: int, warmup: int) -> optax.Schedule:
             return optim.schedule(
@@ -78,15 +79,12 @@ class Plan:
                 gamma=self.gamma,
             )
 
-        if not two_phases:
-            return phase(self.learning_rate, steps, self.warmup)
-        turn = regimes.first_phase(steps, self.phase_two)
+        turn = regimes.first_phase(steps, self.phase_two) if two_phases else steps
         lower = self.learning_rate * self.phase_two_rate
-        both = (
-            phase(self.learning_rate, turn, self.warmup),
-            phase(lower, steps - turn, 0),
-        )
-        return optax.join_schedules(both, [turn])
+        phases = [phase(self.learning_rate, turn, self.warmup)]
+        phases.append(phase(lower, steps - turn, 0))
+        rates = optax.join_schedules(phases, [turn])(np.arange(steps))
+        return np.asarray(rates, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,12 +170,13 @@ class Trainer:
         every = self._plan.validate_every or self.steps
         kept = {"every": every, "minutes": self._plan.checkpoint_minutes, "keep": 1}
         kept["best"] = "validation_loss" if validation else None
+        rates = self._plan.rates(self.steps, two_phases=run_.regime == "two_phase")
         keys = jax.random.key_data(self._keys("classify/steps", seeds))
         state = loop.fit(
             step,
             state,
             read=self._data.reader(batches, pixels=not self._fixed),
-            fixed=self._fixed | {"keys": keys},
+            fixed=self._fixed | {"keys": keys, "rates": rates},
             mesh=self._mesh,
             steps=self.steps,
             checkpoints=Checkpoints(self._folder / name, **kept),
@@ -209,12 +208,11 @@ class Trainer:
 
     def _keys(self, purpose: str, seeds: Sequence[int]) -> jax.Array:
         key = rng.purpose_key(self._seed, purpose)
-        return rng.example_keys(key, np.asarray(seeds, np.int32))
+        return rng.example_keys(key, jnp.asarray(seeds, jnp.int32))
 
     def _kind(self, run_: Run):
         """The recipe, the optimiser and the step of all runs of one kind."""
-        two_phases = run_.regime == "two_phase"
-        kind = (run_.policy, run_.mix, two_phases)
+        kind = (run_.policy, run_.mix)
         if kind not in self._kinds:
             recipe = dataclasses.replace(
                 self._recipe,
@@ -224,7 +222,7 @@ class Trainer:
             )
             tx = optim.optimizer(
                 self._plan.optimizer,
-                self._plan.rate(self.steps, two_phases=two_phases),
+                1.0,
                 weight_decay=self._plan.weight_decay,
                 momentum=self._plan.momentum,
             )

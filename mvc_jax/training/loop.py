@@ -44,10 +44,21 @@ class TrainState:
     ema_params: Any = None
 
     def update(
-        self, grads: Any, tx: optax.GradientTransformation, *, ema_decay: float = 0.0
+        self,
+        grads: Any,
+        tx: optax.GradientTransformation,
+        *,
+        ema_decay: float = 0.0,
+        rate: jax.Array | None = None,
     ) -> "TrainState":
-        """The state after one optimiser step along `grads`."""
+        """The state after one optimiser step along `grads`.
+
+        `rate` is the learning rate where `tx` has one of 1: fits that differ in nothing
+        but their schedules then share a program.
+        """
         updates, opt_state = tx.update(grads, self.opt_state, self.params)
+        if rate is not None:
+            updates = jax.tree.map(lambda update: rate * update, updates)
         params = optax.apply_updates(self.params, updates)
         ema = self.ema_params
         if ema is not None:

@@ -73,7 +73,7 @@ def sgd(
 
 
 def optimizer(
-    name: str, schedule: optax.Schedule, *, weight_decay: float, momentum: float
+    name: str, schedule: optax.Schedule | float, *, weight_decay: float, momentum: float
 ) -> optax.GradientTransformation:
     """One of `OPTIMIZERS`; `momentum` is sgd's alone."""
     if name == "adam":
