@@ -28,6 +28,7 @@ REQUIRED = [
     "pyarrow",
     "pyyaml",
     "safetensors",
+    "scikit-image",
     "scikit-learn",
     "tensorboardX",
     "tensorflow-datasets",  # reads what is prepared; TensorFlow only prepares it

@@ -4,7 +4,7 @@
 
 Ours: `augment.policy("randaugment")` without flip, crop and Cutout, vmapped over a
 batch that lies on the device. Pillow's: the same 14 operations at the same values, two
-for each image, in processes, from NumPy array to NumPy array, as a data loader's workers
+for each image, in processes, from NumPy array to NumPy array, as a loader's workers
 do. Both in turns, of which the table shows the best of either side.
 """
 

@@ -6,6 +6,7 @@ The whole InstructPix2Pix step from cached moments: posterior sample, noise, dro
 conditions, the source on the channel axis, UNet forward and backward, clipping by the
 global norm, Adam. Both sides have the same architecture, shapes and precision, a
 process of their own with all cores, and take turns: what else the machine does hits
+both.
 
 On an accelerator it is ours alone: Stable Diffusion 1.5's architecture with random
 weights in bfloat16 at 64x64 latents, with TFLOP/s by 0.803 TFLOP per example forward
@@ -17,33 +18,11 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from architectures import SCHEDULE, TEXT_WIDTH, UNETS
 from turns import accelerator, in_turns, resident, results
 
-TOKENS, TEXT_WIDTH = 77, 768
+TOKENS = 77
 FORWARD_TFLOP = {64: 0.803, 32: 0.180}  # an example, SD 1.5, by side of its latents
-SD15 = {
-    "sample_size": 64,
-    "in_channels": 8,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": TEXT_WIDTH,
-}
-SMALL = SD15 | {
-    "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
-    "block_out_channels": [64, 128, 256],
-}
-UNETS = {"small": SMALL, "sd15": SD15}
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
 SCALING_FACTOR, LEARNING_RATE, DROP_RATE, MAX_NORM = 0.18215, 1e-4, 0.05, 1.0
 
 

@@ -31,15 +31,10 @@ if "XLA_FLAGS" not in os.environ:  # before JAX looks for devices
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from finetune_step import SD15  # noqa: E402
+from architectures import write  # noqa: E402
 
 from mvc_jax import finetune  # noqa: E402
-from mvc_jax.models import (  # noqa: E402
-    diffusers_layout,
-    stable_diffusion,
-    tokenizer,
-)
-from mvc_jax.pretrain import SCHEDULER  # noqa: E402
+from mvc_jax.models import diffusers_layout  # noqa: E402
 from mvc_jax.training import optim, rng, runtime, sharding  # noqa: E402
 from mvc_jax.training.checkpoint import Checkpoints  # noqa: E402
 from mvc_jax.training.journal import Journal  # noqa: E402
@@ -47,30 +42,6 @@ from mvc_jax.training.loop import create_state, fit  # noqa: E402
 
 GIB = 2**30
 _BEGAN = [time.monotonic()]
-VAE = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
-TEXT = {
-    "architectures": ["CLIPTextModel"],
-    "model_type": "clip_text_model",
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-}
 
 
 def main() -> None:
@@ -87,7 +58,7 @@ def main() -> None:
         base = arguments.folder or workdir / "base"
         told("start")
         if not (base / "model_index.json").exists():
-            write(base)
+            write(base, "sd15", {"in_channels": 4})
             told("written")
         train(base, workdir, arguments)
 
@@ -97,24 +68,6 @@ def told(what: str) -> None:
     seconds, _BEGAN[0] = time.monotonic() - _BEGAN[0], time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     print(f"{what:32s} {seconds:8.1f} s   peak {peak:6.2f} GiB", flush=True)
-
-
-def write(folder: pathlib.Path) -> None:
-    """The checkpoint, from NumPy's generator and a tokenizer of a few words."""
-    configs = {"unet": SD15 | {"in_channels": 4}, "vae": VAE, "text_encoder": TEXT}
-    configs["scheduler"] = dict(SCHEDULER)
-    tokenizer.train(
-        folder / "tokenizer", ["a photo of a part"], vocab_size=520, max_length=77
-    )
-    read = diffusers_layout.read_tokenizer(folder / "tokenizer")
-    model = stable_diffusion.StableDiffusion(configs, read)
-    draw = np.random.default_rng(0)
-    params = {
-        name: stable_diffusion.random_params(model.shapes(name), draw)
-        for name in diffusers_layout.WEIGHTS
-    }
-    told("drawn")
-    diffusers_layout.save(folder, model, params)
 
 
 def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:

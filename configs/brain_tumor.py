@@ -19,7 +19,7 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(argument, known=("path", "per_class"))
+    given = common.parse_argument(argument, known=("path", "per_class", "preset"))
     config = common.get_config()
     config.data.source = f"folder:{given.get('path', 'data/brain-tumor-mri')}"
     config.data.size = 512
@@ -35,4 +35,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.learning_rate = 1e-3  # supplement
     config.classify.batch_size = 50  # supplement
     config.report.title = "Mixing Visual Concepts: Brain Tumor MRI"
-    return config
+    return common.apply_preset(config, given)

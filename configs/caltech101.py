@@ -16,7 +16,7 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(argument, known=("per_class",))
+    given = common.parse_argument(argument, known=("per_class", "preset"))
     config = common.get_config()
     config.data.source = "tfds:caltech101"
     config.data.size = 512
@@ -29,4 +29,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.stem_stride = 2
     config.classify.learning_rate = 1e-4  # supplement
     config.report.title = "Mixing Visual Concepts: Caltech-101"
-    return config
+    return common.apply_preset(config, given)

@@ -18,7 +18,7 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(argument, known=("per_class",))
+    given = common.parse_argument(argument, known=("per_class", "preset"))
     config = common.get_config()
     config.data.source = "tfds:cifar10"
     config.data.size = 256
@@ -29,4 +29,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.model = "resnet20"
     config.classify.size = 32
     config.report.title = "Mixing Visual Concepts: CIFAR-10"
-    return config
+    return common.apply_preset(config, given)

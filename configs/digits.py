@@ -7,6 +7,14 @@ for the web (only the base model sees it), ten training images per class, and th
 as test. Two CPU cores: 251 s with a warm compilation cache, 2.5 GiB. Expected with seed
 0: real only 83.6 %, real + synthetic 85.8 %, real + affine 92.0 % (5 classifiers each);
 other seeds are in the README.
+
+    python -m mvc_jax.train --config=configs/digits.py:ablation --workdir=runs/ablation
+
+draws figures 4 and 5 of the supplement as well (`generate/conditionings.png`,
+`levels.png`), for which the base gets an image tower and a ControlNet. Two CPU cores,
+2026-11-24, seed 0, at the end of training: 80 % of a batch's images are nearest to
+their own text (loss 1.05); the ControlNet's loss is 0.062, half of the prompts dropped,
+where the base alone had 0.081 with a tenth dropped. Accuracies: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +22,9 @@ from ml_collections import ConfigDict
 from mvc_jax.configs import common
 
 
-def get_config() -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
+    ablation = argument == "ablation"
+    given = common.parse_argument("" if ablation else argument, known=("preset",))
     config = common.get_config()
     config.data.source = "digits"
     config.data.size = 16
@@ -63,4 +73,9 @@ def get_config() -> ConfigDict:
     config.classify.seeds = 5
     config.classify.steps = 250
     config.report.title = "Mixing Visual Concepts: ten handwritten digits per class"
-    return config
+    if ablation:
+        config.pretrain.image_encoder.steps = 500
+        config.pretrain.controlnet.steps = 500
+        config.mix.levels = True
+        config.generate.conditioning = "all"
+    return common.apply_preset(config, given)

@@ -20,13 +20,14 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """`argument`: `path=FOLDER`, if you like with `,class_type=WORDS`, `,size=PIXELS`.
+    """`argument`: `path=FOLDER`, if you like with `,class_type=WORDS`, `,size=PIXELS`
+    or `,preset=fast`.
 
     Raises:
       UserError: it has no path, or something else.
     """
     given = common.parse_argument(
-        argument, needed=("path",), known=("path", "class_type", "size")
+        argument, needed=("path",), known=("path", "class_type", "size", "preset")
     )
     config = common.get_config()
     config.data.source = f"folder:{given['path']}"
@@ -39,4 +40,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.size = 128
     config.classify.stem_stride = 2
     config.report.title = "Mixing Visual Concepts: your own images"
-    return config
+    return common.apply_preset(config, given)

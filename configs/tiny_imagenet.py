@@ -17,7 +17,7 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(argument, known=("path", "per_class"))
+    given = common.parse_argument(argument, known=("path", "per_class", "preset"))
     config = common.get_config()
     config.data.source = f"folder:{given.get('path', 'data/tiny-imagenet-200')}"
     config.data.size = 256
@@ -28,4 +28,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.size = 64
     config.classify.stem_stride = 2
     config.report.title = "Mixing Visual Concepts: Tiny ImageNet"
-    return config
+    return common.apply_preset(config, given)

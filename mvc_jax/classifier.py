@@ -157,9 +157,13 @@ def train_step(
         return values.sum(), (values.mean(), stats)  # each seed's gradient is its own
 
     grads, (loss, stats) = jax.grad(total, has_aux=True)(state.params)
-    rate = batch["rates"][state.step]
-    new = state.update(grads, tx, ema_decay=recipe.ema_decay, rate=rate)
-    return new.replace(batch_stats=stats), {"loss": loss}
+    metrics, rate = {"loss": loss}, batch["rates"][state.step]
+    new = state.update(grads, tx, metrics, ema_decay=recipe.ema_decay, rate=rate)
+    taken = new.skipped == state.skipped
+    stats = jax.tree.map(
+        lambda ours, old: jnp.where(taken, ours, old), stats, state.batch_stats
+    )
+    return new.replace(batch_stats=stats), metrics
 
 
 def _loss(params, batch_stats, images, labels, weight, key, *, recipe: Recipe):

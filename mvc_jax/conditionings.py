@@ -16,8 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mvc_jax import mix
+from mvc_jax.ablation import Ablation
 from mvc_jax.data.cache import Cache
 from mvc_jax.data.recipes import NOTHING
+from mvc_jax.diffusion import conditioning
+from mvc_jax.errors import require
 from mvc_jax.training import rng
 
 
@@ -31,6 +34,7 @@ class Texts:
       seed: of the run.
       noise_scale: of `noised`, in standard deviations of the text states.
       interpolation: share of the partner in `interpolated`, in [0, 1].
+      ablation: what sets beyond the cache are made of; None where there are none.
     """
 
     cache: Cache
@@ -38,6 +42,7 @@ class Texts:
     seed: int = 0
     noise_scale: float = 0.1
     interpolation: float = 0.5
+    ablation: Ablation | None = None
 
     @functools.cached_property
     def row_of(self) -> dict[str, int]:
@@ -88,7 +93,31 @@ def interpolated(texts: Texts, recipes: Sequence[dict]) -> Float[np.ndarray, "B 
     return (1 - share) * texts.own(recipes) + share * texts.partner(recipes)
 
 
+def image_embedding(texts: Texts, recipes: Sequence[dict]) -> Float[Array, "B L D"]:
+    """E(I1), the source's CLIP embedding, as `conditioning.embedding_states`."""
+    sources = texts.rows(r["source"] for r in recipes)
+    embeddings = texts.ablation.image_embeddings(sources)
+    return _embedding_states(embeddings, texts.own(recipes))
+
+
+def embedding_difference(
+    texts: Texts, recipes: Sequence[dict]
+) -> Float[Array, "B L D"]:
+    """E(I1) - E(I2), I2 being the first partner's image."""
+    sources = texts.rows(r["source"] for r in recipes)
+    partners = texts.rows(r["partners"][0] for r in recipes)
+    embeddings = [texts.ablation.image_embeddings(rows) for rows in (sources, partners)]
+    return _difference_states(*embeddings, texts.own(recipes))
+
+
+def image_number(texts: Texts, recipes: Sequence[dict]) -> Float[np.ndarray, "B L D"]:
+    """States of `"a photo i/n of {class_type} {label}"`."""
+    return texts.ablation.number_states(texts.rows(r["source"] for r in recipes))
+
+
 _mixed = jax.jit(jax.vmap(mix.mix))
+_embedding_states = jax.jit(conditioning.embedding_states)
+_difference_states = jax.jit(conditioning.difference_states)
 
 
 @jax.jit
@@ -109,6 +138,7 @@ class Conditioning:
       source: whether the source's latents count; else there are zeros.
       finetuned: whether the fine-tuned model draws; else the base.
       partners: how many of a recipe's partners it uses; None: the whole recipe.
+      needs: of `ablation.Needs.check`, what there must be; `controlnet` also draws.
     """
 
     about: str
@@ -116,6 +146,7 @@ class Conditioning:
     source: bool = True
     finetuned: bool = True
     partners: int | None = 0
+    needs: str = ""
 
     def recipe(self, recipe: dict, name: str) -> dict:
         """What of a recipe is true of an image of the set `name`."""
@@ -155,4 +186,50 @@ CONDITIONINGS = {
         interpolated,
         partners=1,
     ),
+    "image_embedding": Conditioning(
+        "An ablation: the fine-tuned model by the CLIP embedding of a real image, in "
+        "the place of a caption.",
+        image_embedding,
+        source=False,
+        needs="image_tower",
+    ),
+    "image_number": Conditioning(
+        "An ablation: the fine-tuned model by the class and the number of an image.",
+        image_number,
+        source=False,
+    ),
+    "embedding_difference": Conditioning(
+        "An ablation: a real image, and the difference between its CLIP embedding and "
+        "another's in the place of a caption.",
+        embedding_difference,
+        partners=1,
+        needs="image_tower",
+    ),
+    "controlnet": Conditioning(
+        "An ablation: the base model without fine-tuning, by captions and the edges of "
+        "a real image (ControlNet).",
+        own,
+        source=False,
+        finetuned=False,
+        needs="controlnet",
+    ),
 }
+
+
+def named(value: str) -> tuple[str, ...]:
+    """The names in `generate.conditioning`: `all`, or some with commas between.
+
+    Raises:
+      UserError: a name is unknown, or there twice.
+    """
+    names = tuple(name.strip() for name in value.split(",")) if value else ()
+    if names == ("all",):
+        return tuple(CONDITIONINGS)
+    require(
+        len(names) == len(set(names) & set(CONDITIONINGS)),
+        "config.generate.conditioning",
+        wanted=f"all, or some of {', '.join(CONDITIONINGS)}, each once",
+        got=repr(value),
+        fix="Write them with commas between.",
+    )
+    return names

@@ -319,7 +319,7 @@ def train_step(
     value, grads = gradients(losses, state.params, examples, accumulate, shardings)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
     metrics |= {"learning_rate": jnp.asarray(schedule(state.step))}
-    return state.update(grads, tx, ema_decay=ema_decay), metrics
+    return state.update(grads, tx, metrics, ema_decay=ema_decay), metrics
 
 
 def noised(

@@ -10,15 +10,15 @@ sheet to look at is drawn.
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, mix, preview
-from mvc_jax.conditionings import CONDITIONINGS, Texts
+from mvc_jax import files, mix, preview, selection
+from mvc_jax.ablation import Ablation, Needs
+from mvc_jax.conditionings import CONDITIONINGS, Texts, named
 from mvc_jax.data import decode, manifest, recipe_file, splits, synthetic
 from mvc_jax.data.background import Background
 from mvc_jax.data.cache import open_cache
@@ -30,7 +30,7 @@ from mvc_jax.errors import (
     require_within,
 )
 from mvc_jax.models import dataset_card, model_card, solvers
-from mvc_jax.sampler import Drawn, Sampler, Settings, draw_again
+from mvc_jax.sampler import Sampler, Settings, draw_again, recorded_base
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
@@ -55,9 +55,6 @@ _RANGES = {
     "noise_scale": (0, 1e3, "0.1 is a tenth of the states' standard deviation."),
     "interpolation": (0, 1, "It is the partner's share."),
 }
-_MOST_BAD = 0.1  # of what was drawn; more is no accident
-_ENOUGH = 100  # images by which to judge that
-Judge = Callable[[np.ndarray, Sequence[dict]], Sequence[Sequence[dict]]]
 
 
 def check(config: ConfigDict) -> None:
@@ -70,8 +67,13 @@ def check(config: ConfigDict) -> None:
         got=tuple(section.sets),
         fix="Name these.",
     )
-    require_within("config.generate", section, _RANGES)
-    require_one_of("config.generate", section, _CHOICES)
+    require_within("config.generate", section.to_dict(), _RANGES)
+    require_one_of("config.generate", section.to_dict(), _CHOICES)
+    drawn = {*section.sets}
+    if section.conditioning != "all":  # which leaves out what there is not
+        drawn |= {*named(section.conditioning)}
+    for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
+        Needs.of(config.to_dict()).check(need)
     interval = tuple(section.guidance_interval)
     require(
         len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
@@ -101,20 +103,24 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     )
     if stage.complete:
         _restore_pictures(stage.folder, section)
+        _draw_figures(config, workdir, again=False)
         return
-    if not fresh:
-        _require_same_weights(workdir)
     job = _open(config, workdir)
-    artifacts, counts = [], Counter()
+    artifacts, counts, drawing = [], Counter(), False
     try:
+        if not fresh:
+            _require_same_weights(workdir)
+        _require_room(job)
+        drawing = True
         for name in section.sets:
             made, counted = _draw_set(job, name, judge=None)
             artifacts += [f"{name}/{file}" for file in made]
             counts += counted
     except UserError:
-        if not any(stage.folder.glob("*/data/*")):
-            stage.abandon()  # nothing is kept: other settings may follow
+        if not (fresh or drawing) or not any(stage.folder.glob("*/data/*")):
+            stage.abandon()  # nothing was added: other settings may follow
         raise
+    _draw_figures(config, workdir, job)
     stage.finish(artifacts, **{"images": 0, "redrawn": 0, "left_out": 0} | counts)
 
 
@@ -155,15 +161,25 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     recipes = recipe_file.read_recipes(workdir / "mix" / "recipes.jsonl")
     train = splits.read_split(workdir / "caption", "train")
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     texts = Texts(
         open_cache(workdir / "encode"),
-        mix.widths_of(recipes),
+        mix.widths_of([*recipes, *preview.read_levels(workdir)]),
         *(config.seed, section.noise_scale, section.interpolation),
+        Ablation(
+            needs=Needs.of(config.to_dict()),
+            base=recorded_base(workdir),
+            own_controlnet=workdir / "pretrain" / "controlnet",
+            images=train.images,
+            rows=prompts,
+            class_type=config.data.class_type,
+            mesh=mesh,
+            batch_size=section.batch_size,
+        ),
     )
     fields = {field.name for field in dataclasses.fields(Settings)} - {"grey"}
     settings = {name: section[name] for name in fields} | {"grey": train.grey}
     settings["guidance_interval"] = tuple(section.guidance_interval)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     rows = files.read_jsonl(workdir / "caption" / "images.jsonl")
     return _Job(
         config=config,
@@ -176,7 +192,19 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
     )
 
 
-def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Counter]:
+def _store(job: _Job, name: str) -> synthetic.Store:
+    section = job.config.generate
+    return synthetic.Store(
+        job.workdir / "generate" / name,
+        job.train.class_names,
+        job.sampler.model_hash(name),
+        *(section.shard_size, section.format, section.folder),
+    )
+
+
+def _draw_set(
+    job: _Job, name: str, judge: selection.Judge | None
+) -> tuple[list[str], Counter]:
     """Draws what a set lacks, and completes its folder.
 
     Args:
@@ -190,32 +218,25 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     Returns:
       its files, relative to its folder, and counts for the manifest.
     """
-    section = job.config.generate
-    store = synthetic.Store(
-        job.workdir / "generate" / name,
-        job.train.class_names,
-        job.sampler.model_hash(name),
-        *(section.shard_size, section.format, section.folder),
-    )
+    section, store = job.config.generate, _store(job, name)
     recipes = [CONDITIONINGS[name].recipe(recipe, name) for recipe in job.recipes]
     parts = store.missing(len(recipes))
     groups = [recipes[part.start : part.stop] for part in parts]
     done = len(recipes) - sum(map(len, groups))
     if parts:
-        _require_room(job, store.folder, len(recipes) - done)
         job.sampler.load(name)
-    bad = Counter(_given_up(store.recorded("notes")))
+    bad = Counter(selection.given_up(store.recorded("notes")))
     progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
     with contextlib.closing(progress), Background() as writer:
         drawing = zip(parts, groups, job.sampler.stream(groups), strict=True)
         for part, group, drawn in drawing:
             notes = draw_again(job.sampler.draw, group, drawn, section.max_redraws)
             done += len(group)
-            bad.update(_given_up(notes))
-            _require_few(name, bad, done, len(recipes))
+            bad.update(selection.given_up(notes))
+            selection.require_few(name, bad, done, len(recipes))
             redraws = {note["index"]: note["redraws"] for note in notes}
             rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
-            kept, removed = _judged(judge, drawn, rows)
+            kept, removed = selection.judged(judge, drawn, rows)
             images = [drawn.images[place] for place in kept]
             rows = [rows[place] for place in kept]
             writer.submit(_write, job, store, part, images, rows, notes, removed)
@@ -229,43 +250,6 @@ def _draw_set(job: _Job, name: str, judge: Judge | None) -> tuple[list[str], Cou
     images = len(store.labels())
     counts = {"images": images, "redrawn": redrawn, "left_out": len(recipes) - images}
     return names, Counter(counts)
-
-
-def _given_up(notes: Sequence[dict]) -> list[str]:
-    """Why images could not be used, however often they were drawn."""
-    return [note["reason"] for note in notes if not note["kept"]]
-
-
-def _require_few(name: str, bad: Counter, done: int, total: int) -> None:
-    """Stops where so many images cannot be used that it is no accident."""
-    given_up = sum(bad.values())
-    many = given_up > _MOST_BAD * done and done >= _ENOUGH
-    if not many and given_up <= _MOST_BAD * total:
-        return
-    raise UserError(
-        f"generate/{name}",
-        wanted=f"images that can be used, at least {1 - _MOST_BAD:.0%} of them",
-        got=f"{given_up} of {done} that cannot, however often they were drawn anew ("
-        + ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
-        + ")",
-        fix="NaN and black are mostly numbers too large for half precision: set "
-        "--config.generate.dtype=float32, or lower generate.text_scale and "
-        "generate.image_scale; or the fine-tuned model is broken (look at "
-        "finetune/samples), or generate.steps are too few.",
-    )
-
-
-def _judged(
-    judge: Judge | None, drawn: Drawn, rows: Sequence[dict]
-) -> tuple[list[int], list[dict]]:
-    """Places of the images that are kept, and what `judge` says of the others."""
-    healthy = np.flatnonzero(drawn.health == 0).tolist()
-    if judge is None:
-        return healthy, []
-    found = judge(drawn.images[healthy], [rows[place] for place in healthy])
-    judged = list(zip(healthy, found, strict=True))
-    kept = [place for place, reasons in judged if not reasons]
-    return kept, [reason for _, reasons in judged for reason in reasons]
 
 
 def _write(job: _Job, store, part, images, rows, notes, removed) -> None:
@@ -310,14 +294,20 @@ def _write_real(job: _Job, store: synthetic.Store) -> None:
         store.write_real(images, rows, shard)
 
 
-def _require_room(job: _Job, folder: epath.Path, images: int) -> None:
-    """Refuses what the disk will not hold; images count as not compressed."""
-    side = job.config.generate.size
-    side = side if side > 0 else job.config.data.size
-    forms = 2 if job.config.generate.folder else 1
-    images += len(job.train.ids) if job.config.generate.include_real else 0
+def _require_room(job: _Job) -> None:
+    """Refuses what the disk will not hold, of all sets, or what others have drawn.
+
+    Images count as if they were not compressed.
+    """
+    section = job.config.generate
+    stores = [_store(job, name) for name in section.sets]
+    parts = [part for store in stores for part in store.missing(len(job.recipes))]
+    images = sum(part.stop - part.start for part in parts)
+    images += len(stores) * len(job.train.ids) * section.include_real
+    side = section.size if section.size > 0 else job.config.data.size
+    forms = 2 if section.folder else 1
     require_room(
-        folder.parent,
+        job.workdir,
         images * forms * 3 * side**2,
         what=f"{images} images of {side} x {side} pixels in {forms} form(s)",
         fix="Free some or name a --workdir on another disk; "
@@ -345,7 +335,7 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
     """What the card of a set tells."""
     config, names = job.config, job.train.class_names
     notes, removed = store.recorded("notes"), store.recorded("removed")
-    left_out = Counter(_given_up(notes))
+    left_out = Counter(selection.given_up(notes))
     left_out += Counter(row.get("filter", "judged") for row in removed)
     counts = [
         np.bincount(store.labels(real=real), minlength=len(names)).tolist()
@@ -377,13 +367,7 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
 def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
     """Draws only a sheet to look at, and leaves the stage as it is."""
     for name in ("finetune", "mix"):
-        require(
-            manifest.is_complete(workdir, name),
-            "config.generate.limit",
-            wanted=f"the finished stage {name} in {workdir}",
-            got="none",
-            fix=f"Add {name} to --config.stages or run it first.",
-        )
+        manifest.read_input(workdir, name, reader="generate")
     _require_same_weights(workdir)
     job = _open(config, workdir)
     preview.contact_sheet(
@@ -392,4 +376,19 @@ def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
         job.recipes,
         job.train,
         limit=config.generate.limit,
+    )
+    _draw_figures(config, workdir, job)
+
+
+def _draw_figures(
+    config: ConfigDict, workdir: epath.Path, job: _Job | None = None, again: bool = True
+) -> None:
+    """Draws what is asked for of the figures; only what is missing, if not `again`."""
+    preview.figures(
+        workdir / "generate",
+        lambda: job or _open(config, workdir),
+        names=named(config.generate.conditioning),
+        optional=config.generate.conditioning == "all",
+        levels=preview.read_levels(workdir),
+        again=again,
     )

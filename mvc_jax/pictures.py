@@ -5,7 +5,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -30,22 +30,28 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def grid_png(rows: Sequence[Row], tile: int, *, most_bytes: int) -> bytes:
+def grid_png(
+    rows: Sequence[Row], tile: int, *, most_bytes: int, **options: Any
+) -> bytes:
     """`grid` as PNG; with fewer colours, then smaller, if it is too large."""
-    content = png(grid(rows, tile))
+    content = png(grid(rows, tile, **options))
     while len(content) > most_bytes and tile >= 16:
-        content = png(grid(rows, tile).quantize(256))
+        content = png(grid(rows, tile, **options).quantize(256))
         tile = tile * 3 // 4
     return content
 
 
-def grid(rows: Sequence[Row], tile: int) -> Image.Image:
+def grid(
+    rows: Sequence[Row], tile: int, *, panels: int = 0, notes: Sequence[str] = ()
+) -> Image.Image:
     """Rows of images with names at the left, headings above, two panels when many.
 
     Args:
-      rows: each with as many cells as the first, whose headings are shown; a gap
-        stands between different ones.
+      rows: each with as many cells as the first, whose headings are shown, as far as
+        there is room; a gap stands between different ones.
       tile: pixels along a side of a cell. Smaller images are enlarged pixel by pixel.
+      panels: beside each other; 0: two of more than five rows.
+      notes: sentences below, broken where they are too long.
     """
     font = _font(max(tile // 5, 9))
     gap, margin, top = max(tile // 16, 2), tile // 4, tile // 2
@@ -56,19 +62,27 @@ def grid(rows: Sequence[Row], tile: int) -> Image.Image:
         left += gap if i and heading != headings[i - 1] else 0
         lefts.append(left)
         left += tile + gap
-    panels = 1 if len(rows) <= 5 else 2
+    panels = panels or (1 if len(rows) <= 5 else 2)
     per_panel = math.ceil(len(rows) / panels)
-    size = (panels * left + margin, top + per_panel * (tile + gap) + margin)
-    image = Image.new("RGB", size, "white")
+    width, bottom = panels * left + margin, top + per_panel * (tile + gap) + margin
+    small = _font(max(tile // 8, 9))
+    lines = [
+        line for note in notes for line in _broken(note, small, width - 2 * margin)
+    ]
+    below = len(lines) * tile // 6 + margin if lines else 0
+    image = Image.new("RGB", (width, bottom + below), "white")
     draw = ImageDraw.Draw(image)
+    for n, line in enumerate(lines):
+        draw.text((margin, bottom + n * tile // 6), line, "#222222", small)
+    font_above, headings = _fitted(headings, tile)
     for n, row in enumerate(rows):
         x, y = n // per_panel * left, top + n % per_panel * (tile + gap)
         middle = (x + margin + names, y + tile / 2)
         draw.text(middle, row["name"], "#222222", font, anchor="rm")
-        for cell_left, cell in zip(lefts, row["cells"], strict=True):
+        for cell_left, heading, cell in zip(lefts, headings, row["cells"], strict=True):
             if n % per_panel == 0:
-                above = (x + cell_left + tile / 2, top - gap)
-                draw.text(above, cell["heading"], "#666666", font, anchor="mb")
+                above = (x + cell_left + tile / 2, top - 2 * gap)
+                draw.text(above, heading, "#666666", font_above, anchor="ms")
             if cell["image"] is not None:
                 smaller = cell["image"].width > tile
                 method = (
@@ -78,6 +92,32 @@ def grid(rows: Sequence[Row], tile: int) -> Image.Image:
                     cell["image"].resize((tile, tile), method), (x + cell_left, y)
                 )
     return image
+
+
+def _fitted(
+    texts: Sequence[str], width: int
+) -> tuple[ImageFont.FreeTypeFont, list[str]]:
+    """A font for headings of columns of a width, and these, cut where they must be."""
+    fonts = [_font(max(width // part, 9)) for part in (5, 6, 7, 8)]
+    fitting = [f for f in fonts if max(map(f.getlength, texts)) <= width]
+    font, cut = (fitting or fonts[-1:])[0], []
+    for text in texts:
+        while font.getlength(text) > width and len(text) > 2:
+            text = text.rstrip("…")[:-1] + "…"
+        cut.append(text)
+    return font, cut
+
+
+def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The lines of a text, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 @functools.cache

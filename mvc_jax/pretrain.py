@@ -2,7 +2,9 @@
 
 Reads: the base pool and its captions. Writes: `model/`, a folder in the diffusers
 layout that the later stages load exactly as they load a downloaded one: tokenizer,
-autoencoder, then text encoder and text-to-image UNet together.
+autoencoder, then text encoder and text-to-image UNet together. And, where their steps
+are not 0, what the ablation needs beside it (`companions`): `model/image_encoder/` and
+`controlnet/`.
 """
 
 import functools
@@ -15,10 +17,18 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mvc_jax import companions
 from mvc_jax.data import captions, manifest, order, splits
 from mvc_jax.diffusion import loss
 from mvc_jax.errors import require
-from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
+from mvc_jax.models import (
+    clip,
+    controlnet,
+    diffusers_layout,
+    small,
+    stable_diffusion,
+    tokenizer,
+)
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.journal import Journal
@@ -62,6 +72,15 @@ def check(config: ConfigDict) -> None:
             got=tuple(channels),
             fix="Round them.",
         )
+    tower = config.pretrain.image_encoder
+    require(
+        config.data.size % tower.patch == 0 and tower.width % tower.heads == 0,
+        "config.pretrain.image_encoder",
+        wanted=f"a patch that divides data.size={config.data.size}, and heads that "
+        "divide the width",
+        got=f"patch={tower.patch}, heads={tower.heads}, width={tower.width}",
+        fix="Round them.",
+    )
     require(
         config.data.pool > 0,
         "config.data.pool",
@@ -74,16 +93,19 @@ def check(config: ConfigDict) -> None:
 def _check_numbers(section: ConfigDict) -> None:
     """Every number of the section is positive, but for those that 0 switches off."""
     least = {"context_length": 4, "vocab_size": 514}
+    zero = ("ema_decay", "drop_rate")
     for part, prefix in (
         (section, "config.pretrain"),
         (section.vae, "config.pretrain.vae"),
         (section.unet, "config.pretrain.unet"),
         (section.text, "config.pretrain.text"),
+        *((section[name], f"config.pretrain.{name}") for name in companions.NAMES),
     ):
         for field, value in part.items():
             if isinstance(value, ConfigDict) or field in ("warmup", "kl_weight"):
                 continue
-            low = least.get(field, 0 if field in ("ema_decay", "drop_rate") else 1e-9)
+            off = field == "steps" and prefix.endswith(companions.NAMES)
+            low = least.get(field, 0 if off or field in zero else 1e-9)
             numbers = value if isinstance(value, tuple) else (value,)
             require(
                 len(numbers) > 0
@@ -146,9 +168,40 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     rest = train_unet(
         config, stage.folder, workdir, model, moments, model.tokenize(prompts), mesh
     )
-    written = diffusers_layout.save(folder, model, {"vae": vae, **rest})
-    artifacts = [f"model/{name}" for name in written]
+    pool_data = companions.Pool(pool.images, moments, tuple(prompts))
+    artifacts, beside = _train_companions(
+        config, stage.folder, workdir, model, rest, pool_data, mesh
+    )
+    written = diffusers_layout.save(folder, model, {"vae": vae, **rest}, beside=beside)
+    artifacts += [f"model/{name}" for name in written]
     stage.finish(artifacts, images=len(pool.ids))
+
+
+def _train_companions(
+    config, folder, workdir, model, params, pool: companions.Pool, mesh: Mesh
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Trains what the ablation needs beside the base, where there are steps for it.
+
+    Returns:
+      the files written, and what of them belongs into the base's index.
+    """
+    written, beside = [], {}
+    for name in companions.NAMES:
+        settings = config.pretrain[name].to_dict()
+        steps = settings.pop("steps")
+        if not steps:
+            continue
+        loop = _loop_arguments(config, folder, workdir, mesh, name, steps)
+        train = getattr(companions, f"train_{name}")
+        made = train(model, params, pool, seed=config.seed, loop=loop, **settings)
+        if name == "image_encoder":
+            files = clip.save(folder / "model", *made)
+            written += [f"model/{file}" for file in files]
+            beside = clip.INDEX_ENTRIES
+        else:
+            files = controlnet.save(folder / "controlnet", *made)
+            written += [f"controlnet/{file}" for file in files]
+    return written, beside
 
 
 def _new_model(config: ConfigDict, folder: epath.Path, texts: list[str]):
@@ -161,67 +214,21 @@ def _new_model(config: ConfigDict, folder: epath.Path, texts: list[str]):
         max_length=settings.context_length,
     )
     read = diffusers_layout.read_tokenizer(folder / "tokenizer")
-    configs = {
-        "unet": _unet_config(config),
-        "vae": _vae_config(config),
-        "text_encoder": _text_config(config, read),
-        "scheduler": dict(SCHEDULER),
+    networks = {
+        name: {
+            field: value
+            for field, value in settings[name].items()
+            if field in ("channels", "groups", "heads", "layers", "width")
+        }
+        for name in ("vae", "unet", "text")
     }
-    return stable_diffusion.StableDiffusion(configs, read)
-
-
-def _unet_config(config: ConfigDict) -> dict:
-    unet, vae = config.pretrain.unet, config.pretrain.vae
-    down = ["CrossAttnDownBlock2D"] * len(unet.channels)
-    up = ["CrossAttnUpBlock2D"] * len(unet.channels)
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": config.data.size // 2 ** (len(vae.channels) - 1),
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": down,
-        "up_block_types": up,
-        "block_out_channels": list(unet.channels),
-        "layers_per_block": unet.layers,
-        "attention_head_dim": unet.heads,  # diffusers' name for the number of heads
-        "cross_attention_dim": config.pretrain.text.width,
-    }
-
-
-def _vae_config(config: ConfigDict) -> dict:
-    vae = config.pretrain.vae
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * len(vae.channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(vae.channels),
-        "block_out_channels": list(vae.channels),
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": vae.groups,
-        "sample_size": config.data.size,
-        "scaling_factor": 1.0,  # measured after training
-    }
-
-
-def _text_config(config: ConfigDict, read) -> dict:
-    text = config.pretrain.text
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": len(read),
-        "hidden_size": text.width,
-        "intermediate_size": 4 * text.width,
-        "projection_dim": text.width,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "max_position_embeddings": config.pretrain.context_length,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": read.bos_token_id,
-        "eos_token_id": read.eos_token_id,
-        "pad_token_id": read.pad_token_id,
-    }
+    return small.stable_diffusion(
+        read,
+        SCHEDULER,
+        size=config.data.size,
+        length=settings.context_length,
+        **networks,
+    )
 
 
 def train_vae(config, folder, workdir, model, images, mesh: Mesh):
@@ -243,8 +250,11 @@ def train_vae(config, folder, workdir, model, images, mesh: Mesh):
             kl_weight=settings.kl_weight,
         ),
         create_state(params, tx, mesh),
-        read=_reader(
-            config.seed, "pretrain/vae", settings.batch_size, {"images": images}
+        read=order.reader(
+            config.seed,
+            "pretrain/vae",
+            {"images": images},
+            batch_size=settings.batch_size,
         ),
         fixed={},
         **_loop_arguments(config, folder, workdir, mesh, "vae", settings.steps),
@@ -275,11 +285,11 @@ def train_unet(config, folder, workdir, model, moments, ids, mesh: Mesh):
             ema_decay=settings.ema_decay,
         ),
         create_state(params, tx, mesh, ema=True),
-        read=_reader(
+        read=order.reader(
             config.seed,
             "pretrain/unet",
-            settings.batch_size,
             {"moments": moments, "ids": ids},
+            batch_size=settings.batch_size,
         ),
         fixed={"null_ids": null_ids},
         **_loop_arguments(config, folder, workdir, mesh, "unet", settings.steps),
@@ -293,7 +303,7 @@ def vae_step(state: TrainState, batch: dict, *, model, tx, key, kl_weight: float
     The loss of latent diffusion (arXiv 2112.10752, appendix G) without its perceptual
     and adversarial terms. `batch` has `images` uint8 [B, H, W, 3] and `weight` [B].
     """
-    keys = _step_keys(key, state.step, batch["weight"])
+    keys = rng.step_keys(key, state.step, len(batch["weight"]))
 
     def loss_of(params):
         images = batch["images"] / 127.5 - 1.0
@@ -307,7 +317,8 @@ def vae_step(state: TrainState, batch: dict, *, model, tx, key, kl_weight: float
         return weighted_mean(error + kl_weight * kl, weight), weighted_mean(kl, weight)
 
     (value, kl), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    return state.update(grads, tx), {"loss": value, "kl": kl}
+    metrics = {"loss": value, "kl": kl}
+    return state.update(grads, tx, metrics), metrics
 
 
 def unet_step(
@@ -325,19 +336,9 @@ def unet_step(
     `batch` has `moments` [B, h, w, 2c], token `ids` [B, L], `null_ids` [1, L] of the
     empty prompt, which replaces a prompt at `drop_rate`, and `weight` [B].
     """
-    keys = _step_keys(key, state.step, batch["weight"])
-    noise_keys, posterior_keys, time_keys, drop_keys = rng.use_keys(keys, 4)
-    moments = batch["moments"]
-    shape = (*moments.shape[1:3], model.latent_channels)
-    latents = loss.posterior_sample(moments, rng.normal_like(posterior_keys, shape))
-    latents = latents * model.scaling_factor
-    noise = rng.normal_like(noise_keys, shape)
-    alphas = model.alphas_cumprod
-    timesteps = rng.integers(time_keys, len(alphas))
-    noisy = loss.add_noise(latents, noise, timesteps, alphas)
-    target = loss.prediction_target(
-        latents, noise, timesteps, alphas, model.prediction_type
-    )
+    keys = rng.step_keys(key, state.step, len(batch["weight"]))
+    *keys, drop_keys = rng.use_keys(keys, 4)
+    noisy, timesteps, target = companions.noised(model, batch["moments"], keys)
     dropped = rng.uniform(drop_keys) < drop_rate
     ids = jnp.where(dropped[:, None], batch["null_ids"], batch["ids"])
 
@@ -347,25 +348,8 @@ def unet_step(
         return weighted_mean(loss.squared_error(prediction, target), batch["weight"])
 
     value, grads = jax.value_and_grad(loss_of)(state.params)
-    return state.update(grads, tx, ema_decay=ema_decay), {"loss": value}
-
-
-def _step_keys(key, step, weight):
-    step_key = jax.random.fold_in(key, step)
-    return rng.example_keys(step_key, jnp.arange(weight.shape[0]))
-
-
-def _reader(seed: int, purpose: str, batch_size: int, arrays: dict[str, np.ndarray]):
-    """Step -> the rows of `arrays` [N, ...] that its batch has."""
-    size = len(next(iter(arrays.values())))
-
-    def read(step: int) -> dict[str, np.ndarray]:
-        indices = order.batch_indices(
-            seed, purpose, step, batch_size=batch_size, size=size
-        )
-        return {name: array[indices] for name, array in arrays.items()}
-
-    return read
+    metrics = {"loss": value}
+    return state.update(grads, tx, metrics, ema_decay=ema_decay), metrics
 
 
 def _loop_arguments(config, folder, workdir, mesh, part: str, steps: int) -> dict:

@@ -31,6 +31,11 @@ _EXAMPLES = 6  # rows of the comparison, and captions
 _MOST_NUMBERS = 12  # positions or dims of a recipe
 _MOST_POINTS = 400  # of a curve
 _PICTURE_BYTES = 150_000
+_FIGURES = {
+    "conditionings.png": "The same images and noise under every conditioning",
+    "levels.png": "Mixing more and more",
+}
+_FIGURE_SIDE = 1400  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +96,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         captions=_captions(found),
         splits=_splits(workdir, found.captions),
         curves=_curves(workdir),
+        figures=_figures(workdir / "generate"),
         config=config.to_dict(),
         timings=_optional(workdir / "timings.json"),
         manifests=_manifests(workdir),
@@ -284,6 +290,18 @@ def _data_uri(image: Image.Image, scale: int) -> str:
     small = image.copy()
     small.thumbnail((scale, scale), Image.Resampling.LANCZOS)
     return "data:image/png;base64," + base64.b64encode(pictures.png(small)).decode()
+
+
+def _figures(folder: epath.Path) -> list[dict]:
+    """The pictures of `generate` that were asked for, with a title."""
+    figures = []
+    for name, title in _FIGURES.items():
+        if (folder / name).exists():
+            image = Image.open(io.BytesIO((folder / name).read_bytes())).convert("RGB")
+            image.thumbnail((_FIGURE_SIDE, _FIGURE_SIDE), Image.Resampling.LANCZOS)
+            image = image.quantize(256)
+            figures.append({"title": title, "uri": _data_uri(image, _FIGURE_SIDE)})
+    return figures
 
 
 def _curves(workdir: epath.Path) -> list[dict]:

@@ -17,10 +17,15 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from mvc_jax import files
+from mvc_jax import ablation, files
 from mvc_jax.conditionings import CONDITIONINGS, Texts
 from mvc_jax.diffusion import instruct_pix2pix
-from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
+from mvc_jax.models import (
+    checkpoint_folder,
+    controlnet,
+    diffusers_layout,
+    stable_diffusion,
+)
 from mvc_jax.training import rng, sharding
 
 HEALTH = ("fine", "NaN", "black", "constant")  # an image's flag indexes them
@@ -66,6 +71,13 @@ class Drawn:
     health: np.ndarray
 
 
+def recorded_base(workdir: epath.Path) -> dict[str, Any]:
+    """The base of a run, as arguments of `diffusers_layout.load`."""
+    return diffusers_layout.recorded(
+        workdir / "encode" / "base.json", workdir / "pretrain" / "model"
+    )
+
+
 class Sampler:
     """The cache, the compiled program, and a model on the devices."""
 
@@ -82,14 +94,14 @@ class Sampler:
         """
         self._workdir, self._mesh, self._settings = workdir, mesh, settings
         self._texts = texts
-        self._base = diffusers_layout.recorded(
-            workdir / "encode" / "base.json", workdir / "pretrain" / "model"
-        )
+        self._base = recorded_base(workdir)
         self._size = sharding.padded_size(settings.batch_size, mesh)
         self._key = rng.purpose_key(texts.seed, "noise")
         null = self._texts.cache.null_states
         self._null = jax.device_put(null, sharding.replicated(mesh))
-        self._conditioning = self._folder = self._params = self._draw = None
+        self._hashes: dict[epath.Path, str] = {}
+        self._conditioning = self._loaded = self._params = None
+        self._programs: dict[bool, Callable] = {}  # by whether there is a ControlNet
 
     def base_folder(self) -> epath.Path:
         """The folder of the base model."""
@@ -104,23 +116,33 @@ class Sampler:
     def model_hash(self, name: str) -> str:
         """Of the weights of the UNet that draws a set."""
         folder, variant = self.model_folder(name)
-        weights = checkpoint_folder.weight_files(folder, "unet", variant)
-        return files.sha256(*weights)[:16]
+        if folder not in self._hashes:
+            weights = checkpoint_folder.weight_files(folder, "unet", variant)
+            self._hashes[folder] = files.sha256(*weights)[:16]
+        return self._hashes[folder]
 
     def load(self, name: str) -> None:
         """Makes ready to draw the set `name`; its model goes onto the devices."""
         self._conditioning = CONDITIONINGS[name]
         folder, variant = self.model_folder(name)
-        if folder == self._folder:
+        if (folder, self._controlled) == self._loaded:
             return
         self._params = None  # before the next one comes
         model, params = diffusers_layout.load(folder, ("vae", "unet"), variant)
         # The base's UNet, widened by zeros, ignores the source.
         model, params = model.widened(params)
-        if self._draw is None:
-            self._draw = self._compiled(model)
+        network = None
+        if self._controlled:
+            network, params["controlnet"] = self._texts.ablation.load_controlnet()
+        if self._controlled not in self._programs:
+            self._programs[self._controlled] = self._compiled(model, network)
         shardings = sharding.tree_shardings(params, self._mesh)
-        self._params, self._folder = jax.device_put(params, shardings), folder
+        self._params = jax.device_put(params, shardings)
+        self._loaded = folder, self._controlled
+
+    @property
+    def _controlled(self) -> bool:
+        return self._conditioning.needs == "controlnet"
 
     def draw(self, recipes: Sequence[dict], redraw: int = 0) -> Drawn:
         """The images of `recipes`, whatever the batches they happen to be drawn in."""
@@ -159,7 +181,8 @@ class Sampler:
                 batch = self._batch([recipes[max(place, 0)] for place in places])
                 batch["redraws"] = np.full(self._size, redraw, np.int32)
                 batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
-                out = self._draw(self._params, batch, self._null, self._key)
+                draw = self._programs[self._controlled]
+                out = draw(self._params, batch, self._null, self._key)
                 if drawn is None:
                     shape = (len(recipes), *out[0].shape[1:])
                     health = np.zeros(len(recipes), np.uint8)
@@ -174,7 +197,12 @@ class Sampler:
             moments = cache.moments_of(self._texts.rows(r["source"] for r in recipes))
         numbers = {"noise_seed": np.int32}
         numbers |= dict.fromkeys(("text_scale", "image_scale"), np.float32)
+        edges = {}
+        if self._controlled:
+            sources = self._texts.rows(r["source"] for r in recipes)
+            edges = {"edges": self._texts.ablation.edges(sources)}
         return {
+            **edges,
             "moments": moments,
             "states": self._conditioning.states(self._texts, recipes),
             **{
@@ -183,16 +211,24 @@ class Sampler:
             },
         }
 
-    def _compiled(self, model: stable_diffusion.StableDiffusion) -> Callable:
+    def _compiled(
+        self,
+        model: stable_diffusion.StableDiffusion,
+        network: controlnet.ControlNet | None,
+    ) -> Callable:
         settings = self._settings
         model = model.computing(
             dtype=settings.dtype,
             attention=settings.attention,
             field="config.generate.attention",
         )
+        if network is not None:
+            how = {"dtype": model.dtype, "attention": model.attention}
+            network = dataclasses.replace(network, **how)
         draw = functools.partial(
             sample_images,
             model=model,
+            network=network,
             solver=model.solver(settings.sampler, settings.steps),
             guidance_interval=settings.guidance_interval,
             guidance_rescale=settings.guidance_rescale,
@@ -208,6 +244,7 @@ def sample_images(
     key: Key[Array, ""],
     *,
     model: stable_diffusion.StableDiffusion,
+    network: controlnet.ControlNet | None,
     solver: Any,
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
@@ -216,13 +253,14 @@ def sample_images(
     """Samples, decodes and examines one batch.
 
     Args:
-      params: `unet` (conditioned) and `vae`.
+      params: `unet` (conditioned) and `vae`; with a network, `controlnet`.
       batch: `moments` [B, h, w, 2c] of the sources, or zeros; `states` [B, L, D];
         `noise_seed` and `redraws` int32 [B]; `text_scale`, s_T, and `image_scale`,
-        s_I, [B].
+        s_I, [B]; with a network, uint8 `edges` [B, H, W, 3].
       null_states: of the empty prompt.
       key: root of the noise.
       model: the architecture.
+      network: a ControlNet that looks at the edges, if any.
       solver: as `instruct_pix2pix.draw` takes it.
       guidance_interval: as there.
       guidance_rescale: as there.
@@ -233,8 +271,14 @@ def sample_images(
     """
     keys = image_keys(key, batch["noise_seed"], batch["redraws"])
     shape = (*batch["moments"].shape[1:3], model.latent_channels)
+    denoise = functools.partial(model.denoise, params)
+    if network is not None:
+        pictures = batch["edges"] / 255.0
+        denoise = functools.partial(
+            ablation.controlled, params, model, network, pictures
+        )
     latents = instruct_pix2pix.draw(
-        functools.partial(model.denoise, params),
+        denoise,
         rng.normal_like(keys, shape),
         batch["moments"],
         batch["states"],

@@ -8,13 +8,16 @@ Exit codes: 0 done, 2 a mistake that the message says how to mend, 75 stopped by
 """
 
 import ast
+import contextlib
+import fcntl
 import importlib
 import importlib.util
+import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from absl import flags, logging
@@ -66,20 +69,23 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     check_shared(config)
     began = time.monotonic()
     check_workdir(workdir, config.min_free_disk_gib)
-    for name in stages:
-        if not manifest.is_complete(workdir, name):
-            _stage(name).check(config)
-    runtime.set_up(config.compilation_cache)
     worked = []
-    for name in stages:
-        if name != "caption":  # whose captioner may want the accelerator to itself
-            runtime.log_devices()
-        if name == "generate" and config.generate.limit:
-            _stage(name).run(config, workdir)
-            print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
-            return
-        if run_stage(name, config, workdir):
-            worked.append(name)
+    with _alone(workdir):
+        for leftover in workdir.glob(".tmp-*"):  # of a run that was killed
+            leftover.unlink()
+        for name in stages:
+            if not manifest.is_complete(workdir, name):
+                _stage(name).check(config)
+        runtime.set_up(config.compilation_cache)
+        for name in stages:
+            if name != "caption":  # whose captioner may want the accelerator to itself
+                runtime.log_devices()
+            if name == "generate" and config.generate.limit:
+                _stage(name).run(config, workdir)
+                print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
+                return
+            if run_stage(name, config, workdir):
+                worked.append(name)
     if worked:
         logging.info("%s in %.0f s", ", ".join(worked), time.monotonic() - began)
     else:
@@ -297,8 +303,6 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / ".writable", "")
         (workdir / ".writable").unlink()
-        for leftover in workdir.glob(".tmp-*"):  # of a run that was killed
-            leftover.unlink()
     except (OSError, ImportError) as error:
         if is_full_disk(error):
             raise
@@ -318,6 +322,33 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
         got=f"{free:.2f} GiB",
         fix="Free some, or name a folder on another disk.",
     )
+
+
+@contextlib.contextmanager
+def _alone(workdir: epath.Path) -> Iterator[None]:
+    """Refuses a workdir in which another process of this machine is at work.
+
+    Each would take the other's files under way for leftovers of a kill. The lock ends
+    with its process, however that ends, and leaves no file.
+    """
+    if not _is_local(workdir):
+        yield
+        return
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--workdir={workdir}",
+                    wanted="a folder in which no other run is at work",
+                    got="one in which another process is",
+                    fix="Wait until it has ended, or name another folder.",
+                ) from error
+        yield
+    finally:
+        os.close(folder)
 
 
 def _is_local(path: epath.Path) -> bool:

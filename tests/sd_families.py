@@ -95,7 +95,7 @@ def checkpoint(family: str) -> tuple[StableDiffusion, Params]:
     }
     model = StableDiffusion(configs, read)
     params = {
-        name: _random(f"{family}.{name}", model.shapes(name))
+        name: random(f"{family}.{name}", model.shapes(name))
         for name in diffusers_layout.WEIGHTS
     }
     return model, params
@@ -203,7 +203,7 @@ def _tokenizer(pad_token: str) -> Any:
         return diffusers_layout.read_tokenizer(folder)
 
 
-def _random(prefix: str, shapes: Any) -> Any:
+def random(prefix: str, shapes: Any) -> Any:
     def one(path, leaf):
         keys = tuple(entry.key for entry in path)
         return _leaf(f"{prefix}.{weights.torch_name(keys)}", keys[-1], leaf.shape)

@@ -712,6 +712,15 @@ def test_what_the_hub_does_not_give_is_a_sentence(cached, name):
         diffusers_layout.load(NAME, revision="another")
 
 
+def test_in_offline_mode_the_cache_is_looked_over_before_any_work(cached):
+    encode.check(config_of(NAME))
+    with pytest.raises(UserError, match="LocalEntryNotFoundError"):
+        encode.check(config_of("nobody/nothing"))
+    (cached / UNET).unlink()
+    with pytest.raises(UserError, match="1 missing: unet/"):
+        encode.check(config_of(NAME))
+
+
 def test_a_full_disk_is_not_a_missing_model(monkeypatch):
     def download(*_, **__):
         raise OSError(28, "No space left on device")

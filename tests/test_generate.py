@@ -366,14 +366,21 @@ def test_what_is_judged_is_left_out_with_its_reasons(make, monkeypatch):
 
 def test_a_model_that_changed_is_refused_before_anything_is_written(make, finetuned):
     workdir = make()
-    (workdir / "generate" / "manifest.json").unlink()
-    before = digests(workdir)
+    manifest_ = workdir / "generate" / "manifest.json"
+    finished = json.loads(manifest_.read_text())
+    manifest_.unlink()
     weights = bytearray((workdir / WEIGHTS).read_bytes())
     weights[-1] ^= 1
     (workdir / WEIGHTS).write_bytes(weights)
     before = digests(workdir)
     with pytest.raises(UserError, match="unet.*changed since"):
         make(workdir)
+    assert digests(workdir) == before
+    files.write_json(manifest_, finished)  # no less if the images were to be more
+    with pytest.raises(UserError, match="unet.*changed since"):
+        make(workdir, include_real=True)
+    assert json.loads(manifest_.read_text()) == finished
+    manifest_.unlink()
     assert digests(workdir) == before
     # Whoever mends the manifest, too, still has shards of the other model.
     path = workdir / "finetune" / "manifest.json"

@@ -26,8 +26,10 @@ STAGES = {
     "report",
 }
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
-# Of stages: what several of them share.
-PARTS = {"classifier", "conditionings", "preview", "runs", "sampler", "trainer"}
+PARTS = {  # of stages: what several of them share
+    *("ablation", "classifier", "companions", "conditionings", "preview", "sampler"),
+    *("runs", "selection", "trainer"),
+}
 LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | ROOMS | {"configs"},
@@ -39,7 +41,7 @@ MAY_IMPORT = {  # besides the leaves, which import nothing of ours
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 HOMELESS = re.compile(r"(^|_)(utils?|helpers?|misc)$")
-KNOW_DIFFUSERS = ("stable_diffusion", "attention", "solvers")
+KNOW_DIFFUSERS = ("stable_diffusion", "attention", "controlnet", "solvers")
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
 
 Checker = Callable[[str, str], Iterator[str]]

@@ -465,3 +465,11 @@ def test_check_names_the_field(field, value):
         config.report[field] = value
     with pytest.raises(UserError, match=f"config.report.{field}"):
         report.check(config)
+
+
+def test_figures_are_shown_where_they_were_drawn(page, tmp_path):
+    workdir = make_workdir(tmp_path)
+    picture = Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
+    files.write_bytes(workdir / "generate" / "levels.png", pictures.png(picture))
+    assert len(run_page(workdir).images("Mixing more and more")) == 1
+    assert page.images("Mixing more and more") == []

@@ -212,12 +212,13 @@ def test_hugging_face_reads_real_and_synthetic_together_and_apart(tmp_path, data
     assert first == REAL[0]
 
 
+@pytest.mark.parametrize("inside", ["train", "."])
 @pytest.mark.parametrize("real", [False, True])
-def test_hugging_face_reads_the_folder(tmp_path, datasets, real):
+def test_hugging_face_reads_the_folder(tmp_path, datasets, real, inside):
     folder = write(tmp_path / "set", real=real)
     dataset = datasets.load_dataset(
         "imagefolder",
-        data_dir=str(folder / "train"),
+        data_dir=str(folder / inside),
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )

@@ -68,7 +68,7 @@ MISTAKES = [
     ("--config.nope.size=1", "config.nope", "base, caption"),
     ("--config.data.sise=1", "config.data.sise", "per_class, pool, prompt"),
     ("--config.data.size.x=1", "config.data.size.x", "it has none"),
-    ("--noconfig.generate.nope", "config.generate.nope", "folder, image_scale"),
+    ("--noconfig.generate.nope", "config.generate.nope", "folder, format"),
     ("--config.=1", "config.", "base, caption"),
     ("--config.seed=abc", "command line", "--config.seed=abc"),
     ("--config.seed=1.5", "command line", "--config.seed=1.5"),
@@ -86,6 +86,19 @@ MISTAKES = [
     ("--config.generate.sets=('mixed'", "config.generate.sets", "('mixed'"),
     ("--config.generate.sets=(1)", "config.generate.sets", "(1)"),
     ("--config.generate.sets=mixed", "config.classify.runs", "('mixed',)", "unmixed"),
+    ("--config.generate.sampler=pndm", "config.generate.sampler", "dpmpp_2m", "'pndm'"),
+    ("--config.generate.guidance_rescale=2", "config.generate.guidance_rescale", "2.0"),
+    (
+        "--config.generate.guidance_interval=0.8,0.2",
+        "config.generate.guidance_i",
+        "0.8",
+    ),
+    ("--config.generate.guidance_interval=0.5", "config.generate.guidance_i", "(0.5,)"),
+    (
+        "--config.generate.guidance_interval=0.0,1.5",
+        "config.generate.guidance_i",
+        "1.5",
+    ),
     ("--config.pretrain.vae.channels=", "config.pretrain.vae.channels"),
     ("--config.pretrain.vae.channels=('a',)", "config.pretrain.vae.channels", "'a'"),
     ("--config.pretrain.vae.channels=8,12", "config.pretrain.vae.channels", "(8, 12)"),
@@ -276,6 +289,41 @@ def test_an_override_has_the_type_of_its_field_and_changes_no_other(
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize("steps", [12, 50])
+def test_the_fast_preset_takes_no_more_steps_than_there_were(steps, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from mvc_jax.configs import common\n"
+        "def get_config(argument=''):\n"
+        "    config = common.get_config()\n"
+        f"    config.generate.steps = {steps}\n"
+        "    given = common.parse_argument(argument, known=('preset',))\n"
+        "    return common.apply_preset(config, given)\n"
+    )
+    plain, fast = (train.load_config(f"{path}{x}") for x in ("", ":preset=fast"))
+    changed = {"sampler": "dpmpp_2m", "steps": min(20, steps)}
+    changed["guidance_interval"] = (0.2, 0.8)
+    assert fast.generate.to_dict() == plain.generate.to_dict() | changed
+    assert fast.finetune.to_dict() == plain.finetune.to_dict()
+    for argument, said in {
+        ":preset=slow": "fast, got 'slow'",
+        ":slow": "preset=",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            train.load_config(f"{path}{argument}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["digits.py:", "cifar10.py:", "cifar100.py:", "caltech101.py:", "brain_tumor.py:"]
+    + ["tiny_imagenet.py:path=a,b,", "folder.py:path=a,"],
+)
+def test_every_config_has_the_fast_preset(path):
+    config = train.load_config(f"configs/{path}preset=fast")
+    assert config.generate.sampler == "dpmpp_2m"
+    assert config.data.source != "folder:a,preset=fast"
+
+
 def test_a_field_cannot_be_added_later():
     with pytest.raises((AttributeError, KeyError)):
         train.load_config(DIGITS).data.sise = 3
@@ -335,6 +383,30 @@ def test_the_end_of_a_run_is_told(
     monkeypatch.setattr(train, "run_stage", run_stage)
     assert train.main(["train", f"--config={DIGITS}", f"--workdir={workdir}"]) == code
     assert words in capsys.readouterr().err
+
+
+def test_two_runs_do_not_share_a_workdir(began, workdir, capsys, monkeypatch):
+    """The second would take what the first has under way for leftovers of a kill."""
+    command = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.stages=mix"]
+    under_way = workdir / ".tmp-1-metrics.jsonl"
+    said = []
+
+    def run_stage(*_):
+        under_way.write_text("half")
+        said.append(failure(capsys, *command))
+        return under_way.exists()
+
+    monkeypatch.setattr(train, "run_stage", run_stage)
+    assert train.main(["train", *command]) == 0
+    assert said == [
+        f"--workdir={workdir}: wanted a folder in which no other run is at work, got "
+        "one in which another process is. Wait until it has ended, or name another "
+        "folder."
+    ]
+    assert under_way.exists()
+    capsys.readouterr()
+    monkeypatch.setattr(train, "run_stage", lambda *_: not under_way.exists())
+    assert train.main(["train", *command]) == 0  # given back; and cleared away
 
 
 def test_our_own_mistakes_keep_their_traceback(began, workdir, monkeypatch):

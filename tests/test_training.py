@@ -1,5 +1,6 @@
 """The loop: resumable by step, whatever happens; sharding rules; metrics on disk."""
 
+import functools
 import json
 import logging
 
@@ -13,10 +14,16 @@ from jax.sharding import PartitionSpec as P
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
-from mvc_jax.training import memory, rng, sharding
+from mvc_jax.training import memory, optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.journal import Journal, Watch
-from mvc_jax.training.loop import create_state, fit, gradients, weighted_mean
+from mvc_jax.training.loop import (
+    create_state,
+    fit,
+    gradients,
+    jitted,
+    weighted_mean,
+)
 from mvc_jax.training.metrics import MetricsLog
 from mvc_jax.training.throughput import count_flops, peak_tflops
 from mvc_jax.training.validation import Validation
@@ -24,7 +31,7 @@ from mvc_jax.training.validation import Validation
 TX = optax.adam(0.1)
 
 
-def noisy_step(state, batch):
+def noisy_step(state, batch, *, spoil=lambda step, loss, grads: (loss, grads)):
     """Linear regression with noise on its inputs, drawn from the step's number."""
     key = jax.random.fold_in(jax.random.key(7), state.step)
     keys = rng.example_keys(key, jnp.arange(len(batch["x"])))
@@ -34,7 +41,8 @@ def noisy_step(state, batch):
         return weighted_mean((x @ params["w"] - batch["y"]) ** 2, batch["weight"])
 
     value, grads = jax.value_and_grad(loss_of)(state.params)
-    return state.update(grads, TX, ema_decay=0.9), {"loss": value}
+    value, grads = spoil(state.step, value, grads)
+    return state.update(grads, TX, {"loss": value}, ema_decay=0.9), {"loss": value}
 
 
 def run(
@@ -175,17 +183,16 @@ def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path, caplog):
         np.testing.assert_array_equal(a, b)
 
 
-def bad_at(steps):
+def bad_at(steps, what="both", poison=np.inf):
     """`noisy_step`, but for a loss or a gradient that is not finite at some steps."""
 
-    def step(state, batch):
-        new, metrics = noisy_step(state, batch)
-        bad = jnp.isin(state.step, jnp.array(steps))
-        poison = jnp.where(bad, jnp.inf, 0.0)
-        params = jax.tree.map(lambda leaf: leaf + poison, new.params)
-        return new.replace(params=params), {"loss": metrics["loss"] + poison}
+    def spoil(step, value, grads):
+        added = jnp.where(jnp.isin(step, jnp.array(steps)), poison, 0.0)
+        if what != "loss":
+            grads = jax.tree.map(lambda leaf: leaf.at[1].add(added), grads)
+        return value + (added if what != "gradient" else 0.0), grads
 
-    return step
+    return functools.partial(noisy_step, spoil=spoil)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
@@ -201,6 +208,55 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
     count = next(x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32)
     assert int(count) == 3  # the optimiser took the good steps alone
     assert np.isfinite(np.concatenate([x.ravel() for x in leaves(state)])).all()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("poison", [np.nan, -np.inf])
+@pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 4)])
+def test_a_bad_step_leaves_all_but_its_counts_as_they_were(what, poison, data, fsdp):
+    """Bit for bit, negative zeros too, and on every device."""
+    mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
+    params = {"kernel": np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)}
+    tx = optim.adam(0.1, max_norm=1.0)
+    state = create_state(params, tx, mesh, ema=True)
+    state = jax.tree.map(lambda x: x.at[0, 0].set(-0.0) if x.ndim else x, state)
+
+    @jax.jit
+    def step(state, grad, loss):
+        return state.update({"kernel": grad}, tx, {"loss": loss}, ema_decay=0.9)
+
+    bad, good = jnp.ones((8, 3)).at[5, 2].set(poison), jnp.ones((8, 3))
+    loss, grad = (poison, good) if what == "loss" else (0.0, bad)
+    twice = step(step(state, grad, loss), grad, loss)
+    counts = {"step": 2, "skipped": 2, "skipped_in_a_row": 2}
+    assert {name: int(getattr(twice, name)) for name in counts} == counts
+    kept = twice.replace(**{name: getattr(state, name) for name in counts})
+    for a, b in zip(leaves(kept), leaves(state), strict=True):
+        assert a.tobytes() == b.tobytes()
+    moved = step(twice, good, 0.0)
+    assert (int(moved.skipped), int(moved.skipped_in_a_row)) == (2, 0)
+    trained = [(s.params, s.ema_params, s.opt_state) for s in (moved, state)]
+    for a, b in zip(*map(leaves, trained), strict=True):
+        assert a.tobytes() != b.tobytes()
+
+
+def test_an_update_takes_place_where_the_old_state_lies():
+    """That a step may be skipped costs no copy of what it would change."""
+    mesh = sharding.make_mesh(1, 8)
+    params = {f"{n}": {"kernel": np.ones((256, 256), np.float32)} for n in range(12)}
+    state = create_state(params, TX, mesh, ema=True)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+
+    def train_step(state, batch):
+        metrics = {"loss": batch["loss"]}
+        return state.update(batch["grads"], TX, metrics, ema_decay=0.9), metrics
+
+    batch = {"loss": jnp.zeros(()), "grads": grads}
+    analysis = jitted(train_step, state).lower(state, {}, batch).compile()
+    analysis = analysis.memory_analysis()
+    share = 4 * 12 * 256 * 256 / 8  # bytes of the parameters on one device
+    assert analysis.alias_size_in_bytes > 4 * share
+    assert analysis.temp_size_in_bytes < 0.2 * share
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_good_state(tmp_path):
@@ -279,13 +335,13 @@ def test_micro_batches_are_spread_over_the_devices(tmp_path):
     def step(state, batch):
         assert batch["x"].shape[0] == 24  # 8 devices x 3 parts
         value, grads = gradients(squared_errors, state.params, batch, 3)
-        return state.update(grads, TX, ema_decay=0.9), {"loss": value}
+        return state.update(grads, TX, {"loss": value}, ema_decay=0.9), {"loss": value}
 
     one = run(tmp_path / "a", 2, step=step, mesh=sharding.make_mesh(), accumulate=3)
 
     def plain(state, batch):
         value, grads = gradients(squared_errors, state.params, batch, 1)
-        return state.update(grads, TX, ema_decay=0.9), {"loss": value}
+        return state.update(grads, TX, {"loss": value}, ema_decay=0.9), {"loss": value}
 
     two = run(tmp_path / "b", 2, step=plain)
     np.testing.assert_allclose(one.params["w"], two.params["w"], rtol=1e-5)

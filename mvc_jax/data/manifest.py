@@ -132,7 +132,7 @@ def open_stage(
     workdir = epath.Path(workdir)
     folder = workdir / name
     settings = json.loads(json.dumps(settings))  # tuples become lists, as on disk
-    read = {stage: _read_input(workdir, stage, reader=name) for stage in inputs}
+    read = {stage: read_input(workdir, stage, reader=name) for stage in inputs}
     hashes = {stage: _identity(record) for stage, record in read.items()}
     stage = Stage(name, folder, False, settings, hashes)
     finished, started = folder / _FINISHED, folder / _STARTED
@@ -277,7 +277,8 @@ def _is_larger(new: dict, old: dict, field: str) -> bool:
     return type(now) is type(before) and isinstance(now, int) and now > before
 
 
-def _read_input(workdir: epath.Path, name: str, reader: str) -> dict:
+def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
+    """The manifest of a stage that `reader` reads; a `UserError` if it has none."""
     path = workdir / name / _FINISHED
     if not path.exists():
         raise UserError(

@@ -6,6 +6,7 @@ nothing but its step.
 
 import functools
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,3 +38,16 @@ def batch_indices(
         here = epochs == epoch
         indices[here] = _epoch(seed, purpose, int(epoch), size)[offsets[here]]
     return indices
+
+
+def reader(
+    seed: int, purpose: str, arrays: dict[str, np.ndarray], *, batch_size: int
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """Step -> the rows of `arrays` [N, ...] that its batch has."""
+    size = len(next(iter(arrays.values())))
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        indices = batch_indices(seed, purpose, step, batch_size=batch_size, size=size)
+        return {name: array[indices] for name, array in arrays.items()}
+
+    return read

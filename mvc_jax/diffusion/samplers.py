@@ -78,8 +78,8 @@ def stretches(
 ) -> list[tuple[int, int, bool]]:
     """The walk cut where it enters and where it leaves the interval of guidance.
 
-    Guidance in a limited interval: Kynkaanniemi et al., arXiv 2404.07724, equation 6;
-    theirs is one of noise levels sigma, ours of their order t / T.
+    Guidance in a limited interval is of arXiv 2404.07724; that interval is one of noise
+    levels sigma, this one of their order t / T.
 
     Args:
       solver: of the walk.

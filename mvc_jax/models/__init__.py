@@ -13,6 +13,7 @@ _DEPRECATED = (
 )
 _SPEAKERS = (
     "models.attention_flax",
+    "models.controlnets.controlnet_flax",
     "models.embeddings_flax",
     "models.modeling_flax_utils",
     "models.resnet_flax",

@@ -30,6 +30,10 @@ _NEEDED = (  # besides weights
     *(INDEX, *CONFIGS.values()),
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES[:2]),
 )
+_BESIDE = (  # CLIP's image tower, where there is one
+    *("image_encoder/config.json", "image_encoder/model.safetensors"),
+    "feature_extractor/preprocessor_config.json",
+)
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".msgpack", ".gguf")
 _VARIANT = re.compile(r"[a-z_]*model(?:\.([\w-]+))?\.safetensors")
 _CONVERT = (
@@ -88,7 +92,7 @@ def weight_files(
 
 def download_patterns(variant: str = "") -> list[str]:
     """The files of a repository that `load` reads, as patterns of `fnmatch`."""
-    patterns = [*_NEEDED, "README.md", MADE_BY]
+    patterns = [*_NEEDED, "README.md", MADE_BY, *_BESIDE]
     patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES[2:]]
     for component in WEIGHTS:
         names = [*_candidates(component, variant), *_shards(component, variant)]

@@ -1,7 +1,7 @@
 """The card of a synthetic dataset: README.md, as the Hugging Face hub reads it.
 
-Its front matter names the files of each part, without which `load_dataset(folder)`
-would guess them from the folder, and take pictures and shards for one dataset.
+Its front matter names the files of each part, which `load_dataset(folder)` would else
+guess from the names in the folder.
 """
 
 import dataclasses
@@ -200,8 +200,7 @@ def _loading(facts: Facts) -> str:
     )
     folder = (
         " `train/<class>/` holds the same images as files, for torchvision's "
-        "`ImageFolder`, Keras and TFDS. With `imagefolder` name `train`, not this "
-        "folder, whose Parquet files it would take for pictures."
+        "`ImageFolder`, Keras and TFDS."
     )
     return (
         "## Load it\n\nFrom within this folder; on the hub, its name there stands for "

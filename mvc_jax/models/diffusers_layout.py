@@ -17,7 +17,7 @@ from etils import epath
 
 from mvc_jax import files
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import checkpoint_folder, families, weights
+from mvc_jax.models import checkpoint_folder, families, hub, weights
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 WEIGHTS = checkpoint_folder.WEIGHTS
@@ -74,8 +74,8 @@ def check_base(
 ) -> None:
     """Refuses, without a network or a device, what cannot be the base model.
 
-    Everything but the tensors is read. A hub name is not looked up: check the folder
-    that it gives.
+    Everything but the tensors is read. A hub name is looked up in offline mode alone,
+    in the library's cache; else check the folder that it gives.
 
     Args:
       path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
@@ -93,7 +93,7 @@ def check_base(
         got=repr(variant),
         fix="Usual are fp16 and, for none, ''.",
     )
-    if checkpoint_folder.is_hub_name(path):
+    if checkpoint_folder.is_hub_name(path) and not hub.offline():
         logging.info("%s is no folder here: the Hugging Face hub will be asked", path)
         return
     folder, _ = checkpoint_folder.resolve(path, variant, revision)
@@ -136,6 +136,7 @@ def save(
     params: Params,
     *,
     made_by: dict[str, Any] | None = None,
+    beside: dict[str, list[str]] | None = None,
 ) -> list[str]:
     """Writes a model folder in the diffusers layout, under PyTorch's class names.
 
@@ -145,6 +146,7 @@ def save(
       params: by component; written in fp32, fetched a tensor at a time.
       made_by: what a fine-tuned model is made of, `{"stage", "base", "data"}`: kept
         beside it, by which `check_base` knows it again.
+      beside: library and class of further components that lie in the folder, by name.
 
     Returns:
       the files written, relative to `folder`.
@@ -167,6 +169,7 @@ def save(
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
     index |= {"requires_safety_checker": False}
     index |= {name: list(class_) for name, class_ in _TORCH_CLASSES.items()}
+    index |= beside or {}
     if made_by is not None:
         files.write_json(folder / checkpoint_folder.MADE_BY, made_by)
         written.append(checkpoint_folder.MADE_BY)

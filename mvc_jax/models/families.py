@@ -55,6 +55,26 @@ FIXED: dict[str, dict[str, tuple]] = {
         "attention_type": ("default",),
         "cross_attention_norm": (None,),
     },
+    "controlnet": {
+        "_class_name": (None, "ControlNetModel"),
+        "conditioning_channels": (3,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        "act_fn": ("silu", "swish"),
+        "norm_num_groups": (32,),
+        "norm_eps": (1e-5,),
+        "transformer_layers_per_block": (1,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "num_attention_heads": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None,),
+        "resnet_time_scale_shift": ("default",),
+        "global_pool_conditions": (False,),
+        "controlnet_conditioning_channel_order": ("rgb", "bgr"),
+    },
     "vae": {
         "_class_name": (None, "AutoencoderKL"),
         "in_channels": (3,),
@@ -82,11 +102,13 @@ _BLOCKS = {
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     },
+    "controlnet": {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")},
     "vae": {
         "down_block_types": ("DownEncoderBlock2D",),
         "up_block_types": ("UpDecoderBlock2D",),
     },
 }
+DOWN_BLOCKS = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]  # the library's default
 # What this program looks up itself, where a file of an early release leaves it out.
 DEFAULTS: dict[str, Config] = {
     "unet": {
@@ -94,6 +116,13 @@ DEFAULTS: dict[str, Config] = {
         "out_channels": 4,
         "cross_attention_dim": 1280,
         "block_out_channels": [320, 640, 1280, 1280],
+    },
+    "controlnet": {
+        "in_channels": 4,
+        "cross_attention_dim": 1280,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "conditioning_embedding_out_channels": [16, 32, 96, 256],
     },
     "vae": {
         "latent_channels": 4,
@@ -109,6 +138,7 @@ DEFAULTS: dict[str, Config] = {
 }
 _WHOLE_NUMBERS = {
     "unet": ("sample_size", "layers_per_block", *list(DEFAULTS["unet"])[:3]),
+    "controlnet": ("in_channels", "layers_per_block", "cross_attention_dim"),
     "vae": ("sample_size", "layers_per_block", "norm_num_groups", "latent_channels"),
     "text_encoder": (
         *("num_hidden_layers", "num_attention_heads", "intermediate_size"),
@@ -117,6 +147,7 @@ _WHOLE_NUMBERS = {
     "scheduler": ("num_train_timesteps",),
 }
 _FIX = "Take a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix."
+_FIX_CONTROLNET = "Take a ControlNet that was trained on such a base."
 
 
 def completed(component: str, config: Config) -> Config:
@@ -128,7 +159,7 @@ def check_config(component: str, config: Config, path: str) -> None:
     """Refuses options of one component that Flax would ignore, or cannot build.
 
     Args:
-      component: `unet`, `vae`, `text_encoder` or `scheduler`.
+      component: `unet`, `controlnet`, `vae`, `text_encoder` or `scheduler`.
       config: its JSON file, `completed`.
       path: of that file, for errors.
 
@@ -156,7 +187,7 @@ def check_config(component: str, config: Config, path: str) -> None:
             path,
             wanted="a network that is computed in JAX as it is in PyTorch",
             got="; ".join(problems),
-            fix=_FIX,
+            fix=_FIX_CONTROLNET if component == "controlnet" else _FIX,
         )
 
 
@@ -211,6 +242,51 @@ def check_fit(
         got=length,
         fix="Take tokenizer and text encoder from the same checkpoint.",
     )
+
+
+def check_controlnet(config: Config, configs: Mapping[str, Config], path: str) -> None:
+    """Refuses a ControlNet of another base: its residuals would not fit the UNet's.
+
+    Args:
+      config: its JSON file, `completed` and checked.
+      configs: of the base.
+      path: of that file, for errors.
+
+    Raises:
+      UserError: with all that differs.
+    """
+    unet = configs["unet"]
+    wanted = {
+        "in_channels": configs["vae"]["latent_channels"],
+        "cross_attention_dim": unet["cross_attention_dim"],
+        "block_out_channels": unet["block_out_channels"],
+        "layers_per_block": unet.get("layers_per_block", 2),
+        "down_block_types": unet.get("down_block_types", DOWN_BLOCKS),
+    }
+    found = {"down_block_types": DOWN_BLOCKS} | config
+    problems = [
+        f"{name} is {_listed(found[name])}, not {_listed(value)}"
+        for name, value in wanted.items()
+        if _listed(found[name]) != _listed(value)
+    ]
+    levels = len(configs["vae"]["block_out_channels"])
+    embedding = config["conditioning_embedding_out_channels"]
+    if not _is_list(embedding) or len(embedding) != levels:
+        problems.append(
+            f"conditioning_embedding_out_channels is {embedding!r}, not {levels} "
+            "numbers, one for each level of the autoencoder"
+        )
+    require(
+        not problems,
+        path,
+        wanted="a ControlNet for this base",
+        got="; ".join(problems),
+        fix=_FIX_CONTROLNET,
+    )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if _is_list(value) else value
 
 
 def size_factor(configs: Mapping[str, Config]) -> int:

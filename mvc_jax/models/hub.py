@@ -22,6 +22,11 @@ def is_local(name: str) -> bool:
     return not _NAME.fullmatch(name) or epath.Path(name).exists()
 
 
+def offline() -> bool:
+    """Whether the library may not ask the hub, and its cache must hold everything."""
+    return huggingface_hub.constants.HF_HUB_OFFLINE
+
+
 def download(
     name: str, patterns: Sequence[str], *, field: str, revision: str = ""
 ) -> epath.Path:

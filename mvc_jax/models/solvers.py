@@ -165,7 +165,7 @@ def make(name: str, config: Mapping[str, Any], steps: int) -> Solver:
     """
     require(
         name in SOLVERS,
-        "sampler",
+        "config.generate.sampler",
         wanted=f"one of {', '.join(SOLVERS)}",
         got=repr(name),
         fix="Name one of these.",
@@ -173,10 +173,10 @@ def make(name: str, config: Mapping[str, Any], steps: int) -> Solver:
     trained = config["num_train_timesteps"]
     require(
         0 < steps < trained,
-        f"steps of the sampler {name}",
+        "config.generate.steps",
         wanted=f"1 to {trained - 1}; the base was trained on {trained} timesteps",
         got=steps,
-        fix="50 are usual, 20 for dpmpp_2m.",
+        fix="50 are usual, 20 with dpmpp_2m.",
     )
     return SOLVERS[name](config, steps)
 

@@ -59,14 +59,14 @@ class StableDiffusion:
 
     @functools.cached_property
     def unet(self) -> nn.Module:
-        return _build(
+        return build(
             FlaxUNet2DConditionModel,
             self.configs["unet"] | {"dtype": jnp.dtype(self.dtype)},
         )
 
     @functools.cached_property
     def vae(self) -> nn.Module:
-        return _build(FlaxAutoencoderKL, self.configs["vae"])
+        return build(FlaxAutoencoderKL, self.configs["vae"])
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
@@ -126,11 +126,19 @@ class StableDiffusion:
         self, params: Params, ids: Int[Array, "B L"]
     ) -> Float[Array, "B L D"]:
         """The text encoder's last hidden states, layer norm applied."""
+        return self._encoded(params, ids).last_hidden_state
+
+    def pooled_text(
+        self, params: Params, ids: Int[Array, "B L"]
+    ) -> Float[Array, "B D"]:
+        """The state of the text's EOS token, which has seen all of it."""
+        return self._encoded(params, ids).pooler_output
+
+    def _encoded(self, params: Params, ids: Array) -> Any:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        output = self.text_encoder.apply(
+        return self.text_encoder.apply(
             {"params": params["text_encoder"]}, ids, jnp.ones_like(ids), positions
         )
-        return output.last_hidden_state
 
     def moments(self, params: Params, images: Float[Array, "B H W 3"]) -> Array:
         """Mean and log variance [B, h, w, 2c] of the posterior of images in [-1, 1]."""
@@ -160,11 +168,14 @@ class StableDiffusion:
         latents: Float[Array, "B h w C"],
         timesteps: Int[Array, " B"],
         text_states: Float[Array, "B L D"],
+        residuals: tuple[Sequence[Array], Array] | None = None,
     ) -> Float[Array, "B h w c"]:
         """The UNet's prediction; C is c, or 2c with source latents concatenated.
 
         Where `params` have the key `lora`, its adapters are added to the UNet's layers.
+        `residuals` are a ControlNet's, added to its skip connections and middle block.
         """
+        down, middle = (None, None) if residuals is None else residuals
         with (
             attention.exact(),
             attention.running(self.attention),
@@ -177,6 +188,8 @@ class StableDiffusion:
                 latents.transpose(0, 3, 1, 2),
                 timesteps,
                 text_states,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
             )
         return output.sample.transpose(0, 2, 3, 1)
 
@@ -310,7 +323,7 @@ def random_params(shapes: Any, rng: np.random.Generator) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def _build(class_: type, config: dict[str, Any]) -> Any:
+def build(class_: type, config: dict[str, Any]) -> Any:
     """Constructs a library class from the fields of `config` that it knows."""
     known = inspect.signature(class_).parameters
     fields = {

@@ -47,24 +47,39 @@ class TrainState:
         self,
         grads: Any,
         tx: optax.GradientTransformation,
+        metrics: dict[str, jax.Array],
         *,
         ema_decay: float = 0.0,
         rate: jax.Array | None = None,
     ) -> "TrainState":
         """The state after one optimiser step along `grads`.
 
+        Where a metric or the norm of `grads` is not finite, nothing but the number of
+        the step and the counts of skipped ones changes. That is decided before the
+        update: to choose between its result and the old state, XLA would keep both.
+
         `rate` is the learning rate where `tx` has one of 1: fits that differ in nothing
         but their schedules then share a program.
         """
-        updates, opt_state = tx.update(grads, self.opt_state, self.params)
-        if rate is not None:
-            updates = jax.tree.map(lambda update: rate * update, updates)
-        params = optax.apply_updates(self.params, updates)
-        ema = self.ema_params
-        if ema is not None:
-            ema = ema_update(ema, params, self.step, ema_decay)
-        return self.replace(
-            step=self.step + 1, params=params, opt_state=opt_state, ema_params=ema
+        finite = [jnp.isfinite(x) for x in (*metrics.values(), optax.tree.norm(grads))]
+        good = jnp.stack(finite).all()
+
+        def taken(state, grads):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            if rate is not None:
+                updates = jax.tree.map(lambda update: rate * update, updates)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema_params
+            if ema is not None:
+                ema = ema_update(ema, params, state.step, ema_decay)
+            return state.replace(params=params, opt_state=opt_state, ema_params=ema)
+
+        state = jax.lax.cond(good, taken, lambda state, grads: state, self, grads)
+        bad = 1 - good.astype(jnp.int32)
+        return state.replace(
+            step=self.step + 1,
+            skipped=self.skipped + bad,
+            skipped_in_a_row=(self.skipped_in_a_row + 1) * bad,
         )
 
     @property
@@ -87,16 +102,23 @@ def create_state(
     averages take the shardings of their parameters.
     """
 
+    def cast(params):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
     def init(params):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         copy = jax.tree.map(jnp.copy, params) if ema else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero, zero, copy)
+        return TrainState(zero, None, tx.init(params), zero, zero, copy)
 
-    shapes = jax.eval_shape(init, params)
-    shardings = sharding.tree_shardings(shapes, mesh, rules)
-    params = jax.device_put(params, shardings.params)
-    return jax.jit(init, out_shardings=shardings)(params)
+    shapes = jax.eval_shape(cast, params)
+    split = sharding.tree_shardings(shapes, mesh, rules)
+    half = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
+    params = jax.device_put(params, split)
+    if half:
+        params = jax.jit(cast, out_shardings=split)(params)
+    others = sharding.tree_shardings(jax.eval_shape(init, shapes), mesh, rules)
+    # By itself, or the parameters would lie there twice.
+    return jax.jit(init, out_shardings=others)(params).replace(params=params)
 
 
 def fit(
@@ -118,8 +140,8 @@ def fit(
     """Runs `train_step` up to step `steps`, from the newest checkpoint if there is one.
 
     Args:
-      train_step: pure, `(state, batch) -> (state, metrics)`, metrics being scalars; it
-        is not taken where one is not finite.
+      train_step: pure, `(state, batch) -> (state, metrics)`, by `TrainState.update`;
+        metrics are scalars.
       state: at step 0; its buffers are donated.
       read: step -> host arrays [B, ...]; a thread calls it one step ahead.
       fixed: what all batches share: placed once, sharded by the default rules.
@@ -204,26 +226,29 @@ def _compiled(train_step, state, fixed, batch, stride, room, programs, name) -> 
     kind = (train_step, stride, tree, described)
     programs = {} if programs is None else programs
     if kind not in programs:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_on = jax.jit(
-            functools.partial(_steps_on, train_step, stride),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
+        step_on = jitted(train_step, state, stride)
         programs[kind] = room.compile(step_on, state, fixed, batch, name=name)
     return programs[kind]
 
 
-def _steps_on(train_step: Callable, stride: int, state: TrainState, fixed, batch):
-    """`stride` steps, one after the other; metrics [stride], of one step scalars."""
+def jitted(train_step: Callable, state: TrainState, stride: int = 1) -> Any:
+    """`(state, fixed, batch) -> (state, metrics)`: donated, sharded as `state` is.
+
+    `stride` steps go one after the other; their metrics are [stride], of one scalars.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def one(state, batch):
-        return skip_bad(state, *train_step(state, fixed | batch))
+        state, metrics = train_step(state, batch)
+        return state, metrics | {"skipped_in_a_row": state.skipped_in_a_row}
 
-    if stride == 1:
-        return one(state, batch)
-    batches = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
-    return jax.lax.scan(one, state, batches)
+    def steps(state, fixed, batch):
+        if stride == 1:
+            return one(state, fixed | batch)
+        batches = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
+        return jax.lax.scan(lambda s, b: one(s, fixed | b), state, batches)
+
+    return jax.jit(steps, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def place_batch(
@@ -294,22 +319,3 @@ def _shares(grads: Any, shardings: Any) -> Any:
         return grads
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     return jax.tree.map(jax.lax.optimization_barrier, grads)  # one by one
-
-
-def skip_bad(
-    old: TrainState, new: TrainState, metrics: dict
-) -> tuple[TrainState, dict]:
-    """`new`, or `old` at the next step where a metric is not finite.
-
-    Returns:
-      the state, and the metrics with `skipped_in_a_row`.
-    """
-    good = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
-    chosen = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    bad = 1 - good.astype(jnp.int32)
-    state = chosen.replace(
-        step=new.step,
-        skipped=old.skipped + bad,
-        skipped_in_a_row=(old.skipped_in_a_row + 1) * bad,
-    )
-    return state, metrics | {"skipped_in_a_row": state.skipped_in_a_row}

@@ -3,6 +3,7 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 
@@ -15,6 +16,13 @@ def purpose_key(seed: int, purpose: str) -> Key[Array, ""]:
 def example_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, " B"]:
     """One key an example, whatever the batch it is in and the device it is on."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+
+
+def step_keys(
+    key: Key[Array, ""], step: Int[Array, ""], count: int
+) -> Key[Array, " B"]:
+    """One key for each of the `count` examples of a step's batch."""
+    return example_keys(jax.random.fold_in(key, step), jnp.arange(count))
 
 
 def normal_like(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Array:

@@ -1,0 +1,89 @@
+"""Stable Diffusion's architectures that the benchmarks fill with random weights."""
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+TEXT_WIDTH = 768
+SD15 = {
+    "sample_size": 64,
+    "in_channels": 8,
+    "out_channels": 4,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": TEXT_WIDTH,
+}
+SMALL = SD15 | {
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
+    "block_out_channels": [64, 128, 256],
+}
+UNETS = {"small": SMALL, "sd15": SD15}
+SD15_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+VAES = {
+    "small": SD15_VAE | {"block_out_channels": [32, 32, 64, 64]},
+    "sd15": SD15_VAE,
+}
+SD15_TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+TEXTS = {
+    "small": SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1},
+    "sd15": SD15_TEXT,
+}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+
+def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
+    """A checkpoint from NumPy's generator, with a tokenizer of a few words.
+
+    Args:
+      folder: in the diffusers layout.
+      size: `small` or `sd15`.
+      unet: fields that differ.
+    """
+    from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
+    from mvc_jax.pretrain import SCHEDULER
+
+    configs = {"unet": UNETS[size] | (unet or {}), "vae": VAES[size]}
+    configs |= {"text_encoder": TEXTS[size], "scheduler": dict(SCHEDULER)}
+    tokenizer.train(
+        folder / "tokenizer", ["a photo of a part"], vocab_size=520, max_length=77
+    )
+    read = diffusers_layout.read_tokenizer(folder / "tokenizer")
+    model = stable_diffusion.StableDiffusion(configs, read)
+    draw = np.random.default_rng(0)
+    params = {
+        name: stable_diffusion.random_params(model.shapes(name), draw)
+        for name in diffusers_layout.WEIGHTS
+    }
+    diffusers_layout.save(folder, model, params)

@@ -1,0 +1,191 @@
+"""Drawing images: ours against PyTorch's InstructPix2Pix pipeline.
+
+    python benchmarks/sample.py
+
+Both sides load the same checkpoint of random weights and draw the same images, from the
+same noise, source latents and text states, by DDIM with three branches of guidance, the
+decoder included; that the pixels agree is checked first. `fast` is ours with the preset
+of that name: DPM-Solver++ 2M, 20 steps at most, guided in an interval. Each side has a
+process of its own with all cores, and they take turns: what else the machine does hits
+both.
+
+On an accelerator it is ours alone: Stable Diffusion 1.5's architecture in bfloat16 at
+512 pixels, 50 steps.
+"""
+
+import argparse
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+from architectures import TEXT_WIDTH, UNETS, write
+from turns import accelerator, in_turns, resident, results
+
+TEXT_SCALE, IMAGE_SCALE = 7.5, 1.5
+FAST = {"sampler": "dpmpp_2m", "guidance_interval": (0.2, 0.8)}  # and 20 steps at most
+PLAIN = {"sampler": "ddim", "guidance_interval": (0.0, 1.0)}
+
+
+def main() -> None:
+    arguments = parse()
+    sides = {"ours": ours, "torch": torch_s, "fast": fast}
+    if arguments.model == "sd15":
+        sides.pop("torch")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = pathlib.Path(folder)
+        write(arguments.folder, arguments.model)
+        compiling, seconds, memory = in_turns(sides, arguments)
+        compare(arguments)
+        for name, settings in (("ours", PLAIN), ("fast", FAST)):
+            print(f"{name}: {rows(arguments, settings)} rows of the UNet an image")
+    print(results(arguments, compiling, seconds, memory))
+
+
+def parse() -> argparse.Namespace:
+    big = accelerator()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=UNETS, default="sd15" if big else "small")
+    parser.add_argument("--batch", type=int, default=16 if big else 2, help="images")
+    parser.add_argument("--size", type=int, default=512 if big else 256, help="pixels")
+    parser.add_argument("--ddim_steps", type=int, default=50 if big else 10)
+    parser.add_argument("--attention", default="auto", help="ours: auto, xla, ...")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=2 if big else 1, help="batches")
+    return parser.parse_args()
+
+
+def inputs(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Source latents, text states and the noise of a batch, drawn at random."""
+    rng = np.random.default_rng(0)
+    side = arguments.size // 8
+    shape = (arguments.batch, side, side, 4)
+    return {
+        "source": rng.normal(size=shape).astype(np.float32),
+        "noise": rng.normal(size=shape).astype(np.float32),
+        "states": rng.normal(size=(arguments.batch, 77, TEXT_WIDTH)).astype(np.float32),
+        "null": rng.normal(size=(77, TEXT_WIDTH)).astype(np.float32),
+    }
+
+
+def count(arguments: argparse.Namespace, settings: dict) -> int:
+    return min(20, arguments.ddim_steps) if settings is FAST else arguments.ddim_steps
+
+
+def rows(arguments: argparse.Namespace, settings: dict) -> int:
+    """Of the UNet's batches, for one image."""
+    from mvc_jax.diffusion import samplers
+    from mvc_jax.models import diffusers_layout
+
+    model, _ = diffusers_layout.load(arguments.folder, ())
+    solver = model.solver(settings["sampler"], count(arguments, settings))
+    return samplers.network_rows(solver, settings["guidance_interval"])
+
+
+def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
+    """Compiles and draws one batch; returns `step(times)` and `peak()`."""
+    return _ours(arguments, PLAIN)
+
+
+def fast(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
+    """The same with the preset."""
+    return _ours(arguments, FAST)
+
+
+def _ours(arguments: argparse.Namespace, settings: dict):
+    from mvc_jax.training import runtime
+
+    runtime.set_up("")
+    import jax
+    import jax.numpy as jnp
+
+    from mvc_jax.diffusion import instruct_pix2pix
+    from mvc_jax.models import diffusers_layout
+
+    model, params = diffusers_layout.load(arguments.folder, ("unet", "vae"))
+    model = model.computing(attention=arguments.attention, field="--attention")
+    solver = model.solver(settings["sampler"], count(arguments, settings))
+
+    @jax.jit
+    def draw(params, batch):
+        source = batch["source"]
+        latents = instruct_pix2pix.draw(
+            functools.partial(model.denoise, params),
+            batch["noise"],
+            jnp.concatenate([source, jnp.zeros_like(source)], axis=-1),  # its mode
+            batch["states"],
+            batch["null"],
+            solver=solver,
+            text_scale=TEXT_SCALE,
+            image_scale=IMAGE_SCALE,
+            guidance_interval=settings["guidance_interval"],
+        )
+        return jnp.clip(model.decode(params, latents) / 2 + 0.5, 0, 1)
+
+    params, batch = jax.device_put((params, inputs(arguments)))
+    images = np.asarray(draw(params, batch))
+    if settings is PLAIN:
+        np.save(arguments.folder / "ours.npy", images)
+
+    def step(times: int) -> None:
+        for _ in range(times):
+            found = draw(params, batch)
+        assert np.isfinite(np.asarray(found)).all()
+
+    def peak() -> float:
+        if jax.default_backend() == "cpu":
+            return resident()
+        return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
+
+    return step, peak
+
+
+def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
+    """PyTorch's pipeline, given what ours is given."""
+    import diffusers
+    import torch
+
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        arguments.folder, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    given = {k: torch.from_numpy(v) for k, v in inputs(arguments).items()}
+    null = given["null"][None].expand(arguments.batch, -1, -1)
+
+    def draw() -> np.ndarray:
+        return pipeline(
+            image=given["source"].permute(0, 3, 1, 2),  # latents are taken as they are
+            prompt_embeds=given["states"],
+            negative_prompt_embeds=null,
+            latents=given["noise"].permute(0, 3, 1, 2),
+            num_inference_steps=arguments.ddim_steps,
+            guidance_scale=TEXT_SCALE,
+            image_guidance_scale=IMAGE_SCALE,
+            output_type="np",
+        ).images
+
+    np.save(arguments.folder / "torch.npy", draw())
+
+    def step(times: int) -> None:
+        for _ in range(times):
+            found = draw()
+        assert np.isfinite(found).all()
+
+    return step, resident
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Stops where the two sides did not draw the same images."""
+    if not (arguments.folder / "torch.npy").exists():
+        return
+    mine, theirs = (
+        np.load(arguments.folder / f"{name}.npy") for name in ("ours", "torch")
+    )
+    difference = np.abs(mine - theirs).max()
+    print(f"largest difference of a pixel in [0, 1]: {difference:.1e}")
+    assert difference < 1e-3 and theirs.std() > 0.01
+
+
+if __name__ == "__main__":
+    main()

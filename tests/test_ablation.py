@@ -1,0 +1,262 @@
+"""Every conditioning of the ablation, on a model as the demo's and on a real layout."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import sd_families
+from etils import epath
+from PIL import Image
+from test_controlnet import base as two_levels
+
+from mvc_jax import ablation, files, generate, mix, preview
+from mvc_jax.conditionings import CONDITIONINGS, named
+from mvc_jax.configs import common
+from mvc_jax.data import manifest, synthetic
+from mvc_jax.errors import UserError
+from mvc_jax.models import clip, controlnet, diffusers_layout
+
+NEW = ("image_embedding", "image_number", "embedding_difference", "controlnet")
+IMAGES = 4
+
+
+def _real():
+    """77 tokens, an autoencoder of four levels, as Stable Diffusion 1.x has them."""
+    model, params = two_levels()
+    _, whole = sd_families.checkpoint("pix2pix")
+    return model, {**whole, **params}
+
+
+def _noisy(tree, draw, scale=0.05):
+    return jax.tree.map(
+        lambda x: x + draw.normal(0, scale, x.shape).astype(np.float32), tree
+    )
+
+
+def _finish(workdir, name, written, inputs=()):
+    manifest.open_stage(workdir, name, {}, inputs).finish(written)
+
+
+def _encoded(workdir, model, write_shards, draw):
+    """`caption` and `encode`, of random arrays that fit the model."""
+    side, length, width = 2 * model.downsampling, model.context_length, model.text_width
+    ids = [f"s/{i}" for i in range(IMAGES)]
+    names, labels = ["one", "two"], [i % 2 for i in range(IMAGES)]
+    folder = workdir / "caption"
+    pixels = draw.integers(0, 256, (IMAGES, side, side, 3), dtype=np.uint8)
+    files.write_array(folder / "images.npy", pixels)
+    rows = [
+        {"id": id_, "split": "train", "label": label, "width": side, "height": side}
+        for id_, label in zip(ids, labels, strict=True)
+    ]
+    files.write_jsonl(folder / "images.jsonl", rows)
+    files.write_json(folder / "splits.json", {"pool": [], "train": ids, "test": []})
+    dataset = {"name": "strokes", "class_names": names, "grey": False}
+    files.write_json(folder / "dataset.json", dataset)
+    _finish(workdir, "caption", ["images.npy", "images.jsonl", "splits.json"])
+
+    folder = workdir / "encode"
+    states = draw.normal(size=(IMAGES + 1, length, width)).astype(np.float32)
+    states[:, 0] = states[0, 0]  # BOS
+    moments = draw.normal(size=(IMAGES, 2, 2, 8)).astype(np.float32)
+    written = [*write_shards(folder / "text_states", states)]
+    written += write_shards(folder / "moments", moments)
+    prompts = [
+        {"id": id_, "label": label, "class_name": names[label], "state": i + 1}
+        | {"prompt": f"stroke {i}", "caption_start": 1, "caption_tokens": 5}
+        | {"tokens": 10}
+        for i, (id_, label) in enumerate(zip(ids, labels, strict=True))
+    ]
+    files.write_jsonl(folder / "prompts.jsonl", prompts)
+    base = {"path": "", "variant": "", "revision": None}
+    files.write_json(folder / "base.json", base)
+    _finish(workdir, "encode", [*written, "prompts.jsonl", "base.json"])
+
+
+@pytest.fixture(scope="module", params=["demo", "real"])
+def run(request, tiny, write_shards, tmp_path_factory):
+    """(config, workdir) as `generate` finds it; the base has all that is needed."""
+    model, params = tiny if request.param == "demo" else _real()
+    workdir = epath.Path(tmp_path_factory.mktemp(request.param))
+    draw = np.random.default_rng(0)
+    _encoded(workdir, model, write_shards, draw)
+    network = controlnet.of_unet(model)
+    # As after training: zero convolutions that are not zero any more.
+    control = _noisy(controlnet.start(network, params["unet"], draw), draw)
+    tower = clip.small_tower(
+        side=8, patch=4, width=8, layers=1, heads=2, embedding=model.text_width
+    )
+    random = functools.partial(sd_families.random, "tower")
+    folder = workdir / "pretrain"
+    clip.save(folder / "model", tower, random(tower.shapes()))
+    diffusers_layout.save(folder / "model", model, params, beside=clip.INDEX_ENTRIES)
+    controlnet.save(folder / "controlnet", network, control)
+    _finish(workdir, "pretrain", ["model/model_index.json"])
+    model, params = model.widened(params)
+    params = params | {"unet": _noisy(params["unet"], draw)}
+    written = diffusers_layout.save(workdir / "finetune" / "model", model, params)
+    _finish(workdir, "finetune", [f"model/{name}" for name in written], ("encode",))
+
+    config = common.get_config()
+    config.data.size, config.data.class_type = 2 * model.downsampling, "digit"
+    config.pretrain.image_encoder.steps = config.pretrain.controlnet.steps = 1
+    config.mix.per_image, config.mix.levels = 1, True
+    config.mix.tokens = config.mix.dims = 2
+    config.generate.steps, config.generate.batch_size = 2, 8
+    config.generate.sets = tuple(CONDITIONINGS)
+    config.generate.conditioning = "all"
+    mix.run(config, workdir)
+    return config, workdir
+
+
+@pytest.fixture(scope="module")
+def drawn(run):
+    """Pixels by set."""
+    config, workdir = run
+    generate.check(config)
+    generate.run(config, workdir)
+    folder = workdir / "generate"
+    return {
+        name: synthetic.read_images(folder / name)[0].astype(int)
+        for name in CONDITIONINGS
+    }
+
+
+def test_every_conditioning_is_drawn_and_is_another(run, drawn):
+    _, workdir = run
+    for name, pixels in drawn.items():
+        rows = files.read_jsonl(
+            workdir / "generate" / name / "train" / "metadata.jsonl"
+        )
+        assert len(rows) == len(pixels) == IMAGES
+        if name != "mixed":
+            assert {row["mode"] for row in rows} == {name}
+        for other in drawn:
+            assert name == other or (pixels != drawn[other]).any(), (name, other)
+
+
+def test_the_figures_show_every_conditioning_and_level(run, drawn):
+    _, workdir = run
+    width, height = _size(workdir / "generate" / "conditionings.png")
+    assert height > (1 + len(CONDITIONINGS)) * 128 and width > IMAGES * 128
+    width, height = _size(workdir / "generate" / "levels.png")
+    assert width > 8 * 128 and height > 2 * 128
+
+
+def _size(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_a_controlnet_is_guided_by_the_text_alone(run, drawn):
+    """The image scale means nothing to it, the text scale does."""
+    config, workdir = run
+    job = generate._open(config, workdir)
+    job.sampler.load("controlnet")
+    base = job.recipes[:2]
+
+    def draw(**scales):
+        return job.sampler.draw([recipe | scales for recipe in base]).images
+
+    expected = draw()
+    np.testing.assert_array_equal(draw(image_scale=9.0), expected)
+    assert (draw(text_scale=1.0) != expected).any()
+    np.testing.assert_array_equal(expected, drawn["controlnet"][:2])
+
+
+def test_a_number_in_its_class():
+    rows = [{"label": label, "class_name": "ab"[label]} for label in (0, 1, 0, 0)]
+    assert ablation.number_texts(rows, "digit") == [
+        "a photo 1/3 of digit a",
+        "a photo 1/1 of digit b",
+        "a photo 2/3 of digit a",
+        "a photo 3/3 of digit a",
+    ]
+    assert ablation.number_texts(rows, "")[1] == "a photo 1/1 of b"
+
+
+def test_what_there_is_not_is_left_out_of_all_and_said_below(run, tmp_path):
+    """Without an image tower and a ControlNet, `all` draws the others."""
+    config, workdir = run
+    config = config.copy_and_resolve_references()
+    config.pretrain.image_encoder.steps = config.pretrain.controlnet.steps = 0
+    config.generate.sets = ("mixed",)
+    bare = epath.Path(tmp_path) / "bare"
+    shutil.copytree(workdir, bare, ignore=shutil.ignore_patterns("generate"))
+    shutil.rmtree(bare / "pretrain" / "controlnet")
+    shutil.rmtree(bare / "pretrain" / "model" / "image_encoder")
+    generate.check(config)
+    job = generate._open(config, bare)
+    sentences = preview.conditionings(
+        bare / "some.png",
+        *(job.sampler, job.recipes, job.train),
+        names=named("all"),
+        optional=True,
+    )
+    assert len(sentences) == 3
+    for field, count in (("image_encoder", 2), ("controlnet", 1)):
+        way_out = f"--config.pretrain.{field}.steps=500"
+        assert sum(way_out in sentence for sentence in sentences) == count
+    assert 2 * 128 < _size(bare / "some.png")[1] < (1 + len(CONDITIONINGS)) * 128
+
+
+def _config(**fields):
+    config = common.get_config()
+    config.data.class_type = "digit"
+    config.generate.update(fields)
+    return config
+
+
+REFUSED = {
+    "a name that is none": (
+        {"conditioning": "caption,unmixed"},
+        "config.generate.conditioning.*all, or some of mixed.*'caption,unmixed'",
+    ),
+    "a name twice": ({"conditioning": "unmixed,unmixed"}, "each once"),
+    "no image tower": (
+        {"conditioning": "image_embedding"},
+        "config.generate.clip.*pretrain.image_encoder.steps is 0",
+    ),
+    "no ControlNet": (
+        {"sets": ("controlnet",)},
+        "config.generate.controlnet.*pretrain.controlnet.steps is 0",
+    ),
+    "no folder": (
+        {"sets": ("image_embedding",), "clip": "/nowhere/at/all"},
+        "config.generate.clip '/nowhere/at/all'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_drawn_is_refused_before_any_work(case):
+    fields, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        generate.check(_config(**fields))
+
+
+def test_an_embedding_of_another_width_is_refused(tmp_path):
+    tower = clip.small_tower(side=8, patch=4, width=8, layers=1, heads=2, embedding=24)
+    clip.save(tmp_path, tower, sd_families.random("tower", tower.shapes()))
+    config = _config(sets=("image_embedding",), clip=str(tmp_path / "image_encoder"))
+    with pytest.raises(UserError, match="64 dims, as wide.*got 24"):
+        generate.check(config)
+
+
+def test_a_controlnet_of_another_base_is_refused(tmp_path):
+    model, params = _real()
+    diffusers_layout.save(tmp_path / "base", model, params)
+    network = controlnet.of_unet(model)
+    random = sd_families.random("control", network.shapes())
+    controlnet.save(tmp_path / "control", network, random)
+    path = tmp_path / "control" / "config.json"
+    config = json.loads(path.read_text()) | {"cross_attention_dim": 768}
+    path.write_text(json.dumps(config))
+    needs = ablation.Needs.of(_config(controlnet=str(path.parent)).to_dict())
+    needs = dataclasses.replace(needs, base=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="cross_attention_dim is 768, not 32"):
+        needs.check("controlnet")

@@ -1,0 +1,121 @@
+"""An image tower and a ControlNet for a small base: trained, written, read back."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sd_parity import jit_fast
+
+from mvc_jax import companions
+from mvc_jax.data import edges
+from mvc_jax.models import clip, controlnet, diffusers_layout
+from mvc_jax.training import rng, sharding
+from mvc_jax.training.checkpoint import Checkpoints
+from mvc_jax.training.journal import Journal
+from mvc_jax.training.loop import create_state
+
+TOWER = {"patch": 4, "width": 16, "layers": 1, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Dark and bright images of 8 px, whose prompts say which."""
+    draw = np.random.default_rng(0)
+    bright = np.arange(24) % 2
+    images = draw.integers(0, 60, (24, 8, 8, 3)) + 180 * bright[:, None, None, None]
+    moments = draw.normal(size=(24, 2, 2, 8)).astype(np.float32)
+    prompts = tuple(("a bold stroke", "a photo of one")[kind] for kind in bright)
+    return companions.Pool(images.astype(np.uint8), moments, prompts)
+
+
+def _loop(folder, steps):
+    return {
+        "mesh": sharding.make_mesh(),
+        "steps": steps,
+        "checkpoints": Checkpoints(folder / "checkpoints", every=1000),
+        "journal": Journal(folder, "pretrain/part", log_every=1000),
+    }
+
+
+def test_an_image_tower_learns_which_text_is_whose(tiny, pool, tmp_path, torch):
+    model, params = tiny
+    options = {"seed": 0, "batch_size": 20, "learning_rate": 1e-2, **TOWER}
+    loop = _loop(tmp_path / "run", 40)
+    tower, trained = companions.train_image_encoder(
+        model, params, pool, loop=loop, **options
+    )
+    images = np.asarray(
+        jax.jit(tower.image_embeddings)(trained, tower.preprocess(pool.images))
+    )
+    pooled = jax.jit(model.pooled_text)
+    texts = pooled(params, jnp.asarray(model.tokenize(pool.prompts[:2])))
+    nearest = np.argmax(images @ np.asarray(clip.normalised(texts)).T, axis=1)
+    np.testing.assert_array_equal(nearest, np.arange(24) % 2)
+
+    # In the layout of diffusers, as its pipelines read it.
+    clip.save(tmp_path / "model", tower, trained)
+    diffusers_layout.save(tmp_path / "model", model, params, beside=clip.INDEX_ENTRIES)
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    inputs = pipeline.feature_extractor(list(pool.images), return_tensors="pt")
+    with torch.no_grad():
+        theirs = pipeline.image_encoder(**inputs).image_embeds.numpy()
+    np.testing.assert_allclose(images, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_moves_the_controlnet_away_from_zero(tiny, pool):
+    """Every zero convolution gets a gradient at once (arXiv 2302.05543, 3.1)."""
+    model, params = tiny
+    network = controlnet.of_unet(model)
+    start = controlnet.start(network, params["unet"], np.random.default_rng(0))
+    tx = optax.sgd(1.0)
+    step = functools.partial(
+        companions.control_step,
+        model=model,
+        network=network,
+        tx=tx,
+        key=rng.purpose_key(0, "test"),
+        drop_rate=0.5,
+    )
+    batch = {
+        "edges": jnp.asarray(edges.canny(pool.images[:3])),
+        "moments": jnp.asarray(pool.moments[:3]),
+        "ids": jnp.asarray(model.tokenize(pool.prompts[:3])),
+        "null_ids": jnp.asarray(model.tokenize([""])),
+        "base": {name: params[name] for name in ("text_encoder", "unet")},
+        "weight": jnp.asarray([1.0, 1.0, 0.0]),
+    }
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    state = create_state(start, tx, mesh)
+    moved, metrics = jit_fast(step)(state, batch)
+    assert np.isfinite(metrics["loss"])
+    for name, tree in moved.params.items():
+        if name.startswith("controlnet_") and name != "controlnet_cond_embedding":
+            assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree)), name
+
+
+def test_edges_are_those_of_the_images(tiny, pool, tmp_path, monkeypatch):
+    """What the ControlNet sees has the size of the images, not of the latents."""
+    seen = {}
+
+    def fit(step, state, *, read, **rest):
+        seen.update(read(0), fixed=rest["fixed"])
+        return state
+
+    monkeypatch.setattr(companions, "fit", fit)
+    square = np.zeros((24, 8, 8, 3), np.uint8)
+    square[:, 2:6, 2:6] = 255
+    model, params = tiny
+    companions.train_controlnet(
+        *(model, params, dataclasses.replace(pool, images=square)),
+        seed=0,
+        loop={"mesh": sharding.make_mesh(), "steps": 1},
+        **{"batch_size": 4, "learning_rate": 1e-2, "drop_rate": 0.0},
+    )
+    assert seen["edges"].shape == (4, 8, 8, 3) and seen["edges"].max() == 255
+    assert set(seen["fixed"]["base"]) == {"text_encoder", "unet"}
