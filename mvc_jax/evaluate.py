@@ -5,7 +5,7 @@ Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.j
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files, runs
@@ -16,6 +16,7 @@ from mvc_jax.errors import require
 _SAME = 1e-6  # of a distance: rounding, no difference
 _LOOK = 32  # pixels along a side, at which images are compared
 _BLOCK = 1024  # of them at once
+_BINS = 15  # of confidence, as in Guo et al.
 
 # Asked of every table: does `run` beat `against`?
 QUESTIONS = (
@@ -129,13 +130,45 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
     row["per_class"] = [
         float(right[:, labels == k].mean()) for k in range(labels.max() + 1)
     ]
-    row |= {key: result[key] for key in ("real_seen", "synthetic_seen")}
+    row["confusion"] = confusion(labels, predictions).tolist()
+    errors = [
+        calibration_error(np.asarray(seed["confidences"]), correct)
+        for seed, correct in zip(result["seeds"], right, strict=True)
+    ]
+    row["calibration_error"] = float(np.mean(errors))
+    seen = result["real_seen"], result["synthetic_seen"]
+    row |= {"real_seen": seen[0], "synthetic_seen": seen[1]}
+    row["synthetic_per_real"] = seen[1] / seen[0] if seen[0] else None
     row["difference"] = None
     if "real" in results and result["name"] != "real":
         base = accuracies(results["real"])
         row["difference"] = {"against": "real"}
         row["difference"] |= paired_difference(values, base, confidence)
     return row
+
+
+def confusion(
+    labels: Int[np.ndarray, " T"], predictions: Int[np.ndarray, "seeds T"]
+) -> Int[np.ndarray, "K K"]:
+    """How often images of class i (row) were taken for j (column), over all seeds."""
+    classes = int(max(labels.max(), predictions.max())) + 1
+    pairs = labels * classes + predictions
+    counts = np.bincount(pairs.ravel(), minlength=classes**2)
+    return counts.reshape(classes, classes)
+
+
+def calibration_error(
+    confidences: Float[np.ndarray, " T"], correct: Bool[np.ndarray, " T"]
+) -> float:
+    """Expected calibration error: Guo et al., arXiv 1706.04599, equation 3.
+
+    The mean distance between confidence and accuracy in 15 bins of equal width, weighed
+    by the images in them.
+    """
+    edges = np.linspace(0, 1, _BINS + 1)[1:-1]
+    bins = np.digitize(confidences, edges, right=True)
+    gaps = np.bincount(bins, weights=confidences - correct, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(correct))
 
 
 def _questions(results: dict, confidence: float) -> list[dict]:

@@ -164,10 +164,9 @@ class Trainer:
             pretrained=self._pretrained,
         )
         name = f"{run_.plain}/seed-{'-'.join(map(str, seeds))}"
-        validation = None
+        every, validation = self._plan.validate_every or self.steps, None
         if len(self._data.validation):
-            validation = Validation(self._measure, self._plan.patience)
-        every = self._plan.validate_every or self.steps
+            validation = Validation(self._measure, every, self._plan.patience)
         kept = {"every": every, "minutes": self._plan.checkpoint_minutes, "keep": 1}
         kept["best"] = "validation_loss" if validation else None
         rates = self._plan.rates(self.steps, two_phases=run_.regime == "two_phase")

@@ -87,22 +87,19 @@ def read(
 
     Args:
       workdir: with what `caption` and `generate` wrote.
-      folder: for images that are not of this size already.
+      folder: for images of another size.
       sets: names of the synthetic sets.
       size: S, pixels.
-      stored: arguments of `decode.fit` that made the real images; synthetic ones, of
-        whatever size, are brought to the same before they are made smaller.
+      stored: arguments of `decode.fit` that made real images, and first make others.
       ratio: synthetic images a real one that are used, the first; 0: all.
       validation: share of each class that is held out of training.
       seed: of the run.
 
     Raises:
-      UserError: there is but one class, one is missing from train or test, or a set has
-        too few images.
+      UserError: one class only, one without images, or a set with too few.
     """
-    train, test = (
-        splits.read_split(workdir / "caption", name) for name in ("train", "test")
-    )
+    caption = workdir / "caption"
+    train, test = (splits.read_split(caption, name) for name in ("train", "test"))
     _require_classes(train, test)
     real = np.arange(len(train.labels), dtype=np.int32)
     row_of = {id_: row for row, id_ in enumerate(train.ids)}
@@ -111,26 +108,26 @@ def read(
     for name in sets:
         generated = workdir / "generate" / name
         rows = list(synthetic.read_rows(generated, ("label", "source", "partners")))
-        images = (row["image"] for row in synthetic.read_rows(generated, ("image",)))
-        images = (decode.fit(image, **stored) for image in images)
+        cells = synthetic.read_rows(generated, ("image",))
+        images = (decode.fit(row["image"], **stored) for row in cells)
         made[name] = sum(map(len, labels)), rows
         parts.append(_stored(images, len(rows), size, folder / f"{name}.npy"))
         labels.append(np.asarray([row["label"] for row in rows], np.int32))
-    every_label = np.concatenate(labels)
-    held_out = _held_out(train.labels, validation, seed)
+    every_label, held_out = np.concatenate(labels), _held_out(train, validation, seed)
     pools = {"": Pools(real, real[:0], real[:0], every_label).without(held_out, [])}
     for name, (first, rows) in made.items():
         drawn = np.arange(first, first + len(rows), dtype=np.int32)
         sources = np.asarray([row_of[row["source"]] for row in rows], np.int32)
-        parents = [[row_of[i] for i in (r["source"], *r["partners"])] for r in rows]
         pool = Pools(real, drawn, sources, every_label).per_real(ratio)
-        pools[name] = pool.without(held_out, parents[: len(pool.synthetic)])
+        used = rows[: len(pool.synthetic)]
+        parents = [[row_of[i] for i in (r["source"], *r["partners"])] for r in used]
+        pools[name] = pool.without(held_out, parents)
         _require_enough(name, pool, pools[name], ratio)
     return TrainingSet(
-        rows=Rows(tuple(parts)),
-        labels=every_label,
-        pools=pools,
-        validation=held_out,
+        Rows(tuple(parts)),
+        every_label,
+        pools,
+        held_out,
         test=_sized(test.images, size, folder / "test.npy"),
         test_labels=test.labels,
         class_names=train.class_names,
@@ -191,8 +188,9 @@ def _stored(
     return store(path, small, count, size)
 
 
-def _held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def _held_out(train: splits.Split, share: float, seed: int) -> np.ndarray:
     """`share` of the rows of each class; one at least stays in training."""
+    labels = train.labels
     held: list[int] = []
     for label in np.unique(labels) if share else ():
         members = np.flatnonzero(labels == label)

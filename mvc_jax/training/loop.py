@@ -140,77 +140,89 @@ def fit(
     """Runs `train_step` up to step `steps`, from the newest checkpoint if there is one.
 
     Args:
-      train_step: pure, `(state, batch) -> (state, metrics)`, by `TrainState.update`;
-        metrics are scalars.
-      state: at step 0; its buffers are donated.
+      train_step: `(state, batch) -> (state, scalars)`, pure, by `TrainState.update`.
+      state: at step 0; donated.
       read: step -> host arrays [B, ...]; a thread calls it one step ahead.
       fixed: what all batches share: placed once, sharded by the default rules.
-      mesh: the devices.
+      mesh, checkpoints, journal: of this loop.
       steps: where to stop.
-      checkpoints: when and where the state is kept.
-      journal: of this loop.
       accumulate: micro-batches that `train_step` cuts a batch into.
       room: how much memory the step may take.
-      stride: steps of one dispatch, a divisor of `steps` and of those between rows and
-        checkpoints.
-      validation: of the state at each checkpoint; it may end the loop early.
-      programs: kept by a caller with many fits of the same `train_step`, so that it is
-        compiled once for all states of the same shapes.
+      stride: steps of one dispatch; divides `steps` and those between rows and saves.
+      validation: may end the loop early.
+      programs: of a caller with many fits: each `train_step` is compiled once.
 
     Raises:
       UserError: a step takes too much memory, or too many were skipped.
       Preempted: SIGTERM came; the state is saved.
     """
+    place = _reader(read, mesh, accumulate, stride, steps)
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
-    place = functools.partial(place_batch, mesh=mesh, accumulate=accumulate)
-    read = functools.partial(_read_many, read, stride=stride, last=steps - stride)
     with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         first = int(state.step)
         if first >= steps or (validation and validation.ends(first, checkpoints)):
             return state
-        batch = place(read(first))
-        step_on = _compiled(
-            train_step, state, fixed, batch, stride, room, programs, journal.name
-        )
+        placed = state, fixed, (batch := place(first))
+        step_on = _compiled(train_step, placed, stride, room, programs, journal.name)
         if asked():
             raise preemption.Preempted(f"{journal.name} after step {first}")
         size = int(batch["weight"].sum()) // stride
-        with (
-            journal.opened(first, steps, size, stride),
-            ThreadPoolExecutor(1) as reader,
-        ):
+        opened = journal.opened(first, steps, size, stride)
+        kept = functools.partial(_keep, journal, checkpoints, validation)
+        with opened, ThreadPoolExecutor(1) as reader:
             for done in range(first + stride, steps + 1, stride):
-                ahead = reader.submit(lambda n: place(read(n)), done)
+                ahead = reader.submit(place, done)
                 state, values = step_on(state, fixed, batch)
                 batch = ahead.result()
                 journal.note(done, values)
                 journal.draw(done, state)
                 stop = asked() or journal.hopeless
-                if checkpoints.due(done) or done == steps or stop:
-                    row = journal.close_row(done)
-                    with journal.pause():
-                        if validation:
-                            row = journal.add(done, validation.measure(state))
-                        checkpoints.save(done, state, row)
-                journal.raise_if_hopeless()
-                if stop and done < steps:
-                    raise preemption.Preempted(f"{journal.name} after step {done}")
-                if validation and validation.ends(done, checkpoints):
+                if kept(done, state, stop=stop, last=done == steps):
                     break
-    return state
+        return state
 
 
-def _read_many(
-    read: Callable[[int], dict[str, np.ndarray]], step: int, *, stride: int, last: int
-) -> dict[str, np.ndarray]:
-    """The batches of `stride` steps from `step` (at most `last`) on, [B, stride, ...];
-    of one step [B, ...]."""
-    step = min(step, last)
-    if stride == 1:
-        return read(step)
-    batches = [_weighted(read(step + i)) for i in range(stride)]
-    return {key: np.stack([b[key] for b in batches], axis=1) for key in batches[0]}
+def _keep(
+    journal: Journal,
+    checkpoints: Checkpoints,
+    validation: Validation | None,
+    done: int,
+    state: TrainState,
+    *,
+    stop: bool,
+    last: bool,
+) -> bool:
+    """Saves the state where it is time to, and says whether training ends early."""
+    if checkpoints.due(done) or last or stop:
+        row = journal.close_row(done)
+        with journal.pause():
+            # Not at any other step, or a run that was cut might find another best.
+            if validation and (done % validation.every == 0 or last):
+                row = journal.add(done, validation.measure(state))
+            checkpoints.save(done, state, row)
+    journal.raise_if_hopeless()
+    if stop and not last:
+        raise preemption.Preempted(f"{journal.name} after step {done}")
+    return validation is not None and validation.ends(done, checkpoints)
+
+
+def _reader(read, mesh: Mesh, accumulate: int, stride: int, steps: int) -> Callable:
+    """From a step to placed batches of `stride` steps from it, [B, stride, ...].
+
+    Of one step they are [B, ...]; behind the last step they are the last one's.
+    """
+
+    def placed(step: int) -> dict[str, jax.Array]:
+        step = min(step, steps - stride)
+        if stride == 1:
+            batch = read(step)
+        else:
+            batches = [_weighted(read(step + i)) for i in range(stride)]
+            batch = {k: np.stack([b[k] for b in batches], axis=1) for k in batches[0]}
+        return place_batch(batch, mesh, accumulate)
+
+    return placed
 
 
 def _weighted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -219,15 +231,15 @@ def _weighted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"weight": np.ones(rows, np.float32), **batch}
 
 
-def _compiled(train_step, state, fixed, batch, stride, room, programs, name) -> Any:
-    """`(state, fixed, batch) -> (state, metrics)`: donated, sharded as `state` is."""
-    leaves, tree = jax.tree.flatten((state, fixed, batch))
+def _compiled(train_step, placed, stride, room, programs, name) -> Any:
+    """What `jitted` gives, compiled for `placed`, or taken from `programs`."""
+    leaves, tree = jax.tree.flatten(placed)
     described = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
     kind = (train_step, stride, tree, described)
     programs = {} if programs is None else programs
     if kind not in programs:
-        step_on = jitted(train_step, state, stride)
-        programs[kind] = room.compile(step_on, state, fixed, batch, name=name)
+        step_on = jitted(train_step, placed[0], stride)
+        programs[kind] = room.compile(step_on, *placed, name=name)
     return programs[kind]
 
 

@@ -14,10 +14,12 @@ class Validation:
     Attributes:
       measure: state -> numbers, among them the one that `Checkpoints` keeps the lowest
         of.
+      every: steps from one measurement to the next.
       patience: steps without a lower one after which training ends; 0: never.
     """
 
     measure: Callable[[Any], dict[str, float]]
+    every: int
     patience: int = 0
 
     def ends(self, step: int, checkpoints: Checkpoints) -> bool:
