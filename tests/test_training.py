@@ -132,7 +132,7 @@ def validation(patience):
     def measure(state):
         return {"error": ERRORS[int(state.step) - 1]}
 
-    return {"validation": Validation(measure, patience)}
+    return {"validation": Validation(measure, 1, patience)}
 
 
 @pytest.mark.parametrize(("patience", "last"), [(0, 6), (1, 3), (2, 4), (3, 6)])
