@@ -268,7 +268,7 @@ def _checkpoint(config: ConfigDict) -> classifier_checkpoint.Checkpoint:
 def _model(section: dict[str, Any], classes: int, checkpoint: Any) -> Any:
     """The network that the section asks for; a checkpoint knows some of its fields."""
     fields = dict(checkpoint.fields) if checkpoint else {}
-    fields |= {"width": section["width"], "stem": section["stem"]}
+    fields |= {key: section[key] for key in ("width", "stem") if section[key]}
     if section["stem_stride"] > 1:
         fields["stem_stride"] = section["stem_stride"]
     return classifiers.make(
