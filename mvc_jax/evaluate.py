@@ -19,24 +19,17 @@ _BLOCK = 1024  # of them at once
 _BINS = 15  # of confidence, as in Guo et al.
 
 # Asked of every table: does `run` beat `against`?
+# They are asked for each way to bend images that both runs have.
 QUESTIONS = (
     ("Do the synthetic images help over real images alone?", "combined", "real"),
-    (
-        "Do they help on top of classic augmentation?",
-        "combined+affine",
-        "real+affine",
-    ),
-    (
-        "Does mixing captions help over unmixed ones?",
-        "combined",
-        "combined:unmixed",
-    ),
+    ("Does mixing captions help over unmixed ones?", "combined", "combined:unmixed"),
     (
         "Does fine-tuning help over the base model as it is?",
         "combined",
         "combined:pretrained",
     ),
 )
+_ON_TOP = "Do they help on top of augmentation, {}?"
 
 
 def check(config: ConfigDict) -> None:
@@ -172,8 +165,18 @@ def calibration_error(
 
 
 def _questions(results: dict, confidence: float) -> list[dict]:
+    bends = dict.fromkeys(name[len(name.split("+")[0]) :] for name in results)
+    asked = [
+        (
+            _ON_TOP.format(bend[1:]) if bend and against == "real" else question,
+            run_ + bend,
+            against + bend,
+        )
+        for bend in sorted(bends, key=bool)
+        for question, run_, against in QUESTIONS
+    ]
     answers = []
-    for question, run_, against in QUESTIONS:
+    for question, run_, against in asked:
         if run_ in results and against in results:
             pair = accuracies(results[run_]), accuracies(results[against])
             difference = paired_difference(*pair, confidence)
