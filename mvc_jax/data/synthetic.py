@@ -319,6 +319,24 @@ def class_folder(class_name: str) -> str:
     return f"{safe[:40]}-{digest}"
 
 
+def read_rows(
+    folder: epath.PathLike, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of all synthetic images of a set, in order; no real ones.
+
+    Args:
+      folder: of the set.
+      columns: `label`, those of `PROVENANCE`, or `image`, uint8 [H, W, 3].
+    """
+    for path in sorted((epath.Path(folder) / "data").glob("train-*.parquet")):
+        with path.open("rb") as file:
+            table = pq.read_table(file, columns=list(columns))
+        for row in table.to_pylist():
+            if "image" in row:
+                row["image"] = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+            yield row
+
+
 def read_images(
     folder: epath.PathLike, size: int = 0, **fit: str
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], np.ndarray, list[str]]:
