@@ -132,10 +132,12 @@ def compiled_once():
     programs = {}
     build = sampler.Sampler._compiled
 
-    def compiled(self, model):
+    def compiled(self, model, network):
+        if network is not None:
+            return build(self, model, network)
         key = self._settings, self._mesh
         if key not in programs:
-            programs[key] = build(self, model)
+            programs[key] = build(self, model, network)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
