@@ -1,7 +1,6 @@
 """Generation: what is drawn depends on (seed, k) alone, whatever came between."""
 
 import errno
-import functools
 import hashlib
 import json
 import shutil
@@ -13,10 +12,10 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mvc_jax import files, generate, mix, preview, sampler
+from mvc_jax import files, generate, mix, preview, sampler, screening
 from mvc_jax.conditionings import CONDITIONINGS, Texts
 from mvc_jax.configs import common
-from mvc_jax.data import manifest, synthetic
+from mvc_jax.data import filters, manifest, synthetic
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import UserError
 from mvc_jax.models import diffusers_layout
@@ -348,19 +347,32 @@ def test_many_bad_images_stop_the_run_and_nothing_is_kept(make, tmp_path, monkey
     make(workdir, text_scale=3.0)
 
 
-def test_what_is_judged_is_left_out_with_its_reasons(make, monkeypatch):
-    def judge(images, rows):
-        assert images.shape[1:] == (8, 8, 3)
-        return [[{"index": 2, "filter": "label"}] * (r["index"] == 2) for r in rows]
+class Accusing(filters.Judge):
+    """Finds fault with image 2."""
 
-    draw = functools.partial(generate._draw_set)
+    def __init__(self):
+        self.facts = {}
+
+    def __call__(self, images, rows):
+        assert images.shape[1:] == (8, 8, 3)
+        finding = filters.Finding("label", "looks like b (0.90)", 0.1, 0.5)
+        return [[finding] * (row["index"] == 2) for row in rows]
+
+
+def test_what_is_judged_is_left_out_with_its_reasons(make, monkeypatch):
     monkeypatch.setattr(
-        generate, "_draw_set", lambda job, name, **_: draw(job, name, judge=judge)
+        screening,
+        "open_screen",
+        lambda config, train, *_: screening.Screen(Accusing(), train),
     )
     workdir = make()
     assert [row["index"] for row in rows_of(workdir)] == [0, 1, 3, 4]
-    card = (workdir / "generate" / "mixed" / "README.md").read_text()
-    assert "Left out: 1 (1 label)" in card
+    folder = workdir / "generate" / "mixed"
+    assert "Left out: 1 (1 filter label)" in (folder / "README.md").read_text()
+    (row,) = files.read_jsonl(folder / "removed.jsonl")
+    assert (row["index"], row["reason"]) == (2, "looks like b (0.90)")
+    assert (folder / "removed" / "00000002.png").exists()
+    assert (folder / "removed.png").exists()
 
 
 # Models and disks.
