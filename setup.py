@@ -46,7 +46,10 @@ EXTRAS = {
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Live tests beside PyTorch; peft is what diffusers loads adapters with.
     "torch": ["torch==2.13.0", "peft>=0.21"],
-    "dev": ["pytest", "hypothesis", "ruff", "beartype", "datasets>=4", "uv"],
+    "dev": [
+        *("pytest", "pytest-xdist", "hypothesis", "ruff", "beartype", "datasets>=4"),
+        "uv",
+    ],
 }
 
 setup(

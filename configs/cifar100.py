@@ -15,5 +15,9 @@ from mvc_jax.configs import cifar10
 def get_config(argument: str = "") -> ConfigDict:
     config = cifar10.get_config(argument)
     config.data.source = "tfds:cifar100"
+    config.classify.runs = tuple(  # AutoAugment's policy is CIFAR-10's for both
+        run.replace("fast_autoaugment_cifar10", "fast_autoaugment_cifar100")
+        for run in config.classify.runs
+    )
     config.report.title = "Mixing Visual Concepts: CIFAR-100"
     return config

@@ -55,20 +55,7 @@ def get_config() -> ConfigDict:
 
     config.generate = _generate()
 
-    config.classify = ConfigDict()
-    config.classify.runs = ("real", "real+affine", "combined", "combined:unmixed")
-    config.classify.model = "resnet20"
-    config.classify.size = 0  # pixels it sees, made smaller by area; 0: data.size
-    config.classify.width = 16
-    config.classify.stem_stride = 1
-    config.classify.seeds = 3
-    config.classify.steps = 1000  # the same for every run
-    config.classify.batch_size = 50
-    config.classify.learning_rate = 1e-3
-    config.classify.weight_decay = 1e-4
-    config.classify.probability = 0.8  # p of `probabilistic`
-    config.classify.phase_two = 0.25  # share of the steps of `two_phase` on real only
-    config.classify.phase_two_rate = 0.1  # times the learning rate in them
+    config.classify = _classify()
 
     config.evaluate = ConfigDict()
     config.evaluate.confidence = 0.95  # of the intervals
@@ -281,6 +268,52 @@ def _mix() -> ConfigDict:
     config.dims_on = "all"  # tokens, or "words" of the caption alone
     config.file = ""  # recipes.jsonl, edited and handed back; "": they are drawn
     config.levels = False  # True: also levels.jsonl, for Figure 5 of the supplement
+    return config
+
+
+def _classify() -> ConfigDict:
+    config = ConfigDict()
+    config.runs = ("real", "real+affine", "combined", "combined:unmixed")
+    config.model = "resnet20"  # a key of models/classifiers.py
+    config.width = 0  # of a ResNet's first stage; 0: its own
+    config.stem = ""  # of a ResNet: "cifar" for small images, "imagenet"; "": its own
+    config.stem_stride = 1  # of the CIFAR stem
+    config.pretrained = ""  # folder, file or hub name to start from; "": from scratch
+    config.pretrained_revision = ""
+    config.size = 0  # pixels it sees, made smaller by area; 0: data.size
+    config.seeds = 3
+    config.seeds_at_once = 0  # trained side by side; 0: all small ones on accelerators
+    config.steps = 1000  # the same for every run
+    config.epochs = 0.0  # of the real images, in place of `steps`; 0: by steps
+    config.batch_size = 50
+    config.optimizer = "adam"  # or "sgd", with Nesterov's momentum
+    config.learning_rate = 1e-3
+    config.schedule = "cosine"  # or "constant", "multistep"
+    config.warmup = 0
+    config.milestones = (0.5, 0.75)  # shares of the steps, for "multistep"
+    config.gamma = 0.1  # times the rate at each of them
+    config.momentum = 0.9  # of sgd
+    config.weight_decay = 1e-4
+    config.flip = True  # False: no policy flips, where left and right matter
+    config.randaugment_count = 2  # N
+    config.randaugment_magnitude = 9.0  # M, of 30
+    config.alpha = 1.0  # of MixUp's and CutMix's Beta(alpha, alpha)
+    config.label_smoothing = 0.0
+    config.class_weights = "none"  # or "balanced", for classes of different sizes
+    config.ema_decay = 0.0  # 0: no average is kept
+    config.validation = 0.0  # share of train that is held out to choose the best state
+    config.validate_every = 0  # steps; 0: at the end only
+    config.patience = 0  # steps without a better one until a fit ends; 0: never
+    config.probability = 0.8  # p of `probabilistic` and `replace_*`
+    config.ratio = 0.0  # synthetic images a real one that are used; 0: all
+    config.phase_two = 0.25  # share of the steps of `two_phase` on real only
+    config.phase_two_rate = 0.1  # times the learning rate in them
+    config.dtype = "auto"  # of activations: bfloat16 on an accelerator
+    config.images_gib = 0.0  # more are read from the disk; 0: half of a device's memory
+    config.memory_gib = 0.0  # of one device, at most; 0: what it says it has
+    config.steps_at_once = 0  # of one dispatch; 0: 1 on a CPU, else up to 50
+    config.log_every = 50
+    config.checkpoint_minutes = 20.0  # 0: at the end, and where it is validated
     return config
 
 

@@ -58,16 +58,18 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.runs = (
         "real",
         "real+affine",
+        "real+randaugment",
         "combined",
-        "combined:unmixed",
-        "combined:pretrained",
         "two_phase",
         "probabilistic",
+        "combined:unmixed",
+        "combined:pretrained",
         "combined+affine",
     )
     config.classify.model = "resnet8"
     config.classify.width = 8
     config.classify.stem_stride = 2
+    config.classify.flip = False  # a mirrored digit is none
     config.classify.seeds = 5
     config.classify.steps = 250
     config.report.title = "Mixing Visual Concepts: ten handwritten digits per class"

@@ -11,4 +11,5 @@ prepare_env dev prepare torch
 
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m ruff check .
+if [ $# = 0 ]; then set -- -n 2 --dist loadfile; fi  # all tests: two files at a time
 exec "$venv/bin/python" -m pytest "$@"

@@ -1,107 +1,126 @@
 """Real, synthetic -> classifiers, one per run and seed, at equal optimiser steps.
 
 Reads: the training and test images, the sets of `generate/`. Writes:
-`results/<run>.json`: accuracy and predictions on test, once at the end of each fit.
+`results/<run>.json`, predictions on test, made once at the end of each fit;
+`models/<run>/seed-<i>/`, the classifiers as timm stores its own; `fits/`, their
+checkpoints; and `pixels/`, the images at the size that the classifiers see.
 
-A run is named `<regime>[:<set>][+<policy>]`, e.g. `combined:unmixed+affine`.
+`runs.py` says how a run is named, `trainer.py` trains it.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import flax.linen as nn
-import flax.struct
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from absl import logging
 from etils import epath
-from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from mvc_jax import files
-from mvc_jax.augment.affine import random_affine
-from mvc_jax.data import decode, manifest, splits, synthetic
-from mvc_jax.data.regimes import REGIMES, schedule
-from mvc_jax.errors import UserError, require
-from mvc_jax.models import resnet
-from mvc_jax.training import rng, sharding
-from mvc_jax.training.console import Progress
-from mvc_jax.training.loop import weighted_mean
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax import augment, classifier, files
+from mvc_jax.data import manifest, training_set
+from mvc_jax.errors import require, require_one_of, require_within
+from mvc_jax.models import (
+    classifier_checkpoint,
+    classifier_export,
+    classifier_weights,
+    classifiers,
+    hub,
+)
+from mvc_jax.runs import Run, parse
+from mvc_jax.trainer import Plan, Trainer
+from mvc_jax.training import optim, sharding
 
-POLICIES = {"none": None, "affine": random_affine}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One row of the table: how real and synthetic images meet, and what bends them."""
-
-    name: str
-    regime: str
-    set: str
-    policy: str
-
-
-def parse_run(name: str) -> Run:
-    """`"two_phase:unmixed+affine"` -> its parts; the set defaults to `mixed`.
-
-    Raises:
-      UserError: a part is unknown.
-    """
-    head, plus, policy = name.partition("+")
-    regime, colon, set_ = head.partition(":")
-    run_ = Run(
-        name, regime, "" if regime == "real" else set_ or "mixed", policy or "none"
-    )
-    good = run_.regime in REGIMES and run_.policy in POLICIES
-    good = good and bool(plus) == bool(policy) and bool(colon) == bool(set_)
-    require(
-        good and not (regime == "real" and set_),
-        "config.classify.runs",
-        wanted=f"<regime>[:<set>][+<policy>] with a regime of {', '.join(REGIMES)} "
-        f"(real takes no set) and a policy of {', '.join(POLICIES)}",
-        got=repr(name),
-        fix="Mend this run's name.",
-    )
-    return run_
+_CHOICES = {
+    "model": tuple(classifiers.VARIANTS),
+    "stem": ("", "cifar", "imagenet"),
+    "optimizer": optim.OPTIMIZERS,
+    "schedule": optim.SCHEDULES,
+    "class_weights": ("none", "balanced"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+_COUNTS = ("seeds", "steps", "batch_size", "stem_stride", "log_every")
+_SWITCHES = ("epochs", "warmup", "patience", "validate_every", "checkpoint_minutes")
+_SWITCHES += ("ratio", "images_gib", "memory_gib", "seeds_at_once", "steps_at_once")
+_SWITCHES += ("width",)
+_SHARES = ("probability", "phase_two", "gamma", "phase_two_rate", "label_smoothing")
+_RANGES = {
+    **dict.fromkeys(_COUNTS, (1, 1e9, "configs/common.py has values that work.")),
+    **dict.fromkeys(_SWITCHES, (0, 1e9, "0 switches it off.")),
+    **dict.fromkeys(_SHARES, (0, 1, "It is a share; the paper's probability is 0.8.")),
+    "learning_rate": (1e-12, 1e3, "Adam's usual one is 0.001."),
+    "weight_decay": (0, 1, "0.0005 is usual with SGD."),
+    "momentum": (0, 1 - 1e-9, "0.9 is usual."),
+    "ema_decay": (0, 1 - 1e-9, "0.999 is usual; 0 keeps no average."),
+    "validation": (0, 0.9, "0.1 to 0.2 are usual; 0 holds nothing out."),
+    "alpha": (1e-3, 1e3, "1 is CutMix's, and MixUp's for CIFAR."),
+    "randaugment_count": (1, 14, "The paper has 2."),
+    "randaugment_magnitude": (0, 30, "9 is usual."),
+}
+# They change what is kept, what is shown or how fast it goes, but not what is computed.
+_NO_RESULT = ("log_every", "checkpoint_minutes", "images_gib", "memory_gib")
+_NO_RESULT += ("steps_at_once",)
 
 
 def check(config: ConfigDict) -> None:
     """Checks the section `classify`."""
     section = config.classify
-    runs = [parse_run(name) for name in section.runs]
+    fields = section.to_dict()
+    runs = [parse(name) for name in section.runs]
+    _check_runs(runs, tuple(section.runs), tuple(config.generate.sets))
+    require_one_of("config.classify", fields, _CHOICES)
+    require_within("config.classify", fields, _RANGES)
+    milestones = tuple(section.milestones)
+    require(
+        list(milestones) == sorted({m for m in milestones if 0 < m < 1}),
+        "config.classify.milestones",
+        wanted="shares of the steps in (0, 1), ascending",
+        got=milestones,
+        fix="Write e.g. 0.5,0.75.",
+    )
+    require(
+        not section.patience or section.validation > 0,
+        "config.classify.patience",
+        wanted="0, or images to validate on: config.classify.validation above 0",
+        got=section.patience,
+        fix="Set config.classify.validation to e.g. 0.1.",
+    )
+    require(
+        section.ratio <= config.mix.per_image,
+        "config.classify.ratio",
+        wanted=f"at most the {config.mix.per_image} synthetic images a real one of "
+        "config.mix.per_image, or 0 for all of them",
+        got=section.ratio,
+        fix="Lower it, or raise config.mix.per_image.",
+    )
+    checkpoint = None
+    if section.pretrained and hub.is_local(section.pretrained):
+        checkpoint = _checkpoint(config)
+    _check_size(config, _model(fields, 2, checkpoint))
+    if checkpoint:
+        classifier_weights.check(checkpoint, _model(fields, 2, checkpoint))
+
+
+def _check_runs(runs: list[Run], names: tuple, sets: tuple) -> None:
     for run_ in runs:
         require(
-            not run_.set or run_.set in config.generate.sets,
+            not run_.set or run_.set in sets,
             "config.classify.runs",
-            wanted=f"a set of config.generate.sets {tuple(config.generate.sets)}",
+            wanted=f"a set of config.generate.sets {sets}",
             got=repr(run_.name),
             fix="Add the set there or take the run out.",
         )
+    different = {dataclasses.replace(run_, name="") for run_ in runs}
     require(
-        len({(r.regime, r.set, r.policy) for r in runs}) == len(runs) > 0,
+        len(different) == len(runs) > 0,
         "config.classify.runs",
         wanted="at least one run, each once",
-        got=tuple(section.runs),
+        got=names,
         fix="Mend the list.",
     )
-    require(
-        section.model in resnet.VARIANTS,
-        "config.classify.model",
-        wanted=f"one of {', '.join(resnet.VARIANTS)}",
-        got=repr(section.model),
-        fix="Name one of these.",
-    )
-    for field in ("seeds", "steps", "batch_size", "width", "stem_stride"):
-        require(
-            section[field] > 0,
-            f"config.classify.{field}",
-            wanted="at least 1",
-            got=section[field],
-            fix="Raise it.",
-        )
+
+
+def _check_size(config: ConfigDict, model: Any) -> None:
+    section = config.classify
     require(
         0 <= section.size <= config.data.size,
         "config.classify.size",
@@ -109,267 +128,161 @@ def check(config: ConfigDict) -> None:
         got=section.size,
         fix="Lower it.",
     )
+    size = section.size or config.data.size
     require(
-        0 < section.learning_rate < float("inf"),
-        "config.classify.learning_rate",
-        wanted="a number above 0",
-        got=section.learning_rate,
-        fix="Adam's usual one is 0.001.",
+        size >= model.stride,
+        "config.classify.size",
+        wanted=f"at least {model.stride} pixels, of which {section.model} makes one",
+        got=size,
+        fix="Raise it, or choose a network for small images, as wrn28_10 or resnet20.",
     )
-    for field in ("probability", "phase_two"):
-        require(
-            0 <= section[field] <= 1,
-            f"config.classify.{field}",
-            wanted="a number in [0, 1]",
-            got=section[field],
-            fix="The paper's p is 0.8.",
-        )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains and tests every run; results that exist are kept."""
     workdir = epath.Path(workdir)
     settings = {"seed": config.seed, "data": config.data.to_dict()}
-    settings["classify"] = config.classify.to_dict()
+    section = config.classify.to_dict()
+    settings["classify"] = {k: v for k, v in section.items() if k not in _NO_RESULT}
     stage = manifest.open_stage(workdir, "classify", settings, inputs=("generate",))
     if stage.complete:
         return
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    section = config.classify
-    runs = [parse_run(name) for name in section.runs]
-    data, test, ranges = _load(workdir, runs, config)
-    model = resnet.VARIANTS[section.model](
-        num_classes=int(data["labels"].max()) + 1,
-        width=section.width,
-        stem_stride=section.stem_stride,
+    runs = [parse(name) for name in section["runs"]]
+    data = training_set.read(
+        workdir,
+        stage.folder / "pixels",
+        sets=sorted({run_.set for run_ in runs} - {""}),
+        size=section["size"] or config.data.size,
+        stored={k: config.data[k] for k in ("size", "resize", "resample")},
+        ratio=section["ratio"],
+        validation=section["validation"],
+        seed=config.seed,
     )
-    data = jax.device_put(data, sharding.replicated(mesh))
-    test_images = jax.device_put(test.images, sharding.replicated(mesh))
-    log = MetricsLog(workdir, "classify")
-    progress = Progress("classify", len(runs) * section.seeds, unit="fit")
+    recipe, pretrained = _start(config, data)
+    trainer = Trainer(
+        Plan(**{field.name: section[field.name] for field in dataclasses.fields(Plan)}),
+        recipe,
+        data,
+        seed=config.seed,
+        runs=len(runs),
+        mesh=sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
+        workdir=workdir,
+        folder=stage.folder / "fits",
+        policy_fields={run_.policy: _fields(section, run_.policy) for run_ in runs},
+        pretrained=pretrained,
+    )
     artifacts = []
     for run_ in runs:
-        path = stage.folder / "results" / f"{_plain(run_.name)}.json"
-        artifacts.append(f"results/{path.name}")
-        if path.exists():
-            progress.advance(section.seeds)
-            continue
-        result = dataclasses.asdict(run_) | {"seeds": []}
-        for seed in range(section.seeds):
-            rows = _rows(run_, section, ranges, config.seed, seed)
-            result |= _examples_seen(rows, ranges)
-            state, losses = fit(
-                data,
-                _place(rows, mesh),
-                rng.purpose_key(config.seed, f"classify/{seed}"),
-                model=model,
-                policy=run_.policy,
-                weight_decay=section.weight_decay,
+        artifacts += _train(trainer, run_, stage.folder, recipe, data, section)
+    trainer.progress.close()
+    stage.finish(artifacts, runs=len(runs), fits=len(runs) * section["seeds"])
+
+
+def _train(
+    trainer: Trainer,
+    run_: Run,
+    folder: epath.Path,
+    recipe: classifier.Recipe,
+    data: training_set.TrainingSet,
+    section: dict[str, Any],
+) -> list[str]:
+    """Trains, tests and exports all seeds of a run; which files it left in `folder`."""
+    result = f"results/{run_.plain}.json"
+    models = [f"models/{run_.plain}/seed-{seed}" for seed in range(section["seeds"])]
+    weights = [f"{model}/{classifier_checkpoint.WEIGHTS}" for model in models]
+    if all((folder / name).exists() for name in (result, *weights)):
+        trainer.progress.advance(section["seeds"] * trainer.steps)
+        return [result, *weights]
+    found = []
+    for seeds in trainer.groups():
+        fit = trainer.fit(run_, seeds)
+        for i, probabilities in enumerate(trainer.predict(fit.state, data.test)):
+            classifier_export.write(
+                folder / models[seeds[i]],
+                recipe.model,
+                classifier.one_seed(fit.state, i),
+                variant=section["model"],
+                class_names=data.class_names,
+                mean=recipe.mean,
+                std=recipe.std,
+                size=data.test.shape[1],
             )
-            _log_losses(log, f"loss/{_plain(run_.name)}/{seed}", losses)
-            predicted = np.asarray(predict(state, test_images, model=model))
-            accuracy = float((predicted == test.labels).mean())
-            row = {"accuracy": accuracy, "predictions": predicted.tolist()}
-            result["seeds"].append(row)
-            progress.advance(1, accuracy=accuracy)
-        files.write_json(path, result)
-    progress.close()
-    log.close()
-    stage.finish(artifacts, runs=len(runs), fits=len(runs) * section.seeds)
-
-
-def _load(workdir: epath.Path, runs: list[Run], config: ConfigDict):
-    """All images in one array, real ones first, and each set's range in it."""
-    caption, size = workdir / "caption", config.classify.size
-    fit = {"resize": config.data.resize, "resample": config.data.resample}
-    fit["size"] = config.data.size  # whatever size they were stored at
-    train, test = (splits.read_split(caption, name) for name in ("train", "test"))
-    images, labels = [_smaller(train.images, size)], [train.labels]
-    ranges = {"": (0, len(train.labels))}
-    for name in sorted({run_.set for run_ in runs} - {""}):
-        folder = workdir / "generate" / name
-        drawn, drawn_labels, _ = synthetic.read_images(folder, **fit)
-        first = sum(map(len, labels))
-        ranges[name] = (first, first + len(drawn_labels))
-        images.append(_smaller(drawn, size))
-        labels.append(drawn_labels)
-    data = {"images": np.concatenate(images), "labels": np.concatenate(labels)}
-    return data, dataclasses.replace(test, images=_smaller(test.images, size)), ranges
-
-
-def _smaller(images: UInt8[np.ndarray, "N H W 3"], size: int):
-    """All images at `size` pixels by area; 0: as they are."""
-    if not size:
-        return images
-    return np.stack([decode.fit(image, size, resample="area") for image in images])
-
-
-def _rows(run_: Run, section: ConfigDict, ranges: dict, seed: int, repeat: int):
-    """Every batch of one fit, by the run's regime and the config."""
-    return schedule(
-        run_.regime,
-        ranges[""],
-        ranges[run_.set] if run_.set else (0, 0),
-        seed=seed,
-        repeat=repeat,
-        steps=section.steps,
-        batch_size=section.batch_size,
-        learning_rate=section.learning_rate,
-        probability=section.probability,
-        phase_two=section.phase_two,
-        phase_two_rate=section.phase_two_rate,
-    )
-
-
-def _plain(name: str) -> str:
-    """A run's name as a file's name and a TensorBoard tag."""
-    return name.replace(":", "-").replace("+", "_")
-
-
-def _place(rows: dict, mesh) -> dict:
-    size = sharding.padded_size(rows["index"].shape[1], mesh)
-    placed = {
-        name: jax.device_put(
-            sharding.pad_rows(rows[name], size, 1), sharding.batch_sharding(mesh, 1)
-        )
-        for name in ("index", "weight")
+            found.append(_result(probabilities, data.test_labels) | fit.facts[i])
+    seen = {
+        key: round(sum(row[key] for row in found) / len(found))
+        for key in ("real_seen", "synthetic_seen")
     }
-    return placed | {"rate": jax.device_put(rows["rate"], sharding.replicated(mesh))}
-
-
-def _examples_seen(rows: dict, ranges: dict) -> dict[str, int]:
-    counted = rows["index"][rows["weight"] > 0]
-    real = int((counted < ranges[""][1]).sum())
-    return {"real_seen": real, "synthetic_seen": int(counted.size) - real}
-
-
-@flax.struct.dataclass
-class State:
-    """A classifier in training; `step` alone fixes its batch and its randomness."""
-
-    step: Any  # int32 []
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-
-def fit(
-    data: dict[str, Array],
-    rows: dict[str, Array],
-    key: Array,
-    *,
-    model: nn.Module,
-    policy: str,
-    weight_decay: float,
-) -> tuple[State, Float[np.ndarray, " steps"]]:
-    """One classifier from initialisation to its last step.
-
-    Args:
-      data: `images` uint8 [N, H, W, 3] and `labels` int32 [N].
-      rows: of `regimes.schedule`, on the devices.
-      key: of initialisation and augmentation.
-      model: of `models.resnet`.
-      policy: a key of `POLICIES`.
-      weight_decay: decoupled, on kernels.
-
-    Returns:
-      the last state and the loss of each step.
-    """
-    init_key, augment_key = jax.random.split(key)
-    state = init_state(init_key, data["images"][:1], model, weight_decay)
-    losses = []
-    for _ in range(len(rows["rate"])):
-        state, loss = train_step(
-            state,
-            data,
-            rows,
-            augment_key,
-            model=model,
-            policy=policy,
-            weight_decay=weight_decay,
-        )
-        losses.append(loss)
-    return state, np.asarray(jax.device_get(losses))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "weight_decay"))
-def init_state(key: Array, images: Array, model: nn.Module, weight_decay: float):
-    variables = model.init(key, _scaled(images))
-    opt_state = _adam(weight_decay).init(variables["params"])
-    step = jnp.zeros((), jnp.int32)
-    return State(step, variables["params"], variables["batch_stats"], opt_state)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("model", "policy", "weight_decay"), donate_argnums=0
-)
-def train_step(
-    state: State,
-    data: dict[str, Array],
-    rows: dict[str, Array],
-    key: Array,
-    *,
-    model: nn.Module,
-    policy: str,
-    weight_decay: float,
-) -> tuple[State, Float[Array, ""]]:
-    """One step of Adam with decoupled weight decay; returns the next state and loss."""
-    row = {name: array[state.step] for name, array in rows.items()}
-    images, labels = _scaled(data["images"][row["index"]]), data["labels"][row["index"]]
-    if POLICIES[policy]:
-        step_key = jax.random.fold_in(key, state.step)
-        keys = rng.example_keys(step_key, jnp.arange(len(labels)))
-        images = jax.vmap(POLICIES[policy])(keys, images)
-
-    def loss_of(params):
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            images,
-            train=True,
-            mask=row["weight"] > 0,
-            mutable=["batch_stats"],
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return weighted_mean(losses, row["weight"]), updated["batch_stats"]
-
-    (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    updates, opt_state = _adam(weight_decay).update(
-        grads, state.opt_state, state.params
+    files.write_json(
+        folder / result, dataclasses.asdict(run_) | seen | {"seeds": found}
     )
-    updates = jax.tree.map(lambda u: -row["rate"] * u, updates)
-    params = optax.apply_updates(state.params, updates)
-    return State(state.step + 1, params, stats, opt_state), loss
+    return [result, *weights]
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def predict(state: State, images: Array, *, model: nn.Module):
-    """Predicted labels int32 [T] of uint8 images [T, H, W, 3]."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return model.apply(variables, _scaled(images)).argmax(-1)
+def _result(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What one classifier says of the test images."""
+    predicted = probabilities.argmax(-1)
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "predictions": predicted.tolist(),
+        "confidences": probabilities.max(-1).astype(float).round(6).tolist(),
+    }
 
 
-def _adam(weight_decay: float) -> optax.GradientTransformation:
-    """Adam and the decay of kernels; the rate of each step is in its row."""
-    decay = optax.add_decayed_weights(
-        weight_decay, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
+def _start(
+    config: ConfigDict, data: training_set.TrainingSet
+) -> tuple[classifier.Recipe, dict[str, Any] | None]:
+    """The recipe of all runs but for what each bends, and pretrained variables."""
+    section, classes = config.classify, len(data.class_names)
+    checkpoint = _checkpoint(config) if section.pretrained else None
+    model = _model(section.to_dict(), classes, checkpoint)
+    weights: tuple[float, ...] = ()
+    if section.class_weights == "balanced":
+        counts = np.bincount(data.labels[data.pools[""].real], minlength=classes)
+        weights = tuple((counts.sum() / (classes * counts)).tolist())
+    recipe = classifier.Recipe(
+        model,
+        alpha=section.alpha,
+        label_smoothing=section.label_smoothing,
+        class_weights=weights,
+        ema_decay=section.ema_decay,
     )
-    return optax.chain(optax.scale_by_adam(), decay)
+    if checkpoint is None:
+        return recipe, None
+    variables, left = classifier_weights.read(checkpoint, model)
+    logging.info(
+        "classify: %s without %s; a new head of %d classes",
+        *(checkpoint.name, ", ".join(left) or "nothing left over", classes),
+    )
+    normal = {"mean": tuple(checkpoint.mean), "std": tuple(checkpoint.std)}
+    return dataclasses.replace(recipe, **normal), variables
 
 
-def _scaled(images: Array) -> Array:
-    """uint8 [0, 255] -> float [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+def _checkpoint(config: ConfigDict) -> classifier_checkpoint.Checkpoint:
+    return classifier_checkpoint.find(
+        config.classify.pretrained,
+        field="config.classify.pretrained",
+        revision=config.classify.pretrained_revision,
+    )
 
 
-def _log_losses(log: MetricsLog, name: str, losses: np.ndarray) -> None:
-    if not np.isfinite(losses).all():
-        raise UserError(
-            name,
-            wanted="a finite training loss",
-            got=f"{losses[~np.isfinite(losses)][0]}",
-            fix="Lower config.classify.learning_rate.",
-        )
-    every = max(len(losses) // 10, 1)
-    for start in range(0, len(losses), every):
-        part = losses[start : start + every]
-        log.write(start + len(part), **{name: part.mean()})
+def _model(section: dict[str, Any], classes: int, checkpoint: Any) -> Any:
+    """The network that the section asks for; a checkpoint knows some of its fields."""
+    fields = dict(checkpoint.fields) if checkpoint else {}
+    fields |= {key: section[key] for key in ("width", "stem") if section[key]}
+    if section["stem_stride"] > 1:
+        fields["stem_stride"] = section["stem_stride"]
+    return classifiers.make(
+        section["model"], num_classes=classes, dtype=section["dtype"], **fields
+    )
+
+
+def _fields(section: dict[str, Any], policy: str) -> classifier.Fields:
+    """Of a policy, what the section has otherwise than the policy."""
+    usual = augment.fields(policy)
+    fields: dict[str, Any] = {}
+    if usual["flip"] and not section["flip"]:
+        fields["flip"] = False
+    if policy == "randaugment":
+        fields["count"] = section["randaugment_count"]
+        fields["magnitude"] = section["randaugment_magnitude"]
+    return tuple(fields.items())

@@ -135,7 +135,8 @@ def image_step(
         )
 
     (value, right), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    return state.update(grads, tx), {"loss": value, "accuracy": right}
+    metrics = {"loss": value, "accuracy": right}
+    return state.update(grads, tx, metrics), metrics
 
 
 def train_controlnet(
@@ -222,7 +223,8 @@ def control_step(
         return weighted_mean(loss.squared_error(prediction, target), batch["weight"])
 
     value, grads = jax.value_and_grad(loss_of)(state.params)
-    return state.update(grads, tx), {"loss": value}
+    metrics = {"loss": value}
+    return state.update(grads, tx, metrics), metrics
 
 
 def noised(

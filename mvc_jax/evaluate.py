@@ -5,32 +5,27 @@ Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.j
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mvc_jax import files
+from mvc_jax import files, runs
 from mvc_jax.data import distances, manifest, removed, splits, synthetic
 from mvc_jax.errors import require
 
+_BINS = 15  # of confidence, as in Guo et al.
+
 # Asked of every table: does `run` beat `against`?
+# They are asked for each way to bend images that both runs have.
 QUESTIONS = (
     ("Do the synthetic images help over real images alone?", "combined", "real"),
-    (
-        "Do they help on top of classic augmentation?",
-        "combined+affine",
-        "real+affine",
-    ),
-    (
-        "Does mixing captions help over unmixed ones?",
-        "combined",
-        "combined:unmixed",
-    ),
+    ("Does mixing captions help over unmixed ones?", "combined", "combined:unmixed"),
     (
         "Does fine-tuning help over the base model as it is?",
         "combined",
         "combined:pretrained",
     ),
 )
+_ON_TOP = "Do they help on top of augmentation, {}?"
 
 
 def check(config: ConfigDict) -> None:
@@ -116,7 +111,7 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
     predictions = np.asarray([seed["predictions"] for seed in result["seeds"]])
     right = predictions == labels
     row = {key: result[key] for key in ("name", "regime", "policy", "set")}
-    row["title"] = title(result)
+    row["title"] = runs.parse(result["name"]).title
     row["accuracy"] = {
         "mean": float(values.mean()),
         "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
@@ -125,7 +120,15 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
     row["per_class"] = [
         float(right[:, labels == k].mean()) for k in range(labels.max() + 1)
     ]
-    row |= {key: result[key] for key in ("real_seen", "synthetic_seen")}
+    row["confusion"] = confusion(labels, predictions).tolist()
+    errors = [
+        calibration_error(np.asarray(seed["confidences"]), correct)
+        for seed, correct in zip(result["seeds"], right, strict=True)
+    ]
+    row["calibration_error"] = float(np.mean(errors))
+    seen = result["real_seen"], result["synthetic_seen"]
+    row |= {"real_seen": seen[0], "synthetic_seen": seen[1]}
+    row["synthetic_per_real"] = seen[1] / seen[0] if seen[0] else None
     row["difference"] = None
     if "real" in results and result["name"] != "real":
         base = accuracies(results["real"])
@@ -134,26 +137,43 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
     return row
 
 
-def title(result: dict) -> str:
-    """A run in words: `combined:unmixed+affine` -> what a reader would call it."""
-    words = {
-        "real": "real only",
-        "combined": "real + synthetic",
-        "two_phase": "two-phase",
-        "probabilistic": "probabilistic",
-    }[result["regime"]]
-    if result["set"] == "unmixed":
-        words += ", captions unmixed (control)"
-    elif result["set"] == "pretrained":
-        words += ", base not fine-tuned (control)"
-    if result["policy"] != "none":
-        words += f" + {result['policy']} augmentation"
-    return words[0].upper() + words[1:]
+def confusion(
+    labels: Int[np.ndarray, " T"], predictions: Int[np.ndarray, "seeds T"]
+) -> Int[np.ndarray, "K K"]:
+    """How often images of class i (row) were taken for j (column), over all seeds."""
+    classes = int(max(labels.max(), predictions.max())) + 1
+    pairs = labels * classes + predictions
+    counts = np.bincount(pairs.ravel(), minlength=classes**2)
+    return counts.reshape(classes, classes)
+
+
+def calibration_error(
+    confidences: Float[np.ndarray, " T"], correct: Bool[np.ndarray, " T"]
+) -> float:
+    """Expected calibration error: Guo et al., arXiv 1706.04599, equation 3.
+
+    The mean distance between confidence and accuracy in 15 bins of equal width, weighed
+    by the images in them.
+    """
+    edges = np.linspace(0, 1, _BINS + 1)[1:-1]
+    bins = np.digitize(confidences, edges, right=True)
+    gaps = np.bincount(bins, weights=confidences - correct, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(correct))
 
 
 def _questions(results: dict, confidence: float) -> list[dict]:
+    bends = dict.fromkeys(name[len(name.split("+")[0]) :] for name in results)
+    asked = [
+        (
+            _ON_TOP.format(bend[1:]) if bend and against == "real" else question,
+            run_ + bend,
+            against + bend,
+        )
+        for bend in sorted(bends, key=bool)
+        for question, run_, against in QUESTIONS
+    ]
     answers = []
-    for question, run_, against in QUESTIONS:
+    for question, run_, against in asked:
         if run_ in results and against in results:
             pair = accuracies(results[run_]), accuracies(results[against])
             difference = paired_difference(*pair, confidence)

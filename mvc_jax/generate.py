@@ -283,19 +283,9 @@ def _provenance(job: _Job, recipe: dict, model: str, redraws: dict[int, int]) ->
 def _write_real(job: _Job, store: synthetic.Store) -> None:
     """Writes the training images beside the synthetic ones, in the same form."""
     train = job.train
-    nothing = dict.fromkeys(synthetic.PROVENANCE) | {"mode": "real"}
     for shard, start in enumerate(range(0, len(train.ids), store.shard_size)):
         part = range(start, min(start + store.shard_size, len(train.ids)))
-        rows = [
-            {
-                **nothing,
-                "index": i,
-                "source": train.ids[i],
-                "label": int(train.labels[i]),
-                "prompt": job.prompts[train.ids[i]]["prompt"],
-            }
-            for i in part
-        ]
+        rows = [synthetic.real_row(i, job.prompts[train.ids[i]]) for i in part]
         images = [job.sized(train.images[i], train.ids[i]) for i in part]
         store.write_real(images, rows, shard)
 

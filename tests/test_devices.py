@@ -121,6 +121,7 @@ def draw(tiny, cache, mesh, index, batch_size):
         functools.partial(
             sampler.sample_images,
             model=model,
+            network=None,
             solver=model.solver("ddim", 3),
             guidance_interval=(0.0, 1.0),
             guidance_rescale=0.0,

@@ -68,6 +68,24 @@ def test_a_verdict_needs_an_interval_that_leaves_out_zero(ours, verdict, words):
         assert word in answer["sentence"]
 
 
+def test_confidence_that_keeps_its_word_has_no_calibration_error():
+    """Two bins: 0.6 right in 3 of 5, and 0.9 right in half of the cases."""
+    correct = np.array([True] * 3 + [False] * 2)
+    assert evaluate.calibration_error(np.full(5, 0.6), correct) == pytest.approx(0)
+    both = np.concatenate([np.full(5, 0.6), np.full(4, 0.9)])
+    more = np.concatenate([correct, np.array([True, True, False, False])])
+    expected = 4 / 9 * (0.9 - 0.5)  # equation 3
+    assert evaluate.calibration_error(both, more) == pytest.approx(expected)
+    assert evaluate.calibration_error(np.ones(4), ~more[5:] | True) == 0
+
+
+def test_confusions_are_counted_over_seeds():
+    labels = np.array([0, 1, 1, 2])
+    predicted = np.array([[0, 1, 2, 2], [0, 1, 1, 0]])
+    counts = evaluate.confusion(labels, predicted)
+    assert counts.tolist() == [[2, 0, 0], [0, 3, 1], [1, 0, 1]]
+
+
 def test_only_questions_whose_runs_were_made_are_answered():
     pair = [0.5, 0.6]
     found = results(combined=pair, combined_of_unmixed=pair, real_plus_affine=pair)

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvc_jax.data import folder as folder_module
+from mvc_jax.data import synthetic
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.folder import Folder
 from mvc_jax.data.sources import Source, check_class_names, open_source
-from mvc_jax.data.synthetic import class_folder, picture_name
+from mvc_jax.data.synthetic import class_folder
 from mvc_jax.errors import UserError
 
 
@@ -338,13 +339,13 @@ def test_a_label_in_metadata_is_plain_text(tmp_path, label):
 
 
 def test_what_we_generate_reads_back(tmp_path):
-    from mvc_jax import generate  # its libraries take 15 s; no other test needs them
-
     names = ("brain tumor", "naïve class", "a/b", "..")
-    rows = [{"index": k, "label": k % 4, "prompt": "a cat"} for k in range(8)]
-    write(tmp_path, *(f"train/{picture_name(names[k % 4], k)}" for k in range(8)))
-    write(tmp_path, **{"data/train-00000-of-00001.parquet": b"PAR1"})
-    generate._write_metadata(epath.Path(tmp_path) / "train", rows, names)
+    nothing = dict.fromkeys(synthetic.PROVENANCE)
+    rows = [nothing | {"index": k, "label": k % 4} for k in range(8)]
+    store = synthetic.Store(epath.Path(tmp_path), names, "0badf00d", 8)
+    image = np.zeros((4, 4, 3), np.uint8)
+    store.write(store.missing(8)[0], [image] * 8, rows)
+    store.finish()
     source = read(tmp_path)
     check(source)
     assert source.class_names == tuple(sorted(names))

@@ -28,7 +28,7 @@ STAGES = {
 ROOMS = {"data", "augment", "diffusion", "models", "training"}
 PARTS = {  # of stages: what several of them share
     *("ablation", "classifier", "companions", "conditionings", "preview", "sampler"),
-    *("screening", "selection"),
+    *("runs", "screening", "selection", "trainer"),
 }
 LEAVES = {"errors", "files", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours

@@ -7,18 +7,26 @@ from hypothesis import strategies as st
 
 from mvc_jax.data import regimes
 
-REAL, DRAWN, OPTIONS = (0, 30), (50, 140), {"seed": 3, "repeat": 1, "steps": 40}
-OPTIONS |= {"batch_size": 12, "learning_rate": 0.1, "probability": 0.8}
-OPTIONS |= {"phase_two": 0.25, "phase_two_rate": 0.1}
+N, FIRST, M = 30, 50, 90  # real rows 0-29, synthetic ones 50-139, three for each real
+REAL = np.arange(N, dtype=np.int32)
+DRAWN = np.arange(FIRST, FIRST + M, dtype=np.int32)
+SOURCES = np.tile(REAL, 3)
+LABELS = np.zeros(FIRST + M, np.int32)
+LABELS[:N] = REAL % 4
+LABELS[FIRST:] = LABELS[SOURCES]
+POOLS = regimes.Pools(REAL, DRAWN, SOURCES, LABELS)
+OPTIONS = {"seed": 3, "repeat": 1, "steps": 40, "batch_size": 12}
+OPTIONS |= {"probability": 0.8, "phase_two": 0.25}
 PHASE_TWO = slice(30, None)  # a quarter of 40 steps
+NO_MIXTURE = ("real", "synthetic_only")
 
 
-def schedule(regime, real=REAL, synthetic=DRAWN, **options):
-    return regimes.schedule(regime, real, synthetic, **OPTIONS | options)
+def schedule(regime, pools=POOLS, **options):
+    return regimes.schedule(regime, pools, **OPTIONS | options)
 
 
 def is_real(index):
-    return (index >= REAL[0]) & (index < REAL[1])
+    return np.isin(index, REAL)
 
 
 @pytest.mark.parametrize("regime", regimes.REGIMES)
@@ -36,15 +44,12 @@ def test_every_regime_takes_the_same_steps_over_its_own_images(
     rows = schedule(regime, repeat=repeat, **options)
     width = batch_size * (2 if regime == "probabilistic" else 1)
     assert rows["index"].shape == rows["weight"].shape == (steps, width)
-    assert rows["rate"].shape == (steps,)
-    dtypes = [rows[name].dtype for name in ("index", "weight", "rate")]
-    assert dtypes == [np.int32, np.float32, np.float32]
-    drawn = (rows["index"] >= DRAWN[0]) & (rows["index"] < DRAWN[1])
+    assert [rows[name].dtype for name in rows] == [np.int32, np.float32]
+    drawn = np.isin(rows["index"], DRAWN)
     assert (is_real(rows["index"]) | drawn).all()
-    if regime == "real":
-        assert is_real(rows["index"]).all()
+    if regime in NO_MIXTURE:
+        assert drawn.all() if regime == "synthetic_only" else not drawn.any()
     assert set(np.unique(rows["weight"])) <= {0, 1}
-    assert ((rows["rate"] > 0) & (rows["rate"] <= np.float32(0.1))).all()
     again = schedule(regime, repeat=repeat, **options)
     for name, array in rows.items():
         np.testing.assert_array_equal(array, again[name])
@@ -64,16 +69,15 @@ def test_the_real_stream_of_a_repeat_is_the_same_in_all_regimes():
 def test_combined_is_one_dataset():
     """120 images in batches of 12: ten steps show each of them once."""
     index = schedule("combined")["index"].reshape(4, 120)
-    everything = np.r_[slice(*REAL), slice(*DRAWN)]
+    everything = np.concatenate([REAL, DRAWN])
     np.testing.assert_array_equal(np.sort(index, 1), np.tile(everything, (4, 1)))
 
 
-def test_two_phase_is_combined_then_real_at_a_smaller_rate():
+def test_two_phase_is_combined_then_real():
     both, two_phase = schedule("combined"), schedule("two_phase")
     np.testing.assert_array_equal(two_phase["index"][:30], both["index"][:30])
     assert is_real(two_phase["index"][PHASE_TWO]).all()
-    expected = np.r_[regimes.half_cosine(0.1, 30), regimes.half_cosine(0.01, 10)]
-    np.testing.assert_allclose(two_phase["rate"], expected, rtol=1e-6)
+    assert regimes.first_phase(40, 0.25) == 30
 
 
 @pytest.mark.parametrize(("share", "same_as"), [(0.0, "combined"), (1.0, "real")])
@@ -94,15 +98,61 @@ def test_probabilistic_adds_a_synthetic_image_to_a_slot_with_probability_p(proba
         np.testing.assert_allclose(weight.mean(1).std(), deviation * 20, rtol=0.15)
 
 
-@pytest.mark.parametrize("regime", ["real", "combined", "probabilistic"])
-def test_the_rate_falls_from_its_peak_to_almost_nothing(regime):
-    rate = schedule(regime, steps=1000)["rate"]
-    assert rate[0] == np.float32(0.1)
-    assert (np.diff(rate) < 0).all()
-    assert rate[-1] < 1e-6
-    np.testing.assert_allclose(rate.mean(), 0.05, rtol=0.01)
+KIN = {
+    "replace_same_source": lambda real, drawn: SOURCES[drawn - FIRST] == real,
+    "replace_same_class": lambda real, drawn: LABELS[drawn] == LABELS[real],
+    "replace_any": lambda real, drawn: drawn >= FIRST,
+}
+
+
+@pytest.mark.parametrize("regime", KIN)
+@pytest.mark.parametrize("probability", [0.0, 0.8, 1.0])
+def test_a_slot_gives_way_to_a_synthetic_image_of_its_kin(regime, probability):
+    index = schedule(regime, probability=probability, steps=400)["index"]
+    real = schedule("real", steps=400)["index"]
+    gone = ~is_real(index)
+    np.testing.assert_array_equal(index[~gone], real[~gone])
+    assert KIN[regime](real[gone], index[gone]).all()
+    deviation = np.sqrt(probability * (1 - probability) / gone.size)
+    assert abs(gone.mean() - probability) <= 5 * deviation
+    if probability:  # every synthetic image has its turn
+        assert set(index[gone]) == set(DRAWN)
+
+
+def test_a_slot_without_kin_keeps_its_own():
+    """Only the images of source 7 are left; it is of class 3."""
+    few = SOURCES == 7
+    pools = regimes.Pools(REAL, DRAWN[few], SOURCES[few], LABELS)
+    real = schedule("real")["index"]
+    for regime, has_kin in (
+        ("replace_same_source", real == 7),
+        ("replace_same_class", LABELS[real] == LABELS[7]),
+    ):
+        index = schedule(regime, pools, probability=1.0)["index"]
+        np.testing.assert_array_equal(~is_real(index), has_kin)
 
 
 def test_real_needs_no_synthetic_images():
-    without = schedule("real", synthetic=(0, 0))["index"]
-    np.testing.assert_array_equal(without, schedule("real")["index"])
+    none = regimes.Pools(REAL, DRAWN[:0], SOURCES[:0], LABELS)
+    for regime in ("real", "replace_same_class"):
+        without = schedule(regime, none)["index"]
+        np.testing.assert_array_equal(without, schedule("real")["index"])
+
+
+@pytest.mark.parametrize(("ratio", "used"), [(0.0, 90), (1.0, 30), (3.0, 90)])
+def test_a_ratio_takes_the_first_synthetic_images(ratio, used):
+    pools = POOLS.per_real(ratio)
+    np.testing.assert_array_equal(pools.synthetic, DRAWN[:used])
+    np.testing.assert_array_equal(pools.sources, SOURCES[:used])
+
+
+@given(held=st.sets(st.integers(0, N - 1)))
+@settings(deadline=None, max_examples=25)
+def test_what_was_made_of_a_held_out_image_is_held_out_too(held):
+    partners = np.random.default_rng(0).integers(0, N, M)
+    parents = [[s, p] for s, p in zip(SOURCES.tolist(), partners.tolist(), strict=True)]
+    pools = POOLS.without(np.array(sorted(held), np.int32), parents)
+    assert set(pools.real) == set(REAL.tolist()) - held
+    kept = {int(row) - FIRST for row in pools.synthetic}
+    assert kept == {m for m in range(M) if held.isdisjoint(parents[m])}
+    np.testing.assert_array_equal(pools.sources, SOURCES[pools.synthetic - FIRST])

@@ -26,6 +26,7 @@ from mvc_jax.training.loop import (
 )
 from mvc_jax.training.metrics import MetricsLog
 from mvc_jax.training.throughput import count_flops, peak_tflops
+from mvc_jax.training.validation import Validation
 
 TX = optax.adam(0.1)
 
@@ -54,6 +55,8 @@ def run(
     every=2,
     accumulate=1,
     room=memory.DEVICE,
+    log_every=1,
+    loop=None,
     **told,
 ):
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
@@ -70,10 +73,11 @@ def run(
         fixed={},
         mesh=mesh,
         steps=steps,
-        checkpoints=Checkpoints(folder / "checkpoints", every=every),
-        journal=Journal(folder, "toy", log_every=1, **told),
+        checkpoints=Checkpoints(folder / "checkpoints", every=every, best="error"),
+        journal=Journal(folder, "toy", log_every=log_every, **told),
         accumulate=accumulate,
         room=room,
+        **(loop or {}),
     )
 
 
@@ -98,6 +102,59 @@ def test_four_steps_are_two_and_two_more_bit_for_bit(tmp_path):
         for name in ("whole", "cut")
     ]
     assert losses[0] == losses[1]
+
+
+def test_steps_at_once_are_steps_one_by_one(tmp_path):
+    whole = run(tmp_path / "one", 6)
+    run(tmp_path / "three", 3, every=3, log_every=3, loop={"stride": 3})
+    again = run(tmp_path / "three", 6, every=3, log_every=3, loop={"stride": 3})
+    for a, b in zip(leaves(whole), leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    losses, thirds = (
+        [row["loss"] for row in rows_of(tmp_path / n)] for n in ("one", "three")
+    )
+    np.testing.assert_allclose(np.reshape(losses, (2, 3)).mean(1), thirds, rtol=1e-5)
+
+
+def test_fits_of_one_kind_share_a_program(tmp_path):
+    programs = {}
+    for name in ("a", "b"):
+        run(tmp_path / name, 2, loop={"programs": programs})
+    assert len(programs) == 1
+    run(tmp_path / "c", 2, batch_size=9, loop={"programs": programs})
+    assert len(programs) == 2
+
+
+ERRORS = [5.0, 3.0, 4.0, 4.0, 1.0, 2.0]  # after 1, 2, ... steps
+
+
+def validation(patience):
+    def measure(state):
+        return {"error": ERRORS[int(state.step) - 1]}
+
+    return {"validation": Validation(measure, 1, patience)}
+
+
+@pytest.mark.parametrize(("patience", "last"), [(0, 6), (1, 3), (2, 4), (3, 6)])
+def test_it_ends_when_nothing_better_has_come_for_too_long(tmp_path, patience, last):
+    state = run(tmp_path, 6, every=1, loop=validation(patience))
+    assert int(state.step) == last
+    again = run(tmp_path, 6, every=1, loop=validation(patience))
+    assert int(again.step) == last  # it stays ended
+    errors = [row["error"] for row in rows_of(tmp_path) if "error" in row]
+    assert errors == ERRORS[:last]
+
+
+def test_the_best_state_comes_back(tmp_path):
+    best = 2
+    expected = run(tmp_path / "best", best)
+    state = run(tmp_path / "all", 4, every=1, loop=validation(0))
+    checkpoints = Checkpoints(tmp_path / "all" / "checkpoints", every=1, best="error")
+    assert checkpoints.best_step == best
+    found = checkpoints.restore_best(state)
+    for a, b in zip(leaves(expected), leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+    checkpoints.close()
 
 
 def test_rows_that_a_killed_run_wrote_past_its_checkpoint_are_dropped(tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from mvc_jax import files
 from mvc_jax.data.decode import BadImage, fit, strict_pillow
 from mvc_jax.data.duplicates import Fingerprint, fingerprint
+from mvc_jax.data.pixels import header
 from mvc_jax.data.sources import Example, Source
 from mvc_jax.data.splits import SPLITS
 from mvc_jax.errors import require_room
@@ -174,7 +174,7 @@ def gather(
     rows: dict[int, int] = {}  # index -> row of the temporary file
     with files.replacing(path) as temporary:
         with temporary.open("wb") as file:
-            file.write(_header(len(todo), reader.size))
+            file.write(header(len(todo), reader.size))
             while todo:
                 for index, image, found in read_images(source, todo, reader):
                     if image is None:
@@ -224,23 +224,16 @@ def _in_order(parts: Parts) -> list[int]:
     return [int(i) for name in SPLITS for i in parts[name]]
 
 
-def _header(count: int, size: int) -> bytes:
-    buffer = io.BytesIO()
-    shape = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
-    np.lib.format.write_array_header_1_0(buffer, shape)
-    return buffer.getvalue()
-
-
 def _rewrite(path: epath.Path, order: list[int], size: int) -> None:
     """Puts the rows of a `.npy` file into another order, with a header that fits."""
     shape = (-1, size, size, 3)
     if "://" in str(path):
-        rows = np.frombuffer(path.read_bytes(), np.uint8, offset=len(_header(0, size)))
+        rows = np.frombuffer(path.read_bytes(), np.uint8, offset=len(header(0, size)))
     else:
-        rows = np.memmap(path, np.uint8, mode="r", offset=len(_header(0, size)))
+        rows = np.memmap(path, np.uint8, mode="r", offset=len(header(0, size)))
     rows = rows.reshape(shape)
     with files.replacing(path) as sorted_, sorted_.open("wb") as file:
-        file.write(_header(len(order), size))
+        file.write(header(len(order), size))
         for row in order:
             file.write(rows[row].tobytes())
 

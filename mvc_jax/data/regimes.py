@@ -1,84 +1,158 @@
 """How real and synthetic images meet in a classifier's batches (supplement, section 2).
 
-A regime is nothing but an order of indices, weights and learning rates, so that every
-regime runs the same training step for the same number of steps.
+A regime is nothing but an order of indices and weights, so that every regime runs the
+same training step for the same number of steps. Learning rates are in `rates.py`.
 """
 
+import dataclasses
 import functools
 
 import numpy as np
+from jaxtyping import Int
 
 from mvc_jax.data import order
 
-REGIMES = ("real", "combined", "two_phase", "probabilistic")
+REGIMES = (
+    *("real", "combined", "two_phase", "probabilistic", "synthetic_only"),
+    *("replace_same_source", "replace_same_class", "replace_any"),
+)
+WITH_PROBABILITY = ("probabilistic", *(r for r in REGIMES if r.startswith("replace")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pools:
+    """The images that a classifier may be trained on, as rows of one array.
+
+    Attributes:
+      real: rows of real images, int32 [N].
+      synthetic: rows of synthetic ones in the order they were drawn, int32 [M]; M may
+        be 0 where the regime is `real`.
+      sources: int32 [M], the row of the real image that each was made from.
+      labels: int32, of every row of the array.
+    """
+
+    real: Int[np.ndarray, " N"]
+    synthetic: Int[np.ndarray, " M"]
+    sources: Int[np.ndarray, " M"]
+    labels: Int[np.ndarray, " R"]
+
+    def per_real(self, ratio: float) -> "Pools":
+        """With the first `ratio` synthetic images a real one; 0: with all of them."""
+        if not ratio:
+            return self
+        first = slice(round(ratio * len(self.real)))
+        return dataclasses.replace(
+            self, synthetic=self.synthetic[first], sources=self.sources[first]
+        )
+
+    def without(self, held_out: Int[np.ndarray, " V"], parents: list) -> "Pools":
+        """Without the real rows `held_out`, and without what was made of them.
+
+        Args:
+          held_out: of `real`.
+          parents: for each synthetic image the rows of all real images that went into
+            it, source and partners.
+        """
+        held = set(held_out.tolist())
+        keep = np.array([held.isdisjoint(rows) for rows in parents], bool)
+        return dataclasses.replace(
+            self,
+            real=self.real[~np.isin(self.real, held_out)],
+            synthetic=self.synthetic[keep],
+            sources=self.sources[keep],
+        )
 
 
 def schedule(
     regime: str,
-    real: tuple[int, int],
-    synthetic: tuple[int, int],
+    pools: Pools,
     *,
     seed: int,
     repeat: int,
     steps: int,
     batch_size: int,
-    learning_rate: float,
     probability: float,
     phase_two: float,
-    phase_two_rate: float,
 ) -> dict[str, np.ndarray]:
     """Every batch of one fit.
 
     `real`: real images. `combined`: real and synthetic as one dataset. `two_phase`:
-    `combined`, then real only, with fewer steps and a smaller rate. `probabilistic`: a
-    real batch, and beside each slot a synthetic image with probability p.
+    `combined`, then real only, with fewer steps. `probabilistic`: a real batch, and
+    beside each slot a synthetic image with probability p. `replace_*`: a real batch, of
+    which each slot gives way with probability p to a synthetic image made from that
+    very image, of its class, or of any; a slot that has no such image keeps its own.
+    `synthetic_only`: synthetic images, for the classification accuracy score
+    (arXiv 1905.10887).
 
     Args:
       regime: one of `REGIMES`.
-      real: first index and last + 1 of the real images.
-      synthetic: likewise; unused by `real`.
+      pools: the images.
       seed: of the run.
       repeat: which classifier. The real stream of a repeat is the same in all regimes.
       steps, batch_size: of the fit.
-      learning_rate: the peak; a half cosine takes it to 0.
-      probability: p of `probabilistic`, in [0, 1].
+      probability: p, in [0, 1].
       phase_two: share of `two_phase`'s steps that its second phase takes.
-      phase_two_rate: times the learning rate in them.
 
     Returns:
-      `index` int32, `weight` float32 [steps, B] ([steps, 2B] if probabilistic, where a
-      slot without an image weighs 0) and `rate` float32 [steps].
+      `index` int32 and `weight` float32, [steps, B] ([steps, 2B] if probabilistic,
+      where a slot without an image weighs 0).
     """
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}; known: {', '.join(REGIMES)}")
-    real_pool = np.arange(*real, dtype=np.int32)
-    drawn_pool = np.arange(*synthetic, dtype=np.int32)
     stream = {"seed": seed, "repeat": repeat, "batch_size": batch_size}
     batches = functools.partial(_batches, **stream)
-    turn = steps - round(steps * phase_two) if regime == "two_phase" else steps
-    if regime in ("real", "probabilistic"):
-        index = batches(real_pool, "real", 0, steps)
-    else:
-        everything = np.concatenate([real_pool, drawn_pool])
+    draw = order.generator(seed, f"classify/{repeat}/{regime}")
+    if regime == "synthetic_only":
+        index = batches(pools.synthetic, "synthetic", 0, steps)
+    elif regime in ("combined", "two_phase"):
+        turn = first_phase(steps, phase_two) if regime == "two_phase" else steps
+        everything = np.concatenate([pools.real, pools.synthetic])
         together = batches(everything, "combined", 0, turn)
-        index = np.concatenate([together, batches(real_pool, "real", turn, steps)])
+        index = np.concatenate([together, batches(pools.real, "real", turn, steps)])
+    else:
+        index = batches(pools.real, "real", 0, steps)
+    if regime.startswith("replace"):
+        index = _replaced(regime, index, pools, draw, probability)
     weight = np.ones(index.shape, np.float32)
     if regime == "probabilistic":
-        draw = order.generator(seed, f"classify/{repeat}/probabilistic")
         extra = draw.random(index.shape) < probability
-        beside = batches(drawn_pool, "synthetic", 0, steps)
+        beside = batches(pools.synthetic, "synthetic", 0, steps)
         index = np.concatenate([index, beside], axis=1)
         weight = np.concatenate([weight, extra.astype(np.float32)], axis=1)
-    first = half_cosine(learning_rate, turn)
-    second = half_cosine(learning_rate * phase_two_rate, steps - turn)
-    rate = np.concatenate([first, second])
-    return {"index": index, "weight": weight, "rate": rate}
+    return {"index": index, "weight": weight}
 
 
-def half_cosine(peak: float, steps: int) -> np.ndarray:
-    """From `peak` down to almost 0 in `steps` steps, float32 [steps]."""
-    turn = np.arange(steps) / max(steps, 1)
-    return (peak * 0.5 * (1 + np.cos(np.pi * turn))).astype(np.float32)
+def first_phase(steps: int, phase_two: float) -> int:
+    """Steps of `two_phase` before its second phase."""
+    return steps - round(steps * phase_two)
+
+
+def _replaced(
+    regime: str,
+    index: Int[np.ndarray, "S B"],
+    pools: Pools,
+    draw: np.random.Generator,
+    probability: float,
+) -> Int[np.ndarray, "S B"]:
+    """`index` with synthetic images in place of some."""
+    kin = {
+        "replace_same_source": (pools.sources, lambda rows: rows),
+        "replace_same_class": (
+            pools.labels[pools.synthetic],
+            lambda rows: pools.labels[rows],
+        ),
+        "replace_any": (np.zeros_like(pools.synthetic), np.zeros_like),
+    }
+    kinds, kind_of = kin[regime]
+    by_kind = np.argsort(kinds, kind="stable")
+    wanted = kind_of(index)
+    first = np.searchsorted(kinds[by_kind], wanted, "left")
+    count = np.searchsorted(kinds[by_kind], wanted, "right") - first
+    chance, which = draw.random(index.shape), draw.random(index.shape)
+    chosen = first + (which * count).astype(np.int64)
+    swap = (chance < probability) & (count > 0)
+    instead = pools.synthetic[by_kind][np.where(swap, chosen, 0)] if swap.any() else 0
+    return np.where(swap, instead, index).astype(np.int32)
 
 
 def _batches(

@@ -283,6 +283,21 @@ class Store:
         return record
 
 
+def real_row(index: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a real image: no provenance, but that it is real and which it is.
+
+    Args:
+      index: of the image.
+      row: of it in `prompts.jsonl`.
+    """
+    nothing = dict.fromkeys(PROVENANCE) | {"mode": "real", "index": index}
+    return nothing | {
+        "source": row["id"],
+        "label": row["label"],
+        "prompt": row["prompt"],
+    }
+
+
 def shard_path(folder: epath.Path, shard: int, kind: str = "train") -> epath.Path:
     return folder / "data" / f"{kind}-{shard:05d}.parquet"
 
@@ -302,6 +317,24 @@ def class_folder(class_name: str) -> str:
         return safe
     digest = hashlib.sha256(class_name.encode()).hexdigest()[:8]
     return f"{safe[:40]}-{digest}"
+
+
+def read_rows(
+    folder: epath.PathLike, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of all synthetic images of a set, in order; no real ones.
+
+    Args:
+      folder: of the set.
+      columns: `label`, those of `PROVENANCE`, or `image`, uint8 [H, W, 3].
+    """
+    for path in sorted((epath.Path(folder) / "data").glob("train-*.parquet")):
+        with path.open("rb") as file:
+            table = pq.read_table(file, columns=list(columns))
+        for row in table.to_pylist():
+            if "image" in row:
+                row["image"] = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+            yield row
 
 
 def read_images(

@@ -54,20 +54,7 @@ def write(
     """
     folder, family = epath.Path(folder), names.family_of(model)
     naming = names.naming(library, family)
-    require(
-        library == "timm" or (naming is not None and _is_in(library, model)),
-        str(folder),
-        wanted=f"a network that {library} has",
-        got=variant,
-        fix="Write it in timm's layout.",
-    )
-    require(
-        (library, family, size % 2) != ("transformers", "EfficientNet", 1),
-        str(folder),
-        wanted="images of an even size, which transformers' EfficientNet pads rightly",
-        got=size,
-        fix="Write it in timm's layout.",
-    )
+    _check(folder, model, variant, library, size)
     depths = model.depths() if family == "EfficientNet" else ()
 
     def name_of(path):
@@ -85,6 +72,27 @@ def write(
     else:
         config = _timm(model, variant, class_names, size, normalisation)
         files.write_json(folder / CONFIG, config)
+
+
+def _check(
+    folder: epath.Path, model: Any, variant: str, library: str, size: int
+) -> None:
+    family = names.family_of(model)
+    naming = names.naming(library, family)
+    require(
+        library == "timm" or (naming is not None and _is_in(library, model)),
+        str(folder),
+        wanted=f"a network that {library} has",
+        got=variant,
+        fix="Write it in timm's layout.",
+    )
+    require(
+        (library, family, size % 2) != ("transformers", "EfficientNet", 1),
+        str(folder),
+        wanted="images of an even size, which transformers' EfficientNet pads rightly",
+        got=size,
+        fix="Write it in timm's layout.",
+    )
 
 
 def _is_in(library: str, model: Any) -> bool:

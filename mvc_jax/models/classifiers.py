@@ -2,9 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
+from mvc_jax.errors import require
 from mvc_jax.models import efficientnet, pyramidnet, resnet, shake_shake, wide_resnet
 
 
@@ -42,3 +46,30 @@ VARIANTS = {
     "shake_shake26_2x96d": Variant(shake_shake.ShakeShake26x96, 32),
     "pyramidnet272": Variant(pyramidnet.PyramidNet272, 32),
 }
+
+
+def make(name: str, *, num_classes: int, dtype: str = "auto", **fields: Any) -> Any:
+    """The network of a name.
+
+    Args:
+      name: a key of `VARIANTS`.
+      num_classes: K.
+      dtype: of activations, `float32` or `bfloat16`; "auto": float32 on a CPU alone.
+      **fields: of the module; empty ones are left as the network has them.
+
+    Raises:
+      UserError: the network has no such field.
+    """
+    given = {key: value for key, value in fields.items() if value}
+    known = {field.name for field in dataclasses.fields(VARIANTS[name].make.func)}
+    for field in given:
+        require(
+            field in known,
+            f"config.classify.{field}",
+            wanted=f"nothing: {name} has no {field}",
+            got=given[field],
+            fix="Leave it empty, or choose a ResNet.",
+        )
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return VARIANTS[name].make(num_classes=num_classes, dtype=jnp.dtype(dtype), **given)

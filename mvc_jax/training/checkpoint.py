@@ -131,6 +131,34 @@ class Checkpoints:
             )
         return state
 
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest metric, of those that are on disk or were saved."""
+        return self._lowest.step
+
+    def restore_best(self, state: Any) -> Any:
+        """The state at `best_step`; `state`, which it takes the place of, without one.
+
+        Raises:
+          UserError: it is damaged, or of another model.
+        """
+        self._finish()
+        step = self.best_step
+        if step is None:
+            return state
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            leaves = self._read_record(step)["leaves"]
+            self._check_leaves(step, leaves, abstract)
+            return self._read_state(step, leaves, abstract)
+        except ValueError as error:
+            raise UserError(
+                str(self._folder / f"{step}"),
+                wanted="the best checkpoint, whole",
+                got=f"a damaged one ({error})",
+                fix=f"Delete {self._folder} to train this one anew.",
+            ) from error
+
     def save(
         self, step: int, state: Any, metrics: Mapping[str, float] | None = None
     ) -> None:
@@ -263,6 +291,13 @@ class _Lowest:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self._metric, math.inf)
         self._values[step] = math.inf if math.isnan(value) else value
+
+    @property
+    def step(self) -> int | None:
+        """Where it is lowest; the newest of equal ones. None: nowhere."""
+        lowest = min(self._values.values(), default=math.inf)
+        equal = [step for step, v in self._values.items() if v == lowest < math.inf]
+        return max(equal, default=None)
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any

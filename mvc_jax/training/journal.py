@@ -37,6 +37,7 @@ class Journal:
         max_skipped: int = 10,
         flops: float = 0.0,
         watch: Watch | None = None,
+        progress: Progress | None = None,
     ):
         """
         Args:
@@ -46,23 +47,34 @@ class Journal:
           max_skipped: so many steps in a row that were skipped are too many.
           flops: of one example's step; 0: not known.
           watch: what to draw, and when.
+          progress: on the terminal, of a larger whole that this loop is a part of;
+            None: its own.
         """
         self.name = name
         self._workdir, self._log_every = workdir, log_every
         self._max_skipped, self._flops, self._watch = max_skipped, flops, watch
+        self._whole = progress
         self._open: list[dict] = []
         self._skipped_in_a_row = 0
         self._last: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def opened(self, first: int, steps: int, batch_size: int) -> Iterator[None]:
-        """From step `first` to `steps`, with `batch_size` examples in each."""
-        self._steps = steps
+    def opened(
+        self, first: int, steps: int, batch_size: int, stride: int = 1
+    ) -> Iterator[None]:
+        """From step `first` to `steps`, noted by `stride` at once.
+
+        `batch_size` examples are in each step.
+        """
+        self._steps, self._stride = steps, stride
         self._rate = Throughput(batch_size, self._flops)
         log = MetricsLog(self._workdir, self.name, from_step=first)
-        progress = Progress(self.name, steps, done=first)
-        with contextlib.closing(log), contextlib.closing(progress):
-            self._log, self._progress = log, progress
+        with contextlib.ExitStack() as stack:
+            self._log = stack.enter_context(contextlib.closing(log))
+            self._progress = self._whole
+            if self._whole is None:
+                progress = Progress(self.name, steps, done=first)
+                self._progress = stack.enter_context(contextlib.closing(progress))
             yield
 
     @property
@@ -71,12 +83,12 @@ class Journal:
         return self._skipped_in_a_row >= self._max_skipped
 
     def note(self, done: int, values: dict[str, jax.Array]) -> None:
-        """Takes the metrics of step number `done`; writes the row that was full.
+        """Takes the metrics of the steps up to `done`; writes the row that was full.
 
-        That row is fetched after this step was dispatched: the device stays busy.
+        That row is fetched after these steps were dispatched: the device stays busy.
         """
-        if (done - 1) % self._log_every == 0:
-            self.close_row(done - 1)
+        if (done - self._stride) % self._log_every == 0:
+            self.close_row(done - self._stride)
         self._open.append(values)
 
     def draw(self, done: int, state: Any) -> None:
@@ -97,22 +109,36 @@ class Journal:
         if not self._open:
             return self._last
         fetched, self._open = jax.device_get(self._open), []
-        streaks = [int(values.pop("skipped_in_a_row")) for values in fetched]
-        good = [v for v, streak in zip(fetched, streaks, strict=True) if streak == 0]
-        self._skipped_in_a_row = streaks[-1]
-        skipped = len(fetched) - len(good)
+        columns = {
+            name: np.concatenate([np.atleast_1d(values[name]) for values in fetched])
+            for name in fetched[0]
+        }
+        streaks = columns.pop("skipped_in_a_row")
+        good, count = streaks == 0, len(streaks)
+        self._skipped_in_a_row = int(streaks[-1])
+        skipped = count - int(good.sum())
         if skipped:
             logging.warning(
                 "%s: %d of the %d steps up to %d were skipped: not finite",
-                *(self.name, skipped, len(fetched), step),
+                *(self.name, skipped, count, step),
             )
-        names = good[0] if good else ()
-        means = {name: float(np.mean([v[name] for v in good])) for name in names}
+        means = {}
+        if good.any():
+            means = {k: float(np.mean(column[good])) for k, column in columns.items()}
         self._last = means | {"skipped": float(skipped)}
-        rates = self._rate.over(len(fetched))
+        rates = self._rate.over(count)
         self._log.write(step, **self._last, **rates, **memory.in_use())
-        self._progress.advance(len(fetched), **means)
+        self._progress.advance(count, **means)
         return self._last
+
+    def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Writes what was measured of the state after `step`, beside its row.
+
+        Returns:
+          that row with it.
+        """
+        self._log.write(step, **values)
+        return self._last | values
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
