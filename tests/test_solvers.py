@@ -75,6 +75,27 @@ def test_a_walk_equals_pytorch(torch, name, prediction_type, steps):
     np.testing.assert_allclose(drawn, expected, rtol=0, atol=1e-5 * scale_of(expected))
 
 
+@names
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_whole_sample_equals_pytorch(torch, name, prediction_type):
+    """Where what is predicted depends on the latents, as a network's does."""
+    steps, config = 20, config_of(prediction_type)
+    theirs, solver = scheduler(name, config, steps), stepping(name, prediction_type, 20)
+
+    def denoise(latents, timesteps):
+        return jnp.tanh(1.5 * latents + timesteps[:, None, None, None] / 1000)
+
+    noise = normal(f"{name} start", *SHAPE)
+    drawn = jax.jit(lambda noise: sample(denoise, solver[0], noise))(noise)
+    latents = torch.from_numpy(noise) * theirs.init_noise_sigma
+    for timestep in theirs.timesteps:
+        seen = theirs.scale_model_input(latents, timestep)
+        prediction = torch.tanh(1.5 * seen + timestep / 1000)
+        latents = theirs.step(prediction, timestep, latents).prev_sample
+    assert 0.1 < latents.std() < 10
+    np.testing.assert_allclose(drawn, latents.numpy(), rtol=0, atol=1e-4)
+
+
 def scale_of(array):
     """Random predictions let the latents grow to some tens."""
     return max(1.0, np.abs(array).max())
@@ -84,7 +105,7 @@ def scale_of(array):
 def test_timesteps_equal_pytorch_whatever_their_number(torch, name):
     del torch
     config = config_of()
-    for steps in (*range(1, 61), 100, 250, 333, 500, 999):
+    for steps in (3, 26, 50, 333, 501, 999):  # at 26 the library's DPM-Solver differs
         solver = solvers.make(name, config, steps)
         expected = scheduler(name, config, steps).timesteps.numpy()
         np.testing.assert_array_equal(solver.timesteps, expected, err_msg=f"{steps}")

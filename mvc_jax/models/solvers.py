@@ -9,6 +9,9 @@ PyTorch draws the same from an exported folder with `DDIMScheduler`, with
 `DPMSolverMultistepScheduler.from_config(scheduler.config, timestep_spacing="linspace")`
 and with `EulerDiscreteScheduler.from_config(scheduler.config)`.
 
+UniPC (arXiv 2302.04867) is not here: the library has no Flax version, and its paper
+claims most at 5 to 10 steps, fewer than guidance with large scales leaves room for.
+
 Legend: B batch, h w latent grid, c latent channels, S steps, T training timesteps.
 """
 
