@@ -305,27 +305,33 @@ def _figures(folder: epath.Path) -> list[dict]:
 
 
 def _curves(workdir: epath.Path) -> list[dict]:
-    """The loss of every stage that has one, with its drawing."""
+    """The loss of every loop that has one, with its drawing; of a run, all seeds."""
     path = workdir / "metrics.jsonl"
-    stages: dict[str, list[tuple[int, float]]] = {}
+    loops: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in files.read_jsonl(path) if path.exists() else []:
         if isinstance(row.get("loss"), int | float):
-            stages.setdefault(row["stage"], []).append((row["step"], row["loss"]))
+            lines = loops.setdefault(re.sub(r"/seed-[\d-]+$", "", row["stage"]), {})
+            lines.setdefault(row["stage"], []).append((row["step"], row["loss"]))
     curves = []
-    for stage, pairs in stages.items():
-        finite = [pair for pair in pairs if math.isfinite(pair[1])]
-        thinned = finite[:: math.ceil(len(finite) / _MOST_POINTS) or 1]
-        curve = {"stage": stage, "last": pairs[-1], "svg": _curve(stage, thinned)}
-        curves.append(curve | {"bad": len(pairs) - len(finite)})
+    for name, found in loops.items():
+        thinned, bad = [], 0
+        for pairs in found.values():
+            finite = [pair for pair in pairs if math.isfinite(pair[1])]
+            thinned.append(finite[:: math.ceil(len(finite) / _MOST_POINTS) or 1])
+            bad += len(pairs) - len(finite)
+        ends = [pairs[-1] for pairs in found.values()]
+        last = max(step for step, _ in ends), sum(loss for _, loss in ends) / len(ends)
+        curve = {"stage": name, "last": last, "svg": _curve(name, thinned)}
+        curves.append(curve | {"bad": bad, "lines": len(ends)})
     return curves
 
 
-def _curve(stage: str, pairs: list[tuple[int, float]]) -> str:
-    """(step, loss) pairs as an SVG element in the colours and letters of the page."""
+def _curve(stage: str, lines: list[list[tuple[int, float]]]) -> str:
+    """Lines of (step, loss) as an SVG element in the page's colours and letters."""
     import matplotlib
     from matplotlib import figure, ticker
 
-    losses = [loss for _, loss in pairs]
+    losses = [loss for pairs in lines for _, loss in pairs]
     muted, line, accent = "#010101", "#020202", "#030303"
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
@@ -333,7 +339,9 @@ def _curve(stage: str, pairs: list[tuple[int, float]]) -> str:
         matplotlib.rcParams.update(fixed | {"axes.edgecolor": line})
         drawing = figure.Figure(figsize=(3.2, 1.7), layout="constrained")
         axes = drawing.subplots()
-        axes.plot([step for step, _ in pairs], losses, color=accent, linewidth=1.3)
+        for pairs in lines:
+            steps, own = zip(*pairs, strict=True) if pairs else ((), ())
+            axes.plot(steps, own, color=accent, linewidth=1.3 / len(lines) ** 0.25)
         if losses and 0 < 10 * min(losses) < max(losses):
             axes.set_yscale("log")
             subs = (1, 2, 5) if max(losses) < 100 * min(losses) else (1,)

@@ -154,7 +154,8 @@ def make_workdir(
     finish(workdir, "evaluate", ["metrics.json"])
     losses = [("pretrain/vae", 10.0), ("pretrain/vae", 0.37), ("finetune", 0.25)]
     rows = [{"stage": s, "step": 10 * i, "loss": x} for i, (s, x) in enumerate(losses)]
-    rows.append({"stage": "classify", "step": 5, "real": 0.5})
+    for seed, loss in enumerate((0.5, 0.7)):
+        rows.append({"stage": f"classify/real/seed-{seed}", "step": 5, "loss": loss})
     files.write_jsonl(workdir / "metrics.jsonl", rows)
     times = {"seconds": 1234.56, "compile_seconds": 65.43, "peak_rss_mib": 2345}
     files.write_json(workdir / "timings.json", {"finetune": times})
@@ -310,8 +311,9 @@ def test_the_comparison_keeps_the_index(page):
 def test_losses_are_drawn(page):
     assert [tag for tag, _ in page.tags].count(
         "svg"
-    ) == 3 + 1 + 2  # table, axis, curves
+    ) == 3 + 1 + 3  # table, axis, curves
     assert "0.37 at step 10" in page.text and "0.25 at step 20" in page.text
+    assert "0.6, the mean of 2 seeds, at step 5" in page.text
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids)) > 8
 
