@@ -154,6 +154,13 @@ def test_the_best_state_comes_back(tmp_path):
     found = checkpoints.restore_best(state)
     for a, b in zip(leaves(expected), leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
+    for file in (tmp_path / "all" / "checkpoints" / f"{best}").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+    with pytest.raises(
+        UserError, match="checkpoints/2: .*damaged.*train this one anew"
+    ):
+        checkpoints.restore_best(found)
     checkpoints.close()
 
 

@@ -30,6 +30,8 @@ from mvc_jax.errors import UserError, is_full_disk, require_room
 from mvc_jax.training.checksums import checksums
 
 _STATE, _RECORD = "state", "record"  # the two items of a checkpoint
+# The machine's fault, or the user's: the checkpoint may be whole.
+_NO_DAMAGE = (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 _FULL = {
     "what": "a checkpoint",
     "fix": "Free some; the same command goes on from the checkpoint before.",
@@ -108,16 +110,10 @@ class Checkpoints:
                 self._check_leaves(step, record["leaves"], abstract)
                 _free(state)  # or it would lie beside what takes its place
                 state = self._read_state(step, record["leaves"], abstract)
-            except (
-                UserError,
-                MemoryError,
-                PermissionError,
-                jax.errors.JaxRuntimeError,
-            ):
-                raise  # the machine's fault, or the user's: the checkpoint may be whole
+            except _NO_DAMAGE:
+                raise
             except Exception as error:  # whatever the damage, the one before may serve
-                words = str(error).split()
-                damaged[step] = " ".join(words)[:200] or type(error).__name__
+                damaged[step] = _in_words(error)
                 continue
             self._put_aside(damaged, step)
             return state
@@ -151,11 +147,13 @@ class Checkpoints:
             leaves = self._read_record(step)["leaves"]
             self._check_leaves(step, leaves, abstract)
             return self._read_state(step, leaves, abstract)
-        except ValueError as error:
+        except _NO_DAMAGE:
+            raise
+        except Exception as error:
             raise UserError(
                 str(self._folder / f"{step}"),
                 wanted="the best checkpoint, whole",
-                got=f"a damaged one ({error})",
+                got=f"a damaged one ({_in_words(error)})",
                 fix=f"Delete {self._folder} to train this one anew.",
             ) from error
 
@@ -319,6 +317,10 @@ def _leaves(tree: Any) -> dict[str, list]:
         jax.tree_util.keystr(path): [str(leaf.dtype), list(leaf.shape)]
         for path, leaf in leaves
     }
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _free(state: Any) -> None:
