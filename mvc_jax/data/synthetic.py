@@ -350,16 +350,11 @@ def read_images(
     Returns:
       images, labels int32 [N] and source ids.
     """
-    shards = sorted((epath.Path(folder) / "data").glob("train-*.parquet"))
     images, labels, sources = [], [], []
-    for path in shards:
-        with path.open("rb") as file:
-            table = pq.read_table(file, columns=["image", "label", "source"])
-        for cell in table["image"].to_pylist():
-            image = np.asarray(Image.open(io.BytesIO(cell["bytes"])))
-            images.append(decode.fit(image, size, **fit) if size else image)
-        labels += table["label"].to_pylist()
-        sources += table["source"].to_pylist()
+    for row in read_rows(folder, ("image", "label", "source")):
+        images.append(decode.fit(row["image"], size, **fit) if size else row["image"])
+        labels.append(row["label"])
+        sources.append(row["source"])
     return np.stack(images), np.asarray(labels, np.int32), sources
 
 

@@ -117,5 +117,3 @@ ResNet18 = functools.partial(ResNet, depths=(2, 2, 2, 2))
 ResNet34 = functools.partial(ResNet, depths=(3, 4, 6, 3))
 ResNet50 = functools.partial(ResNet, depths=(3, 4, 6, 3), inner=1)
 WideResNet50 = functools.partial(ResNet, depths=(3, 4, 6, 3), inner=2)
-
-VARIANTS = {"resnet8": ResNet8, "resnet20": ResNet20, "resnet56": ResNet56}

@@ -33,18 +33,14 @@ from mvc_jax.models.ddim import NOISE, SOLVER
 Index = int | Int[Array, ""]
 
 
-class DDIM:
-    """DDIM without noise of its own (eta = 0): Song et al., arXiv 2010.02502.
+class _OfLibrary:
+    """A scheduler of the library as a solver; the carry is its latents."""
 
-    Equations (12) and (16), by the library. The carry is the latents.
-    """
-
-    def __init__(self, config: Mapping[str, Any], steps: int):
-        own = {field: config[field] for field in SOLVER if field != "timestep_spacing"}
-        self._scheduler = FlaxDDIMScheduler(**_noise(config), **own)
+    def __init__(self, scheduler: Any, config: Mapping[str, Any], steps: int):
+        self._scheduler = scheduler
         with jax.ensure_compile_time_eval():  # it may be made inside a jit
-            state = self._scheduler.create_state()
-            self._state = self._scheduler.set_timesteps(state, steps)
+            state = scheduler.create_state()
+            self._state = scheduler.set_timesteps(state, steps)
         self.timesteps = np.asarray(self._state.timesteps)
         self.num_train_timesteps: int = config["num_train_timesteps"]
 
@@ -64,22 +60,30 @@ class DDIM:
         return carry
 
 
-class Euler:
-    """Euler's method on dx/dsigma: Karras et al., arXiv 2206.00364, algorithm 1.
+class DDIM(_OfLibrary):
+    """DDIM without noise of its own (eta = 0): Song et al., arXiv 2010.02502.
 
-    Its line 4, without the second-order correction, by the library. The carry is x of
-    the variance-exploding form, x_0 + sigma * noise; the last sigma is 0.
+    Equations (12) and (16).
     """
 
     def __init__(self, config: Mapping[str, Any], steps: int):
-        self._scheduler = FlaxEulerDiscreteScheduler(
-            **_noise(config), timestep_spacing=config["timestep_spacing"]
+        own = {field: config[field] for field in SOLVER if field != "timestep_spacing"}
+        super().__init__(FlaxDDIMScheduler(**_noise(config), **own), config, steps)
+
+
+class Euler(_OfLibrary):
+    """Euler's method on dx/dsigma: Karras et al., arXiv 2206.00364, algorithm 1.
+
+    Its line 4, without the second-order correction. The carry is x of the
+    variance-exploding form, x_0 + sigma * noise; the last sigma is 0.
+    """
+
+    def __init__(self, config: Mapping[str, Any], steps: int):
+        spacing = config["timestep_spacing"]
+        scheduler = FlaxEulerDiscreteScheduler(
+            **_noise(config), timestep_spacing=spacing
         )
-        with jax.ensure_compile_time_eval():
-            state = self._scheduler.create_state()
-            self._state = self._scheduler.set_timesteps(state, steps)
-        self.timesteps = np.asarray(self._state.timesteps)
-        self.num_train_timesteps: int = config["num_train_timesteps"]
+        super().__init__(scheduler, config, steps)
 
     def start(self, noise: Float[Array, "B h w c"]) -> Array:
         return noise * self._state.init_noise_sigma
@@ -87,15 +91,6 @@ class Euler:
     def inputs(self, carry: Array, i: Index) -> Array:
         timestep = jnp.asarray(self.timesteps)[i]
         return self._scheduler.scale_model_input(self._state, carry, timestep)
-
-    def step(self, carry: Array, prediction: Array, i: Index) -> Array:
-        timestep = jnp.asarray(self.timesteps)[i]
-        return self._scheduler.step(
-            self._state, prediction, timestep, carry, return_dict=False
-        )[0]
-
-    def latents(self, carry: Array) -> Array:
-        return carry
 
 
 class DPMSolverPP2M:
