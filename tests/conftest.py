@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import shutil
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
@@ -84,6 +85,22 @@ def tiny(tmp_path_factory):
         for name in diffusers_layout.WEIGHTS
     }
     return model, params
+
+
+@pytest.fixture(scope="session")
+def original(tiny, tmp_path_factory):
+    """`tiny` as a folder in the diffusers layout; nobody writes into it."""
+    from mvc_jax.models import diffusers_layout
+
+    folder = tmp_path_factory.mktemp("base") / "model"
+    diffusers_layout.save(folder, *tiny)
+    return folder
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    """A copy of `original`, to be spoilt."""
+    return shutil.copytree(original, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

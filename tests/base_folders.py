@@ -1,0 +1,69 @@
+"""Folders of base models, and what their tests do to them."""
+
+import fnmatch
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from etils import epath
+
+from configs import common
+from mvc_jax import encode, files
+from mvc_jax.errors import UserError
+from mvc_jax.models import diffusers_layout
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+NAME, COMMIT = "some/model", "0123456789abcdef0123456789abcdef01234567"
+
+
+def edit(path, **fields):
+    files.write_json(path, json.loads(path.read_text()) | fields)
+
+
+def cast(path, dtype, to=None):
+    tensors = safetensors.numpy.load_file(path)
+    tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(tensors, to or path)
+
+
+def to_variant(folder, variant="fp16", dtype=np.float16, keep=False):
+    for file in (UNET, VAE, TEXT):
+        cast(folder / file, dtype, folder / file.replace(".", f".{variant}.", 1))
+        if not keep:
+            (folder / file).unlink()
+
+
+def matching(names, patterns):
+    return {n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)}
+
+
+def refusal(folder, **options):
+    """What `load` and the check say, which must be the same."""
+    with pytest.raises(UserError) as early:
+        diffusers_layout.check_base(folder, **options)
+    options = {k: v for k, v in options.items() if k in ("variant", "revision")}
+    with pytest.raises(UserError) as late:
+        diffusers_layout.load(folder, **options)
+    assert str(early.value) == str(late.value)
+    assert early.value.details == late.value.details
+    return early.value
+
+
+def said(error):
+    return "\n".join([str(error), *error.details])
+
+
+def config_of(path, **fields):
+    config = common.get_config()
+    config.base.path = str(path)
+    config.data.size = 8
+    config.data.class_type = "digit"
+    config.base.update(fields)
+    return config
+
+
+def find_base(config, workdir, record):
+    return encode._find_base(config, epath.Path(workdir), epath.Path(record))

@@ -1,0 +1,189 @@
+"""Base models on the Hugging Face hub: what is asked of it, and of its cache."""
+
+import shutil
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+from base_folders import (
+    COMMIT,
+    NAME,
+    TEXT,
+    UNET,
+    VAE,
+    cast,
+    config_of,
+    find_base,
+    matching,
+    to_variant,
+)
+
+from mvc_jax import encode, files
+from mvc_jax.errors import UserError
+from mvc_jax.models import checkpoint_folder, diffusers_layout, hub
+
+# What the hub lists of stable-diffusion-v1-5.
+LISTING = [
+    ".gitattributes",
+    "README.md",
+    "model_index.json",
+    "v1-inference.yaml",
+    "v1-5-pruned-emaonly.ckpt",
+    "v1-5-pruned-emaonly.safetensors",
+    "v1-5-pruned.ckpt",
+    "v1-5-pruned.safetensors",
+    "feature_extractor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+    "safety_checker/config.json",
+    "safety_checker/model.fp16.safetensors",
+    "safety_checker/model.safetensors",
+    "safety_checker/pytorch_model.bin",
+    "safety_checker/pytorch_model.fp16.bin",
+    "text_encoder/config.json",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/model.safetensors",
+    "text_encoder/pytorch_model.bin",
+    "text_encoder/pytorch_model.fp16.bin",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.bin",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.fp16.bin",
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+]
+SMALL = [
+    *("README.md", "model_index.json", "scheduler/scheduler_config.json"),
+    *("text_encoder/config.json", "unet/config.json", "vae/config.json"),
+    *("tokenizer/merges.txt", "tokenizer/special_tokens_map.json"),
+    *("tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
+]
+
+
+@pytest.fixture
+def cached(saved, tmp_path, monkeypatch):
+    """`saved` as the hub's cache holds it, in offline mode."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")
+    )
+    repository = tmp_path / "hub" / "models--some--model"
+    files.write_text(repository / "refs" / "main", COMMIT)
+    (repository / "snapshots").mkdir()
+    return shutil.copytree(saved, repository / "snapshots" / COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("variant", "wanted"),
+    [
+        ("", [UNET, VAE, TEXT]),
+        ("fp16", [x.replace(".", ".fp16.", 1) for x in (UNET, VAE, TEXT)]),
+    ],
+)
+def test_of_the_hub_only_what_is_needed_is_asked_and_once(
+    saved, monkeypatch, variant, wanted
+):
+    if variant:
+        to_variant(saved)
+    asked = []
+
+    def download(name, allow_patterns, **options):
+        asked.append((name, options))
+        small = {*SMALL, "feature_extractor/preprocessor_config.json"}
+        assert matching(LISTING, allow_patterns) == {*small, *wanted}
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    diffusers_layout.check_base(NAME, variant, "v1")  # not looked up
+    assert asked == []
+    model, _ = diffusers_layout.load(NAME, ("vae",), variant, "v1")
+    assert model.latent_channels == 4
+    assert asked == [(NAME, {"revision": "v1"})]
+
+
+@pytest.mark.parametrize("revision", ["", "main", COMMIT])
+def test_the_cache_is_read_without_a_network(cached, revision):
+    folder, commit = checkpoint_folder.resolve(NAME, "", revision)
+    assert (str(folder), commit) == (str(cached), COMMIT)
+    assert hub.commit_of(cached.parent) is None
+    params = diffusers_layout.load(NAME, ("vae",), revision=revision)[1]
+    assert params["vae"]
+
+
+def test_a_half_snapshot_lists_what_is_missing(cached):
+    for name in (UNET, "vae/config.json"):
+        (cached / name).unlink()
+    with pytest.raises(UserError) as error:
+        diffusers_layout.load(NAME)
+    assert error.value.name == f"config.base.path '{NAME}'"
+    assert "2 missing: vae/config.json; " + UNET in str(error.value)
+    assert "HF_HUB_OFFLINE" in str(error.value)
+    assert f"from_pretrained('{NAME}'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "models/stable-diffusion"])
+def test_what_the_hub_does_not_give_is_a_sentence(cached, name):
+    with pytest.raises(
+        UserError, match="from the hub LocalEntryNotFoundError"
+    ) as error:
+        diffusers_layout.load(name)
+    assert error.value.name == f"config.base.path '{name}'"
+    with pytest.raises(UserError, match="LocalEntryNotFoundError"):
+        diffusers_layout.load(NAME, revision="another")
+
+
+def test_in_offline_mode_the_cache_is_looked_over_before_any_work(cached):
+    encode.check(config_of(NAME))
+    with pytest.raises(UserError, match="LocalEntryNotFoundError"):
+        encode.check(config_of("nobody/nothing"))
+    (cached / UNET).unlink()
+    with pytest.raises(UserError, match="1 missing: unet/"):
+        encode.check(config_of(NAME))
+
+
+def test_a_full_disk_is_not_a_missing_model(monkeypatch):
+    def download(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(OSError, match="No space left"):
+        diffusers_layout.load(NAME)
+
+
+def test_later_stages_read_the_commit_that_encode_recorded(cached, tmp_path, tiny):
+    """The hub's main moves on after `encode`; nothing of it is read."""
+    workdir, record = tmp_path / "run", tmp_path / "run" / "encode" / "base.json"
+    folder = find_base(config_of(NAME), workdir, record)
+    assert str(folder) == str(cached)
+    assert files.read_json(record) == {
+        "path": NAME,
+        "variant": "",
+        "revision": COMMIT,
+    }
+    moved = COMMIT[::-1]
+    shutil.copytree(cached, cached.parent / moved)
+    files.write_text(cached.parents[1] / "refs" / "main", moved)
+    cast(cached.parent / moved / VAE, np.float16)
+    recorded = diffusers_layout.recorded(record, "own")
+    params = diffusers_layout.load(**recorded, components=("vae",))[1]
+    jax.tree.map(np.testing.assert_array_equal, params["vae"], tiny[1]["vae"])
+    assert str(find_base(config_of(NAME), workdir, record)) == str(cached)
+    other = find_base(config_of(NAME), workdir, tmp_path / "other.json")
+    assert other.name == moved
+
+
+def test_a_hub_base_is_looked_over_once_it_is_here(cached, tmp_path):
+    files.write_json(cached / "mvc_jax.json", {"stage": "finetune"})
+    with pytest.raises(UserError, match="fine-tuned already"):
+        find_base(config_of(NAME), tmp_path, tmp_path / "base.json")
+    assert not (tmp_path / "base.json").exists()
