@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from turns import accelerator, in_turns, resident, results
+from turns import accelerator, in_turns, peak, resident, results
 
 SIZE, CLASSES = 32, 10
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
@@ -115,11 +115,6 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
             state, loss = step_on(state, images, labels, mask)
         assert np.isfinite(float(loss))
         jax.block_until_ready(state)
-
-    def peak() -> float:
-        if jax.default_backend() == "cpu":
-            return resident()
-        return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
 
     return step, peak
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 from architectures import SCHEDULE, TEXT_WIDTH, UNETS
-from turns import accelerator, in_turns, resident, results
+from turns import accelerator, in_turns, peak, resident, results
 
 TOKENS = 77
 FORWARD_TFLOP = {64: 0.803, 32: 0.180}  # an example, SD 1.5, by side of its latents
@@ -127,11 +127,6 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
             state, metrics = step_on(state, batch)
         assert np.isfinite(float(metrics["loss"]))
         jax.block_until_ready(state)
-
-    def peak() -> float:
-        if jax.default_backend() == "cpu":
-            return resident()
-        return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
 
     return step, peak
 

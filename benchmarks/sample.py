@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 from architectures import TEXT_WIDTH, UNETS, write
-from turns import accelerator, in_turns, resident, results
+from turns import accelerator, in_turns, peak, resident, results
 
 TEXT_SCALE, IMAGE_SCALE = 7.5, 1.5
 FAST = {"sampler": "dpmpp_2m", "guidance_interval": (0.2, 0.8)}  # and 20 steps at most
@@ -132,11 +132,6 @@ def _ours(arguments: argparse.Namespace, settings: dict):
         for _ in range(times):
             found = draw(params, batch)
         assert np.isfinite(np.asarray(found)).all()
-
-    def peak() -> float:
-        if jax.default_backend() == "cpu":
-            return resident()
-        return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
 
     return step, peak
 

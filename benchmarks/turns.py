@@ -83,6 +83,15 @@ def _serve(pipe, side: Callable, arguments: argparse.Namespace) -> None:
         pipe.send(peak())
 
 
+def peak() -> float:
+    """Bytes that JAX's device, or on a CPU the process, has held at the most."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return resident()
+    return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
+
+
 def resident() -> float:
     """Bytes of the process at its largest."""
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -100,11 +100,9 @@ def variant_of(family: str, parts: Mapping[str, Any]) -> str:
 
 def _locate(name: str, field: str, revision: str) -> tuple[epath.Path, Any]:
     """The weights, and the folder that may hold their config (None: a single file)."""
-    path = epath.Path(name).expanduser()
-    if not hub.is_local(name):
-        wanted = (WEIGHTS, f"{WEIGHTS}.index.json", "model-?????-of-?????.safetensors")
-        wanted += (CONFIG, PROCESSOR)
-        path = hub.download(name, wanted, field=field, revision=revision)
+    wanted = (WEIGHTS, f"{WEIGHTS}.index.json", "model-?????-of-?????.safetensors")
+    wanted += (CONFIG, PROCESSOR)
+    path = hub.locate(name, wanted, field=field, revision=revision)
     if path.suffix == ".safetensors" and not path.is_dir():
         return path, path.parent if path.name == WEIGHTS else None
     there = sorted(p.name for p in path.iterdir()) if path.is_dir() else []

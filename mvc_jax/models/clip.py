@@ -261,10 +261,7 @@ def _find(path: epath.PathLike, field: str) -> epath.Path:
     """The folder that holds config.json and weights, its files looked over."""
     name = str(path)
     field = f"{field} {name!r}"
-    if hub.is_local(name):
-        folder = epath.Path(name).expanduser()
-    else:
-        folder = hub.download(name, _PATTERNS, field=field)
+    folder = hub.locate(name, _PATTERNS, field=field)
     if (folder / checkpoint_folder.INDEX).exists():  # a pipeline
         folder = folder / IMAGE_ENCODER
     require(

@@ -201,10 +201,7 @@ def _find(path: epath.PathLike, field: str) -> tuple[epath.Path, epath.Path]:
     """The folder, and the file of its weights or the index of their shards."""
     name = str(path)
     field = f"{field} {name!r}"
-    if hub.is_local(name):
-        folder = epath.Path(name).expanduser()
-    else:
-        folder = hub.download(name, _PATTERNS, field=field)
+    folder = hub.locate(name, _PATTERNS, field=field)
     there = sorted(x.name for x in folder.glob("*")) if folder.is_dir() else []
     found = next((file for file in _WEIGHTS if file in there), None)
     require(

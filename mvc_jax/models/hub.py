@@ -27,6 +27,15 @@ def offline() -> bool:
     return huggingface_hub.constants.HF_HUB_OFFLINE
 
 
+def locate(
+    name: str, patterns: Sequence[str], *, field: str, revision: str = ""
+) -> epath.Path:
+    """A path as it is, whether anything is there or not; a hub's name by `download`."""
+    if is_local(name):
+        return epath.Path(name).expanduser()
+    return download(name, patterns, field=field, revision=revision)
+
+
 def download(
     name: str, patterns: Sequence[str], *, field: str, revision: str = ""
 ) -> epath.Path:
