@@ -134,13 +134,33 @@ def test_a_v_prediction_base_is_trained_on_v(wide):
     assert one_step(other, params["unet"], batch)[1]["loss"] > 0
 
 
-@pytest.mark.parametrize("name, last", [("constant", 1e-3), ("cosine", 0.0)])
-def test_learning_rates_warm_up_and_stay_or_fall(name, last):
-    schedule = optim.schedule(name, 1e-3, warmup=4, steps=20)
+LAST = {"constant": 1e-3, "cosine": 0.0, "multistep": 1e-5}
+
+
+@pytest.mark.parametrize("name", LAST)
+@pytest.mark.parametrize("warmup", [0, 1, 4])  # 0 is the default
+def test_learning_rates_warm_up_and_stay_or_fall(name, warmup):
+    schedule = optim.schedule(
+        name, 1e-3, warmup=warmup, steps=20, milestones=(0.5, 0.75)
+    )
     rates = [float(schedule(step)) for step in range(21)]
-    np.testing.assert_allclose(rates[:5], [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3], rtol=1e-6)
-    assert rates[20] == pytest.approx(last, abs=1e-9)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    rising = 1e-3 * np.arange(warmup) / max(warmup, 1)
+    np.testing.assert_allclose(rates[: warmup + 1], [*rising, 1e-3], rtol=1e-6)
+    assert rates[20] == pytest.approx(LAST[name], abs=1e-9)
+    assert all(
+        a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False)
+    )
+    if name == "multistep":
+        np.testing.assert_allclose(rates[9::2][:4], [1e-3, 1e-4, 1e-4, 1e-5], rtol=1e-5)
+
+
+def test_the_settings_as_they_are_by_default_train():
+    """By the schedule that every run without flags has, from its first step on."""
+    section = common.get_config().finetune
+    times = {"warmup": section.warmup, "steps": section.steps}
+    rate = optim.schedule(section.schedule, section.learning_rate, **times)
+    assert float(rate(0)) == pytest.approx(section.learning_rate)
+    assert float(rate(section.steps - 1)) == pytest.approx(section.learning_rate)
 
 
 def test_pictures_show_one_pair_of_each_class_first():

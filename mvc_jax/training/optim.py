@@ -32,9 +32,9 @@ def schedule(
     """
     if name == "cosine":
         return warmup_cosine(peak, warmup=warmup, steps=steps)
-    if name == "constant":
-        return optax.warmup_constant_schedule(0.0, peak, warmup)
-    turns = {round(share * steps) - warmup: gamma for share in milestones}
+    # Not the library's warm-up to a constant: without a warm-up it would stay at 0.
+    shares = milestones if name == "multistep" else ()
+    turns = {round(share * steps) - warmup: gamma for share in shares}
     falling = optax.piecewise_constant_schedule(peak, turns)
     rising = optax.linear_schedule(0.0, peak, warmup)
     return optax.join_schedules([rising, falling], [warmup])
