@@ -95,6 +95,10 @@ def check(config: ConfigDict) -> None:
     checkpoint = None
     if section.pretrained and hub.is_local(section.pretrained):
         checkpoint = _checkpoint(config)
+    elif section.pretrained:
+        field = f"config.classify.pretrained {section.pretrained!r}"
+        revision = section.pretrained_revision
+        hub.check_name(section.pretrained, field=field, revision=revision)
     _check_size(config, _model(fields, 2, checkpoint))
     if checkpoint:
         classifier_weights.check(checkpoint, _model(fields, 2, checkpoint))

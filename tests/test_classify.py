@@ -171,3 +171,14 @@ def test_a_pretrained_network_brings_its_weights_and_its_normalisation(
 def test_a_checkpoint_of_another_network_is_refused(pretrained):
     with pytest.raises(UserError, match="looks like"):
         classify.check(config_with(pretrained[0], model="resnet20"))
+
+
+def test_a_name_that_the_hub_has_not_is_refused_before_any_work(monkeypatch):
+    def check_name(name, *, field, revision):
+        raise UserError(field, wanted="a model", got=f"none, at {revision}", fix=".")
+
+    monkeypatch.setattr(classify.hub, "check_name", check_name)
+    config = config_with("nobody/nothing", model="resnet8")
+    config.classify.pretrained_revision = "v1"
+    with pytest.raises(UserError, match="pretrained 'nobody/nothing'.*none, at v1"):
+        classify.check(config)

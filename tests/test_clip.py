@@ -179,5 +179,8 @@ def test_an_image_tower_has_no_texts(folder, tmp_path):
         clip.check(tmp_path / "image_encoder", field=FIELD, text=True)
 
 
-def test_a_hub_name_is_not_looked_up_by_the_check():
+def test_of_a_hub_name_the_check_downloads_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(clip.hub, "check_name", lambda name, **_: asked.append(name))
     assert clip.check("openai/clip-vit-large-patch14", field=FIELD) is None
+    assert asked == ["openai/clip-vit-large-patch14"]

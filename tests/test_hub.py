@@ -6,6 +6,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import requests
 from base_folders import (
     COMMIT,
     NAME,
@@ -18,10 +19,18 @@ from base_folders import (
     matching,
     to_variant,
 )
+from huggingface_hub import errors
 
 from mvc_jax import encode, files
 from mvc_jax.errors import UserError
-from mvc_jax.models import checkpoint_folder, diffusers_layout, hub
+from mvc_jax.models import (
+    blip2,
+    checkpoint_folder,
+    clip,
+    controlnet,
+    diffusers_layout,
+    hub,
+)
 
 # What the hub lists of stable-diffusion-v1-5.
 LISTING = [
@@ -104,7 +113,8 @@ def test_of_the_hub_only_what_is_needed_is_asked_and_once(
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    diffusers_layout.check_base(NAME, variant, "v1")  # not looked up
+    monkeypatch.setattr(hub, "check_name", lambda *_, **__: None)
+    diffusers_layout.check_base(NAME, variant, "v1")  # downloads nothing
     assert asked == []
     model, _ = diffusers_layout.load(NAME, ("vae",), variant, "v1")
     assert model.latent_channels == 4
@@ -149,6 +159,58 @@ def test_in_offline_mode_the_cache_is_looked_over_before_any_work(cached):
     (cached / UNET).unlink()
     with pytest.raises(UserError, match="1 missing: unet/"):
         encode.check(config_of(NAME))
+
+
+def refusal(kind):
+    return kind("404 Client Error. (Request ID: 1)", response=requests.Response())
+
+
+# How the settings of each stage name a model of the hub.
+NAMED = {
+    "captioner": blip2.check_model,
+    "base": lambda name: encode.check(config_of(name)),
+    "clip": lambda name: clip.check(name, field="config.generate.clip"),
+    "controlnet": lambda name: controlnet.check(name, None, field="config.x"),
+}
+
+
+@pytest.mark.parametrize("stage", NAMED)
+def test_a_name_that_the_hub_has_not_is_refused_before_any_work(monkeypatch, stage):
+    def info(name, revision, timeout):
+        raise refusal(errors.RepositoryNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", info)
+    hub.check_name.cache_clear()
+    with pytest.raises(UserError, match="RepositoryNotFoundError: 404") as error:
+        NAMED[stage]("nobody/nothing")
+    assert "'nobody/nothing'" in error.value.name
+
+
+def test_a_revision_that_the_hub_has_not_is_refused_before_any_work(monkeypatch):
+    def info(name, revision, timeout):
+        if revision:
+            raise refusal(errors.RevisionNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", info)
+    hub.check_name.cache_clear()
+    diffusers_layout.check_base(NAME)
+    with pytest.raises(UserError, match="RevisionNotFoundError"):
+        diffusers_layout.check_base(NAME, revision="another")
+
+
+def test_a_hub_that_does_not_answer_refuses_no_name(monkeypatch):
+    def info(name, revision, timeout):
+        raise requests.exceptions.ConnectTimeout("no answer")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", info)
+    hub.check_name.cache_clear()
+    diffusers_layout.check_base(NAME)
+
+
+def test_in_offline_mode_no_name_is_asked_about(cached, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "model_info", None)  # a call would fail
+    hub.check_name.cache_clear()
+    hub.check_name(NAME, field="config.base.path")
 
 
 def test_a_full_disk_is_not_a_missing_model(monkeypatch):

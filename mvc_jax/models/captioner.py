@@ -51,8 +51,11 @@ def find(model: str, layout: Layout) -> epath.Path:
 
 
 def check(model: str, layout: Layout) -> epath.Path | None:
-    """The folder, unless `find` would refuse it; None for a hub name, not looked up."""
-    return _check_folder(model, layout) if hub.is_local(model) else None
+    """The folder, unless `find` would refuse it; None for a name that the hub has."""
+    if hub.is_local(model):
+        return _check_folder(model, layout)
+    hub.check_name(model, field=field(model))
+    return None
 
 
 def _check_folder(

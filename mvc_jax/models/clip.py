@@ -220,9 +220,11 @@ def check(path: epath.PathLike, *, field: str, text: bool = False) -> Clip | Non
     """Refuses, without reading a tensor, what `load` would refuse.
 
     Returns:
-      the architecture; None for a hub name, which is not looked up.
+      the architecture; None for a hub name, of which the hub is asked no more than
+      whether it has it.
     """
     if not hub.is_local(str(path)):
+        hub.check_name(str(path), field=f"{field} {str(path)!r}")
         return None
     folder = _find(path, field)
     for name in _WEIGHTS:

@@ -181,12 +181,15 @@ def check(
 ) -> None:
     """Refuses, without reading a tensor, what `load` would refuse.
 
-    A hub name is not looked up; whether it fits is left out where `base` is not known.
+    Of a hub name no more is asked than whether the hub has it; whether the network fits
+    is left out where `base` is not known.
     """
-    if hub.is_local(str(path)):
-        folder, file = _find(path, field)
-        weights.check(file)
-        _read_architecture(folder, base)
+    if not hub.is_local(str(path)):
+        hub.check_name(str(path), field=f"{field} {str(path)!r}")
+        return
+    folder, file = _find(path, field)
+    weights.check(file)
+    _read_architecture(folder, base)
 
 
 def save(folder: epath.PathLike, network: ControlNet, params: Params) -> list[str]:

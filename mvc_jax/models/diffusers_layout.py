@@ -72,10 +72,11 @@ def check_base(
     finetuned: bool = False,
     size: int = 0,
 ) -> None:
-    """Refuses, without a network or a device, what cannot be the base model.
+    """Refuses, without a download or a device, what cannot be the base model.
 
-    Everything but the tensors is read. A hub name is looked up in offline mode alone,
-    in the library's cache; else check the folder that it gives.
+    Everything but the tensors is read. Of a hub name this is so in offline mode alone,
+    by the library's cache; else the hub is asked whether it has it, and the folder that
+    it gives is to be checked.
 
     Args:
       path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
@@ -94,7 +95,8 @@ def check_base(
         fix="Usual are fp16 and, for none, ''.",
     )
     if checkpoint_folder.is_hub_name(path) and not hub.offline():
-        logging.info("%s is no folder here: the Hugging Face hub will be asked", path)
+        field = checkpoint_folder.field(path)
+        hub.check_name(str(path), field=field, revision=revision)
         return
     folder, _ = checkpoint_folder.resolve(path, variant, revision)
     model = _read_architecture(folder)

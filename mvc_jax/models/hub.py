@@ -5,16 +5,21 @@ Cache, token, mirror and offline mode are the library's, by its environment vari
 """
 
 import errno
+import functools
 import re
 from collections.abc import Sequence
 
 import huggingface_hub
+from absl import logging
 from etils import epath
+from huggingface_hub import constants, errors
 
 from mvc_jax.errors import UserError
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REFUSALS = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+_PATIENCE = 10.0  # seconds
 
 
 def is_local(name: str) -> bool:
@@ -24,7 +29,36 @@ def is_local(name: str) -> bool:
 
 def offline() -> bool:
     """Whether the library may not ask the hub, and its cache must hold everything."""
-    return huggingface_hub.constants.HF_HUB_OFFLINE
+    return constants.HF_HUB_OFFLINE
+
+
+@functools.cache  # several stages check what they share
+def check_name(name: str, *, field: str, revision: str = "") -> None:
+    """Refuses a name or revision of which the hub says that it has none.
+
+    Asks it for a few kB, so that a mistyped name does not wait for its stage. Where it
+    cannot be asked, or may not, nothing is refused: `download` will see.
+
+    Args:
+      name: of a hub's model; what `is_local` calls a path is not looked at.
+      field: the setting that holds the name, for errors.
+      revision: a branch, tag or commit; `""`: the hub's default branch.
+
+    Raises:
+      UserError: the hub knows no such model, or no such revision of it.
+    """
+    if is_local(name) or offline():
+        return
+    try:
+        huggingface_hub.model_info(name, revision=revision or None, timeout=_PATIENCE)
+    except (*_REFUSALS, ValueError) as error:  # the latter of names that cannot be
+        raise _refused(field, error) from error
+    except OSError as error:  # no network; or the hub is at odds with itself
+        logging.info(
+            "the Hugging Face hub cannot be asked about %s now (%s)",
+            name,
+            type(error).__name__,
+        )
 
 
 def locate(
@@ -61,15 +95,7 @@ def download(
     except (OSError, ValueError) as error:  # what its own errors derive from
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        first_line = next(iter(str(error).splitlines()), "")
-        raise UserError(
-            field,
-            wanted="a checkpoint folder, or a name that the Hugging Face hub gives",
-            got=f"no such folder, and from the hub {type(error).__name__}: "
-            f"{first_line}",
-            fix="Check the name. A gated or private one needs `hf auth login`; without "
-            "a network, download it elsewhere and name its folder.",
-        ) from error
+        raise _refused(field, error) from error
     return epath.Path(folder)
 
 
@@ -78,3 +104,14 @@ def commit_of(folder: epath.PathLike) -> str | None:
     folder = epath.Path(folder)
     cached = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return folder.name if cached else None
+
+
+def _refused(field: str, error: Exception) -> UserError:
+    first_line = next(iter(str(error).splitlines()), "")
+    return UserError(
+        field,
+        wanted="a checkpoint folder, or a name that the Hugging Face hub gives",
+        got=f"no such folder, and from the hub {type(error).__name__}: {first_line}",
+        fix="Check the name. A gated or private one needs `hf auth login`; without "
+        "a network, download it elsewhere and name its folder.",
+    )
