@@ -86,11 +86,18 @@ def prompts(count: int) -> tuple[list[dict], np.ndarray]:
 
 
 def mix_batch(table: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-    """Mixed states [B, L, D] of the prompts that a batch of recipes names."""
-    return jax.vmap(mix.mix)(
+    """Mixed states [B, L, D] of the prompts that a batch of recipes names.
+
+    The whole table stands for the partners, so that none of them is copied.
+    """
+    rows = jax.vmap(lambda partners, donors: partners[donors])
+    return jax.vmap(mix.mix, in_axes=(0, None, 0, 0, 0, 0))(
         table[arrays["source"]],
-        table[arrays["partners"]],
-        *(arrays[name] for name in ("positions", "donors", "dims", "dim_donors")),
+        table,
+        arrays["positions"],
+        rows(arrays["partners"], arrays["donors"]),
+        arrays["dims"],
+        rows(arrays["partners"], arrays["dim_donors"]),
     )
 
 

@@ -72,8 +72,8 @@ def fast(config: ConfigDict) -> None:
 
     DPM-Solver++ 2M has settled by 20 steps (arXiv 2211.01095); guidance hurts where the
     noise is strong and hardly acts where it is weak (arXiv 2404.07724). Of 150 rows of
-    the UNet behind an image with the defaults, 46 are left. What it costs in quality:
-    not yet measured.
+    the UNet behind an image with the defaults, 46 are left. On the digits it costs no
+    accuracy that three splits can show (`benchmarks/RESULTS.md`).
     """
     config.generate.sampler = "dpmpp_2m"
     config.generate.steps = min(20, config.generate.steps)

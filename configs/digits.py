@@ -4,10 +4,9 @@
 
 scikit-learn's 1,797 digits, split three ways by id: a base pool of 900 that stands in
 for the web (only the base model sees it), ten training images per class, and the rest
-as test. Two CPU cores, version of 2026-11-23: 251 s with a warm compilation cache, 2.5
-GiB; seed 0: real only 83.6 %, real + synthetic 85.8 %, real + affine 92.0 % (5
-classifiers each); other seeds are in the README. Mixing and classifiers have changed
-since, and it is not yet measured anew.
+as test. Two CPU cores, 2026-11-24: 373 s with nothing compiled before, 1.6 GiB; seed 0:
+real only 82.3 %, real + synthetic 85.3 %, real + affine 91.4 % (5 classifiers each);
+other seeds are in the README.
 
     python -m mvc_jax.train --config=configs/digits.py:ablation --workdir=runs/ablation
 
