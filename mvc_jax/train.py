@@ -74,7 +74,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         for leftover in workdir.glob(".tmp-*"):  # of a run that was killed
             leftover.unlink()
         for name in stages:
-            if not manifest.is_complete(workdir, name):
+            sheet = name == "generate" and config.generate.limit  # drawn of any run
+            if sheet or not manifest.is_complete(workdir, name):
                 _stage(name).check(config)
         runtime.set_up(config.compilation_cache)
         for name in stages:

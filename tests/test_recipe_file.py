@@ -88,6 +88,13 @@ def test_no_index_may_be_missing(tmp_path, made, kept, said):
         read(written(tmp_path / "recipes.jsonl", made[kept]))
 
 
+def test_an_index_far_out_is_one_sentence(tmp_path, made):
+    """At once, and in no more memory than its rows take."""
+    made[-1]["index"] = 2**31 - 1
+    with pytest.raises(UserError, match=r"no row has index 7, 8, 9.*, \.\.\."):
+        read(written(tmp_path / "recipes.jsonl", made))
+
+
 def test_a_file_must_be_there_and_be_text(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes("é".encode("latin-1"))
     for name, said in (

@@ -8,6 +8,7 @@ import pytest
 
 from mvc_jax import generate, train
 from mvc_jax.configs import common, digits
+from mvc_jax.data import manifest
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 
@@ -398,6 +399,20 @@ def test_a_sheet_to_look_at_ends_the_run(began, workdir, capsys, monkeypatch):
     assert len(drawn) == 1
     sheet = workdir / "generate" / "contact_sheet.png"
     assert capsys.readouterr().out == f"contact sheet: {sheet}\n"
+
+
+@pytest.mark.parametrize(
+    "flag", ["limit=-3", "batch_size=0", "dtype=float8", "guidance_interval=(0.5,)"]
+)
+def test_a_sheet_of_a_finished_run_is_checked_as_any(
+    began, workdir, capsys, monkeypatch, flag
+):
+    monkeypatch.setattr(manifest, "is_complete", lambda *_: True)
+    flags = ["--config.stages=generate", "--config.generate.limit=3"]
+    flags.append(f"--config.generate.{flag}")
+    command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
+    assert train.main(command) == 2
+    assert f"config.generate.{flag.partition('=')[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Reads `recipes.jsonl` back: as `mix` wrote it, or as a person edited it."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,7 +212,8 @@ def _of_order(line_of: Mapping[int, int]) -> Iterator[str]:
     if not line_of:
         yield "no row at all"
         return
-    missing = [i for i in range(max(line_of) + 1) if i not in line_of][: _LISTED + 1]
+    absent = (i for i in range(max(line_of) + 1) if i not in line_of)
+    missing = list(itertools.islice(absent, _LISTED + 1))
     if missing:
         more = ", ..." if len(missing) > _LISTED else ""
         shown = ", ".join(map(str, missing[:_LISTED]))

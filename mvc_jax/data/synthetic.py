@@ -265,11 +265,12 @@ class Store:
         try:
             with path.open("rb") as file:
                 record = json.loads(pq.read_schema(file).metadata[_OURS])
-        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())  # some of it in two lines
             raise UserError(
                 str(path),
                 wanted="a shard that this stage wrote",
-                got=f"a damaged one ({type(error).__name__}: {error})",
+                got=f"a damaged one ({type(error).__name__}: {said})",
                 fix="Delete it: the same command draws its images again.",
             ) from error
         if record["model"] != self.model:
@@ -363,7 +364,7 @@ def _features(class_names: Sequence[str]) -> dict:
 
     def value(type_: pa.DataType) -> dict:
         if pa.types.is_list(type_):
-            return {"feature": value(type_.value_type), "_type": "List"}
+            return {"feature": value(type_.value_type), "_type": "Sequence"}
         names = {"float": "float32"}
         return {"dtype": names.get(str(type_), str(type_)), "_type": "Value"}
 
