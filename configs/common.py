@@ -245,7 +245,7 @@ def _generate() -> ConfigDict:
     config.shard_size = 1000  # images in a Parquet file
     config.folder = True  # also train/<class>/*.png
     config.format = "png"  # or "jpeg", in both forms
-    config.size = 0  # pixels written, by area; 0: as drawn, -1: as its source was
+    config.size = 0  # pixels written, by area; 0: as drawn, -1: its source's, if less
     config.include_real = False  # True: also the training images, beside them
     config.filter = _filter()
     return config

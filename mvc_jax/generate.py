@@ -91,6 +91,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if section.limit:
         _draw_sheet(config, workdir)
         return
+    mix.require_drawn_by(config, workdir)
     shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings |= {"base": config.base.to_dict(), "generate": shaping}
@@ -347,7 +348,9 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
         classes=names,
         counts=counts[0],
         real=counts[1],
-        size="as the real images" if side < 0 else f"{side} x {side} pixels",
+        size=f"as the real images, at most {config.data.size} pixels along a side"
+        if side < 0
+        else f"{side} x {side} pixels",
         settings=dataset_card.in_words(
             config.to_dict(), mixes=CONDITIONINGS[name].partners is None
         )
@@ -364,6 +367,7 @@ def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
     """Draws only a sheet to look at, and leaves the stage as it is."""
     for name in ("finetune", "mix"):
         manifest.read_input(workdir, name, reader="generate")
+    mix.require_drawn_by(config, workdir)
     _require_same_weights(workdir)
     job = _open(config, workdir)
     preview.contact_sheet(

@@ -7,6 +7,7 @@ the supplement. Row k depends on (seed, k) alone: raising `mix.per_image` append
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             draw = recipes.make_recipe
             made = [draw(k, rows, classes, drawing, **more) for k in range(count)]
             _require_words(made, drawing, rows)
+            _require_dims(made, drawing)
         written["recipes.jsonl"] = files.jsonl(made)
         stage.require_prefix("recipes.jsonl", written["recipes.jsonl"].encode())
     except UserError:  # nothing is kept, so that the way out may be another setting
@@ -113,6 +115,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         files.write_text(stage.folder / name, text)
     logging.info("%d recipes", len(made))
     stage.finish(list(written), recipes=len(made))
+
+
+def require_drawn_by(config: ConfigDict, workdir: epath.Path) -> None:
+    """Refuses recipes that are not those that this config would draw."""
+    settings = json.loads(json.dumps(_settings(config)))
+    drawn = manifest.read_input(workdir, "mix", reader="generate")["settings"]
+    differing = manifest.differences(settings, drawn)
+    require(
+        not differing,
+        "stage generate",
+        wanted="recipes of this run's settings",
+        got=f"some that mix drew by others ({'; '.join(differing)})",
+        fix="Take these settings back, or run mix as well: it says whether it can.",
+    )
 
 
 def drawing_of(config: ConfigDict) -> recipes.Drawing:
@@ -190,6 +206,26 @@ def _require_words(
             short,
             len(counts),
             drawing.tokens,
+        )
+
+
+def _require_dims(made: Sequence[Mapping], drawing: recipes.Drawing) -> None:
+    """Words in common may be lacking for `mix.dims_on=words`: as `_require_words`."""
+    fine = [r for r in made if r["mode"] != "coarse"]
+    bare = sum(not r["dims"] for r in fine) if drawing.dims else 0
+    if bare and bare == len(fine):
+        raise UserError(
+            "config.mix.dims_on",
+            wanted="tokens whose dims some image can mix",
+            got=f"{drawing.dims_on!r}, where no source has words in common with its "
+            "partners",
+            fix="Set --config.mix.dims_on=all, or --config.mix.class_prompt=True.",
+        )
+    if bare:
+        logging.warning(
+            "%d of %d recipes take over no dims (config.mix.dims_on=%s): source and "
+            "partners have no words in common",
+            *(bare, len(fine), drawing.dims_on),
         )
 
 

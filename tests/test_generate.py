@@ -458,9 +458,25 @@ def test_a_damaged_shard_is_named(make):
     workdir = make()
     shard = workdir / "generate" / "mixed" / "data" / "train-00000.parquet"
     (workdir / "generate" / "manifest.json").unlink()
-    shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(UserError, match="train-00000.*damaged.*Delete it"):
-        make(workdir)
+    whole = shard.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    garbled = whole[:footer] + b"\xff" * 40 + whole[footer + 40 :]
+    for damaged in (whole[:-9], garbled):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match="train-00000.*damaged.*Delete it"):
+            make(workdir)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_recipes_drawn_by_other_settings_are_refused(make, finetuned, tmp_path, limit):
+    """`generate` alone would draw them and write the new settings on the card."""
+    workdir = shutil.copytree(finetuned, tmp_path / "run")
+    mix.run(settings(), workdir)
+    config = settings(text_scale=4.0, limit=limit)
+    with pytest.raises(UserError, match=r"generate.text_scale: 3.0 -> 4.0") as error:
+        generate.run(config, workdir)
+    assert "run mix as well" in str(error.value)
+    assert not (workdir / "generate").exists()
 
 
 def test_a_small_disk_is_refused_and_a_full_one_leaves_what_is_whole(
@@ -500,7 +516,7 @@ def test_images_of_any_size_in_any_form(make):
     for path in found:
         with Image.open(path) as picture:
             assert picture.size == (6, 4)
-    assert "as the real images" in (native / "README.md").read_text()
+    assert "as the real images, at most 8 pixels" in (native / "README.md").read_text()
     images, _, _ = synthetic.read_images(native, 8)
     assert images.shape == (5, 8, 8, 3)
     small = make(size=4)

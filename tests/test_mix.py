@@ -284,6 +284,23 @@ def test_more_tokens_than_any_caption_has_is_an_error(encoded):
     assert len(run(workdir, tokens=7, class_prompt=True)) == 4 * len(ROWS)
 
 
+def test_dims_of_words_that_none_has_in_common_are_an_error(encoded):
+    workdir = encoded([row | {"caption_tokens": 0} for row in ROWS])
+    fields = {"modes": ("fine",), "dims_on": "words"}
+    with pytest.raises(UserError, match=r"config.mix.dims_on.*no source has words"):
+        run(workdir, **fields)
+    assert list((workdir / "mix").iterdir()) == []
+    assert all(recipe["dims"] for recipe in run(workdir, modes=("fine",)))
+
+
+def test_dims_of_words_are_lacking_where_captions_are(encoded, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        made = run(encoded(), modes=("fine",), dims_on="words")
+    bare = sum(not recipe["dims"] for recipe in made)
+    assert 0 < bare < len(made)
+    assert f"{bare} of {len(made)} recipes take over no dims" in caplog.text
+
+
 def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
