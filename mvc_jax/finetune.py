@@ -216,7 +216,7 @@ def export(config, workdir, model, params, state) -> list[str]:
         # The base again, for on the device it may have been rounded to bfloat16.
         _, whole = load_base(workdir, ("unet",))
         trained = lora.merge(whole["unet"], trained)
-    facts = model_facts(config, workdir, int(state.step))
+    facts = model_facts(config, workdir, int(state.step - state.skipped))
     made_by = {"stage": "finetune", "base": facts.base, "data": facts.dataset}
     whole = params | {"unet": trained}
     names = diffusers_layout.save(folder / "model", model, whole, made_by=made_by)

@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import json
+import shutil
+import types
 
 import jax
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -269,6 +272,18 @@ def test_a_row_of_metrics_has_what_one_watches(finished):
         *("step", "loss", "grad_norm", "learning_rate", "skipped"),
         *("examples_per_s", "tflops", "memory_gib"),
     } <= set(row)
+
+
+def test_the_card_tells_of_the_steps_that_were_taken(base, finished, wide, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    model, params = wide
+    counts = {"step": np.int32(4), "skipped": np.int32(1)}
+    state = types.SimpleNamespace(**counts, averaged=params["unet"])
+    config = common.get_config()
+    config.base.path = str(base)
+    finetune.export(config, epath.Path(tmp_path / "run"), model, params, state)
+    card = (tmp_path / "run/finetune/model/README.md").read_text()
+    assert "| steps | `3` |" in card
 
 
 def test_what_is_kept_or_shown_may_change_in_a_finished_workdir(base, finished, capsys):

@@ -194,7 +194,7 @@ def bad_at(steps, what="both", poison=np.inf):
     """`noisy_step`, but for a loss or a gradient that is not finite at some steps."""
 
     def spoil(step, value, grads):
-        added = jnp.where(jnp.isin(step, jnp.array(steps)), poison, 0.0)
+        added = jnp.where(jnp.isin(step, jnp.array([*steps])), poison, 0.0)
         if what != "loss":
             grads = jax.tree.map(lambda leaf: leaf.at[1].add(added), grads)
         return value + (added if what != "gradient" else 0.0), grads
@@ -275,6 +275,24 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_good_state(tmp_path):
     )
     assert int(kept.skipped_in_a_row) >= 3
     np.testing.assert_array_equal(kept.params["w"], good.params["w"])
+
+
+def test_a_hopeless_run_stays_hopeless_when_it_is_repeated(tmp_path):
+    for _ in range(3):
+        with pytest.raises(UserError, match="4 steps in a row") as error:
+            run(tmp_path, 4, step=bad_at([0, 1, 2, 3]), max_skipped=3)
+        assert f"a new --workdir or after deleting {tmp_path}/toy" in str(error.value)
+
+
+@pytest.mark.parametrize("steps, every", [(40, 100), (20, 100), (40, 5), (40, 20)])
+def test_a_streak_counts_that_ended_within_a_row(tmp_path, steps, every):
+    """Also when it is repeated, from a checkpoint that knows nothing of it."""
+    settings = {"step": bad_at(range(1, 19)), "log_every": 20, "every": every}
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"toy.* 1\d steps in a row"):
+            run(tmp_path, steps, max_skipped=10, **settings)
+    state = run(tmp_path / "more", steps, max_skipped=19, **settings)
+    assert int(state.skipped) == 18
 
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])

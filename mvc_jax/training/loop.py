@@ -161,6 +161,7 @@ def fit(
     with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         first = int(state.step)
+        journal.resume(int(state.skipped_in_a_row))
         if first >= steps or (validation and validation.ends(first, checkpoints)):
             return state
         placed = state, fixed, (batch := place(first))
@@ -200,7 +201,8 @@ def _keep(
             # Not at any other step, or a run that was cut might find another best.
             if validation and (done % validation.every == 0 or last):
                 row = journal.add(done, validation.measure(state))
-            checkpoints.save(done, state, row)
+            if journal.may_save(state):
+                checkpoints.save(done, state, row)
     journal.raise_if_hopeless()
     if stop and not last:
         raise preemption.Preempted(f"{journal.name} after step {done}")
