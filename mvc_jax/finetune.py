@@ -30,7 +30,6 @@ from mvc_jax.models import (
     model_card,
     stable_diffusion,
 )
-from mvc_jax.models.diffusers_layout import WEIGHTS
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.gallery import Gallery
@@ -173,7 +172,7 @@ def base_of(workdir: epath.Path) -> dict:
     return diffusers_layout.recorded(record, workdir / "pretrain" / "model")
 
 
-def load_base(workdir: epath.Path, components=tuple(WEIGHTS)):
+def load_base(workdir: epath.Path, components=tuple(diffusers_layout.WEIGHTS)):
     """The base that `encode` read, conditioned on source latents; host parameters."""
     base, params = diffusers_layout.load(**base_of(workdir), components=components)
     model, params = base.widened(params)
@@ -227,6 +226,7 @@ def export(config, workdir, model, params, state) -> list[str]:
 def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     """What the model card tells."""
     folder, commit = checkpoint_folder.resolve(**base_of(workdir))
+    base = config.base.path if commit else f"{folder.absolute()}"
     dataset = files.read_json(workdir / "caption" / "dataset.json")
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     section = shaping(config.finetune)
@@ -234,7 +234,8 @@ def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     if section["mode"] == "lora":
         section |= {f"lora.{name}": value for name, value in adapters.items()}
     return model_card.Facts(
-        base=config.base.path or "../../pretrain/model",  # as seen from the card
+        base=base if config.base.path else "../../pretrain/model",
+        variant=config.base.variant,
         revision=commit,
         license=model_card.base_license(folder),
         dataset=dataset["name"],
@@ -248,9 +249,7 @@ def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     )
 
 
-def step_flops(
-    model: stable_diffusion.StableDiffusion, mode: str, height: int, width: int
-) -> float:
+def step_flops(model, mode: str, height: int, width: int) -> float:
     """FLOPs of a step on one example, by attention's plain form, without remat.
 
     A forward pass, twice that for all gradients; once where weights are frozen.

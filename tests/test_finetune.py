@@ -274,16 +274,19 @@ def test_a_row_of_metrics_has_what_one_watches(finished):
     } <= set(row)
 
 
-def test_the_card_tells_of_the_steps_that_were_taken(base, finished, wide, tmp_path):
+def test_the_card_tells_the_steps_taken_and_where_a_local_base_is(
+    base, finished, wide, tmp_path, monkeypatch
+):
     shutil.copytree(finished, tmp_path / "run")
     model, params = wide
     counts = {"step": np.int32(4), "skipped": np.int32(1)}
     state = types.SimpleNamespace(**counts, averaged=params["unet"])
     config = common.get_config()
-    config.base.path = str(base)
+    monkeypatch.chdir(base.parent)
+    config.base.path = base.name  # relative to here, not to the card
     finetune.export(config, epath.Path(tmp_path / "run"), model, params, state)
     card = (tmp_path / "run/finetune/model/README.md").read_text()
-    assert "| steps | `3` |" in card
+    assert "| steps | `3` |" in card and f"| base | `{base}` |" in card
 
 
 def test_what_is_kept_or_shown_may_change_in_a_finished_workdir(base, finished, capsys):
