@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import manifest, order, splits
 from mvc_jax.data.cache import open_cache, pairs_of_all_classes, read_pairs
-from mvc_jax.diffusion import instruct_pix2pix, loss
+from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
 from mvc_jax.errors import UserError, require_one_of, require_within
 from mvc_jax.models import (
     checkpoint_folder,
@@ -70,12 +70,14 @@ _WAYS_OUT = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the section `finetune`."""
+    """Checks the section `finetune`, and how `generate` guides its pictures."""
     section = config.finetune.to_dict()
     require_within("config.finetune", section, _RANGES)
     require_one_of("config.finetune", section, _CHOICES)
     ranks = {"rank": (1, 4096, "4 to 64 are usual.")}
     require_within("config.finetune.lora", section["lora"], ranks)
+    if section["sample_every"]:
+        samplers.check_interval(config.generate.guidance_interval)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -354,13 +356,11 @@ def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:
     pairs = files.read_array(workdir / "pairs" / "pairs.npy")
     pairs = pairs_of_all_classes(pairs, train.labels, config.finetune.samples)
     (source, target), asked = pairs.T, config.generate
+    guidance = ("text_scale", "image_scale", "guidance_interval", "guidance_rescale")
     draw = functools.partial(
         instruct_pix2pix.draw,
         solver=model.solver(asked.sampler, asked.steps),
-        text_scale=asked.text_scale,
-        image_scale=asked.image_scale,
-        guidance_interval=asked.guidance_interval,
-        guidance_rescale=asked.guidance_rescale,
+        **{name: asked[name] for name in guidance},
     )
     key = rng.purpose_key(config.seed, "finetune/samples")
     shape = (*cache.moments.shape[1:3], model.latent_channels)

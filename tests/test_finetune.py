@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mvc_jax import finetune, train
+from mvc_jax import finetune, generate, train
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
@@ -226,6 +226,18 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(field, value):
         config.finetune.lora.rank = value
     with pytest.raises(UserError, match=f"config.finetune.{field}: wanted"):
         finetune.check(config)
+
+
+@pytest.mark.parametrize("interval", [(0.5,), (3.0, 2.0)])
+def test_an_interval_of_guidance_is_checked_where_pictures_are_drawn(interval):
+    config = common.get_config()
+    config.generate.guidance_interval = interval
+    with pytest.raises(UserError, match=r"config.generate.guidance_interval: wanted"):
+        finetune.check(config)
+    with pytest.raises(UserError, match=r"config.generate.guidance_interval: wanted"):
+        generate.check(config)
+    config.finetune.sample_every = 0
+    finetune.check(config)
 
 
 @pytest.fixture(scope="module")
