@@ -3,6 +3,8 @@
 import functools
 import json
 import logging
+import os
+import signal
 
 import flax
 import jax
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
-from mvc_jax.training import memory, optim, rng, sharding
+from mvc_jax.training import memory, optim, preemption, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.journal import Journal, Watch
 from mvc_jax.training.loop import (
@@ -404,6 +406,31 @@ def test_a_row_has_rates_memory_and_what_was_to_be_watched(tmp_path):
         assert row["tflops"] == pytest.approx(row["examples_per_s"] * 1e-6)
         assert 0.01 < row["memory_gib"] < 1000
         assert "mfu" not in row  # nobody knows the peak of a CPU
+
+
+def test_a_picture_that_fails_costs_no_checkpoint(tmp_path):
+    def draw(step, state, log):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, 8, every=4, watch=Watch(4, draw))
+    assert (tmp_path / "checkpoints" / "4").exists()
+
+
+def test_a_run_that_is_stopped_saves_and_then_draws_what_is_due(tmp_path):
+    seen = []
+
+    def draw(step, state, log):
+        saved = [path.name[:1] for path in (tmp_path / "checkpoints").glob("[0-9]*")]
+        seen.append((step, saved))
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with preemption.handled(), pytest.raises(preemption.Preempted, match="step 3"):
+        run(tmp_path, 8, every=100, watch=Watch(1, draw))
+    assert seen == [(1, []), (2, []), (3, ["3"])]
+    run(tmp_path, 8, every=100, watch=Watch(1, draw))
+    assert [step for step, _ in seen] == [*range(1, 9)]
 
 
 def test_flops_are_those_of_products_and_convolutions():

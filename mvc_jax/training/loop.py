@@ -177,7 +177,6 @@ def fit(
                 state, values = step_on(state, fixed, batch)
                 batch = ahead.result()
                 journal.note(done, values)
-                journal.draw(done, state)
                 stop = asked() or journal.hopeless
                 if kept(done, state, stop=stop, last=done == steps):
                     break
@@ -194,7 +193,7 @@ def _keep(
     stop: bool,
     last: bool,
 ) -> bool:
-    """Saves the state where it is time to, and says whether training ends early."""
+    """Saves and shows the state where it is time to; whether training ends early."""
     if checkpoints.due(done) or last or stop:
         row = journal.close_row(done)
         with journal.pause():
@@ -204,6 +203,7 @@ def _keep(
             if journal.may_save(state):
                 checkpoints.save(done, state, row)
     journal.raise_if_hopeless()
+    journal.draw(done, state)  # once it is saved, for it may fail
     if stop and not last:
         raise preemption.Preempted(f"{journal.name} after step {done}")
     return validation is not None and validation.ends(done, checkpoints)
