@@ -290,7 +290,7 @@ def train_step(
         frozen parameters of the UNet, `base`.
       model: the architecture, conditioned.
       tx: the optimiser.
-      schedule: its learning rate by step, to be logged.
+      schedule: its learning rate by steps taken, to be logged.
       key: root of the step's randomness; example i of step n draws by (n, i).
       drop_rate: p of `loss.drop_conditions`.
       ema_decay: of the averaged parameters, where the state keeps them.
@@ -319,7 +319,7 @@ def train_step(
 
     value, grads = gradients(losses, state.params, examples, accumulate, shardings)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-    metrics |= {"learning_rate": jnp.asarray(schedule(state.step))}
+    metrics |= {"learning_rate": jnp.asarray(schedule(state.step - state.skipped))}
     return state.update(grads, tx, metrics, ema_decay=ema_decay), metrics
 
 

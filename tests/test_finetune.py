@@ -7,6 +7,7 @@ import shutil
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -103,6 +104,26 @@ def test_adapters_start_as_the_base_and_train_alone(wide):
     assert metrics["grad_norm"] < full["grad_norm"]
     moved = jax.tree.map(lambda a, b: bool(np.abs(a - b).max() > 0), after, adapters)
     assert moved["conv_in"]["b"]  # how it learns to look at the source
+
+
+def test_the_rate_in_the_log_is_the_one_applied_behind_skipped_steps(wide):
+    model, params = wide
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    tx = optax.sgd(schedule)
+    settings = {"model": model, "tx": tx, "schedule": schedule, "key": KEY}
+    step = jax.jit(functools.partial(finetune.train_step, **settings, drop_rate=0.05))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = create_state(params["unet"], tx, mesh)
+    batch = make_batch(6)
+    bad = batch | {"text_states": np.full_like(batch["text_states"], np.nan)}
+    for given, rate in ((bad, 0.1), (bad, 0.1), (batch, 0.1), (batch, 0.075)):
+        before = state
+        state, metrics = step(state, given)
+        assert float(metrics["learning_rate"]) == pytest.approx(rate)
+    moved = jax.tree.map(jnp.subtract, state.params, before.params)
+    np.testing.assert_allclose(
+        optax.tree.norm(moved), 0.075 * metrics["grad_norm"], rtol=1e-3
+    )
 
 
 def test_min_snr_weighs_the_loss_by_timestep(wide):
