@@ -448,7 +448,12 @@ def test_flops_are_those_of_products_and_convolutions():
 
 @pytest.mark.parametrize(
     "kind, peak",
-    [("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("cpu", None)],
+    [
+        *(("NVIDIA H200", 989), ("NVIDIA L4", 121), ("cpu", None)),
+        *(("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("TPU v4", 275)),
+        *(("TPU v5", 459), ("TPU v5p", 459), ("TPU v5 lite", 197), ("TPU v5e", 197)),
+        *(("TPU v6 lite", 918), ("TPU v6e", 918)),
+    ],
 )
 def test_the_peak_of_a_device_is_known_or_none(kind, peak):
     assert peak_tflops(kind) == peak
