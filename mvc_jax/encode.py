@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import captions, manifest, shards, splits
-from mvc_jax.errors import require, require_room
+from mvc_jax.errors import UserError, require, require_room
 from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
@@ -66,39 +66,55 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Encodes every training image and every distinct prompt, shard by shard."""
     workdir = epath.Path(workdir)
     section = config.encode.to_dict()
-    batch_size = section.pop("batch_size")  # changes no shard
+    del section["batch_size"]  # changes no shard
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings |= {"base": config.base.to_dict(), "encode": section}
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
     stage = manifest.open_stage(workdir, "encode", settings, inputs)
     if stage.complete:
         return
+    fresh = not manifest.is_complete(workdir, "encode")  # else only files are gone
+    try:
+        written, counts = make(config, workdir, stage.folder)
+    except UserError:
+        if fresh and not any(stage.folder.glob("*/*.npy")):
+            stage.abandon()  # nothing is kept: other settings may follow
+            (stage.folder / "base.json").unlink(missing_ok=True)
+        raise
+    stage.finish(written, **counts)
+
+
+def make(
+    config: ConfigDict, workdir: epath.Path, folder: epath.Path
+) -> tuple[list[str], dict[str, int]]:
+    """Makes what `folder` lacks of the cache.
+
+    Returns:
+      the files of the cache, relative to `folder`, and counts for the manifest.
+    """
+    section = config.encode.to_dict()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    folder = _find_base(config, workdir, stage.folder / "base.json")
-    model, _ = diffusers_layout.load(folder, (), config.base.variant)
+    base = _find_base(config, workdir, folder / "base.json")
+    model, _ = diffusers_layout.load(base, (), config.base.variant)
     train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
     rows, prompts = prompt_rows(model, train, texts, config.data)
-    files.write_jsonl(stage.folder / "prompts.jsonl", rows)
+    files.write_jsonl(folder / "prompts.jsonl", rows)
 
     parts = (
-        _text_part(stage.folder, model, prompts, section),
-        _image_part(stage.folder, model, train, section),
+        _text_part(folder, model, prompts, section),
+        _image_part(folder, model, train, section),
     )
-    _require_room(stage.folder, parts)
+    _require_room(folder, parts)
     components = [part.component for part in parts]
-    _, params = diffusers_layout.load(folder, components, config.base.variant)
+    _, params = diffusers_layout.load(base, components, config.base.variant)
+    size = sharding.padded_size(section["batch_size"], mesh)
     for part in parts:
-        fill(part, params, size=sharding.padded_size(batch_size, mesh), mesh=mesh)
+        fill(part, params, size=size, mesh=mesh)
     logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
-    stage.finish(
-        [
-            *("base.json", "prompts.jsonl"),
-            *(name for part in parts for name in part.writer.names),
-        ],
-        images=len(train.images),
-        prompts=len(prompts),
-    )
+    written = ["base.json", "prompts.jsonl"]
+    written += [name for part in parts for name in part.writer.names]
+    return written, {"images": len(train.images), "prompts": len(prompts)}
 
 
 def _find_base(

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import manifest, order, splits
 from mvc_jax.data.cache import open_cache, pairs_of_all_classes, read_pairs
-from mvc_jax.diffusion import instruct_pix2pix, loss
+from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
 from mvc_jax.errors import UserError, require_one_of, require_within
 from mvc_jax.models import (
     checkpoint_folder,
@@ -30,7 +30,6 @@ from mvc_jax.models import (
     model_card,
     stable_diffusion,
 )
-from mvc_jax.models.diffusers_layout import WEIGHTS
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.gallery import Gallery
@@ -71,12 +70,14 @@ _WAYS_OUT = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the section `finetune`."""
+    """Checks the section `finetune`, and how `generate` guides its pictures."""
     section = config.finetune.to_dict()
     require_within("config.finetune", section, _RANGES)
     require_one_of("config.finetune", section, _CHOICES)
     ranks = {"rank": (1, 4096, "4 to 64 are usual.")}
     require_within("config.finetune.lora", section["lora"], ranks)
+    if section["sample_every"]:
+        samplers.check_interval(config.generate.guidance_interval)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -173,7 +174,7 @@ def base_of(workdir: epath.Path) -> dict:
     return diffusers_layout.recorded(record, workdir / "pretrain" / "model")
 
 
-def load_base(workdir: epath.Path, components=tuple(WEIGHTS)):
+def load_base(workdir: epath.Path, components=tuple(diffusers_layout.WEIGHTS)):
     """The base that `encode` read, conditioned on source latents; host parameters."""
     base, params = diffusers_layout.load(**base_of(workdir), components=components)
     model, params = base.widened(params)
@@ -216,7 +217,7 @@ def export(config, workdir, model, params, state) -> list[str]:
         # The base again, for on the device it may have been rounded to bfloat16.
         _, whole = load_base(workdir, ("unet",))
         trained = lora.merge(whole["unet"], trained)
-    facts = model_facts(config, workdir, int(state.step))
+    facts = model_facts(config, workdir, int(state.step - state.skipped))
     made_by = {"stage": "finetune", "base": facts.base, "data": facts.dataset}
     whole = params | {"unet": trained}
     names = diffusers_layout.save(folder / "model", model, whole, made_by=made_by)
@@ -227,6 +228,7 @@ def export(config, workdir, model, params, state) -> list[str]:
 def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     """What the model card tells."""
     folder, commit = checkpoint_folder.resolve(**base_of(workdir))
+    base = config.base.path if commit else f"{folder.absolute()}"
     dataset = files.read_json(workdir / "caption" / "dataset.json")
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     section = shaping(config.finetune)
@@ -234,7 +236,8 @@ def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     if section["mode"] == "lora":
         section |= {f"lora.{name}": value for name, value in adapters.items()}
     return model_card.Facts(
-        base=config.base.path or "../../pretrain/model",  # as seen from the card
+        base=base if config.base.path else "../../pretrain/model",
+        variant=config.base.variant,
         revision=commit,
         license=model_card.base_license(folder),
         dataset=dataset["name"],
@@ -248,9 +251,7 @@ def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     )
 
 
-def step_flops(
-    model: stable_diffusion.StableDiffusion, mode: str, height: int, width: int
-) -> float:
+def step_flops(model, mode: str, height: int, width: int) -> float:
     """FLOPs of a step on one example, by attention's plain form, without remat.
 
     A forward pass, twice that for all gradients; once where weights are frozen.
@@ -289,7 +290,7 @@ def train_step(
         frozen parameters of the UNet, `base`.
       model: the architecture, conditioned.
       tx: the optimiser.
-      schedule: its learning rate by step, to be logged.
+      schedule: its learning rate by steps taken, to be logged.
       key: root of the step's randomness; example i of step n draws by (n, i).
       drop_rate: p of `loss.drop_conditions`.
       ema_decay: of the averaged parameters, where the state keeps them.
@@ -318,7 +319,7 @@ def train_step(
 
     value, grads = gradients(losses, state.params, examples, accumulate, shardings)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-    metrics |= {"learning_rate": jnp.asarray(schedule(state.step))}
+    metrics |= {"learning_rate": jnp.asarray(schedule(state.step - state.skipped))}
     return state.update(grads, tx, metrics, ema_decay=ema_decay), metrics
 
 
@@ -355,13 +356,11 @@ def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:
     pairs = files.read_array(workdir / "pairs" / "pairs.npy")
     pairs = pairs_of_all_classes(pairs, train.labels, config.finetune.samples)
     (source, target), asked = pairs.T, config.generate
+    guidance = ("text_scale", "image_scale", "guidance_interval", "guidance_rescale")
     draw = functools.partial(
         instruct_pix2pix.draw,
         solver=model.solver(asked.sampler, asked.steps),
-        text_scale=asked.text_scale,
-        image_scale=asked.image_scale,
-        guidance_interval=asked.guidance_interval,
-        guidance_rescale=asked.guidance_rescale,
+        **{name: asked[name] for name in guidance},
     )
     key = rng.purpose_key(config.seed, "finetune/samples")
     shape = (*cache.moments.shape[1:3], model.latent_channels)

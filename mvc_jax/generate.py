@@ -22,6 +22,7 @@ from mvc_jax.conditionings import CONDITIONINGS, Texts, named
 from mvc_jax.data import decode, manifest, recipe_file, removed, splits, synthetic
 from mvc_jax.data.background import Background
 from mvc_jax.data.cache import open_cache
+from mvc_jax.diffusion import samplers
 from mvc_jax.errors import (
     UserError,
     require,
@@ -75,14 +76,7 @@ def check(config: ConfigDict) -> None:
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
     screening.check(config.to_dict())
-    interval = tuple(section.guidance_interval)
-    require(
-        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
-        "config.generate.guidance_interval",
-        wanted="two shares of the noise levels, ascending, from 0 to 1",
-        got=interval,
-        fix="(0.0, 1.0) guides at every step.",
-    )
+    samplers.check_interval(section.guidance_interval)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

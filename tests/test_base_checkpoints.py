@@ -449,6 +449,43 @@ def test_options_that_flax_would_ignore_are_refused_with_their_value(
         assert repr(value) in str(error)
 
 
+@pytest.mark.parametrize(
+    ("part", "option", "value", "words"),
+    [
+        *(
+            ("vae", "scaling_factor", value, f"is {value!r}, not a number above 0")
+            for value in (None, "0.18", 0, -1.0, True, float("nan"), float("inf"))
+        ),
+        *(
+            ("scheduler", option, value, f"is {value!r}, not a number between 0 and 1")
+            for option in ("beta_start", "beta_end")
+            for value in ("x", None, -1, 0, 1.5)
+        ),
+        ("scheduler", "trained_betas", [0.1], "has 1 values, not 1000 numbers"),
+        ("scheduler", "trained_betas", ["x"] * 1000, "has 1000 values, not 1000"),
+        ("scheduler", "trained_betas", "x", "has 'x', not 1000 numbers"),
+        ("unet", "attention_head_dim", 0, "is 0, not a whole number above 0"),
+        ("unet", "attention_head_dim", None, "is None, not a whole number"),
+        ("unet", "attention_head_dim", [2, 2], "one for each of 1 blocks"),
+        ("unet", "attention_head_dim", ["2"], "one for each of 1 blocks"),
+        ("unet", "transformer_layers_per_block", [1, 1], "one for each of 1 blocks"),
+    ],
+)
+def test_numbers_that_would_fail_late_or_train_wrong_are_refused(
+    saved, part, option, value, words
+):
+    _option(part, **{option: value})(saved)
+    message = str(refusal(saved))
+    assert option in message and words in message
+
+
+def test_noise_and_heads_in_their_other_forms_are_welcome(saved):
+    _option("scheduler", trained_betas=[0.01] * 1000, beta_start=None)(saved)
+    _option("unet", attention_head_dim=[2], transformer_layers_per_block=[1])(saved)
+    model, _ = diffusers_layout.load(saved)
+    np.testing.assert_allclose(model.alphas_cumprod[:2], [0.99, 0.99**2], rtol=1e-6)
+
+
 def test_options_that_change_nothing_are_welcome(saved):
     _option("unet", act_fn="swish", upcast_attention=True, norm_eps=1e-05)(saved)
     _option("unet", only_cross_attention=[False], unheard_of="x")(saved)

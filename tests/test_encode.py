@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from base_folders import to_variant
 
 from mvc_jax import encode, errors, files, finetune
 from mvc_jax.configs import common
@@ -264,6 +265,25 @@ def test_a_cache_that_does_not_fit_is_refused_before_weights_are_read(
     (workdir / "encode" / "moments" / "00000.npy").unlink()
     disk.free = 2 * 4 * 2 * 2 * 8 * 4
     encode.run(config, workdir)
+
+
+def test_the_way_out_of_a_small_disk_may_be_taken(workdir, base, monkeypatch):
+    disk = types.SimpleNamespace(free=0)
+    monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: disk)
+    with pytest.raises(UserError, match="dtype=float16"):
+        encode.run(make_config(base), workdir)
+    assert not (workdir / "encode" / "base.json").exists()  # nor a base's commit
+    disk.free = 10**9
+    encode.run(make_config(base, dtype="float16"), workdir)
+    assert open_cache(workdir / "encode").moments.dtype == np.float16
+
+
+def test_a_base_that_is_refused_may_be_another_one(workdir, base, tmp_path):
+    half = shutil.copytree(base, tmp_path / "half")
+    to_variant(half)
+    with pytest.raises(UserError, match="variant"):
+        encode.run(make_config(half), workdir)
+    encode.run(make_config(base), workdir)
 
 
 @pytest.mark.parametrize("part, row", [("vae", "image i0"), ("text_encoder", "prompt")])

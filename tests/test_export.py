@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from base_folders import to_variant
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -305,20 +306,24 @@ def test_the_licence_is_the_base_s_or_unknown(card, wanted, tmp_path):
     assert front_matter(text).items() >= wanted.items()
 
 
-def test_the_code_in_the_card_runs(tiny, tmp_path, torch, complaints, monkeypatch):
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_the_code_in_the_card_runs(
+    tiny, tmp_path, torch, complaints, monkeypatch, variant
+):
     """Both ways to load, from a folder that holds the whole model and the adapters."""
-    narrow, narrow_params = tiny
-    model, params = narrow.widened(narrow_params)
+    base, folder = tmp_path / "base", tmp_path / "export"
+    diffusers_layout.save(base, *tiny)
+    if variant:
+        to_variant(base, variant)
+    narrow, params = diffusers_layout.load(base, variant=variant)
+    model, params = narrow.widened(params)
     rng = np.random.default_rng(10)
     adapters = new_adapters(params["unet"], rng)
     merged = {**params, "unet": lora.merge(params["unet"], adapters)}
-    base, folder = tmp_path / "base", tmp_path / "export"
-    diffusers_layout.save(base, narrow, narrow_params)
     diffusers_layout.save(folder, model, merged)
     lora.write(folder / "lora", adapters)
-    facts = dataclasses.replace(
-        FACTS, base=str(base), revision=None, adapters="lora", classes=["one"]
-    )
+    named = {"base": str(base), "revision": None, "variant": variant}
+    facts = dataclasses.replace(FACTS, **named, adapters="lora", classes=["one"])
     assert model_card.write(folder, facts) == ["README.md"]
     pixels = rng.integers(0, 256, (20, 20, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "source.png")

@@ -3,15 +3,19 @@
 import dataclasses
 import functools
 import json
+import shutil
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mvc_jax import finetune, train
+from mvc_jax import finetune, generate, train
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
@@ -100,6 +104,26 @@ def test_adapters_start_as_the_base_and_train_alone(wide):
     assert metrics["grad_norm"] < full["grad_norm"]
     moved = jax.tree.map(lambda a, b: bool(np.abs(a - b).max() > 0), after, adapters)
     assert moved["conv_in"]["b"]  # how it learns to look at the source
+
+
+def test_the_rate_in_the_log_is_the_one_applied_behind_skipped_steps(wide):
+    model, params = wide
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    tx = optax.sgd(schedule)
+    settings = {"model": model, "tx": tx, "schedule": schedule, "key": KEY}
+    step = jax.jit(functools.partial(finetune.train_step, **settings, drop_rate=0.05))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = create_state(params["unet"], tx, mesh)
+    batch = make_batch(6)
+    bad = batch | {"text_states": np.full_like(batch["text_states"], np.nan)}
+    for given, rate in ((bad, 0.1), (bad, 0.1), (batch, 0.1), (batch, 0.075)):
+        before = state
+        state, metrics = step(state, given)
+        assert float(metrics["learning_rate"]) == pytest.approx(rate)
+    moved = jax.tree.map(jnp.subtract, state.params, before.params)
+    np.testing.assert_allclose(
+        optax.tree.norm(moved), 0.075 * metrics["grad_norm"], rtol=1e-3
+    )
 
 
 def test_min_snr_weighs_the_loss_by_timestep(wide):
@@ -225,6 +249,18 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(field, value):
         finetune.check(config)
 
 
+@pytest.mark.parametrize("interval", [(0.5,), (3.0, 2.0)])
+def test_an_interval_of_guidance_is_checked_where_pictures_are_drawn(interval):
+    config = common.get_config()
+    config.generate.guidance_interval = interval
+    with pytest.raises(UserError, match=r"config.generate.guidance_interval: wanted"):
+        finetune.check(config)
+    with pytest.raises(UserError, match=r"config.generate.guidance_interval: wanted"):
+        generate.check(config)
+    config.finetune.sample_every = 0
+    finetune.check(config)
+
+
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "model"
@@ -269,6 +305,21 @@ def test_a_row_of_metrics_has_what_one_watches(finished):
         *("step", "loss", "grad_norm", "learning_rate", "skipped"),
         *("examples_per_s", "tflops", "memory_gib"),
     } <= set(row)
+
+
+def test_the_card_tells_the_steps_taken_and_where_a_local_base_is(
+    base, finished, wide, tmp_path, monkeypatch
+):
+    shutil.copytree(finished, tmp_path / "run")
+    model, params = wide
+    counts = {"step": np.int32(4), "skipped": np.int32(1)}
+    state = types.SimpleNamespace(**counts, averaged=params["unet"])
+    config = common.get_config()
+    monkeypatch.chdir(base.parent)
+    config.base.path = base.name  # relative to here, not to the card
+    finetune.export(config, epath.Path(tmp_path / "run"), model, params, state)
+    card = (tmp_path / "run/finetune/model/README.md").read_text()
+    assert "| steps | `3` |" in card and f"| base | `{base}` |" in card
 
 
 def test_what_is_kept_or_shown_may_change_in_a_finished_workdir(base, finished, capsys):

@@ -3,6 +3,8 @@
 import functools
 import json
 import logging
+import os
+import signal
 
 import flax
 import jax
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
-from mvc_jax.training import memory, optim, rng, sharding
+from mvc_jax.training import memory, optim, preemption, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.journal import Journal, Watch
 from mvc_jax.training.loop import (
@@ -194,7 +196,7 @@ def bad_at(steps, what="both", poison=np.inf):
     """`noisy_step`, but for a loss or a gradient that is not finite at some steps."""
 
     def spoil(step, value, grads):
-        added = jnp.where(jnp.isin(step, jnp.array(steps)), poison, 0.0)
+        added = jnp.where(jnp.isin(step, jnp.array([*steps])), poison, 0.0)
         if what != "loss":
             grads = jax.tree.map(lambda leaf: leaf.at[1].add(added), grads)
         return value + (added if what != "gradient" else 0.0), grads
@@ -275,6 +277,24 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_good_state(tmp_path):
     )
     assert int(kept.skipped_in_a_row) >= 3
     np.testing.assert_array_equal(kept.params["w"], good.params["w"])
+
+
+def test_a_hopeless_run_stays_hopeless_when_it_is_repeated(tmp_path):
+    for _ in range(3):
+        with pytest.raises(UserError, match="4 steps in a row") as error:
+            run(tmp_path, 4, step=bad_at([0, 1, 2, 3]), max_skipped=3)
+        assert f"a new --workdir or after deleting {tmp_path}/toy" in str(error.value)
+
+
+@pytest.mark.parametrize("steps, every", [(40, 100), (20, 100), (40, 5), (40, 20)])
+def test_a_streak_counts_that_ended_within_a_row(tmp_path, steps, every):
+    """Also when it is repeated, from a checkpoint that knows nothing of it."""
+    settings = {"step": bad_at(range(1, 19)), "log_every": 20, "every": every}
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"toy.* 1\d steps in a row"):
+            run(tmp_path, steps, max_skipped=10, **settings)
+    state = run(tmp_path / "more", steps, max_skipped=19, **settings)
+    assert int(state.skipped) == 18
 
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
@@ -388,6 +408,31 @@ def test_a_row_has_rates_memory_and_what_was_to_be_watched(tmp_path):
         assert "mfu" not in row  # nobody knows the peak of a CPU
 
 
+def test_a_picture_that_fails_costs_no_checkpoint(tmp_path):
+    def draw(step, state, log):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, 8, every=4, watch=Watch(4, draw))
+    assert (tmp_path / "checkpoints" / "4").exists()
+
+
+def test_a_run_that_is_stopped_saves_and_then_draws_what_is_due(tmp_path):
+    seen = []
+
+    def draw(step, state, log):
+        saved = [path.name[:1] for path in (tmp_path / "checkpoints").glob("[0-9]*")]
+        seen.append((step, saved))
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with preemption.handled(), pytest.raises(preemption.Preempted, match="step 3"):
+        run(tmp_path, 8, every=100, watch=Watch(1, draw))
+    assert seen == [(1, []), (2, []), (3, ["3"])]
+    run(tmp_path, 8, every=100, watch=Watch(1, draw))
+    assert [step for step, _ in seen] == [*range(1, 9)]
+
+
 def test_flops_are_those_of_products_and_convolutions():
     def function(x, kernel):
         y = jax.lax.conv(x, kernel, (1, 1), "SAME")
@@ -403,7 +448,12 @@ def test_flops_are_those_of_products_and_convolutions():
 
 @pytest.mark.parametrize(
     "kind, peak",
-    [("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("cpu", None)],
+    [
+        *(("NVIDIA H200", 989), ("NVIDIA L4", 121), ("cpu", None)),
+        *(("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("TPU v4", 275)),
+        *(("TPU v5", 459), ("TPU v5p", 459), ("TPU v5 lite", 197), ("TPU v5e", 197)),
+        *(("TPU v6 lite", 918), ("TPU v6e", 918)),
+    ],
 )
 def test_the_peak_of_a_device_is_known_or_none(kind, peak):
     assert peak_tflops(kind) == peak

@@ -1,12 +1,14 @@
 """Sampling: scans over the steps of a solver, guided in an interval of noise levels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from mvc_jax.errors import require
 
 Predict = Callable[[Array, Array], Array]  # (latents, timesteps [B]) -> prediction
 WHOLE = (0.0, 1.0)
@@ -96,6 +98,18 @@ def stretches(
         (int(first), int(behind), bool(inside[first]))
         for first, behind in zip(cuts[:-1], cuts[1:], strict=True)
     ]
+
+
+def check_interval(guidance_interval: Sequence[float]) -> None:
+    """Refuses a `config.generate.guidance_interval` that `stretches` cannot take."""
+    interval = tuple(guidance_interval)
+    require(
+        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+        "config.generate.guidance_interval",
+        wanted="two shares of the noise levels, ascending, from 0 to 1",
+        got=interval,
+        fix="(0.0, 1.0) guides at every step.",
+    )
 
 
 def network_rows(

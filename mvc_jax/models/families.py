@@ -5,6 +5,7 @@ without a word. Here every such option is refused by name unless it has the valu
 both compute alike; the options that Flax follows too may have any.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,6 +147,10 @@ _WHOLE_NUMBERS = {
     ),
     "scheduler": ("num_train_timesteps",),
 }
+_PER_BLOCK = {  # one whole number, or one for each block
+    "unet": ("attention_head_dim", "transformer_layers_per_block"),
+    "controlnet": ("attention_head_dim",),
+}
 _FIX = "Take a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix."
 _FIX_CONTROLNET = "Take a ControlNet that was trained on such a base."
 
@@ -179,6 +184,10 @@ def check_config(component: str, config: Config, path: str) -> None:
         if type(value) is not int or value < 1:
             problems.append(f"{option} is {value!r}, not a whole number above 0")
     problems += _block_problems(component, config)
+    if component == "vae" and not _is_number(config["scaling_factor"]):
+        value = config["scaling_factor"]
+        problems.append(f"scaling_factor is {value!r}, not a number above 0")
+    problems += _noise_problems(config) if component == "scheduler" else []
     if component == "scheduler" and not {"beta_start", "trained_betas"} & set(config):
         kind = config.get("_class_name", "a scheduler")
         problems.append(f"{kind} has no beta_start: its noise is of another kind")
@@ -335,7 +344,36 @@ def _block_problems(component: str, config: Config) -> list[str]:
             problems.append(
                 f"{option} has {len(blocks)} blocks, block_out_channels is {widths!r}"
             )
+    blocks = config.get("down_block_types") or DOWN_BLOCKS
+    for option in _PER_BLOCK.get(component, ()):
+        value = config.get(option, 1)
+        values = value if _is_list(value) else [value] * len(blocks)
+        whole = all(type(x) is int and x > 0 for x in values)
+        if not whole or len(values) != len(blocks):
+            problems.append(
+                f"{option} is {value!r}, not a whole number above 0 or one for each "
+                f"of {len(blocks)} blocks"
+            )
     return problems
+
+
+def _noise_problems(config: Config) -> list[str]:
+    betas, count = config.get("trained_betas"), config.get("num_train_timesteps")
+    if betas is None:
+        return [
+            f"{option} is {config[option]!r}, not a number between 0 and 1"
+            for option in ("beta_start", "beta_end")
+            if option in config and not _is_number(config[option], below=1.0)
+        ]
+    good = _is_list(betas) and len(betas) == count
+    if good and all(_is_number(beta, below=1.0) for beta in betas):
+        return []
+    found = f"{len(betas)} values" if _is_list(betas) else repr(betas)
+    return [f"trained_betas has {found}, not {count} numbers between 0 and 1"]
+
+
+def _is_number(value: Any, below: float = math.inf) -> bool:
+    return type(value) in (int, float) and 0 < value < below
 
 
 def _is_list(value: Any) -> bool:

@@ -20,7 +20,8 @@ class Facts:
     """What the card tells, as plain values.
 
     Attributes:
-      base: hub name, or path, of the model that was fine-tuned.
+      base: hub name, or path, of the model that was fine-tuned; a relative path is as
+        seen from the card.
       revision: the commit of a base from the hub; None where it is a local folder.
       license: of the base, from `base_license`.
       dataset: its name.
@@ -32,6 +33,7 @@ class Facts:
       steps: optimiser steps taken.
       final_loss: a mean over the last steps, if known.
       adapters: the folder of the LoRA file, relative to the card's, if there is one.
+      variant: of the base's weights, e.g. `fp16`; `""`: the plain ones.
     """
 
     base: str
@@ -46,6 +48,7 @@ class Facts:
     steps: int
     final_loss: float | None = None
     adapters: str | None = None
+    variant: str = ""
 
 
 def write(folder: epath.PathLike, facts: Facts) -> list[str]:
@@ -167,6 +170,8 @@ def _base(facts: Facts) -> str:
     rows = {"base": facts.base}
     if facts.revision is not None:
         rows["revision"] = facts.revision
+    if facts.variant:
+        rows["variant"] = facts.variant
     rows["licence"] = license_name(facts.license)
     return "## Base\n\n" + table(rows)
 
@@ -205,6 +210,8 @@ def _loading_adapters(facts: Facts) -> str:
     arguments = repr(facts.base)
     if facts.revision is not None:
         arguments += f", revision={facts.revision!r}"
+    if facts.variant:
+        arguments += f", variant={facts.variant!r}"
     load = _LOAD.format(arguments=arguments)
     widen = _WIDEN.format(adapters=repr(facts.adapters))
     return (

@@ -55,7 +55,7 @@ class Journal:
         self._max_skipped, self._flops, self._watch = max_skipped, flops, watch
         self._whole = progress
         self._open: list[dict] = []
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = 0  # the longest streak that is known of
         self._last: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -81,6 +81,22 @@ class Journal:
     def hopeless(self) -> bool:
         """Whether too many steps in a row were skipped, as far as it is known."""
         return self._skipped_in_a_row >= self._max_skipped
+
+    def resume(self, skipped_in_a_row: int) -> None:
+        """Takes over the count of a restored state.
+
+        Raises:
+          UserError: that state ended a run already.
+        """
+        self._skipped_in_a_row = skipped_in_a_row
+        self.raise_if_hopeless()
+
+    def may_save(self, state: Any) -> bool:
+        """Whether who goes on from `state` learns that the run is hopeless, if it is.
+
+        A state behind too long a streak does not tell: one before it meets it again.
+        """
+        return not self.hopeless or int(state.skipped_in_a_row) >= self._max_skipped
 
     def note(self, done: int, values: dict[str, jax.Array]) -> None:
         """Takes the metrics of the steps up to `done`; writes the row that was full.
@@ -115,7 +131,7 @@ class Journal:
         }
         streaks = columns.pop("skipped_in_a_row")
         good, count = streaks == 0, len(streaks)
-        self._skipped_in_a_row = int(streaks[-1])
+        self._skipped_in_a_row = max(self._skipped_in_a_row, int(streaks.max()))
         skipped = count - int(good.sum())
         if skipped:
             logging.warning(
@@ -153,5 +169,7 @@ class Journal:
                 self.name,
                 wanted="finite losses and gradients",
                 got=f"{self._skipped_in_a_row} steps in a row without",
-                fix="The state before them is saved. Lower the learning rate.",
+                fix="Lower the learning rate, in a new --workdir or after deleting "
+                f"{epath.Path(self._workdir) / self.name.split('/')[0]}: what is there "
+                "was made with this one.",
             )

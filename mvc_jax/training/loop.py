@@ -161,6 +161,7 @@ def fit(
     with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         first = int(state.step)
+        journal.resume(int(state.skipped_in_a_row))
         if first >= steps or (validation and validation.ends(first, checkpoints)):
             return state
         placed = state, fixed, (batch := place(first))
@@ -176,7 +177,6 @@ def fit(
                 state, values = step_on(state, fixed, batch)
                 batch = ahead.result()
                 journal.note(done, values)
-                journal.draw(done, state)
                 stop = asked() or journal.hopeless
                 if kept(done, state, stop=stop, last=done == steps):
                     break
@@ -193,15 +193,17 @@ def _keep(
     stop: bool,
     last: bool,
 ) -> bool:
-    """Saves the state where it is time to, and says whether training ends early."""
+    """Saves and shows the state where it is time to; whether training ends early."""
     if checkpoints.due(done) or last or stop:
         row = journal.close_row(done)
         with journal.pause():
             # Not at any other step, or a run that was cut might find another best.
             if validation and (done % validation.every == 0 or last):
                 row = journal.add(done, validation.measure(state))
-            checkpoints.save(done, state, row)
+            if journal.may_save(state):
+                checkpoints.save(done, state, row)
     journal.raise_if_hopeless()
+    journal.draw(done, state)  # once it is saved, for it may fail
     if stop and not last:
         raise preemption.Preempted(f"{journal.name} after step {done}")
     return validation is not None and validation.ends(done, checkpoints)

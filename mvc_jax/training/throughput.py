@@ -17,13 +17,17 @@ _PEAK = {
     "NVIDIA H100 PCIe": 756,
     "NVIDIA H200": 989,
     "NVIDIA L4": 121,
+    "NVIDIA L40": 181,
     "NVIDIA L40S": 362,
     "Tesla T4": 65,
     "Tesla V100": 125,
     "TPU v4": 275,
+    "TPU v5": 459,
     "TPU v5 lite": 197,
+    "TPU v5e": 197,
     "TPU v5p": 459,
     "TPU v6 lite": 918,
+    "TPU v6e": 918,
 }
 
 
