@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             k: len(v) for k, v in files.read_json(caption / "splits.json").items()
         },
         "seeds": made["seeds"],
-        "steps": made["steps"],
+        **_steps(results),
         "batch_size": made["batch_size"],
         "confidence": confidence,
         "runs": [_row(r, results, test.labels, confidence) for r in results.values()],
@@ -82,6 +82,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def accuracies(result: dict) -> Float[np.ndarray, " seeds"]:
     return np.asarray([seed["accuracy"] for seed in result["seeds"]])
+
+
+def _steps(results: dict) -> dict[str, int]:
+    """Optimiser steps taken, most and least: `epochs` and `patience` have a say."""
+    taken = [seed["steps"] for result in results.values() for seed in result["seeds"]]
+    return {"steps": max(taken), "least_steps": min(taken)}
 
 
 def paired_difference(
@@ -268,9 +274,14 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
 def table(metrics: dict) -> str:
     """The accuracy table and the answers, as lines for a terminal."""
     width = max(len(row["title"]) for row in metrics["runs"])
+    most = metrics["steps"]
+    least = metrics.get("least_steps", most)  # older folders have none
+    steps = f"{most} optimiser steps each"
+    if least < most:
+        steps = f"{least} to {most} optimiser steps, as validation ended them"
     lines = [
         f"\ntest accuracy, %: mean and standard deviation over {metrics['seeds']} "
-        f"seeds, {metrics['steps']} optimiser steps each",
+        f"seeds, {steps}",
         f"{'':{width}}  accuracy       against real only",
     ]
     for row in metrics["runs"]:

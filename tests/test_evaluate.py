@@ -196,3 +196,31 @@ def test_what_was_wrong_with_the_images_is_noted(tmp_path, copies, policy, bad, 
     assert len(notes) == 2 + len(words)
     for word, note in zip(words, notes, strict=False):
         assert word in note
+
+
+def test_the_steps_told_are_those_taken():
+    found = {
+        "real": {"seeds": [{"steps": 700}, {"steps": 300}]},
+        "combined": {"seeds": [{"steps": 500}, {"steps": 78200}]},
+    }
+    assert evaluate._steps(found) == {"steps": 78200, "least_steps": 300}
+
+
+def metrics_with(**changes):
+    """What `table` reads, of two runs."""
+    accuracy = {"mean": 0.164, "std": 0.013}
+    difference = {"against": "real", "mean": 0.021, "low": None, "high": None}
+    rows = [
+        {"name": "real", "title": "Real", "accuracy": accuracy, "difference": None},
+        {"name": "two", "title": "Two", "accuracy": accuracy, "difference": difference},
+    ]
+    usual = {"seeds": 3, "steps": 250, "least_steps": 250, "runs": rows}
+    return usual | {"questions": []} | changes
+
+
+@pytest.mark.parametrize(
+    ("least", "words"),
+    [(250, "seeds, 250 optimiser steps each"), (90, "seeds, 90 to 250 optimiser")],
+)
+def test_the_table_tells_unequal_steps(least, words):
+    assert words in evaluate.table(metrics_with(least_steps=least))

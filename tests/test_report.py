@@ -279,6 +279,13 @@ def test_the_answer_comes_first_and_the_setting_is_told(page):
         assert words in page.text.replace(",", "")
 
 
+def test_unequal_steps_are_told(tmp_path):
+    text = run_page(make_workdir(tmp_path, least_steps=321)).text
+    assert "321 to 4,321 optimiser steps" in text
+    assert "some have had more updates than others" in text
+    assert "none has had more" not in text
+
+
 def test_only_an_interval_without_zero_is_marked(page):
     marks = [attrs.get("class") for tag, attrs in page.tags if tag == "circle"]
     assert marks == ["clear", None]
