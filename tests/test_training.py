@@ -116,6 +116,15 @@ def test_steps_at_once_are_steps_one_by_one(tmp_path):
     np.testing.assert_allclose(np.reshape(losses, (2, 3)).mean(1), thirds, rtol=1e-5)
 
 
+def test_a_run_that_goes_on_with_more_steps_at_once_ends_at_its_last(tmp_path):
+    whole = run(tmp_path / "whole", 12, every=12)
+    run(tmp_path / "cut", 4, every=4)
+    again = run(tmp_path / "cut", 12, every=6, log_every=6, loop={"stride": 6})
+    assert int(again.step) == 12
+    for a, b in zip(leaves(whole), leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def test_fits_of_one_kind_share_a_program(tmp_path):
     programs = {}
     for name in ("a", "b"):
