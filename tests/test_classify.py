@@ -78,6 +78,15 @@ def test_what_is_held_out_is_of_train_and_nothing_of_it_is_trained_on(read):
     assert 0 < len(used) < len(rows)
 
 
+def test_of_a_ratio_too_nothing_is_trained_on_that_is_held_out(read):
+    data, rows = read(validation=0.2, ratio=0.6)
+    names = {f"train-{row}" for row in data.validation}
+    used = [rows[row - 3 * PER_CLASS] for row in data.pools["mixed"].synthetic]
+    assert {row["label"] for row in used} == {0, 1, 2}
+    for row in used:
+        assert names.isdisjoint({row["source"], *row["partners"]})
+
+
 def test_images_are_the_same_in_memory_and_from_the_disk(read):
     data, _ = read()
     draw = np.random.default_rng(0)
