@@ -191,3 +191,18 @@ def test_a_name_that_the_hub_has_not_is_refused_before_any_work(monkeypatch):
     config.classify.pretrained_revision = "v1"
     with pytest.raises(UserError, match="pretrained 'nobody/nothing'.*none, at v1"):
         classify.check(config)
+
+
+@pytest.mark.parametrize(
+    ("every", "patience", "good"),
+    [(0, 5, False), (20, 5, False), (20, 20, True), (0, 0, True)],
+)
+def test_a_patience_that_sees_no_second_look_is_refused(every, patience, good):
+    config = digits.get_config()
+    config.classify.validation, config.classify.patience = 0.2, patience
+    config.classify.validate_every = every
+    if good:
+        classify.check(config)
+        return
+    with pytest.raises(UserError, match=f"validate_every={every}"):
+        classify.check(config)
