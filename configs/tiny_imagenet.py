@@ -8,6 +8,9 @@ The folder as its archive unpacks: `train/<wnid>/images`, `val/val_annotations.t
 the test part; the archive's own test images have no labels.
 
 The supplement has no recipe for it; this is CIFAR's.
+Every real image, test ones too, goes from 64 pixels to 256 by Lanczos and back to the
+classifier's 64 by area: a PSNR of 38.7 dB, measured on scikit-learn's two photographs,
+cut and made as small.
 Hardware, wall time and numbers to expect: not yet measured.
 """
 
