@@ -135,12 +135,22 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
     seen = result["real_seen"], result["synthetic_seen"]
     row |= {"real_seen": seen[0], "synthetic_seen": seen[1]}
     row["synthetic_per_real"] = seen[1] / seen[0] if seen[0] else None
-    row["difference"] = None
-    if "real" in results and result["name"] != "real":
-        base = accuracies(results["real"])
-        row["difference"] = {"against": "real"}
-        row["difference"] |= paired_difference(values, base, confidence)
+    row["difference"] = _difference(result["name"], results, confidence)
     return row
+
+
+def _difference(name: str, results: dict, confidence: float) -> dict | None:
+    """Against `real`; where there is none, against `real` bent as this run is."""
+    against = "real" if "real" in results else "real" + _bend(name)
+    if against == name or against not in results:
+        return None
+    pair = accuracies(results[name]), accuracies(results[against])
+    return {"against": against} | paired_difference(*pair, confidence)
+
+
+def _bend(name: str) -> str:
+    """What bends the images of a run: "+affine" of "combined:unmixed+affine"."""
+    return name[len(name.split("+")[0]) :]
 
 
 def confusion(
@@ -168,7 +178,7 @@ def calibration_error(
 
 
 def _questions(results: dict, confidence: float) -> list[dict]:
-    bends = dict.fromkeys(name[len(name.split("+")[0]) :] for name in results)
+    bends = dict.fromkeys(map(_bend, results))
     asked = [
         (
             _ON_TOP.format(bend[1:]) if bend and against == "real" else question,
@@ -279,10 +289,13 @@ def table(metrics: dict) -> str:
     steps = f"{most} optimiser steps each"
     if least < most:
         steps = f"{least} to {most} optimiser steps, as validation ended them"
+    differences = [row["difference"] or {} for row in metrics["runs"]]
+    named = {each.get("against", "real") for each in differences} != {"real"}
     lines = [
         f"\ntest accuracy, %: mean and standard deviation over {metrics['seeds']} "
         f"seeds, {steps}",
-        f"{'':{width}}  accuracy       against real only",
+        f"{'':{width}}  accuracy       "
+        f"against {'the run named' if named else 'real only'}",
     ]
     for row in metrics["runs"]:
         accuracy = row["accuracy"]
@@ -294,6 +307,8 @@ def table(metrics: dict) -> str:
             if difference["low"] is not None:
                 low, high = 100 * difference["low"], 100 * difference["high"]
                 line += f"  [{low:+.1f}, {high:+.1f}]"
+            if named:
+                line += f"  {difference['against']}"
         lines.append(line)
     for answer in metrics["questions"]:
         lines.append(f"{answer['question']} {answer['sentence']}")

@@ -94,6 +94,27 @@ def test_only_questions_whose_runs_were_made_are_answered():
     assert asked == [("combined", "combined:unmixed")]
 
 
+@pytest.mark.parametrize(
+    ("name", "against"),
+    [
+        ("combined+flip", "real+flip"),
+        ("two_phase:unmixed+flip", "real+flip"),
+        ("real+flip", None),
+        ("combined+affine", None),
+        ("combined", None),
+    ],
+)
+def test_without_a_real_run_the_one_that_is_bent_alike_is_the_reference(name, against):
+    found = results(real_plus_flip=[0.5, 0.7]) | {name: {"seeds": []}}
+    found[name]["seeds"] = [{"accuracy": 0.6}, {"accuracy": 0.7}]
+    difference = evaluate._difference(name, found, 0.95)
+    assert (difference or {}).get("against") == against
+    if against:
+        assert difference["mean"] == pytest.approx(0.05)
+    more = evaluate._difference(name, found | results(real=[0.6, 0.6]), 0.95)
+    assert more["against"] == "real"
+
+
 def images_of(values):
     """Flat 4x4 images of these grey values, one more pixel white in each."""
     images = np.empty((len(values), 4, 4, 3), np.uint8)
@@ -224,3 +245,15 @@ def metrics_with(**changes):
 )
 def test_the_table_tells_unequal_steps(least, words):
     assert words in evaluate.table(metrics_with(least_steps=least))
+
+
+def test_the_table_names_what_a_difference_is_against():
+    metrics = metrics_with()
+    lines = evaluate.table(metrics).splitlines()
+    assert lines[2].endswith("against real only") and lines[-1].endswith("+2.1")
+    metrics["runs"][1]["difference"] = metrics["runs"][1]["difference"] | {
+        "against": "real+flip"
+    }
+    text = evaluate.table(metrics)
+    assert "real only" not in text
+    assert "against the run named" in text and "+2.1  real+flip" in text
