@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from mvc_jax import augment
 from mvc_jax.augment.mixup import cutmix, mixup
@@ -128,6 +128,9 @@ def train_step(
 ) -> tuple[ClassifierState, dict[str, Array]]:
     """One step of each seed on batches of its own.
 
+    A seed whose loss or gradient is not finite stays as it is, and the others go on;
+    the step counts as skipped.
+
     Args:
       state: of S seeds.
       batch: `keys` uint32 [S, 2], of which slot b of step n draws by (key, n, b);
@@ -154,16 +157,52 @@ def train_step(
     def total(params):
         parts = (images, labels, batch["weight"], keys)
         values, stats = losses(params, state.batch_stats, *parts)
-        return values.sum(), (values.mean(), stats)  # each seed's gradient is its own
+        return values.sum(), (values, stats)  # each seed's gradient is its own
 
-    grads, (loss, stats) = jax.grad(total, has_aux=True)(state.params)
-    metrics, rate = {"loss": loss}, batch["rates"][state.step]
-    new = state.update(grads, tx, metrics, ema_decay=recipe.ema_decay, rate=rate)
-    taken = new.skipped == state.skipped
-    stats = jax.tree.map(
-        lambda ours, old: jnp.where(taken, ours, old), stats, state.batch_stats
+    grads, (values, stats) = jax.grad(total, has_aux=True)(state.params)
+    finite = jnp.isfinite(values) & jnp.isfinite(jax.vmap(optax.tree.norm)(grads))
+    new = state.update(
+        _where(finite, grads, jax.tree.map(jnp.zeros_like, grads)),
+        _of_seeds(tx, finite),
+        {"finite": jnp.where(finite.any(), 0.0, jnp.nan)},
+        ema_decay=recipe.ema_decay,
+        rate=batch["rates"][state.step],
     )
-    return new.replace(batch_stats=stats), metrics
+    bad = 1 - finite.all().astype(jnp.int32)
+    new = new.replace(
+        ema_params=_where(finite, new.ema_params, state.ema_params),
+        batch_stats=_where(finite, stats, state.batch_stats),
+        skipped=state.skipped + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
+    return new, {"loss": values.mean()}
+
+
+def _of_seeds(
+    tx: optax.GradientTransformation, chosen: Bool[Array, " S"]
+) -> optax.GradientTransformation:
+    """`tx` for the chosen seeds; the others stay as they are.
+
+    Only Adam's number of steps, which all seeds have in common, goes on for them too.
+    """
+
+    def update(grads, state, params):
+        updates, new = tx.update(grads, state, params)
+        nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+        return _where(chosen, updates, nothing), _where(chosen, new, state)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _where(chosen: Bool[Array, " S"], ours: Any, others: Any) -> Any:
+    """Leaves [S, ...] of `ours` for the chosen seeds, of `others` for the rest."""
+
+    def pick(our, other):
+        if not our.ndim:
+            return our
+        return jnp.where(jnp.expand_dims(chosen, range(1, our.ndim)), our, other)
+
+    return jax.tree.map(pick, ours, others)
 
 
 def _loss(params, batch_stats, images, labels, weight, key, *, recipe: Recipe):

@@ -117,6 +117,29 @@ def test_seeds_side_by_side_are_seeds_alone(after):
     assert max(jax.tree.leaves(apart)) > 0.01
 
 
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_seed_that_is_not_finite_stays_and_the_other_goes_on(after, spoilt):
+    state, sound = start(), 1 - spoilt
+
+    def spoil(leaf):
+        return leaf.at[(spoilt, *(0,) * (leaf.ndim - 1))].set(jnp.inf)
+
+    state = state.replace(params=jax.tree.map(spoil, state.params))
+    before = jax.tree.map(np.asarray, state)
+    for _ in range(2):
+        state, metrics = jitted()(state, batch())
+    assert not np.isfinite(metrics["loss"])
+    assert [int(state.skipped), int(state.skipped_in_a_row), int(state.step)] == [2] * 3
+    stacked = [
+        (s.params, s.ema_params, s.batch_stats, s.opt_state)
+        for s in (state, before, after[0])
+    ]
+    now, old, whole = ([x for x in jax.tree.leaves(t) if x.ndim] for t in stacked)
+    for a, b, c in zip(now, old, whole, strict=True):
+        assert np.asarray(a[spoilt]).tobytes() == b[spoilt].tobytes()
+        np.testing.assert_array_equal(a[sound], c[sound])
+
+
 def test_a_stream_of_images_trains_as_the_whole_array_does(after):
     state = start()
     read = batch() | {"images": IMAGES[INDEX], "labels": LABELS[INDEX]}
