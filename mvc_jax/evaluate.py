@@ -271,9 +271,12 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
         notes.append(f"{copies} images that test has as well were taken out of train.")
     if bad:
         notes.append(f"{bad} images could not be used and were left out.")
+    spread = f"The spread is over {seeds} classifier seeds"
+    if seeds == 1:
+        spread = "No spread is known of one classifier seed"
     return [
         *notes,
-        f"The spread is over {seeds} classifier seeds on one split and one generator; "
+        f"{spread} on one split and one generator; "
         "another split (--config.seed) moves every row.",
         "Distances are root mean squared pixel differences of images in [0, 1], at no "
         f"more than {distances.LOOK} pixels. A copy "
@@ -291,16 +294,20 @@ def table(metrics: dict) -> str:
         steps = f"{least} to {most} optimiser steps, as validation ended them"
     differences = [row["difference"] or {} for row in metrics["runs"]]
     named = {each.get("against", "real") for each in differences} != {"real"}
+    seeds = metrics["seeds"]
+    told = (
+        f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    )
     lines = [
-        f"\ntest accuracy, %: mean and standard deviation over {metrics['seeds']} "
-        f"seeds, {steps}",
+        f"\ntest accuracy, %: {told}, {steps}",
         f"{'':{width}}  accuracy       "
         f"against {'the run named' if named else 'real only'}",
     ]
     for row in metrics["runs"]:
         accuracy = row["accuracy"]
         line = f"{row['title']:{width}}  "
-        line += f"{100 * accuracy['mean']:5.1f} ± {100 * accuracy['std']:3.1f}"
+        spread = f" ± {100 * accuracy['std']:3.1f}" if seeds > 1 else ""
+        line += f"{100 * accuracy['mean']:5.1f}{spread:6}"
         difference = row["difference"]
         if difference:
             line += f"    {100 * difference['mean']:+5.1f}"
@@ -309,7 +316,7 @@ def table(metrics: dict) -> str:
                 line += f"  [{low:+.1f}, {high:+.1f}]"
             if named:
                 line += f"  {difference['against']}"
-        lines.append(line)
+        lines.append(line.rstrip())
     for answer in metrics["questions"]:
         lines.append(f"{answer['question']} {answer['sentence']}")
     return "\n".join(lines)

@@ -214,6 +214,8 @@ def test_what_was_wrong_with_the_images_is_noted(tmp_path, copies, policy, bad, 
     files.write_jsonl(tmp_path / "duplicates.jsonl", [{}] * copies)
     files.write_jsonl(tmp_path / "bad_images.jsonl", [{}] * bad)
     notes = evaluate._notes(3, epath.Path(tmp_path))
+    assert "over 3 classifier seeds on one split" in notes[-2]
+    assert "of one classifier seed on" in evaluate._notes(1, epath.Path(tmp_path))[-2]
     assert len(notes) == 2 + len(words)
     for word, note in zip(words, notes, strict=False):
         assert word in note
@@ -245,6 +247,19 @@ def metrics_with(**changes):
 )
 def test_the_table_tells_unequal_steps(least, words):
     assert words in evaluate.table(metrics_with(least_steps=least))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "heading", "row"),
+    [
+        (1, "test accuracy, %: one seed, 250", "Two    16.4           +2.1"),
+        (3, "standard deviation over 3 seeds, 250", "Two    16.4 ± 1.3     +2.1"),
+    ],
+)
+def test_one_seed_has_no_spread(seeds, heading, row):
+    lines = evaluate.table(metrics_with(seeds=seeds)).splitlines()
+    assert heading in lines[1]
+    assert lines[-1] == row
 
 
 def test_the_table_names_what_a_difference_is_against():

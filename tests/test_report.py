@@ -443,8 +443,12 @@ def test_what_filters_removed_is_a_table(tmp_path):
 def test_one_seed_has_no_interval(tmp_path):
     runs = make_metrics()["runs"][:2]
     runs[1]["difference"] |= {"low": None, "high": None}
-    page = run_page(make_workdir(tmp_path, runs=runs))
-    assert "+3.1" in page.row("Real and synthetic")
+    page = run_page(make_workdir(tmp_path, runs=runs, seeds=1))
+    assert "84.3 +3.1" in page.row("Real and synthetic")
+    text = " ".join(page.text.split())
+    assert "±" not in text and "in per cent, of one seed, on" in text
+    assert "a row of the table has one classifier." in text
+    assert not re.search(r"\b1 (seeds|classifiers)", text)
     assert "None" not in page.text
     assert "circle" not in [tag for tag, _ in page.tags]
 
