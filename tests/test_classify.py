@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from mvc_jax import classify, runs
-from mvc_jax.configs import digits
+from mvc_jax.configs import digits, folder
 from mvc_jax.data import splits, synthetic, training_set
 from mvc_jax.errors import UserError
 from mvc_jax.models import classifier_export, classifier_weights, classifiers
@@ -206,3 +206,30 @@ def test_a_patience_that_sees_no_second_look_is_refused(every, patience, good):
         return
     with pytest.raises(UserError, match=f"validate_every={every}"):
         classify.check(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "way_out"),
+    [
+        ({"model": "wrn28_10"}, "classify.stem_stride=1, or choose a ResNet"),
+        ({"model": "resnet18"}, "classify.stem_stride=1, or --config.classify.stem=c"),
+        ({"model": "wrn28_10", "width": 8, "stem_stride": 1}, "classify.width=0, or"),
+        (
+            {"model": "wrn28_10", "stem": "cifar", "stem_stride": 1},
+            "classify.stem=, or",
+        ),
+        ({"model": "resnet18", "stem": "cifar"}, ""),
+        ({"model": "resnet18", "stem_stride": 1}, ""),
+        ({"model": "wrn28_10", "stem_stride": 1}, ""),
+    ],
+)
+def test_what_a_network_has_not_is_refused_with_a_way_out(fields, way_out):
+    config = folder.get_config("path=a")
+    for name, value in fields.items():
+        config.classify[name] = value
+    if not way_out:
+        classify.check(config)
+        return
+    with pytest.raises(UserError) as caught:
+        classify.check(config)
+    assert way_out in str(caught.value)
