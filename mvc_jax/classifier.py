@@ -29,6 +29,14 @@ from mvc_jax.training import loop, rng, sharding
 _MIXES = {"mixup": mixup, "cutmix": cutmix}
 _WHOLE: sharding.Rules = ((r".*", "replicate"),)  # classifiers fit on one device
 _HALF = (0.5, 0.5, 0.5)
+# Initialisation runs once and may compile for minutes: PyramidNet-272's on two cores
+# for more than 8, and with these for a minute and a half. It is level 0 that helps, and
+# it may change a weight's last bits: fewer kernels are drawn with XLA's usual options.
+_QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+_MANY_KERNELS = 100
 Fields = tuple[tuple[str, Any], ...]
 
 
@@ -95,7 +103,7 @@ def create_state(
       pretrained: `{"params", "batch_stats"}` to start from, all but the last layer,
         which is always drawn; None: everything is.
     """
-    variables = _variables(keys, model=recipe.model, image_shape=image_shape)
+    variables = _initialiser(recipe.model, image_shape)(keys)
     if pretrained is not None:
         head = head_of(recipe.model)
         heads = {head: variables["params"][head]}
@@ -113,10 +121,15 @@ def create_state(
     return jax.device_put(state, shardings, may_alias=False)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
-def _variables(keys: Key[Array, " S"], *, model: nn.Module, image_shape: tuple):
+@functools.cache
+def _initialiser(model: nn.Module, image_shape: tuple[int, int, int]) -> Callable:
+    """From keys [S] to the variables that they draw, stacked."""
     images = jnp.zeros((1, *image_shape))
-    return jax.vmap(lambda key: model.init(key, images))(keys)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    kernels = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes["params"]))
+    options = _QUICKLY if kernels > _MANY_KERNELS else None
+    init = jax.vmap(lambda key: model.init(key, images))
+    return jax.jit(init, compiler_options=options)
 
 
 def train_step(

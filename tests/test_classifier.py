@@ -213,6 +213,27 @@ def test_predictions_do_not_depend_on_batches_or_devices(after):
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("most, level", [(1, 0), (2, None)])
+def test_many_kernels_are_drawn_by_a_program_that_compiles_quickly(
+    monkeypatch, most, level
+):
+    """`Tiny` has two kernels. Quickly or not, the weights are the same."""
+    given = []
+
+    def spy(function, *, compiler_options, jit=jax.jit):
+        given.append(compiler_options)
+        return jit(function, compiler_options=compiler_options)
+
+    usual = classifier._initialiser.__wrapped__(MODEL, (8, 8, 3))(keys("init"))
+    monkeypatch.setattr(classifier, "_MANY_KERNELS", most)
+    monkeypatch.setattr(classifier.jax, "jit", spy)
+    init = classifier._initialiser.__wrapped__(MODEL, (8, 8, 3))
+    monkeypatch.undo()
+    found, (options,) = init(keys("init")), given
+    assert (options or {}).get("xla_backend_optimization_level") == level
+    assert_close(found, usual, atol=1e-6)
+
+
 def test_a_pretrained_start_keeps_all_but_the_head():
     given = classifier.one_seed(start([5]), 0)
     state = start(pretrained=given)
