@@ -12,6 +12,9 @@ cosine, weight decay 5e-4, flips, crops, the policy and Cutout. Epochs are of th
 images: every run takes as many steps. Ours: weight decay of kernels alone; Stable
 Diffusion at 256 pixels, since 32 are fewer than its autoencoder can work with and 512
 cost four times as much.
+Every real image, test ones too, goes from 32 pixels to 256 by Lanczos and back to the
+classifier's 32 by area: a PSNR of 38.5 dB, measured on scikit-learn's two photographs,
+cut and made as small.
 Hardware, wall time and numbers to expect: not yet measured.
 """
 

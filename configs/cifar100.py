@@ -3,7 +3,8 @@
     python -m mvc_jax.train --config=configs/cifar100.py --workdir=runs/cifar100
 
 `--config=configs/cifar100.py:per_class=50` takes 50 training images of each class.
-Everything else, recipes too, is CIFAR-10's.
+Everything else, recipes too, is CIFAR-10's, and so is what the way to 256 pixels
+and back costs, a PSNR of about 38.5 dB.
 Hardware, wall time and numbers to expect: not yet measured.
 """
 

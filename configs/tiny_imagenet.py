@@ -7,25 +7,25 @@ The folder as its archive unpacks: `train/<wnid>/images`, `val/val_annotations.t
 `words.txt`, from which the classes get their names. The labelled validation images are
 the test part; the archive's own test images have no labels.
 
-The supplement has no recipe for it; this is CIFAR's.
+The supplement has no recipe for it; classifiers, runs too, are CIFAR-10's at 64 pixels.
+Every real image, test ones too, goes from 64 pixels to 256 by Lanczos and back to the
+classifier's 64 by area: a PSNR of 38.7 dB, measured on scikit-learn's two photographs,
+cut and made as small.
 Hardware, wall time and numbers to expect: not yet measured.
 """
 
 from ml_collections import ConfigDict
 
-from mvc_jax.configs import common
+from mvc_jax.configs import cifar10, common
 
 
 def get_config(argument: str = "") -> ConfigDict:
     given = common.parse_argument(argument, known=("path", "per_class", "preset"))
-    config = common.get_config()
+    config = cifar10.get_config()
     config.data.source = f"folder:{given.get('path', 'data/tiny-imagenet-200')}"
-    config.data.size = 256
     config.data.per_class = int(given.get("per_class", 0))
+    config.data.class_type = ""
 
-    config.base.path = common.STABLE_DIFFUSION
-    config.classify.model = "resnet20"
     config.classify.size = 64
-    config.classify.stem_stride = 2
     config.report.title = "Mixing Visual Concepts: Tiny ImageNet"
     return common.apply_preset(config, given)

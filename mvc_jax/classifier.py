@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, UInt8
 
 from mvc_jax import augment
 from mvc_jax.augment.mixup import cutmix, mixup
@@ -29,6 +29,14 @@ from mvc_jax.training import loop, rng, sharding
 _MIXES = {"mixup": mixup, "cutmix": cutmix}
 _WHOLE: sharding.Rules = ((r".*", "replicate"),)  # classifiers fit on one device
 _HALF = (0.5, 0.5, 0.5)
+# Initialisation runs once and may compile for minutes: PyramidNet-272's on two cores
+# for more than 8, and with these for a minute and a half. It is level 0 that helps, and
+# it may change a weight's last bits: fewer kernels are drawn with XLA's usual options.
+_QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+_MANY_KERNELS = 100
 Fields = tuple[tuple[str, Any], ...]
 
 
@@ -95,7 +103,7 @@ def create_state(
       pretrained: `{"params", "batch_stats"}` to start from, all but the last layer,
         which is always drawn; None: everything is.
     """
-    variables = _variables(keys, model=recipe.model, image_shape=image_shape)
+    variables = _initialiser(recipe.model, image_shape)(keys)
     if pretrained is not None:
         head = head_of(recipe.model)
         heads = {head: variables["params"][head]}
@@ -113,10 +121,15 @@ def create_state(
     return jax.device_put(state, shardings, may_alias=False)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
-def _variables(keys: Key[Array, " S"], *, model: nn.Module, image_shape: tuple):
+@functools.cache
+def _initialiser(model: nn.Module, image_shape: tuple[int, int, int]) -> Callable:
+    """From keys [S] to the variables that they draw, stacked."""
     images = jnp.zeros((1, *image_shape))
-    return jax.vmap(lambda key: model.init(key, images))(keys)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    kernels = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes["params"]))
+    options = _QUICKLY if kernels > _MANY_KERNELS else None
+    init = jax.vmap(lambda key: model.init(key, images))
+    return jax.jit(init, compiler_options=options)
 
 
 def train_step(
@@ -127,6 +140,9 @@ def train_step(
     tx: optax.GradientTransformation,
 ) -> tuple[ClassifierState, dict[str, Array]]:
     """One step of each seed on batches of its own.
+
+    A seed whose loss or gradient is not finite stays as it is, and the others go on;
+    the step counts as skipped.
 
     Args:
       state: of S seeds.
@@ -154,16 +170,52 @@ def train_step(
     def total(params):
         parts = (images, labels, batch["weight"], keys)
         values, stats = losses(params, state.batch_stats, *parts)
-        return values.sum(), (values.mean(), stats)  # each seed's gradient is its own
+        return values.sum(), (values, stats)  # each seed's gradient is its own
 
-    grads, (loss, stats) = jax.grad(total, has_aux=True)(state.params)
-    metrics, rate = {"loss": loss}, batch["rates"][state.step]
-    new = state.update(grads, tx, metrics, ema_decay=recipe.ema_decay, rate=rate)
-    taken = new.skipped == state.skipped
-    stats = jax.tree.map(
-        lambda ours, old: jnp.where(taken, ours, old), stats, state.batch_stats
+    grads, (values, stats) = jax.grad(total, has_aux=True)(state.params)
+    finite = jnp.isfinite(values) & jnp.isfinite(jax.vmap(optax.tree.norm)(grads))
+    new = state.update(
+        _where(finite, grads, jax.tree.map(jnp.zeros_like, grads)),
+        _of_seeds(tx, finite),
+        {"finite": jnp.where(finite.any(), 0.0, jnp.nan)},
+        ema_decay=recipe.ema_decay,
+        rate=batch["rates"][state.step],
     )
-    return new.replace(batch_stats=stats), metrics
+    bad = 1 - finite.all().astype(jnp.int32)
+    new = new.replace(
+        ema_params=_where(finite, new.ema_params, state.ema_params),
+        batch_stats=_where(finite, stats, state.batch_stats),
+        skipped=state.skipped + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
+    return new, {"loss": values.mean()}
+
+
+def _of_seeds(
+    tx: optax.GradientTransformation, chosen: Bool[Array, " S"]
+) -> optax.GradientTransformation:
+    """`tx` for the chosen seeds; the others stay as they are.
+
+    Only Adam's number of steps, which all seeds have in common, goes on for them too.
+    """
+
+    def update(grads, state, params):
+        updates, new = tx.update(grads, state, params)
+        nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
+        return _where(chosen, updates, nothing), _where(chosen, new, state)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _where(chosen: Bool[Array, " S"], ours: Any, others: Any) -> Any:
+    """Leaves [S, ...] of `ours` for the chosen seeds, of `others` for the rest."""
+
+    def pick(our, other):
+        if not our.ndim:
+            return our
+        return jnp.where(jnp.expand_dims(chosen, range(1, our.ndim)), our, other)
+
+    return jax.tree.map(pick, ours, others)
 
 
 def _loss(params, batch_stats, images, labels, weight, key, *, recipe: Recipe):

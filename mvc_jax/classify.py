@@ -85,6 +85,14 @@ def check(config: ConfigDict) -> None:
         fix="Set config.classify.validation to e.g. 0.1.",
     )
     require(
+        not section.patience or 0 < section.validate_every <= section.patience,
+        "config.classify.patience",
+        wanted="0, or no fewer steps than from one look at the held-out images to the "
+        "next, config.classify.validate_every, which then is above 0",
+        got=f"patience={section.patience}, validate_every={section.validate_every}",
+        fix="Set validate_every to e.g. 50 and patience to a few times that.",
+    )
+    require(
         section.ratio <= config.mix.per_image,
         "config.classify.ratio",
         wanted=f"at most the {config.mix.per_image} synthetic images a real one of "

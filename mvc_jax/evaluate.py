@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             k: len(v) for k, v in files.read_json(caption / "splits.json").items()
         },
         "seeds": made["seeds"],
-        "steps": made["steps"],
+        **_steps(results),
         "batch_size": made["batch_size"],
         "confidence": confidence,
         "runs": [_row(r, results, test.labels, confidence) for r in results.values()],
@@ -82,6 +82,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def accuracies(result: dict) -> Float[np.ndarray, " seeds"]:
     return np.asarray([seed["accuracy"] for seed in result["seeds"]])
+
+
+def _steps(results: dict) -> dict[str, int]:
+    """Optimiser steps taken, most and least: `epochs` and `patience` have a say."""
+    taken = [seed["steps"] for result in results.values() for seed in result["seeds"]]
+    return {"steps": max(taken), "least_steps": min(taken)}
 
 
 def paired_difference(
@@ -129,12 +135,22 @@ def _row(result: dict, results: dict, labels: np.ndarray, confidence: float) -> 
     seen = result["real_seen"], result["synthetic_seen"]
     row |= {"real_seen": seen[0], "synthetic_seen": seen[1]}
     row["synthetic_per_real"] = seen[1] / seen[0] if seen[0] else None
-    row["difference"] = None
-    if "real" in results and result["name"] != "real":
-        base = accuracies(results["real"])
-        row["difference"] = {"against": "real"}
-        row["difference"] |= paired_difference(values, base, confidence)
+    row["difference"] = _difference(result["name"], results, confidence)
     return row
+
+
+def _difference(name: str, results: dict, confidence: float) -> dict | None:
+    """Against `real`; where there is none, against `real` bent as this run is."""
+    against = "real" if "real" in results else "real" + _bend(name)
+    if against == name or against not in results:
+        return None
+    pair = accuracies(results[name]), accuracies(results[against])
+    return {"against": against} | paired_difference(*pair, confidence)
+
+
+def _bend(name: str) -> str:
+    """What bends the images of a run: "+affine" of "combined:unmixed+affine"."""
+    return name[len(name.split("+")[0]) :]
 
 
 def confusion(
@@ -162,7 +178,7 @@ def calibration_error(
 
 
 def _questions(results: dict, confidence: float) -> list[dict]:
-    bends = dict.fromkeys(name[len(name.split("+")[0]) :] for name in results)
+    bends = dict.fromkeys(map(_bend, results))
     asked = [
         (
             _ON_TOP.format(bend[1:]) if bend and against == "real" else question,
@@ -255,9 +271,12 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
         notes.append(f"{copies} images that test has as well were taken out of train.")
     if bad:
         notes.append(f"{bad} images could not be used and were left out.")
+    spread = f"The spread is over {seeds} classifier seeds"
+    if seeds == 1:
+        spread = "No spread is known of one classifier seed"
     return [
         *notes,
-        f"The spread is over {seeds} classifier seeds on one split and one generator; "
+        f"{spread} on one split and one generator; "
         "another split (--config.seed) moves every row.",
         "Distances are root mean squared pixel differences of images in [0, 1], at no "
         f"more than {distances.LOOK} pixels. A copy "
@@ -268,22 +287,36 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
 def table(metrics: dict) -> str:
     """The accuracy table and the answers, as lines for a terminal."""
     width = max(len(row["title"]) for row in metrics["runs"])
+    most = metrics["steps"]
+    least = metrics.get("least_steps", most)  # older folders have none
+    steps = f"{most} optimiser steps each"
+    if least < most:
+        steps = f"{least} to {most} optimiser steps, as validation ended them"
+    differences = [row["difference"] or {} for row in metrics["runs"]]
+    named = {each.get("against", "real") for each in differences} != {"real"}
+    seeds = metrics["seeds"]
+    told = (
+        f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    )
     lines = [
-        f"\ntest accuracy, %: mean and standard deviation over {metrics['seeds']} "
-        f"seeds, {metrics['steps']} optimiser steps each",
-        f"{'':{width}}  accuracy       against real only",
+        f"\ntest accuracy, %: {told}, {steps}",
+        f"{'':{width}}  accuracy       "
+        f"against {'the run named' if named else 'real only'}",
     ]
     for row in metrics["runs"]:
         accuracy = row["accuracy"]
         line = f"{row['title']:{width}}  "
-        line += f"{100 * accuracy['mean']:5.1f} ± {100 * accuracy['std']:3.1f}"
+        spread = f" ± {100 * accuracy['std']:3.1f}" if seeds > 1 else ""
+        line += f"{100 * accuracy['mean']:5.1f}{spread:6}"
         difference = row["difference"]
         if difference:
             line += f"    {100 * difference['mean']:+5.1f}"
             if difference["low"] is not None:
                 low, high = 100 * difference["low"], 100 * difference["high"]
                 line += f"  [{low:+.1f}, {high:+.1f}]"
-        lines.append(line)
+            if named:
+                line += f"  {difference['against']}"
+        lines.append(line.rstrip())
     for answer in metrics["questions"]:
         lines.append(f"{answer['question']} {answer['sentence']}")
     return "\n".join(lines)

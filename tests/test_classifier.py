@@ -117,6 +117,29 @@ def test_seeds_side_by_side_are_seeds_alone(after):
     assert max(jax.tree.leaves(apart)) > 0.01
 
 
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_seed_that_is_not_finite_stays_and_the_other_goes_on(after, spoilt):
+    state, sound = start(), 1 - spoilt
+
+    def spoil(leaf):
+        return leaf.at[(spoilt, *(0,) * (leaf.ndim - 1))].set(jnp.inf)
+
+    state = state.replace(params=jax.tree.map(spoil, state.params))
+    before = jax.tree.map(np.asarray, state)
+    for _ in range(2):
+        state, metrics = jitted()(state, batch())
+    assert not np.isfinite(metrics["loss"])
+    assert [int(state.skipped), int(state.skipped_in_a_row), int(state.step)] == [2] * 3
+    stacked = [
+        (s.params, s.ema_params, s.batch_stats, s.opt_state)
+        for s in (state, before, after[0])
+    ]
+    now, old, whole = ([x for x in jax.tree.leaves(t) if x.ndim] for t in stacked)
+    for a, b, c in zip(now, old, whole, strict=True):
+        assert np.asarray(a[spoilt]).tobytes() == b[spoilt].tobytes()
+        np.testing.assert_array_equal(a[sound], c[sound])
+
+
 def test_a_stream_of_images_trains_as_the_whole_array_does(after):
     state = start()
     read = batch() | {"images": IMAGES[INDEX], "labels": LABELS[INDEX]}
@@ -188,6 +211,27 @@ def test_predictions_do_not_depend_on_batches_or_devices(after):
     assert found[0].shape == (2, R, K)
     np.testing.assert_allclose(found[0].sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("most, level", [(1, 0), (2, None)])
+def test_many_kernels_are_drawn_by_a_program_that_compiles_quickly(
+    monkeypatch, most, level
+):
+    """`Tiny` has two kernels. Quickly or not, the weights are the same."""
+    given = []
+
+    def spy(function, *, compiler_options, jit=jax.jit):
+        given.append(compiler_options)
+        return jit(function, compiler_options=compiler_options)
+
+    usual = classifier._initialiser.__wrapped__(MODEL, (8, 8, 3))(keys("init"))
+    monkeypatch.setattr(classifier, "_MANY_KERNELS", most)
+    monkeypatch.setattr(classifier.jax, "jit", spy)
+    init = classifier._initialiser.__wrapped__(MODEL, (8, 8, 3))
+    monkeypatch.undo()
+    found, (options,) = init(keys("init")), given
+    assert (options or {}).get("xla_backend_optimization_level") == level
+    assert_close(found, usual, atol=1e-6)
 
 
 def test_a_pretrained_start_keeps_all_but_the_head():

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from mvc_jax import classify, runs
-from mvc_jax.configs import digits
+from mvc_jax.configs import digits, folder
 from mvc_jax.data import splits, synthetic, training_set
 from mvc_jax.errors import UserError
 from mvc_jax.models import classifier_export, classifier_weights, classifiers
@@ -76,6 +76,15 @@ def test_what_is_held_out_is_of_train_and_nothing_of_it_is_trained_on(read):
     for k, row in enumerate(rows):
         assert (k in used) == names.isdisjoint({row["source"], *row["partners"]})
     assert 0 < len(used) < len(rows)
+
+
+def test_of_a_ratio_too_nothing_is_trained_on_that_is_held_out(read):
+    data, rows = read(validation=0.2, ratio=0.6)
+    names = {f"train-{row}" for row in data.validation}
+    used = [rows[row - 3 * PER_CLASS] for row in data.pools["mixed"].synthetic]
+    assert {row["label"] for row in used} == {0, 1, 2}
+    for row in used:
+        assert names.isdisjoint({row["source"], *row["partners"]})
 
 
 def test_images_are_the_same_in_memory_and_from_the_disk(read):
@@ -182,3 +191,45 @@ def test_a_name_that_the_hub_has_not_is_refused_before_any_work(monkeypatch):
     config.classify.pretrained_revision = "v1"
     with pytest.raises(UserError, match="pretrained 'nobody/nothing'.*none, at v1"):
         classify.check(config)
+
+
+@pytest.mark.parametrize(
+    ("every", "patience", "good"),
+    [(0, 5, False), (20, 5, False), (20, 20, True), (0, 0, True)],
+)
+def test_a_patience_that_sees_no_second_look_is_refused(every, patience, good):
+    config = digits.get_config()
+    config.classify.validation, config.classify.patience = 0.2, patience
+    config.classify.validate_every = every
+    if good:
+        classify.check(config)
+        return
+    with pytest.raises(UserError, match=f"validate_every={every}"):
+        classify.check(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "way_out"),
+    [
+        ({"model": "wrn28_10"}, "classify.stem_stride=1, or choose a ResNet"),
+        ({"model": "resnet18"}, "classify.stem_stride=1, or --config.classify.stem=c"),
+        ({"model": "wrn28_10", "width": 8, "stem_stride": 1}, "classify.width=0, or"),
+        (
+            {"model": "wrn28_10", "stem": "cifar", "stem_stride": 1},
+            "classify.stem=, or",
+        ),
+        ({"model": "resnet18", "stem": "cifar"}, ""),
+        ({"model": "resnet18", "stem_stride": 1}, ""),
+        ({"model": "wrn28_10", "stem_stride": 1}, ""),
+    ],
+)
+def test_what_a_network_has_not_is_refused_with_a_way_out(fields, way_out):
+    config = folder.get_config("path=a")
+    for name, value in fields.items():
+        config.classify[name] = value
+    if not way_out:
+        classify.check(config)
+        return
+    with pytest.raises(UserError) as caught:
+        classify.check(config)
+    assert way_out in str(caught.value)

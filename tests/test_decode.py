@@ -2,6 +2,8 @@
 to get there is said."""
 
 import io
+import itertools
+import re
 import warnings
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from sklearn.datasets import load_sample_images
 
+from mvc_jax.configs import cifar10, tiny_imagenet
 from mvc_jax.data import decode
 from mvc_jax.data.decode import BadImage, Decoder, fit, strict_pillow, unfit
 
@@ -250,3 +254,19 @@ def test_a_fitted_image_gets_its_proportions_back(resize, sides):
         )
         inner = np.s_[1:-1, 1:-1]  # Lanczos rings at the border, and black is beside it
         assert np.abs(back[inner].astype(int) - smaller[inner]).max() < 16
+
+
+@pytest.mark.parametrize(("config", "small"), [(cifar10, 32), (tiny_imagenet, 64)])
+def test_the_way_to_256_pixels_and_back_costs_what_the_lab_notes_say(config, small):
+    errors = []
+    for photograph in load_sample_images().images:
+        for side in (2 * small, 4 * small, 8 * small):
+            corners = (range(0, n - side + 1, side) for n in photograph.shape[:2])
+            for y, x in itertools.product(*corners):
+                cut = photograph[y : y + side, x : x + side]
+                image = decode.fit(cut, small, resample="area")
+                back = decode.fit(decode.fit(image, 256), small, resample="area")
+                errors.append(np.square(image.astype(float) - back).mean())
+    found = 10 * np.log10(255**2 / np.mean(errors))
+    (told,) = re.findall(r"([\d.]+) dB", config.__doc__)
+    assert found == pytest.approx(float(told), abs=0.05)

@@ -94,6 +94,27 @@ def test_only_questions_whose_runs_were_made_are_answered():
     assert asked == [("combined", "combined:unmixed")]
 
 
+@pytest.mark.parametrize(
+    ("name", "against"),
+    [
+        ("combined+flip", "real+flip"),
+        ("two_phase:unmixed+flip", "real+flip"),
+        ("real+flip", None),
+        ("combined+affine", None),
+        ("combined", None),
+    ],
+)
+def test_without_a_real_run_the_one_that_is_bent_alike_is_the_reference(name, against):
+    found = results(real_plus_flip=[0.5, 0.7]) | {name: {"seeds": []}}
+    found[name]["seeds"] = [{"accuracy": 0.6}, {"accuracy": 0.7}]
+    difference = evaluate._difference(name, found, 0.95)
+    assert (difference or {}).get("against") == against
+    if against:
+        assert difference["mean"] == pytest.approx(0.05)
+    more = evaluate._difference(name, found | results(real=[0.6, 0.6]), 0.95)
+    assert more["against"] == "real"
+
+
 def images_of(values):
     """Flat 4x4 images of these grey values, one more pixel white in each."""
     images = np.empty((len(values), 4, 4, 3), np.uint8)
@@ -193,6 +214,61 @@ def test_what_was_wrong_with_the_images_is_noted(tmp_path, copies, policy, bad, 
     files.write_jsonl(tmp_path / "duplicates.jsonl", [{}] * copies)
     files.write_jsonl(tmp_path / "bad_images.jsonl", [{}] * bad)
     notes = evaluate._notes(3, epath.Path(tmp_path))
+    assert "over 3 classifier seeds on one split" in notes[-2]
+    assert "of one classifier seed on" in evaluate._notes(1, epath.Path(tmp_path))[-2]
     assert len(notes) == 2 + len(words)
     for word, note in zip(words, notes, strict=False):
         assert word in note
+
+
+def test_the_steps_told_are_those_taken():
+    found = {
+        "real": {"seeds": [{"steps": 700}, {"steps": 300}]},
+        "combined": {"seeds": [{"steps": 500}, {"steps": 78200}]},
+    }
+    assert evaluate._steps(found) == {"steps": 78200, "least_steps": 300}
+
+
+def metrics_with(**changes):
+    """What `table` reads, of two runs."""
+    accuracy = {"mean": 0.164, "std": 0.013}
+    difference = {"against": "real", "mean": 0.021, "low": None, "high": None}
+    rows = [
+        {"name": "real", "title": "Real", "accuracy": accuracy, "difference": None},
+        {"name": "two", "title": "Two", "accuracy": accuracy, "difference": difference},
+    ]
+    usual = {"seeds": 3, "steps": 250, "least_steps": 250, "runs": rows}
+    return usual | {"questions": []} | changes
+
+
+@pytest.mark.parametrize(
+    ("least", "words"),
+    [(250, "seeds, 250 optimiser steps each"), (90, "seeds, 90 to 250 optimiser")],
+)
+def test_the_table_tells_unequal_steps(least, words):
+    assert words in evaluate.table(metrics_with(least_steps=least))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "heading", "row"),
+    [
+        (1, "test accuracy, %: one seed, 250", "Two    16.4           +2.1"),
+        (3, "standard deviation over 3 seeds, 250", "Two    16.4 ± 1.3     +2.1"),
+    ],
+)
+def test_one_seed_has_no_spread(seeds, heading, row):
+    lines = evaluate.table(metrics_with(seeds=seeds)).splitlines()
+    assert heading in lines[1]
+    assert lines[-1] == row
+
+
+def test_the_table_names_what_a_difference_is_against():
+    metrics = metrics_with()
+    lines = evaluate.table(metrics).splitlines()
+    assert lines[2].endswith("against real only") and lines[-1].endswith("+2.1")
+    metrics["runs"][1]["difference"] = metrics["runs"][1]["difference"] | {
+        "against": "real+flip"
+    }
+    text = evaluate.table(metrics)
+    assert "real only" not in text
+    assert "against the run named" in text and "+2.1  real+flip" in text

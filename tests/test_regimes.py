@@ -146,6 +146,21 @@ def test_a_ratio_takes_the_first_synthetic_images(ratio, used):
     np.testing.assert_array_equal(pools.sources, SOURCES[:used])
 
 
+@pytest.mark.parametrize("gone", [0, 30], ids=["all", "filtered"])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.35])
+def test_a_ratio_takes_of_every_class_alike(ratio, gone):
+    real = np.arange(200, dtype=np.int32)
+    labels = np.tile(np.repeat(np.arange(10), 20), 5)  # class by class, as in folders
+    drawn, sources = np.arange(200, 1000, dtype=np.int32), np.tile(real, 4)
+    pools = regimes.Pools(real, drawn[gone:], sources[gone:], labels).per_real(ratio)
+    np.testing.assert_array_equal(pools.sources, sources[pools.synthetic - 200])
+    assert (np.diff(pools.synthetic) > 0).all()
+    counts = np.bincount(labels[pools.synthetic], minlength=10)
+    assert counts.sum() == 200 * ratio
+    assert np.ptp(counts) <= (2 if gone else 1)
+    assert np.bincount(pools.sources).max() <= np.ceil(ratio) + (gone > 0)
+
+
 @given(held=st.sets(st.integers(0, N - 1)))
 @settings(deadline=None, max_examples=25)
 def test_what_was_made_of_a_held_out_image_is_held_out_too(held):

@@ -279,6 +279,13 @@ def test_the_answer_comes_first_and_the_setting_is_told(page):
         assert words in page.text.replace(",", "")
 
 
+def test_unequal_steps_are_told(tmp_path):
+    text = run_page(make_workdir(tmp_path, least_steps=321)).text
+    assert "321 to 4,321 optimiser steps" in text
+    assert "some have had more updates than others" in text
+    assert "none has had more" not in text
+
+
 def test_only_an_interval_without_zero_is_marked(page):
     marks = [attrs.get("class") for tag, attrs in page.tags if tag == "circle"]
     assert marks == ["clear", None]
@@ -436,8 +443,12 @@ def test_what_filters_removed_is_a_table(tmp_path):
 def test_one_seed_has_no_interval(tmp_path):
     runs = make_metrics()["runs"][:2]
     runs[1]["difference"] |= {"low": None, "high": None}
-    page = run_page(make_workdir(tmp_path, runs=runs))
-    assert "+3.1" in page.row("Real and synthetic")
+    page = run_page(make_workdir(tmp_path, runs=runs, seeds=1))
+    assert "84.3 +3.1" in page.row("Real and synthetic")
+    text = " ".join(page.text.split())
+    assert "±" not in text and "in per cent, of one seed, on" in text
+    assert "a row of the table has one classifier." in text
+    assert not re.search(r"\b1 (seeds|classifiers)", text)
     assert "None" not in page.text
     assert "circle" not in [tag for tag, _ in page.tags]
 

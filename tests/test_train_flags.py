@@ -360,6 +360,14 @@ def test_every_config_has_the_fast_preset(path):
     assert config.data.source != "folder:a,preset=fast"
 
 
+def test_tiny_imagenet_has_the_classifiers_of_cifar_at_64_pixels():
+    tiny, cifar = (
+        train.load_config(f"configs/{n}.py") for n in ("tiny_imagenet", "cifar10")
+    )
+    assert tiny.classify.to_dict() == cifar.classify.to_dict() | {"size": 64}
+    assert tiny.data.size == cifar.data.size == 256
+
+
 def test_a_field_cannot_be_added_later():
     with pytest.raises((AttributeError, KeyError)):
         train.load_config(DIGITS).data.sise = 3

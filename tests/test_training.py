@@ -118,6 +118,15 @@ def test_steps_at_once_are_steps_one_by_one(tmp_path):
     np.testing.assert_allclose(np.reshape(losses, (2, 3)).mean(1), thirds, rtol=1e-5)
 
 
+def test_a_run_that_goes_on_with_more_steps_at_once_ends_at_its_last(tmp_path):
+    whole = run(tmp_path / "whole", 12, every=12)
+    run(tmp_path / "cut", 4, every=4)
+    again = run(tmp_path / "cut", 12, every=6, log_every=6, loop={"stride": 6})
+    assert int(again.step) == 12
+    for a, b in zip(leaves(whole), leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def test_fits_of_one_kind_share_a_program(tmp_path):
     programs = {}
     for name in ("a", "b"):
@@ -130,11 +139,11 @@ def test_fits_of_one_kind_share_a_program(tmp_path):
 ERRORS = [5.0, 3.0, 4.0, 4.0, 1.0, 2.0]  # after 1, 2, ... steps
 
 
-def validation(patience):
+def validation(patience, every=1):
     def measure(state):
         return {"error": ERRORS[int(state.step) - 1]}
 
-    return {"validation": Validation(measure, 1, patience)}
+    return {"validation": Validation(measure, every, patience)}
 
 
 @pytest.mark.parametrize(("patience", "last"), [(0, 6), (1, 3), (2, 4), (3, 6)])
@@ -145,6 +154,15 @@ def test_it_ends_when_nothing_better_has_come_for_too_long(tmp_path, patience, l
     assert int(again.step) == last  # it stays ended
     errors = [row["error"] for row in rows_of(tmp_path) if "error" in row]
     assert errors == ERRORS[:last]
+
+
+def test_it_ends_at_a_look_not_between_two(tmp_path):
+    """Of the losses seen, 3, 4 and 2, the last is the lowest, four steps on."""
+    state = run(tmp_path, 6, every=2, log_every=2, loop=validation(3, every=2))
+    assert int(state.step) == 6
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=2, best="error")
+    assert checkpoints.best_step == 6
+    checkpoints.close()
 
 
 def test_the_best_state_comes_back(tmp_path):

@@ -37,12 +37,22 @@ class Pools:
     labels: Int[np.ndarray, " R"]
 
     def per_real(self, ratio: float) -> "Pools":
-        """With the first `ratio` synthetic images a real one; 0: with all of them."""
+        """With the first `ratio` synthetic images of each real one; 0: with all.
+
+        What a ratio has above a whole number is taken from all classes alike, of real
+        images drawn at random: rows often lie class by class.
+        """
         if not ratio:
             return self
-        first = slice(round(ratio * len(self.real)))
+        labels = self.labels[self.real]
+        shuffled = order.generator(0, "classify/ratio").permutation(len(labels))
+        place = np.zeros(len(self.labels))  # in (0, 1), of each real one in its class
+        place[self.real[shuffled]] = _earlier(labels[shuffled]) + 0.5
+        place[self.real] /= np.bincount(labels)[labels]
+        ordered = np.lexsort((place[self.sources], _earlier(self.sources)))
+        chosen = np.sort(ordered[: round(ratio * len(self.real))])
         return dataclasses.replace(
-            self, synthetic=self.synthetic[first], sources=self.sources[first]
+            self, synthetic=self.synthetic[chosen], sources=self.sources[chosen]
         )
 
     def without(self, held_out: Int[np.ndarray, " V"], parents: list) -> "Pools":
@@ -61,6 +71,15 @@ class Pools:
             synthetic=self.synthetic[keep],
             sources=self.sources[keep],
         )
+
+
+def _earlier(kinds: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """How many of its own kind stand before each."""
+    by_kind = np.argsort(kinds, kind="stable")
+    before = np.empty(len(kinds), np.int64)
+    ordered = kinds[by_kind]
+    before[by_kind] = np.arange(len(kinds)) - np.searchsorted(ordered, ordered)
+    return before
 
 
 def schedule(

@@ -91,7 +91,7 @@ def read(
       sets: names of the synthetic sets.
       size: S, pixels.
       stored: arguments of `decode.fit` that made real images, and first make others.
-      ratio: synthetic images a real one that are used, the first; 0: all.
+      ratio: synthetic images a real one that are used (`Pools.per_real`); 0: all.
       validation: share of each class that is held out of training.
       seed: of the run.
 
@@ -119,7 +119,7 @@ def read(
         drawn = np.arange(first, first + len(rows), dtype=np.int32)
         sources = np.asarray([row_of[row["source"]] for row in rows], np.int32)
         pool = Pools(real, drawn, sources, every_label).per_real(ratio)
-        used = rows[: len(pool.synthetic)]
+        used = [rows[row - first] for row in pool.synthetic]
         parents = [[row_of[i] for i in (r["source"], *r["partners"])] for r in used]
         pools[name] = pool.without(held_out, parents)
         _require_enough(name, pool, pools[name], ratio)

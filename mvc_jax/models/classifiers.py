@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from mvc_jax.errors import require
 from mvc_jax.models import efficientnet, pyramidnet, resnet, shake_shake, wide_resnet
 
+_NOTHING = {"width": 0, "stem": "", "stem_stride": 1}  # what leaves a field as it is
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -58,18 +60,34 @@ def make(name: str, *, num_classes: int, dtype: str = "auto", **fields: Any) -> 
       **fields: of the module; empty ones are left as the network has them.
 
     Raises:
-      UserError: the network has no such field.
+      UserError: the network has no such field, or its stem no such stride.
     """
     given = {key: value for key, value in fields.items() if value}
     known = {field.name for field in dataclasses.fields(VARIANTS[name].make.func)}
     for field in given:
+        flag = f"--config.classify.{field}={_NOTHING.get(field, '')}"
         require(
             field in known,
             f"config.classify.{field}",
             wanted=f"nothing: {name} has no {field}",
             got=given[field],
-            fix="Leave it empty, or choose a ResNet.",
+            fix=f"Set {flag}, or choose a ResNet.",
         )
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return VARIANTS[name].make(num_classes=num_classes, dtype=jnp.dtype(dtype), **given)
+    network = VARIANTS[name].make(
+        num_classes=num_classes, dtype=jnp.dtype(dtype), **given
+    )
+    _check_stem(network, name)
+    return network
+
+
+def _check_stem(network: nn.Module, name: str) -> None:
+    stride = getattr(network, "stem_stride", 1)
+    require(
+        stride == 1 or network.stem == "cifar",
+        "config.classify.stem_stride",
+        wanted=f"1, as {name} has ImageNet's stem, whose stride is its own",
+        got=stride,
+        fix="Set --config.classify.stem_stride=1, or --config.classify.stem=cifar.",
+    )

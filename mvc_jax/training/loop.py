@@ -8,6 +8,7 @@ the digits' autoencoder).
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -144,8 +145,7 @@ def fit(
       state: at step 0; donated.
       read: step -> host arrays [B, ...]; a thread calls it one step ahead.
       fixed: what all batches share: placed once, sharded by the default rules.
-      mesh, checkpoints, journal: of this loop.
-      steps: where to stop.
+      mesh, checkpoints, journal: of this loop, which stops after `steps` steps.
       accumulate: micro-batches that `train_step` cuts a batch into.
       room: how much memory the step may take.
       stride: steps of one dispatch; divides `steps` and those between rows and saves.
@@ -156,12 +156,13 @@ def fit(
       UserError: a step takes too much memory, or too many were skipped.
       Preempted: SIGTERM came; the state is saved.
     """
-    place = _reader(read, mesh, accumulate, stride, steps)
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
     with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
-        first = int(state.step)
         journal.resume(int(state.skipped_in_a_row))
+        # Saved under another stride, it may lie between two dispatches of this one.
+        stride = math.gcd(stride, first := int(state.step))
+        place = _reader(read, mesh, accumulate, stride, steps)
         if first >= steps or (validation and validation.ends(first, checkpoints)):
             return state
         placed = state, fixed, (batch := place(first))

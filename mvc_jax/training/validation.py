@@ -15,7 +15,8 @@ class Validation:
       measure: state -> numbers, among them the one that `Checkpoints` keeps the lowest
         of.
       every: steps from one measurement to the next.
-      patience: steps without a lower one after which training ends; 0: never.
+      patience: steps without a lower one after which training ends, at the next
+        measurement; 0: never.
     """
 
     measure: Callable[[Any], dict[str, float]]
@@ -24,5 +25,7 @@ class Validation:
 
     def ends(self, step: int, checkpoints: Checkpoints) -> bool:
         """Whether nothing better has come for too long, after `step` steps."""
+        if step % self.every:
+            return False  # the next measurement may be a better one
         best = checkpoints.best_step
         return 0 < self.patience <= step - (step if best is None else best)
