@@ -82,10 +82,12 @@ def check(config: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws every set, shard by shard; what exists is kept."""
     workdir, section = epath.Path(workdir), config.generate
+    for name in ("finetune", "mix"):
+        manifest.read_input(workdir, name, reader="generate")
+    mix.require_drawn_by(config, workdir)
     if section.limit:
         _draw_sheet(config, workdir)
         return
-    mix.require_drawn_by(config, workdir)
     shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings |= {"base": config.base.to_dict(), "generate": shaping}
@@ -359,9 +361,6 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
 
 def _draw_sheet(config: ConfigDict, workdir: epath.Path) -> None:
     """Draws only a sheet to look at, and leaves the stage as it is."""
-    for name in ("finetune", "mix"):
-        manifest.read_input(workdir, name, reader="generate")
-    mix.require_drawn_by(config, workdir)
     _require_same_weights(workdir)
     job = _open(config, workdir)
     preview.contact_sheet(
