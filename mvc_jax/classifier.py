@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from mvc_jax import augment
 from mvc_jax.augment.mixup import cutmix, mixup
@@ -173,49 +173,16 @@ def train_step(
         return values.sum(), (values, stats)  # each seed's gradient is its own
 
     grads, (values, stats) = jax.grad(total, has_aux=True)(state.params)
-    finite = jnp.isfinite(values) & jnp.isfinite(jax.vmap(optax.tree.norm)(grads))
     new = state.update(
-        _where(finite, grads, jax.tree.map(jnp.zeros_like, grads)),
-        _of_seeds(tx, finite),
-        {"finite": jnp.where(finite.any(), 0.0, jnp.nan)},
+        grads,
+        tx,
+        {"loss": values},
         ema_decay=recipe.ema_decay,
         rate=batch["rates"][state.step],
-    )
-    bad = 1 - finite.all().astype(jnp.int32)
-    new = new.replace(
-        ema_params=_where(finite, new.ema_params, state.ema_params),
-        batch_stats=_where(finite, stats, state.batch_stats),
-        skipped=state.skipped + bad,
-        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        apart=True,
+        batch_stats=stats,
     )
     return new, {"loss": values.mean()}
-
-
-def _of_seeds(
-    tx: optax.GradientTransformation, chosen: Bool[Array, " S"]
-) -> optax.GradientTransformation:
-    """`tx` for the chosen seeds; the others stay as they are.
-
-    Only Adam's number of steps, which all seeds have in common, goes on for them too.
-    """
-
-    def update(grads, state, params):
-        updates, new = tx.update(grads, state, params)
-        nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), updates)
-        return _where(chosen, updates, nothing), _where(chosen, new, state)
-
-    return optax.GradientTransformation(tx.init, update)
-
-
-def _where(chosen: Bool[Array, " S"], ours: Any, others: Any) -> Any:
-    """Leaves [S, ...] of `ours` for the chosen seeds, of `others` for the rest."""
-
-    def pick(our, other):
-        if not our.ndim:
-            return our
-        return jnp.where(jnp.expand_dims(chosen, range(1, our.ndim)), our, other)
-
-    return jax.tree.map(pick, ours, others)
 
 
 def _loss(params, batch_stats, images, labels, weight, key, *, recipe: Recipe):

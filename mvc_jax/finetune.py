@@ -210,8 +210,7 @@ def export(config, workdir, model, params, state) -> list[str]:
     Returns:
       the files written, relative to the folder of this stage.
     """
-    folder, trained = workdir / "finetune", state.averaged
-    written = []
+    folder, trained, written = workdir / "finetune", state.averaged, []
     if config.finetune.mode == "lora":
         written += [f"lora/{name}" for name in lora.write(folder / "lora", trained)]
         # The base again, for on the device it may have been rounded to bfloat16.
@@ -228,7 +227,7 @@ def export(config, workdir, model, params, state) -> list[str]:
 def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     """What the model card tells."""
     folder, commit = checkpoint_folder.resolve(**base_of(workdir))
-    base = config.base.path if commit else f"{folder.absolute()}"
+    given = config.base.path if commit else str(folder.absolute())
     dataset = files.read_json(workdir / "caption" / "dataset.json")
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     section = shaping(config.finetune)
@@ -236,7 +235,7 @@ def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     if section["mode"] == "lora":
         section |= {f"lora.{name}": value for name, value in adapters.items()}
     return model_card.Facts(
-        base=base if config.base.path else "../../pretrain/model",
+        base=given if config.base.path else "../../pretrain/model",
         variant=config.base.variant,
         revision=commit,
         license=model_card.base_license(folder),
@@ -251,7 +250,9 @@ def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     )
 
 
-def step_flops(model, mode: str, height: int, width: int) -> float:
+def step_flops(
+    model: stable_diffusion.StableDiffusion, mode: str, height: int, width: int
+) -> float:
     """FLOPs of a step on one example, by attention's plain form, without remat.
 
     A forward pass, twice that for all gradients; once where weights are frozen.

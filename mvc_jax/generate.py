@@ -82,9 +82,8 @@ def check(config: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws every set, shard by shard; what exists is kept."""
     workdir, section = epath.Path(workdir), config.generate
-    for name in ("finetune", "mix"):
-        manifest.read_input(workdir, name, reader="generate")
-    mix.require_drawn_by(config, workdir)
+    manifest.read_input(workdir, "finetune", reader="generate")
+    manifest.require_made_by(workdir, "mix", mix.settings_of(config), "generate")
     if section.limit:
         _draw_sheet(config, workdir)
         return

@@ -7,7 +7,6 @@ the supplement. Row k depends on (seed, k) alone: raising `mix.per_image` append
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +76,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     # More recipes leave the earlier ones what they are; a user's file says how many.
     grows = ("mix.levels",) if config.mix.file else ("mix.levels", "mix.per_image")
     stage = manifest.open_stage(
-        workdir, "mix", _settings(config), inputs=("encode",), grows=grows
+        workdir, "mix", settings_of(config), inputs=("encode",), grows=grows
     )
     if stage.complete:
         return
@@ -117,20 +116,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage.finish(list(written), recipes=len(made))
 
 
-def require_drawn_by(config: ConfigDict, workdir: epath.Path) -> None:
-    """Refuses recipes that are not those that this config would draw."""
-    settings = json.loads(json.dumps(_settings(config)))
-    drawn = manifest.read_input(workdir, "mix", reader="generate")["settings"]
-    differing = manifest.differences(settings, drawn)
-    require(
-        not differing,
-        "stage generate",
-        wanted="recipes of this run's settings",
-        got=f"some that mix drew by others ({'; '.join(differing)})",
-        fix="Take these settings back, or run mix as well: it says whether it can.",
-    )
-
-
 def drawing_of(config: ConfigDict) -> recipes.Drawing:
     """The fields of `mix`, and of `generate`, that say how recipes are drawn."""
     names = {field.name for field in dataclasses.fields(recipes.Drawing)}
@@ -141,7 +126,8 @@ def drawing_of(config: ConfigDict) -> recipes.Drawing:
     return recipes.Drawing(**fields | {"modes": tuple(config.mix.modes)})
 
 
-def _settings(config: ConfigDict) -> dict[str, Any]:
+def settings_of(config: ConfigDict) -> dict[str, Any]:
+    """What shapes the recipes, as the stage's manifest has it."""
     section = config.mix.to_dict()
     if section["file"]:  # or an edit of it would go unnoticed
         section.pop("per_image")

@@ -131,7 +131,7 @@ def open_stage(
     """
     workdir = epath.Path(workdir)
     folder = workdir / name
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as on disk
+    settings = _as_on_disk(settings)
     read = {stage: read_input(workdir, stage, reader=name) for stage in inputs}
     hashes = {stage: _identity(record) for stage, record in read.items()}
     stage = Stage(name, folder, False, settings, hashes)
@@ -288,6 +288,30 @@ def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
             fix=f"Add {name} to --config.stages or run it first.",
         )
     return _read(path)
+
+
+def require_made_by(
+    workdir: epath.PathLike, name: str, settings: dict[str, Any], reader: str
+) -> None:
+    """Refuses a finished stage that was not made by these settings of it.
+
+    Raises:
+      UserError: it was made by others, or `reader` has no such stage to read.
+    """
+    made_by = read_input(workdir, name, reader)["settings"]
+    differing = differences(_as_on_disk(settings), made_by)
+    if differing:
+        raise UserError(
+            f"stage {reader}",
+            wanted=f"a stage {name} that was made by this run's settings",
+            got=f"one made by others ({'; '.join(differing)})",
+            fix=f"Take these settings back, or run {name} as well: it says whether it "
+            "can.",
+        )
+
+
+def _as_on_disk(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings))  # tuples become lists
 
 
 def _identity(manifest: dict) -> str:

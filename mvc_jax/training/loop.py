@@ -52,6 +52,8 @@ class TrainState:
         *,
         ema_decay: float = 0.0,
         rate: jax.Array | None = None,
+        apart: bool = False,
+        **more: Any,
     ) -> "TrainState":
         """The state after one optimiser step along `grads`.
 
@@ -61,9 +63,21 @@ class TrainState:
 
         `rate` is the learning rate where `tx` has one of 1: fits that differ in nothing
         but their schedules then share a program.
+
+        `apart`: metrics are [S] and leaves [S, ...], of S fits side by side, of which
+        each is judged alone; the step counts as skipped if one of them was. What they
+        have in common (scalars, as Adam's number of steps) changes if one of them does.
+
+        `more` are further fields of the state after the step, where it is taken.
         """
-        finite = [jnp.isfinite(x) for x in (*metrics.values(), optax.tree.norm(grads))]
-        good = jnp.stack(finite).all()
+        norm = jax.vmap(optax.tree.norm) if apart else optax.tree.norm
+        finite = [jnp.isfinite(x) for x in (*metrics.values(), norm(grads))]
+        good = jnp.stack(finite).all(0)
+
+        def chosen(new, old):
+            if not new.ndim:
+                return new
+            return jnp.where(jnp.expand_dims(good, range(1, new.ndim)), new, old)
 
         def taken(state, grads):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -73,10 +87,12 @@ class TrainState:
             ema = state.ema_params
             if ema is not None:
                 ema = ema_update(ema, params, state.step, ema_decay)
-            return state.replace(params=params, opt_state=opt_state, ema_params=ema)
+            changed = {"params": params, "opt_state": opt_state, "ema_params": ema}
+            new = state.replace(**changed, **more)
+            return jax.tree.map(chosen, new, state) if apart else new
 
-        state = jax.lax.cond(good, taken, lambda state, grads: state, self, grads)
-        bad = 1 - good.astype(jnp.int32)
+        state = jax.lax.cond(good.any(), taken, lambda state, grads: state, self, grads)
+        bad = 1 - good.all().astype(jnp.int32)
         return state.replace(
             step=self.step + 1,
             skipped=self.skipped + bad,
