@@ -47,7 +47,12 @@ EXTRAS = {
     # Live tests beside PyTorch; peft is what diffusers loads adapters with.
     "torch": ["torch==2.13.0", "peft>=0.21"],
     "dev": [
-        *("pytest", "pytest-xdist", "hypothesis", "ruff", "beartype", "datasets>=4"),
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "beartype",
+        "datasets>=4",
         "uv",
     ],
 }

@@ -71,8 +71,10 @@ def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
       size: `small` or `sd15`.
       unet: fields that differ.
     """
-    from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
+    from mvc_jax.checkpoints import diffusers_layout
+    from mvc_jax.models import stable_diffusion
     from mvc_jax.pretrain import SCHEDULER
+    from mvc_jax.pretraining import tokenizer
 
     configs = {"unet": UNETS[size] | (unet or {}), "vae": VAES[size]}
     configs |= {"text_encoder": TEXTS[size], "scheduler": dict(SCHEDULER)}

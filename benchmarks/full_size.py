@@ -34,11 +34,11 @@ import numpy as np  # noqa: E402
 from architectures import write  # noqa: E402
 
 from mvc_jax import finetune  # noqa: E402
-from mvc_jax.models import diffusers_layout  # noqa: E402
+from mvc_jax.checkpoints import diffusers_layout  # noqa: E402
 from mvc_jax.training import optim, rng, runtime, sharding  # noqa: E402
 from mvc_jax.training.checkpoint import Checkpoints  # noqa: E402
-from mvc_jax.training.journal import Journal  # noqa: E402
 from mvc_jax.training.loop import create_state, fit  # noqa: E402
+from mvc_jax.training.train_logger import TrainLogger  # noqa: E402
 
 GIB = 2**30
 _BEGAN = [time.monotonic()]
@@ -76,7 +76,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
     told(f"loaded {size / GIB:.2f} GiB")
     model, params = model.widened(params)
     mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
-    model = model.computing(remat=arguments.remat)
+    model = model.with_compute_options(remat=arguments.remat)
     model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
     schedule = optim.schedule("constant", 1e-4, warmup=0, steps=arguments.steps)
     tx = optim.adam(schedule, max_norm=1.0)
@@ -114,7 +114,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
         mesh=mesh,
         steps=arguments.steps,
         checkpoints=Checkpoints(workdir / "checkpoints", every=10**9),
-        journal=Journal(
+        logger=TrainLogger(
             workdir,
             "steps",
             log_every=1,

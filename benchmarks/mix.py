@@ -3,11 +3,11 @@
     python benchmarks/mix.py
 
 Text states [P, 77, 768] of P prompts; recipes as `mix` draws them, coarse and fine by
-turns. Ours: `mix.as_arrays` on the host, then `mix.mix`, vmapped and jitted with its
-gather from the table, a batch on its way while the next one is padded. The loop: image
-by image, E[pos] = F[pos], E[1:, dims] = F[1:, dims]. Both take turns with the same
-recipes; of the first turn every embedding is compared, bit by bit. Of each, only the
-last batch is kept: a million are 236 GB.
+turns. Ours: `operations.as_arrays` on the host, then `operations.mix`, vmapped and
+jitted with its gather from the table, a batch on its way while the next one is padded.
+The loop: image by image, E[pos] = F[pos], E[1:, dims] = F[1:, dims]. Both take turns
+with the same recipes; of the first turn every embedding is compared, bit by bit. Of
+each, only the last batch is kept: a million are 236 GB.
 """
 
 import argparse
@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvc_jax import mix
-from mvc_jax.data import recipes
+from mvc_jax.mixing import operations, recipes
 
 SHAPE = {"length": 77, "width": 768}
 CLASSES, CAPTION, CLASS_PROMPT = 8, 9, 6  # tokens of the last two, as BLIP-2 says them
@@ -37,7 +36,7 @@ def main() -> None:
     ]
     drawing_rate = len(made) / (time.perf_counter() - began)
 
-    table, widths = jnp.asarray(states), mix.widths_of(made)
+    table, widths = jnp.asarray(states), operations.widths_of(made)
     batches = [
         made[start : start + arguments.batch]
         for start in range(0, len(made), arguments.batch)
@@ -91,7 +90,7 @@ def mix_batch(table: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
     The whole table stands for the partners, so that none of them is copied.
     """
     rows = jax.vmap(lambda partners, donors: partners[donors])
-    return jax.vmap(mix.mix, in_axes=(0, None, 0, 0, 0, 0))(
+    return jax.vmap(operations.mix, in_axes=(0, None, 0, 0, 0, 0))(
         table[arrays["source"]],
         table,
         arrays["positions"],
@@ -102,13 +101,17 @@ def mix_batch(table: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
 
 
 def arrays_of(
-    batch: list[dict], row_of: dict[str, int], widths: mix.Widths
+    batch: list[dict], row_of: dict[str, int], widths: operations.Widths
 ) -> dict[str, np.ndarray]:
-    return mix.as_arrays(batch, row_of, **SHAPE, widths=widths)
+    return operations.as_arrays(batch, row_of, **SHAPE, widths=widths)
 
 
 def on_device(
-    mixed, table: jax.Array, batches: list[list[dict]], row_of, widths: mix.Widths
+    mixed,
+    table: jax.Array,
+    batches: list[list[dict]],
+    row_of,
+    widths: operations.Widths,
 ) -> Iterator[jax.Array]:
     """Yields each batch, mixed, when the next one is on its way."""
     waiting = None

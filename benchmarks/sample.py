@@ -75,8 +75,8 @@ def count(arguments: argparse.Namespace, settings: dict) -> int:
 
 def rows(arguments: argparse.Namespace, settings: dict) -> int:
     """Of the UNet's batches, for one image."""
+    from mvc_jax.checkpoints import diffusers_layout
     from mvc_jax.diffusion import samplers
-    from mvc_jax.models import diffusers_layout
 
     model, _ = diffusers_layout.load(arguments.folder, ())
     solver = model.solver(settings["sampler"], count(arguments, settings))
@@ -100,11 +100,13 @@ def _ours(arguments: argparse.Namespace, settings: dict):
     import jax
     import jax.numpy as jnp
 
+    from mvc_jax.checkpoints import diffusers_layout
     from mvc_jax.diffusion import instruct_pix2pix
-    from mvc_jax.models import diffusers_layout
 
     model, params = diffusers_layout.load(arguments.folder, ("unet", "vae"))
-    model = model.computing(attention=arguments.attention, field="--attention")
+    model = model.with_compute_options(
+        attention=arguments.attention, field="--attention"
+    )
     solver = model.solver(settings["sampler"], count(arguments, settings))
 
     @jax.jit

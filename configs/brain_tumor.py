@@ -58,8 +58,11 @@ def get_config(argument: str = "") -> ConfigDict:
         config.classify.schedule = "multistep"
         config.classify.gamma = 0.1
     config.classify.runs = (
-        *("real", "real+flip_crop", "combined+flip_crop"),
-        *("two_phase+flip_crop", "probabilistic+flip_crop"),
+        "real",
+        "real+flip_crop",
+        "combined+flip_crop",
+        "two_phase+flip_crop",
+        "probabilistic+flip_crop",
         "combined:unmixed+flip_crop",
     )
     config.report.title = "Mixing Visual Concepts: Brain Tumor MRI"

@@ -32,8 +32,12 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.schedule = "constant"
     config.classify.weight_decay = 0.0  # Adam with its defaults
     config.classify.runs = (
-        *("real", "real+flip_crop", "real+autoaugment_imagenet"),
-        *("combined+flip_crop", "two_phase+flip_crop", "probabilistic+flip_crop"),
+        "real",
+        "real+flip_crop",
+        "real+autoaugment_imagenet",
+        "combined+flip_crop",
+        "two_phase+flip_crop",
+        "probabilistic+flip_crop",
         "combined:unmixed+flip_crop",
     )
     config.report.title = "Mixing Visual Concepts: Caltech-101"

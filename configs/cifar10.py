@@ -40,9 +40,13 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.learning_rate = 0.1
     config.classify.weight_decay = 5e-4
     config.classify.runs = (
-        *("real+flip_crop", "real+autoaugment_cifar10", "real+randaugment"),
-        *("real+fast_autoaugment_cifar10", "combined+autoaugment_cifar10"),
-        *("two_phase+autoaugment_cifar10", "probabilistic+autoaugment_cifar10"),
+        "real+flip_crop",
+        "real+autoaugment_cifar10",
+        "real+randaugment",
+        "real+fast_autoaugment_cifar10",
+        "combined+autoaugment_cifar10",
+        "two_phase+autoaugment_cifar10",
+        "probabilistic+autoaugment_cifar10",
         "combined:unmixed+autoaugment_cifar10",
     )
     config.report.title = "Mixing Visual Concepts: CIFAR-10"

@@ -16,12 +16,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import captions, contents, duplicates, manifest, splits
+from mvc_jax.data import captions, contents, duplicates, splits
 from mvc_jax.data.attributes import attributes
 from mvc_jax.data.decode import RESAMPLING, RESIZING, Decoder
+from mvc_jax.data.example import Source
 from mvc_jax.data.gather import Gathered, Parts, Reader, gather, write_rows
-from mvc_jax.data.sources import OfClasses, Source, check_class_names, open_source
+from mvc_jax.data.sources import OfClasses, check_class_names, open_source
 from mvc_jax.errors import UserError, require
+from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training.console import Progress
 
 VERSION = "1"  # of the captioners in this file; raise it when their words change
@@ -47,7 +49,7 @@ def check(config: ConfigDict) -> None:
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Reads and splits the images, and captions the base pool and the training part."""
-    stage = manifest.open_stage(workdir, "caption", _settings(config))
+    stage = open_stage(workdir, "caption", _settings(config))
     if stage.complete:
         return
     folder = stage.folder
@@ -86,7 +88,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def table(workdir: epath.Path) -> str:
     """What the stage found, as lines for a terminal."""
-    counts = manifest.read_manifest(workdir, "caption")["counts"]
+    counts = read_manifest(workdir, "caption")["counts"]
     return contents.table(workdir / "caption", counts)
 
 

@@ -16,18 +16,19 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import augment, classifier, files
-from mvc_jax.data import manifest, training_set
-from mvc_jax.errors import require, require_one_of, require_within
-from mvc_jax.models import (
+from mvc_jax import augment, files
+from mvc_jax.checkpoints import (
     classifier_checkpoint,
     classifier_export,
     classifier_weights,
-    classifiers,
     hub,
 )
-from mvc_jax.runs import Run, parse
-from mvc_jax.trainer import Plan, Trainer
+from mvc_jax.classification import classifier, training_set
+from mvc_jax.classification.fits import Plan, Trainer
+from mvc_jax.classification.runs import Run, parse
+from mvc_jax.errors import require, require_one_of, require_within
+from mvc_jax.models import classifiers
+from mvc_jax.stage import open_stage
 from mvc_jax.training import optim, sharding
 
 _CHOICES = {
@@ -156,7 +157,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     section = config.classify.to_dict()
     settings["classify"] = {k: v for k, v in section.items() if k not in _NO_RESULT}
-    stage = manifest.open_stage(workdir, "classify", settings, inputs=("generate",))
+    stage = open_stage(workdir, "classify", settings, inputs=("generate",))
     if stage.complete:
         return
     runs = [parse(name) for name in section["runs"]]
@@ -199,8 +200,8 @@ def _train(
     section: dict[str, Any],
 ) -> list[str]:
     """Trains, tests and exports all seeds of a run; which files it left in `folder`."""
-    result = f"results/{run_.plain}.json"
-    models = [f"models/{run_.plain}/seed-{seed}" for seed in range(section["seeds"])]
+    result = f"results/{run_.slug}.json"
+    models = [f"models/{run_.slug}/seed-{seed}" for seed in range(section["seeds"])]
     weights = [f"{model}/{classifier_checkpoint.WEIGHTS}" for model in models]
     if all((folder / name).exists() for name in (result, *weights)):
         trainer.progress.advance(section["seeds"] * trainer.steps)
@@ -263,7 +264,9 @@ def _start(
     variables, left = classifier_weights.read(checkpoint, model)
     logging.info(
         "classify: %s without %s; a new head of %d classes",
-        *(checkpoint.name, ", ".join(left) or "nothing left over", classes),
+        checkpoint.name,
+        ", ".join(left) or "nothing left over",
+        classes,
     )
     normal = {"mean": tuple(checkpoint.mean), "std": tuple(checkpoint.std)}
     return dataclasses.replace(recipe, **normal), variables

@@ -21,9 +21,11 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import captions, manifest, shards, splits
-from mvc_jax.errors import UserError, require, require_room
-from mvc_jax.models import checkpoint_folder, diffusers_layout, stable_diffusion
+from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+from mvc_jax.data import captions, shards, splits
+from mvc_jax.errors import UserError, require, require_disk_space
+from mvc_jax.models import stable_diffusion
+from mvc_jax.stage import is_complete, open_stage
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
@@ -35,7 +37,9 @@ def check(config: ConfigDict) -> None:
     base = config.base
     if base.path:
         diffusers_layout.check_base(
-            *(base.path, base.variant, base.revision),
+            base.path,
+            base.variant,
+            base.revision,
             finetuned=base.finetuned,
             size=config.data.size,
         )
@@ -70,10 +74,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings |= {"base": config.base.to_dict(), "encode": section}
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
-    stage = manifest.open_stage(workdir, "encode", settings, inputs)
+    stage = open_stage(workdir, "encode", settings, inputs)
     if stage.complete:
         return
-    fresh = not manifest.is_complete(workdir, "encode")  # else only files are gone
+    fresh = not is_complete(workdir, "encode")  # else only files are gone
     try:
         written, counts = make(config, workdir, stage.folder)
     except UserError:
@@ -124,7 +128,7 @@ def _find_base(
     base, revision = config.base, config.base.revision
     if record.exists():  # this stage was cut: it goes on with the same commit
         revision = files.read_json(record)["revision"] or ""
-    folder, commit = checkpoint_folder.resolve(
+    folder, commit = pipeline_folder.resolve(
         base.path or workdir / "pretrain" / "model", base.variant, revision
     )
     diffusers_layout.check_base(
@@ -286,7 +290,7 @@ def _require_room(folder: epath.Path, parts: Sequence[Part]) -> None:
         f"{part.writer.shape[0]} {part.what}s x {part.writer.row_bytes} bytes"
         for part in parts
     ]
-    require_room(
+    require_disk_space(
         folder,
         sum(part.writer.missing_bytes for part in parts),
         what=f"the rest of the cache ({' + '.join(arrays)})",

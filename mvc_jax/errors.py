@@ -72,7 +72,7 @@ def require_one_of(
         )
 
 
-def require_room(folder: os.PathLike, size: int, *, what: str, fix: str) -> None:
+def require_disk_space(folder: os.PathLike, size: int, *, what: str, fix: str) -> None:
     """Raises a `UserError` unless a local disk has room for `size` bytes."""
     if "://" in str(folder):
         return

@@ -8,9 +8,13 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mvc_jax import files, runs
-from mvc_jax.data import distances, manifest, removed, splits, synthetic
+from mvc_jax import files
+from mvc_jax.classification import runs
+from mvc_jax.data import splits
 from mvc_jax.errors import require
+from mvc_jax.generation import synthetic
+from mvc_jax.screening import distances, removed
+from mvc_jax.stage import open_stage, read_manifest
 
 _BINS = 15  # of confidence, as in Guo et al.
 
@@ -44,10 +48,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings["evaluate"] = config.evaluate.to_dict()
-    stage = manifest.open_stage(workdir, "evaluate", settings, inputs=("classify",))
+    stage = open_stage(workdir, "evaluate", settings, inputs=("classify",))
     if stage.complete:
         return
-    made = manifest.read_manifest(workdir, "classify")["settings"]["classify"]
+    made = read_manifest(workdir, "classify")["settings"]["classify"]
     folder = workdir / "classify" / "results"
     found = {
         result["name"]: result for result in map(files.read_json, folder.glob("*.json"))
@@ -225,7 +229,7 @@ def _sets(
     copy_distance = distances.copy_distance(among.different)
     if len(real) > 1:
         described["real"]["nearest_real"] = float(among.distance.mean())
-    names = manifest.read_manifest(folder.parent, "generate")["settings"]["generate"]
+    names = read_manifest(folder.parent, "generate")["settings"]["generate"]
     for name in names["sets"]:
         images, labels, _ = synthetic.read_images(folder / name, size, **fit)
         drawn = distances.pixels(images, size)
@@ -241,7 +245,7 @@ def _sets(
 
 def _filters(folder: epath.Path) -> dict[str, dict]:
     """What the filters removed of each set; {} where there were none."""
-    made = manifest.read_manifest(folder.parent, "generate")
+    made = read_manifest(folder.parent, "generate")
     if removed.FACTS not in made["artifacts"]:
         return {}
     names = made["settings"]["generate"]["sets"]

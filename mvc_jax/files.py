@@ -97,3 +97,11 @@ def remove_temporaries(folder: epath.Path) -> None:
             path.unlink(missing_ok=True)
         elif path.is_dir():
             remove_temporaries(path)
+
+
+def image_array_header(count: int, size: int) -> bytes:
+    """Of the `.npy` file of uint8 [count, size, size, 3]; the rows follow it."""
+    buffer = io.BytesIO()
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+    np.lib.format.write_array_header_1_0(buffer, shape)
+    return buffer.getvalue()

@@ -19,29 +19,33 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import manifest, order, splits
+from mvc_jax.checkpoints import diffusers_layout, model_card, pipeline_folder
+from mvc_jax.data import order, splits
 from mvc_jax.data.cache import open_cache, pairs_of_all_classes, read_pairs
 from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
 from mvc_jax.errors import UserError, require_one_of, require_within
-from mvc_jax.models import (
-    checkpoint_folder,
-    diffusers_layout,
-    lora,
-    model_card,
-    stable_diffusion,
-)
+from mvc_jax.models import lora, stable_diffusion
+from mvc_jax.stage import open_stage
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.gallery import Gallery
-from mvc_jax.training.journal import Journal, Watch
 from mvc_jax.training.loop import TrainState, create_state, fit, gradients
-from mvc_jax.training.memory import Room
+from mvc_jax.training.memory import MemoryBudget
 from mvc_jax.training.throughput import count_flops
+from mvc_jax.training.train_logger import TrainLogger, Watch
 
 # They change what is kept, what is shown or how fast it goes, but not what is computed.
 _NO_RESULT = (
-    *("log_every", "checkpoint_every", "checkpoint_minutes", "keep"),
-    *("sample_every", "samples", "memory_gib", "attention", "remat", "accumulate"),
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "sample_every",
+    "samples",
+    "memory_gib",
+    "attention",
+    "remat",
+    "accumulate",
 )
 _CHOICES = {
     "mode": ("full", "lora"),
@@ -61,7 +65,7 @@ _RANGES = {
     "ema_decay": (0, 1 - 1e-9, "0.999 is usual; 0 keeps no average."),
     "drop_rate": (0, 1 / 3, "At most 1/3, for text, image, and both drop with it."),
 }
-_WAYS_OUT = (
+_MEMORY_HINT = (
     "Lower config.finetune.batch_size ({batch_size}) or raise "
     "config.finetune.accumulate ({accumulate}); set config.finetune.remat ({remat}) to "
     "blocks or full; share the state among devices by config.mesh.fsdp; or train "
@@ -85,7 +89,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir, section = epath.Path(workdir), config.finetune
     settings = {"seed": config.seed, "base": config.base.to_dict()}
     settings["finetune"] = shaping(section)
-    stage = manifest.open_stage(workdir, "finetune", settings, ("encode", "pairs"))
+    stage = open_stage(workdir, "finetune", settings, ("encode", "pairs"))
     if stage.complete:
         return
     try:
@@ -112,7 +116,7 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     model, params = load_base(workdir)
     how = {field: section[field] for field in ("dtype", "attention", "remat")}
-    model = model.computing(**how)
+    model = model.with_compute_options(**how)
     cache = open_cache(workdir / "encode")
     cache.verify()
     trained, fixed = trained_and_frozen(config, params.pop("unet"), model.dtype)
@@ -145,7 +149,7 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
             keep=section.keep,
             best="loss",
         ),
-        journal=Journal(
+        logger=TrainLogger(
             workdir,
             "finetune",
             log_every=section.log_every,
@@ -154,7 +158,9 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
             watch=gallery and Watch(section.sample_every, gallery.draw),
         ),
         accumulate=section.accumulate,
-        room=Room(int(section.memory_gib * 2**30), _WAYS_OUT.format(**section)),
+        memory_budget=MemoryBudget(
+            int(section.memory_gib * 2**30), _MEMORY_HINT.format(**section)
+        ),
     )
     return export(config, workdir, model, params, state), int(state.skipped)
 
@@ -168,15 +174,11 @@ def trained_and_frozen(config: ConfigDict, unet: dict, dtype: str):
     return adapters, {"base": lora.frozen(unet, dtype)}
 
 
-def base_of(workdir: epath.Path) -> dict:
-    """Which base `encode` read, as arguments of `load`."""
-    record = workdir / "encode" / "base.json"
-    return diffusers_layout.recorded(record, workdir / "pretrain" / "model")
-
-
 def load_base(workdir: epath.Path, components=tuple(diffusers_layout.WEIGHTS)):
     """The base that `encode` read, conditioned on source latents; host parameters."""
-    base, params = diffusers_layout.load(**base_of(workdir), components=components)
+    base, params = diffusers_layout.load(
+        **diffusers_layout.recorded_base(workdir), components=components
+    )
     model, params = base.widened(params)
     if model is base:
         logging.info("the base's UNet takes source latents already: not widened")
@@ -226,7 +228,7 @@ def export(config, workdir, model, params, state) -> list[str]:
 
 def model_facts(config: ConfigDict, workdir: epath.Path, steps: int):
     """What the model card tells."""
-    folder, commit = checkpoint_folder.resolve(**base_of(workdir))
+    folder, commit = pipeline_folder.resolve(**diffusers_layout.recorded_base(workdir))
     given = config.base.path if commit else str(folder.absolute())
     dataset = files.read_json(workdir / "caption" / "dataset.json")
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
@@ -309,7 +311,9 @@ def train_step(
     def losses(trained, part):
         prediction = model.denoise(
             unet_params(trained, batch),
-            *(part["inputs"], part["timesteps"], part["text_states"]),
+            part["inputs"],
+            part["timesteps"],
+            part["text_states"],
         )
         error = loss.squared_error(prediction, part["target"])
         if min_snr > 0:
@@ -371,7 +375,9 @@ def make_gallery(config, workdir, model, mesh, cache, params, fixed) -> Gallery:
         latents = draw(
             functools.partial(model.denoise, unet_params(trained, fixed)),
             rng.normal_like(rng.example_keys(key, batch["index"]), shape),
-            *(batch["moments"], batch["text_states"], fixed["null_states"]),
+            batch["moments"],
+            batch["text_states"],
+            fixed["null_states"],
         )
         images = model.decode(fixed, latents)
         return stable_diffusion.to_pixels(images, grey=train.grey)

@@ -1,9 +1,9 @@
 """UNet, recipes -> the augmented dataset.
 
-Reads: the fine-tuned model, `mix/recipes.jsonl`, `encode/`. Writes a dataset for each
-set of `generate.sets`, all from the same recipes and noise, in the form that
-`data/synthetic.py` tells, with a card; `conditionings.py` says what each set is. Images
-that cannot be used are drawn anew, or left out. With `generate.limit` nothing but a
+Reads: the fine-tuned model, `mix/recipes.jsonl`, `encode/`. Writes a dataset with a
+card for each set of `generate.sets`, all from the same recipes and noise:
+`generation/synthetic.py` describes its form, `generation/conditionings.py` the sets.
+Images that cannot be used are drawn again, or left out. With `generate.limit` only a
 sheet to look at is drawn.
 """
 
@@ -16,22 +16,32 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, mix, preview, screening, selection
-from mvc_jax.ablation import Ablation, Needs
-from mvc_jax.conditionings import CONDITIONINGS, Texts, named
-from mvc_jax.data import decode, manifest, recipe_file, removed, splits, synthetic
-from mvc_jax.data.background import Background
+from mvc_jax import files
+from mvc_jax.checkpoints import dataset_card, diffusers_layout, model_card
+from mvc_jax.data import decode, splits
 from mvc_jax.data.cache import open_cache
 from mvc_jax.diffusion import samplers
 from mvc_jax.errors import (
     UserError,
     require,
+    require_disk_space,
     require_one_of,
-    require_room,
     require_within,
 )
-from mvc_jax.models import dataset_card, model_card, solvers
-from mvc_jax.sampler import Sampler, Settings, draw_again, recorded_base
+from mvc_jax.generation import preview, synthetic
+from mvc_jax.generation.ablation import Ablation, Needs
+from mvc_jax.generation.background import Background
+from mvc_jax.generation.conditionings import CONDITIONINGS, Texts, named
+from mvc_jax.generation.sampler import Sampler, Settings, draw_again
+from mvc_jax.mixing import operations, recipe_file
+from mvc_jax.models import solvers
+from mvc_jax.screening import removed, screener, selection
+from mvc_jax.stage import (
+    is_complete,
+    open_stage,
+    read_input,
+    require_unchanged,
+)
 from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
 
@@ -75,26 +85,28 @@ def check(config: ConfigDict) -> None:
         drawn |= {*named(section.conditioning)}
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
-    screening.check(config.to_dict())
+    screener.check(config.to_dict())
     samplers.check_interval(section.guidance_interval)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws every set, shard by shard; what exists is kept."""
     workdir, section = epath.Path(workdir), config.generate
-    manifest.read_input(workdir, "finetune", reader="generate")
-    manifest.require_made_by(workdir, "mix", mix.settings_of(config), "generate")
+    read_input(workdir, "finetune", reader="generate")
     if section.limit:
         _draw_sheet(config, workdir)
         return
     shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings |= {"base": config.base.to_dict(), "generate": shaping}
-    fresh = not manifest.is_complete(workdir, "generate")
+    fresh = not is_complete(workdir, "generate")
     if fresh:  # before anything is written
         _require_same_weights(workdir)
-    stage = manifest.open_stage(
-        *(workdir, "generate", settings, ("finetune", "mix")),
+    stage = open_stage(
+        workdir,
+        "generate",
+        settings,
+        ("finetune", "mix"),
         grows=_GROWS,
         grows_with=("mix",),
     )
@@ -109,7 +121,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             _require_same_weights(workdir)
         _require_room(job)
         plain = config.to_dict()
-        screen = screening.open_screen(plain, workdir, job.train, job.recipes)
+        screen = screener.open_screen(plain, workdir, job.train, job.recipes)
         drawing = True
         for name in section.sets:
             made, counted = _draw_set(job, name, screen)
@@ -165,11 +177,13 @@ def _open(config: ConfigDict, workdir: epath.Path) -> _Job:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     texts = Texts(
         open_cache(workdir / "encode"),
-        mix.widths_of([*recipes, *preview.read_levels(workdir)]),
-        *(config.seed, section.noise_scale, section.interpolation),
+        operations.widths_of([*recipes, *preview.read_levels(workdir)]),
+        config.seed,
+        section.noise_scale,
+        section.interpolation,
         Ablation(
             needs=Needs.of(config.to_dict()),
-            base=recorded_base(workdir),
+            base=diffusers_layout.recorded_base(workdir),
             own_controlnet=workdir / "pretrain" / "controlnet",
             images=train.images,
             rows=prompts,
@@ -199,12 +213,14 @@ def _store(job: _Job, name: str) -> synthetic.Store:
         job.workdir / "generate" / name,
         job.train.class_names,
         job.sampler.model_hash(name),
-        *(section.shard_size, section.format, section.folder),
+        section.shard_size,
+        section.format,
+        section.folder,
     )
 
 
 def _draw_set(
-    job: _Job, name: str, screen: screening.Screen
+    job: _Job, name: str, screen: screener.Screen
 ) -> tuple[list[str], Counter]:
     """Draws what a set lacks, and completes its folder.
 
@@ -298,7 +314,7 @@ def _require_room(job: _Job) -> None:
     images += len(stores) * len(job.train.ids) * section.include_real
     side = section.size if section.size > 0 else job.config.data.size
     forms = 2 if section.folder else 1
-    require_room(
+    require_disk_space(
         job.workdir,
         images * forms * 3 * side**2,
         what=f"{images} images of {side} x {side} pixels in {forms} form(s)",
@@ -310,8 +326,8 @@ def _require_room(job: _Job) -> None:
 def _require_same_weights(workdir: epath.Path) -> None:
     """The models must be those that their stages wrote, byte for byte."""
     for stage in ("pretrain", "finetune"):
-        if manifest.is_complete(workdir, stage):
-            manifest.require_unchanged(workdir, stage, ".safetensors")
+        if is_complete(workdir, stage):
+            require_unchanged(workdir, stage, ".safetensors")
 
 
 def _restore_pictures(folder: epath.Path, section: ConfigDict) -> None:

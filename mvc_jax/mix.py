@@ -1,7 +1,7 @@
 """Captions, labels -> mixing recipes; and the pure operations that apply them.
 
 Reads: `encode/prompts.jsonl`, and the user's own recipes where `mix.file` names some.
-Writes: `recipes.jsonl`, one row for each synthetic image (`data/recipes.py` has the
+Writes: `recipes.jsonl`, one row for each synthetic image (`mixing/recipes.py` has the
 fields); with `mix.levels` also `levels.jsonl`, which mix more and more, for Figure 5 of
 the supplement. Row k depends on (seed, k) alone: raising `mix.per_image` appends.
 """
@@ -10,16 +10,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
-from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import manifest, recipe_file, recipes, shards
+from mvc_jax.data import shards
 from mvc_jax.errors import UserError, require, require_one_of, require_within
+from mvc_jax.mixing import recipe_file, recipes
+from mvc_jax.stage import open_stage
 
 _SCALES = ("text_scale", "image_scale")
 _INFINITE = float("inf")
@@ -75,7 +74,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     # More recipes leave the earlier ones what they are; a user's file says how many.
     grows = ("mix.levels",) if config.mix.file else ("mix.levels", "mix.per_image")
-    stage = manifest.open_stage(
+    stage = open_stage(
         workdir, "mix", settings_of(config), inputs=("encode",), grows=grows
     )
     if stage.complete:
@@ -211,7 +210,9 @@ def _require_dims(made: Sequence[Mapping], drawing: recipes.Drawing) -> None:
         logging.warning(
             "%d of %d recipes take over no dims (config.mix.dims_on=%s): source and "
             "partners have no words in common",
-            *(bare, len(fine), drawing.dims_on),
+            bare,
+            len(fine),
+            drawing.dims_on,
         )
 
 
@@ -242,144 +243,3 @@ def _warn_of_few_partners(
 def _named(names: Sequence[str]) -> str:
     rest = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def coarse_mix(
-    states: Float[Array, "L D"],
-    partners: Float[Array, "M L D"],
-    positions: Int[Array, " k"],
-    donors: Int[Array, " k"],
-) -> Float[Array, "L D"]:
-    """`states` with whole tokens taken over: E[p] = F_m[p] (supplement).
-
-    Several partners F_m are ours; the supplement has one.
-
-    Args:
-      states: E, text states of the source's prompt.
-      partners: F_m, text states of the partners' prompts.
-      positions: token positions, distinct; those outside [1, L) stand for none, so that
-        BOS is never touched.
-      donors: m in [0, M), the partner behind each position.
-
-    Returns:
-      the mixed states; with no positions, `states` itself.
-    """
-    length = states.shape[0]
-    positions = jnp.where(positions > 0, positions, length)
-    taken = partners[donors, jnp.minimum(positions, length - 1)]
-    return states.at[positions].set(taken, mode="drop")
-
-
-def fine_mix(
-    states: Float[Array, "L D"],
-    partners: Float[Array, "M L D"],
-    dims: Int[Array, "L d"],
-    donors: Int[Array, " d"],
-) -> Float[Array, "L D"]:
-    """`states` with a few dims of its tokens taken over: E[l, j] = F_m[l, j].
-
-    The supplement replaces fewer than 10 of 768. Whether every token gives up the same
-    dims is the caller's choice: row l of `dims` belongs to token l.
-
-    Args:
-      states: E, text states of the source's prompt.
-      partners: F_m, text states of the partners' prompts.
-      dims: those taken over at each token, distinct; those outside [0, D) stand for
-        none. Row 0, BOS, always stands for none.
-      donors: m in [0, M), the partner behind each column of `dims`.
-
-    Returns:
-      the mixed states; with no dims, `states` itself.
-    """
-    length, width = states.shape
-    tokens = jnp.arange(length)[:, None]
-    dims = jnp.where((tokens > 0) & (dims >= 0), dims, width)
-    taken = partners[donors[None], tokens, jnp.minimum(dims, width - 1)]
-    return states.at[tokens, dims].set(taken, mode="drop")
-
-
-def mix(
-    states: Float[Array, "L D"],
-    partners: Float[Array, "M L D"],
-    positions: Int[Array, " k"],
-    donors: Int[Array, " k"],
-    dims: Int[Array, "L d"],
-    dim_donors: Int[Array, " d"],
-) -> Float[Array, "L D"]:
-    """Both operations of a recipe for one image, fine after coarse; vmap it."""
-    mixed = coarse_mix(states, partners, positions, donors)
-    return fine_mix(mixed, partners, dims, dim_donors)
-
-
-@dataclasses.dataclass(frozen=True)
-class Widths:
-    """How much room the arrays of a batch have: the most of any recipe of a run.
-
-    Taken over the whole file, so that every batch has the same shapes.
-    """
-
-    positions: int
-    dims: int
-    partners: int
-
-
-def widths_of(recipes: Sequence[Mapping]) -> Widths:
-    """The widths that `as_arrays` needs for any batch of these recipes."""
-    return Widths(
-        positions=max((len(r["positions"]) for r in recipes), default=0),
-        dims=max((len(r["dim_donors"]) for r in recipes), default=0),
-        partners=max((len(r["partners"]) for r in recipes), default=1),
-    )
-
-
-def as_arrays(
-    recipes: Sequence[Mapping],
-    row_of: Mapping[str, int],
-    *,
-    length: int,
-    width: int,
-    widths: Widths,
-) -> dict[str, np.ndarray]:
-    """Recipes as the padded arrays of a batch; the last four are `mix`'s arguments.
-
-    Args:
-      recipes: B rows of `recipes.jsonl`.
-      row_of: id of an image -> its row in the cache.
-      length: L, tokens of a text state.
-      width: D, dims of a text state.
-      widths: k, d and M of the arrays.
-
-    Returns:
-      `index`, `noise_seed`, `source` int32 [B], the last a row of the cache; `partners`
-      int32 [B, M] likewise, filled up with the first; `text_scale`, `image_scale`
-      float32 [B]; `positions`, `donors` int32 [B, k], filled up with L and 0; `dims`
-      int32 [B, L, d], filled up with D; `dim_donors` int32 [B, d], with 0.
-    """
-    count = len(recipes)
-    arrays = {
-        name: np.asarray([recipe[name] for recipe in recipes], dtype)
-        for name, dtype in (
-            *(("index", np.int32), ("noise_seed", np.int32)),
-            *(("text_scale", np.float32), ("image_scale", np.float32)),
-        )
-    }
-    arrays["source"] = np.asarray([row_of[r["source"]] for r in recipes], np.int32)
-    partners = np.empty((count, widths.partners), np.int32)
-    positions = np.full((count, widths.positions), length, np.int32)
-    donors = np.zeros((count, widths.positions), np.int32)
-    dims = np.full((count, length, widths.dims), width, np.int32)
-    dim_donors = np.zeros((count, widths.dims), np.int32)
-    for i, recipe in enumerate(recipes):
-        rows = [row_of[id_] for id_ in recipe["partners"]]
-        partners[i] = rows[0]
-        partners[i, : len(rows)] = rows
-        taken = len(recipe["positions"])
-        positions[i, :taken] = recipe["positions"]
-        donors[i, :taken] = recipe["donors"]
-        if recipe["dims"]:  # one row, for every token alike, or one for each
-            start, stop = recipe["dim_tokens"]
-            columns = len(recipe["dim_donors"])
-            dims[i, start:stop, :columns] = recipe["dims"]
-            dim_donors[i, :columns] = recipe["dim_donors"]
-    arrays |= {"partners": partners, "positions": positions, "donors": donors}
-    return arrays | {"dims": dims, "dim_donors": dim_donors}

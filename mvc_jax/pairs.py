@@ -11,8 +11,9 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import manifest, order
+from mvc_jax.data import order
 from mvc_jax.errors import require
+from mvc_jax.stage import open_stage
 
 
 def check(config: ConfigDict) -> None:
@@ -29,7 +30,7 @@ def check(config: ConfigDict) -> None:
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws the pairs of every round."""
     settings = {"seed": config.seed, "pairs": config.pairs.to_dict()}
-    stage = manifest.open_stage(workdir, "pairs", settings, inputs=("encode",))
+    stage = open_stage(workdir, "pairs", settings, inputs=("encode",))
     if stage.complete:
         return
     rows = files.read_jsonl(epath.Path(workdir) / "encode" / "prompts.jsonl")

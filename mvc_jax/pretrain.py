@@ -17,22 +17,17 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mvc_jax import companions
-from mvc_jax.data import captions, manifest, order, splits
+from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.data import captions, order, splits
 from mvc_jax.diffusion import loss
 from mvc_jax.errors import require
-from mvc_jax.models import (
-    clip,
-    controlnet,
-    diffusers_layout,
-    small,
-    stable_diffusion,
-    tokenizer,
-)
+from mvc_jax.models import clip, controlnet, stable_diffusion
+from mvc_jax.pretraining import companions, small, tokenizer
+from mvc_jax.stage import open_stage
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.journal import Journal
 from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
+from mvc_jax.training.train_logger import TrainLogger
 
 # Stable Diffusion 1.x's own schedule.
 SCHEDULER = {
@@ -130,7 +125,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains the base model on the pool and writes it."""
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings["pretrain"] = config.pretrain.to_dict()
-    stage = manifest.open_stage(workdir, "pretrain", settings, inputs=("caption",))
+    stage = open_stage(workdir, "pretrain", settings, inputs=("caption",))
     if stage.complete:
         return
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -359,7 +354,7 @@ def _loop_arguments(config, folder, workdir, mesh, part: str, steps: int) -> dic
         "checkpoints": Checkpoints(
             folder / "checkpoints" / part, every=config.pretrain.checkpoint_every
         ),
-        "journal": Journal(
+        "logger": TrainLogger(
             workdir, f"pretrain/{part}", log_every=config.pretrain.log_every
         ),
     }

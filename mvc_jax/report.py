@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mvc_jax import files, pictures
-from mvc_jax.data import manifest, splits
+from mvc_jax.data import splits
 from mvc_jax.errors import require
+from mvc_jax.stage import open_stage
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
 _MODES = ("coarse", "fine")
@@ -77,7 +78,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     settings = {"seed": config.seed, "data": config.data.to_dict()}
     settings["report"] = config.report.to_dict()
-    stage = manifest.open_stage(workdir, "report", settings, inputs=_INPUTS)
+    stage = open_stage(workdir, "report", settings, inputs=_INPUTS)
     if stage.complete:
         return
     metrics = files.read_json(workdir / "evaluate" / "metrics.json")

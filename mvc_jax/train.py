@@ -25,13 +25,21 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mvc_jax import files
-from mvc_jax.data import manifest
 from mvc_jax.errors import UserError, is_full_disk, require
+from mvc_jax.stage import is_complete, require_made_by
 from mvc_jax.training import console, preemption, runtime
 
 STAGES = (
-    *("caption", "pretrain", "encode", "pairs", "finetune"),
-    *("mix", "generate", "classify", "evaluate", "report"),
+    "caption",
+    "pretrain",
+    "encode",
+    "pairs",
+    "finetune",
+    "mix",
+    "generate",
+    "classify",
+    "evaluate",
+    "report",
 )
 _DEFAULT_CONFIG = "configs/digits.py"
 _MOST_DETAILS = 100
@@ -75,8 +83,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             leftover.unlink()
         for name in stages:
             sheet = name == "generate" and config.generate.limit  # drawn of any run
-            if sheet or not manifest.is_complete(workdir, name):
+            if sheet or not is_complete(workdir, name):
                 _stage(name).check(config)
+        mixed = is_complete(workdir, "mix") and "mix" not in stages
+        if "generate" in stages and mixed:
+            # Recipes of other settings would be drawn under the names of these.
+            settings = _stage("mix").settings_of(config)
+            require_made_by(workdir, "mix", settings, reader="generate")
         runtime.set_up(config.compilation_cache)
         for name in stages:
             if name != "caption":  # whose captioner may want the accelerator to itself

@@ -10,8 +10,8 @@ from etils import epath
 
 from configs import common
 from mvc_jax import encode, files
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.errors import UserError
-from mvc_jax.models import diffusers_layout
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"

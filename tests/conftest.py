@@ -32,8 +32,10 @@ def tiny(tmp_path_factory):
 
     8 px images, 2x2 latents, 12 tokens of width 16; its biases are not zero.
     """
-    from mvc_jax.models import diffusers_layout, stable_diffusion, tokenizer
+    from mvc_jax.checkpoints import diffusers_layout
+    from mvc_jax.models import stable_diffusion
     from mvc_jax.pretrain import SCHEDULER
+    from mvc_jax.pretraining import tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.train(
@@ -90,7 +92,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def original(tiny, tmp_path_factory):
     """`tiny` as a folder in the diffusers layout; nobody writes into it."""
-    from mvc_jax.models import diffusers_layout
+    from mvc_jax.checkpoints import diffusers_layout
 
     folder = tmp_path_factory.mktemp("base") / "model"
     diffusers_layout.save(folder, *tiny)

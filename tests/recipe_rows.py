@@ -5,8 +5,8 @@ import json
 from hypothesis import strategies as st
 
 from mvc_jax import files
-from mvc_jax.data import recipes
-from mvc_jax.data.recipe_file import read_recipes
+from mvc_jax.mixing import recipes
+from mvc_jax.mixing.recipe_file import read_recipes
 
 M, L, D = 3, 16, 24  # partners at most, tokens, dims
 # Eight images: four of class 0 (the third has no caption), three of 1, one of 2. Tokens

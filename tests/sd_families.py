@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mvc_jax.models import diffusers_layout, tokenizer, weights
+from mvc_jax.checkpoints import diffusers_layout, weights
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
+from mvc_jax.pretraining import tokenizer
 
 FAMILIES = ("sd1", "sd2", "pix2pix")
 WORDS = "a photo of the digit one, bold slanted strokes"

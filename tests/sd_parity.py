@@ -16,8 +16,8 @@ import numpy as np
 import sd_families
 from sd_families import LATENTS, PROMPTS, normal
 
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.diffusion import instruct_pix2pix, loss
-from mvc_jax.models import diffusers_layout
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 Arrays = dict[str, np.ndarray]
@@ -250,7 +250,9 @@ def training(family: str) -> Arrays:
         )
         prediction = model.denoise(
             {"unet": {**unet, "conv_in": conv_in}},
-            *(examples["inputs"], examples["timesteps"], examples["text_states"]),
+            examples["inputs"],
+            examples["timesteps"],
+            examples["text_states"],
         )
         return loss.squared_error(prediction, examples["target"]).mean()
 

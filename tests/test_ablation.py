@@ -13,12 +13,14 @@ from etils import epath
 from PIL import Image
 from test_controlnet import base as two_levels
 
-from mvc_jax import ablation, files, generate, mix, preview
-from mvc_jax.conditionings import CONDITIONINGS, named
+from mvc_jax import files, generate, mix
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
-from mvc_jax.data import manifest, synthetic
 from mvc_jax.errors import UserError
-from mvc_jax.models import clip, controlnet, diffusers_layout
+from mvc_jax.generation import ablation, preview, synthetic
+from mvc_jax.generation.conditionings import CONDITIONINGS, named
+from mvc_jax.models import clip, controlnet
+from mvc_jax.stage import open_stage
 
 NEW = ("image_embedding", "image_number", "embedding_difference", "controlnet")
 IMAGES = 4
@@ -38,7 +40,7 @@ def _noisy(tree, draw, scale=0.05):
 
 
 def _finish(workdir, name, written, inputs=()):
-    manifest.open_stage(workdir, name, {}, inputs).finish(written)
+    open_stage(workdir, name, {}, inputs).finish(written)
 
 
 def _encoded(workdir, model, write_shards, draw):
@@ -194,7 +196,9 @@ def test_what_there_is_not_is_left_out_of_all_and_said_below(run, tmp_path):
     job = generate._open(config, bare)
     sentences = preview.conditionings(
         bare / "some.png",
-        *(job.sampler, job.recipes, job.train),
+        job.sampler,
+        job.recipes,
+        job.train,
         names=named("all"),
         optional=True,
     )

@@ -31,8 +31,8 @@ from base_folders import (
 from jax.extend.core import jaxprs_in_params
 
 from mvc_jax import encode, files
+from mvc_jax.checkpoints import diffusers_layout, families, pipeline_folder, weights
 from mvc_jax.errors import UserError
-from mvc_jax.models import checkpoint_folder, diffusers_layout, families, weights
 from mvc_jax.models.stable_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 
 # Checkpoints as PyTorch writes them.
@@ -160,10 +160,10 @@ def test_variants_and_shards_as_pytorch_saves_them(
     assert bool(list(tmp_path.rglob("*.index*.json"))) == shards
     params = diffusers_layout.load(tmp_path, variant=variant or "")[1]
     assert_same_weights(params, pipeline, np.float16)
-    count = len(checkpoint_folder.weight_files(tmp_path, "unet", variant or ""))
+    count = len(pipeline_folder.weight_files(tmp_path, "unet", variant or ""))
     assert (count > 1) == shards
     written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    asked = matching(written, checkpoint_folder.download_patterns(variant or ""))
+    asked = matching(written, pipeline_folder.download_patterns(variant or ""))
     assert asked == written - {"tokenizer/tokenizer.json"}  # vocab.json says the same
 
 
@@ -191,8 +191,10 @@ def test_every_option_of_pytorch_is_followed_or_refused(torch):
 
     harmless = {
         "unet": {  # precision alone, or read where a refused option is set
-            *("upcast_attention", "addition_time_embed_dim"),
-            *("addition_embed_type_num_heads", "projection_class_embeddings_input_dim"),
+            "upcast_attention",
+            "addition_time_embed_dim",
+            "addition_embed_type_num_heads",
+            "projection_class_embeddings_input_dim",
         },
         "vae": {"force_upcast"},
     }
@@ -572,7 +574,7 @@ def test_both_spellings_of_the_shards_of_a_variant(saved, tiny, shard, index):
     params = diffusers_layout.load(saved, variant="fp16")[1]
     jax.tree.map(np.testing.assert_array_equal, params, tiny[1])
     here = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
-    assert matching(here, checkpoint_folder.download_patterns("fp16")) == here
+    assert matching(here, pipeline_folder.download_patterns("fp16")) == here
     (saved / "unet" / shard.format("diffusion_pytorch_model", 2)).unlink()
     assert shard.format("diffusion_pytorch_model", 2) in str(
         refusal(saved, variant="fp16")
@@ -654,7 +656,7 @@ def test_a_base_that_was_fine_tuned_by_us_needs_a_word(tiny, tmp_path):
     assert "--config.base.finetuned=True" in str(e.value)
     encode.check(config_of(tmp_path, finetuned=True))
     diffusers_layout.load(tmp_path, ("vae",))  # `generate` does, of `finetune`
-    assert "mvc_jax.json" in checkpoint_folder.download_patterns()
+    assert "mvc_jax.json" in pipeline_folder.download_patterns()
 
 
 def test_a_base_of_pretrain_has_no_name(original, tmp_path):

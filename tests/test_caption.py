@@ -53,8 +53,10 @@ def run(tmp_path, parts, capsys):
 
     def run_(*flags, workdir="run"):
         words = [
-            *("train", f"--config=configs/folder.py:path={parts}"),
-            *(f"--workdir={tmp_path / workdir}", "--config.stages=caption"),
+            "train",
+            f"--config=configs/folder.py:path={parts}",
+            f"--workdir={tmp_path / workdir}",
+            "--config.stages=caption",
             "--config.data.size=16",
             *(f"--config.{flag}" for flag in flags),
         ]

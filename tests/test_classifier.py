@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from mvc_jax import classifier
+from mvc_jax.classification import classifier
 from mvc_jax.models.layers import Layers, drop
 from mvc_jax.models.layers import head as last_layer
 from mvc_jax.training import loop, memory, optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.journal import Journal
+from mvc_jax.training.train_logger import TrainLogger
 
 R, B, K, STEPS = 20, 6, 3, 40
 DRAW = np.random.default_rng(0)
@@ -268,8 +268,8 @@ def fit(folder, steps, programs, stop_at=None):
         mesh=mesh(),
         steps=steps,
         checkpoints=Checkpoints(folder / "fit", every=2),
-        journal=Journal(folder, "test", log_every=2),
-        room=memory.DEVICE,
+        logger=TrainLogger(folder, "test", log_every=2),
+        memory_budget=memory.DEVICE,
         programs=programs,
     )
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from mvc_jax.models import classifier_names, efficientnet, layers, weights
+from mvc_jax.checkpoints import classifier_names, weights
+from mvc_jax.models import efficientnet, layers
 from mvc_jax.models import pyramidnet as pyramidnet_module
 from mvc_jax.models import shake_shake as shake_module
 from mvc_jax.models.efficientnet import EfficientNet
@@ -71,9 +72,12 @@ CASES = {
         EfficientNet(CLASSES, 0.5, dropout=0.0, drop_path=0.5, stages=STAGES),
         size=33,
         twin=lambda nets, draws: nets.EfficientNet(
-            *(CLASSES, 16, 640),
+            CLASSES,
+            16,
+            640,
             [(1, 3, 1, 8, 1), (6, 3, 2, 16, 2), (6, 5, 2, 24, 2), (6, 5, 1, 56, 1)],
-            *(0.5, draws),
+            0.5,
+            draws,
         ),
     ),
 }
@@ -229,7 +233,7 @@ def test_running_statistics(both):
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         np.testing.assert_allclose(
-            *(ours[name], expected), rtol=1e-4, atol=1e-5, err_msg=name
+            ours[name], expected, rtol=1e-4, atol=1e-5, err_msg=name
         )
 
 
@@ -239,5 +243,5 @@ def test_gradients(both):
     for name, expected in theirs.items():
         atol = 1e-4 * max(np.abs(expected).max(), 1e-2)
         np.testing.assert_allclose(
-            *(ours[name], expected), rtol=1e-4, atol=atol, err_msg=name
+            ours[name], expected, rtol=1e-4, atol=atol, err_msg=name
         )

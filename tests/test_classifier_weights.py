@@ -12,14 +12,14 @@ import safetensors.numpy
 from etils import epath
 from test_classifier_parity import images, random_variables
 
-from mvc_jax.errors import UserError
-from mvc_jax.models import (
+from mvc_jax.checkpoints import (
     classifier_checkpoint,
     classifier_export,
     classifier_names,
     classifier_weights,
-    efficientnet,
 )
+from mvc_jax.errors import UserError
+from mvc_jax.models import efficientnet
 from mvc_jax.models.classifiers import VARIANTS
 from mvc_jax.models.efficientnet import EfficientNet
 from mvc_jax.models.resnet import ResNet
@@ -127,7 +127,9 @@ def test_transformers_loads_what_we_write_and_computes_the_same(
 # Of the libraries' own state dictionaries: tensors in all, and some of them.
 PUBLISHED = [
     (
-        *("resnet18", "timm", 122),
+        "resnet18",
+        "timm",
+        122,
         {
             "conv1.weight": (64, 3, 7, 7),
             "bn1.running_var": (64,),
@@ -141,7 +143,9 @@ PUBLISHED = [
         },
     ),
     (
-        *("wide_resnet50_2", "torchvision", 320),
+        "wide_resnet50_2",
+        "torchvision",
+        320,
         {
             "layer1.0.conv1.weight": (128, 64, 1, 1),
             "layer1.0.conv2.weight": (128, 128, 3, 3),
@@ -152,24 +156,32 @@ PUBLISHED = [
         },
     ),
     (
-        *("resnet50", "transformers", 320),
+        "resnet50",
+        "transformers",
+        320,
         {
             "resnet.embedder.embedder.convolution.weight": (64, 3, 7, 7),
             "resnet.embedder.embedder.normalization.running_mean": (64,),
             "resnet.encoder.stages.0.layers.0.shortcut.convolution.weight": (
-                *(256, 64),
-                *(1, 1),
+                256,
+                64,
+                1,
+                1,
             ),
             "resnet.encoder.stages.3.layers.2.layer.1.convolution.weight": (
-                *(512, 512),
-                *(3, 3),
+                512,
+                512,
+                3,
+                3,
             ),
             "resnet.encoder.stages.3.layers.2.layer.2.normalization.bias": (2048,),
             "classifier.1.weight": (1000, 2048),
         },
     ),
     (
-        *("efficientnet_b0", "timm", 360),
+        "efficientnet_b0",
+        "timm",
+        360,
         {
             "conv_stem.weight": (32, 3, 3, 3),
             "blocks.0.0.conv_dw.weight": (32, 1, 3, 3),
@@ -186,7 +198,9 @@ PUBLISHED = [
         },
     ),
     (
-        *("efficientnet_b0", "torchvision", 360),
+        "efficientnet_b0",
+        "torchvision",
+        360,
         {
             "features.0.0.weight": (32, 3, 3, 3),
             "features.0.1.running_var": (32,),
@@ -203,21 +217,29 @@ PUBLISHED = [
         },
     ),
     (
-        *("efficientnet_b0", "transformers", 360),
+        "efficientnet_b0",
+        "transformers",
+        360,
         {
             "efficientnet.embeddings.convolution.weight": (32, 3, 3, 3),
             "efficientnet.embeddings.batchnorm.weight": (32,),
             "efficientnet.encoder.blocks.0.depthwise_conv.depthwise_conv.weight": (
-                *(32, 1),
-                *(3, 3),
+                32,
+                1,
+                3,
+                3,
             ),
             "efficientnet.encoder.blocks.15.expansion.expand_conv.weight": (
-                *(1152, 192),
-                *(1, 1),
+                1152,
+                192,
+                1,
+                1,
             ),
             "efficientnet.encoder.blocks.15.squeeze_excite.reduce.weight": (
-                *(48, 1152),
-                *(1, 1),
+                48,
+                1152,
+                1,
+                1,
             ),
             "efficientnet.encoder.top_bn.bias": (1280,),
             "classifier.weight": (1000, 1280),
@@ -279,7 +301,9 @@ def test_timm_s_config(tmp_path):
 def test_transformers_pads_odd_images_of_an_efficientnet_otherwise(tmp_path):
     with pytest.raises(UserError, match="an even size"):
         classifier_export.write(
-            *(tmp_path, TENSORFLOW, {}),
+            tmp_path,
+            TENSORFLOW,
+            {},
             variant="efficientnet_b0",
             library="transformers",
             class_names=CLASSES,

@@ -112,7 +112,8 @@ SMALL = {
     "shake_shake": ShakeShake(3, width=4, blocks=1),
     "pyramidnet": PyramidNet(3, depth=11, alpha=6),
     "efficientnet": EfficientNet(
-        *(3, 0.5),
+        3,
+        0.5,
         drop_path=0.5,
         stages=(efficientnet.STAGES[0], efficientnet.Stage(2, 3, 2, 24, 2)),
     ),
@@ -229,7 +230,10 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32(name):
 
     def run(variables, images):
         return module.apply(
-            *(variables, images, True, None),
+            variables,
+            images,
+            True,
+            None,
             mutable=["batch_stats"],
             rngs={"dropout": jax.random.key(0)},
             capture_intermediates=True,
@@ -262,7 +266,10 @@ def test_convolutions_have_the_library_s_gradients():
 
         def loss(images, kernel):
             out = conv(
-                *(images, kernel, (stride, stride), padding),
+                images,
+                kernel,
+                (stride, stride),
+                padding,
                 lhs_dilation=(1, 1),
                 rhs_dilation=(1, 1),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mvc_jax import classify, runs
+from mvc_jax import classify
+from mvc_jax.checkpoints import classifier_export, classifier_weights
+from mvc_jax.classification import runs, training_set
 from mvc_jax.configs import digits, folder
-from mvc_jax.data import splits, synthetic, training_set
+from mvc_jax.data import splits
 from mvc_jax.errors import UserError
-from mvc_jax.models import classifier_export, classifier_weights, classifiers
+from mvc_jax.generation import synthetic
+from mvc_jax.models import classifiers
 
 SIZE, PER_CLASS, NAMES = 16, 5, ("one", "two", "three")
 

@@ -9,8 +9,10 @@ import pytest
 import sd_families
 import transformers
 
+from mvc_jax.checkpoints import weights
 from mvc_jax.errors import UserError
-from mvc_jax.models import clip, stable_diffusion, tokenizer, weights
+from mvc_jax.models import clip, stable_diffusion
+from mvc_jax.pretraining import tokenizer
 
 FIELD = "config.generate.clip"
 TEXTS = ("a photo of the digit one", "Bold strokes!", "")

@@ -10,13 +10,14 @@ import optax
 import pytest
 from sd_parity import jit_fast
 
-from mvc_jax import companions
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.data import edges
-from mvc_jax.models import clip, controlnet, diffusers_layout
+from mvc_jax.models import clip, controlnet
+from mvc_jax.pretraining import companions
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.journal import Journal
 from mvc_jax.training.loop import create_state
+from mvc_jax.training.train_logger import TrainLogger
 
 TOWER = {"patch": 4, "width": 16, "layers": 1, "heads": 2}
 
@@ -37,7 +38,7 @@ def _loop(folder, steps):
         "mesh": sharding.make_mesh(),
         "steps": steps,
         "checkpoints": Checkpoints(folder / "checkpoints", every=1000),
-        "journal": Journal(folder, "pretrain/part", log_every=1000),
+        "logger": TrainLogger(folder, "pretrain/part", log_every=1000),
     }
 
 
@@ -112,7 +113,9 @@ def test_edges_are_those_of_the_images(tiny, pool, tmp_path, monkeypatch):
     square[:, 2:6, 2:6] = 255
     model, params = tiny
     companions.train_controlnet(
-        *(model, params, dataclasses.replace(pool, images=square)),
+        model,
+        params,
+        dataclasses.replace(pool, images=square),
         seed=0,
         loop={"mesh": sharding.make_mesh(), "steps": 1},
         **{"batch_size": 4, "learning_rate": 1e-2, "drop_rate": 0.0},

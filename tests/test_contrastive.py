@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sd_families import normal
 
-from mvc_jax.models import contrastive
+from mvc_jax.pretraining import info_nce
 
-info_nce = jax.jit(contrastive.info_nce)
+info_nce = jax.jit(info_nce.info_nce)
 GROUPS = np.array([0, 1, 1, 2], np.int32)
 
 
@@ -51,7 +51,7 @@ def test_padding_changes_nothing(group, fill):
         return np.concatenate([array, np.full(shape, value, dtype)])
 
     def loss(images, *rest):
-        return contrastive.info_nce(images, *rest)[0]
+        return info_nce.info_nce(images, *rest)[0]
 
     gradient = jax.jit(jax.value_and_grad(loss))
     weight = np.ones(4, np.float32)

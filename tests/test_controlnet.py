@@ -12,8 +12,9 @@ import sd_families
 from sd_families import LATENTS, normal
 from sd_parity import assert_equal, jit_fast
 
+from mvc_jax.checkpoints import families
 from mvc_jax.errors import UserError
-from mvc_jax.models import controlnet, families
+from mvc_jax.models import controlnet
 
 FIELD = "config.generate.controlnet"
 TIMESTEPS = np.array([1, 981], np.int32)
@@ -82,7 +83,9 @@ def test_unet_and_controlnet_predict_what_pytorchs_do(folder, torch):
             latents, steps, states, controlnet_cond=pictures, return_dict=False
         )
         expected = unet(
-            *(latents, steps, states),
+            latents,
+            steps,
+            states,
             down_block_additional_residuals=theirs_down,
             mid_block_additional_residual=theirs_middle,
         ).sample
@@ -99,7 +102,7 @@ def _state_dict(params):
 
     import safetensors.torch
 
-    from mvc_jax.models import weights
+    from mvc_jax.checkpoints import weights
 
     with tempfile.TemporaryDirectory() as local:
         weights.write(f"{local}/unet.safetensors", params)

@@ -5,13 +5,17 @@ import numpy as np
 import pytest
 from sd_families import SCHEDULERS
 
+from mvc_jax.checkpoints.scheduler_config import ddim_config
 from mvc_jax.errors import UserError
-from mvc_jax.models.ddim import ddim_config
 from mvc_jax.models.stable_diffusion import StableDiffusion
 
 NOISE = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
-    *("trained_betas", "prediction_type"),
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
 )
 
 

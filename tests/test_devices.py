@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from mvc_jax import files, finetune, sampler
+from mvc_jax import files, finetune
 from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
+from mvc_jax.generation import sampler
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.journal import Journal
 from mvc_jax.training.loop import create_state, fit
+from mvc_jax.training.train_logger import TrainLogger
 
 MESHES = {"1": (1, 1), "8": (8, 1), "2x4": (2, 4)}
 
@@ -82,7 +83,7 @@ def finetuned(tiny, opened, tmp_path_factory):
             mesh=mesh,
             steps=2,
             checkpoints=Checkpoints(folder / "checkpoints", every=2),
-            journal=Journal(folder, "finetune", log_every=1),
+            logger=TrainLogger(folder, "finetune", log_every=1),
         )
         text = (folder / "metrics.jsonl").read_text()
         results[name] = jax.device_get(state.params), text

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mvc_jax.data import distances
+from mvc_jax.screening import distances
 
 
 @pytest.fixture(params=["pixels", "directions"])

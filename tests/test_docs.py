@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mvc_jax import caption, train
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
-from mvc_jax.models import diffusers_layout
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -99,7 +99,9 @@ def test_every_config_loads_and_passes_its_own_checks(
         assert re.match(r"(tfds:|folder:)\w*", opened[0])
         assert len(checked) == (path.stem != "folder")
         assert "Supplement" in path.read_text() or path.stem in (
-            *("folder", "tiny_imagenet", "cifar100"),
+            "folder",
+            "tiny_imagenet",
+            "cifar100",
         )
 
 

@@ -13,11 +13,11 @@ import pytest
 from base_folders import to_variant
 
 from mvc_jax import encode, errors, files, finetune
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data import shards
 from mvc_jax.data.cache import open_cache, pair_rows, read_pairs
 from mvc_jax.errors import UserError
-from mvc_jax.models import diffusers_layout
 from mvc_jax.training import console, rng, sharding
 from mvc_jax.training.loop import create_state
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mvc_jax import evaluate, files
-from mvc_jax.data import manifest, splits, synthetic
+from mvc_jax.data import splits
+from mvc_jax.generation import synthetic
+from mvc_jax.stage import open_stage
 
 accuracy = st.integers(0, 1000).map(lambda n: n / 1000)
 
@@ -126,7 +128,7 @@ def images_of(values):
 def described(tmp_path, train, drawn, drawn_labels=None):
     """`_sets` of a training set and of a synthetic set, images given by their grey."""
     folder = epath.Path(tmp_path) / "generate"
-    stage = manifest.open_stage(tmp_path, "generate", {"generate": {"sets": ["mixed"]}})
+    stage = open_stage(tmp_path, "generate", {"generate": {"sets": ["mixed"]}})
     labels = drawn_labels or [0] * len(drawn)
     rows = [
         dict.fromkeys(synthetic.PROVENANCE)
@@ -188,7 +190,7 @@ def test_flat_images_are_counted(tmp_path):
 def test_what_filters_removed_is_counted(tmp_path):
     settings = {"generate": {"sets": ["mixed", "unmixed"]}}
     folder = epath.Path(tmp_path) / "generate"
-    stage = manifest.open_stage(tmp_path, "generate", settings)
+    stage = open_stage(tmp_path, "generate", settings)
     files.write_json(folder / "filters.json", {"copies": {"threshold": 0.1}})
     stage.finish([])  # it lies there from another run
     assert evaluate._filters(folder) == {}

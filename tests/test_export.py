@@ -17,8 +17,9 @@ from base_folders import to_variant
 from hypothesis import strategies as st
 from PIL import Image
 
+from mvc_jax.checkpoints import diffusers_layout, model_card
 from mvc_jax.diffusion import guidance, loss, samplers
-from mvc_jax.models import diffusers_layout, lora, model_card, stable_diffusion
+from mvc_jax.models import lora, stable_diffusion
 
 STEPS, TEXT_SCALE, IMAGE_SCALE = 5, 2.0, 1.5
 PROMPT = "a bold stroke, a photo of digit one"
@@ -226,12 +227,23 @@ def test_the_card_tells_all_it_was_given():
         "classes": ["one", "two"],
     }
     for part in (
-        *("someone/small-diffusion", "0123abc", "creativeml-openrail-m", "digits"),
-        *("`one`, `two`", "| images | `120` |", "16 x 16"),
-        *("| learning_rate | `0.0001` |", "| batch_size | `50` |"),
-        *("| steps | `300` |", "| final loss | `0.1235` |"),
-        *("arXiv 2412.15358", "WACV 2025", "arXiv 2211.09800"),
-        *("training images", "do not\n  publish", "not for diagnosis"),
+        "someone/small-diffusion",
+        "0123abc",
+        "creativeml-openrail-m",
+        "digits",
+        "`one`, `two`",
+        "| images | `120` |",
+        "16 x 16",
+        "| learning_rate | `0.0001` |",
+        "| batch_size | `50` |",
+        "| steps | `300` |",
+        "| final loss | `0.1235` |",
+        "arXiv 2412.15358",
+        "WACV 2025",
+        "arXiv 2211.09800",
+        "training images",
+        "do not\n  publish",
+        "not for diagnosis",
     ):
         assert part in text
     assert "final loss" not in model_card.text(FACTS)

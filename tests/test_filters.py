@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from scipy import special
 
 from mvc_jax.configs import common
-from mvc_jax.data import digits, filters, folds, splits
-from mvc_jax.data.filters import Filters
+from mvc_jax.data import digits, splits
 from mvc_jax.errors import UserError
+from mvc_jax.screening import filters, folds
+from mvc_jax.screening.filters import Filters
 
 PER_CLASS = 12
 OFF = Filters()
@@ -168,7 +169,9 @@ def test_a_judgement_depends_on_neither_order_nor_batch(data):
     rows = recipes(train, labels)
     found = judge(ALL, train)(images, rows)
     assert {f.filter for findings in found for f in findings} == {
-        *("label", "copies", "outliers")
+        "label",
+        "copies",
+        "outliers",
     }
     again = filters.Judge(ALL, train, seed=0)  # as after an interruption
     order = np.random.default_rng(1).permutation(len(rows))

@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mvc_jax import finetune, generate, train
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
-from mvc_jax.models import attention, diffusers_layout, lora, remat
+from mvc_jax.models import attention, lora, remat
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.loop import create_state
 
@@ -270,13 +271,21 @@ def base(tiny, tmp_path_factory):
 
 def run(base, workdir, *flags):
     command = [
-        *("train", "--config=configs/digits.py", f"--workdir={workdir}"),
-        *(f"--config.base.path={base}", "--config.data.size=8"),
-        *("--config.data.per_class=2", "--config.compilation_cache="),
-        *("--config.data.pool=0", "--config.stages=caption,encode,pairs,finetune"),
-        *("--config.finetune.steps=4", "--config.finetune.batch_size=6"),
-        *("--config.finetune.sample_every=2", "--config.finetune.samples=12"),
-        *("--config.generate.steps=2", *flags),
+        "train",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        f"--config.base.path={base}",
+        "--config.data.size=8",
+        "--config.data.per_class=2",
+        "--config.compilation_cache=",
+        "--config.data.pool=0",
+        "--config.stages=caption,encode,pairs,finetune",
+        "--config.finetune.steps=4",
+        "--config.finetune.batch_size=6",
+        "--config.finetune.sample_every=2",
+        "--config.finetune.samples=12",
+        "--config.generate.steps=2",
+        *flags,
     ]
     return train.main(command)
 
@@ -302,8 +311,14 @@ def test_a_row_of_metrics_has_what_one_watches(finished):
     rows = [json.loads(line) for line in text.splitlines()]
     row = next(row for row in rows if row["stage"] == "finetune")
     assert {
-        *("step", "loss", "grad_norm", "learning_rate", "skipped"),
-        *("examples_per_s", "tflops", "memory_gib"),
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "skipped",
+        "examples_per_s",
+        "tflops",
+        "memory_gib",
     } <= set(row)
 
 

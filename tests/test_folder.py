@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvc_jax.data import folder as folder_module
-from mvc_jax.data import synthetic
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
+from mvc_jax.data.example import Source
 from mvc_jax.data.folder import Folder
-from mvc_jax.data.sources import Source, check_class_names, open_source
-from mvc_jax.data.synthetic import class_folder
+from mvc_jax.data.sources import check_class_names, open_source
 from mvc_jax.errors import UserError
+from mvc_jax.generation import synthetic
+from mvc_jax.generation.synthetic import class_folder
 
 
 def png(grey: int = 0) -> bytes:

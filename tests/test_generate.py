@@ -12,13 +12,17 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mvc_jax import files, generate, mix, preview, sampler
-from mvc_jax.conditionings import CONDITIONINGS, Texts
+from mvc_jax import files, generate, mix
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
-from mvc_jax.data import distances, manifest, splits, synthetic
+from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import UserError
-from mvc_jax.models import diffusers_layout
+from mvc_jax.generation import preview, sampler, synthetic
+from mvc_jax.generation.conditionings import CONDITIONINGS, Texts
+from mvc_jax.mixing import operations
+from mvc_jax.screening import distances
+from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
 
 IMAGES, LENGTH, WIDTH = 5, 12, 16  # real ones; the states of the model `tiny`
@@ -46,7 +50,7 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     names, labels = ["one", "two"], [i % 2 for i in range(IMAGES)]
 
     def finish(name, written, inputs=()):
-        manifest.open_stage(workdir, name, {}, inputs).finish(written)
+        open_stage(workdir, name, {}, inputs).finish(written)
 
     folder = workdir / "caption"
     pixels = draw.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
@@ -158,7 +162,7 @@ def test_more_images_leave_the_earlier_ones_to_the_byte(make):
     fresh = digests(make(per_image=2, include_real=True) / "generate")
     assert after.pop("manifest.json") != fresh.pop("manifest.json")  # grew_from
     assert after == fresh
-    counts = manifest.read_manifest(workdir, "generate")["counts"]
+    counts = read_manifest(workdir, "generate")["counts"]
     assert counts == {"images": 10, "redrawn": 0, "left_out": 0}
 
 
@@ -193,7 +197,7 @@ def opened(workdir, devices, batch_size):
     """A sampler, and the recipes of its run."""
     mesh = sharding.make_mesh(devices, 1, jax.devices()[:devices])
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
-    texts = Texts(open_cache(workdir / "encode"), mix.widths_of(recipes))
+    texts = Texts(open_cache(workdir / "encode"), operations.widths_of(recipes))
     asked = sampler.Settings(sampler="ddim", steps=2, batch_size=batch_size)
     return sampler.Sampler(epath.Path(workdir), mesh, asked, texts), recipes
 
@@ -237,7 +241,9 @@ def test_sets_differ_in_what_they_say_and_share_sources_and_noise(make):
     assert not (workdir / "generate" / "mixed" / "train").exists()
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
     cache = open_cache(workdir / "encode")
-    texts = Texts(cache, mix.widths_of(recipes), noise_scale=0.5, interpolation=0.25)
+    texts = Texts(
+        cache, operations.widths_of(recipes), noise_scale=0.5, interpolation=0.25
+    )
     states = {
         name: np.asarray(CONDITIONINGS[name].states(texts, recipes)) for name in names
     }
@@ -328,7 +334,7 @@ def test_bad_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
     assert (drawn[3] != before[3]).any()
     np.testing.assert_array_equal(drawn[:3], before[:3])
     np.testing.assert_array_equal(drawn[6:], before[7:])
-    counts = manifest.read_manifest(workdir, "generate")["counts"]
+    counts = read_manifest(workdir, "generate")["counts"]
     assert counts == {"images": 14, "redrawn": 1, "left_out": 1}
     card = (folder / "README.md").read_text()
     assert "Drawn anew with other noise: 1 (1 NaN). Left out: 1 (1 NaN)." in card
@@ -378,7 +384,7 @@ def test_what_filters_find_is_left_out_shown_and_counted(make):
     for k in gone:
         picture = np.asarray(Image.open(folder / "removed" / f"{k:08d}.png"))
         np.testing.assert_array_equal(picture, images[k])
-    counts = manifest.read_manifest(workdir, "generate")["counts"]
+    counts = read_manifest(workdir, "generate")["counts"]
     assert counts == {"images": len(kept), "redrawn": 0, "left_out": len(gone)} | {
         "removed": len(gone),
         "removed_copies": len(expected["copies"]),

@@ -22,15 +22,9 @@ from base_folders import (
 from huggingface_hub import errors
 
 from mvc_jax import encode, files
+from mvc_jax.checkpoints import diffusers_layout, hub, pipeline_folder
 from mvc_jax.errors import UserError
-from mvc_jax.models import (
-    blip2,
-    checkpoint_folder,
-    clip,
-    controlnet,
-    diffusers_layout,
-    hub,
-)
+from mvc_jax.models import blip2, clip, controlnet
 
 # What the hub lists of stable-diffusion-v1-5.
 LISTING = [
@@ -72,10 +66,16 @@ LISTING = [
     "vae/diffusion_pytorch_model.safetensors",
 ]
 SMALL = [
-    *("README.md", "model_index.json", "scheduler/scheduler_config.json"),
-    *("text_encoder/config.json", "unet/config.json", "vae/config.json"),
-    *("tokenizer/merges.txt", "tokenizer/special_tokens_map.json"),
-    *("tokenizer/tokenizer_config.json", "tokenizer/vocab.json"),
+    "README.md",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
 ]
 
 
@@ -123,7 +123,7 @@ def test_of_the_hub_only_what_is_needed_is_asked_and_once(
 
 @pytest.mark.parametrize("revision", ["", "main", COMMIT])
 def test_the_cache_is_read_without_a_network(cached, revision):
-    folder, commit = checkpoint_folder.resolve(NAME, "", revision)
+    folder, commit = pipeline_folder.resolve(NAME, "", revision)
     assert (str(folder), commit) == (str(cached), COMMIT)
     assert hub.commit_of(cached.parent) is None
     params = diffusers_layout.load(NAME, ("vae",), revision=revision)[1]

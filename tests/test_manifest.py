@@ -1,4 +1,4 @@
-"""The numbered rules at the top of data/manifest.py, one test a rule or more."""
+"""The numbered rules at the top of stage.py, one test a rule or more."""
 
 import copy
 
@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvc_jax import files
-from mvc_jax.data import manifest
 from mvc_jax.errors import UserError
+from mvc_jax.stage import differences, is_complete, open_stage, read_manifest
 
 SETTINGS = {"seed": 0, "mix": {"tokens": 4, "modes": ("coarse", "fine")}}
 OTHERS = {"seed": 0, "mix": {"tokens": 5, "modes": ("coarse", "fine")}}
@@ -25,7 +25,7 @@ def contents(folder):
 
 def make(workdir, name="mix", settings=SETTINGS, inputs=(), text="made"):
     """Runs a stage that writes two files."""
-    stage = manifest.open_stage(workdir, name, settings, inputs)
+    stage = open_stage(workdir, name, settings, inputs)
     if not stage.complete:
         for file in ("a.txt", "below/b.txt"):
             files.write_text(stage.folder / file, f"{text} {file}")
@@ -34,17 +34,17 @@ def make(workdir, name="mix", settings=SETTINGS, inputs=(), text="made"):
 
 
 def test_rule_1_the_manifest_is_written_last_and_describes_the_files(tmp_path):
-    stage = manifest.open_stage(tmp_path, "mix", SETTINGS)
+    stage = open_stage(tmp_path, "mix", SETTINGS)
     assert not stage.complete
     with pytest.raises(FileNotFoundError):
         stage.finish(["a.txt"])
-    assert not manifest.is_complete(tmp_path, "mix")
+    assert not is_complete(tmp_path, "mix")
 
     stage = make(tmp_path)
     assert stage.complete
-    assert manifest.is_complete(tmp_path, "mix")
+    assert is_complete(tmp_path, "mix")
     assert [path.name for path in tmp_path.iterdir()] == ["mix"]
-    read = manifest.read_manifest(tmp_path, "mix")
+    read = read_manifest(tmp_path, "mix")
     assert read["counts"] == {"things": 2}
     assert read["artifacts"]["a.txt"] == {
         "bytes": len("made a.txt"),
@@ -65,7 +65,7 @@ def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, fin
     if finished:
         make(tmp_path)
     else:
-        manifest.open_stage(tmp_path, "mix", SETTINGS)
+        open_stage(tmp_path, "mix", SETTINGS)
     before = contents(tmp_path)
     with pytest.raises(UserError) as error:
         make(tmp_path, settings=OTHERS)
@@ -78,10 +78,10 @@ def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, fin
 
 
 def test_rule_4_a_stage_that_was_cut_goes_on_with_what_it_has(tmp_path):
-    stage = manifest.open_stage(tmp_path, "mix", SETTINGS)
+    stage = open_stage(tmp_path, "mix", SETTINGS)
     files.write_text(stage.folder / "a.txt", "half of the work")
     (stage.folder / ".tmp-0badf00d-b.txt").write_text("killed in the middle")
-    again = manifest.open_stage(tmp_path, "mix", SETTINGS)
+    again = open_stage(tmp_path, "mix", SETTINGS)
     assert not again.complete
     found = sorted(path.name for path in (tmp_path / "mix").iterdir())
     assert found == ["a.txt", "started.json"]
@@ -93,7 +93,7 @@ def test_rule_6_a_missing_file_is_filled_in(tmp_path, gone):
     make(tmp_path)
     whole = {path: content for path, (content, _) in contents(tmp_path).items()}
     (tmp_path / "mix" / gone).unlink()
-    assert not manifest.open_stage(tmp_path, "mix", SETTINGS).complete
+    assert not open_stage(tmp_path, "mix", SETTINGS).complete
     make(tmp_path)
     assert {path: content for path, (content, _) in contents(tmp_path).items()} == whole
 
@@ -128,7 +128,7 @@ def grow(workdir, count, *, stop=False, follows=True):
     """A stage of `count` rows; `stop` leaves it unfinished."""
     grows = ("mix.count", "mix.more") if follows else ()
     drawn = {"seed": 0, "mix": {"count": count, "more": False}}
-    stage = manifest.open_stage(workdir, "encode", drawn, grows=grows)
+    stage = open_stage(workdir, "encode", drawn, grows=grows)
     if not stage.complete:
         content = b"".join(b"row %d\n" % i for i in range(count))
         stage.require_prefix("rows.txt", content)
@@ -140,7 +140,7 @@ def grow(workdir, count, *, stop=False, follows=True):
 
 def read_grown(workdir, *, follows=True, stop=False):
     grows_with = ("encode",) if follows else ()
-    stage = manifest.open_stage(workdir, "mix", {}, ["encode"], grows_with=grows_with)
+    stage = open_stage(workdir, "mix", {}, ["encode"], grows_with=grows_with)
     if not stage.complete:
         content = (workdir / "encode" / "rows.txt").read_bytes()
         files.write_bytes(stage.folder / "read.txt", content)
@@ -154,10 +154,10 @@ def test_rule_8_a_larger_setting_adds_and_keeps(tmp_path):
     stage = grow(tmp_path, 3, stop=True)
     assert not stage.complete
     assert stage.earlier["counts"] == {"rows": 2}
-    assert not manifest.is_complete(tmp_path, "encode")
+    assert not is_complete(tmp_path, "encode")
     stage = grow(tmp_path, 3)  # as after a kill
     assert stage.earlier["counts"] == {"rows": 2}
-    assert manifest.read_manifest(tmp_path, "encode")["counts"] == {"rows": 3}
+    assert read_manifest(tmp_path, "encode")["counts"] == {"rows": 3}
     before = contents(tmp_path)
     stage = grow(tmp_path, 3)
     assert stage.complete and not stage.earlier
@@ -199,12 +199,10 @@ def test_rule_8_another_change_beside_growth_is_an_error(tmp_path):
     grow(tmp_path, 2)
     drawn = {"seed": 1, "mix": {"count": 3, "more": True}}
     with pytest.raises(UserError) as error:
-        manifest.open_stage(tmp_path, "encode", drawn, grows=("mix.count", "mix.more"))
+        open_stage(tmp_path, "encode", drawn, grows=("mix.count", "mix.more"))
     assert "(seed: 0 -> 1)" in str(error.value)
     drawn["seed"] = 0
-    stage = manifest.open_stage(
-        tmp_path, "encode", drawn, grows=("mix.count", "mix.more")
-    )
+    stage = open_stage(tmp_path, "encode", drawn, grows=("mix.count", "mix.more"))
     assert stage.earlier and not stage.complete
 
 
@@ -231,7 +229,7 @@ def test_growth_that_is_given_up_leaves_what_was_finished(tmp_path):
     grow(tmp_path, 2)
     before = {path: content for path, (content, _) in contents(tmp_path).items()}
     drawn = {"seed": 0, "mix": {"count": 3, "more": False}}
-    stage = manifest.open_stage(tmp_path, "encode", drawn, grows=["mix.count"])
+    stage = open_stage(tmp_path, "encode", drawn, grows=["mix.count"])
     stage.abandon()
     after = {path: content for path, (content, _) in contents(tmp_path).items()}
     assert after == before
@@ -283,7 +281,7 @@ def test_rule_8_what_was_made_anew_has_not_grown(tmp_path):
 
 
 def test_an_input_must_be_finished(tmp_path):
-    manifest.open_stage(tmp_path, "encode", {})
+    open_stage(tmp_path, "encode", {})
     with pytest.raises(UserError, match="^stage mix: wanted the finished stage encode"):
         make(tmp_path, inputs=["encode"])
     assert not (tmp_path / "mix").exists()
@@ -294,7 +292,7 @@ def test_an_input_that_was_made_anew_is_noticed(tmp_path, finished):
     make(tmp_path, "encode")
     if finished:
         make(tmp_path, inputs=["encode"])
-    manifest.open_stage(tmp_path, "mix", SETTINGS, ["encode"])
+    open_stage(tmp_path, "mix", SETTINGS, ["encode"])
     for path in (tmp_path / "encode").rglob("*.*"):
         path.unlink()
     make(tmp_path, "encode", text="else")
@@ -328,7 +326,7 @@ def flat(tree, prefix=""):
 @given(st.dictionaries(keys, trees, min_size=1), st.data())
 @settings(deadline=None, max_examples=100)
 def test_one_changed_leaf_is_one_line(tree, data):
-    assert manifest.differences(tree, tree) == []
+    assert differences(tree, tree) == []
     path, old = data.draw(st.sampled_from(sorted(flat(tree).items(), key=str)))
     inner, *above = path.split(".")[::-1]
     changed = copy.deepcopy(tree)
@@ -336,7 +334,7 @@ def test_one_changed_leaf_is_one_line(tree, data):
     for part in above[::-1]:
         place = place[part]
     place[inner] = "another value"
-    [line] = manifest.differences(changed, tree)
+    [line] = differences(changed, tree)
     assert line == f"{path}: {old!r} -> 'another value'"
 
 
@@ -350,7 +348,7 @@ def test_one_changed_leaf_is_one_line(tree, data):
     ],
 )
 def test_nested_differences(new, old, lines):
-    found = manifest.differences(new, old)
+    found = differences(new, old)
     assert len(found) == len(lines)
     for line, expected in zip(found, lines, strict=True):
         assert line.endswith(expected)

@@ -25,11 +25,12 @@ from recipe_rows import (
 
 from mvc_jax import files, mix
 from mvc_jax.configs import common
-from mvc_jax.data import manifest, recipes
 from mvc_jax.errors import UserError
+from mvc_jax.mixing import operations, recipes
+from mvc_jax.stage import open_stage, read_manifest
 
 B = 4
-WIDTHS = mix.Widths(positions=L, dims=D, partners=M)
+WIDTHS = operations.Widths(positions=L, dims=D, partners=M)
 
 
 def states(seed, *shape):
@@ -40,7 +41,7 @@ E, F = states(0, B), states(1, len(ROWS))
 
 
 def numpy_mix(e, f, recipe):
-    """By the definition in `data/recipes.py`, one number after the other."""
+    """By the definition in `mixing/recipes.py`, one number after the other."""
     mixed = e.copy()
     for position, donor in zip(recipe["positions"], recipe["donors"], strict=True):
         mixed[position] = f[recipe["partners"][donor]][position]
@@ -53,15 +54,15 @@ def numpy_mix(e, f, recipe):
     return mixed
 
 
-mix_batch = jax.jit(jax.vmap(mix.mix))
+mix_batch = jax.jit(jax.vmap(operations.mix))
 coarse_batch, fine_batch = (
-    jax.jit(jax.vmap(mix.coarse_mix)),
-    jax.jit(jax.vmap(mix.fine_mix)),
+    jax.jit(jax.vmap(operations.coarse_mix)),
+    jax.jit(jax.vmap(operations.fine_mix)),
 )
 
 
 def arrays_of(made):
-    arrays = mix.as_arrays(made, ROW_OF, **SHAPE, widths=WIDTHS)
+    arrays = operations.as_arrays(made, ROW_OF, **SHAPE, widths=WIDTHS)
     for name, array in arrays.items():
         assert array.shape[0] == B
         assert array.dtype == (np.float32 if "scale" in name else np.int32)
@@ -141,9 +142,15 @@ def test_fine_mixing_is_on_top_of_coarse_mixing():
 def test_widths_are_the_most_of_all_recipes():
     drawing = recipes.Drawing(tokens=3, dims=2, partners=2)
     made = [draw(k, drawing) for k in range(2 * len(ROWS))]
-    assert mix.widths_of(made) == mix.Widths(positions=3, dims=2, partners=2)
-    assert mix.widths_of([]) == mix.Widths(positions=0, dims=0, partners=1)
-    few = mix.as_arrays(made[:1], ROW_OF, **SHAPE, widths=mix.widths_of(made))
+    assert operations.widths_of(made) == operations.Widths(
+        positions=3, dims=2, partners=2
+    )
+    assert operations.widths_of([]) == operations.Widths(
+        positions=0, dims=0, partners=1
+    )
+    few = operations.as_arrays(
+        made[:1], ROW_OF, **SHAPE, widths=operations.widths_of(made)
+    )
     assert few["positions"].shape == (1, 3) and few["dims"].shape == (1, L, 2)
 
 
@@ -185,7 +192,7 @@ def encoded(tmp_path, write_shards):
     """A workdir up to `encode`, with the rows given or `ROWS`."""
 
     def make(rows=ROWS):
-        stage = manifest.open_stage(tmp_path, "encode", {})
+        stage = open_stage(tmp_path, "encode", {})
         files.write_jsonl(stage.folder / "prompts.jsonl", rows)
         array = np.zeros((2, L, D), np.float32)
         names = write_shards(stage.folder / "text_states", array)
@@ -212,7 +219,7 @@ def test_raising_per_image_appends(encoded):
     assert len(few) == 2 * len(ROWS)
     after = (workdir / "mix" / "recipes.jsonl").read_bytes()
     assert after.startswith(before) and len(after) > len(before)
-    counts = manifest.read_manifest(workdir, "mix")["counts"]
+    counts = read_manifest(workdir, "mix")["counts"]
     assert counts == {"recipes": 3 * len(ROWS)}
     with pytest.raises(UserError, match="mix.per_image: 3 -> 2"):
         run(workdir, per_image=2)

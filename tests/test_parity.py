@@ -11,8 +11,9 @@ import pytest
 import sd_families
 import sd_parity
 
+from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.diffusion import loss
-from mvc_jax.models import attention, diffusers_layout
+from mvc_jax.models import attention
 
 families = pytest.mark.parametrize("family", sd_families.FAMILIES)
 comparisons = pytest.mark.parametrize("name", sd_parity.COMPARISONS)

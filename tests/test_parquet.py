@@ -14,10 +14,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mvc_jax.data import parquet, synthetic
+from mvc_jax.data import parquet
 from mvc_jax.data.decode import BadImage, Decoder
-from mvc_jax.data.sources import Source, open_source
+from mvc_jax.data.example import Source
+from mvc_jax.data.sources import open_source
 from mvc_jax.errors import UserError
+from mvc_jax.generation import synthetic
 
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 

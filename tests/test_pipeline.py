@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from mvc_jax.data import synthetic
+from mvc_jax.generation import synthetic
 from mvc_jax.train import STAGES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -37,8 +37,12 @@ SHORT = (
 def command(workdir, *more):
     cache = ROOT / ".pytest_cache" / "xla-one-device"
     return [
-        *(sys.executable, "-m", "mvc_jax.train", "--config=configs/digits.py"),
-        *(f"--workdir={workdir}", f"--config.compilation_cache={cache}"),
+        sys.executable,
+        "-m",
+        "mvc_jax.train",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        f"--config.compilation_cache={cache}",
         *(f"--config.{setting}" for setting in SHORT),
         *more,
     ]

@@ -18,8 +18,8 @@ from recipe_rows import (
 )
 
 from mvc_jax import files
-from mvc_jax.data import recipes
-from mvc_jax.data.recipe_file import read_recipes
+from mvc_jax.mixing import recipes
+from mvc_jax.mixing.recipe_file import read_recipes
 
 
 @given(drawings, indices, seeds)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvc_jax.data import regimes
+from mvc_jax.classification import regimes
 
 N, FIRST, M = 30, 50, 90  # real rows 0-29, synthetic ones 50-139, three for each real
 REAL = np.arange(N, dtype=np.int32)

@@ -8,8 +8,9 @@ from etils import epath
 from PIL import Image
 
 from mvc_jax import files
-from mvc_jax.data import removed, splits
-from mvc_jax.data.filters import Finding
+from mvc_jax.data import splits
+from mvc_jax.screening import removed
+from mvc_jax.screening.filters import Finding
 
 REAL = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
 TRAIN = splits.Split(

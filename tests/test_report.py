@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mvc_jax import files, pictures, report
-from mvc_jax.data import duplicates, gather, manifest
+from mvc_jax.data import duplicates, gather
 from mvc_jax.data.digits import NAMES, Digits
 from mvc_jax.errors import UserError
+from mvc_jax.stage import open_stage
 
 EVIL = "<script>alert(1)</script>"
 SIZE = 8
@@ -109,7 +110,7 @@ def make_metrics() -> dict:
 
 
 def finish(workdir, stage: str, artifacts: list[str], **counts: int) -> None:
-    manifest.open_stage(workdir, stage, {}).finish(artifacts, **counts)
+    open_stage(workdir, stage, {}).finish(artifacts, **counts)
 
 
 def make_workdir(

@@ -6,11 +6,11 @@ import pytest
 import test_clip
 from etils import epath
 
-from mvc_jax import screening
 from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.errors import UserError
 from mvc_jax.models import clip
+from mvc_jax.screening import screener
 
 clip_folder = test_clip.folder
 NAMES = ("red_digit", "blue_digit")
@@ -42,9 +42,9 @@ def recipe(index, train, partners=1):
 def test_a_clip_names_images_one_by_one(clip_folder, train):
     """By the texts of the classes, whatever else is in the batch."""
     config = settings(clip_folder, label="clip", label_threshold=1.0, label_top=1)
-    screening.check(config.to_dict())
+    screener.check(config.to_dict())
     rows = [recipe(i, train) for i in range(len(train.ids))]
-    judge = screening.open_screen(config.to_dict(), NOWHERE, train, rows).judge
+    judge = screener.open_screen(config.to_dict(), NOWHERE, train, rows).judge
     found = judge(train.images, rows)
 
     model, params = clip.load(clip_folder, field="clip", text=True)
@@ -72,38 +72,38 @@ def test_a_clip_without_texts_gives_features_alone(clip_folder, train, tmp_path)
         settings(tower, outliers=True),
         settings(clip_folder, outliers=True, features="clip"),
     ):
-        screening.check(config.to_dict())
-        screen = screening.open_screen(
+        screener.check(config.to_dict())
+        screen = screener.open_screen(
             config.to_dict(), NOWHERE, train, [recipe(0, train)]
         )
         assert screen.judge.facts["features"] == "clip"
     with pytest.raises(UserError, match="text tower.*an image tower alone"):
-        screening.check(settings(tower, label="clip").to_dict())
+        screener.check(settings(tower, label="clip").to_dict())
     config = settings(label="clip")
     config.pretrain.image_encoder.steps = 1
     with pytest.raises(UserError, match=r"filter\.label: .*text tower.*pretrain makes"):
-        screening.check(config.to_dict())
+        screener.check(config.to_dict())
     config = settings(outliers=True, features="clip")
     with pytest.raises(UserError, match=r"filter\.features: .*generate\.clip"):
-        screening.check(config.to_dict())
+        screener.check(config.to_dict())
     config.base.path = str(tmp_path)  # a pipeline with an image_encoder
     (tmp_path / "model_index.json").write_text("{}")
-    screening.check(config.to_dict())
+    screener.check(config.to_dict())
 
 
 def test_recipes_of_ones_own_may_touch_too_many_folds(train):
     config = settings(label="folds", label_folds=3, features="pixels")
     config.mix.file = "mine.jsonl"
-    screening.check(config.to_dict())
+    screener.check(config.to_dict())
     rows = [recipe(0, train), recipe(1, train, partners=2)]
     with pytest.raises(UserError, match="label_folds: .*at least 4.*2 partners.*got 3"):
-        screening.open_screen(config.to_dict(), NOWHERE, train, rows)
-    screening.open_screen(config.to_dict(), NOWHERE, train, rows[:1])
+        screener.open_screen(config.to_dict(), NOWHERE, train, rows)
+    screener.open_screen(config.to_dict(), NOWHERE, train, rows[:1])
 
 
 def test_without_filters_nothing_is_looked_at(train):
     config = settings()
-    screening.check(config.to_dict())
-    screen = screening.open_screen(config.to_dict(), NOWHERE, train, [])
+    screener.check(config.to_dict())
+    screen = screener.open_screen(config.to_dict(), NOWHERE, train, [])
     assert screen.of_set(NOWHERE) is None
     assert screen.write_facts(NOWHERE) == [] and screen.counted == ()

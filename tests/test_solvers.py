@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from sd_families import SCHEDULERS, normal
 
+from mvc_jax.checkpoints.scheduler_config import ddim_config
 from mvc_jax.diffusion.samplers import Solver, sample
 from mvc_jax.errors import UserError
 from mvc_jax.models import solvers
-from mvc_jax.models.ddim import ddim_config
 
 THEIRS = {  # on the config of an exported folder
     "ddim": ("DDIMScheduler", {}),

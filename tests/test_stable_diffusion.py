@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mvc_jax.checkpoints import diffusers_layout, weights
 from mvc_jax.errors import UserError
-from mvc_jax.models import diffusers_layout, tokenizer, weights
+from mvc_jax.pretraining import tokenizer
 
 
 @pytest.fixture

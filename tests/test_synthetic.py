@@ -12,9 +12,9 @@ import yaml
 from etils import epath
 from PIL import Image
 
-from mvc_jax.data import synthetic
+from mvc_jax.checkpoints import dataset_card
 from mvc_jax.data.sources import open_source
-from mvc_jax.models import dataset_card
+from mvc_jax.generation import synthetic
 
 NAMES = ("brain tumor", "naïve class", "healthy")
 ROWS = [

@@ -21,7 +21,8 @@ from PIL import Image
 from tensorflow_datasets.core import registered
 
 from mvc_jax.data.decode import BadImage
-from mvc_jax.data.sources import Source, open_source
+from mvc_jax.data.example import Source
+from mvc_jax.data.sources import open_source
 from mvc_jax.errors import UserError
 
 TESTS = pathlib.Path(__file__).resolve().parent

@@ -8,7 +8,6 @@ import pytest
 
 from mvc_jax import generate, train
 from mvc_jax.configs import common, digits
-from mvc_jax.data import manifest
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 

@@ -18,7 +18,6 @@ from mvc_jax.data import order
 from mvc_jax.errors import UserError
 from mvc_jax.training import memory, optim, preemption, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.journal import Journal, Watch
 from mvc_jax.training.loop import (
     create_state,
     fit,
@@ -28,6 +27,7 @@ from mvc_jax.training.loop import (
 )
 from mvc_jax.training.metrics import MetricsLog
 from mvc_jax.training.throughput import count_flops, peak_tflops
+from mvc_jax.training.train_logger import TrainLogger, Watch
 from mvc_jax.training.validation import Validation
 
 TX = optax.adam(0.1)
@@ -56,7 +56,7 @@ def run(
     step=noisy_step,
     every=2,
     accumulate=1,
-    room=memory.DEVICE,
+    memory_budget=memory.DEVICE,
     log_every=1,
     loop=None,
     **told,
@@ -76,9 +76,9 @@ def run(
         mesh=mesh,
         steps=steps,
         checkpoints=Checkpoints(folder / "checkpoints", every=every, best="error"),
-        journal=Journal(folder, "toy", log_every=log_every, **told),
+        logger=TrainLogger(folder, "toy", log_every=log_every, **told),
         accumulate=accumulate,
-        room=room,
+        memory_budget=memory_budget,
         **(loop or {}),
     )
 
@@ -403,11 +403,11 @@ def test_master_weights_are_fp32_whatever_the_file_had():
 
 def test_a_step_that_does_not_fit_is_refused_with_numbers_and_ways_out(tmp_path):
     with pytest.raises(UserError) as error:
-        run(tmp_path, 2, room=memory.Room(40, "Do less."))
+        run(tmp_path, 2, memory_budget=memory.MemoryBudget(40, "Do less."))
     assert "0.00 GiB of cpu" in str(error.value)
     assert "for activations and gradients. Do less." in str(error.value)
     assert not (tmp_path / "metrics.jsonl").exists()
-    run(tmp_path, 2, room=memory.Room(1 << 30, ""))
+    run(tmp_path, 2, memory_budget=memory.MemoryBudget(1 << 30, ""))
 
 
 def test_a_row_has_rates_memory_and_what_was_to_be_watched(tmp_path):
@@ -467,10 +467,18 @@ def test_flops_are_those_of_products_and_convolutions():
 @pytest.mark.parametrize(
     "kind, peak",
     [
-        *(("NVIDIA H200", 989), ("NVIDIA L4", 121), ("cpu", None)),
-        *(("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("TPU v4", 275)),
-        *(("TPU v5", 459), ("TPU v5p", 459), ("TPU v5 lite", 197), ("TPU v5e", 197)),
-        *(("TPU v6 lite", 918), ("TPU v6e", 918)),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L4", 121),
+        ("cpu", None),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("TPU v4", 275),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+        ("TPU v6 lite", 918),
+        ("TPU v6e", 918),
     ],
 )
 def test_the_peak_of_a_device_is_known_or_none(kind, peak):

@@ -19,8 +19,9 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from mvc_jax import files
+from mvc_jax.checkpoints import weights
 from mvc_jax.errors import UserError
-from mvc_jax.models import vit_gpt2, weights
+from mvc_jax.models import vit_gpt2
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OPTIONS = {"batch_size": 3, "dtype": "float32", "max_new_tokens": 8, "num_beams": 1}

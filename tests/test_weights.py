@@ -15,8 +15,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mvc_jax.checkpoints import tensor_file, weights
 from mvc_jax.errors import UserError
-from mvc_jax.models import tensor_file, weights
 from mvc_jax.training import sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@
 import numpy as np
 from sklearn.datasets import load_digits
 
-from mvc_jax.data.sources import Example
+from mvc_jax.data.example import Example
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

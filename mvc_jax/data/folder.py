@@ -39,7 +39,7 @@ import numpy as np
 
 from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
-from mvc_jax.data.sources import Example
+from mvc_jax.data.example import Example
 from mvc_jax.errors import UserError
 
 FILE_COLUMNS = ("file_name", "filename")

@@ -13,10 +13,9 @@ from PIL import Image
 from mvc_jax import files
 from mvc_jax.data.decode import BadImage, fit, strict_pillow
 from mvc_jax.data.duplicates import Fingerprint, fingerprint
-from mvc_jax.data.pixels import header
-from mvc_jax.data.sources import Example, Source
+from mvc_jax.data.example import Example, Source
 from mvc_jax.data.splits import SPLITS
-from mvc_jax.errors import require_room
+from mvc_jax.errors import require_disk_space
 
 _MOST_THREADS = 16  # each holds an image at its own size, 200 MB for some cameras
 _AHEAD_BYTES = 64 << 20  # of images that wait for the consumer
@@ -174,7 +173,7 @@ def gather(
     rows: dict[int, int] = {}  # index -> row of the temporary file
     with files.replacing(path) as temporary:
         with temporary.open("wb") as file:
-            file.write(header(len(todo), reader.size))
+            file.write(files.image_array_header(len(todo), reader.size))
             while todo:
                 for index, image, found in read_images(source, todo, reader):
                     if image is None:
@@ -228,18 +227,22 @@ def _rewrite(path: epath.Path, order: list[int], size: int) -> None:
     """Puts the rows of a `.npy` file into another order, with a header that fits."""
     shape = (-1, size, size, 3)
     if "://" in str(path):
-        rows = np.frombuffer(path.read_bytes(), np.uint8, offset=len(header(0, size)))
+        rows = np.frombuffer(
+            path.read_bytes(), np.uint8, offset=len(files.image_array_header(0, size))
+        )
     else:
-        rows = np.memmap(path, np.uint8, mode="r", offset=len(header(0, size)))
+        rows = np.memmap(
+            path, np.uint8, mode="r", offset=len(files.image_array_header(0, size))
+        )
     rows = rows.reshape(shape)
     with files.replacing(path) as sorted_, sorted_.open("wb") as file:
-        file.write(header(len(order), size))
+        file.write(files.image_array_header(len(order), size))
         for row in order:
             file.write(rows[row].tobytes())
 
 
 def _require_room(folder: epath.Path, count: int, size: int) -> None:
-    require_room(
+    require_disk_space(
         folder,
         3 * count * size * size,
         what=f"{count} images of {size}x{size} pixels",

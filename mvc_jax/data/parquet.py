@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mvc_jax.data.decode import BadImage, Decoder
-from mvc_jax.data.sources import Example
+from mvc_jax.data.example import Example
 from mvc_jax.errors import UserError, require
 
 _KEPT_BYTES = 128 << 20  # of row groups; the last two are kept whatever their size

@@ -19,7 +19,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mvc_jax.data.decode import BadImage, Decoder
-from mvc_jax.data.sources import Example
+from mvc_jax.data.example import Example
 from mvc_jax.errors import UserError, require
 
 SPLITS = ("train", "validation", "test")

@@ -31,10 +31,10 @@ from etils import epath
 from jaxtyping import UInt8
 
 from mvc_jax import files
+from mvc_jax.checkpoints import captioner_checkpoint
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import captioner
 
-LAYOUT = captioner.Layout(
+LAYOUT = captioner_checkpoint.Layout(
     model_type="blip-2",
     torch_class="Blip2ForConditionalGeneration",
     weights=("model.safetensors", "model.safetensors.index.json"),
@@ -55,7 +55,7 @@ def check_model(model: str) -> None:
       UserError: PyTorch is not installed, or a folder holds no BLIP-2.
     """
     _check_torch()
-    captioner.check(model, LAYOUT)
+    captioner_checkpoint.check(model, LAYOUT)
 
 
 def captions(
@@ -94,7 +94,7 @@ def captions(
     if not rows:
         return
     request = {"images": os.fspath(images_path), "rows": list(rows), "name": model}
-    request |= {"folder": str(captioner.find(model, LAYOUT)), "dtype": dtype}
+    request |= {"folder": str(captioner_checkpoint.find(model, LAYOUT)), "dtype": dtype}
     request |= {"batch_size": batch_size, "prompt": prompt}
     request |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     with tempfile.TemporaryFile() as log, _child(log) as child:
@@ -306,7 +306,7 @@ def _load(request: dict[str, Any], device: str):
     missing = sorted(found["missing_keys"])
     if missing:
         raise Refused(
-            captioner.field(request["name"]),
+            captioner_checkpoint.field(request["name"]),
             wanted="all weights of Blip2ForConditionalGeneration",
             got=f"{len(missing)} missing: {', '.join(missing[:_SHOWN])} ...",
             fix="Name a checkpoint that was trained to write captions.",

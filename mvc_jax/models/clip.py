@@ -27,8 +27,8 @@ from transformers.models.clip.modeling_flax_clip import (
 )
 
 from mvc_jax import files
+from mvc_jax.checkpoints import diffusers_layout, hub, pipeline_folder, weights
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import checkpoint_folder, diffusers_layout, hub, weights
 
 IMAGE_ENCODER = "image_encoder"  # of a diffusers pipeline, beside the next
 PROCESSOR = "feature_extractor/preprocessor_config.json"
@@ -38,8 +38,11 @@ _PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtra
 _PATTERNS = ("*.json", "*.txt", "model*.safetensors")
 _TEXT = r"^(text_model|text_projection|logit_scale)"
 _WHOLE_NUMBERS = (
-    *("hidden_size", "intermediate_size", "projection_dim"),
-    *("num_hidden_layers", "num_attention_heads"),
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
 )
 
 Params = dict[str, Any]
@@ -264,7 +267,7 @@ def _find(path: epath.PathLike, field: str) -> epath.Path:
     name = str(path)
     field = f"{field} {name!r}"
     folder = hub.locate(name, _PATTERNS, field=field)
-    if (folder / checkpoint_folder.INDEX).exists():  # a pipeline
+    if (folder / pipeline_folder.INDEX).exists():  # a pipeline
         folder = folder / IMAGE_ENCODER
     require(
         (folder / "config.json").exists(),
@@ -293,7 +296,7 @@ def _find(path: epath.PathLike, field: str) -> epath.Path:
 
 
 def _read_architecture(folder: epath.Path, field: str, text: bool) -> Clip:
-    config = checkpoint_folder.read_json(folder / "config.json")
+    config = pipeline_folder.read_json(folder / "config.json")
     field = f"{field} {str(folder)!r}"
     kind = config.get("model_type")
     require(
@@ -357,7 +360,7 @@ def _read_processor(folder: epath.Path, side: int) -> transformers.CLIPImageProc
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         return image_processor(side)
-    config = checkpoint_folder.read_json(path)
+    config = pipeline_folder.read_json(path)
     kinds = ("image_processor_type", "feature_extractor_type")
     kind = next((config[name] for name in kinds if name in config), _PROCESSORS[0])
     try:

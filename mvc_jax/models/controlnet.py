@@ -22,15 +22,9 @@ from etils import epath
 from jaxtyping import Array, Float
 
 from mvc_jax import files
+from mvc_jax.checkpoints import families, hub, pipeline_folder, weights
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import (
-    attention,
-    checkpoint_folder,
-    families,
-    hub,
-    stable_diffusion,
-    weights,
-)
+from mvc_jax.models import attention, stable_diffusion
 
 _WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
@@ -114,9 +108,14 @@ def of_unet(model: stable_diffusion.StableDiffusion) -> ControlNet:
     """An untrained ControlNet for a base; its embedding of pictures is narrow."""
     unet = model.configs["unet"]
     copied = (
-        *("down_block_types", "block_out_channels", "layers_per_block"),
-        *("attention_head_dim", "cross_attention_dim", "use_linear_projection"),
-        *("flip_sin_to_cos", "freq_shift"),
+        "down_block_types",
+        "block_out_channels",
+        "layers_per_block",
+        "attention_head_dim",
+        "cross_attention_dim",
+        "use_linear_projection",
+        "flip_sin_to_cos",
+        "freq_shift",
     )
     levels = len(model.configs["vae"]["block_out_channels"])
     channels = [16 * 2**level for level in range(levels)]
@@ -222,7 +221,7 @@ def _read_architecture(
     folder: epath.Path, base: Mapping[str, dict[str, Any]] | None
 ) -> ControlNet:
     path = folder / "config.json"
-    config = families.completed("controlnet", checkpoint_folder.read_json(path))
+    config = families.completed("controlnet", pipeline_folder.read_json(path))
     require(
         config.get("_class_name") == "ControlNetModel",
         str(path),

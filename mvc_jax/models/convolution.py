@@ -105,7 +105,9 @@ def _backward(strides, padding, inputs, gradient):
     x, kernel = inputs
     of_x = jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)
     kernel_gradient = lax.platform_dependent(
-        *(x, kernel, gradient),
+        x,
+        kernel,
+        gradient,
         cpu=lambda *arrays: _by_products(*arrays, strides, padding),
         default=lambda *arrays: _by_convolution(*arrays, strides, padding),
     )

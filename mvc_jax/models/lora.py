@@ -24,8 +24,8 @@ from etils import epath
 from safetensors.numpy import save
 
 from mvc_jax import files
+from mvc_jax.checkpoints import weights
 from mvc_jax.errors import require
-from mvc_jax.models import weights
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -27,8 +27,8 @@ from diffusers.schedulers.scheduling_euler_discrete_flax import (
 )
 from jaxtyping import Array, Float, Int
 
+from mvc_jax.checkpoints.scheduler_config import NOISE, SOLVER
 from mvc_jax.errors import require
-from mvc_jax.models.ddim import NOISE, SOLVER
 
 Index = int | Int[Array, ""]
 

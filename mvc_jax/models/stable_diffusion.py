@@ -23,8 +23,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
+from mvc_jax.checkpoints.scheduler_config import ddim_config
 from mvc_jax.models import attention, lora, remat, solvers
-from mvc_jax.models.ddim import ddim_config
 
 Params = dict[str, Any]
 
@@ -230,7 +230,7 @@ class StableDiffusion:
             return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
         return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
 
-    def computing(
+    def with_compute_options(
         self,
         *,
         dtype: str = "auto",

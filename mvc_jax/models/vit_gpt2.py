@@ -21,8 +21,8 @@ from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
 from mvc_jax import files
+from mvc_jax.checkpoints import captioner_checkpoint, weights
 from mvc_jax.errors import UserError, require
-from mvc_jax.models import captioner, weights
 
 _DEPRECATED = (
     "TensorFlow and JAX classes are deprecated and will be removed in Transformers v5. "
@@ -32,7 +32,7 @@ logging.getLogger("transformers.modeling_flax_utils").addFilter(
     lambda record: record.getMessage() != _DEPRECATED
 )
 
-LAYOUT = captioner.Layout(
+LAYOUT = captioner_checkpoint.Layout(
     model_type="vision-encoder-decoder",
     torch_class="VisionEncoderDecoderModel",
     weights=("model.safetensors", "flax_model.msgpack"),
@@ -65,7 +65,7 @@ def check_model(model: str) -> None:
     Raises:
       UserError: a folder holds no ViT with a GPT-2, or not all of it.
     """
-    folder = captioner.check(model, LAYOUT)
+    folder = captioner_checkpoint.check(model, LAYOUT)
     if folder is not None:
         _read_config(folder, model)
 
@@ -101,7 +101,7 @@ def captions(
     """
     if not rows:
         return
-    folder = captioner.find(model, LAYOUT)
+    folder = captioner_checkpoint.find(model, LAYOUT)
     config = _read_config(folder, model)
     process = _processor(folder, config, model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -198,7 +198,7 @@ def _processor(
         )["pixel_values"]
         require(
             pixels.shape[2:] == (side, side),
-            captioner.field(model),
+            captioner_checkpoint.field(model),
             wanted=f"images of {side} pixels from its preprocessor_config.json",
             got=" x ".join(map(str, pixels.shape[2:])),
             fix="Take preprocessor_config.json and config.json from one checkpoint.",
@@ -214,7 +214,7 @@ def _read_config(folder: epath.Path, model: str):
     kinds = [parts.get(part, {}).get("model_type") for part in ("encoder", "decoder")]
     require(
         kinds == ["vit", "gpt2"],
-        captioner.field(model),
+        captioner_checkpoint.field(model),
         wanted="an encoder 'vit' and a decoder 'gpt2' in its config.json",
         got=" and ".join(map(repr, kinds)),
         fix="Name another checkpoint, or another config.caption.captioner.",

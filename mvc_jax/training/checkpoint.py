@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mvc_jax.errors import UserError, is_full_disk, require_room
+from mvc_jax.errors import UserError, is_full_disk, require_disk_space
 from mvc_jax.training.checksums import checksums
 
 _STATE, _RECORD = "state", "record"  # the two items of a checkpoint
@@ -173,7 +173,7 @@ class Checkpoints:
             return
         self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._saving = self._folder / f"{step}"
-        require_room(self._folder, self._size, **_FULL)
+        require_disk_space(self._folder, self._size, **_FULL)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         sums = checksums(state)
         leaves = {

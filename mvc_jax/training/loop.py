@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 
 from mvc_jax.training import memory, preemption, sharding
 from mvc_jax.training.checkpoint import Checkpoints
-from mvc_jax.training.journal import Journal
 from mvc_jax.training.optim import ema_update
+from mvc_jax.training.train_logger import TrainLogger
 from mvc_jax.training.validation import Validation
 
 Batch = dict[str, Any]
@@ -147,9 +147,9 @@ def fit(
     mesh: Mesh,
     steps: int,
     checkpoints: Checkpoints,
-    journal: Journal,
+    logger: TrainLogger,
     accumulate: int = 1,
-    room: memory.Room = memory.DEVICE,
+    memory_budget: memory.MemoryBudget = memory.DEVICE,
     stride: int = 1,
     validation: Validation | None = None,
     programs: dict[Any, Callable] | None = None,
@@ -161,9 +161,9 @@ def fit(
       state: at step 0; donated.
       read: step -> host arrays [B, ...]; a thread calls it one step ahead.
       fixed: what all batches share: placed once, sharded by the default rules.
-      mesh, checkpoints, journal: of this loop, which stops after `steps` steps.
+      mesh, checkpoints, logger: of this loop, which stops after `steps` steps.
       accumulate: micro-batches that `train_step` cuts a batch into.
-      room: how much memory the step may take.
+      memory_budget: how much memory the step may take.
       stride: steps of one dispatch; divides `steps` and those between rows and saves.
       validation: may end the loop early.
       programs: of a caller with many fits: each `train_step` is compiled once.
@@ -175,33 +175,35 @@ def fit(
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
     with preemption.deferred() as asked, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
-        journal.resume(int(state.skipped_in_a_row))
+        logger.resume(int(state.skipped_in_a_row))
         # Saved under another stride, it may lie between two dispatches of this one.
         stride = math.gcd(stride, first := int(state.step))
         place = _reader(read, mesh, accumulate, stride, steps)
         if first >= steps or (validation and validation.ends(first, checkpoints)):
             return state
         placed = state, fixed, (batch := place(first))
-        step_on = _compiled(train_step, placed, stride, room, programs, journal.name)
+        step_on = _compiled(
+            train_step, placed, stride, memory_budget, programs, logger.name
+        )
         if asked():
-            raise preemption.Preempted(f"{journal.name} after step {first}")
+            raise preemption.Preempted(f"{logger.name} after step {first}")
         size = int(batch["weight"].sum()) // stride
-        opened = journal.opened(first, steps, size, stride)
-        kept = functools.partial(_keep, journal, checkpoints, validation)
+        opened = logger.opened(first, steps, size, stride)
+        kept = functools.partial(_keep, logger, checkpoints, validation)
         with opened, ThreadPoolExecutor(1) as reader:
             for done in range(first + stride, steps + 1, stride):
                 ahead = reader.submit(place, done)
                 state, values = step_on(state, fixed, batch)
                 batch = ahead.result()
-                journal.note(done, values)
-                stop = asked() or journal.hopeless
+                logger.note(done, values)
+                stop = asked() or logger.hopeless
                 if kept(done, state, stop=stop, last=done == steps):
                     break
         return state
 
 
 def _keep(
-    journal: Journal,
+    logger: TrainLogger,
     checkpoints: Checkpoints,
     validation: Validation | None,
     done: int,
@@ -212,17 +214,17 @@ def _keep(
 ) -> bool:
     """Saves and shows the state where it is time to; whether training ends early."""
     if checkpoints.due(done) or last or stop:
-        row = journal.close_row(done)
-        with journal.pause():
+        row = logger.close_row(done)
+        with logger.pause():
             # Not at any other step, or a run that was cut might find another best.
             if validation and (done % validation.every == 0 or last):
-                row = journal.add(done, validation.measure(state))
-            if journal.may_save(state):
+                row = logger.add(done, validation.measure(state))
+            if logger.may_save(state):
                 checkpoints.save(done, state, row)
-    journal.raise_if_hopeless()
-    journal.draw(done, state)  # once it is saved, for it may fail
+    logger.raise_if_hopeless()
+    logger.draw(done, state)  # once it is saved, for it may fail
     if stop and not last:
-        raise preemption.Preempted(f"{journal.name} after step {done}")
+        raise preemption.Preempted(f"{logger.name} after step {done}")
     return validation is not None and validation.ends(done, checkpoints)
 
 
@@ -250,7 +252,7 @@ def _weighted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"weight": np.ones(rows, np.float32), **batch}
 
 
-def _compiled(train_step, placed, stride, room, programs, name) -> Any:
+def _compiled(train_step, placed, stride, memory_budget, programs, name) -> Any:
     """What `jitted` gives, compiled for `placed`, or taken from `programs`."""
     leaves, tree = jax.tree.flatten(placed)
     described = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
@@ -258,7 +260,7 @@ def _compiled(train_step, placed, stride, room, programs, name) -> Any:
     programs = {} if programs is None else programs
     if kind not in programs:
         step_on = jitted(train_step, placed[0], stride)
-        programs[kind] = room.compile(step_on, *placed, name=name)
+        programs[kind] = memory_budget.compile(step_on, *placed, name=name)
     return programs[kind]
 
 

@@ -16,16 +16,16 @@ _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """What a step may take.
 
     Attributes:
       size: bytes of one device; 0: what it says it has.
-      ways_out: what to say about a step that takes more.
+      hint: what to say about a step that takes more.
     """
 
     size: int
-    ways_out: str
+    hint: str
 
     def compile(self, step: Any, *arguments: Any, name: str) -> Callable:
         """Compiles a jitted step for `arguments`, and refuses it if it is too large.
@@ -54,7 +54,7 @@ class Room:
                 got=f"{(held + made) / _GIB:.2f} GiB: {held / _GIB:.2f} for "
                 f"parameters, optimiser and batch, {made / _GIB:.2f} for activations "
                 "and gradients",
-                fix=self.ways_out,
+                fix=self.hint,
             )
 
         def call(*arguments):
@@ -75,11 +75,11 @@ class Room:
                 name,
                 wanted="a step that fits the device's memory",
                 got=str(error).splitlines()[0],
-                fix=self.ways_out,
+                fix=self.hint,
             ) from error
 
 
-DEVICE = Room(0, "Lower the batch size.")
+DEVICE = MemoryBudget(0, "Lower the batch size.")
 
 
 def device_bytes(device: jax.Device, held: int = 0) -> int:

@@ -1,0 +1,1 @@
+"""Other people's files: found, recognised, read and written."""

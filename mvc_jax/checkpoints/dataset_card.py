@@ -1,0 +1,234 @@
+"""The card of a synthetic dataset: README.md, as the Hugging Face hub reads it.
+
+Its front matter names the files of each part, which `load_dataset(folder)` would else
+guess from the names in the folder.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from etils import epath
+
+from mvc_jax import files
+from mvc_jax.checkpoints import model_card
+from mvc_jax.checkpoints.model_card import code, table
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
+_SIZES += ((1_000_000, "100K<n<1M"), (float("inf"), "1M<n<10M"))
+_FILTERS = "filters"  # among the settings, where some were on
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the card tells, as plain values.
+
+    Attributes:
+      set: its name in the run.
+      about: what distinguishes this set, a sentence.
+      dataset: name of the real dataset.
+      classes: their names.
+      counts: synthetic images of each class.
+      real: real images of each class that lie beside them; all 0: none do.
+      size: of the images, in words.
+      settings: how the images were drawn, by name.
+      redrawn: reason -> images that were drawn anew and kept.
+      left_out: reason -> images that are not in the dataset.
+      base: hub name, or path, of the base model.
+      license: of the base, from `model_card.base_license`.
+      pictures: whether the folder `train/` is there.
+    """
+
+    set: str
+    about: str
+    dataset: str
+    classes: Sequence[str]
+    counts: Sequence[int]
+    real: Sequence[int]
+    size: str
+    settings: Mapping[str, Any]
+    redrawn: Mapping[str, int]
+    left_out: Mapping[str, int]
+    base: str
+    license: Mapping[str, Any]
+    pictures: bool
+
+
+def write(folder: epath.PathLike, facts: Facts) -> list[str]:
+    """Writes the card of a set's folder.
+
+    Returns:
+      the files written, relative to `folder`.
+    """
+    files.write_text(epath.Path(folder) / model_card.FILE, text(facts))
+    return [model_card.FILE]
+
+
+def text(facts: Facts) -> str:
+    """The card: YAML front matter, then Markdown."""
+    front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
+    title = f"# {code(facts.dataset)}, enlarged: the set {code(facts.set)}"
+    about = f"{title}\n\n{_ABOUT}\n{facts.about}\n"
+    drawn = f"## How the images were drawn\n\n{table(facts.settings)}"
+    sections = [about, _counts(facts), drawn, _guards(facts), _base(facts)]
+    sections += [_USE, _loading(facts), _REFERENCES]
+    return f"---\n{front}---\n\n" + "\n".join(sections)
+
+
+def in_words(config: Mapping[str, Any], *, mixes: bool) -> dict[str, Any]:
+    """How the images of a set were drawn, for people.
+
+    Args:
+      config: of the run, as plain values.
+      mixes: whether the set follows the recipes; else the mixing is not told.
+    """
+    section, asked = config["mix"], config["generate"]
+    told: dict[str, Any] = {}
+    if section["file"]:
+        told["recipes"] = "edited by hand"
+    else:
+        told["images for each real one"] = section["per_image"]
+    if mixes and not section["file"]:
+        tokens = _span(section["tokens"], section["tokens_most"])
+        told["modes, in turn"] = ", ".join(section["modes"])
+        told["coarse mixing"] = f"{tokens} tokens; which: {section['positions']}"
+        told["fine mixing"] = f"{section['dims']} dims; of tokens: {section['dims_on']}"
+        told["partners"] = f"{section['partners']}; of class: {section['partner']}"
+    if not section["file"]:
+        for name in ("text_scale", "image_scale"):
+            told[name.replace("_", " ")] = _span(asked[name], asked[f"{name}_most"])
+    told["sampler"] = f"{asked['sampler']}, {asked['steps']} steps"
+    told["guidance interval"] = _span(*asked["guidance_interval"])
+    told["guidance rescale"] = f"{asked['guidance_rescale']:g}"
+    if filtered := _filters(asked["filter"]):
+        told[_FILTERS] = filtered
+    return told | {"seed": config["seed"]}
+
+
+def _filters(section: Mapping[str, Any]) -> str:
+    """Those that are on, with their thresholds."""
+    said = []
+    if section["label"]:
+        least, top = section["label_threshold"], section["label_top"]
+        by = "CLIP" if section["label"] == "clip" else f"{section['label_folds']} folds"
+        likeliest = f" or among the {top} likeliest" if top else ""
+        said.append(f"label, by {by}: {least:g} or more{likeliest}")
+    if section["copies"]:
+        of = {"any": "any real image", "source": "the source"}[section["copies"]]
+        said.append(f"copies, of {of}: quantile {section['copies_quantile']:g}")
+    if section["outliers"]:
+        said.append(f"outliers: quantile {section['outliers_quantile']:g}")
+    return "; ".join(said)
+
+
+def _span(least: float | int, most: float | int) -> str:
+    return f"{least:g} to {most:g}" if most > least else f"{least:g}"
+
+
+def _front_matter(facts: Facts) -> dict[str, Any]:
+    paths = {"synthetic": ["data/train-*.parquet"], "real": ["data/real-*.parquet"]}
+    total = sum(facts.counts) + sum(facts.real)
+    parts = {"default": paths["synthetic"]}
+    if any(facts.real):
+        parts = {"default": [*paths["synthetic"], *paths["real"]], **paths}
+    return {
+        **facts.license,
+        "pretty_name": f"{facts.dataset}, {facts.set}",
+        "task_categories": ["image-classification"],
+        "size_categories": [next(name for most, name in _SIZES if total < most)],
+        "tags": ["synthetic", "data-augmentation", "mvc_jax"],
+        "configs": [
+            {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+            for name, path in parts.items()
+        ],
+    }
+
+
+_ABOUT = """\
+Synthetic images, drawn by a Stable Diffusion that was fine-tuned on the real ones, to
+train classifiers on both together. Made by `mvc_jax` (Mixing Visual Concepts).
+"""
+
+_USE = """\
+## Intended use and limits
+
+- Meant as additional training images for a classifier of these classes; test on real
+  images alone.
+- Labels are those of the real images that conditioned each one. Nobody has looked at
+  every image: some may show another class, or nothing.
+- Synthetic images may resemble training images, whole or in part. If those are
+  private, do not publish this dataset.
+- They are no evidence: not for diagnosis, identification or decisions about people.
+- They carry on the errors and biases of the base model and of the real images.
+- The licence of the base model, and the terms of the real dataset, may apply.
+"""
+
+_REFERENCES = """\
+## References
+
+- Mixing Visual Concepts, WACV 2025: [arXiv 2412.15358](https://arxiv.org/abs/2412.15358)
+- InstructPix2Pix: [arXiv 2211.09800](https://arxiv.org/abs/2211.09800)
+"""
+
+
+def _counts(facts: Facts) -> str:
+    real = any(facts.real)
+    lines = ["| class | synthetic |", "|---|---|"]
+    if real:
+        lines = ["| class | synthetic | real |", "|---|---|---|"]
+    rows = zip(facts.classes, facts.counts, facts.real, strict=True)
+    rows = [(code(name).replace("|", r"\|"), *numbers) for name, *numbers in rows]
+    for name, synthetic, beside in [
+        *rows,
+        ("all", sum(facts.counts), sum(facts.real)),
+    ]:
+        end = f" {beside} |" if real else ""
+        lines.append(f"| {name} | {synthetic} |{end}")
+    return f"## Images\n\nSize: {facts.size}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _guards(facts: Facts) -> str:
+    def said(counts: Mapping[str, int]) -> str:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+        return f"{sum(counts.values())}" + (f" ({reasons})" if reasons else "")
+
+    lists = "`redrawn.jsonl` lists them."
+    if _FILTERS in facts.settings:
+        lists = (
+            "`redrawn.jsonl` lists them, and `removed.jsonl` those that filters left "
+            "out, with their reasons."
+        )
+    return (
+        "## What was drawn anew, and left out\n\n"
+        f"Drawn anew with other noise: {said(facts.redrawn)}. "
+        f"Left out: {said(facts.left_out)}. {lists}\n"
+    )
+
+
+def _base(facts: Facts) -> str:
+    rows = {"base": facts.base, "licence": model_card.license_name(facts.license)}
+    return f"## Base model\n\n{table(rows)}"
+
+
+def _loading(facts: Facts) -> str:
+    lines = ["from datasets import load_dataset", "", 'dataset = load_dataset(".")']
+    if any(facts.real):
+        lines[-1] += "  # real and synthetic"
+        lines.append('synthetic = load_dataset(".", "synthetic")')
+    if facts.pictures:
+        lines.append('pictures = load_dataset("imagefolder", data_dir="train")')
+    body = "\n".join(lines)
+    columns = (
+        "`label` is the class, `source` the real image that conditioned the synthetic "
+        "one, the other columns how to draw it again."
+    )
+    folder = (
+        " `train/<class>/` holds the same images as files, for torchvision's "
+        "`ImageFolder`, Keras and TFDS."
+    )
+    return (
+        "## Load it\n\nFrom within this folder; on the hub, its name there stands for "
+        f"the dot.\n\n```python\n{body}\n```\n\n"
+        f"{columns}{folder if facts.pictures else ''}\n"
+    )

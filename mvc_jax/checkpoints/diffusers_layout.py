@@ -1,0 +1,237 @@
+"""A pipeline folder in the diffusers layout: found, checked, read, written.
+
+Weights on disk are safetensors under PyTorch's names. A base without downloadable
+weights (`pretrain`) and a real checkpoint, in a folder or on the Hugging Face hub, come
+in by the same `load`.
+"""
+
+import importlib.metadata
+import re
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from absl import logging
+from etils import epath
+
+from mvc_jax import files
+from mvc_jax.checkpoints import families, hub, pipeline_folder, weights
+from mvc_jax.errors import UserError, require
+from mvc_jax.models.stable_diffusion import Params, StableDiffusion
+
+WEIGHTS = pipeline_folder.WEIGHTS
+TOKENIZER_FILES = pipeline_folder.TOKENIZER_FILES
+_TORCH_CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+}
+
+
+def load(
+    path: epath.PathLike,
+    components: Sequence[str] = tuple(WEIGHTS),
+    variant: str = "",
+    revision: str = "",
+) -> tuple[StableDiffusion, Params]:
+    """Reads a model in the diffusers layout: safetensors only, no PyTorch.
+
+    Args:
+      path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
+      components: whose weights to read; keys of `WEIGHTS`.
+
+    Returns:
+      the architecture, and host parameters by component, in the precision in which they
+      are stored: fp32, fp16 or bfloat16 (see `weights.read`).
+
+    Raises:
+      UserError: a file is missing, damaged or of another family, or tensors do not fit
+        the architecture.
+    """
+    folder, _ = pipeline_folder.resolve(path, variant, revision)
+    model = _read_architecture(folder)
+    params, kinds = {}, {}
+    for name in components:
+        file = pipeline_folder.find_weights(folder, name, variant)
+        kinds[name] = weights.check(file)
+        params[name] = weights.read(file, _shapes(folder, model, name))
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        logging.info("%s is stored in several precisions: %s", path, found)
+    return model, params
+
+
+def check_base(
+    path: epath.PathLike,
+    variant: str = "",
+    revision: str = "",
+    *,
+    finetuned: bool = False,
+    size: int = 0,
+) -> None:
+    """Refuses, without a download or a device, what cannot be the base model.
+
+    Everything but the tensors is read. Of a hub name this is so in offline mode alone,
+    by the library's cache; else the hub is asked whether it has it, and the folder that
+    it gives is to be checked.
+
+    Args:
+      path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
+      finetuned: whether a model that this program has fine-tuned is welcome.
+      size: of the images, in pixels; 0: not checked.
+
+    Raises:
+      UserError: whatever `load` would refuse before it reads a tensor; a model that was
+        fine-tuned before; a size that the networks cannot halve.
+    """
+    require(
+        re.fullmatch(r"[\w-]*", variant) is not None,
+        "config.base.variant",
+        wanted="the word between the dots of diffusion_pytorch_model.WORD.safetensors",
+        got=repr(variant),
+        fix="Usual are fp16 and, for none, ''.",
+    )
+    if pipeline_folder.is_hub_name(path) and not hub.offline():
+        field = pipeline_folder.field(path)
+        hub.check_name(str(path), field=field, revision=revision)
+        return
+    folder, _ = pipeline_folder.resolve(path, variant, revision)
+    model = _read_architecture(folder)
+    for name in WEIGHTS:
+        weights.check(pipeline_folder.find_weights(folder, name, variant))
+    if size:
+        families.check_size(model.configs, size)
+    if (folder / pipeline_folder.MADE_BY).exists() and not finetuned:
+        made_by = pipeline_folder.read_json(folder / pipeline_folder.MADE_BY)
+        raise UserError(
+            pipeline_folder.field(path),
+            wanted="a base model",
+            got=f"one that was fine-tuned already, of base {made_by.get('base')!r} on "
+            f"data {made_by.get('data')!r}",
+            fix="Name that base; or, to train it further all the same, set "
+            "--config.base.finetuned=True.",
+        )
+
+
+def recorded_base(workdir: epath.PathLike) -> dict[str, Any]:
+    """The base model that `encode` recorded, as arguments of `load`.
+
+    Its revision is the commit that the hub gave, so that all stages read the same; a
+    path of `""` stands for the folder that `pretrain` wrote.
+    """
+    workdir = epath.Path(workdir)
+    record = pipeline_folder.read_json(workdir / "encode" / "base.json")
+    return {
+        "path": record["path"] or workdir / "pretrain" / "model",
+        "variant": record["variant"],
+        "revision": record["revision"] or "",
+    }
+
+
+def save(
+    folder: epath.PathLike,
+    model: StableDiffusion,
+    params: Params,
+    *,
+    made_by: dict[str, Any] | None = None,
+    beside: dict[str, list[str]] | None = None,
+) -> list[str]:
+    """Writes a model folder in the diffusers layout, under PyTorch's class names.
+
+    Args:
+      folder: to write to.
+      model: the architecture.
+      params: by component; written in fp32, fetched a tensor at a time.
+      made_by: what a fine-tuned model is made of, `{"stage", "base", "data"}`: kept
+        beside it, by which `check_base` knows it again.
+      beside: library and class of further components that lie in the folder, by name.
+
+    Returns:
+      the files written, relative to `folder`.
+    """
+    folder = epath.Path(folder)
+    written = []
+    for name, file in WEIGHTS.items():
+        files.write_json(folder / name / "config.json", model.configs[name])
+        weights.write(folder / name / file, params[name])
+        written += [f"{name}/config.json", f"{name}/{file}"]
+    files.write_json(folder / pipeline_folder.SCHEDULER, model.configs["scheduler"])
+    _write_tokenizer(folder / "tokenizer", model.tokenizer)
+    pipeline = "StableDiffusionPipeline"
+    if model.conditioned:
+        pipeline = "StableDiffusionInstructPix2PixPipeline"
+    index = {
+        "_class_name": pipeline,
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+    }
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {"requires_safety_checker": False}
+    index |= {name: list(class_) for name, class_ in _TORCH_CLASSES.items()}
+    index |= beside or {}
+    if made_by is not None:
+        files.write_json(folder / pipeline_folder.MADE_BY, made_by)
+        written.append(pipeline_folder.MADE_BY)
+    files.write_json(folder / pipeline_folder.INDEX, index)
+    tokenizer = [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+    return [*written, *tokenizer, pipeline_folder.SCHEDULER, pipeline_folder.INDEX]
+
+
+def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
+    """CLIP's tokenizer from its folder, wherever that is."""
+    folder = epath.Path(folder)
+    for name in TOKENIZER_FILES[:2]:
+        require(
+            (folder / name).exists(),
+            str(folder / name),
+            wanted="a file of CLIP's tokenizer",
+            got="no such file",
+            fix="Copy the tokenizer folder of the checkpoint whole.",
+        )
+    with tempfile.TemporaryDirectory() as local:  # the library reads local files only
+        for name in TOKENIZER_FILES:
+            if (folder / name).exists():
+                (folder / name).copy(epath.Path(local) / name)
+        try:
+            return transformers.CLIPTokenizerFast.from_pretrained(local)
+        except Exception as error:  # of its Rust half, which raises no other type
+            raise UserError(
+                str(folder),
+                wanted="the files of CLIP's tokenizer",
+                got=f"damaged ones ({error})",
+                fix="Copy the tokenizer folder of the checkpoint whole.",
+            ) from error
+
+
+def _read_architecture(folder: epath.Path) -> StableDiffusion:
+    """The architecture in a folder, whose JSON files and tokenizer are checked."""
+    configs = {}
+    for name, file in pipeline_folder.CONFIGS.items():
+        config = pipeline_folder.read_json(folder / file)
+        configs[name] = families.completed(name, config)
+        families.check_config(name, configs[name], str(folder / file))
+    model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
+    families.check_fit(configs, model.tokenizer, str(folder))
+    return model
+
+
+def _write_tokenizer(folder: epath.Path, tokenizer) -> None:
+    with tempfile.TemporaryDirectory() as local:
+        tokenizer.save_pretrained(local)
+        for name in TOKENIZER_FILES:
+            content = (epath.Path(local) / name).read_bytes()
+            files.write_bytes(folder / name, content)
+
+
+def _shapes(folder: epath.Path, model: StableDiffusion, component: str) -> Any:
+    try:
+        return model.shapes(component)
+    except Exception as error:  # of Flax, JAX or the library, as the numbers have it
+        raise UserError(
+            str(folder / pipeline_folder.CONFIGS[component]),
+            wanted="the options of a network",
+            got=f"some that cannot be built ({type(error).__name__}: {error})",
+            fix="Take config.json from the checkpoint, unchanged.",
+        ) from error

@@ -1,0 +1,302 @@
+"""The files of a Stable Diffusion checkpoint: found in a folder or on the hub.
+
+Only their names and small JSON files are looked at. What lacks files, or is a
+checkpoint of another kind or family, is refused with the way out.
+"""
+
+import re
+from typing import Any
+
+from etils import epath
+
+from mvc_jax import files
+from mvc_jax.checkpoints import families, hub, tensor_file
+from mvc_jax.errors import UserError, require
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS} | {"scheduler": SCHEDULER}
+MADE_BY = "mvc_jax.json"  # marks a model that this program has fine-tuned
+_NEEDED = (  # besides weights
+    INDEX,
+    *CONFIGS.values(),
+    *(f"tokenizer/{name}" for name in TOKENIZER_FILES[:2]),
+)
+_BESIDE = (  # CLIP's image tower, where there is one
+    "image_encoder/config.json",
+    "image_encoder/model.safetensors",
+    "feature_extractor/preprocessor_config.json",
+)
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".msgpack", ".gguf")
+_VARIANT = re.compile(r"[a-z_]*model(?:\.([\w-]+))?\.safetensors")
+_CONVERT = (
+    "If you trust it, convert it once, with PyTorch: "
+    'python -c "from diffusers import {pipeline} as P; P.{load}.save_pretrained('
+    "'{target}', safe_serialization=True)\", and set --config.base.path={target}"
+)
+
+
+def resolve(
+    path: epath.PathLike, variant: str = "", revision: str = ""
+) -> tuple[epath.Path, str | None]:
+    """Finds a model folder; one named by its hub name is downloaded first.
+
+    Of the hub only what is needed is asked for, once: no pickles, no other variants, no
+    safety checker. In offline mode the hub's cache must hold it all.
+
+    Args:
+      path: a folder that holds `model_index.json` and a folder for each component, or a
+        name on the Hugging Face hub.
+      variant: of the weights, e.g. `fp16`; `""`: the plain ones.
+      revision: branch, tag or commit of a hub name; `""`: its default branch.
+
+    Returns:
+      the folder, and the commit that it is of where the hub gave it.
+
+    Raises:
+      UserError: there is no such folder, files are missing (all are named), or they are
+        of another family.
+    """
+    name = str(path)
+    if not is_hub_name(name):
+        require(
+            not revision,
+            "config.base.revision",
+            wanted="'' where config.base.path is a folder; it is of a hub's name",
+            got=repr(revision),
+            fix="Leave it empty.",
+        )
+        folder, commit = _local(name), None
+    else:
+        patterns = download_patterns(variant)
+        folder = hub.download(name, patterns, field=field(name), revision=revision)
+        commit = hub.commit_of(folder)
+    check_files(folder, name, variant)
+    return folder, commit
+
+
+def weight_files(
+    folder: epath.PathLike, component: str, variant: str = ""
+) -> list[epath.Path]:
+    """The safetensors files of a component: one, or its shards."""
+    path = find_weights(epath.Path(folder), component, variant)
+    return sorted({entry.path for entry in tensor_file.entries(path).values()})
+
+
+def download_patterns(variant: str = "") -> list[str]:
+    """The files of a repository that `load` reads, as patterns of `fnmatch`."""
+    patterns = [*_NEEDED, "README.md", MADE_BY, *_BESIDE]
+    patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES[2:]]
+    for component in WEIGHTS:
+        names = [*_candidates(component, variant), *_shards(component, variant)]
+        patterns += [f"{component}/{name}" for name in names]
+    return patterns
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+      UserError: the file is missing or damaged, or holds something else.
+    """
+    path = epath.Path(path)
+    try:
+        content = files.read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            str(path),
+            wanted="the JSON file of a model",
+            got="no such file" if not path.exists() else f"bad JSON ({error})",
+            fix="Download the checkpoint again.",
+        ) from error
+    return content
+
+
+def is_hub_name(path: epath.PathLike) -> bool:
+    """Whether `resolve` would ask the hub for it."""
+    return not hub.is_local(str(path)) and not _is_single_file(str(path))
+
+
+def find_weights(folder: epath.Path, component: str, variant: str) -> epath.Path:
+    """The file that holds a component's weights, or the index of its shards."""
+    found = _find(folder, component, variant)
+    require(
+        found is not None,
+        str(folder / component / _file_name(component, variant)),
+        wanted="the weights of a component",
+        got="no such file",
+        fix="Download the checkpoint again, whole.",
+    )
+    return folder / component / found
+
+
+def field(path: epath.PathLike) -> str:
+    """The name of the setting, for errors."""
+    return f"config.base.path {str(path)!r}"
+
+
+def check_files(folder: epath.Path, name: str, variant: str) -> None:
+    """Refuses a folder that is of another kind or family, or lacks files.
+
+    Args:
+      folder: to look into.
+      name: what the user gave for it.
+      variant: of the weights.
+    """
+    if _is_single_file(name) or not (folder / INDEX).exists():
+        got, fix = _what_it_is(folder, name)
+        raise UserError(
+            field(name), wanted="a folder in the diffusers layout", got=got, fix=fix
+        )
+    pipeline = read_json(folder / INDEX).get("_class_name")
+    require(
+        pipeline in families.PIPELINES,
+        field(name),
+        wanted=f"one of {', '.join(families.PIPELINES)} in its {INDEX}",
+        got=pipeline,
+        fix="Take a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix.",
+    )
+    missing = [file for file in _NEEDED if not (folder / file).exists()]
+    others: set[str] = set()
+    for part in WEIGHTS:
+        if _find(folder, part, variant) is None:
+            there = sorted(path.name for path in (folder / part).glob("*model*.*"))
+            instead = f" (there is {', '.join(there)})" if there else ""
+            missing.append(f"{part}/{_file_name(part, variant)}{instead}")
+            others |= set(there)
+    if missing:
+        got, details = tensor_file.listed(missing)
+        raise UserError(
+            field(name),
+            wanted=f"all files of a {pipeline} in {folder}",
+            got=f"{len(missing)} missing: {got}",
+            fix=_way_out(name, variant, pipeline, others),
+            details=details,
+        )
+
+
+def _local(name: str) -> epath.Path:
+    try:
+        folder = epath.Path(name).expanduser()
+        folder.exists()
+    except Exception as error:  # no library for its scheme, or whatever that raises
+        raise UserError(
+            field(name),
+            wanted="a path that etils.epath can open",
+            got=next(iter(str(error).splitlines()), type(error).__name__),
+            fix="Look whether it is there, and reachable with the library of that file "
+            "system; or name a local folder.",
+        ) from error
+    return folder
+
+
+def _way_out(name: str, variant: str, pipeline: str, others: set[str]) -> str:
+    """What to do about missing files, by the weights that are there instead."""
+    matches = [_VARIANT.fullmatch(other) for other in sorted(others)]
+    variants = [match[1] or "" for match in matches if match]
+    if variants:
+        return f"Set --config.base.variant={variants[0] or repr('')}, which is there."
+    source = repr(name) + (f", variant={variant!r}" if variant else "")
+    convert = _CONVERT.format(
+        pipeline=pipeline,
+        load=f"from_pretrained({source}, safety_checker=None)",
+        target=f"{epath.Path(name).name}-safetensors",
+    ) + (" and --config.base.variant=''." if variant else ".")
+    if any(other.endswith(_SINGLE_FILES) for other in others):
+        return f"Pickles are never opened. {convert}"
+    if is_hub_name(name):
+        return (
+            "Run it once with a network, without HF_HUB_OFFLINE. Where the hub has "
+            f"nothing but pickles, these are never opened: {convert}"
+        )
+    return "Download the checkpoint again, whole."
+
+
+def _what_it_is(folder: epath.Path, name: str) -> tuple[str, str]:
+    """What a path without model_index.json is, and the way out."""
+    fix = "Point it at a folder saved by save_pretrained, or at a hub name."
+    inside = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir())
+    single = [x for x in inside if x.endswith(_SINGLE_FILES)]
+    nested = [x for x in inside if (folder / x / INDEX).exists()]
+    if _is_single_file(name):
+        there = "" if folder.exists() else ", which does not exist"
+        return f"a single file{there}", _from_single_file(folder)
+    if not inside:
+        return "an empty one" if folder.is_dir() else "no such folder", fix
+    if nested:
+        return f"one without {INDEX}, around {nested[0]}", f"Name {folder / nested[0]}."
+    if "config.json" in inside:
+        config = read_json(folder / "config.json")
+        kind = config.get("_class_name") or config.get("architectures")
+        kind = kind[0] if isinstance(kind, list) and kind else kind
+        return f"one model, {kind or config.get('model_type')}, and no pipeline", fix
+    if "pytorch_lora_weights.safetensors" in inside:
+        return "LoRA adapters, and no pipeline", fix
+    if single:
+        return f"single files ({', '.join(single)})", _from_single_file(
+            folder / single[0]
+        )
+    return f"one without {INDEX}", fix
+
+
+def _from_single_file(path: epath.Path) -> str:
+    return (
+        _CONVERT.format(
+            pipeline="StableDiffusionPipeline",
+            load=f"from_single_file({str(path)!r})",
+            target=f"{path.stem}-diffusers",
+        )
+        + "."
+    )
+
+
+def _find(folder: epath.Path, component: str, variant: str) -> str | None:
+    names = _candidates(component, variant)
+    return next((x for x in names if (folder / component / x).exists()), None)
+
+
+def _candidates(component: str, variant: str) -> list[str]:
+    """Names that weights or their index go by, in the order of their library.
+
+    diffusers looks for an index first, transformers for one file. The third is how
+    diffusers named the index of a variant before its release 0.30.
+    """
+    plain, one = WEIGHTS[component], _file_name(component, variant)
+    indices = [f"{plain}.index.json"]
+    if variant:
+        indices = [f"{plain}.index.{variant}.json", f"{plain}.{variant}.index.json"]
+    return [one, *indices] if component == "text_encoder" else [*indices, one]
+
+
+def _file_name(component: str, variant: str) -> str:
+    plain = WEIGHTS[component]
+    return plain.replace(".", f".{variant}.") if variant else plain
+
+
+def _shards(component: str, variant: str) -> list[str]:
+    """Patterns of the names of shards, by the spelling of today and of before."""
+    stem = WEIGHTS[component].removesuffix(".safetensors")
+    number = "-?????-of-?????"
+    if not variant:
+        return [f"{stem}{number}.safetensors"]
+    return [
+        f"{stem}.{variant}{number}.safetensors",
+        f"{stem}{number}.{variant}.safetensors",
+    ]
+
+
+def _is_single_file(name: str) -> bool:
+    return name.endswith(_SINGLE_FILES) and not epath.Path(name).is_dir()

@@ -1,0 +1,79 @@
+"""The images of a classifier, real and synthetic, as rows of one array.
+
+In memory where they fit; else mapped from the disk, and read ahead by threads.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int, UInt8
+
+from mvc_jax import files
+
+
+@dataclasses.dataclass(frozen=True)
+class ConcatArray:
+    """Parts of images [n_i, H, W, 3] uint8, numbered on through all of them."""
+
+    parts: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def all(self) -> UInt8[np.ndarray, "R H W 3"]:
+        """Every row, in memory."""
+        return np.concatenate(self.parts)
+
+    def take(self, index: Int[np.ndarray, "..."]) -> UInt8[np.ndarray, "... H W 3"]:
+        """The rows at `index`, of any shape; only these leave the disk."""
+        flat = np.asarray(index).reshape(-1)
+        taken = np.empty((len(flat), *self.parts[0].shape[1:]), np.uint8)
+        first = 0
+        for part in self.parts:
+            here = (flat >= first) & (flat < first + len(part))
+            taken[here] = part[flat[here] - first]
+            first += len(part)
+        return taken.reshape(*np.shape(index), *taken.shape[1:])
+
+
+def store(
+    path: epath.PathLike, images: Iterable[np.ndarray], count: int, size: int
+) -> UInt8[np.ndarray, "N S S 3"]:
+    """Writes `count` images as one `.npy` file, unless it is there, and maps it."""
+    path = epath.Path(path)
+    if not path.exists():
+        with files.replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(files.image_array_header(count, size))
+            for image in images:
+                file.write(np.ascontiguousarray(image).tobytes())
+    return files.map_array(path)
+
+
+class Prefetcher:
+    """`read(step)` for steps in their order, by threads that are a few steps ahead."""
+
+    def __init__(
+        self, read: Callable[[int], dict[str, Any]], steps: int, *, threads: int = 8
+    ):
+        self._read, self._steps, self._threads = read, steps, threads
+        self._next, self._batches = -1, iter(())
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        if step != self._next:
+            self._batches = self._from(step)
+        self._next = step + 1
+        return next(self._batches)
+
+    def _from(self, step: int) -> Iterator[dict[str, Any]]:
+        import grain  # takes 3 s, and most datasets fit in memory
+
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=16)
+        steps = grain.MapDataset.source(range(step, self._steps))
+        return iter(steps.map(self._read).to_iter_dataset(options))

@@ -1,0 +1,1 @@
+"""Recipes to pixels to a dataset."""

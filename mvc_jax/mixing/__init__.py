@@ -1,0 +1,1 @@
+"""Mixing visual concepts: the operations, and the recipes that say where."""

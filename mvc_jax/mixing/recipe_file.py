@@ -1,0 +1,220 @@
+"""Reads `recipes.jsonl` back: as `mix` wrote it, or as a person edited it."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mvc_jax.errors import UserError, require
+from mvc_jax.mixing.recipes import MODES
+
+_MOST_SEED = 2**31 - 1  # an int32 on the device
+_LISTED = 10  # of indices that are missing
+_TYPES = {
+    "index": "a whole number of at least 0",
+    "source": "a text",
+    "partners": "a list of texts",
+    "label": "a text",
+    "mode": "a text",
+    "positions": "a list of whole numbers",
+    "donors": "a list of whole numbers",
+    "dims": "a list of lists of whole numbers",
+    "dim_donors": "a list of whole numbers",
+    "dim_tokens": "two whole numbers",
+    "noise_seed": "a whole number of at least 0",
+    "text_scale": "a number of at least 0",
+    "image_scale": "a number of at least 0",
+}
+
+
+def read_recipes(
+    path: epath.PathLike,
+    rows: Sequence[Mapping] | None = None,
+    *,
+    length: int | None = None,
+    width: int | None = None,
+    any_partner: bool = False,
+) -> list[dict]:
+    """The recipes of a file, in the order of their index, each of them looked over.
+
+    Args:
+      path: of the file.
+      rows: of `encode`, one a training image; None, before there are any: what takes
+        their ids and classes is not looked at.
+      length: L, tokens of a text state; None: unknown.
+      width: D, dims of a text state; None: unknown.
+      any_partner: whether partners may be of another class.
+
+    Returns:
+      rows with the fields of `mixing/recipes.py`; `index` is 0, 1, 2, ...
+
+    Raises:
+      UserError: some rows cannot be followed; all of them are in its details.
+    """
+    known = None if rows is None else {row["id"]: row for row in rows}
+    bad: list[str] = []
+    line_of: dict[int, int] = {}
+    recipes = []
+    for line, text in enumerate(_lines(path), start=1):
+        if not text.strip():
+            continue
+        try:
+            recipe = json.loads(text)
+        except ValueError as error:
+            bad.append(f"line {line}: no JSON ({error})")
+            continue
+        problems = [*_of_types(recipe)]
+        if not problems:
+            problems += _of_ids(recipe, known, any_partner)
+            problems += _of_tokens(recipe, length or math.inf, width or math.inf)
+            first = line_of.setdefault(recipe["index"], line)
+            if first != line:
+                problems.append(f"index {recipe['index']} is taken by line {first}")
+            recipes.append(recipe)
+        if problems:
+            bad.append(f"line {line}: {'; '.join(problems)}")
+    if not bad:
+        bad += _of_order(line_of)
+    if bad:
+        raise UserError(
+            str(path),
+            wanted="recipes that can be followed",
+            got=f"{len(bad)} that cannot: {bad[0]}",
+            fix="Fix these rows; mvc_jax/mixing/recipes.py describes each field.",
+            details=bad,
+        )
+    return sorted(recipes, key=lambda recipe: recipe["index"])
+
+
+def _lines(path: epath.PathLike) -> list[str]:
+    path = epath.Path(path)
+    require(
+        path.is_file(),
+        str(path),
+        wanted="a file of recipes",
+        got="a folder" if path.is_dir() else "no such file",
+        fix="The stage mix writes one: <workdir>/mix/recipes.jsonl.",
+    )
+    try:
+        return path.read_text().lstrip("\ufeff").split("\n")
+    except ValueError as error:
+        raise UserError(
+            str(path),
+            wanted="a text file in UTF-8",
+            got=str(error),
+            fix="Save it as UTF-8.",
+        ) from error
+
+
+def _of_types(recipe: Any) -> Iterator[str]:
+    """What is wrong with a row before its values can be compared with anything."""
+    if not isinstance(recipe, dict):
+        yield f"a {type(recipe).__name__} instead of an object {{...}}"
+        return
+    for name in sorted({*recipe} - {*_TYPES, "level"}):
+        yield f"no such field: {name}"
+    for name, type_ in _TYPES.items():
+        if name not in recipe:
+            yield f"no {name}"
+        elif not _has_type(recipe[name], type_):
+            yield f"{name} is {json.dumps(recipe[name])}, not {type_}"
+
+
+def _has_type(value: Any, type_: str) -> bool:
+    if type_ == "a text":
+        return isinstance(value, str)
+    if type_ == "a whole number of at least 0":
+        return _is_whole(value) and 0 <= value <= _MOST_SEED
+    if type_ == "a number of at least 0":
+        number = _is_whole(value) or isinstance(value, float)
+        return number and 0 <= value < math.inf
+    if not isinstance(value, list):
+        return False
+    if type_ == "a list of texts":
+        return all(isinstance(item, str) for item in value)
+    if type_ == "a list of lists of whole numbers":
+        return all(_has_type(item, "a list of whole numbers") for item in value)
+    of_pair = type_ != "two whole numbers" or len(value) == 2
+    return of_pair and all(map(_is_whole, value))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _of_ids(
+    recipe: dict, known: Mapping[str, Mapping] | None, any_partner: bool
+) -> Iterator[str]:
+    """What is wrong with mode, source, partners and label."""
+    if recipe["mode"] not in MODES:
+        yield f"mode is {recipe['mode']!r}, not {' or '.join(MODES)}"
+    if not recipe["partners"]:
+        yield "no partner (the source itself will do)"
+    if known is None:
+        return
+    for name, ids in (("source", [recipe["source"]]), ("partner", recipe["partners"])):
+        for id_ in ids:
+            if id_ not in known:
+                yield f"{name} {id_!r} is no training image"
+    if recipe["source"] not in known:
+        return
+    source = known[recipe["source"]]
+    if recipe["label"] != source["class_name"]:
+        yield f"label is {recipe['label']!r}, the source's is {source['class_name']!r}"
+    for id_ in recipe["partners"] if not any_partner else ():
+        if id_ in known and known[id_]["label"] != source["label"]:
+            yield (
+                f"partner {id_!r} is of class {known[id_]['class_name']!r}, which "
+                'needs config.mix.partner="any"'
+            )
+
+
+def _of_tokens(recipe: dict, length: int | float, width: int | float) -> Iterator[str]:
+    """What is wrong with positions, dims and their donors."""
+    positions, dims = recipe["positions"], recipe["dims"]
+    if recipe["mode"] == "coarse" and dims:
+        yield 'mode "coarse" takes no dims: write "both"'
+    if recipe["mode"] == "fine" and positions:
+        yield 'mode "fine" takes no positions: write "both"'
+    yield from _of_indices("positions", positions, 1, length)
+    start, stop = recipe["dim_tokens"]
+    if not 1 <= start <= stop <= length:
+        yield f"dim_tokens is [{start}, {stop}], not within [1, {length}]"
+    elif len(dims) not in (0, 1, stop - start):
+        yield f"{len(dims)} lists of dims, not 1 or, as dim_tokens says, {stop - start}"
+    for row in dims:
+        yield from _of_indices("dims", row, 0, width)
+    widths = {len(row) for row in dims} or {0}
+    if len(widths) > 1:
+        yield "the lists of dims differ in length"
+    for name, count in (("donors", len(positions)), ("dim_donors", max(widths))):
+        donors, partners = recipe[name], len(recipe["partners"])
+        if len(donors) != count:
+            yield f"{len(donors)} {name} for {count} places"
+        if not all(0 <= donor < partners for donor in donors):
+            yield f"{name} is {donors}, not indices of {partners} partners"
+
+
+def _of_indices(
+    name: str, values: Sequence[int], start: int, stop: int | float
+) -> Iterator[str]:
+    if not all(start <= value < stop for value in values):
+        yield f"{name} is {values}, not within [{start}, {stop})"
+    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
+        yield f"{name} is {values}, not ascending"
+
+
+def _of_order(line_of: Mapping[int, int]) -> Iterator[str]:
+    """What is wrong with the indices of all rows together."""
+    if not line_of:
+        yield "no row at all"
+        return
+    absent = (i for i in range(max(line_of) + 1) if i not in line_of)
+    missing = list(itertools.islice(absent, _LISTED + 1))
+    if missing:
+        more = ", ..." if len(missing) > _LISTED else ""
+        shown = ", ".join(map(str, missing[:_LISTED]))
+        yield f"no row has index {shown}{more}: number the rows 0, 1, 2, ..."

@@ -1,0 +1,1 @@
+"""A small Stable Diffusion of our own, where no base model is given."""
