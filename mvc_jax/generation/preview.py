@@ -255,7 +255,7 @@ def _drawn(
 
 
 def _write(path: epath.Path, rows: Sequence[pictures.Row], **options: Any) -> None:
-    content = pictures.grid_png(rows, _TILE, most_bytes=_SHEET_BYTES, **options)
+    content = pictures.grid_png(rows, _TILE, max_bytes=_SHEET_BYTES, **options)
     files.write_bytes(path, content)
 
 
