@@ -104,7 +104,7 @@ def grid(
 
 
 def line_plot_svg(
-    lines: Sequence[Sequence[tuple[float, float]]],
+    lines: Sequence[Sequence[tuple[int, float]]],
     *,
     salt: str,
     line_colour: str,
@@ -116,7 +116,7 @@ def line_plot_svg(
     The y axis is logarithmic if positive values span more than a factor of 10.
 
     Args:
-      lines: points of each line, with integer x.
+      lines: points of each line.
       salt: makes the ids in the element unique within the page.
       line_colour: as CSS, such as `var(--accent)`.
       text_colour: the same.
