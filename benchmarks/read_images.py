@@ -134,9 +134,9 @@ def _timed(send, read: Callable, folder: str, count: int, *options) -> None:
 
 def read_ours(folder: str, count: int, size: int, threads: int) -> Iterator[int]:
     source = sources.open_source(f"folder:{folder}")
-    reader = gather.Reader(size, threads=threads)
-    for _, image, found in gather.read_images(source, range(count), reader):
-        assert image is not None, found
+    options = gather.ReaderOptions(size, threads=threads)
+    for _, image, info in gather.read_images(source, range(count), options):
+        assert image is not None, info
         yield 1
 
 
