@@ -226,7 +226,7 @@ def _splitter(
 
 
 def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
-    """Writes the images and their rows, or raises an error that lists all bad images."""
+    """Writes the images and their rows; fails with a list of all bad images."""
     data = config.data
     split = _splitter(source, config)
     total = sum(map(len, split(np.ones(len(source), bool)).values()))
@@ -339,13 +339,9 @@ def _captions(
     if section.captioner == "file":
         return captions.read_captions(section.file, ids)
     if section.captioner == "template":
-        class_type = config.data.class_type
-        return [
-            captions.readable(
-                section.template.format(label=name, class_type=class_type)
-            )
-            for name in class_names
-        ]
+        values = {"class_type": config.data.class_type}
+        texts = (section.template.format(label=name, **values) for name in class_names)
+        return [captions.readable(text) for text in texts]
     images = files.map_array(folder / "images.npy")[: len(ids)]
     if section.captioner == "attributes":
         return attribute_captions(images)
