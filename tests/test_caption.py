@@ -1,5 +1,5 @@
-"""The stage `caption` on folders of images: all bad images are listed at once, good ones
-are read once, and the table and the contact sheet show the dataset."""
+"""The stage `caption` on folders of images: all bad images are listed at once, good
+ones are read once, and the table and the contact sheet show the dataset."""
 
 import io
 import json
