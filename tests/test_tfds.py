@@ -417,10 +417,11 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 from mvc_jax.data.sources import open_source
-source = open_source(sys.argv[1], data_dir=sys.argv[2])
-found = [(x["id"], x["label"], x["image"].tolist()) for x in map(source.__getitem__,
-                                                                range(len(source)))]
-print(json.dumps([source.class_names, source.is_test.tolist(), found]))
+for folder in sys.argv[2:]:
+    source = open_source(sys.argv[1], data_dir=folder)
+    rows = [source[i] for i in range(len(source))]
+    found = [(row["id"], row["label"], row["image"].tolist()) for row in rows]
+    print(json.dumps([source.class_names, source.is_test.tolist(), found]))
 assert not Blocked.tried and "tensorflow" not in sys.modules
 """
 
@@ -439,24 +440,25 @@ def run(code, *args, cwd=TESTS):
     return done.stdout
 
 
-def check_tiny_shapes(folder):
-    """Opens it in a process that cannot import TensorFlow, and compares each image."""
+def check_tiny_shapes(*folders):
+    """Opens them in a process without TensorFlow, and compares each image."""
     sys.path.insert(0, str(TESTS))
     try:
         from tiny_shapes.tiny_shapes_dataset_builder import draw
     finally:
         sys.path.remove(str(TESTS))
-    printed = run(OPEN_WITHOUT_TENSORFLOW, "tfds:tiny_shapes", folder)
-    class_names, is_test, found = json.loads(printed)
-    assert class_names == ["disc", "square"]
-    assert is_test == [False] * 8 + [True] * 4
-    assert [id_ for id_, _, _ in found] == [
-        *(f"tiny_shapes/train/{i:06d}" for i in range(8)),
-        *(f"tiny_shapes/test/{i:06d}" for i in range(4)),
-    ]
-    for part, indices in ((found[:8], range(8)), (found[8:], range(8, 12))):
-        expected = sorted((i % 2, draw(i).tolist()) for i in indices)
-        assert sorted((label, image) for _, label, image in part) == expected
+    printed = run(OPEN_WITHOUT_TENSORFLOW, "tfds:tiny_shapes", *folders).splitlines()
+    assert len(printed) == len(folders)
+    for class_names, is_test, found in map(json.loads, printed):
+        assert class_names == ["disc", "square"]
+        assert is_test == [False] * 8 + [True] * 4
+        assert [id_ for id_, _, _ in found] == [
+            *(f"tiny_shapes/train/{i:06d}" for i in range(8)),
+            *(f"tiny_shapes/test/{i:06d}" for i in range(4)),
+        ]
+        for part, indices in ((found[:8], range(8)), (found[8:], range(8, 12))):
+            expected = sorted((i % 2, draw(i).tolist()) for i in indices)
+            assert sorted((label, image) for _, label, image in part) == expected
 
 
 def command_of(error):
@@ -478,8 +480,7 @@ def test_datasets_are_prepared_as_the_errors_say(tmp_path, tensorflow_is_there):
     as_tfrecord(prepare(old, "tiny_shapes", {"train": examples(0)}, module=MODULE))
     error = error_of(old, "tiny_shapes")
     run(f"{missing}; {command_of(error)}")  # both, since TensorFlow takes 6 s to import
-    check_tiny_shapes(folder)
-    check_tiny_shapes(re.search(r"config\.data\.dir=(\S+)", error)[1])
+    check_tiny_shapes(folder, re.search(r"config\.data\.dir=(\S+)", error)[1])
 
 
 @pytest.mark.parametrize(
