@@ -163,7 +163,7 @@ class _Job:
         """An image as it is stored: by `generate.size`."""
         size, data = self.config.generate.size, self.config.data
         if size < 0:
-            return decode.unfit(image, *self.sizes[source], resize=data.resize)
+            return decode.undo_fit(image, *self.sizes[source], resize=data.resize)
         smaller = size <= image.shape[0]
         resample = "area" if smaller else "lanczos"
         return decode.fit(image, size, resample=resample) if size else image
