@@ -414,7 +414,7 @@ def test_a_sheet_to_look_at_ends_the_run(began, workdir, capsys, monkeypatch):
 def test_a_sheet_of_a_finished_run_is_checked_as_any(
     began, workdir, capsys, monkeypatch, flag
 ):
-    monkeypatch.setattr(manifest, "is_complete", lambda *_: True)
+    monkeypatch.setattr(train, "is_complete", lambda *_: True)
     flags = ["--config.stages=generate", "--config.generate.limit=3"]
     flags.append(f"--config.generate.{flag}")
     command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
