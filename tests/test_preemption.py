@@ -130,10 +130,9 @@ def test_the_program_says_where_it_stopped_and_to_run_it_again(
     monkeypatch.setattr(train, "_stage", lambda name: stage)
     command = ["train", f"--workdir={tmp_path}", "--config.stages=mix"]
     monkeypatch.setattr(train.runtime, "set_up", lambda *_: None)
-    monkeypatch.setattr(train.runtime, "log_devices", lambda: None)
     assert train.main(command) == 75 == os.EX_TEMPFAIL
     (line,) = capsys.readouterr().err.splitlines()
-    assert where in line and line.endswith("the same command goes on from there")
+    assert where in line and line.endswith("rerun the same command to resume")
 
 
 # A process of its own: the toy of test_training under the real `main`. It is forked

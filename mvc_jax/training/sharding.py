@@ -10,6 +10,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mvc_jax.errors import UserError
+from mvc_jax.training import runtime
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -22,22 +23,34 @@ DEFAULT_RULES: Rules = ((r"/(kernel|embedding)$", "fsdp"), (r".*", "replicate"))
 def make_mesh(
     data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over all devices; `data=-1` takes what `fsdp` leaves.
+    """A mesh over all devices, or over those given.
 
     Raises:
-      UserError: the two sizes do not multiply to the number of devices.
+      UserError: the sizes do not match the number of devices.
     """
-    devices = list(devices if devices is not None else jax.devices())
+    if devices is None:
+        runtime.start()
+        devices = jax.devices()
+    shape = mesh_shape(data, fsdp, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), BATCH_AXES)
+
+
+def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    """Sizes of the mesh axes (data, fsdp); `data=-1` takes all devices that are left.
+
+    Raises:
+      UserError: their product is not the number of devices.
+    """
     if data == -1 and fsdp > 0:
-        data = len(devices) // fsdp
-    if data < 1 or fsdp < 1 or data * fsdp != len(devices):
+        data = devices // fsdp
+    if data < 1 or fsdp < 1 or data * fsdp != devices:
         raise UserError(
             "config.mesh",
-            wanted=f"data * fsdp = {len(devices)} devices",
+            wanted=f"data * fsdp = {devices} devices",
             got=f"data={data}, fsdp={fsdp}",
             fix="Set data to -1 and fsdp to a divisor of the number of devices.",
         )
-    return Mesh(np.asarray(devices).reshape(data, fsdp), BATCH_AXES)
+    return data, fsdp
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
