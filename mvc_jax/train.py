@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from types import ModuleType
+from typing import Any
 
 from absl import flags, logging
 from etils import epath, epy
@@ -445,7 +445,7 @@ def _is_local(path: epath.Path) -> bool:
     return "://" not in str(path) and not str(path).startswith("gs:")
 
 
-def _stage(name: str) -> ModuleType:
+def _stage(name: str) -> Any:
     return _MODULES[name]
 
 
