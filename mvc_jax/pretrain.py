@@ -251,7 +251,7 @@ def train_vae(config, folder, workdir, model, images, mesh: Mesh):
             {"images": images},
             batch_size=settings.batch_size,
         ),
-        fixed={},
+        constants={},
         **_loop_arguments(config, folder, workdir, mesh, "vae", settings.steps),
     )
     return jax.device_get(state.params)
@@ -286,7 +286,7 @@ def train_unet(config, folder, workdir, model, moments, ids, mesh: Mesh):
             {"moments": moments, "ids": ids},
             batch_size=settings.batch_size,
         ),
-        fixed={"null_ids": null_ids},
+        constants={"null_ids": null_ids},
         **_loop_arguments(config, folder, workdir, mesh, "unet", settings.steps),
     )
     return jax.device_get(state.averaged)

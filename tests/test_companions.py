@@ -105,7 +105,7 @@ def test_edges_are_those_of_the_images(tiny, pool, tmp_path, monkeypatch):
     seen = {}
 
     def fit(step, state, *, read, **rest):
-        seen.update(read(0), fixed=rest["fixed"])
+        seen.update(read(0), fixed=rest["constants"])
         return state
 
     monkeypatch.setattr(companions, "fit", fit)

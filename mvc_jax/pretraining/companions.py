@@ -90,7 +90,7 @@ def train_image_encoder(
         functools.partial(image_step, model=tower, tx=tx),
         create_state(start, tx, loop["mesh"]),
         read=preprocessed,
-        fixed={},
+        constants={},
         **loop,
     )
     return tower, jax.device_get(state.params)
@@ -188,7 +188,7 @@ def train_controlnet(
         ),
         create_state(start, tx, loop["mesh"]),
         read=order.reader(seed, purpose, arrays, batch_size=batch_size),
-        fixed={"null_ids": model.tokenize([""]), "base": base},
+        constants={"null_ids": model.tokenize([""]), "base": base},
         **loop,
     )
     return network, jax.device_get(state.params)
