@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Encodes every training image and every distinct prompt, shard by shard."""
     workdir = epath.Path(workdir)
     section = config.encode.to_dict()
-    del section.batch_size  # shards do not depend on it
+    del section["batch_size"]  # shards do not depend on it
     settings = {
         "seed": config.seed,
         "data": config.data.to_dict(),

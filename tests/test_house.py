@@ -52,7 +52,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "training",
     },
 }
-LEAVES = {"errors", "files", "pictures"}
+LEAVES = {"errors", "files", "imports", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
