@@ -395,9 +395,9 @@ def _run_network(
 
 def _network(captioner: str) -> ModuleType:
     if captioner == "blip2":
-        from mvc_jax.models import blip2 as network
+        from mvc_jax.checkpoints import blip2_captioner as network
     else:
-        from mvc_jax.models import vit_gpt2 as network
+        from mvc_jax.checkpoints import vit_gpt2_captioner as network
     return network
 
 

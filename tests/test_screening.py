@@ -6,10 +6,10 @@ import pytest
 import test_clip
 from etils import epath
 
+from mvc_jax.checkpoints import clip_checkpoint
 from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.errors import UserError
-from mvc_jax.models import clip
 from mvc_jax.screening import screener
 
 clip_folder = test_clip.folder
@@ -47,7 +47,7 @@ def test_a_clip_names_images_one_by_one(clip_folder, train):
     judge = screener.open_screen(config.to_dict(), NOWHERE, train, rows).judge
     found = judge(train.images, rows)
 
-    model, params = clip.load(clip_folder, field="clip", text=True)
+    model, params = clip_checkpoint.load(clip_folder, field="clip", text=True)
     words = model.tokenize(
         ["a photo of small red digit", "a photo of small blue digit"]
     )
@@ -65,8 +65,8 @@ def test_a_clip_names_images_one_by_one(clip_folder, train):
 
 
 def test_a_clip_without_texts_gives_features_alone(clip_folder, train, tmp_path):
-    model, params = clip.load(clip_folder, field="clip")
-    clip.save(tmp_path, model, params)
+    model, params = clip_checkpoint.load(clip_folder, field="clip")
+    clip_checkpoint.save(tmp_path, model, params)
     tower = tmp_path / "image_encoder"
     for config in (
         settings(tower, outliers=True),

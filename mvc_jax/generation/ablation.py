@@ -16,7 +16,12 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+from mvc_jax.checkpoints import (
+    clip_checkpoint,
+    controlnet_checkpoint,
+    diffusers_layout,
+    pipeline_folder,
+)
 from mvc_jax.data import edges
 from mvc_jax.errors import UserError, require
 from mvc_jax.models import clip, controlnet, stable_diffusion
@@ -85,7 +90,7 @@ class Needs:
         )
         if not path:
             return
-        found = clip.check(path, field=CLIP_FIELD)
+        found = clip_checkpoint.check(path, field=CLIP_FIELD)
         width = self._text_width()
         if found is not None and width is not None:
             _require_width(found, width, path)
@@ -104,7 +109,9 @@ class Needs:
             ),
         )
         if self.controlnet:
-            controlnet.check(self.controlnet, self._configs(), field=CONTROLNET_FIELD)
+            controlnet_checkpoint.check(
+                self.controlnet, self._configs(), field=CONTROLNET_FIELD
+            )
 
     def _configs(self) -> dict[str, dict] | None:
         """The base's, where they lie here already."""
@@ -163,13 +170,13 @@ class Ablation:
         self.needs.check("controlnet")
         model, _ = diffusers_layout.load(components=(), **self.base)
         path = self.needs.controlnet or self.own_controlnet
-        return controlnet.load(path, model.configs, field=CONTROLNET_FIELD)
+        return controlnet_checkpoint.load(path, model.configs, field=CONTROLNET_FIELD)
 
     @functools.cached_property
     def _tower(self) -> tuple[clip.Clip, Callable]:
         self.needs.check("image_tower")
         path = self.needs.clip or pipeline_folder.resolve(**self.base)[0]
-        tower, params = clip.load(path, field=CLIP_FIELD)
+        tower, params = clip_checkpoint.load(path, field=CLIP_FIELD)
         model, _ = diffusers_layout.load(components=(), **self.base)
         _require_width(tower, model.text_width, path)
         return tower, self._batched(tower.image_embeddings, params)

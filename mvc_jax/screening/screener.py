@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Float
 
 from mvc_jax import files
-from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+from mvc_jax.checkpoints import clip_checkpoint, diffusers_layout, pipeline_folder
 from mvc_jax.data import captions
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import require
@@ -48,7 +48,7 @@ def check(config: dict[str, Any]) -> None:
         f"--{filters.FIELD}.label=folds.",
     )
     if named or base:
-        clip.check(named or base, field=CLIP_FIELD, text=by_texts)
+        clip_checkpoint.check(named or base, field=CLIP_FIELD, text=by_texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,12 +230,12 @@ def _load_clip(config: dict[str, Any], workdir: epath.Path) -> _Tower | None:
         if not _has_tower(path):
             return None
     by_texts = config["generate"]["filter"]["label"] == "clip"
-    model, params = clip.load(path, field=CLIP_FIELD, text=by_texts)
+    model, params = clip_checkpoint.load(path, field=CLIP_FIELD, text=by_texts)
     return _Tower(model, jax.device_put(params))
 
 
 def _has_tower(base: epath.Path) -> bool:
-    return (base.expanduser() / clip.IMAGE_ENCODER / "config.json").exists()
+    return (base.expanduser() / clip_checkpoint.IMAGE_ENCODER / "config.json").exists()
 
 
 def _fields(config: dict[str, Any]) -> filters.Filters:

@@ -4,9 +4,12 @@ import time
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from mvc_jax import files
+from mvc_jax.imports import hidden
+
+with hidden("torch"):  # it would be imported for its tensors only
+    from tensorboardX import SummaryWriter
 
 _FLUSH_SECONDS = 10.0
 
