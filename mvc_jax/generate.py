@@ -36,6 +36,7 @@ from mvc_jax.generation.sampler import Sampler, Settings, draw_again
 from mvc_jax.mixing import operations, recipe_file
 from mvc_jax.models import solvers
 from mvc_jax.screening import removed, screener, selection
+from mvc_jax.screening.settings import FilterSettings, check_filters
 from mvc_jax.stage import (
     is_complete,
     open_stage,
@@ -85,7 +86,14 @@ def check(config: ConfigDict) -> None:
         drawn |= {*named(section.conditioning)}
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
-    screener.check(config.to_dict())
+    check_filters(
+        FilterSettings(**section.filter),
+        # Recipes from a file may have any number of partners.
+        partners=1 if config.mix.file else config.mix.partners,
+        clip_path=section.clip,
+        base_path=config.base.path,
+        pretrain_image_encoder=config.pretrain.image_encoder.steps > 0,
+    )
     samplers.check_interval(section.guidance_interval)
 
 
@@ -120,11 +128,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if not fresh:
             _require_same_weights(workdir)
         _require_room(job)
-        plain = config.to_dict()
-        screen = screener.open_screen(plain, workdir, job.train, job.recipes)
+        filters = screener.open_screener(
+            FilterSettings(**section.filter),
+            workdir=workdir,
+            train=job.train,
+            recipes=job.recipes,
+            seed=config.seed,
+            clip_path=section.clip,
+            class_type=config.data.class_type,
+        )
         drawing = True
         for name in section.sets:
-            made, counted = _draw_set(job, name, screen)
+            made, counted = _draw_set(job, name, filters)
             artifacts += [f"{name}/{file}" for file in made]
             counts += counted
     except UserError:
@@ -132,8 +147,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             stage.abandon()  # nothing was added: other settings may follow
         raise
     _draw_figures(config, workdir, job)
-    artifacts += screen.write_facts(stage.folder)
-    counted = dict.fromkeys(("images", "redrawn", "left_out", *screen.counted), 0)
+    artifacts += filters.write_facts(stage.folder)
+    counted = dict.fromkeys(("images", "redrawn", "left_out", *filters.count_names), 0)
     stage.finish(artifacts, **counted | counts)
 
 
@@ -220,14 +235,14 @@ def _store(job: _Job, name: str) -> synthetic.Store:
 
 
 def _draw_set(
-    job: _Job, name: str, screen: screener.Screen
+    job: _Job, name: str, filters: screener.Screener
 ) -> tuple[list[str], Counter]:
     """Draws what a set lacks, and completes its folder.
 
     Args:
       job: of the run.
       name: of the set.
-      screen: the filters that leave images out.
+      filters: of the run.
 
     Returns:
       its files, relative to its folder, and counts for the manifest.
@@ -239,35 +254,38 @@ def _draw_set(
     done = len(recipes) - sum(map(len, groups))
     if parts:
         job.sampler.load(name)
-    bad = Counter(selection.given_up(store.recorded("notes")))
-    judge = screen.of_set(store.folder)
+    bad = Counter(selection.unusable_reasons(store.recorded("notes")))
+    screen = filters.for_set(store.folder)
     progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
     with contextlib.closing(progress), Background() as writer:
         drawing = zip(parts, groups, job.sampler.stream(groups), strict=True)
         for part, group, drawn in drawing:
             notes = draw_again(job.sampler.draw, group, drawn, section.max_redraws)
             done += len(group)
-            bad.update(selection.given_up(notes))
-            selection.require_few(name, bad, done, len(recipes))
+            bad.update(selection.unusable_reasons(notes))
+            selection.require_few_unusable(name, bad, done, len(recipes))
             redraws = {note["index"]: note["redraws"] for note in notes}
             rows = [_provenance(job, recipe, store.model, redraws) for recipe in group]
-            writer.submit(_write, job, store, part, drawn, rows, notes, judge)
+            writer.submit(_write, job, store, part, drawn, rows, notes, screen)
             progress.advance(len(group))
     if section.include_real:
         _write_real(job, store)
     store.restore_pictures()
-    listed, screened = screen.finish(store)
+    labels = store.labels()
+    listed, screened = filters.finish_set(
+        store.folder, store.recorded("removed"), labels
+    )
     names = store.finish() + listed
     names += dataset_card.write(store.folder, _facts(job, name, store))
     redrawn = sum(note["kept"] for note in store.recorded("notes"))
-    images = len(store.labels())
+    images = len(labels)
     counts = {"images": images, "redrawn": redrawn, "left_out": len(recipes) - images}
     return names, Counter(counts | screened)
 
 
-def _write(job: _Job, store, part, drawn, rows, notes, judge) -> None:
+def _write(job: _Job, store, part, drawn, rows, notes, screen) -> None:
     """Chooses images, brings them to their size and writes them, beside the device."""
-    kept, found = selection.judged(judge, drawn, rows)
+    kept, found = selection.select(drawn.images, drawn.health == 0, rows, screen)
     rows = [rows[place] for place in kept]
     images = [
         job.sized(drawn.images[place], row["source"])
@@ -343,7 +361,7 @@ def _facts(job: _Job, name: str, store: synthetic.Store) -> dataset_card.Facts:
     """What the card of a set tells."""
     config, names = job.config, job.train.class_names
     notes = store.recorded("notes")
-    left_out = Counter(selection.given_up(notes))
+    left_out = Counter(selection.unusable_reasons(notes))
     left_out += Counter(removed.reasons(store.recorded("removed")))
     counts = [
         np.bincount(store.labels(real=real), minlength=len(names)).tolist()

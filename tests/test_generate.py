@@ -360,14 +360,14 @@ def test_what_filters_find_is_left_out_shown_and_counted(make):
     train = splits.read_split(plain / "caption", "train")
     images, labels, sources = synthetic.read_images(plain / "generate" / "mixed")
     real, seen = (distances.pixels(some, 8) for some in (train.images, images))
-    own = real.of(np.asarray([train.ids.index(id_) for id_ in sources]))
+    own = real[np.asarray([train.ids.index(id_) for id_ in sources])]
     closest = distances.nearest(real, real, skip_self=True).different.min()
-    expected = {"copies": {*np.flatnonzero(distances.aligned(seen, own) < closest)}}
+    expected = {"copies": {*np.flatnonzero(distances.paired(seen, own) < closest)}}
     expected["outliers"] = set()
     for k in (0, 1):
-        members, mine = real.of(train.labels == k), np.flatnonzero(labels == k)
+        members, mine = real[train.labels == k], np.flatnonzero(labels == k)
         least = distances.nearest(members, members, skip_self=True).different.min()
-        far = distances.nearest(seen.of(mine), members).distance > least
+        far = distances.nearest(seen[mine], members).distance > least
         expected["outliers"] |= {*mine[far]}
     gone = expected["copies"] | expected["outliers"]
     assert 0 < len(expected["outliers"]) < len(gone) < len(images)

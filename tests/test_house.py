@@ -42,7 +42,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "models",
         "training",
     },
-    "screening": {"checkpoints", "data", "generation", "models"},
+    "screening": {"checkpoints", "data", "models"},
     "classification": {
         "augment",
         "checkpoints",
