@@ -336,7 +336,7 @@ GOOD = {
     "mvc_jax/mix.py": "from mvc_jax.data import order\nrun = 1",
     "mvc_jax/generate.py": "from mvc_jax import files\nfrom mvc_jax.mixing import mix",
     "mvc_jax/report.py": "from mvc_jax.stage import open_stage\nimport mvc_jax",
-    "mvc_jax/generation/sampler.py": "from mvc_jax.models import resnet",
+    "mvc_jax/generation/image_sampler.py": "from mvc_jax.models import resnet",
     "mvc_jax/data/order.py": "from . import folder\nfrom .folder import read",
     "mvc_jax/data/tfds.py": "def f():\n  import tensorflow\nnp.load(p)",
     "mvc_jax/models/attention.py": "import diffusers, transformers",

@@ -12,7 +12,7 @@ from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import UserError
 from mvc_jax.generation.conditionings import CONDITIONINGS
-from mvc_jax.generation.sampler import Sampler
+from mvc_jax.generation.image_sampler import ImageSampler
 
 TITLES = {  # in the order of the rows
     "image_embedding": "embedding of the image",
@@ -50,7 +50,7 @@ _SHARED = ("noise_seed", "text_scale", "image_scale")  # by all images of a sour
 
 def contact_sheet(
     path: epath.Path,
-    sampler: Sampler,
+    sampler: ImageSampler,
     recipes: Sequence[dict],
     train: Split,
     *,
@@ -93,7 +93,7 @@ def contact_sheet(
 
 def conditioning_figure(
     path: epath.Path,
-    sampler: Sampler,
+    sampler: ImageSampler,
     recipes: Sequence[dict],
     train: Split,
     *,
@@ -145,7 +145,7 @@ def conditioning_figure(
 
 
 def level_figure(
-    path: epath.Path, sampler: Sampler, recipes: Sequence[dict], train: Split
+    path: epath.Path, sampler: ImageSampler, recipes: Sequence[dict], train: Split
 ) -> None:
     """Draws Figure 5 of the supplement: increasing numbers of dims and of tokens.
 
@@ -193,7 +193,7 @@ def _model_order(name: str) -> tuple[bool, str]:
 
 
 def _draw(
-    sampler: Sampler, name: str, recipes: Sequence[dict | None]
+    sampler: ImageSampler, name: str, recipes: Sequence[dict | None]
 ) -> list[np.ndarray | None]:
     """Draws the images of set `name`; None where there is no recipe."""
     sampler.load(name)

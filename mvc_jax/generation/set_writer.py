@@ -9,8 +9,8 @@ from jaxtyping import UInt8
 from mvc_jax.data import decode
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import require_disk_space
+from mvc_jax.generation.image_sampler import Settings
 from mvc_jax.generation.image_status import Drawn
-from mvc_jax.generation.sampler import Settings
 from mvc_jax.generation.synthetic import Part, Store, real_row
 
 # (images, whether each is usable, their provenance) -> indices of the images to keep,

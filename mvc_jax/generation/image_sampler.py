@@ -59,7 +59,7 @@ class Settings:
     attention: str = "auto"
 
 
-class Sampler:
+class ImageSampler:
     """A model on the devices, and the compiled programs that sample from it."""
 
     def __init__(
