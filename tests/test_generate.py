@@ -12,14 +12,15 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mvc_jax import files, generate, mix
+from mvc_jax import files, generate, mix, train
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import UserError
-from mvc_jax.generation import preview, sampler, synthetic
-from mvc_jax.generation.conditionings import CONDITIONINGS, Texts
+from mvc_jax.generation import image_sampler, image_status, synthetic
+from mvc_jax.generation.conditionings import CONDITIONINGS
+from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.mixing import operations
 from mvc_jax.screening import distances
 from mvc_jax.stage import open_stage, read_manifest
@@ -133,18 +134,18 @@ def pixels(workdir, name="mixed"):
 def compiled_once():
     """Samplers of the same settings, on the same devices, share their program."""
     programs = {}
-    build = sampler.Sampler._compiled
+    build = image_sampler.ImageSampler._compiled
 
     def compiled(self, model, network):
         if network is not None:
             return build(self, model, network)
-        key = self._settings, self._mesh
+        key = self.settings, self._mesh
         if key not in programs:
             programs[key] = build(self, model, network)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler.Sampler, "_compiled", compiled)
+        patch.setattr(image_sampler.ImageSampler, "_compiled", compiled)
         yield
 
 
@@ -173,13 +174,13 @@ def test_a_rerun_fills_in_only_what_is_missing(make, monkeypatch):
     shard = folder / "mixed" / "data" / "train-00001.parquet"
     picture = next(folder.glob("mixed/train/one/*.png"))
     drawn = []
-    stream = sampler.Sampler.stream
+    stream = image_sampler.ImageSampler.stream
 
     def counted(self, groups, redraw=0):
         drawn.extend(recipe["index"] for group in groups for recipe in group)
         return stream(self, groups, redraw)
 
-    monkeypatch.setattr(sampler.Sampler, "stream", counted)
+    monkeypatch.setattr(image_sampler.ImageSampler, "stream", counted)
     shard.unlink()
     picture.unlink()
     make(workdir)
@@ -197,9 +198,9 @@ def opened(workdir, devices, batch_size):
     """A sampler, and the recipes of its run."""
     mesh = sharding.make_mesh(devices, 1, jax.devices()[:devices])
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
-    texts = Texts(open_cache(workdir / "encode"), operations.widths_of(recipes))
-    asked = sampler.Settings(sampler="ddim", steps=2, batch_size=batch_size)
-    return sampler.Sampler(epath.Path(workdir), mesh, asked, texts), recipes
+    texts = TextInputs(open_cache(workdir / "encode"), operations.widths_of(recipes))
+    asked = image_sampler.Settings(sampler="ddim", steps=2, batch_size=batch_size)
+    return image_sampler.ImageSampler(epath.Path(workdir), mesh, asked, texts), recipes
 
 
 def test_neither_batch_nor_devices_change_an_image(make):
@@ -210,7 +211,7 @@ def test_neither_batch_nor_devices_change_an_image(make):
         opened_, recipes = opened(workdir, devices, batch_size)
         opened_.load("mixed")
         drawn = opened_.draw(recipes)
-        assert not drawn.health.any()
+        assert not drawn.status.any()
         assert np.abs(drawn.images.astype(int) - stored).max() <= (devices == 1)
         some = [recipes[k] for k in (9, 2, 3)]
         again = opened_.draw(some).images
@@ -218,7 +219,7 @@ def test_neither_batch_nor_devices_change_an_image(make):
 
 
 def test_image_k_has_its_row_of_the_batch():
-    batches = sampler.aligned([6, 7, 8, 9, 10, 14], 4)
+    batches = image_sampler.batches_by_index([6, 7, 8, 9, 10, 14], 4)
     assert [batch.tolist() for batch in batches] == [
         [2, 3, 0, 1],
         [-1, -1, 4, -1],
@@ -241,13 +242,17 @@ def test_sets_differ_in_what_they_say_and_share_sources_and_noise(make):
     assert not (workdir / "generate" / "mixed" / "train").exists()
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
     cache = open_cache(workdir / "encode")
-    texts = Texts(
+    texts = TextInputs(
         cache, operations.widths_of(recipes), noise_scale=0.5, interpolation=0.25
     )
     states = {
-        name: np.asarray(CONDITIONINGS[name].states(texts, recipes)) for name in names
+        name: np.asarray(TEXT_STATES[CONDITIONINGS[name].text](texts, recipes))
+        for name in names
     }
-    own, partner = texts.own(recipes), texts.partner(recipes)
+    own, partner = (
+        cache.states_of(rows)
+        for rows in (texts.source_rows(recipes), texts.partner_rows(recipes))
+    )
     for name in ("unmixed", "pretrained", "caption_only"):
         np.testing.assert_array_equal(states[name], own)
     np.testing.assert_allclose(
@@ -265,12 +270,12 @@ def test_a_recipe_of_another_set_tells_what_is_true_of_it():
     recipe = {"index": 3, "source": "a", "partners": ["b", "c"], "mode": "both"}
     recipe |= {"positions": [1], "donors": [1], "dims": [[2]], "dim_donors": [0]}
     recipe |= {"dim_tokens": [1, 9], "noise_seed": 3}
-    assert CONDITIONINGS["mixed"].recipe(recipe, "mixed") == recipe
+    assert CONDITIONINGS["mixed"].applied(recipe, "mixed") == recipe
     blank = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
     blank |= {"dim_tokens": [1, 1]}
     for name, partners in (("unmixed", []), ("interpolated", ["b"])):
         expected = recipe | blank | {"mode": name, "partners": partners}
-        assert CONDITIONINGS[name].recipe(recipe, name) == expected
+        assert CONDITIONINGS[name].applied(recipe, name) == expected
 
 
 # Guards.
@@ -285,15 +290,15 @@ def test_images_are_examined():
     shown[5] = [0, 0, 0]
     shown[5, 2, 2] = 9  # a spot
     images = images.astype(np.float32)
-    flags = sampler.examine(*map(jnp.asarray, (latents, images, shown)))
-    words = [sampler.HEALTH[flag] for flag in np.asarray(flags)]
-    assert words == ["fine", "NaN", "NaN", "black", "constant", "fine"]
+    flags = image_status.image_status(*map(jnp.asarray, (latents, images, shown)))
+    words = [image_status.STATUSES[flag] for flag in np.asarray(flags)]
+    assert words == ["ok", "NaN", "NaN", "black", "constant", "ok"]
 
 
 def test_a_redraw_has_noise_of_its_own_and_the_first_draw_that_of_its_seed():
     key = jax.random.key(0)
     seeds = jnp.asarray([4, 4, 4, 5])
-    keys = sampler.image_keys(key, seeds, jnp.asarray([0, 1, 2, 1]))
+    keys = image_sampler.image_keys(key, seeds, jnp.asarray([0, 1, 2, 1]))
     data = np.asarray(jax.random.key_data(keys))
     assert len({row.tobytes() for row in data}) == 4
     first = jax.random.key_data(jax.random.fold_in(key, 4))
@@ -302,17 +307,17 @@ def test_a_redraw_has_noise_of_its_own_and_the_first_draw_that_of_its_seed():
 
 def flagging(monkeypatch, flags):
     """Makes image k count as bad, `flags[k]` times."""
-    fetched = sampler.Sampler.stream
+    fetched = image_sampler.ImageSampler.stream
 
     def stream(self, groups, redraw=0):
         groups = list(groups)
         for group, drawn in zip(groups, fetched(self, groups, redraw), strict=True):
             for place, recipe in enumerate(group):
                 if redraw < flags.get(recipe["index"], 0):
-                    drawn.health[place] = 1
+                    drawn.status[place] = 1
             yield drawn
 
-    monkeypatch.setattr(sampler.Sampler, "stream", stream)
+    monkeypatch.setattr(image_sampler.ImageSampler, "stream", stream)
 
 
 def test_bad_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
@@ -534,12 +539,12 @@ def test_images_of_any_size_in_any_form(make):
 def test_a_sheet_to_look_at_leaves_the_stage_as_it_was(make):
     workdir = make(limit=3)
     folder = workdir / "generate"
-    assert [path.name for path in folder.iterdir()] == [preview.CONTACT_SHEET]
-    with Image.open(folder / preview.CONTACT_SHEET) as picture:
+    assert [path.name for path in folder.iterdir()] == [generate.CONTACT_SHEET]
+    with Image.open(folder / generate.CONTACT_SHEET) as picture:
         sheet = np.asarray(picture.convert("RGB"))
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 99
     make(workdir, guidance_rescale=0.5)  # another setting than that of the sheet
     done = digests(folder)
     make(workdir, guidance_rescale=0.5, limit=2)
     changed = {k for k, v in digests(folder).items() if done[k] != v}
-    assert changed == {preview.CONTACT_SHEET}
+    assert changed == {generate.CONTACT_SHEET}

@@ -1,4 +1,4 @@
-"""Recipes read back from a file that was edited by hand."""
+"""Reading a recipe file that was edited by hand."""
 
 import pytest
 from recipe_rows import read, some_recipes, written
@@ -11,7 +11,7 @@ def made():
     return some_recipes()
 
 
-DAMAGE = [  # an edit of row 2, of class 0, and what is said of it
+DAMAGE = [  # an edit of row 2, of class 0, and the error
     ({"source": "x"}, "source 'x' is not a training image"),
     ({"partners": ["i3", "x"]}, "partner 'x' is not a training image"),
     ({"partners": []}, "no partner"),
@@ -53,15 +53,17 @@ DAMAGE = [  # an edit of row 2, of class 0, and what is said of it
 ]
 
 
-@pytest.mark.parametrize(("edit", "said"), DAMAGE, ids=[said for _, said in DAMAGE])
-def test_a_damaged_row_is_named_with_its_line(tmp_path, made, edit, said):
+@pytest.mark.parametrize(
+    ("edit", "message"), DAMAGE, ids=[message for _, message in DAMAGE]
+)
+def test_a_damaged_row_is_named_with_its_line(tmp_path, made, edit, message):
     made[2] |= {"positions": [1, 2], "donors": [0, 0]} | edit
     path = written(tmp_path / "recipes.jsonl", made)
     with pytest.raises(UserError) as error:
         read(path)
     assert str(error.value).startswith(f"{path}: wanted valid recipes")
     assert "got 1 invalid: line 3: " in str(error.value)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert len(error.value.details) == 1
 
 
@@ -81,31 +83,31 @@ def test_all_damaged_rows_are_listed(tmp_path, made):
 
 
 @pytest.mark.parametrize(
-    ("kept", "said"), [(slice(1, None), "index 0:"), (slice(0, 0), "no rows")]
+    ("kept", "message"), [(slice(1, None), "index 0:"), (slice(0, 0), "no rows")]
 )
-def test_no_index_may_be_missing(tmp_path, made, kept, said):
-    with pytest.raises(UserError, match=said):
+def test_no_index_may_be_missing(tmp_path, made, kept, message):
+    with pytest.raises(UserError, match=message):
         read(written(tmp_path / "recipes.jsonl", made[kept]))
 
 
-def test_an_index_far_out_is_one_sentence(tmp_path, made):
-    """At once, and in no more memory than its rows take."""
+def test_a_huge_index_is_reported(tmp_path, made):
+    """Without listing, or storing, all that are missing."""
     made[-1]["index"] = 2**31 - 1
     with pytest.raises(UserError, match=r"no row has index 7, 8, 9.*, \.\.\."):
         read(written(tmp_path / "recipes.jsonl", made))
 
 
-def test_a_file_must_be_there_and_be_text(tmp_path):
+def test_a_file_must_exist_and_be_text(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes("é".encode("latin-1"))
-    for name, said in (
+    for name, message in (
         ("none", "no such file"),
         ("", "a folder"),
         ("latin.jsonl", "U"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             read(tmp_path / name)
 
 
-def test_partners_of_another_class_are_for_those_who_ask(tmp_path, made):
+def test_partners_of_another_class_can_be_allowed(tmp_path, made):
     made[2]["partners"] = ["i3", "i1"]
     assert read(written(tmp_path / "recipes.jsonl", made), any_partner=True) == made
