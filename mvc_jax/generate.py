@@ -165,7 +165,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             class_type=config.data.class_type,
         )
         drawing = True
-        for name, writer in writers.items():
+        for name in sorted(section.sets, key=conditionings.model_order):
+            writer = writers[name]
             applied = [
                 conditionings.CONDITIONINGS[name].applied(recipe, name)
                 for recipe in recipes

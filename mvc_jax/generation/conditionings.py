@@ -105,6 +105,11 @@ CONDITIONINGS = {
 }
 
 
+def model_order(name: str) -> tuple[bool, str]:
+    """Sort key of sets, by which each model is loaded once."""
+    return not CONDITIONINGS[name].finetuned, CONDITIONINGS[name].needs
+
+
 def parse_names(value: str) -> tuple[str, ...]:
     """Parses `generate.conditioning`: `all`, or names separated by commas.
 

@@ -11,7 +11,7 @@ from mvc_jax import files, pictures
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import UserError
-from mvc_jax.generation.conditionings import CONDITIONINGS
+from mvc_jax.generation.conditionings import CONDITIONINGS, model_order
 from mvc_jax.generation.image_sampler import ImageSampler
 
 TITLES = {  # in the order of the rows
@@ -127,7 +127,7 @@ def conditioning_figure(
     headings = [train.class_names[train.labels[i]] for i in sources]
     drawn: dict[str, list] = {}
     left_out = []
-    for name in sorted(names, key=_model_order):
+    for name in sorted(names, key=model_order):
         try:
             drawn[name] = _draw(sampler, name, firsts)
         except UserError as error:
@@ -185,11 +185,6 @@ def _sources(by_source: Collection[str], train: Split, count: int) -> list[int]:
     rows = np.flatnonzero([id_ in by_source for id_ in train.ids])
     pairs = np.stack([rows, rows], axis=1)
     return pairs_of_all_classes(pairs, train.labels, count)[:, 0].tolist()
-
-
-def _model_order(name: str) -> tuple[bool, str]:
-    """Sort key with which each model is loaded once."""
-    return not CONDITIONINGS[name].finetuned, CONDITIONINGS[name].needs
 
 
 def _draw(
