@@ -364,9 +364,9 @@ def _machine_captions(
 
 def _network(captioner: str) -> ModuleType:
     if captioner == "blip2":
-        from mvc_jax.models import blip2 as network
+        from mvc_jax.checkpoints import blip2_captioner as network
     else:
-        from mvc_jax.models import vit_gpt2 as network
+        from mvc_jax.checkpoints import vit_gpt2_captioner as network
     return network
 
 

@@ -19,7 +19,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.checkpoints import diffusers_layout, model_card, pipeline_folder
+from mvc_jax.checkpoints import (
+    diffusers_layout,
+    lora_file,
+    model_card,
+    pipeline_folder,
+)
 from mvc_jax.data import order, splits
 from mvc_jax.data.cache import open_cache, pairs_of_all_classes, read_pairs
 from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
@@ -170,7 +175,9 @@ def trained_and_frozen(config: ConfigDict, unet: dict, dtype: str):
     if config.finetune.mode == "full":
         return unet, {}
     draw = order.generator(config.seed, "finetune/lora")
-    adapters = lora.init(unet, rng=draw, **config.finetune.lora)
+    adapters = lora.init(
+        unet, name_of=lora_file.layer_name, rng=draw, **config.finetune.lora
+    )
     return adapters, {"base": lora.frozen(unet, dtype)}
 
 
@@ -214,7 +221,9 @@ def export(config, workdir, model, params, state) -> list[str]:
     """
     folder, trained, written = workdir / "finetune", state.averaged, []
     if config.finetune.mode == "lora":
-        written += [f"lora/{name}" for name in lora.write(folder / "lora", trained)]
+        written += [
+            f"lora/{name}" for name in lora_file.write(folder / "lora", trained)
+        ]
         # The base again, for on the device it may have been rounded to bfloat16.
         _, whole = load_base(workdir, ("unet",))
         trained = lora.merge(whole["unet"], trained)

@@ -13,12 +13,17 @@ from PIL import Image
 from test_controlnet import base as two_levels
 
 from mvc_jax import files, generate, mix
-from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.checkpoints import (
+    clip_checkpoint,
+    controlnet_checkpoint,
+    diffusers_layout,
+)
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
 from mvc_jax.generation import ablation, preview, synthetic
 from mvc_jax.generation.conditionings import CONDITIONINGS
-from mvc_jax.models import clip, controlnet
+from mvc_jax.models import clip
+from mvc_jax.pretraining import companions
 from mvc_jax.stage import open_stage
 
 NEW = ("image_embedding", "image_number", "embedding_difference", "controlnet")
@@ -85,17 +90,21 @@ def run(request, tiny, write_shards, tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp(request.param))
     draw = np.random.default_rng(0)
     _encoded(workdir, model, write_shards, draw)
-    network = controlnet.of_unet(model)
+    network = companions.new_controlnet(model)
     # As after training: zero convolutions that are not zero any more.
-    control = _noisy(controlnet.start(network, params["unet"], draw), draw)
+    control = _noisy(
+        companions.initial_controlnet_params(network, params["unet"], draw), draw
+    )
     tower = clip.small_tower(
         side=8, patch=4, width=8, layers=1, heads=2, embedding=model.text_width
     )
     random = functools.partial(sd_families.random, "tower")
     folder = workdir / "pretrain"
-    clip.save(folder / "model", tower, random(tower.shapes()))
-    diffusers_layout.save(folder / "model", model, params, beside=clip.INDEX_ENTRIES)
-    controlnet.save(folder / "controlnet", network, control)
+    clip_checkpoint.save(folder / "model", tower, random(tower.shapes()))
+    diffusers_layout.save(
+        folder / "model", model, params, index_entries=clip_checkpoint.INDEX_ENTRIES
+    )
+    controlnet_checkpoint.save(folder / "controlnet", network, control)
     _finish(workdir, "pretrain", ["model/model_index.json"])
     model, params = model.widened(params)
     params = params | {"unet": _noisy(params["unet"], draw)}
@@ -243,7 +252,7 @@ def test_what_cannot_be_drawn_is_refused_before_any_work(case):
 
 def test_an_embedding_of_another_width_is_refused(tmp_path):
     tower = clip.small_tower(side=8, patch=4, width=8, layers=1, heads=2, embedding=24)
-    clip.save(tmp_path, tower, sd_families.random("tower", tower.shapes()))
+    clip_checkpoint.save(tmp_path, tower, sd_families.random("tower", tower.shapes()))
     config = _config(sets=("image_embedding",), clip=str(tmp_path / "image_encoder"))
     with pytest.raises(UserError, match="64 dims, as wide.*got 24"):
         generate.check(config)
@@ -252,9 +261,9 @@ def test_an_embedding_of_another_width_is_refused(tmp_path):
 def test_a_controlnet_of_another_base_is_refused(tmp_path):
     model, params = _real()
     diffusers_layout.save(tmp_path / "base", model, params)
-    network = controlnet.of_unet(model)
+    network = companions.new_controlnet(model)
     random = sd_families.random("control", network.shapes())
-    controlnet.save(tmp_path / "control", network, random)
+    controlnet_checkpoint.save(tmp_path / "control", network, random)
     path = tmp_path / "control" / "config.json"
     written = json.loads(path.read_text()) | {"cross_attention_dim": 768}
     path.write_text(json.dumps(written))

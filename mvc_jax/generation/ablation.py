@@ -17,7 +17,12 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+from mvc_jax.checkpoints import (
+    clip_checkpoint,
+    controlnet_checkpoint,
+    diffusers_layout,
+    pipeline_folder,
+)
 from mvc_jax.data import edges
 from mvc_jax.errors import UserError
 from mvc_jax.models import clip, controlnet, stable_diffusion
@@ -74,7 +79,7 @@ class AblationModels:
                 "Stable Diffusion 1.x, or set "
                 "--config.pretrain.image_encoder.steps=500.",
             )
-        tower = clip.check(path, field=CLIP_FIELD)
+        tower = clip_checkpoint.check(path, field=CLIP_FIELD)
         width = self._base_text_width()
         if tower is not None and width is not None:
             _require_width(tower, width, path)
@@ -82,7 +87,9 @@ class AblationModels:
     def _check_controlnet(self) -> None:
         if self.controlnet:
             configs = self._base_configs()
-            controlnet.check(self.controlnet, configs, field=CONTROLNET_FIELD)
+            controlnet_checkpoint.check(
+                self.controlnet, configs, field=CONTROLNET_FIELD
+            )
         elif self.base or not self.controlnet_steps:
             got, fix = "none", "."
             if not self.base:
@@ -153,13 +160,13 @@ class AblationInputs:
         self.models.check("controlnet")
         model, _ = diffusers_layout.load(components=(), **self.base)
         path = self.models.controlnet or self.own_controlnet
-        return controlnet.load(path, model.configs, field=CONTROLNET_FIELD)
+        return controlnet_checkpoint.load(path, model.configs, field=CONTROLNET_FIELD)
 
     @functools.cached_property
     def _tower(self) -> tuple[clip.Clip, Callable]:
         self.models.check("image_tower")
         path = self.models.clip or pipeline_folder.resolve(**self.base)[0]
-        tower, params = clip.load(path, field=CLIP_FIELD)
+        tower, params = clip_checkpoint.load(path, field=CLIP_FIELD)
         model, _ = diffusers_layout.load(components=(), **self.base)
         _require_width(tower, model.text_width, path)
         return tower, self._batched(tower.image_embeddings, params)
