@@ -255,8 +255,8 @@ def _filters(folder: epath.Path) -> dict[str, dict]:
 
 def _describe(points: distances.Points, labels: np.ndarray) -> dict[str, float | int]:
     """Count, and diversity: mean distance of two different images of a class."""
-    members = [points.of(labels == label) for label in np.unique(labels)]
-    within = [distances.mean_within(some) for some in members if len(some) > 1]
+    members = [points[labels == label] for label in np.unique(labels)]
+    within = [distances.mean_pairwise(some) for some in members if len(some) > 1]
     diversity = float(np.mean(within)) if within else 0.0
     return {"images": len(points), "diversity": diversity}
 
@@ -283,7 +283,7 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
         f"{spread} on one split and one generator; "
         "another split (--config.seed) moves every row.",
         "Distances are root mean squared pixel differences of images in [0, 1], at no "
-        f"more than {distances.LOOK} pixels. A copy "
+        f"more than {distances.MAX_SIZE} pixels. A copy "
         "is nearer to a training image than any two training images are to each other.",
     ]
 

@@ -11,7 +11,7 @@ import pytest
 from mvc_jax import files, finetune
 from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
-from mvc_jax.generation import sampler
+from mvc_jax.generation import image_sampler
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state, fit
@@ -121,7 +121,7 @@ def sample(tiny, cache, mesh, index, batch_size):
     model, params = model.widened(params)
     sample_batch = jax.jit(
         functools.partial(
-            sampler.sample_images,
+            image_sampler.sample_images,
             model=model,
             network=None,
             solver=model.solver("ddim", 3),
@@ -146,8 +146,8 @@ def sample(tiny, cache, mesh, index, batch_size):
         }
         padded = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
         padded = jax.device_put(padded, sharding.batch_sharding(mesh))
-        out, health = sample_batch(params, padded, null, rng.purpose_key(0, "noise"))
-        assert not np.asarray(health)[: len(part)].any()
+        out, status = sample_batch(params, padded, null, rng.purpose_key(0, "noise"))
+        assert not np.asarray(status)[: len(part)].any()
         images.append(np.asarray(out)[: len(part)])
     return np.concatenate(images).astype(int)
 

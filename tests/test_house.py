@@ -42,7 +42,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "models",
         "training",
     },
-    "screening": {"checkpoints", "data", "generation", "models"},
+    "screening": {"checkpoints", "data", "models"},
     "classification": {
         "augment",
         "checkpoints",
@@ -346,7 +346,7 @@ GOOD = {
     "mvc_jax/mix.py": "from mvc_jax.data import order\nrun = 1",
     "mvc_jax/generate.py": "from mvc_jax import files\nfrom mvc_jax.mixing import mix",
     "mvc_jax/report.py": "from mvc_jax.stage import open_stage\nimport mvc_jax",
-    "mvc_jax/generation/sampler.py": "from mvc_jax.models import resnet",
+    "mvc_jax/generation/image_sampler.py": "from mvc_jax.models import resnet",
     "mvc_jax/data/order.py": "from . import folder\nfrom .folder import read",
     "mvc_jax/data/tfds.py": "def f():\n  import tensorflow\nnp.load(p)",
     "mvc_jax/models/flax_classes.py": "import diffusers, transformers",
