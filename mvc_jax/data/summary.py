@@ -35,7 +35,7 @@ def write_contact_sheet(folder: epath.Path) -> None:
         images += [None] * (columns - len(images))
         cells = [pictures.Cell(heading="", image=image) for image in images]
         rows.append(pictures.Row(name=f"{_short(name)} ({len(mine)})", cells=cells))
-    content = pictures.grid_png(rows, _TILE, most_bytes=_SHEET_BYTES)
+    content = pictures.grid_png(rows, _TILE, max_bytes=_SHEET_BYTES)
     files.write_bytes(folder / "contact_sheet.png", content)
 
 
