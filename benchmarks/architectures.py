@@ -73,8 +73,8 @@ def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
     """
     from mvc_jax.checkpoints import diffusers_layout
     from mvc_jax.models import stable_diffusion
-    from mvc_jax.pretrain import SCHEDULER
     from mvc_jax.pretraining import tokenizer
+    from mvc_jax.pretraining.small import SCHEDULER
 
     configs = {"unet": UNETS[size] | (unet or {}), "vae": VAES[size]}
     configs |= {"text_encoder": TEXTS[size], "scheduler": dict(SCHEDULER)}

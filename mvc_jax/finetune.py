@@ -19,7 +19,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.checkpoints import diffusers_layout, model_card, pipeline_folder
+from mvc_jax.checkpoints import (
+    diffusers_layout,
+    lora_file,
+    model_card,
+    pipeline_folder,
+)
 from mvc_jax.data import order, splits
 from mvc_jax.data.cache import open_cache, pairs_of_all_classes, read_pairs
 from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
@@ -32,7 +37,7 @@ from mvc_jax.training.gallery import Gallery
 from mvc_jax.training.loop import TrainState, create_state, fit, gradients
 from mvc_jax.training.memory import MemoryBudget
 from mvc_jax.training.throughput import count_flops
-from mvc_jax.training.train_logger import TrainLogger, Watch
+from mvc_jax.training.train_logger import DrawHook, TrainLogger
 
 # They change what is kept, what is shown or how fast it goes, but not what is computed.
 _NO_RESULT = (
@@ -139,7 +144,7 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
             seed=config.seed,
             batch_size=section.batch_size,
         ),
-        fixed=fixed,
+        constants=fixed,
         mesh=mesh,
         steps=section.steps,
         checkpoints=Checkpoints(
@@ -155,7 +160,7 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
             log_every=section.log_every,
             max_skipped=section.max_skipped,
             flops=step_flops(model, section.mode, *cache.moments.shape[1:3]),
-            watch=gallery and Watch(section.sample_every, gallery.draw),
+            draw_hook=gallery and DrawHook(section.sample_every, gallery.draw),
         ),
         accumulate=section.accumulate,
         memory_budget=MemoryBudget(
@@ -170,7 +175,9 @@ def trained_and_frozen(config: ConfigDict, unet: dict, dtype: str):
     if config.finetune.mode == "full":
         return unet, {}
     draw = order.generator(config.seed, "finetune/lora")
-    adapters = lora.init(unet, rng=draw, **config.finetune.lora)
+    adapters = lora.init(
+        unet, name_of=lora_file.layer_name, rng=draw, **config.finetune.lora
+    )
     return adapters, {"base": lora.frozen(unet, dtype)}
 
 
@@ -214,7 +221,9 @@ def export(config, workdir, model, params, state) -> list[str]:
     """
     folder, trained, written = workdir / "finetune", state.averaged, []
     if config.finetune.mode == "lora":
-        written += [f"lora/{name}" for name in lora.write(folder / "lora", trained)]
+        written += [
+            f"lora/{name}" for name in lora_file.write(folder / "lora", trained)
+        ]
         # The base again, for on the device it may have been rounded to bfloat16.
         _, whole = load_base(workdir, ("unet",))
         trained = lora.merge(whole["unet"], trained)

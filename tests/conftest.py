@@ -17,6 +17,12 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("mvc_jax", "beartype.beartype")
 
+# The parity tests compare Flax with the PyTorch classes of the same libraries.
+os.environ["USE_TORCH"] = "1"
+from mvc_jax.models import flax_classes  # noqa: E402, F401
+
+del os.environ["USE_TORCH"]  # not for subprocesses
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -34,8 +40,8 @@ def tiny(tmp_path_factory):
     """
     from mvc_jax.checkpoints import diffusers_layout
     from mvc_jax.models import stable_diffusion
-    from mvc_jax.pretrain import SCHEDULER
     from mvc_jax.pretraining import tokenizer
+    from mvc_jax.pretraining.small import SCHEDULER
 
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.train(

@@ -43,9 +43,9 @@ def denoise(model, params, **changes):
     return jax.jit(model.denoise)({"unet": params["unet"]}, *inputs())
 
 
-def layer(asked="auto", **changes):
+def layer(choice="auto", **changes):
     of_sd = {"backend": "cuda", "dtype": "bfloat16", "width": 40}
-    return of_sd | {"asked": asked, "q_tokens": 4096, "kv_tokens": 4096} | changes
+    return of_sd | {"choice": choice, "q_tokens": 4096, "kv_tokens": 4096} | changes
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_each_layer_runs_what_its_shape_and_dtype_allow(given, chosen):
 
 
 @pytest.mark.parametrize(
-    "asked, backend, dtype, said",
+    "choice, backend, dtype, message",
     [
         ("flash", "cpu", "float32", "one of auto, xla, mapped, cudnn"),
         ("cudnn", "cpu", "bfloat16", "NVIDIA GPU"),
@@ -86,11 +86,11 @@ def test_each_layer_runs_what_its_shape_and_dtype_allow(given, chosen):
     ],
 )
 def test_what_cannot_run_at_all_is_an_error_before_compiling(
-    asked, backend, dtype, said
+    choice, backend, dtype, message
 ):
     field = "config.finetune.attention"
-    with pytest.raises(UserError, match=said) as error:
-        attention.check(asked, field=field, backend=backend, dtype=dtype)
+    with pytest.raises(UserError, match=message) as error:
+        attention.check(choice, field=field, backend=backend, dtype=dtype)
     assert error.value.name == field
     attention.check("cudnn", field=field, backend="cuda", dtype="bfloat16")
     attention.check("auto", field=field, backend=backend, dtype=dtype)
@@ -119,8 +119,8 @@ def test_mapped_attention_and_its_gradients_are_the_plain_ones(shape, seed):
     cotangent = draw(shape["tokens"])
 
     @functools.partial(jax.jit, static_argnums=0)
-    def both(asked):
-        attend = functools.partial(attention.attend, asked=asked)
+    def both(choice):
+        attend = functools.partial(attention.attend, choice=choice)
         value, backward = jax.vjp(attend, *inputs)
         return value, *backward(cotangent)
 
@@ -128,14 +128,14 @@ def test_mapped_attention_and_its_gradients_are_the_plain_ones(shape, seed):
         np.testing.assert_allclose(mapped, plain, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("asked", ["xla", "mapped"])
-def test_the_softmax_is_float32_in_bfloat16(asked):
+@pytest.mark.parametrize("choice", ["xla", "mapped"])
+def test_the_softmax_is_float32_in_bfloat16(choice):
     """Scores of some hundreds, 1 apart: bfloat16 would round their differences away."""
     query = jnp.full((1, 1, 1, 1), 1.0, jnp.bfloat16)
     key = jnp.asarray([256.0, 258.0, 260.0], jnp.bfloat16).reshape(1, 3, 1, 1)
     value = jnp.asarray([0.0, 0.5, 1.0], jnp.bfloat16).reshape(1, 3, 1, 1)
     query = query * jnp.bfloat16(1.0078125)  # the scores are no bfloat16 numbers
-    output = attention.attend(query, key, value, asked=asked)
+    output = attention.attend(query, key, value, choice=choice)
     scores = 1.0078125 * np.array([256.0, 258.0, 260.0])
     weights = np.exp(scores - scores.max())
     expected = weights @ [0.0, 0.5, 1.0] / weights.sum()
@@ -154,7 +154,7 @@ def test_the_unet_predicts_what_the_library_s_own_attention_does(tiny, predicted
 
     @jax.jit
     def library(params):
-        with attention.exact():
+        with attention.match_pytorch():
             return model.unet.apply(
                 {"params": params}, latents.transpose(0, 3, 1, 2), timesteps, states
             ).sample.transpose(0, 2, 3, 1)
@@ -162,9 +162,9 @@ def test_the_unet_predicts_what_the_library_s_own_attention_does(tiny, predicted
     np.testing.assert_allclose(predicted, library(params["unet"]), atol=2e-5)
 
 
-@pytest.mark.parametrize("asked", ["mapped", "auto"])
-def test_every_implementation_predicts_the_same(tiny, predicted, asked):
-    ours = denoise(*tiny, attention=asked)
+@pytest.mark.parametrize("choice", ["mapped", "auto"])
+def test_every_implementation_predicts_the_same(tiny, predicted, choice):
+    ours = denoise(*tiny, attention=choice)
     np.testing.assert_allclose(ours, predicted, atol=2e-5)
 
 
@@ -200,7 +200,7 @@ def test_statistics_of_group_norm_stay_float32_in_bfloat16():
     values = jnp.asarray(256 + 4 * rng.normal(size=(1, 16, 16, 32)), jnp.bfloat16)
     norm = nn.GroupNorm(num_groups=2)
     variables = norm.init(jax.random.key(0), values)
-    with attention.running("auto"):
+    with attention.implemented_by("auto"):
         output = norm.apply(variables, values)
     assert output.dtype == jnp.bfloat16
     exact = np.asarray(values, np.float64).reshape(256, 2, 16)
@@ -262,7 +262,7 @@ MEMORY = """
 import dataclasses, jax, sys
 from mvc_jax.models import remat
 from mvc_jax.models.stable_diffusion import StableDiffusion
-from mvc_jax.pretrain import SCHEDULER
+from mvc_jax.pretraining.small import SCHEDULER
 from mvc_jax.training import runtime
 
 runtime.set_up(sys.argv[1])

@@ -33,7 +33,7 @@ from jax.extend.core import jaxprs_in_params
 from mvc_jax import encode, files
 from mvc_jax.checkpoints import diffusers_layout, families, pipeline_folder, weights
 from mvc_jax.errors import UserError
-from mvc_jax.models.stable_diffusion import FlaxAutoencoderKL, FlaxUNet2DConditionModel
+from mvc_jax.models.flax_classes import FlaxAutoencoderKL, FlaxUNet2DConditionModel
 
 # Checkpoints as PyTorch writes them.
 
@@ -665,4 +665,4 @@ def test_a_base_of_pretrain_has_no_name(original, tmp_path):
     own = workdir / "pretrain" / "model"
     assert os.fspath(find_base(config_of(""), workdir, record)) == str(own)
     assert files.read_json(record) == {"path": "", "variant": "", "revision": None}
-    assert diffusers_layout.recorded(record, own)["path"] == own
+    assert diffusers_layout.recorded_base(workdir)["path"] == own

@@ -418,7 +418,7 @@ def test_what_is_missing_or_of_another_shape_is_listed(tmp_path):
     with pytest.raises(UserError) as error:
         read(tmp_path, RESNET)
     assert "layer2.1.bn2.running_var is missing" in str(error.value)
-    assert "layer2.1.bn2.bias makes [5], not [16]" in str(error.value)
+    assert "layer2.1.bn2.bias has shape [5], not [16]" in str(error.value)
 
 
 @pytest.mark.parametrize(

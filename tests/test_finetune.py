@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mvc_jax import finetune, generate, train
-from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.checkpoints import diffusers_layout, lora_file
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
@@ -97,7 +97,11 @@ def test_adapters_start_as_the_base_and_train_alone(wide):
     model, params = wide
     batch = make_batch(6)
     adapters = lora.init(
-        params["unet"], rank=2, targets=("to_q",), rng=np.random.default_rng(0)
+        params["unet"],
+        rank=2,
+        targets=("to_q",),
+        name_of=lora_file.layer_name,
+        rng=np.random.default_rng(0),
     )
     after, metrics = one_step(model, adapters, batch | {"base": params["unet"]})
     full = one_step(model, params["unet"], batch)[1]
@@ -219,7 +223,7 @@ def test_the_flops_of_stable_diffusion_are_the_published_ones(tiny):
 
 
 def test_a_config_may_choose_all_that_the_networks_can_do():
-    assert finetune._CHOICES["attention"] == attention.ASKED
+    assert finetune._CHOICES["attention"] == attention.CHOICES
     assert finetune._CHOICES["remat"] == tuple(remat.MODES)
 
 
@@ -347,7 +351,7 @@ def test_what_is_kept_or_shown_may_change_in_a_finished_workdir(base, finished, 
 def test_adapters_are_written_beside_the_merged_pipeline(base, finished, tmp_path):
     assert run(base, tmp_path, "--config.finetune.mode=lora") == 0
     folder = tmp_path / "finetune"
-    assert (folder / "lora" / lora.FILE).exists()
+    assert (folder / "lora" / lora_file.FILE).exists()
     model, merged = diffusers_layout.load(folder / "model", ("unet",))
     assert model.conditioned
     _, start = diffusers_layout.load(base, ("unet",))

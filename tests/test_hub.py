@@ -22,9 +22,15 @@ from base_folders import (
 from huggingface_hub import errors
 
 from mvc_jax import encode, files
-from mvc_jax.checkpoints import diffusers_layout, hub, pipeline_folder
+from mvc_jax.checkpoints import (
+    blip2_captioner,
+    clip_checkpoint,
+    controlnet_checkpoint,
+    diffusers_layout,
+    hub,
+    pipeline_folder,
+)
 from mvc_jax.errors import UserError
-from mvc_jax.models import blip2, clip, controlnet
 
 # What the hub lists of stable-diffusion-v1-5.
 LISTING = [
@@ -167,10 +173,12 @@ def refusal(kind):
 
 # How the settings of each stage name a model of the hub.
 NAMED = {
-    "captioner": blip2.check_model,
+    "captioner": blip2_captioner.check_model,
     "base": lambda name: encode.check(config_of(name)),
-    "clip": lambda name: clip.check(name, field="config.generate.clip"),
-    "controlnet": lambda name: controlnet.check(name, None, field="config.x"),
+    "clip": lambda name: clip_checkpoint.check(name, field="config.generate.clip"),
+    "controlnet": lambda name: controlnet_checkpoint.check(
+        name, None, field="config.x"
+    ),
 }
 
 
@@ -236,7 +244,7 @@ def test_later_stages_read_the_commit_that_encode_recorded(cached, tmp_path, tin
     shutil.copytree(cached, cached.parent / moved)
     files.write_text(cached.parents[1] / "refs" / "main", moved)
     cast(cached.parent / moved / VAE, np.float16)
-    recorded = diffusers_layout.recorded(record, "own")
+    recorded = diffusers_layout.recorded_base(workdir)
     params = diffusers_layout.load(**recorded, components=("vae",))[1]
     jax.tree.map(np.testing.assert_array_equal, params["vae"], tiny[1]["vae"])
     assert str(find_base(config_of(NAME), workdir, record)) == str(cached)

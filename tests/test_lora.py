@@ -1,5 +1,6 @@
 """Adapters: made, applied, merged, written; `test_export` draws with the file."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -10,10 +11,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from mvc_jax.checkpoints import lora_file
 from mvc_jax.errors import UserError
 from mvc_jax.models import lora, stable_diffusion
 from mvc_jax.training import sharding
 from mvc_jax.training.checkpoint import Checkpoints
+
+new_adapters = functools.partial(lora.init, name_of=lora_file.layer_name)
 
 
 def perturbed(tree, rng):
@@ -28,7 +32,7 @@ def one_block(tiny):
     """A widened model, its UNet's parameters, and new adapters."""
     model, params = tiny[0].widened(tiny[1])
     rng = np.random.default_rng(4)
-    return model, params["unet"], lora.init(params["unet"], rank=3, rng=rng)
+    return model, params["unet"], new_adapters(params["unet"], rank=3, rng=rng)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def everywhere(one_block):
     rng = np.random.default_rng(5)
     targets = (*lora.ATTENTION, "proj_in", "proj_out", "conv_shortcut", "net.0.proj")
     targets = (*targets, "time_emb_proj", "linear_1", "conv_out")
-    return perturbed(lora.init(one_block[1], rank=2, targets=targets, rng=rng), rng)
+    return perturbed(new_adapters(one_block[1], rank=2, targets=targets, rng=rng), rng)
 
 
 def energy(model, adapters, unet, *inputs):
@@ -73,13 +77,13 @@ def test_the_shapes_are_those_of_the_layers(one_block):
     kinds = {path.split("/")[-1] for path in adapters}
     assert kinds == {"to_q", "to_k", "to_v", "to_out_0", "conv_in"}
     shapes = jax.eval_shape(lambda: unet)
-    of_shapes = lora.init(shapes, rank=3, rng=np.random.default_rng(4))
+    of_shapes = new_adapters(shapes, rank=3, rng=np.random.default_rng(4))
     jax.tree.map(np.testing.assert_array_equal, of_shapes, adapters)
 
 
 def test_a_target_may_name_the_layer_s_parents(one_block):
     rng = np.random.default_rng(0)
-    adapters = lora.init(one_block[1], rank=1, targets=("attn2.to_q",), rng=rng)
+    adapters = new_adapters(one_block[1], rank=1, targets=("attn2.to_q",), rng=rng)
     assert {path.split("/")[-2:][0] for path in adapters} == {"attn2", "conv_in"}
 
 
@@ -87,7 +91,7 @@ def test_a_target_may_name_the_layer_s_parents(one_block):
 def test_a_target_that_names_nothing_is_told_with_what_there_is(one_block, target):
     rng = np.random.default_rng(0)
     with pytest.raises(UserError) as error:
-        lora.init(one_block[1], rank=2, targets=("to_q", target), rng=rng)
+        new_adapters(one_block[1], rank=2, targets=("to_q", target), rng=rng)
     assert repr(target) in str(error.value)
     for name in ("to_q", "to_out.0", "proj_in", "conv1", "net.2", "linear_1"):
         assert f" {name}," in str(error.value)
@@ -95,7 +99,7 @@ def test_a_target_that_names_nothing_is_told_with_what_there_is(one_block, targe
 
 def test_a_rank_below_one_is_told(one_block):
     with pytest.raises(UserError, match="wanted at least 1, got 0"):
-        lora.init(one_block[1], rank=0, rng=np.random.default_rng(0))
+        new_adapters(one_block[1], rank=0, rng=np.random.default_rng(0))
 
 
 def test_new_adapters_change_nothing_and_every_b_learns(one_block, gradient):
@@ -158,7 +162,7 @@ def net_of(**fields):
     images = jnp.asarray(rng.normal(size=(2, 5, 7, 4)), jnp.float32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), images)["params"]
     params = perturbed(stable_diffusion.random_params(shapes, rng), rng)
-    adapters = lora.init(params, rank=2, targets=("dense",), rng=rng)
+    adapters = new_adapters(params, rank=2, targets=("dense",), rng=rng)
     return net, params, perturbed(adapters, rng), images
 
 
@@ -256,8 +260,8 @@ def test_adapters_survive_a_checkpoint(one_block, tmp_path):
 
 
 def test_the_file_has_the_names_and_layout_of_peft(everywhere, tmp_path):
-    assert lora.write(tmp_path, everywhere) == [lora.FILE]
-    tensors = load_file(tmp_path / lora.FILE)
+    assert lora_file.write(tmp_path, everywhere) == [lora_file.FILE]
+    tensors = load_file(tmp_path / lora_file.FILE)
     block = "mid_block.attentions.0.transformer_blocks.0"
     pair = everywhere["mid_block/attentions_0/transformer_blocks_0/attn1/to_out_0"]
     name = f"unet.{block}.attn1.to_out.0"
@@ -272,7 +276,7 @@ def test_the_file_has_the_names_and_layout_of_peft(everywhere, tmp_path):
         assert tensors[f"unet.{module}.lora_A.weight"].shape == a
         assert tensors[f"unet.{module}.lora_B.weight"].shape == b
     assert len(tensors) == 2 * len(everywhere)
-    with safe_open(tmp_path / lora.FILE, "np") as file:
+    with safe_open(tmp_path / lora_file.FILE, "np") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["unet.r"] == config["unet.lora_alpha"] == 2
     assert len(config["unet.target_modules"]) == len(everywhere)

@@ -140,12 +140,12 @@ def make_workdir(
     parts = {"pool": slice(2, 3), "train": slice(0, 2), "test": slice(3, 4)}
     split = {n: [i for k in ids for i in ids[k][part]] for n, part in parts.items()}
     index = {id_: i for i, id_ in enumerate(source.ids)}
-    found = gather.Read(8, 8, "", True, duplicates.Fingerprint(0, np.zeros(0)))
+    info = gather.ImageInfo(8, 8, "", True, duplicates.Fingerprint(0, np.zeros(0)))
     chosen = {n: np.asarray([index[i] for i in ids]) for n, ids in split.items()}
     order = [i for n in ("pool", "train", "test") for i in chosen[n].tolist()]
     images = np.stack([source[i]["image"] for i in order])
     files.write_array(workdir / "caption" / "images.npy", images)
-    gathered = gather.Gathered(chosen, dict.fromkeys(order, found))
+    gathered = gather.Gathered(chosen, dict.fromkeys(order, info))
     gather.write_rows(workdir / "caption", source, gathered)
     stamp = {"captioner": "attributes", "version": "7"}
     captions = [

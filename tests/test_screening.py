@@ -64,7 +64,7 @@ def test_clip_classifies_each_image_independently_of_the_batch(clip_folder, trai
     find = open_screener(settings, train, rows, clip_folder).filters
     found = find(train.images, rows)
 
-    model, params = clip.load(clip_folder, field="clip", text=True)
+    model, params = clip_checkpoint.load(clip_folder, field="clip", text=True)
     words = model.tokenize(
         ["a photo of small red digit", "a photo of small blue digit"]
     )
@@ -83,8 +83,8 @@ def test_clip_classifies_each_image_independently_of_the_batch(clip_folder, trai
 
 
 def test_clip_without_a_text_encoder_only_gives_features(clip_folder, train, tmp_path):
-    model, params = clip.load(clip_folder, field="clip")
-    clip.save(tmp_path, model, params)
+    model, params = clip_checkpoint.load(clip_folder, field="clip")
+    clip_checkpoint.save(tmp_path, model, params)
     encoder = tmp_path / "image_encoder"
     outliers = FilterSettings(outliers=True)
     outliers_by_clip = FilterSettings(outliers=True, features="clip")

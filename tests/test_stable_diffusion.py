@@ -79,7 +79,7 @@ def test_every_wrong_tensor_is_named(tiny, saved):
     for part in (
         "conv_out.bias is missing",
         "stranger is unexpected",
-        "conv_in.weight makes [3, 3, 3, 32], not [3, 3, 4, 32]",
+        "conv_in.weight has shape [3, 3, 3, 32], not [3, 3, 4, 32]",
     ):
         assert part in str(error.value)
 

@@ -1,6 +1,7 @@
 """ViT-GPT-2 in JAX: what PyTorch would write, without PyTorch, whatever the batch."""
 
 import copy
+import functools
 import json
 import pathlib
 import shutil
@@ -10,7 +11,6 @@ import sys
 import flax.serialization
 import huggingface_hub
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -19,7 +19,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from mvc_jax import files
-from mvc_jax.checkpoints import weights
+from mvc_jax.checkpoints import vit_gpt2_captioner, weights
 from mvc_jax.errors import UserError
 from mvc_jax.models import vit_gpt2
 
@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory):
         pad_token_id=tokenizer.eos_token_id,
     )
     config.save_pretrained(folder)
-    shapes = vit_gpt2._Model(config).params_shape_tree
+    shapes = vit_gpt2.Network(config).params_shape_tree
     weights.write(folder / "model.safetensors", _random(shapes))
     return folder
 
@@ -112,7 +112,7 @@ def texts(checkpoint, images):
 
 def _captions(images, rows, folder, **options):
     options = OPTIONS | {"model": str(folder)} | options
-    pairs = list(vit_gpt2.captions(images, list(rows), **options))
+    pairs = list(vit_gpt2_captioner.captions(images, list(rows), **options))
     assert [row for row, _ in pairs] == list(rows)
     return dict(pairs)
 
@@ -141,22 +141,21 @@ def twin(checkpoint, torch):
 
 @pytest.fixture(scope="session")
 def pixels(checkpoint, images):
-    config = vit_gpt2._read_config(checkpoint, "tiny")
-    return vit_gpt2._processor(checkpoint, config, "tiny")(images)
+    return vit_gpt2_captioner.load(str(checkpoint), "float32")[0].preprocess(images)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_pytorch_writes_the_same(checkpoint, pixels, torch, twin, num_beams):
     options = {"max_new_tokens": 8, "num_beams": num_beams}
     expected = twin.generate(torch.tensor(pixels), do_sample=False, **options)
-    config = vit_gpt2._read_config(checkpoint, "tiny")
-    model, params = vit_gpt2.load(checkpoint, config, jnp.dtype("float32"))
-    write = jax.jit(lambda params, x: vit_gpt2._generate(model, params, x, **options))
-    np.testing.assert_array_equal(write(params, pixels), expected.numpy())
+    model, params = vit_gpt2_captioner.load(str(checkpoint), "float32")
+    generate = jax.jit(functools.partial(model.generate, **options))
+    np.testing.assert_array_equal(generate(params, pixels), expected.numpy())
 
 
-def test_logits_are_those_of_pytorch(checkpoint, pixels, torch, twin):
-    config = vit_gpt2._read_config(checkpoint, "tiny")
+def test_logits_are_those_of_pytorch(checkpoint, pixels, torch, twin, monkeypatch):
+    config = vit_gpt2_captioner._read_config(checkpoint, "tiny")
+    monkeypatch.setattr(vit_gpt2_captioner, "DTYPES", ("float64",))
     ids = np.random.default_rng(1).integers(0, config.decoder.vocab_size, (8, 5))
     twin = copy.deepcopy(twin).double()
     with torch.no_grad():
@@ -165,8 +164,10 @@ def test_logits_are_those_of_pytorch(checkpoint, pixels, torch, twin):
             decoder_input_ids=torch.tensor(ids),
         ).logits.numpy()
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        model, params = vit_gpt2.load(checkpoint, config, jnp.dtype("float64"))
-        compute = jax.jit(lambda params, *inputs: model(*inputs, params=params).logits)
+        model, params = vit_gpt2_captioner.load(str(checkpoint), "float64")
+        compute = jax.jit(
+            lambda params, *inputs: model.network(*inputs, params=params).logits
+        )
         logits = compute(params, pixels, ids)
     assert logits.dtype == np.float64
     np.testing.assert_allclose(logits, expected, atol=1e-10)
@@ -194,12 +195,11 @@ def test_the_rows_may_be_of_a_memory_map(checkpoint, images, texts, tmp_path):
 
 
 def test_flax_weights_give_the_same(own, images, texts):
-    config = vit_gpt2._read_config(own, "tiny")
-    _, params = vit_gpt2.load(own, config, jnp.dtype("float32"))
+    _, params = vit_gpt2_captioner.load(str(own), "float32")
     (own / "model.safetensors").unlink()
     content = flax.serialization.to_bytes(params)
     (own / "flax_model.msgpack").write_bytes(content)
-    vit_gpt2.check_model(str(own))
+    vit_gpt2_captioner.check_model(str(own))
     assert _captions(images, range(8), own) == texts
 
     (own / "flax_model.msgpack").write_bytes(content[: len(content) // 2])
@@ -242,9 +242,10 @@ ALONE = """
 import sys
 sys.modules["torch"] = sys.modules["torchvision"] = None
 import json, numpy
-from mvc_jax.models import vit_gpt2
+from mvc_jax.checkpoints import vit_gpt2_captioner
 images = numpy.load(sys.argv[1], allow_pickle=False)
-pairs = vit_gpt2.captions(images, [2, 1], model=sys.argv[2], **json.loads(sys.argv[3]))
+options = json.loads(sys.argv[3])
+pairs = vit_gpt2_captioner.captions(images, [2, 1], model=sys.argv[2], **options)
 print(json.dumps(list(pairs)))
 """
 
@@ -274,8 +275,8 @@ def test_the_way_out_of_a_pickle_on_the_hub(own, images, monkeypatch):
 
 
 def test_what_check_model_takes(checkpoint):
-    vit_gpt2.check_model(str(checkpoint))
-    vit_gpt2.check_model("ydshieh/vit-gpt2-coco-en")  # not looked up
+    vit_gpt2_captioner.check_model(str(checkpoint))
+    vit_gpt2_captioner.check_model("ydshieh/vit-gpt2-coco-en")  # not looked up
 
 
 def _edit(path, **fields):
@@ -327,7 +328,7 @@ def test_a_spoilt_folder_is_refused_before_anything_is_loaded(own, images, case)
     spoil, message = SPOILT[case]
     spoil(own)
     with pytest.raises(UserError, match=message) as error:
-        vit_gpt2.check_model(str(own))
+        vit_gpt2_captioner.check_model(str(own))
     assert error.value.name == f"config.caption.model {str(own)!r}"
     with pytest.raises(UserError, match=message):
         _captions(images, [0], own)
@@ -351,7 +352,7 @@ def test_images_must_have_the_size_of_the_encoder(own, images):
     ("field", "value", "message"),
     [
         ("dtype", "int8", "float32, bfloat16 for this captioner, got 'int8'"),
-        ("max_new_tokens", 16, "at most 15, the positions of .* got 16"),
+        ("max_new_tokens", 16, "at most 15, .* got 16"),
     ],
 )
 def test_settings_that_this_captioner_cannot_follow(

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+from mvc_jax.checkpoints import clip_checkpoint, diffusers_layout, pipeline_folder
 from mvc_jax.data import captions
 from mvc_jax.models import clip
 from mvc_jax.screening.settings import CLIP_FIELD
@@ -68,10 +68,10 @@ def load(workdir: epath.Path, clip_path: str, *, text: bool) -> ClipEmbedder | N
         path, _ = pipeline_folder.resolve(**diffusers_layout.recorded_base(workdir))
         if not has_image_encoder(path):
             return None
-    model, params = clip.load(path, field=CLIP_FIELD, text=text)
+    model, params = clip_checkpoint.load(path, field=CLIP_FIELD, text=text)
     return ClipEmbedder(model, jax.device_put(params))
 
 
 def has_image_encoder(base: epath.Path) -> bool:
     """Whether a local pipeline folder contains CLIP's image encoder."""
-    return (base.expanduser() / clip.IMAGE_ENCODER / "config.json").exists()
+    return (base.expanduser() / clip_checkpoint.IMAGE_ENCODER / "config.json").exists()

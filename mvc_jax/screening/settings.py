@@ -142,9 +142,11 @@ def check_filters(
             f"--{FIELD}.label=folds.",
         )
     if clip_path or base_path:
-        from mvc_jax.models import clip  # imports JAX, which other checks do not need
+        from mvc_jax.checkpoints import (
+            clip_checkpoint,
+        )  # imports JAX, which other checks do not need
 
-        clip.check(clip_path or base_path, field=CLIP_FIELD, text=by_text)
+        clip_checkpoint.check(clip_path or base_path, field=CLIP_FIELD, text=by_text)
 
 
 def _may_have_image_encoder(base_path: str) -> bool:
