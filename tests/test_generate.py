@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from shared_samplers import shared_programs
 
 from mvc_jax import files, generate, mix
 from mvc_jax import train as command
@@ -136,20 +137,7 @@ def pixels(workdir, name="mixed"):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Samplers with equal settings on the same devices share a compiled program."""
-    programs = {}
-    build = image_sampler.ImageSampler._compiled
-
-    def compiled(self, model, network):
-        if network is not None:
-            return build(self, model, network)
-        key = self.settings, self._mesh
-        if key not in programs:
-            programs[key] = build(self, model, network)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_sampler.ImageSampler, "_compiled", compiled)
+    with shared_programs():
         yield
 
 
