@@ -298,7 +298,7 @@ def test_damaged_weights_are_found_at_once(tiny, workdir, base, part, row, monke
 
 def test_what_float16_cannot_hold_is_refused(workdir):
     part = encode.Part(
-        what="row",
+        unit="row",
         component="vae",
         encode=lambda params, batch: params["vae"] * batch,
         inputs=lambda rows: np.asarray(rows, np.float32)[:, None],
@@ -306,7 +306,9 @@ def test_what_float16_cannot_hold_is_refused(workdir):
         writer=shards.Writer(workdir, rows=20, row_shape=(1,), dtype="float16"),
     )
     params = {"vae": np.float32(1e4)}
-    with pytest.raises(UserError, match="row 7: .*more than float16 holds.*float32"):
+    with pytest.raises(
+        UserError, match="row 7: .*outside the range of float16.*float32"
+    ):
         encode.fill(part, params, size=8, mesh=sharding.make_mesh())
 
 

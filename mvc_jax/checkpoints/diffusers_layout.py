@@ -214,7 +214,12 @@ def _read_architecture(folder: epath.Path) -> StableDiffusion:
         configs[name] = families.completed(name, config)
         families.check_config(name, configs[name], str(folder / file))
     model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
-    families.check_fit(configs, model.tokenizer, str(folder))
+    families.check_fit(
+        configs,
+        vocab_size=len(model.tokenizer),
+        max_length=model.tokenizer.model_max_length,
+        folder=str(folder),
+    )
     return model
 
 

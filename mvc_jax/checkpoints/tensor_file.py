@@ -1,7 +1,7 @@
 """safetensors files, whole or split into shards, one tensor at a time.
 
-The library reads and validates them; the errors are ours. It has no writer that takes one
-tensor after another, so `write` is ours too: `safetensors.serialize_file` needs all
+The library reads and validates them; the errors are ours. It has no writer that takes
+one tensor after another, so `write` is ours too: `safetensors.serialize_file` needs all
 tensors on the host at the same time, a second copy of a model that is on a device.
 
 Weights may be split into shards: a JSON file, the index, then names the shard of each
@@ -51,7 +51,8 @@ class Entry:
 
 
 def entries(path: epath.PathLike) -> dict[str, Entry]:
-    """Lists the tensors of a file, or of all shards of a JSON index; reads headers only.
+    """Lists the tensors of a file, or of all shards of a JSON index; reads headers
+    only.
 
     Raises:
       UserError: a file is missing, truncated or damaged, or shards and index disagree.
@@ -145,9 +146,9 @@ def listed(lines: Sequence[str], limit: int = 3) -> tuple[str, tuple[str, ...]]:
 def _opened(path: epath.Path, *, header_only: bool = False) -> Iterator[Any]:
     """Opens a file with the library, which reads local files only.
 
-    A remote file is copied into a temporary folder; with `header_only`, its tensors are a
-    hole in a sparse file. Tensors are read by `pread`: mapped pages would stay in memory
-    beside the arrays.
+    A remote file is copied into a temporary folder; with `header_only`, its tensors are
+    a hole in a sparse file. Tensors are read by `pread`: mapped pages would stay in
+    memory beside the arrays.
     """
     if "://" not in str(path):
         with safe_open(path, "np", backend="pread") as file:

@@ -1,8 +1,8 @@
 """Reads and writes Flax parameter trees as safetensors files in the PyTorch layout.
 
-One function maps a Flax path to its PyTorch name (`torch_name`, unless the caller passes
-another); it and the shapes of the tree determine how files are read and written. Both
-need memory for the tree and one or two tensors.
+One function maps a Flax path to its PyTorch name (`torch_name`, unless the caller
+passes another); it and the shapes of the tree determine how files are read and written.
+Both need memory for the tree and one or two tensors.
 """
 
 import re
@@ -56,9 +56,9 @@ def read(
     """Reads a PyTorch module's tensors into a Flax tree, in their stored precision.
 
     The leaves are NumPy's float32 or float16, or ml_dtypes' bfloat16: a checkpoint in
-    half precision takes half the memory. fp32 modules promote it exactly; training casts
-    it to fp32 master weights first. Only embeddings are always fp32: Flax's CLIP looks
-    them up in their own precision, and would round the sum of token and position.
+    half precision takes half the memory. fp32 modules promote it exactly; training
+    casts it to fp32 master weights first. Only embeddings are always fp32: Flax's CLIP
+    looks them up in their own precision, and would round the sum of token and position.
 
     Args:
       path: a `.safetensors` file, or the JSON index of its shards.

@@ -202,7 +202,7 @@ def _draw(
 
 
 def _write(path: epath.Path, rows: Sequence[pictures.Row], **options: Any) -> None:
-    content = pictures.grid_png(rows, _TILE, most_bytes=_MAX_BYTES, **options)
+    content = pictures.grid_png(rows, _TILE, max_bytes=_MAX_BYTES, **options)
     files.write_bytes(path, content)
 
 

@@ -103,7 +103,7 @@ class SetWriter:
     ) -> UInt8[np.ndarray, "H W 3"]:
         if self.size < 0:
             width, height = self.source_sizes[source]
-            return decode.unfit(image, width, height, resize=self.resize)
+            return decode.undo_fit(image, width, height, resize=self.resize)
         if self.size == 0:
             return image
         resample = "area" if self.size <= image.shape[0] else "lanczos"

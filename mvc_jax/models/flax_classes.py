@@ -10,11 +10,10 @@ the libraries before. Who needs their PyTorch classes in the same process, as te
 compare both, sets `USE_TORCH=1` before this module is imported.
 """
 
-import contextlib
 import logging
 import os
-import sys
-from collections.abc import Iterator
+
+from mvc_jax.imports import hidden
 
 __all__ = [
     "ACT2FN",
@@ -40,18 +39,6 @@ _DEPRECATIONS = (
 )
 
 
-@contextlib.contextmanager
-def _hidden(*names: str) -> Iterator[None]:
-    """Makes packages that are not imported yet impossible to find, within the block."""
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # None: `import` and `find_spec` fail
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
-
 def _silence_deprecations() -> None:
     for library in ("diffusers", "transformers"):
         for handler in logging.getLogger(library).handlers:
@@ -64,7 +51,7 @@ if os.environ.get("USE_TORCH", "").upper() in ("1", "ON", "YES", "TRUE"):
 # The tokenizers' threads do not survive a fork, of which they would warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-with _hidden("tensorflow", *_TORCH):
+with hidden("tensorflow", *_TORCH):
     import diffusers  # noqa: F401
     import transformers
 

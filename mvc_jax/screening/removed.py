@@ -175,7 +175,7 @@ def _sheet(
             {"heading": "nearest", "image": real(row["real"])},
         ]
         grid.append(pictures.Row(name=name, cells=cells))
-    return pictures.grid_png(grid, _TILE, most_bytes=_SHEET_BYTES)
+    return pictures.grid_png(grid, _TILE, max_bytes=_SHEET_BYTES)
 
 
 def _picture_path(folder: epath.Path, index: int) -> epath.Path:
