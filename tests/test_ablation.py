@@ -78,9 +78,16 @@ def _encoded(workdir, model, write_shards, draw):
     written = [*write_shards(folder / "text_states", states)]
     written += write_shards(folder / "moments", moments)
     prompts = [
-        {"id": id_, "label": label, "class_name": names[label], "state": i + 1}
-        | {"prompt": f"stroke {i}", "caption_start": 1, "caption_tokens": 5}
-        | {"tokens": 10}
+        {
+            "id": id_,
+            "label": label,
+            "class_name": names[label],
+            "state": i + 1,
+            "prompt": f"stroke {i}",
+            "caption_start": 1,
+            "caption_tokens": 5,
+            "tokens": 10,
+        }
         for i, (id_, label) in enumerate(zip(ids, labels, strict=True))
     ]
     files.write_jsonl(folder / "prompts.jsonl", prompts)

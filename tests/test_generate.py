@@ -78,9 +78,16 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     moments = draw.normal(size=(IMAGES, 2, 2, 8)).astype(np.float32)
     written = [*written, *write_shards(folder / "moments", moments)]
     prompts = [
-        {"id": id_, "label": label, "class_name": names[label], "state": i + 1}
-        | {"prompt": f"stroke {i}", "caption_start": 1, "caption_tokens": 5}
-        | {"tokens": 10}
+        {
+            "id": id_,
+            "label": label,
+            "class_name": names[label],
+            "state": i + 1,
+            "prompt": f"stroke {i}",
+            "caption_start": 1,
+            "caption_tokens": 5,
+            "tokens": 10,
+        }
         for i, (id_, label) in enumerate(zip(ids, labels, strict=True))
     ]
     files.write_jsonl(folder / "prompts.jsonl", prompts)
