@@ -30,6 +30,7 @@ REQUIRED = [
     "safetensors",
     "scikit-image",
     "scikit-learn",
+    "scipy",
     "tensorboardX",
     "tensorflow-datasets",  # reads what is prepared; TensorFlow only prepares it
     "threadpoolctl",
