@@ -37,7 +37,7 @@ from mvc_jax.training.gallery import Gallery
 from mvc_jax.training.loop import TrainState, create_state, fit, gradients
 from mvc_jax.training.memory import MemoryBudget
 from mvc_jax.training.throughput import count_flops
-from mvc_jax.training.train_logger import TrainLogger, Watch
+from mvc_jax.training.train_logger import DrawHook, TrainLogger
 
 # They change what is kept, what is shown or how fast it goes, but not what is computed.
 _NO_RESULT = (
@@ -144,7 +144,7 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
             seed=config.seed,
             batch_size=section.batch_size,
         ),
-        fixed=fixed,
+        constants=fixed,
         mesh=mesh,
         steps=section.steps,
         checkpoints=Checkpoints(
@@ -160,7 +160,7 @@ def train(config: ConfigDict, workdir: epath.Path, folder: epath.Path):
             log_every=section.log_every,
             max_skipped=section.max_skipped,
             flops=step_flops(model, section.mode, *cache.moments.shape[1:3]),
-            watch=gallery and Watch(section.sample_every, gallery.draw),
+            draw_hook=gallery and DrawHook(section.sample_every, gallery.draw),
         ),
         accumulate=section.accumulate,
         memory_budget=MemoryBudget(

@@ -1,6 +1,5 @@
 """Every conditioning of the ablation, on a model as the demo's and on a real layout."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -22,7 +21,7 @@ from mvc_jax.checkpoints import (
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
 from mvc_jax.generation import ablation, preview, synthetic
-from mvc_jax.generation.conditionings import CONDITIONINGS, named
+from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.models import clip
 from mvc_jax.pretraining import companions
 from mvc_jax.stage import open_stage
@@ -166,17 +165,21 @@ def _size(path):
 def test_a_controlnet_is_guided_by_the_text_alone(run, drawn):
     """The image scale means nothing to it, the text scale does."""
     config, workdir = run
-    job = generate._open(config, workdir)
-    job.sampler.load("controlnet")
-    base = job.recipes[:2]
+    sampler, recipes, _ = _opened(config, workdir)
+    sampler.load("controlnet")
 
     def draw(**scales):
-        return job.sampler.draw([recipe | scales for recipe in base]).images
+        return sampler.draw([recipe | scales for recipe in recipes[:2]]).images
 
     expected = draw()
     np.testing.assert_array_equal(draw(image_scale=9.0), expected)
     assert (draw(text_scale=1.0) != expected).any()
     np.testing.assert_array_equal(expected, drawn["controlnet"][:2])
+
+
+def _opened(config, workdir):
+    recipes, train = generate.read_recipes(workdir), generate.read_train(workdir)
+    return generate.open_sampler(config, workdir, recipes, train), recipes, train
 
 
 def test_a_number_in_its_class():
@@ -202,14 +205,8 @@ def test_what_there_is_not_is_left_out_of_all_and_said_below(run, tmp_path):
     shutil.rmtree(bare / "pretrain" / "controlnet")
     shutil.rmtree(bare / "pretrain" / "model" / "image_encoder")
     generate.check(config)
-    job = generate._open(config, bare)
-    sentences = preview.conditionings(
-        bare / "some.png",
-        job.sampler,
-        job.recipes,
-        job.train,
-        names=named("all"),
-        optional=True,
+    sentences = preview.conditioning_figure(
+        bare / "some.png", *_opened(config, bare), names=[*CONDITIONINGS], optional=True
     )
     assert len(sentences) == 3
     for field, count in (("image_encoder", 2), ("controlnet", 1)):
@@ -268,9 +265,9 @@ def test_a_controlnet_of_another_base_is_refused(tmp_path):
     random = sd_families.random("control", network.shapes())
     controlnet_checkpoint.save(tmp_path / "control", network, random)
     path = tmp_path / "control" / "config.json"
-    config = json.loads(path.read_text()) | {"cross_attention_dim": 768}
-    path.write_text(json.dumps(config))
-    needs = ablation.Needs.of(_config(controlnet=str(path.parent)).to_dict())
-    needs = dataclasses.replace(needs, base=str(tmp_path / "base"))
+    written = json.loads(path.read_text()) | {"cross_attention_dim": 768}
+    path.write_text(json.dumps(written))
+    config = _config(controlnet=str(path.parent), sets=("controlnet",))
+    config.base.path = str(tmp_path / "base")
     with pytest.raises(UserError, match="cross_attention_dim is 768, not 32"):
-        needs.check("controlnet")
+        generate.check(config)

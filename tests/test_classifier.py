@@ -264,7 +264,7 @@ def fit(folder, steps, programs, stop_at=None):
         STEP,
         start(),
         read=killed if stop_at else read,
-        fixed=fixed(),
+        constants=fixed(),
         mesh=mesh(),
         steps=steps,
         checkpoints=Checkpoints(folder / "fit", every=2),

@@ -109,8 +109,8 @@ def test_edges_are_those_of_the_images(tiny, pool, tmp_path):
     seen = {}
 
     class Loop(base.Loop):
-        def fit(self, train_step, state, *, read, fixed):
-            seen.update(read(0), fixed=fixed)
+        def fit(self, train_step, state, *, read, constants):
+            seen.update(read(0), constants=constants)
             return state
 
     square = np.zeros((24, 8, 8, 3), np.uint8)
@@ -127,4 +127,4 @@ def test_edges_are_those_of_the_images(tiny, pool, tmp_path):
         drop_rate=0.0,
     )
     assert seen["edges"].shape == (4, 8, 8, 3) and seen["edges"].max() == 255
-    assert set(seen["fixed"]["base"]) == {"text_encoder", "unet"}
+    assert set(seen["constants"]["base"]) == {"text_encoder", "unet"}

@@ -106,6 +106,52 @@ def test_every_config_loads_and_passes_its_own_checks(
 
 
 @pytest.mark.parametrize(
+    ("config", "argument", "wrong"),
+    [
+        ("cifar10", "per_class=abc", "per_class=abc"),
+        ("cifar10", "per_class=-1", "per_class=-1"),
+        ("cifar10", "per_class=5.0,preset=fast", "per_class=5.0"),
+        ("cifar10", "per_class", "per_class"),
+        ("cifar10", "50", "50"),
+        ("cifar100", "per_class=5,pesret=fast", "pesret=fast"),
+        ("caltech101", "preset=slow", "preset=slow"),
+        ("caltech101", "per_class=5,", ""),
+        ("brain_tumor", "path=/a,model=resnet18,preset=fast", "model=resnet18"),
+        ("tiny_imagenet", "per_class=1,per_class=2", "per_class=2"),
+        ("folder", "path=/a,size=abc,class_type=x, y", "size=abc"),
+        ("folder", "path=/a,size=0", "size=0"),
+        ("folder", "size=64", "size=64"),
+        ("folder", "path=/a,size=", "size="),
+        ("digits", "ablation=1", "ablation=1"),
+        ("digits", "Ablation,preset=fast", "Ablation"),
+        ("digits", "fast", "fast"),
+        ("digits", "ablation,preset=slow", "preset=slow"),
+        ("common", "per_class=5", "per_class=5"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_the_proposed_one_works(config, argument, wrong):
+    with pytest.raises(UserError) as error:
+        train.load_config(f"configs/{config}.py:{argument}")
+    message = str(error.value)
+    assert message.startswith("--config=FILE:ARGUMENT: wanted ")
+    assert f", got {wrong!r}. " in message
+    if config == "common":
+        assert message.endswith("Leave out the colon and what follows it.")
+    else:
+        proposed = re.search("Write e.g. (.*) after the colon", message)[1]
+        train.load_config(f"configs/{config}.py:{proposed}")
+
+
+def test_the_ablation_and_a_preset_of_the_digits_combine():
+    both, ablation, fast = (
+        train.load_config(f"configs/digits.py:{argument}").to_dict()
+        for argument in ("ablation,preset=fast", "ablation", "preset=fast")
+    )
+    assert both["generate"] == fast["generate"] | {"conditioning": "all"}
+    assert both | {"generate": ablation["generate"]} == ablation
+
+
+@pytest.mark.parametrize(
     ("argument", "wanted"),
     [
         ("path=/a,b=1/c", {"path": "/a,b=1/c"}),

@@ -25,7 +25,6 @@ def began(monkeypatch):
 
     monkeypatch.setattr(train, "run_stage", record)
     monkeypatch.setattr(runtime, "set_up", lambda folder: None)
-    monkeypatch.setattr(runtime, "log_devices", lambda: None)
     return calls
 
 
@@ -414,7 +413,7 @@ def test_a_sheet_to_look_at_ends_the_run(began, workdir, capsys, monkeypatch):
 def test_a_sheet_of_a_finished_run_is_checked_as_any(
     began, workdir, capsys, monkeypatch, flag
 ):
-    monkeypatch.setattr(manifest, "is_complete", lambda *_: True)
+    monkeypatch.setattr(train, "is_complete", lambda *_: True)
     flags = ["--config.stages=generate", "--config.generate.limit=3"]
     flags.append(f"--config.generate.{flag}")
     command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
@@ -425,8 +424,8 @@ def test_a_sheet_of_a_finished_run_is_checked_as_any(
 @pytest.mark.parametrize(
     ("raised", "code", "words"),
     [
-        (KeyboardInterrupt(), 130, "the same command goes on"),
-        (OSError(28, "No space left on device", "x.npy"), 2, "x.npy: wanted room"),
+        (KeyboardInterrupt(), 130, "rerun the same command"),
+        (OSError(28, "No space left on device", "x.npy"), 2, "x.npy: wanted space"),
         (UserError("f", wanted="a", got="b", fix="C."), 2, "error: f: wanted a, got b"),
     ],
     ids=["interrupted", "disk full", "user error"],
@@ -456,9 +455,8 @@ def test_two_runs_do_not_share_a_workdir(began, workdir, capsys, monkeypatch):
     monkeypatch.setattr(train, "run_stage", run_stage)
     assert train.main(["train", *command]) == 0
     assert said == [
-        f"--workdir={workdir}: wanted a folder in which no other run is at work, got "
-        "one in which another process is. Wait until it has ended, or name another "
-        "folder."
+        f"--workdir={workdir}: wanted a folder that no other run is using, got one in "
+        "use by another process. Wait until it has ended, or choose another folder."
     ]
     assert under_way.exists()
     capsys.readouterr()

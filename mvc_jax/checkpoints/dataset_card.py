@@ -76,50 +76,97 @@ def text(facts: Facts) -> str:
     return f"---\n{front}---\n\n" + "\n".join(sections)
 
 
-def in_words(config: Mapping[str, Any], *, mixes: bool) -> dict[str, Any]:
-    """How the images of a set were drawn, for people.
+def in_words(
+    *,
+    seed: int,
+    per_image: int | None,
+    mixing: Mapping[str, Any] | None,
+    text_scale: tuple[float, float],
+    image_scale: tuple[float, float],
+    sampler: str,
+    steps: int,
+    guidance_interval: tuple[float, float],
+    guidance_rescale: float,
+    filters: str,
+) -> dict[str, Any]:
+    """How the images of a set were drawn, by name, for `Facts.settings`.
 
     Args:
-      config: of the run, as plain values.
-      mixes: whether the set follows the recipes; else the mixing is not told.
+      seed: of the run.
+      per_image: synthetic images for each real one; None: recipes edited by hand.
+      mixing: from `mixing_in_words`; None: the set does not mix, or its recipes were
+        edited by hand.
+      text_scale: minimum and maximum guidance scale of the text.
+      image_scale: minimum and maximum guidance scale of the image.
+      sampler: its name.
+      steps: of the sampler.
+      guidance_interval: fractions of the training timesteps with guidance.
+      guidance_rescale: of the guided prediction.
+      filters: from `filters_in_words`.
     """
-    section, asked = config["mix"], config["generate"]
-    told: dict[str, Any] = {}
-    if section["file"]:
-        told["recipes"] = "edited by hand"
+    words: dict[str, Any] = {}
+    if per_image is None:
+        words["recipes"] = "edited by hand"
     else:
-        told["images for each real one"] = section["per_image"]
-    if mixes and not section["file"]:
-        tokens = _span(section["tokens"], section["tokens_most"])
-        told["modes, in turn"] = ", ".join(section["modes"])
-        told["coarse mixing"] = f"{tokens} tokens; which: {section['positions']}"
-        told["fine mixing"] = f"{section['dims']} dims; of tokens: {section['dims_on']}"
-        told["partners"] = f"{section['partners']}; of class: {section['partner']}"
-    if not section["file"]:
-        for name in ("text_scale", "image_scale"):
-            told[name.replace("_", " ")] = _span(asked[name], asked[f"{name}_most"])
-    told["sampler"] = f"{asked['sampler']}, {asked['steps']} steps"
-    told["guidance interval"] = _span(*asked["guidance_interval"])
-    told["guidance rescale"] = f"{asked['guidance_rescale']:g}"
-    if filtered := _filters(asked["filter"]):
-        told[_FILTERS] = filtered
-    return told | {"seed": config["seed"]}
+        words["images for each real one"] = per_image
+    words.update(mixing or {})
+    if per_image is not None:
+        words["text scale"] = _span(*text_scale)
+        words["image scale"] = _span(*image_scale)
+    words["sampler"] = f"{sampler}, {steps} steps"
+    words["guidance interval"] = _span(*guidance_interval)
+    words["guidance rescale"] = f"{guidance_rescale:g}"
+    if filters:
+        words[_FILTERS] = filters
+    words["seed"] = seed
+    return words
 
 
-def _filters(section: Mapping[str, Any]) -> str:
-    """Those that are on, with their thresholds."""
-    said = []
-    if section["label"]:
-        least, top = section["label_threshold"], section["label_top"]
-        by = "CLIP" if section["label"] == "clip" else f"{section['label_folds']} folds"
-        likeliest = f" or among the {top} likeliest" if top else ""
-        said.append(f"label, by {by}: {least:g} or more{likeliest}")
-    if section["copies"]:
-        of = {"any": "any real image", "source": "the source"}[section["copies"]]
-        said.append(f"copies, of {of}: quantile {section['copies_quantile']:g}")
-    if section["outliers"]:
-        said.append(f"outliers: quantile {section['outliers_quantile']:g}")
-    return "; ".join(said)
+def mixing_in_words(
+    *,
+    modes: Sequence[str],
+    tokens: tuple[int, int],
+    positions: str,
+    dims: int,
+    dims_on: str,
+    partners: int,
+    partner: str,
+) -> dict[str, str]:
+    """How recipes were drawn, by name: fields of `recipes.Drawing`.
+
+    `tokens` are the minimum and the maximum number.
+    """
+    return {
+        "modes, in turn": ", ".join(modes),
+        "coarse mixing": f"{_span(*tokens)} tokens; which: {positions}",
+        "fine mixing": f"{dims} dims; of tokens: {dims_on}",
+        "partners": f"{partners}; of class: {partner}",
+    }
+
+
+def filters_in_words(
+    *,
+    label: str,
+    label_folds: int,
+    label_threshold: float,
+    label_top: int,
+    copies: str,
+    copies_quantile: float,
+    outliers: bool,
+    outliers_quantile: float,
+) -> str:
+    """The filters that are on, with their thresholds: fields of `FilterSettings`."""
+    words = []
+    if label:
+        by = "CLIP" if label == "clip" else f"{label_folds} folds"
+        likeliest = f" or among the {label_top} likeliest" if label_top else ""
+        words.append(f"label, by {by}: {label_threshold:g} or more{likeliest}")
+    if copies:
+        of = {"any": "any real image", "source": "the source"}[copies]
+        words.append(f"copies, of {of}: quantile {copies_quantile:g}")
+    if outliers:
+        words.append(f"outliers: quantile {outliers_quantile:g}")
+    return "; ".join(words)
 
 
 def _span(least: float | int, most: float | int) -> str:

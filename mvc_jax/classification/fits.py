@@ -174,7 +174,7 @@ class Trainer:
             step,
             state,
             read=self._data.reader(batches, pixels=not self._fixed),
-            fixed=self._fixed | {"keys": keys, "rates": rates},
+            constants=self._fixed | {"keys": keys, "rates": rates},
             mesh=self._mesh,
             steps=self.steps,
             checkpoints=Checkpoints(self._folder / name, **kept),
@@ -187,7 +187,7 @@ class Trainer:
             memory_budget=memory.MemoryBudget(
                 int(self._plan.memory_gib * 2**30), _MEMORY_HINT
             ),
-            stride=self._stride(every),
+            steps_per_dispatch=self._stride(every),
             validation=validation,
             programs=self._programs,
         )

@@ -47,14 +47,14 @@ class Loop:
         state: TrainState,
         *,
         read: Callable[[int], dict[str, np.ndarray]],
-        fixed: dict[str, Any],
+        constants: dict[str, Any],
     ) -> TrainState:
         """Runs `train_step` to the last step, from the newest checkpoint if any."""
         return fit(
             train_step,
             state,
             read=read,
-            fixed=fixed,
+            constants=constants,
             mesh=self.mesh,
             steps=self.steps,
             checkpoints=self.checkpoints,
@@ -152,7 +152,7 @@ def train_vae(
         train_step,
         create_state(params, tx, loop.mesh),
         read=order.reader(seed, purpose, {"images": images}, batch_size=batch_size),
-        fixed={},
+        constants={},
     )
     return jax.device_get(state.params)
 
@@ -207,7 +207,7 @@ def train_unet(
         train_step,
         create_state(params, tx, loop.mesh, ema=True),
         read=order.reader(seed, purpose, arrays, batch_size=batch_size),
-        fixed={"null_ids": model.tokenize([""])},
+        constants={"null_ids": model.tokenize([""])},
     )
     return jax.device_get(state.averaged)
 

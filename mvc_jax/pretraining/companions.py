@@ -101,7 +101,7 @@ def train_image_encoder(
         functools.partial(image_step, model=tower, tx=tx),
         create_state(initial, tx, loop.mesh),
         read=read_preprocessed,
-        fixed={},
+        constants={},
     )
     return tower, jax.device_get(state.params)
 
@@ -203,7 +203,7 @@ def train_controlnet(
         train_step,
         create_state(initial, tx, loop.mesh),
         read=order.reader(seed, purpose, arrays, batch_size=batch_size),
-        fixed={"null_ids": model.tokenize([""]), "base": base},
+        constants={"null_ids": model.tokenize([""]), "base": base},
     )
     return network, jax.device_get(state.params)
 

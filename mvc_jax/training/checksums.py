@@ -1,9 +1,9 @@
-"""Checksums of arrays where they lie: exact, and the same on any mesh.
+"""Checksums of arrays, computed on their devices: exact, and equal on any mesh.
 
-Each 32-bit word is mixed with its position and the results are added modulo 2^32. No
-order of addition and no sharding changes such a sum. One word that changed always does,
-for the mixing is one-to-one; many that changed, or changed places, are missed once in
-2^32.
+Each 32-bit word is hashed together with its position, and the hashes are added modulo
+2^32, so that the order of addition and the sharding do not matter. A change of one word
+always changes the sum, as the hash is a bijection; changes of several words, or of
+their positions, are missed with a probability of 2^-32.
 """
 
 import math
@@ -20,11 +20,11 @@ _BLOCK = 1 << 20  # words that NumPy adds at a time
 
 
 def checksums(tree: Any) -> list[int]:
-    """The checksum of every leaf, in `jax.tree.leaves`'s order.
+    """The checksum of every leaf, in the order of `jax.tree.leaves`.
 
-    Each array is read once on its own devices; a program is compiled for each shape.
-    One runs at a time: hundreds at once, each a sum over devices, can lock up a CPU
-    that stands for many.
+    Each array is read once, on its own devices; one program is compiled for each shape.
+    They run one at a time: hundreds of concurrent sums over devices can deadlock a CPU
+    that is split into several fake devices.
     """
     return [
         _host_sum(np.asarray(leaf)) if _is_on_host(leaf) else int(_sum(leaf))
@@ -63,7 +63,7 @@ def _sum(array: jax.Array) -> UInt32[jax.Array, ""]:
 
 
 def _words(array: jax.Array) -> jax.Array:
-    """Its bits as uint32: one word for an element of at most 32 bits, two for 64."""
+    """The array's bits as uint32: two words for a 64-bit element, else one."""
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize])
