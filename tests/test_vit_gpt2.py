@@ -269,7 +269,7 @@ def test_pytorch_is_not_needed(checkpoint, images, texts, tmp_path):
 def test_how_to_convert_a_pickle_on_the_hub(own, images, monkeypatch):
     _only_a_pickle(own)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: str(own))
-    hint = r"hf download some/model --local-dir FOLDER, then .*save_pretrained\('FOLDER'"
+    hint = r"hf download some/model --local-dir FOLDER.*save_pretrained\('FOLDER'"
     with pytest.raises(UserError, match=hint):
         _captions(images, [0], "some/model")
 

@@ -22,9 +22,9 @@ _BLOCK = 1 << 20  # words that NumPy adds at a time
 def checksums(tree: Any) -> list[int]:
     """The checksum of every leaf, in the order of `jax.tree.leaves`.
 
-    Each array is read once, on its own devices; one program is compiled for each shape.
-    They run one at a time: hundreds of concurrent sums over devices can deadlock a CPU
-    that is split into several fake devices.
+    Each array is read once: on a CPU by NumPy, else on its own devices, by a program
+    that is compiled for each shape. They run one at a time: hundreds of concurrent sums
+    over devices can deadlock a CPU that is split into several fake devices.
     """
     return [
         _host_sum(np.asarray(leaf)) if _is_on_host(leaf) else int(_sum(leaf))
