@@ -27,7 +27,7 @@ REQUIRED = [
     "psutil",
     "pyarrow",
     "pyyaml",
-    "safetensors",
+    "safetensors>=0.8",  # reads bfloat16 without PyTorch
     "scikit-image",
     "scikit-learn",
     "scipy",
