@@ -1,4 +1,4 @@
-"""Strictness that no user is asked for: shapes, ranks, eight devices."""
+"""Shared fixtures, and strictness for tests only: shapes, ranks, eight devices."""
 
 import importlib
 import importlib.util
@@ -26,6 +26,7 @@ del os.environ["USE_TORCH"]  # not for subprocesses
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from fork_server import serving  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
@@ -107,13 +108,13 @@ def original(tiny, tmp_path_factory):
 
 @pytest.fixture
 def saved(original, tmp_path):
-    """A copy of `original`, to be spoilt."""
+    """A copy of `original`, to be modified."""
     return shutil.copytree(original, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")
 def write_shards():
-    """Writes an array as `encode` writes its own: `write_shards(folder, array)`."""
+    """A function `(folder, array)` that writes an array as `encode` does."""
     from mvc_jax.data import shards
 
     def write(folder, array):
@@ -126,23 +127,30 @@ def write_shards():
     return write
 
 
-def _import_or_say_why(name: str, extra: str):
-    """A package; its absence is an error, unless the environment says it is meant."""
+def _import_or_fail(name: str, extra: str):
+    """Imports a package; fails without it, or skips if a variable says so."""
     if importlib.util.find_spec(name) is not None:
         return importlib.import_module(name)
     variable = f"MVC_JAX_WITHOUT_{name.upper()}"
     if os.environ.get(variable) == "1":
-        pytest.skip(f"{variable}=1: no {name} here, and none wanted")
+        pytest.skip(f"{variable}=1, and {name} is not installed")
     pytest.fail(f"no {name}: install the extra `{extra}`, or set {variable}=1")
 
 
 @pytest.fixture(scope="session")
 def torch():
-    return _import_or_say_why("torch", "torch")
+    return _import_or_fail("torch", "torch")
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """Starts processes like a user's without the seconds of imports."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def tensorflow_is_there():
-    """For subprocesses alone: this process must never import it."""
+    """For subprocesses only: this process must never import it."""
     if importlib.util.find_spec("tensorflow") is None:
-        _import_or_say_why("tensorflow", "prepare")
+        _import_or_fail("tensorflow", "prepare")
