@@ -6,6 +6,15 @@ import os
 import pathlib
 import shutil
 
+# These run first, so that parallel workers end at about the same time.
+SLOW_FILES = (
+    "test_pipeline.py",
+    "test_devices.py",
+    "test_finetune.py",
+    "test_companions.py",
+    "test_parity.py",
+)
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
 
@@ -31,6 +40,11 @@ from fork_server import serving  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
