@@ -340,7 +340,7 @@ def test_the_fast_preset_takes_no_more_steps_than_there_were(steps, tmp_path):
     assert fast.generate.to_dict() == plain.generate.to_dict() | changed
     assert fast.finetune.to_dict() == plain.finetune.to_dict()
     for argument, said in {
-        ":preset=slow": "fast, got 'slow'",
+        ":preset=slow": "fast, got 'preset=slow'",
         ":slow": "preset=",
     }.items():
         with pytest.raises(UserError, match=said):
