@@ -28,9 +28,10 @@ REQUIRED = [
     "psutil",
     "pyarrow",
     "pyyaml",
-    "safetensors",
+    "safetensors>=0.8",  # reads bfloat16 without PyTorch
     "scikit-image",
     "scikit-learn",
+    "scipy",
     "tensorboardX",
     "tensorflow-datasets",  # TensorFlow is only needed to prepare a dataset
     "threadpoolctl",

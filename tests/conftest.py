@@ -1,10 +1,12 @@
 """Shared fixtures, and strictness for tests only: shapes, ranks, eight devices."""
 
+import functools
 import importlib
 import importlib.util
 import os
 import pathlib
 import shutil
+from unittest import mock
 
 # These run first, so that parallel workers end at about the same time.
 SLOW_FILES = (
@@ -22,8 +24,23 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import _import_hook, install_import_hook  # noqa: E402
 
+
+def _exec_module(loader, module):
+    """Executes a module outside of the hook's patch of Python's bytecode cache.
+
+    Within it, as jaxtyping does it, the libraries that the module imports, thousands of
+    files, are compiled from source: 10 s of every process that writes no bytecode.
+    """
+    tag = loader._typechecker.get_hash()
+    named = functools.partial(_import_hook._optimized_cache_from_source, tag)
+    with mock.patch("importlib._bootstrap_external.cache_from_source", named):
+        code = loader.get_code(module.__name__)
+    exec(code, module.__dict__)
+
+
+_import_hook._JaxtypingLoader.exec_module = _exec_module
 install_import_hook("mvc_jax", "beartype.beartype")
 
 # The parity tests compare Flax with the PyTorch classes of the same libraries.

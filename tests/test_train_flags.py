@@ -343,7 +343,7 @@ def test_the_fast_preset_never_raises_the_number_of_steps(steps, tmp_path):
     assert fast.generate.to_dict() == plain.generate.to_dict() | changed
     assert fast.finetune.to_dict() == plain.finetune.to_dict()
     for argument, message in {
-        ":preset=slow": "fast, got 'slow'",
+        ":preset=slow": "fast, got 'preset=slow'",
         ":slow": "preset=",
     }.items():
         with pytest.raises(UserError, match=message):
