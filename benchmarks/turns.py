@@ -40,7 +40,7 @@ def in_turns(
 
 
 def accelerator() -> bool:
-    """Whether JAX has an accelerator; asked in another process, which releases it."""
+    """Whether JAX has an accelerator; queried in another process, which releases it."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_backend) != "cpu"

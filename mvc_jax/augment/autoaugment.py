@@ -168,7 +168,7 @@ def autoaugment(
 
 def draw(
     key: Key[Array, ""], chances: Float32[Array, "P S"]
-) -> tuple[Int32[Array, "S"], Float32[Array, "S 2"]]:
+) -> tuple[Int32[Array, " S"], Float32[Array, "S 2"]]:
     """Draws a sub-policy, which of its steps happen, and their directions.
 
     Args:

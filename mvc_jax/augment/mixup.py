@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
 
-def partners(key: Key[Array, ""], weights: Float[Array, "B"]) -> Int32[Array, "B"]:
+def partners(key: Key[Array, ""], weights: Float[Array, " B"]) -> Int32[Array, " B"]:
     """A random permutation of the rows with weight above zero; the others stay.
 
     A row may be its own partner.
@@ -29,7 +29,7 @@ def mixup(
     key: Key[Array, ""],
     images: Num[Array, "B H W C"],
     labels: Float[Array, "B K"],
-    weights: Float[Array, "B"],
+    weights: Float[Array, " B"],
     *,
     alpha: float | int = 1.0,
 ) -> tuple[Num[Array, "B H W C"], Float[Array, "B K"]]:
@@ -57,7 +57,7 @@ def cutmix(
     key: Key[Array, ""],
     images: Num[Array, "B H W C"],
     labels: Float[Array, "B K"],
-    weights: Float[Array, "B"],
+    weights: Float[Array, " B"],
     *,
     alpha: float | int = 1.0,
 ) -> tuple[Num[Array, "B H W C"], Float[Array, "B K"]]:

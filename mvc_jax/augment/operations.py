@@ -105,7 +105,7 @@ def table(
 
 def perform(
     table: Table,
-    drawn: Int32[Array, "N"],
+    drawn: Int32[Array, " N"],
     where: Float32[Array, "N 2"],
     image: UInt8[Array, "H W C"],
     *,

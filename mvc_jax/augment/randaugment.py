@@ -55,7 +55,7 @@ def _table(
     return operations.table(drawn, height, width, resampling)
 
 
-def draw(key: Key[Array, ""], steps: int, rows: int) -> Int32[Array, "S"]:
+def draw(key: Key[Array, ""], steps: int, rows: int) -> Int32[Array, " S"]:
     """A row for each step; all but the identity's, 0, are as likely."""
     return jax.random.randint(key, (steps,), 1, rows)
 
