@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import uuid
 from collections.abc import Iterator
