@@ -272,18 +272,25 @@ def _train(
     found = []
     for group in trainer.seed_groups():
         fit = trainer.fit(run_, group)
-        for i, probabilities in enumerate(trainer.predict(fit.state, data.test)):
+        trained = zip(
+            group,
+            classifier.unstack(fit.state),
+            trainer.predict(fit.state, data.test),
+            fit.facts,
+            strict=True,
+        )
+        for seed, variables, probabilities, facts in trained:
             classifier_export.write(
-                folder / models[group[i]],
+                folder / models[seed],
                 spec.model,
-                classifier.seed_variables(fit.state, i),
+                variables,
                 variant=variant,
                 class_names=data.class_names,
                 mean=spec.mean,
                 std=spec.std,
                 size=data.test.shape[1],
             )
-            found.append({**_result(probabilities, data.test_labels), **fit.facts[i]})
+            found.append({**_result(probabilities, data.test_labels), **facts})
     seen = {
         key: round(sum(row[key] for row in found) / len(found))
         for key in ("real_seen", "synthetic_seen")

@@ -29,10 +29,12 @@ from mvc_jax.training import loop, rng, sharding
 _MIXES = {"mixup": mixup, "cutmix": cutmix}
 _REPLICATED: sharding.Rules = ((r".*", "replicate"),)  # classifiers fit on one device
 _HALF = (0.5, 0.5, 0.5)
-# Initialisation runs once but may compile for minutes: PyramidNet-272's takes more than
-# 8 minutes on two cores, and 1.5 with these options, mainly thanks to level 0. They may
-# change the last bits of a weight, so networks with few kernels use XLA's defaults.
-FAST_COMPILE_OPTIONS = {
+# Initialisation runs once but compiles for long: ResNet-8's takes 10 s of a core, and
+# 2.4 at level 1, which draws the same bits.
+FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 1}
+# PyramidNet-272's takes more than 8 minutes on two cores, and 1.5 with these options,
+# which may change the last bits of a weight.
+FASTEST_COMPILE_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
@@ -141,7 +143,8 @@ def _initializer(
 
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     kernels = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes["params"]))
-    options = FAST_COMPILE_OPTIONS if kernels > _MANY_KERNELS else None
+    many = kernels > _MANY_KERNELS
+    options = FASTEST_COMPILE_OPTIONS if many else FAST_COMPILE_OPTIONS
     return jax.jit(jax.vmap(init, in_axes=(0, None)), compiler_options=options)
 
 
@@ -296,7 +299,10 @@ def _probabilities(
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
-def seed_variables(state: ClassifierState, index: int) -> dict[str, Any]:
-    """`{"params", "batch_stats"}` of one of the stacked classifiers, on the host."""
-    kept = {"params": state.averaged, "batch_stats": state.batch_stats}
-    return jax.tree.map(lambda leaf: np.asarray(leaf[index]), kept)
+def unstack(state: ClassifierState) -> list[dict[str, Any]]:
+    """`{"params", "batch_stats"}` of each of the stacked classifiers, on the host."""
+    stacked = jax.device_get(
+        {"params": state.averaged, "batch_stats": state.batch_stats}
+    )
+    seeds = len(jax.tree.leaves(stacked)[0])
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(seeds)]
