@@ -41,12 +41,12 @@ def shapes(module):
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     seen = []
 
-    def pooled(x):
+    def global_pool(x):
         seen.append(x.shape[1:3])
-        return layers.pooled(x)
+        return layers.global_pool(x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[type(module).__module__], "pooled", pooled)
+        patch.setattr(sys.modules[type(module).__module__], "global_pool", global_pool)
         params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     assert seen[-1] == (2, 2)
     return params
