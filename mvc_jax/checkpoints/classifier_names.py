@@ -154,7 +154,7 @@ NAMINGS = (
 
 
 def family_of(model: Any) -> str:
-    """The family of a network: "ResNet", "EfficientNet", or "" if it is no library's."""
+    """The family of a network: "ResNet", "EfficientNet", or "" for other networks."""
     if isinstance(model, efficientnet.EfficientNet):
         return "EfficientNet"
     return "ResNet" if isinstance(model, resnet.ResNet) else ""

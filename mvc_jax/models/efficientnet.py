@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, drop, head, global_pool
+from mvc_jax.models.layers import Layers, drop, global_pool, head
 
 
 class Stage(NamedTuple):
@@ -152,7 +152,7 @@ class EfficientNet(nn.Module):
         return [math.ceil(self.depth * stage.depth) for stage in self.rows()]
 
     def scaled(self, channels: int) -> int:
-        """Channels times `width`, rounded to a multiple of 8, at least 0.9 of the product."""
+        """Channels times `width`, to a multiple of 8; loses at most a tenth."""
         exact = channels * self.width
         rounded = max(8, int(exact + 4) // 8 * 8)
         return rounded if rounded >= 0.9 * exact else rounded + 8

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, head, global_pool, shake, uniform
+from mvc_jax.models.layers import Layers, global_pool, head, shake, uniform
 
 
 class Branch(nn.Module):
@@ -28,7 +28,7 @@ class Branch(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """Two projections to half the channels each, one of them shifted by (1, 1) pixels."""
+    """Two projections to half the channels each, one of them shifted by a pixel."""
 
     width: int
     stride: int

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, head, global_pool
+from mvc_jax.models.layers import Layers, global_pool, head
 
 
 class Block(nn.Module):
