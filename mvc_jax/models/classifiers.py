@@ -87,7 +87,9 @@ VARIANTS = {
     "efficientnet_b1": _efficientnet("B1", 240),
     "efficientnet_b2": _efficientnet("B2", 260),
     "efficientnet_b3": _efficientnet("B3", 300),
-    "shake_shake26_2x96d": Variant("shake_shake", "ShakeShake26x96", 32, 4),
+    "shake_shake26_2x96d": Variant(
+        "shake_shake", "ShakeShake26x96", 32, 4, options=("width",)
+    ),
     "pyramidnet272": Variant("pyramidnet", "PyramidNet272", 32, 4),
 }
 
