@@ -108,7 +108,9 @@ class FitResult:
 class Trainer:
     """Trains the classifiers of all runs, and predicts with them.
 
-    Runs with the same augmentation share one compiled step.
+    On a CPU, runs that differ only in their policy share one compiled step, in which a
+    branch selects the policy: to compile the network again takes longer than many fits.
+    An accelerator would wait for the host at every branch.
     """
 
     def __init__(
@@ -118,11 +120,11 @@ class Trainer:
         data: TrainingSet,
         *,
         seed: int,
-        runs: int,
+        runs: Sequence[Run],
         mesh: Mesh,
         workdir: epath.Path,
         folder: epath.Path,
-        policy_fields: Mapping[str, classifier.Fields],
+        policy_fields: Mapping[str, Mapping[str, Any]],
         pretrained: Mapping[str, Any] | None = None,
     ):
         """
@@ -131,7 +133,7 @@ class Trainer:
           spec: of every classifier, except for its augmentation, which the run names.
           data: real and synthetic images.
           seed: `config.seed`.
-          runs: how many runs will be trained, for the progress bar.
+          runs: all runs that will be trained.
           mesh: the devices.
           workdir: where metrics are written.
           folder: where checkpoints are written.
@@ -141,7 +143,7 @@ class Trainer:
         """
         self._options, self._spec, self._data = options, spec, data
         self._seed, self._mesh, self._pretrained = seed, mesh, pretrained
-        self._policy_fields = policy_fields
+        self._runs, self._policy_fields = runs, policy_fields
         self._workdir, self._folder = workdir, folder
         # Its learning rate is 1: rates are data, so that runs share programs.
         self._tx = optim.optimizer(
@@ -158,7 +160,7 @@ class Trainer:
         self.steps = (
             math.ceil(options.epochs * real / options.batch_size) or options.steps
         )
-        self.progress = Progress("classify", runs * options.seeds * self.steps)
+        self.progress = Progress("classify", len(runs) * options.seeds * self.steps)
 
     def seed_groups(self) -> list[list[int]]:
         """The seeds, in groups that are trained side by side."""
@@ -173,6 +175,7 @@ class Trainer:
         options = self._options
         schedules = [self._schedule(run, seed) for seed in seeds]
         spec, step = self._step(run)
+        policy = spec.policies.index(self._policy(run))
         state = classifier.create_state(
             spec,
             self._tx,
@@ -200,6 +203,7 @@ class Trainer:
             fixed={
                 **self._fixed,
                 "key": jax.random.key_data(self._keys("classify/steps", seeds)),
+                "policy": np.int32(policy),
                 "rates": options.rates(
                     self.steps, two_phases=run.regime == "two_phase"
                 ),
@@ -245,18 +249,25 @@ class Trainer:
         return rng.example_keys(key, jnp.asarray(seeds, jnp.int32))
 
     def _step(self, run: Run) -> tuple[classifier.ClassifierSpec, Callable]:
-        """The spec and the training step of all runs with this run's augmentation."""
-        augmentation = (run.policy, run.mix)
-        if augmentation not in self._steps:
-            spec = dataclasses.replace(
-                self._spec,
-                policy=run.policy,
-                policy_fields=self._policy_fields.get(run.policy, ()),
-                mix=run.mix,
+        """The spec and the training step of a run, shared with other runs."""
+        policies = {self._policy(run): None}
+        if jax.default_backend() == "cpu":
+            # A branch that a run cannot take would be compiled for nothing.
+            shape = regimes.doubles_batch(run.regime), run.mix
+            policies = {
+                self._policy(other): None
+                for other in self._runs
+                if (regimes.doubles_batch(other.regime), other.mix) == shape
+            }
+        spec = dataclasses.replace(self._spec, policies=tuple(policies), mix=run.mix)
+        if spec not in self._steps:
+            self._steps[spec] = functools.partial(
+                classifier.train_seeds, spec=spec, tx=self._tx
             )
-            step = functools.partial(classifier.train_seeds, spec=spec, tx=self._tx)
-            self._steps[augmentation] = spec, step
-        return self._steps[augmentation]
+        return spec, self._steps[spec]
+
+    def _policy(self, run: Run) -> classifier.Policy:
+        return run.policy, tuple(self._policy_fields.get(run.policy, {}).items())
 
     def _schedule(self, run: Run, seed: int) -> dict[str, np.ndarray]:
         """Every batch of one fit, by the run's regime."""
