@@ -210,7 +210,7 @@ def _finetune() -> ConfigDict:
     config.samples = 8  # pairs in it
     config.checkpoint_every = 500
     config.checkpoint_minutes = 20.0  # or after so long; 0: by steps alone
-    config.keep = 2  # the newest, besides the one with the lowest loss
+    config.keep = 2  # of the newest
     return config
 
 

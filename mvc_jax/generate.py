@@ -20,7 +20,7 @@ from mvc_jax import files
 from mvc_jax.checkpoints import dataset_card, diffusers_layout, model_card
 from mvc_jax.data import decode, splits
 from mvc_jax.data.cache import open_cache
-from mvc_jax.diffusion import samplers
+from mvc_jax.diffusion import guidance_interval
 from mvc_jax.errors import (
     UserError,
     require,
@@ -34,7 +34,6 @@ from mvc_jax.generation.background import Background
 from mvc_jax.generation.conditionings import CONDITIONINGS, Texts, named
 from mvc_jax.generation.sampler import Sampler, Settings, draw_again
 from mvc_jax.mixing import operations, recipe_file
-from mvc_jax.models import solvers
 from mvc_jax.screening import removed, screener, selection
 from mvc_jax.stage import (
     is_complete,
@@ -51,7 +50,7 @@ _NO_RESULT = ("batch_size", "attention", "limit", "conditioning")
 _GROWS = ("generate.include_real", "generate.folder")
 _CHOICES = {
     "format": tuple(synthetic.SUFFIXES),
-    "sampler": tuple(solvers.SOLVERS),
+    "sampler": ("ddim", "euler", "dpmpp_2m"),
     "dtype": ("auto", "float32", "bfloat16"),
     "attention": ("auto", "xla", "mapped", "cudnn"),
 }
@@ -86,7 +85,7 @@ def check(config: ConfigDict) -> None:
     for need in sorted({CONDITIONINGS[name].needs for name in drawn}):
         Needs.of(config.to_dict()).check(need)
     screener.check(config.to_dict())
-    samplers.check_interval(section.guidance_interval)
+    guidance_interval.check(section.guidance_interval)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -29,17 +29,19 @@ from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
 from mvc_jax.training.train_logger import TrainLogger
 
-# Stable Diffusion 1.x's own schedule.
+# Stable Diffusion 1.x's own schedule, as `scheduler_config.ddim_config` returns it.
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
 }
 
 

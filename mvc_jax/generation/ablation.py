@@ -204,12 +204,13 @@ def controlled(
       params: `unet` and `controlnet`.
       model: the base, widened by zeros.
       network: it sees the noisy latents alone.
-      pictures: in [0, 1]; K is a multiple of B.
+      pictures: in [0, 1]; K is a multiple of B, the branches of an image beside each
+        other as in `guidance`.
       latents: noisy, with source latents.
       timesteps: [K].
       text_states: of the branches.
     """
-    pictures = jnp.concatenate([pictures] * (len(latents) // len(pictures)))
+    pictures = jnp.repeat(pictures, len(latents) // len(pictures), axis=0)
     noisy = latents[..., : model.latent_channels]
     seen = (noisy, timesteps, text_states)
     residuals = network.residuals(params["controlnet"], *seen, pictures)

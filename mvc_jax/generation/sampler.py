@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mvc_jax import files
 from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
-from mvc_jax.diffusion import instruct_pix2pix
+from mvc_jax.diffusion import instruct_pix2pix, samplers
 from mvc_jax.generation import ablation
 from mvc_jax.generation.conditionings import CONDITIONINGS, Texts
 from mvc_jax.models import controlnet, stable_diffusion
@@ -34,8 +34,8 @@ class Settings:
     """How images are drawn; plain values of the fields of the same names.
 
     Attributes:
-      sampler: a solver's name.
-      steps: of the solver.
+      sampler: one of `samplers.SAMPLERS`.
+      steps: of the sampler.
       guidance_interval: shares of the training noise levels within which there is
         guidance.
       guidance_rescale: of the guided prediction.
@@ -219,7 +219,12 @@ class Sampler:
             sample_images,
             model=model,
             network=network,
-            solver=model.solver(settings.sampler, settings.steps),
+            sampler=samplers.make(
+                settings.sampler,
+                settings.steps,
+                alphas_cumprod=model.alphas_cumprod,
+                prediction_type=model.prediction_type,
+            ),
             guidance_interval=settings.guidance_interval,
             guidance_rescale=settings.guidance_rescale,
             grey=settings.grey,
@@ -235,7 +240,7 @@ def sample_images(
     *,
     model: stable_diffusion.StableDiffusion,
     network: controlnet.ControlNet | None,
-    solver: Any,
+    sampler: samplers.Sampler,
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
     grey: bool,
@@ -251,7 +256,7 @@ def sample_images(
       key: root of the noise.
       model: the architecture.
       network: a ControlNet that looks at the edges, if any.
-      solver: as `instruct_pix2pix.draw` takes it.
+      sampler: of `samplers.make`.
       guidance_interval: as there.
       guidance_rescale: as there.
       grey: average the colour channels, for a dataset without colour.
@@ -273,7 +278,7 @@ def sample_images(
         batch["moments"],
         batch["states"],
         null_states,
-        solver=solver,
+        sampler=sampler,
         text_scale=batch["text_scale"],
         image_scale=batch["image_scale"],
         guidance_interval=guidance_interval,

@@ -1,8 +1,8 @@
 """Stable Diffusion: diffusers' and transformers' Flax classes behind plain arrays.
 
 The only file that knows those libraries' networks, with `attention.py`, which reaches
-into their layers; `solvers.py` knows their schedulers. Everything that crosses its
-border is channels-last; `diffusers_layout` reads and writes the folders.
+into their layers. Everything that crosses its border is channels-last;
+`diffusers_layout` reads and writes the folders.
 """
 
 import contextlib
@@ -23,8 +23,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
-from mvc_jax.checkpoints.scheduler_config import ddim_config
-from mvc_jax.models import attention, lora, remat, solvers
+from mvc_jax.models import attention, lora, noise_schedule, remat
 
 Params = dict[str, Any]
 
@@ -37,7 +36,8 @@ class StableDiffusion:
     `text_encoder`, and `lora` where the UNet has adapters.
 
     Attributes:
-      configs: of the three, and of the `scheduler`, which is made DDIM's.
+      configs: of the three, and of the `scheduler`: DDIM's, with the fields of the
+        noise and the `prediction_type`.
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: how the UNet's runs, one of `attention.ASKED`.
@@ -51,11 +51,6 @@ class StableDiffusion:
     attention: str = "auto"
     remat: str = "none"
     batch_sharding: NamedSharding | None = None
-
-    def __post_init__(self):
-        scheduler = ddim_config(self.configs["scheduler"])
-        configs = {**self.configs, "scheduler": scheduler}
-        object.__setattr__(self, "configs", configs)
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -206,20 +201,7 @@ class StableDiffusion:
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
         """The noise schedule: the product of 1 - beta up to each training timestep."""
-        return solvers.alphas_cumprod(self.configs["scheduler"])
-
-    def solver(self, name: str, steps: int) -> solvers.Solver:
-        """What walks from noise to latents, for `diffusion/samplers.py`.
-
-        Args:
-          name: one of `solvers.SOLVERS`.
-          steps: of the walk.
-
-        Raises:
-          UserError: no solver has that name, or there are not enough training timesteps
-            for as many steps.
-        """
-        return solvers.make(name, self.configs["scheduler"], steps)
+        return noise_schedule.alphas_cumprod(self.configs["scheduler"])
 
     def shapes(self, component: str) -> Any:
         """The parameter tree of a component as `jax.ShapeDtypeStruct`s."""
