@@ -19,9 +19,8 @@ are x_t = alpha x_0 + sigma noise.
 """
 
 import functools
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,17 +59,20 @@ def ddim(
       guidance_interval: as `guidance_interval.segments` takes it.
     """
     trained = len(alphas_cumprod)
+    alphas = jnp.asarray(alphas_cumprod)
+
+    def step(predict, latents, t):
+        prediction = predict(latents, t)
+        next_t = t - trained // steps
+        squared = alphas[t]
+        next_squared = jnp.where(next_t >= 0, alphas[next_t], alphas[0])
+        alpha, sigma = squared**0.5, (1 - squared) ** 0.5
+        x_0, e = _split(latents, prediction, alpha, sigma, prediction_type)
+        return next_squared**0.5 * x_0 + (1 - next_squared) ** 0.5 * e
+
     timesteps = leading_timesteps(trained, steps)
-    following = np.maximum(timesteps - trained // steps, 0)
-    scales, next_scales = (_scales(alphas_cumprod[t]) for t in (timesteps, following))
-
-    def step(predict, latents, t, scales, next_scales):
-        x_0, e = _split(latents, predict(latents, t), scales, prediction_type)
-        return next_scales.alpha * x_0 + next_scales.sigma * e
-
-    coefficients = (timesteps, scales, next_scales)
     parts = segments(timesteps, trained, guidance_interval)
-    return _scan(step, noise, coefficients, parts, predict, unguided)
+    return _scan(step, noise, (timesteps,), parts, predict, unguided)
 
 
 def euler(
@@ -93,18 +95,18 @@ def euler(
     """
     trained = len(alphas_cumprod)
     timesteps = leading_timesteps(trained, steps)
-    scales = _scales(alphas_cumprod[timesteps])
-    ds = np.diff(scales.sigma / scales.alpha, append=np.float32(0))
+    squared = alphas_cumprod[timesteps]
+    alpha, sigma = np.sqrt(squared), np.sqrt(1 - squared)
+    ds = np.diff(sigma / alpha, append=np.float32(0))
 
-    def step(predict, x, t, scales, ds):
-        latents = scales.alpha * x
-        _, e = _split(latents, predict(latents, t), scales, prediction_type)
+    def step(predict, x, t, alpha, sigma, ds):
+        latents = alpha * x
+        _, e = _split(latents, predict(latents, t), alpha, sigma, prediction_type)
         return x + ds * e  # e is dx/ds: line 4's (x - x_0) / s
 
-    coefficients = (timesteps, scales, ds)
+    coefficients = (timesteps, alpha, sigma, ds)
     parts = segments(timesteps, trained, guidance_interval)
-    start = noise / scales.alpha[0]
-    return _scan(step, start, coefficients, parts, predict, unguided)
+    return _scan(step, noise / alpha[0], coefficients, parts, predict, unguided)
 
 
 def dpmpp_2m(
@@ -139,17 +141,14 @@ def dpmpp_2m(
     h = np.diff(np.log(alpha[:-1] / sigma[:-1]))  # of all steps but the last
     weight = np.zeros(steps)  # 1 / (2 r_i)
     weight[1:-1] = h[1:] / (2.0 * h[:-1])
-    alpha, sigma, shrink, gain, weight = (
-        row.astype(np.float32) for row in (alpha[:-1], sigma[:-1], shrink, gain, weight)
-    )
-    scales = _Scales(alpha, sigma, 1 / alpha)
+    table = np.stack([alpha[:-1], sigma[:-1], shrink, gain, weight])
+    coefficients = (timesteps, *table.astype(np.float32))
 
-    def step(predict, carry, t, scales, shrink, gain, weight):
+    def step(predict, carry, t, alpha, sigma, shrink, gain, weight):
         latents, earlier = carry
-        x_0, _ = _split(latents, predict(latents, t), scales, prediction_type)
+        x_0, _ = _split(latents, predict(latents, t), alpha, sigma, prediction_type)
         return shrink * latents + gain * (x_0 + weight * (x_0 - earlier)), x_0
 
-    coefficients = (timesteps, scales, shrink, gain, weight)
     parts = segments(timesteps, trained, guidance_interval)
     start = noise, jnp.zeros_like(noise)
     return _scan(step, start, coefficients, parts, predict, unguided)[0]
@@ -215,30 +214,12 @@ def linspace_timesteps(num_train_timesteps: int, steps: int) -> Int[np.ndarray, 
     return timesteps[:0:-1].astype(np.int32)
 
 
-class _Scales(NamedTuple):
-    """alpha, sigma and 1 / alpha: of one step, or of all of them."""
-
-    alpha: Any
-    sigma: Any
-    inverse: Any
-
-
-def _scales(alphas_cumprod: Float[np.ndarray, " S"]) -> _Scales:
-    inverse = alphas_cumprod.astype(np.float64) ** -0.5  # rounded once
-    return _Scales(
-        alpha=np.sqrt(alphas_cumprod),
-        sigma=np.sqrt(1 - alphas_cumprod),
-        inverse=inverse.astype(np.float32),
-    )
-
-
 def _split(
-    latents: Array, prediction: Array, scales: _Scales, prediction_type: str
+    latents: Array, prediction: Array, alpha: Array, sigma: Array, prediction_type: str
 ) -> tuple[Array, Array]:
     """The x_0 and the noise of which `latents` consist, by the network's prediction."""
-    alpha, sigma, inverse = scales
     if prediction_type == "epsilon":
-        return (latents - sigma * prediction) * inverse, prediction
+        return (latents - sigma * prediction) / alpha, prediction
     if prediction_type == "v_prediction":  # arXiv 2202.00512, appendix D
         x_0 = alpha * latents - sigma * prediction
         return x_0, alpha * prediction + sigma * latents
@@ -248,7 +229,7 @@ def _split(
 def _scan(
     step: Callable[..., Any],
     carry: Any,
-    coefficients: tuple,
+    coefficients: tuple[np.ndarray, ...],
     parts: list[tuple[int, int, bool]],
     guided: Predict,
     unguided: Predict | None,
@@ -258,13 +239,13 @@ def _scan(
     Args:
       step: of the sampler.
       carry: before the first step.
-      coefficients: trees of arrays [S], of which a step gets its scalars.
+      coefficients: of the sampler, each [S]; a step gets its own scalars.
       parts: of `guidance_interval.segments`, each a scan.
       guided: predicts in the guided ones.
       unguided: predicts in the others.
     """
     for start, stop, is_guided in parts:
-        rows = jax.tree.map(operator.itemgetter(slice(start, stop)), coefficients)
+        rows = tuple(values[start:stop] for values in coefficients)
         body = functools.partial(_body, step, guided if is_guided else unguided)
         carry, _ = jax.lax.scan(body, carry, rows)
     return carry
