@@ -61,7 +61,7 @@ MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "configs": {"configs"},
 }
 HOMELESS = re.compile(r"(^|_)(utils?|helpers?|misc)$")
-KNOW_DIFFUSERS = ("stable_diffusion", "attention", "controlnet", "solvers")
+KNOW_DIFFUSERS = ("stable_diffusion", "attention", "controlnet")
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
 
 Checker = Callable[[str, str], Iterator[str]]
