@@ -114,7 +114,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
         ),
         state,
         read=read,
-        fixed={"null_states": read(0)["text_states"][0]},
+        constants={"null_states": read(0)["text_states"][0]},
         mesh=mesh,
         steps=arguments.steps,
         checkpoints=Checkpoints(workdir / "checkpoints", every=10**9),

@@ -1,12 +1,12 @@
-"""How fast images are read: `gather.read_images` against PyTorch's `DataLoader`.
+"""Throughput of reading images: `gather.read_images` against PyTorch's `DataLoader`.
 
     python benchmarks/read_images.py --folder=/tmp/photos
 
-Makes JPEG files of 512 px, 10 classes, that are as large as photos are, then reads all
-of them in turns: as a run does, fingerprints and all; without these; and by
-`DataLoader(num_workers=2, batch_size=64)` over a dataset that opens, rotates, converts
-and resizes with Pillow. Each turn is a fresh process that has imported all it needs and
-has read a few images before its clock starts; the files are in the system's cache.
+Writes JPEG files of 512 px in 10 classes, with the file size of photographs, then reads
+all of them in three variants, in turn: as a run does, with fingerprints; without these;
+and with `DataLoader(num_workers=2, batch_size=64)` over a dataset that opens, rotates,
+converts and resizes with Pillow. Each turn is a new process that imports its modules
+and reads a few images before its clock starts; the files are in the system's cache.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from PIL import Image, ImageOps
 from mvc_jax.data import decode, duplicates, gather, sources
 
 SIDE = 512  # pixels, of the files
-SOURCES = 48  # pictures that the files are parts of
+SOURCES = 48  # scenes that the files are crops of
 CLASSES = 10
-WARM = 64  # images read before the clock starts
+WARM_UP = 64  # images read before the clock starts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--folder", help="of the images, kept; default: a temporary one"
+        "--folder", help="for the images, kept; default: a temporary one"
     )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=256)
@@ -46,11 +46,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
         paths = make(pathlib.Path(folder), arguments.images)
-        sizes = [len(path.read_bytes()) for path in paths]  # and into the cache
+        sizes = [len(path.read_bytes()) for path in paths]  # also fills the cache
         print(
             f"{len(paths)} JPEG files of {SIDE} px, {np.mean(sizes) / 1e3:.0f} kB each"
         )
-        print(f"load of the machine before: {os.getloadavg()[0]:.2f}\n")
+        print(f"load average of the machine before: {os.getloadavg()[0]:.2f}\n")
         turns = {
             "ours": (read_ours, arguments.threads),
             "ours, without checks": (read_unchecked, arguments.threads),
@@ -59,14 +59,14 @@ def main() -> None:
         rates = {name: [] for name in turns}
         for _ in range(arguments.rounds):
             for name, (read, *options) in turns.items():
-                rate = apart(read, folder, arguments.images, arguments.size, *options)
+                rate = measure(read, folder, arguments.images, arguments.size, *options)
                 rates[name].append(rate)
         print(table(rates))
         print(costs(paths[:: max(len(paths) // 200, 1)], arguments.size))
 
 
 def make(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """Writes the images that are not there yet."""
+    """Writes the images that do not exist yet."""
     paths = [folder / f"class {i % CLASSES}" / f"{i:05}.jpg" for i in range(count)]
     todo = [(i, path) for i, path in enumerate(paths) if not path.exists()]
     for path in {path.parent for path in paths}:
@@ -94,7 +94,7 @@ def make(folder: pathlib.Path, count: int) -> list[pathlib.Path]:
 
 
 def scene(seed: int) -> np.ndarray:
-    """Smooth shapes with ever finer and fainter texture; uint8 [H, W, 3]."""
+    """Smooth shapes with texture at several scales; uint8 [H, W, 3]."""
     rng = np.random.default_rng([0, seed])
     side = SIDE * 3 // 2
     total = np.full((side, side, 3), 128, np.float32)
@@ -105,12 +105,12 @@ def scene(seed: int) -> np.ndarray:
         planes = [p.resize((side, side), Image.Resampling.BICUBIC) for p in planes]
         light, *colours = (np.asarray(plane) for plane in planes)
         total += contrast * (light[..., None] + 0.4 * np.stack(colours, -1))
-    total += rng.normal(scale=3 * strength, size=(side, side, 1))  # the camera's
+    total += rng.normal(scale=3 * strength, size=(side, side, 1))  # sensor noise
     return np.clip(total, 0, 255).astype(np.uint8)
 
 
-def apart(read: Callable, *arguments) -> tuple[float, float]:
-    """Images a second, and milliseconds of processor each, in a fresh process."""
+def measure(read: Callable, *arguments) -> tuple[float, float]:
+    """Images per second and processor milliseconds per image, in a new process."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_timed, args=(send, read, *arguments))
@@ -123,9 +123,12 @@ def apart(read: Callable, *arguments) -> tuple[float, float]:
 
 
 def _timed(send, read: Callable, folder: str, count: int, *options) -> None:
-    for _ in read(folder, WARM, *options):
+    for _ in read(folder, WARM_UP, *options):
         pass
-    start, busy = time.perf_counter(), sum(os.times()[:4])  # workers' as they end
+    start, busy = (
+        time.perf_counter(),
+        sum(os.times()[:4]),
+    )  # workers count once they end
     read_count = sum(read(folder, count, *options))
     seconds, busy = time.perf_counter() - start, sum(os.times()[:4]) - busy
     assert read_count == count
@@ -134,21 +137,21 @@ def _timed(send, read: Callable, folder: str, count: int, *options) -> None:
 
 def read_ours(folder: str, count: int, size: int, threads: int) -> Iterator[int]:
     source = sources.open_source(f"folder:{folder}")
-    reader = gather.Reader(size, threads=threads)
-    for _, image, found in gather.read_images(source, range(count), reader):
-        assert image is not None, found
+    options = gather.ReaderOptions(size, threads=threads)
+    for _, image, info in gather.read_images(source, range(count), options):
+        assert image is not None, info
         yield 1
 
 
 def read_unchecked(folder: str, count: int, size: int, threads: int) -> Iterator[int]:
-    """The `DataLoader`'s work and no more; in a process of its own."""
+    """The same work as the `DataLoader`'s; needs a process of its own."""
     gather.fingerprint = lambda image: duplicates.Fingerprint(0, image[:0])
     gather._is_grey = lambda image: False
     yield from read_ours(folder, count, size, threads)
 
 
 class Files:
-    """What a PyTorch user would write: a dataset of (uint8 [S, S, 3], label)."""
+    """A typical PyTorch dataset of (uint8 [S, S, 3], label)."""
 
     def __init__(self, folder: str, count: int, size: int):
         paths = itertools.islice(sorted(pathlib.Path(folder).glob("*/*.jpg")), count)
@@ -172,17 +175,17 @@ def read_torch(folder: str, count: int, size: int, workers: int) -> Iterator[int
     from torch.utils.data import DataLoader
 
     files = Files(folder, count, size)
-    # Linux's default, which a spawned process does not have.
+    # The default on Linux, but not in a spawned process.
     settings = {"num_workers": workers, "multiprocessing_context": "fork"}
     for images, _ in DataLoader(files, batch_size=64, **settings):
         yield len(images)
 
 
 def table(found: dict[str, list[tuple[float, float]]]) -> str:
-    """A Markdown table of the turns, with ours as a share of torch's."""
+    """A Markdown table of the turns, with ours relative to torch's."""
     rounds = range(1, len(found["torch"]) + 1)
     names = [f"images/s, turn {i}" for i in rounds] + ["mean"]
-    names += [f"processor, ms an image, turn {i}" for i in rounds] + ["mean"]
+    names += [f"processor, ms per image, turn {i}" for i in rounds] + ["mean"]
     lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     rows = {name: np.asarray(turns).T for name, turns in found.items()}
     rows = {name: np.c_[row, row.mean(1)] for name, row in rows.items()}
@@ -190,13 +193,13 @@ def table(found: dict[str, list[tuple[float, float]]]) -> str:
         cells = [f"{x:.0f}" for x in rate] + [f"{x:.2f}" for x in busy]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in [name for name in rows if name != "torch"]:
-        share = (rows[name] / rows["torch"]).ravel()
-        lines.append(f"| {name} / torch | {' | '.join(f'{x:.2f}' for x in share)} |")
+        ratio = (rows[name] / rows["torch"]).ravel()
+        lines.append(f"| {name} / torch | {' | '.join(f'{x:.2f}' for x in ratio)} |")
     return "\n".join(lines)
 
 
 def costs(paths: list[pathlib.Path], size: int) -> str:
-    """A Markdown table: milliseconds an image that each step takes one thread."""
+    """A Markdown table of the milliseconds per image of each step, on one thread."""
     contents = [path.read_bytes() for path in paths]
     decoder = decode.Decoder()
     box, method = (size, size), Image.Resampling.LANCZOS
@@ -214,10 +217,10 @@ def costs(paths: list[pathlib.Path], size: int) -> str:
         "resize in Pillow": (lambda picture: picture.resize(box, method), pictures),
         "ours: JPEG -> array": (decoder, contents),
         "ours: array -> resized array": (lambda image: decode.fit(image, size), images),
-        "ours: without colour?": (gather._is_grey, fitted),
+        "ours: check for colour": (gather._is_grey, fitted),
         "ours: fingerprint": (duplicates.fingerprint, fitted),
     }
-    lines = ["", "| step, one thread | ms an image |", "|---|---:|"]
+    lines = ["", "| step, one thread | ms per image |", "|---|---:|"]
     for name, (step, inputs) in steps.items():
         best = min(_seconds(step, inputs) for _ in range(5))
         lines.append(f"| {name} | {1e3 * best / len(inputs):.2f} |")

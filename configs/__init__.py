@@ -1,1 +1,1 @@
-"""Configs: one file a dataset, each a lab note. `common.py` has every field."""
+"""Configs: one lab note per dataset; `common.py` has every field."""

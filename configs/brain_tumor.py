@@ -1,27 +1,26 @@
-"""Brain Tumor MRI: about 7,000 scans of three kinds of tumor and of none.
+"""Brain Tumor MRI: about 7,000 scans of three kinds of tumor and of healthy brains.
 
     python -m mvc_jax.train --config=configs/brain_tumor.py:path=data/brain-tumor-mri \
       --workdir=runs/brain_tumor
 
-The folder as the dataset is handed out: `Training/<class>/*` and `Testing/<class>/*`.
-It holds many scans more than once, also across the two: the run lists them, and takes
-them out of train.
+The folder has the layout of the published dataset: `Training/<class>/*` and
+`Testing/<class>/*`. Many scans occur more than once, also across the two: the run lists
+these duplicates and removes them from train.
 
-`path=...,model=wrn50_2` or `model=efficientnet_b0` takes another classifier than
-`resnet50`. With `--config.classify.pretrained=timm/resnet50.tv_in1k`, or another
-checkpoint of the network, it starts from ImageNet's weights.
+`path=...,model=wrn50_2` or `model=efficientnet_b0` selects another classifier than
+`resnet50`. `--config.classify.pretrained=timm/resnet50.tv_in1k`, or another checkpoint
+of the network, starts it from ImageNet's weights.
 
 Supplement: fine-tuning with Adam, learning rate 1e-4, batches of 50; ResNet-50 and
 WRN-50-2 with Adam, 1e-3, batches of 50; EfficientNet-B0 with SGD, 0.02 and a multi-step
 schedule, gamma 0.1. Ours: 224 pixels, 50 epochs, milestones at a half and three
-quarters, flips and crops; from scratch, since the supplement says nothing of weights.
-Hardware, wall time and numbers to expect: not yet measured.
+quarters, flips and crops; from scratch, since the supplement does not mention weights.
+Hardware, wall time and expected numbers: not yet measured.
 """
 
 from ml_collections import ConfigDict
 
 from mvc_jax.configs import common
-from mvc_jax.errors import require_one_of
 
 MODELS = {
     "resnet50": "resnet50",
@@ -31,27 +30,25 @@ MODELS = {
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(
-        argument, known=("path", "model", "per_class", "preset")
-    )
+    known = ("path", "model", "per_class", "preset")
+    given = common.parse_argument(argument, known=known)
     config = common.get_config()
     config.data.source = f"folder:{given.get('path', 'data/brain-tumor-mri')}"
     config.data.size = 512
-    config.data.resize = "pad"  # scans are not all square; the ground is black
-    config.data.per_class = int(given.get("per_class", 0))
+    config.data.resize = "pad"  # scans are not all square; their background is black
+    config.data.per_class = common.whole_number(given, "per_class", 0)
     config.data.duplicates = "remove"
     config.data.class_type = "brain MRI"
 
     config.base.path = common.STABLE_DIFFUSION
-    model = given.get("model", "resnet50")
-    require_one_of("--config=FILE:ARGUMENT", {"model": model}, {"model": tuple(MODELS)})
+    model = common.choice(given, "model", tuple(MODELS), "resnet50")
     config.classify.model = MODELS[model]
     config.classify.size = 224
     config.classify.epochs = 50.0
     config.classify.batch_size = 50  # supplement
     config.classify.learning_rate = 1e-3  # supplement
     config.classify.schedule = "constant"
-    config.classify.weight_decay = 0.0  # Adam with its defaults
+    config.classify.weight_decay = 0.0  # as in Adam's defaults
     if model == "efficientnet_b0":
         config.classify.optimizer = "sgd"  # supplement
         config.classify.learning_rate = 0.02

@@ -1,13 +1,13 @@
-"""Caltech-101: objects in 101 classes and a background class, about 300 by 200 pixels.
+"""Caltech-101: objects of 101 classes and a background class, about 300 by 200 pixels.
 
     python -m mvc_jax.train --config=configs/caltech101.py --workdir=runs/caltech101
 
-TFDS must have prepared it once; where it has not, the message has the command. Its
-split: 30 training images of each class, all others are test.
+TFDS must prepare the dataset once; the error message has the command. Its split: 30
+training images per class, all others are test.
 
 Supplement: Adam with its defaults, learning rate 1e-4, batches of 50. Ours: centre
-crops, so that nothing is squeezed; ResNet-50 at 224 pixels, 100 epochs, from scratch.
-Hardware, wall time and numbers to expect: not yet measured.
+crops, to keep proportions; ResNet-50 at 224 pixels, 100 epochs, from scratch.
+Hardware, wall time and expected numbers: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.source = "tfds:caltech101"
     config.data.size = 512
     config.data.resize = "crop"
-    config.data.per_class = int(given.get("per_class", 0))
+    config.data.per_class = common.whole_number(given, "per_class", 0)
 
     config.base.path = common.STABLE_DIFFUSION
     config.classify.model = "resnet50"
@@ -30,7 +30,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.batch_size = 50  # supplement
     config.classify.learning_rate = 1e-4  # supplement
     config.classify.schedule = "constant"
-    config.classify.weight_decay = 0.0  # Adam with its defaults
+    config.classify.weight_decay = 0.0  # as in Adam's defaults
     config.classify.runs = (
         "real",
         "real+flip_crop",

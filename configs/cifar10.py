@@ -2,20 +2,20 @@
 
     python -m mvc_jax.train --config=configs/cifar10.py --workdir=runs/cifar10
 
-TFDS must have prepared it once; where it has not, the message has the command.
-`--config=configs/cifar10.py:per_class=50` takes 50 training images of each class.
+TFDS must prepare the dataset once; the error message has the command.
+`--config=configs/cifar10.py:per_class=50` uses 50 training images per class.
 
 Supplement: fine-tuning with Adam, learning rate 1e-4, batches of 50; classifiers from
-scratch after AutoAugment's recipe. That is (arXiv 1805.09501, section 4.1): WRN-28-10,
-200 epochs of SGD with Nesterov's momentum, batches of 128, learning rate 0.1 by a
-cosine, weight decay 5e-4, flips, crops, the policy and Cutout. Epochs are of the real
-images: every run takes as many steps. Ours: weight decay of kernels alone; Stable
-Diffusion at 256 pixels, since 32 are fewer than its autoencoder can work with and 512
+scratch with AutoAugment's hyperparameters, which are (arXiv 1805.09501, section 4.1):
+WRN-28-10, 200 epochs of SGD with Nesterov momentum, batches of 128, learning rate 0.1
+with cosine decay, weight decay 5e-4, flips, crops, the policy and Cutout. Epochs count
+real images, so every run takes the same number of steps. Ours: weight decay of kernels
+only; Stable Diffusion at 256 pixels, since its autoencoder does not work at 32, and 512
 cost four times as much.
-Every real image, test ones too, goes from 32 pixels to 256 by Lanczos and back to the
-classifier's 32 by area: a PSNR of 38.5 dB, measured on scikit-learn's two photographs,
-cut and made as small.
-Hardware, wall time and numbers to expect: not yet measured.
+Every real image, test images included, is resized from 32 pixels to 256 (Lanczos) and
+back to the classifier's 32 (area), with a PSNR of 38.5 dB, measured on crops of
+scikit-learn's two photographs that were reduced to this size.
+Hardware, wall time and expected numbers: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = common.get_config()
     config.data.source = "tfds:cifar10"
     config.data.size = 256
-    config.data.per_class = int(given.get("per_class", 0))
+    config.data.per_class = common.whole_number(given, "per_class", 0)
     config.data.class_type = "object"
 
     config.base.path = common.STABLE_DIFFUSION

@@ -1,21 +1,23 @@
-"""Ten handwritten digits per class, from nothing to a report on a laptop's CPU.
+"""Ten handwritten digits per class, from scratch to a report on a laptop's CPU.
 
     python -m mvc_jax.train --config=configs/digits.py --workdir=runs/digits
 
-scikit-learn's 1,797 digits, split three ways by id: a base pool of 900 that stands in
-for the web (only the base model sees it), ten training images per class, and the rest
-as test. Two CPU cores, 2026-11-24: 373 s with nothing compiled before, 1.6 GiB; seed 0:
-real only 82.3 %, real + synthetic 85.3 %, real + affine 91.4 % (5 classifiers each);
-other seeds are in the README.
+scikit-learn's 1,797 digits, split by id: a base pool of 900 in place of web images,
+seen by the base model only; ten training images per class; all others are test. Two CPU
+cores, 2026-11-24: 373 s with an empty compilation cache, 1.6 GiB; seed 0: real only
+82.3 %, real + synthetic 85.3 %, real + affine 91.4 % (5 classifiers each); the README
+has other seeds.
 
     python -m mvc_jax.train --config=configs/digits.py:ablation --workdir=runs/ablation
 
-draws figures 4 and 5 of the supplement as well (`generate/conditionings.png`,
-`levels.png`), for which the base gets an image tower and a ControlNet. Two CPU cores,
-2026-11-24, seed 0, at the end of training: 80 % of a batch's images are nearest to
-their own text (loss 1.05); the ControlNet's loss is 0.062, half of the prompts dropped,
-where the base alone had 0.081 with a tenth dropped. What classifiers train on, and so
-their accuracy, is the demo's.
+also makes figures 4 and 5 of the supplement (`generate/conditionings.png`,
+`levels.png`), for which the base gets an image encoder and a ControlNet. Two CPU cores,
+2026-11-24, seed 0, at the end of training: 80 % of the images in a batch are nearest to
+their own text (loss 1.05); the ControlNet's loss is 0.062 with half of the prompts
+dropped, where the base alone had 0.081 with a tenth dropped. The classifiers' training
+images, and so their accuracies, are those of the command above.
+
+`:preset=fast`, or `:ablation,preset=fast`, samples with fewer steps (`common.fast`).
 """
 
 from ml_collections import ConfigDict
@@ -24,14 +26,13 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    ablation = argument == "ablation"
-    given = common.parse_argument("" if ablation else argument, known=("preset",))
+    given = common.parse_argument(argument, known=("preset",), flags=("ablation",))
     config = common.get_config()
     config.data.source = "digits"
     config.data.size = 16
     config.data.pool = 900
     config.data.per_class = 10
-    config.data.test_fraction = 0.0  # all the rest
+    config.data.test_fraction = 0.0  # all others
     config.data.class_type = "digit"
 
     config.caption.captioner = "attributes"
@@ -41,7 +42,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.pretrain.vae.steps = 500
     config.pretrain.unet.steps = 1500
     config.finetune.steps = 300
-    config.finetune.learning_rate = 2e-4  # gentle: the base must not be forgotten
+    config.finetune.learning_rate = 2e-4  # low, so that the base is not forgotten
     config.finetune.schedule = "cosine"
     config.finetune.checkpoint_every = 100
 
@@ -70,11 +71,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.model = "resnet8"
     config.classify.width = 8
     config.classify.stem_stride = 2
-    config.classify.flip = False  # a mirrored digit is none
+    config.classify.flip = False  # a mirrored digit is not a digit
     config.classify.seeds = 5
     config.classify.steps = 250
     config.report.title = "Mixing Visual Concepts: ten handwritten digits per class"
-    if ablation:
+    if "ablation" in given:
         config.pretrain.image_encoder.steps = 500
         config.pretrain.controlnet.steps = 500
         config.mix.levels = True

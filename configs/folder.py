@@ -1,17 +1,18 @@
-"""Your own images: a folder, whatever its layout, to a report.
+"""Your own images: from a folder, in any of the supported layouts, to a report.
 
     python -m mvc_jax.train --config=configs/folder.py:path=/data/parts \
       --workdir=runs/parts --config.stages=caption
 
-looks at the images first: classes, counts, bad files, a contact sheet. The whole run:
+summarises the images: classes, counts, bad files, a contact sheet. The whole run:
 
     python -m mvc_jax.train --config=configs/folder.py:path=/data/parts \
       --workdir=runs/parts --config.caption.captioner=blip2 \
       --config.data.class_type=part
 
-Captions by template are the same for a whole class, so that mixing them does nothing:
-they are for the first look. docs/your-own-images.md goes through it step by step.
-Hardware, wall time and numbers to expect: not yet measured.
+Captions by template, the default here, are the same for all images of a class, so
+mixing them has no effect: they are for the summary. docs/your-own-images.md explains
+all steps.
+Hardware, wall time and expected numbers: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -20,19 +21,17 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """`argument`: `path=FOLDER`, if you like with `,class_type=WORDS`, `,size=PIXELS`
-    or `,preset=fast`.
+    """The config for `path=FOLDER[,class_type=WORDS][,size=PIXELS][,preset=fast]`.
 
     Raises:
-      UserError: it has no path, or something else.
+      UserError: the argument has no path, or another form.
     """
-    given = common.parse_argument(
-        argument, needed=("path",), known=("path", "class_type", "size", "preset")
-    )
+    known = ("path", "class_type", "size", "preset")
+    given = common.parse_argument(argument, known=known, needed=("path",))
     config = common.get_config()
     config.data.source = f"folder:{given['path']}"
     config.data.class_type = given.get("class_type", "")
-    config.data.size = int(given.get("size", 512))
+    config.data.size = common.whole_number(given, "size", 512, minimum=1)
     config.caption.captioner = "template"
 
     config.base.path = common.STABLE_DIFFUSION

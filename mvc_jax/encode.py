@@ -1,41 +1,59 @@
-"""Images, captions -> VAE moments and text states: computed once, read many times.
+"""Images, captions -> VAE moments and text states: a cache for the later stages.
 
 Reads: the base model, training images, captions. Writes, in shards: `moments/`
-[V N, h, w, 2c], image i in row i and, where `encode.flip` makes V = 2, its mirror image
-in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty one first. And
-`prompts.jsonl`, a row for each training image, and `base.json`, which base model that
-was, so that later stages read the same.
+[V N, h, w, 2c], with image i in row i and, where `encode.flip` makes V = 2, its mirror
+image in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty one
+first. Also `prompts.jsonl`, a row for each training image, and `base.json`, the base
+model, of which later stages read the same revision.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
-from etils import epath
-from jax.sharding import Mesh
+from etils import epath, epy
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
 from mvc_jax.data import captions, shards, splits
-from mvc_jax.errors import UserError, require, require_disk_space
-from mvc_jax.models import stable_diffusion
+from mvc_jax.errors import UserError, require_disk_space
 from mvc_jax.stage import is_complete, open_stage
-from mvc_jax.training import sharding
 from mvc_jax.training.console import Progress
+
+with epy.lazy_imports():
+    import jax
+
+    from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+    from mvc_jax.models import stable_diffusion
+    from mvc_jax.training import sharding
 
 DTYPES = ("float32", "float16")
 
 
 def check(config: ConfigDict) -> None:
     """Checks the sections `encode` and `base`."""
-    base = config.base
-    if base.path:
+    section, base = config.encode, config.base
+    if section.batch_size <= 0:
+        raise UserError(
+            "config.encode.batch_size",
+            wanted="at least 1",
+            got=f"{section.batch_size}",
+            fix="Raise it.",
+        )
+    if section.dtype not in DTYPES:
+        raise UserError(
+            "config.encode.dtype",
+            wanted=f"one of {', '.join(DTYPES)}",
+            got=repr(section.dtype),
+            fix="Use one of these.",
+        )
+    if base.path:  # reads files, so it comes last
         diffusers_layout.check_base(
             base.path,
             base.variant,
@@ -43,90 +61,87 @@ def check(config: ConfigDict) -> None:
             finetuned=base.finetuned,
             size=config.data.size,
         )
-    require(
-        bool(base.path) or not (base.variant or base.revision),
-        "config.base",
-        wanted="no variant and no revision without a path: `pretrain` makes the base",
-        got=f"variant={base.variant!r}, revision={base.revision!r}",
-        fix="Leave both empty, or name a base in config.base.path.",
-    )
-    require(
-        config.encode.batch_size > 0,
-        "config.encode.batch_size",
-        wanted="at least 1",
-        got=config.encode.batch_size,
-        fix="Raise it.",
-    )
-    require(
-        config.encode.dtype in DTYPES,
-        "config.encode.dtype",
-        wanted=f"one of {', '.join(DTYPES)}",
-        got=repr(config.encode.dtype),
-        fix="Name one of these.",
-    )
+    elif base.variant or base.revision:
+        raise UserError(
+            "config.base",
+            wanted="no variant and no revision without a path: `pretrain` trains the "
+            "base",
+            got=f"variant={base.variant!r}, revision={base.revision!r}",
+            fix="Leave both empty, or name a base in config.base.path.",
+        )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Encodes every training image and every distinct prompt, shard by shard."""
     workdir = epath.Path(workdir)
     section = config.encode.to_dict()
-    del section["batch_size"]  # changes no shard
-    settings = {"seed": config.seed, "data": config.data.to_dict()}
-    settings |= {"base": config.base.to_dict(), "encode": section}
+    del section["batch_size"]  # shards do not depend on it
+    settings = {
+        "seed": config.seed,
+        "data": config.data.to_dict(),
+        "base": config.base.to_dict(),
+        "encode": section,
+    }
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
     stage = open_stage(workdir, "encode", settings, inputs)
     if stage.complete:
         return
-    fresh = not is_complete(workdir, "encode")  # else only files are gone
+    fresh = not is_complete(workdir, "encode")  # otherwise some files were deleted
     try:
-        written, counts = make(config, workdir, stage.folder)
+        written, counts = encode(config, workdir, stage.folder)
     except UserError:
         if fresh and not any(stage.folder.glob("*/*.npy")):
-            stage.abandon()  # nothing is kept: other settings may follow
+            stage.abandon()  # nothing was written, so other settings may follow
             (stage.folder / "base.json").unlink(missing_ok=True)
         raise
     stage.finish(written, **counts)
 
 
-def make(
+def encode(
     config: ConfigDict, workdir: epath.Path, folder: epath.Path
 ) -> tuple[list[str], dict[str, int]]:
-    """Makes what `folder` lacks of the cache.
+    """Writes the missing files of the cache.
 
     Returns:
       the files of the cache, relative to `folder`, and counts for the manifest.
     """
-    section = config.encode.to_dict()
+    section = config.encode
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     base = _find_base(config, workdir, folder / "base.json")
     model, _ = diffusers_layout.load(base, (), config.base.variant)
     train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
-    rows, prompts = prompt_rows(model, train, texts, config.data)
+    rows, prompts = prompt_rows(
+        model,
+        train,
+        texts,
+        template=config.data.prompt,
+        class_type=config.data.class_type,
+    )
     files.write_jsonl(folder / "prompts.jsonl", rows)
 
     parts = (
-        _text_part(folder, model, prompts, section),
-        _image_part(folder, model, train, section),
+        _text_part(folder, model, prompts, section.dtype),
+        _image_part(folder, model, train, section.dtype, flip=section.flip),
     )
-    _require_room(folder, parts)
+    _check_disk_space(folder, parts)
     components = [part.component for part in parts]
     _, params = diffusers_layout.load(base, components, config.base.variant)
-    size = sharding.padded_size(section["batch_size"], mesh)
+    size = sharding.padded_size(section.batch_size, mesh)
     for part in parts:
         fill(part, params, size=size, mesh=mesh)
     logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
-    written = ["base.json", "prompts.jsonl"]
-    written += [name for part in parts for name in part.writer.names]
+    shard_names = [name for part in parts for name in part.writer.names]
+    written = ["base.json", "prompts.jsonl", *shard_names]
     return written, {"images": len(train.images), "prompts": len(prompts)}
 
 
 def _find_base(
     config: ConfigDict, workdir: epath.Path, record: epath.Path
 ) -> epath.Path:
-    """The folder of the base model, looked over; which one it is goes into `record`."""
+    """The folder of the base model, checked; `record` gets its path and revision."""
     base, revision = config.base, config.base.revision
-    if record.exists():  # this stage was cut: it goes on with the same commit
+    if record.exists():  # the stage resumes, with the same commit
         revision = files.read_json(record)["revision"] or ""
     folder, commit = pipeline_folder.resolve(
         base.path or workdir / "pretrain" / "model", base.variant, revision
@@ -141,18 +156,18 @@ def _find_base(
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One array of the cache, and how its rows are made.
+    """One array of the cache, and how its rows are computed.
 
     Attributes:
-      what: a row stands for, for the terminal.
-      component: whose parameters `encode` takes.
+      unit: what a row is, for the terminal.
+      component: whose parameters `encode` is given.
       encode: (parameters, batch of inputs) -> rows.
       inputs: row numbers -> inputs, on the host.
-      name: row number -> what it stands for, for an error.
+      name: row number -> its name, for an error.
       writer: of the array.
     """
 
-    what: str
+    unit: str
     component: str
     encode: Callable[[Any, Any], jax.Array]
     inputs: Callable[[range], np.ndarray]
@@ -160,11 +175,11 @@ class Part:
     writer: shards.Writer
 
 
-def fill(part: Part, params: Any, *, size: int, mesh: Mesh) -> None:
+def fill(part: Part, params: Any, *, size: int, mesh: jax.sharding.Mesh) -> None:
     """Writes the missing shards of a part.
 
-    No batch runs over a shard's border, so that each shard is made of the same batches
-    whatever was there before.
+    No batch crosses the border of a shard, so that a shard is computed from the same
+    batches whichever shards exist already.
 
     Args:
       part: of the cache.
@@ -180,14 +195,14 @@ def fill(part: Part, params: Any, *, size: int, mesh: Mesh) -> None:
     writer, missing = part.writer, part.writer.missing
     total = writer.shape[0]
     done = total - sum(len(rows) for rows in missing)
-    progress = Progress(f"encode/{part.what}s", total, done=done, unit=part.what)
+    progress = Progress(f"encode/{part.unit}s", total, done=done, unit=part.unit)
     with contextlib.closing(progress):
         for rows in missing:
             shard = np.empty((len(rows), *writer.shape[1:]), writer.dtype)
             starts = range(0, len(rows), size)
             batches = encode(part.inputs(rows[i : i + size]) for i in starts)
             for start, batch in zip(starts, batches, strict=True):
-                with np.errstate(over="ignore"):  # becomes infinity, refused below
+                with np.errstate(over="ignore"):  # infinity is an error below
                     shard[start : start + size] = batch
                 _require_finite(part, rows[start : start + size], shard[start:])
                 progress.advance(len(batch))
@@ -197,7 +212,7 @@ def fill(part: Part, params: Any, *, size: int, mesh: Mesh) -> None:
 def image_rows(
     images: UInt8[np.ndarray, "N H W 3"], rows: range
 ) -> UInt8[np.ndarray, "B H W 3"]:
-    """The images behind rows of the moments: from row N on, the mirror images."""
+    """The images of rows of the moments: mirror images from row N on."""
     variants, indices = np.divmod(np.asarray(rows), len(images))
     batch = images[indices]
     mirrored = variants == 1
@@ -209,15 +224,24 @@ def prompt_rows(
     model: stable_diffusion.StableDiffusion,
     train: splits.Split,
     texts: list[str],
-    data: ConfigDict,
+    *,
+    template: str,
+    class_type: str,
 ) -> tuple[list[dict], list[str]]:
-    """Prompts of the training images, and which of their tokens mixing may touch.
+    """Prompts of the training images, with the positions of their captions' tokens.
+
+    Args:
+      model: the base.
+      train: the training images.
+      texts: their captions.
+      template: of the prompts.
+      class_type: in the prompts.
 
     Returns:
       rows `{"id", "label", "class_name", "prompt", "state", "caption_start",
-      "caption_tokens", "tokens"}`: `state` indexes the distinct prompts; the caption's
-      tokens are `caption_tokens` from `caption_start` on, BOS being token 0; `tokens`
-      counts all with BOS and EOS.
+      "caption_tokens", "tokens"}`: `state` is the index of the prompt among the
+      distinct ones; the caption has `caption_tokens` tokens from `caption_start` on,
+      where BOS is token 0; `tokens` counts all tokens with BOS and EOS.
       the distinct prompts, `""` first.
     """
     rows: list[dict] = []
@@ -225,20 +249,26 @@ def prompt_rows(
     for id_, label, text in zip(train.ids, train.labels, texts, strict=True):
         name = train.class_names[label]
         prompt = captions.prompt(
-            data.prompt,
+            template,
             text,
-            class_type=data.class_type,
+            class_type=class_type,
             class_name=name,
             count_tokens=model.count_tokens,
             max_tokens=model.context_length,
         )
-        row = {"id": id_, "label": int(label), "class_name": name}
-        row |= {"prompt": prompt.text}
-        row |= {"state": index_of.setdefault(prompt.text, len(index_of))}
-        # Every count has BOS and EOS; the caption starts behind BOS and what is before.
-        row |= {"caption_start": model.count_tokens(prompt.before) - 1}
-        row |= {"caption_tokens": model.count_tokens(prompt.caption) - 2}
-        rows.append(row | {"tokens": model.count_tokens(prompt.text)})
+        # Each count includes BOS and EOS. The caption follows BOS and the text before
+        # it.
+        row = {
+            "id": id_,
+            "label": int(label),
+            "class_name": name,
+            "prompt": prompt.text,
+            "state": index_of.setdefault(prompt.text, len(index_of)),
+            "caption_start": model.count_tokens(prompt.before) - 1,
+            "caption_tokens": model.count_tokens(prompt.caption) - 2,
+            "tokens": model.count_tokens(prompt.text),
+        }
+        rows.append(row)
     return rows, list(index_of)
 
 
@@ -246,10 +276,10 @@ def _text_part(
     folder: epath.Path,
     model: stable_diffusion.StableDiffusion,
     prompts: list[str],
-    section: dict[str, Any],
+    dtype: str,
 ) -> Part:
     return Part(
-        what="prompt",
+        unit="prompt",
         component="text_encoder",
         encode=model.text_states,
         inputs=lambda rows: model.tokenize(prompts[rows.start : rows.stop]),
@@ -258,7 +288,7 @@ def _text_part(
             folder / "text_states",
             rows=len(prompts),
             row_shape=(model.context_length, model.text_width),
-            dtype=section["dtype"],
+            dtype=dtype,
         ),
     )
 
@@ -267,45 +297,47 @@ def _image_part(
     folder: epath.Path,
     model: stable_diffusion.StableDiffusion,
     train: splits.Split,
-    section: dict[str, Any],
+    dtype: str,
+    *,
+    flip: bool,
 ) -> Part:
     side = train.images.shape[1] // model.downsampling
     return Part(
-        what="image",
+        unit="image",
         component="vae",
         encode=model.encode_pixels,
         inputs=lambda rows: image_rows(train.images, rows),
         name=lambda row: train.ids[row % len(train.ids)],
         writer=shards.Writer(
             folder / "moments",
-            rows=len(train.images) * (2 if section["flip"] else 1),
+            rows=len(train.images) * (2 if flip else 1),
             row_shape=(side, side, 2 * model.latent_channels),
-            dtype=section["dtype"],
+            dtype=dtype,
         ),
     )
 
 
-def _require_room(folder: epath.Path, parts: Sequence[Part]) -> None:
+def _check_disk_space(folder: epath.Path, parts: Sequence[Part]) -> None:
     arrays = [
-        f"{part.writer.shape[0]} {part.what}s x {part.writer.row_bytes} bytes"
+        f"{part.writer.shape[0]} {part.unit}s x {part.writer.row_bytes} bytes"
         for part in parts
     ]
     require_disk_space(
         folder,
         sum(part.writer.missing_bytes for part in parts),
         what=f"the rest of the cache ({' + '.join(arrays)})",
-        fix="Free some or name a --workdir on another disk; "
+        fix="Free some or use a --workdir on another disk; "
         "--config.encode.dtype=float16 needs half.",
     )
 
 
 def _require_finite(part: Part, rows: range, array: np.ndarray) -> None:
     finite = np.isfinite(array[: len(rows)]).reshape(len(rows), -1).all(axis=1)
-    require(
-        bool(finite.all()),
-        f"encode: {part.what} {part.name(rows[int(np.argmin(finite))])}",
-        wanted="finite numbers from the base model",
-        got=f"NaN or infinity, or more than {array.dtype} holds",
-        fix="Set --config.encode.dtype=float32; if it is, the base model's weights are "
-        "damaged: download them again.",
-    )
+    if not finite.all():
+        raise UserError(
+            f"encode: {part.unit} {part.name(rows[int(np.argmin(finite))])}",
+            wanted="finite numbers from the base model",
+            got=f"NaN or infinity, or numbers outside the range of {array.dtype}",
+            fix="Set --config.encode.dtype=float32; if it is, the base model's weights "
+            "are damaged: download them again.",
+        )

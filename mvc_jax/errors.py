@@ -1,4 +1,4 @@
-"""The one exception that a user of the tool is meant to read."""
+"""The exception that a user of the tool reads, and checks that raise it."""
 
 import errno
 import os
@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 
 
 class UserError(Exception):
-    """Something in the user's hands is wrong: a field, a file, a machine.
+    """Something the user controls is wrong: a field, a file, a machine.
 
     Rooms and stages raise it; `train.main` prints it as one sentence and exits with
-    code 2. A traceback is for our own mistakes only.
+    code 2. A traceback is shown for bugs only.
 
     Args:
       name: the field (`config.data.per_class`) or path that is wrong.
-      wanted: what would have been right.
+      wanted: what would have been valid.
       got: what was found instead.
-      fix: the way out, as an imperative sentence.
-      details: lines to print below it, e.g. one for each bad image.
+      fix: what the user can do, as an imperative sentence.
+      details: lines to print below the message, e.g. one for each bad image.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class UserError(Exception):
 
 
 def require(condition: bool, name: str, *, wanted: str, got: object, fix: str) -> None:
-    """Raises a `UserError` unless `condition` holds."""
+    """Raises a `UserError` unless `condition` holds.
+
+    The strings are formatted in any case: where that is costly, write an `if`.
+    """
     if not condition:
         raise UserError(name, wanted=wanted, got=f"{got}", fix=fix)
 
@@ -44,50 +47,66 @@ def require_within(prefix: str, fields: Mapping, ranges: Mapping[str, tuple]) ->
     """Raises a `UserError` for the first field outside its range.
 
     Args:
-      prefix: of the names, e.g. `"config.finetune"`.
+      prefix: of the field names, e.g. `"config.finetune"`.
       fields: name -> value.
-      ranges: name -> (least, most, what to say as the way out).
+      ranges: name -> (minimum, maximum, the error's `fix`); both ends are allowed.
     """
-    for name, (least, most, fix) in ranges.items():
-        require(
-            least <= fields[name] <= most,
-            f"{prefix}.{name}",
-            wanted=f"a number from {least:g} to {most:g}",
-            got=fields[name],
-            fix=fix,
-        )
+    for name, (low, high, fix) in ranges.items():
+        if not low <= fields[name] <= high:
+            raise UserError(
+                f"{prefix}.{name}",
+                wanted=f"a number from {low:g} to {high:g}",
+                got=f"{fields[name]}",
+                fix=fix,
+            )
 
 
 def require_one_of(
     prefix: str, fields: Mapping, choices: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raises a `UserError` for the first field that is none of its choices."""
-    for name, known in choices.items():
-        require(
-            fields[name] in known,
-            f"{prefix}.{name}",
-            wanted=" or ".join(known),
-            got=repr(fields[name]),
-            fix="Name one of these.",
-        )
+    """Raises a `UserError` for the first field whose value is not among its choices.
+
+    Args:
+      prefix: of the field names, e.g. `"config.finetune"`.
+      fields: name -> value.
+      choices: name -> allowed values.
+    """
+    for name, allowed in choices.items():
+        if fields[name] not in allowed:
+            raise UserError(
+                f"{prefix}.{name}",
+                wanted=" or ".join(allowed),
+                got=repr(fields[name]),
+                fix="Choose one of these.",
+            )
 
 
 def require_disk_space(folder: os.PathLike, size: int, *, what: str, fix: str) -> None:
-    """Raises a `UserError` unless a local disk has room for `size` bytes."""
+    """Raises a `UserError` unless the disk of a local `folder` has `size` bytes free.
+
+    Args:
+      folder: an existing folder; one on a remote file system always passes.
+      size: bytes to be written; a tenth more is required, for names and indices.
+      what: what is to be written, for the message.
+      fix: the error's `fix`.
+    """
     if "://" in str(folder):
         return
     free = shutil.disk_usage(str(folder)).free
-    require(
-        free > 1.1 * size,  # and a little for names and indices
-        str(folder),
-        wanted=f"{size} bytes of free disk for {what}",
-        got=free,
-        fix=fix,
-    )
+    if free <= 1.1 * size:
+        raise UserError(
+            str(folder),
+            wanted=f"{size} bytes of free disk for {what}",
+            got=f"{free}",
+            fix=fix,
+        )
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether ENOSPC is anywhere in the chain; Orbax and pyarrow wrap it in words."""
+    """Whether ENOSPC is anywhere in the exception chain.
+
+    Orbax and pyarrow report it in the message alone, without its errno.
+    """
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC:
             return True

@@ -1,7 +1,8 @@
-"""Files that are either whole or absent: write to a temporary name, then rename."""
+"""Files that are complete or absent: written to a temporary name, then renamed."""
 
 import contextlib
 import hashlib
+import io
 import json
 import uuid
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ from etils import epath
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a temporary sibling of `path` that takes its name when the block ends.
+    """Yields a temporary sibling of `path` and renames it to `path` at the block's end.
 
-    A process killed inside the block leaves `path` as it was. The temporary name
-    keeps the suffix (some writers look at it) and starts with a dot.
+    If the block raises, or the process is killed inside it, `path` does not change. The
+    temporary name keeps the suffix, which some writers read, and starts with ".tmp-".
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,22 +48,26 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def write_jsonl(path: epath.PathLike, rows: list[dict]) -> None:
-    """One JSON object a line, in the order given."""
+    """Writes one JSON object per line, in the given order."""
     write_text(path, jsonl(rows))
 
 
 def jsonl(rows: list[dict]) -> str:
-    """What `write_jsonl` writes."""
+    """The text that `write_jsonl` writes."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict]:
-    # Not splitlines(): JSON leaves U+2028 and the like as they are.
+    # Not splitlines(): it also splits at U+2028 and others, which JSON does not escape.
     return [json.loads(x) for x in epath.Path(path).read_text().split("\n") if x]
 
 
 def write_array(path: epath.PathLike, array: np.ndarray) -> None:
-    """A `.npy` file; object arrays, which would need a pickle, are refused."""
+    """Writes a `.npy` file.
+
+    Raises:
+      ValueError: it is an object array, which would need a pickle.
+    """
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
@@ -73,7 +78,7 @@ def read_array(path: epath.PathLike) -> np.ndarray:
 
 
 def map_array(path: epath.PathLike) -> np.ndarray:
-    """Like `read_array`, but of a local file nothing is read until it is looked at."""
+    """Like `read_array`, but memory-maps a local file instead of reading it."""
     path = epath.Path(path)
     if "://" in str(path):
         return read_array(path)
@@ -81,7 +86,7 @@ def map_array(path: epath.PathLike) -> np.ndarray:
 
 
 def sha256(*paths: epath.PathLike) -> str:
-    """Of a file's bytes, or of several files' one after another."""
+    """Hex digest of the concatenated bytes of the given files."""
     digest = hashlib.sha256()
     for path in paths:
         with epath.Path(path).open("rb") as file:
@@ -91,7 +96,7 @@ def sha256(*paths: epath.PathLike) -> str:
 
 
 def remove_temporaries(folder: epath.Path) -> None:
-    """Deletes what `replacing` left anywhere below when its process was killed."""
+    """Deletes, recursively, the files that a killed `replacing` left in `folder`."""
     for path in folder.iterdir():
         if path.name.startswith(".tmp-"):
             path.unlink(missing_ok=True)
@@ -100,7 +105,7 @@ def remove_temporaries(folder: epath.Path) -> None:
 
 
 def image_array_header(count: int, size: int) -> bytes:
-    """Of the `.npy` file of uint8 [count, size, size, 3]; the rows follow it."""
+    """Header of the `.npy` file of a uint8 array [count, size, size, 3]."""
     buffer = io.BytesIO()
     shape = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
     np.lib.format.write_array_header_1_0(buffer, shape)

@@ -28,7 +28,12 @@ with epy.lazy_imports():
     import jax.numpy as jnp
     import optax
 
-    from mvc_jax.checkpoints import diffusers_layout, model_card, pipeline_folder
+    from mvc_jax.checkpoints import (
+        diffusers_layout,
+        lora_file,
+        model_card,
+        pipeline_folder,
+    )
     from mvc_jax.data import cache as pair_cache
     from mvc_jax.data import order, splits
     from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
@@ -149,10 +154,10 @@ def train(
     trained, fixed = trained_and_frozen(config, params.pop("unet"), model.dtype)
     fixed["null_states"] = cache.null_states
     fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
-    watch = None
+    draw_hook = None
     if section.sample_every:
         shown = make_gallery(config, workdir, model, mesh, cache, params, fixed)
-        watch = train_logger.Watch(section.sample_every, shown.draw)
+        draw_hook = train_logger.DrawHook(section.sample_every, shown.draw)
     model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
     step, tx = make_step(config, model, sharding.tree_shardings(trained, mesh))
     state = loop.create_state(trained, tx, mesh, ema=section.ema_decay > 0)
@@ -167,7 +172,7 @@ def train(
             seed=config.seed,
             batch_size=section.batch_size,
         ),
-        fixed=fixed,
+        constants=fixed,
         mesh=mesh,
         steps=section.steps,
         checkpoints=checkpoint.Checkpoints(
@@ -182,7 +187,7 @@ def train(
             log_every=section.log_every,
             max_skipped=section.max_skipped,
             flops=step_flops(model, section.mode, *cache.moments.shape[1:3]),
-            watch=watch,
+            draw_hook=draw_hook,
         ),
         accumulate=section.accumulate,
         memory_budget=memory.MemoryBudget(
@@ -220,7 +225,9 @@ def trained_and_frozen(config: ConfigDict, unet: dict, dtype: str) -> tuple[dict
     if config.finetune.mode == "full":
         return unet, {}
     generator = order.generator(config.seed, "finetune/lora")
-    adapters = lora.init(unet, rng=generator, **config.finetune.lora)
+    adapters = lora.init(
+        unet, name_of=lora_file.layer_name, rng=generator, **config.finetune.lora
+    )
     return adapters, {"base": lora.frozen(unet, dtype)}
 
 
@@ -447,7 +454,9 @@ def export(
     """
     folder, trained, written = workdir / "finetune", state.averaged, []
     if config.finetune.mode == "lora":
-        written += [f"lora/{name}" for name in lora.write(folder / "lora", trained)]
+        written += [
+            f"lora/{name}" for name in lora_file.write(folder / "lora", trained)
+        ]
         # From its file: the copy on the device may have been rounded to bfloat16.
         _, base = load_base(workdir, ("unet",))
         trained = lora.merge(base["unet"], trained)

@@ -1,13 +1,11 @@
-"""Captions, labels -> mixing recipes; and the pure operations that apply them.
+"""Captions, labels -> mixing recipes.
 
-Reads: `encode/prompts.jsonl`, and the user's own recipes where `mix.file` names some.
-Writes: `recipes.jsonl`, one row for each synthetic image (`mixing/recipes.py` has the
-fields); with `mix.levels` also `levels.jsonl`, which mix more and more, for Figure 5 of
-the supplement. Row k depends on (seed, k) alone: raising `mix.per_image` appends.
+Reads: `encode/prompts.jsonl`, and the user's own recipes if `mix.file` is set. Writes:
+`recipes.jsonl`, a row for each synthetic image (`mixing/recipes.py` describes the
+fields); with `mix.levels` also `levels.jsonl`, the recipes of the supplement's Figure
+5. Row k depends only on (seed, k): raising `mix.per_image` appends rows.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -16,64 +14,67 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import shards
-from mvc_jax.errors import UserError, require, require_one_of, require_within
-from mvc_jax.mixing import recipe_file, recipes
+from mvc_jax.errors import UserError, require_one_of, require_within
+from mvc_jax.mixing import checks, recipe_file, recipes
 from mvc_jax.stage import open_stage
 
-_SCALES = ("text_scale", "image_scale")
 _INFINITE = float("inf")
-_NAMED = 5  # classes in a warning
+_CHOICES = {
+    "positions": recipes.POSITIONS,
+    "partner": recipes.PARTNERS,
+    "dims_on": recipes.DIMS_ON,
+}
+_RANGES = {
+    "tokens": (0, _INFINITE, "0 mixes none; the default is 4."),
+    "dims": (0, _INFINITE, "The paper replaces fewer than 10 of 768."),
+    "partners": (1, _INFINITE, "The paper uses 1."),
+}
+_SCALES = ("text_scale", "image_scale")  # fields of `generate`
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the section `mix`, and the scales of `generate`, which it draws."""
+    """Checks the section `mix`, and the scales of `generate`, which are drawn here."""
     section = config.mix
-    require(
-        section.per_image > 0,
-        "config.mix.per_image",
-        wanted="at least 1",
-        got=section.per_image,
-        fix="The paper makes 3 to 4.",
-    )
-    require(
-        len(section.modes) > 0 and set(section.modes) <= set(recipes.MODES),
-        "config.mix.modes",
-        wanted=f"some of {', '.join(recipes.MODES)}",
-        got=tuple(section.modes),
-        fix="Name these.",
-    )
-    choices = {"positions": recipes.POSITIONS, "partner": recipes.PARTNERS}
-    choices["dims_on"] = recipes.DIMS_ON
-    require_one_of("config.mix", section.to_dict(), choices)
-    ranges = {"tokens": (0, _INFINITE, "0 mixes none; the default is 4.")}
-    ranges["dims"] = (0, _INFINITE, "The paper replaces fewer than 10 of 768.")
-    ranges["partners"] = (1, _INFINITE, "One is the paper's.")
-    require_within("config.mix", section.to_dict(), ranges)
-    _check_range(section, "mix.tokens")
-    for name in _SCALES:
-        fix = "InstructPix2Pix uses 7.5 for text and 1.5 for the image."
-        require(
-            0 <= config.generate[name] < _INFINITE,
-            f"config.generate.{name}",
-            wanted="a number of at least 0",
-            got=config.generate[name],
-            fix=fix,
+    if section.per_image < 1:
+        raise UserError(
+            "config.mix.per_image",
+            wanted="at least 1",
+            got=f"{section.per_image}",
+            fix="The paper makes 3 to 4.",
         )
-        _check_range(config.generate, f"generate.{name}")
-    shape = {}
+    if not section.modes or not {*section.modes} <= {*recipes.MODES}:
+        raise UserError(
+            "config.mix.modes",
+            wanted=f"some of {', '.join(recipes.MODES)}",
+            got=f"{tuple(section.modes)}",
+            fix="Choose some of these.",
+        )
+    require_one_of("config.mix", section.to_dict(), _CHOICES)
+    require_within("config.mix", section.to_dict(), _RANGES)
+    _check_maximum("mix.tokens", section.tokens, section.tokens_most)
+    for name in _SCALES:
+        scale = config.generate[name]
+        if not 0 <= scale < _INFINITE:
+            raise UserError(
+                f"config.generate.{name}",
+                wanted="a number of at least 0",
+                got=f"{scale}",
+                fix="InstructPix2Pix uses 7.5 for text and 1.5 for the image.",
+            )
+        _check_maximum(f"generate.{name}", scale, config.generate[f"{name}_most"])
+    length = width = None
     if not config.base.path:
-        width = config.pretrain.text.width
-        shape = {"length": config.pretrain.context_length, "width": width}
-        _check_room(section, **shape)
-    if section.file:  # ids can wait: `encode` knows them
-        recipe_file.read_recipes(section.file, **shape)
+        length, width = config.pretrain.context_length, config.pretrain.text.width
+        _check_fits(section, length, width)
+    if section.file:  # its ids are checked by `run`
+        recipe_file.read_recipes(section.file, length=length, width=width)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Draws a recipe for every synthetic image, or takes over the user's."""
-    workdir = epath.Path(workdir)
-    # More recipes leave the earlier ones what they are; a user's file says how many.
-    grows = ("mix.levels",) if config.mix.file else ("mix.levels", "mix.per_image")
+    """Draws a recipe for every synthetic image, or copies the user's."""
+    workdir, section = epath.Path(workdir), config.mix
+    # More recipes leave the earlier ones unchanged; a file determines their number.
+    grows = ("mix.levels",) if section.file else ("mix.levels", "mix.per_image")
     stage = open_stage(
         workdir, "mix", settings_of(config), inputs=("encode",), grows=grows
     )
@@ -82,32 +83,31 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     _, length, width = shards.Shards(workdir / "encode" / "text_states").shape
     shape = {"length": length, "width": width}
-    drawing = drawing_of(config)
-    classes = recipes.classes_of(rows)
-    more = {"seed": config.seed, **shape}
-    written = {}
+    drawing, classes = drawing_of(config), recipes.classes_of(rows)
     try:
-        _check_room(config.mix, length, width)
-        if config.mix.file:
-            any_partner = drawing.partner == "any"
+        _check_fits(section, length, width)
+        if section.file:
             made = recipe_file.read_recipes(
-                config.mix.file, rows, **shape, any_partner=any_partner
+                section.file, rows, any_partner=section.partner == "any", **shape
             )
         else:
-            count = config.mix.per_image * len(rows)
-            draw = recipes.make_recipe
-            made = [draw(k, rows, classes, drawing, **more) for k in range(count)]
-            _require_words(made, drawing, rows)
-            _require_dims(made, drawing)
-        written["recipes.jsonl"] = files.jsonl(made)
+            made = [
+                recipes.make_recipe(
+                    k, rows, classes, drawing, seed=config.seed, **shape
+                )
+                for k in range(section.per_image * len(rows))
+            ]
+            checks.require_tokens(made, drawing, rows)
+            checks.require_dims(made, drawing)
+        written = {"recipes.jsonl": files.jsonl(made)}
         stage.require_prefix("recipes.jsonl", written["recipes.jsonl"].encode())
-    except UserError:  # nothing is kept, so that the way out may be another setting
-        stage.abandon()
+    except UserError:
+        stage.abandon()  # nothing was written: other settings are allowed
         raise
-    if not config.mix.file:
-        _warn_of_few_partners(rows, classes, drawing)
-    if config.mix.levels:
-        levels = recipes.make_levels(rows, classes, drawing, **more)
+    if not section.file:
+        checks.warn_of_few_partners(rows, classes, drawing)
+    if section.levels:
+        levels = recipes.make_levels(rows, classes, drawing, seed=config.seed, **shape)
         written["levels.jsonl"] = files.jsonl(levels)
     for name, text in written.items():
         files.write_text(stage.folder / name, text)
@@ -116,19 +116,34 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def drawing_of(config: ConfigDict) -> recipes.Drawing:
-    """The fields of `mix`, and of `generate`, that say how recipes are drawn."""
-    names = {field.name for field in dataclasses.fields(recipes.Drawing)}
-    fields = {name: config.mix[name] for name in names - {*_SCALES}}
-    for name in _SCALES:
-        least, most = config.generate[name], config.generate[f"{name}_most"]
-        fields[name] = (least, max(least, most))
-    return recipes.Drawing(**fields | {"modes": tuple(config.mix.modes)})
+    """How recipes are drawn: fields of `mix`, and the scales of `generate`."""
+    section, scales = config.mix, config.generate
+    return recipes.Drawing(
+        modes=tuple(section.modes),
+        tokens=section.tokens,
+        tokens_most=section.tokens_most,
+        positions=section.positions,
+        class_prompt=section.class_prompt,
+        partner=section.partner,
+        partners=section.partners,
+        dims=section.dims,
+        dims_per_token=section.dims_per_token,
+        dims_on=section.dims_on,
+        text_scale=(
+            scales.text_scale,
+            max(scales.text_scale, scales.text_scale_most),
+        ),
+        image_scale=(
+            scales.image_scale,
+            max(scales.image_scale, scales.image_scale_most),
+        ),
+    )
 
 
 def settings_of(config: ConfigDict) -> dict[str, Any]:
-    """What shapes the recipes, as the stage's manifest has it."""
+    """The settings that determine the recipes, as in the stage's manifest."""
     section = config.mix.to_dict()
-    if section["file"]:  # or an edit of it would go unnoticed
+    if section["file"]:  # whose content counts, and determines the number of recipes
         section.pop("per_image")
         path = epath.Path(section["file"])
         section["file_sha256"] = files.sha256(path) if path.is_file() else ""
@@ -137,109 +152,32 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
     return {"seed": config.seed, "mix": section, "generate": scales}
 
 
-def _check_range(section: ConfigDict, name: str) -> None:
-    """`X_most` is 0, for no range, or not below `X`."""
-    field = name.partition(".")[2]
-    least, most = section[field], section[f"{field}_most"]
-    require(
-        most == 0 or least <= most < _INFINITE,
+def _check_maximum(name: str, low: float | int, high: float | int) -> None:
+    """Checks that the field `{name}_most` is 0, for no range, or at least `low`."""
+    if high == 0 or low <= high < _INFINITE:
+        return
+    raise UserError(
         f"config.{name}_most",
-        wanted=f"0, or a number of at least config.{name} = {least:g}",
-        got=most,
-        fix=f"0 keeps to {field}; above it, each image draws its own.",
+        wanted=f"0, or a number of at least config.{name} = {low:g}",
+        got=f"{high}",
+        fix=f"0 always uses config.{name}; otherwise each image draws a number between "
+        "the two.",
     )
 
 
-def _check_room(section: ConfigDict, length: int, width: int) -> None:
-    require(
-        section.dims <= width,
-        "config.mix.dims",
-        wanted=f"at most the {width} dims of a text state",
-        got=section.dims,
-        fix="The paper replaces fewer than 10 of 768.",
-    )
-    require(
-        section.tokens < length,
-        "config.mix.tokens",
-        wanted=f"fewer than the {length} tokens of a prompt, of which BOS stays",
-        got=section.tokens,
-        fix="Lower it; the default is 4.",
-    )
-
-
-def _require_words(
-    made: Sequence[Mapping], drawing: recipes.Drawing, rows: Sequence[Mapping]
-) -> None:
-    """Some images may be short of words to mix, which is said; all may not."""
-    counts = [len(r["positions"]) for r in made if r["mode"] != "fine"]
-    short = sum(count < drawing.tokens for count in counts)
-    longest = max(rows, key=lambda row: row["caption_tokens"])
-    if short and short == len(counts):
+def _check_fits(section: ConfigDict, length: int, width: int) -> None:
+    """Checks `tokens` and `dims` against the shape of text states."""
+    if section.dims > width:
+        raise UserError(
+            "config.mix.dims",
+            wanted=f"at most the {width} dims of a text state",
+            got=f"{section.dims}",
+            fix="The paper replaces fewer than 10 of 768.",
+        )
+    if section.tokens >= length:
         raise UserError(
             "config.mix.tokens",
-            wanted="a number of tokens that some image has to mix",
-            got=f"{drawing.tokens}, where none has more than {max(counts)}: source and "
-            f"partners must each have as many; the longest caption, of {longest['id']} "
-            f"({longest['prompt']!r}), has {longest['caption_tokens']}",
-            fix="Lower it, or let more be mixed: --config.mix.class_prompt=True, or "
-            "--config.mix.positions=all; or longer captions.",
+            wanted=f"fewer than the {length} tokens of a prompt, as BOS is not mixed",
+            got=f"{section.tokens}",
+            fix="Lower it; the default is 4.",
         )
-    if short:
-        logging.warning(
-            "%d of %d recipes take over fewer than %d tokens (config.mix.tokens), all "
-            "that source and partners have in common",
-            short,
-            len(counts),
-            drawing.tokens,
-        )
-
-
-def _require_dims(made: Sequence[Mapping], drawing: recipes.Drawing) -> None:
-    """Words in common may be lacking for `mix.dims_on=words`: as `_require_words`."""
-    fine = [r for r in made if r["mode"] != "coarse"]
-    bare = sum(not r["dims"] for r in fine) if drawing.dims else 0
-    if bare and bare == len(fine):
-        raise UserError(
-            "config.mix.dims_on",
-            wanted="tokens whose dims some image can mix",
-            got=f"{drawing.dims_on!r}, where no source has words in common with its "
-            "partners",
-            fix="Set --config.mix.dims_on=all, or --config.mix.class_prompt=True.",
-        )
-    if bare:
-        logging.warning(
-            "%d of %d recipes take over no dims (config.mix.dims_on=%s): source and "
-            "partners have no words in common",
-            bare,
-            len(fine),
-            drawing.dims_on,
-        )
-
-
-def _warn_of_few_partners(
-    rows: Sequence[Mapping],
-    classes: Mapping[int, Sequence[int]],
-    drawing: recipes.Drawing,
-) -> None:
-    groups = {rows[m[0]]["class_name"]: len(m) for m in classes.values()}
-    if drawing.partner == "any":
-        groups = {"all classes together": len(rows)}
-    lone = [name for name, count in groups.items() if count == 1]
-    few = [name for name, n in groups.items() if 1 < n <= drawing.partners]
-    if lone:
-        logging.warning(
-            "one training image, with nothing to mix it with but itself, in: %s",
-            _named(lone),
-        )
-    if few:
-        logging.warning(
-            "fewer than %d other images (config.mix.partners); all there are mix, in: "
-            "%s",
-            drawing.partners,
-            _named(few),
-        )
-
-
-def _named(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,9 +1,11 @@
-"""Pictures for people: PNG bytes, and labelled grids."""
+"""Pictures for people: PNG, labelled grids of images, line plots."""
 
+import base64
 import functools
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -11,31 +13,39 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 class Cell(TypedDict):
-    """One place of a grid; without an image it stays empty."""
+    """A cell of a grid; empty without an image."""
 
     heading: str
     image: Image.Image | None
 
 
 class Row(TypedDict):
-    """One row of a grid."""
+    """A row of a grid."""
 
     name: str
     cells: Sequence[Cell]
 
 
 def png(image: Image.Image) -> bytes:
+    """Encodes an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 
+def data_uri(image: Image.Image, size: int) -> str:
+    """Returns an image as an inline PNG, reduced to at most `size` pixels per side."""
+    small = image.copy()
+    small.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return "data:image/png;base64," + base64.b64encode(png(small)).decode()
+
+
 def grid_png(
-    rows: Sequence[Row], tile: int, *, most_bytes: int, **options: Any
+    rows: Sequence[Row], tile: int, *, max_bytes: int, **options: Any
 ) -> bytes:
-    """`grid` as PNG; with fewer colours, then smaller, if it is too large."""
+    """Encodes `grid` as PNG, with fewer colours and then smaller tiles to fit."""
     content = png(grid(rows, tile, **options))
-    while len(content) > most_bytes and tile >= 16:
+    while len(content) > max_bytes and tile >= 16:
         content = png(grid(rows, tile, **options).quantize(256))
         tile = tile * 3 // 4
     return content
@@ -44,14 +54,15 @@ def grid_png(
 def grid(
     rows: Sequence[Row], tile: int, *, panels: int = 0, notes: Sequence[str] = ()
 ) -> Image.Image:
-    """Rows of images with names at the left, headings above, two panels when many.
+    """Draws rows of images with their names on the left and column headings above.
 
     Args:
-      rows: each with as many cells as the first, whose headings are shown, as far as
-        there is room; a gap stands between different ones.
-      tile: pixels along a side of a cell. Smaller images are enlarged pixel by pixel.
-      panels: beside each other; 0: two of more than five rows.
-      notes: sentences below, broken where they are too long.
+      rows: each with as many cells as the first, whose headings are shown, shortened to
+        the column's width; columns of different headings are separated by a gap.
+      tile: pixels along a side of a cell. Smaller images are enlarged without
+        interpolation.
+      panels: number of panels side by side; 0: two if there are more than five rows.
+      notes: paragraphs below the grid.
     """
     font = _font(max(tile // 5, 9))
     gap, margin, top = max(tile // 16, 2), tile // 4, tile // 2
@@ -66,15 +77,13 @@ def grid(
     per_panel = math.ceil(len(rows) / panels)
     width, bottom = panels * left + margin, top + per_panel * (tile + gap) + margin
     small = _font(max(tile // 8, 9))
-    lines = [
-        line for note in notes for line in _broken(note, small, width - 2 * margin)
-    ]
+    lines = [line for note in notes for line in _wrap(note, small, width - 2 * margin)]
     below = len(lines) * tile // 6 + margin if lines else 0
     image = Image.new("RGB", (width, bottom + below), "white")
     draw = ImageDraw.Draw(image)
     for n, line in enumerate(lines):
         draw.text((margin, bottom + n * tile // 6), line, "#222222", small)
-    font_above, headings = _fitted(headings, tile)
+    heading_font, headings = _fit_headings(headings, tile)
     for n, row in enumerate(rows):
         x, y = n // per_panel * left, top + n % per_panel * (tile + gap)
         middle = (x + margin + names, y + tile / 2)
@@ -82,11 +91,11 @@ def grid(
         for cell_left, heading, cell in zip(lefts, headings, row["cells"], strict=True):
             if n % per_panel == 0:
                 above = (x + cell_left + tile / 2, top - 2 * gap)
-                draw.text(above, heading, "#666666", font_above, anchor="ms")
+                draw.text(above, heading, "#666666", heading_font, anchor="ms")
             if cell["image"] is not None:
-                smaller = cell["image"].width > tile
+                shrinks = cell["image"].width > tile
                 method = (
-                    Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
+                    Image.Resampling.LANCZOS if shrinks else Image.Resampling.NEAREST
                 )
                 image.paste(
                     cell["image"].resize((tile, tile), method), (x + cell_left, y)
@@ -94,22 +103,84 @@ def grid(
     return image
 
 
-def _fitted(
+def line_plot_svg(
+    lines: Sequence[Sequence[tuple[int, float]]],
+    *,
+    salt: str,
+    line_colour: str,
+    text_colour: str,
+    axis_colour: str,
+) -> str:
+    """Draws lines of (x, y) as an SVG element to be inlined in an HTML page.
+
+    The y axis is logarithmic if positive values span more than a factor of 10.
+
+    Args:
+      lines: points of each line.
+      salt: makes the ids in the element unique within the page.
+      line_colour: as CSS, such as `var(--accent)`.
+      text_colour: the same.
+      axis_colour: the same.
+    """
+    import matplotlib
+    from matplotlib import figure, ticker
+
+    values = [y for points in lines for _, y in points]
+    # Matplotlib does not take CSS variables, so they are substituted afterwards.
+    line, text, axis = "#030303", "#010101", "#020202"
+    settings = {
+        "svg.hashsalt": salt,
+        "svg.fonttype": "none",
+        "font.size": 8,
+        "axes.edgecolor": axis,
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's matplotlibrc has no effect
+        matplotlib.rcParams.update(settings)
+        drawing = figure.Figure(figsize=(3.2, 1.7), layout="constrained")
+        axes = drawing.subplots()
+        for points in lines:
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, color=line, linewidth=1.3 / len(lines) ** 0.25)
+        if values and 0 < 10 * min(values) < max(values):
+            axes.set_yscale("log")
+            subs = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="y", color=axis, linewidth=0.6)
+        axes.tick_params(colors=text, length=0)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        buffer = io.StringIO()
+        drawing.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    # The page has its own styles and fonts, and group ids recur in every plot.
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg)
+    svg = re.sub(r"<style.*?</style>|font-family.*?; ", "", svg)
+    for colour, css in ((line, line_colour), (text, text_colour), (axis, axis_colour)):
+        svg = svg.replace(colour, css)
+    return svg
+
+
+def _fit_headings(
     texts: Sequence[str], width: int
 ) -> tuple[ImageFont.FreeTypeFont, list[str]]:
-    """A font for headings of columns of a width, and these, cut where they must be."""
+    """Returns a font for headings of columns of this width, and shortened headings."""
     fonts = [_font(max(width // part, 9)) for part in (5, 6, 7, 8)]
     fitting = [f for f in fonts if max(map(f.getlength, texts)) <= width]
-    font, cut = (fitting or fonts[-1:])[0], []
+    font, shortened = (fitting or fonts[-1:])[0], []
     for text in texts:
         while font.getlength(text) > width and len(text) > 2:
             text = text.rstrip("…")[:-1] + "…"
-        cut.append(text)
-    return font, cut
+        shortened.append(text)
+    return font, shortened
 
 
-def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The lines of a text, broken between words."""
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Wraps a text at spaces."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -122,7 +193,7 @@ def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib brings: class names are not always Latin."""
+    """Returns DejaVu Sans from Matplotlib, since class names are not always Latin."""
     import matplotlib
 
     folder = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")

@@ -1,17 +1,20 @@
-"""The contract of a stage on disk: skip what is done, refuse what differs, go on.
+"""What every stage guarantees on disk: finished work is kept, conflicts are errors.
 
-1. A stage writes into `workdir/<stage>/` alone, and its `manifest.json` last.
-2. Manifest there, same settings and inputs: the stage is complete, nothing is done.
-3. Manifest there, other settings or inputs: an error that prints what differs.
-4. No manifest, but `started.json` with the same settings: the stage goes on.
-5. No manifest, and `started.json` with others: the error of rule 3.
-6. A file that the manifest lists is gone: the stage runs again and fills it in.
-7. A file that the manifest lists was edited: an error; nothing is overwritten.
-8. A stage may name settings that grow (whole numbers, or False -> True) and inputs that
-   it grows with. If nothing differs but that such a setting is larger, or that such an
-   input has itself grown, it goes on as in rule 4: what it made before stands, the rest
-   is added, and a new manifest is written, which lists the hashes of the earlier ones.
-   To the stages after it, it was made anew, unless they grow with it.
+1. A stage writes only into `workdir/<stage>/`, and writes its `manifest.json` last.
+2. If the manifest exists with the same settings and inputs, the stage is complete and
+   nothing is done.
+3. If the manifest exists with other settings or inputs, the stage raises an error that
+   lists the differences.
+4. If there is no manifest but a `started.json` with the same settings, it resumes.
+5. If there is no manifest but a `started.json` with other settings, rule 3 applies.
+6. If a file listed in the manifest is missing, the stage runs again and writes it.
+7. If a file listed in the manifest was edited, the stage raises an error and overwrites
+   nothing.
+8. A stage may name settings that can grow (integers, or False -> True) and inputs that
+   it grows with. If all that differs is that such a setting is larger, or that such an
+   input has itself grown, the stage resumes as in rule 4: it keeps existing results,
+   adds the rest, and lists the hashes of its earlier manifests in the new one. Stages
+   that read it treat it as a changed input, unless they grow with it.
 """
 
 import dataclasses
@@ -41,22 +44,22 @@ _PACKAGES = (
     "pyarrow",
 )
 _FINISHED, _STARTED = "manifest.json", "started.json"
-_HASHED_BYTES = 64 << 20  # larger files are compared by size alone
+_MAX_HASHED_BYTES = 64 << 20  # larger files are compared by size only
 
 
 @dataclasses.dataclass
 class Stage:
-    """An opened stage: where it writes, and whether anything is left to do.
+    """An opened stage: where it writes, and whether any work is left.
 
     Attributes:
-      name: of the stage.
-      folder: of its files.
-      complete: whether nothing is left to do.
-      settings: as JSON values.
-      inputs: name of each input -> its hash.
-      earlier: the manifest that it had before it grew (rule 8), with its `counts` and
-        `artifacts`; empty where it did not grow, or had not been finished.
-      grew_from: hashes that stages after it knew it by, before it grew.
+      name: the stage's name.
+      folder: the folder of its files.
+      complete: whether no work is left.
+      settings: its settings, as JSON values.
+      inputs: name of each input stage -> hash of its manifest.
+      earlier: the manifest before it grew (rule 8), including its `counts` and
+        `artifacts`; empty if it did not grow, or was not finished before it grew.
+      grew_from: the manifest hashes it had before it grew, oldest first.
     """
 
     name: str
@@ -68,11 +71,11 @@ class Stage:
     grew_from: list[str] = dataclasses.field(default_factory=list)
 
     def finish(self, artifacts: Sequence[str], **counts: int) -> None:
-        """Writes the manifest, after which the stage counts as complete.
+        """Writes the manifest, which marks the stage as complete.
 
         Args:
-          artifacts: files written, relative to the stage's folder.
-          **counts: what was made, e.g. `images=800`.
+          artifacts: paths of the files written, relative to the stage's folder.
+          **counts: how many items were made, e.g. `images=800`.
         """
         described = {name: _describe(self.folder / name) for name in sorted(artifacts)}
         manifest = {
@@ -90,10 +93,14 @@ class Stage:
         self.complete = True
 
     def require_prefix(self, name: str, content: bytes) -> None:
-        """A file that only grows must begin with what was there before rule 8.
+        """Checks that `content` starts with the file `name` as it was before rule 8.
+
+        Args:
+          name: path of the file, relative to the stage's folder.
+          content: what is about to be written to it.
 
         Raises:
-          UserError: it does not, byte for byte.
+          UserError: the first bytes differ from those of the earlier file.
         """
         described = self.earlier.get("artifacts", {}).get(name)
         if described is None:
@@ -102,15 +109,18 @@ class Stage:
         if hashlib.sha256(prefix).hexdigest() != described["sha256"]:
             raise UserError(
                 str(self.folder / name),
-                wanted="the file of before, and more rows behind it",
-                got="other rows for what was there already",
-                fix="Another version of a library may draw otherwise: install those "
-                f"that {self.folder / _FINISHED} lists, or delete {self.folder} and "
-                "the stages after it to make them anew.",
+                wanted="the earlier file with new rows appended",
+                got="different rows where the earlier ones were",
+                fix="Another version of a library may draw differently: install the "
+                f"versions listed in {self.folder / _FINISHED}, or delete "
+                f"{self.folder} and the stages after it to run them again.",
             )
 
     def abandon(self) -> None:
-        """Forgets the settings of a stage that kept nothing: others may follow."""
+        """Forgets the settings of a run that wrote nothing, so that others are allowed.
+
+        A stage that was about to grow gets its earlier manifest back.
+        """
         if self.earlier:
             files.write_json(self.folder / _FINISHED, self.earlier)
         (self.folder / _STARTED).unlink(missing_ok=True)
@@ -128,12 +138,12 @@ def open_stage(
     """Opens `workdir/<name>` by the rules at the top of this file.
 
     Args:
-      workdir: of the run.
-      name: of the stage.
-      settings: the config sections that shape its output, as plain JSON values.
+      workdir: the run's folder.
+      name: the stage's name.
+      settings: the config sections that affect its output, as plain JSON values.
       inputs: names of the stages whose artifacts it reads; they must be complete.
       grows: settings that may be raised (rule 8), e.g. `mix.per_image`.
-      grows_with: inputs with which it grows.
+      grows_with: those of `inputs` with which it grows (rule 8).
 
     Raises:
       UserError: an input is missing, or rule 3, 5 or 7 applies.
@@ -155,11 +165,11 @@ def open_stage(
         if path == started:
             stage.earlier = record.get("earlier", {})
         elif grew:
-            _all_there(folder, record)
+            _artifacts_exist(folder, record)
             stage.earlier = record
             stage.grew_from = [*stage.grew_from, _identity(record)]
         else:
-            stage.complete = _all_there(folder, record)
+            stage.complete = _artifacts_exist(folder, record)
         if grew:
             _start(stage)
             finished.unlink(missing_ok=True)
@@ -172,6 +182,7 @@ def open_stage(
 
 
 def is_complete(workdir: epath.PathLike, name: str) -> bool:
+    """Whether the stage has a manifest; its settings and files are not compared."""
     return (epath.Path(workdir) / name / _FINISHED).exists()
 
 
@@ -180,15 +191,15 @@ def read_manifest(workdir: epath.PathLike, name: str) -> dict[str, Any]:
 
 
 def require_unchanged(workdir: epath.PathLike, name: str, suffix: str = "") -> None:
-    """Compares all bytes of a stage's artifacts, the largest ones too.
+    """Compares the hashes of a stage's artifacts, of whatever size.
 
     Args:
-      workdir: of the run.
-      name: of the stage, which is complete.
-      suffix: how the names of the artifacts end that are looked at.
+      workdir: the run's folder.
+      name: a complete stage.
+      suffix: only artifacts whose names end with it are compared.
 
     Raises:
-      UserError: one is gone, or is not what the stage wrote.
+      UserError: an artifact is missing or was changed.
     """
     folder = epath.Path(workdir) / name
     for file, described in read_manifest(workdir, name)["artifacts"].items():
@@ -201,13 +212,16 @@ def require_unchanged(workdir: epath.PathLike, name: str, suffix: str = "") -> N
                 str(path),
                 wanted="the file that this stage wrote",
                 got="one that was changed since" if there else "no such file",
-                fix=f"Put it back, or delete {folder} and the stages after it to make "
-                "them anew.",
+                fix=f"Restore it, or delete {folder} and the stages after it to run "
+                "them again.",
             )
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result."""
+    """Versions of Python and of the packages that can change a result.
+
+    They are read from the packages' metadata; nothing is imported.
+    """
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -218,7 +232,7 @@ def versions() -> dict[str, str]:
 
 
 def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
-    """Lines `field: old -> new` for every leaf in which two nested dicts differ."""
+    """One line `field: old -> new` for each leaf in which two nested dicts differ."""
     if not (isinstance(new, dict) and isinstance(old, dict)):
         return [] if new == old else [f"{prefix}: {old!r} -> {new!r}"]
     missing = "(none)"
@@ -232,7 +246,8 @@ def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
 def _start(stage: Stage) -> None:
     record = {"settings": stage.settings, "inputs": stage.inputs}
     if stage.grew_from or stage.earlier:
-        record |= {"grew_from": stage.grew_from, "earlier": stage.earlier}
+        record["grew_from"] = stage.grew_from
+        record["earlier"] = stage.earlier
     files.write_json(stage.folder / _STARTED, record)
 
 
@@ -243,14 +258,17 @@ def _require_same_or_grown(
     grows: Sequence[str],
     known: dict[str, list[str]],
 ) -> bool:
-    """Whether the stage grew by rule 8; raises if it differs in any other way.
+    """Whether the stage grew by rule 8; raises if anything else differs.
 
     Args:
-      path: of the record, for the error.
-      stage: as it is to be.
-      earlier: the record of what it was.
+      path: the file that `earlier` was read from, for the error.
+      stage: the stage with its new settings and inputs.
+      earlier: the record of its old settings and inputs.
       grows: settings that may be larger now.
-      known: input that may have grown -> the hashes it was known by before.
+      known: name of an input that may have grown -> its earlier manifest hashes.
+
+    Raises:
+      UserError: a setting or an input changed in another way.
     """
     larger = [f for f in grows if _is_larger(stage.settings, earlier["settings"], f)]
     changed = [
@@ -266,14 +284,14 @@ def _require_same_or_grown(
         if before in known.get(name, ()):
             grown.append(name)
         else:
-            changed.append(f"stage {name} was made anew")
+            changed.append(f"stage {name} was run again")
     if changed:
         raise UserError(
             str(path),
             wanted="the settings of this run",
             got=f"a stage made with others ({'; '.join(changed)})",
-            fix="Take back these settings or name a new --workdir; or delete "
-            f"{stage.folder} and the stages after it to make them anew.",
+            fix="Undo these changes or choose a new --workdir; or delete "
+            f"{stage.folder} and the stages after it to run them again.",
         )
     return bool(larger or grown)
 
@@ -287,7 +305,11 @@ def _is_larger(new: dict, old: dict, field: str) -> bool:
 
 
 def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
-    """The manifest of a stage that `reader` reads; a `UserError` if it has none."""
+    """The manifest of stage `name`, which stage `reader` reads.
+
+    Raises:
+      UserError: the stage is not finished, or its manifest is damaged.
+    """
     path = workdir / name / _FINISHED
     if not path.exists():
         raise UserError(
@@ -302,20 +324,26 @@ def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
 def require_made_by(
     workdir: epath.PathLike, name: str, settings: dict[str, Any], reader: str
 ) -> None:
-    """Refuses a finished stage that was not made by these settings of it.
+    """Checks that a finished stage was made with these settings.
+
+    Args:
+      workdir: the run's folder.
+      name: the stage that is read.
+      settings: the settings that it must have.
+      reader: the stage that reads it, for the error.
 
     Raises:
-      UserError: it was made by others, or `reader` has no such stage to read.
+      UserError: it was made with other settings, or is not finished.
     """
     made_by = read_input(workdir, name, reader)["settings"]
     differing = differences(_as_on_disk(settings), made_by)
     if differing:
         raise UserError(
             f"stage {reader}",
-            wanted=f"a stage {name} that was made by this run's settings",
-            got=f"one made by others ({'; '.join(differing)})",
-            fix=f"Take these settings back, or run {name} as well: it says whether it "
-            "can.",
+            wanted=f"a stage {name} that was made with this run's settings",
+            got=f"one made with others ({'; '.join(differing)})",
+            fix=f"Undo these changes, or add {name} to --config.stages: it may be able "
+            "to add what is missing.",
         )
 
 
@@ -324,8 +352,8 @@ def _as_on_disk(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identity(manifest: dict) -> str:
-    """What the stages after it know it by."""
-    # Versions stay out: the same artifacts are the same input, whoever made them.
+    """Hash by which later stages recognise this one as their input."""
+    # Without versions: equal artifacts are equal inputs, whichever version made them.
     return _hash([manifest[key] for key in ("settings", "inputs", "artifacts")])
 
 
@@ -337,7 +365,7 @@ def _read(path: epath.Path) -> dict:
             str(path),
             wanted="the JSON that this stage wrote",
             got=f"a damaged file ({error})",
-            fix=f"Delete {path.parent} to make the stage anew.",
+            fix=f"Delete {path.parent} to run the stage again.",
         ) from error
 
 
@@ -349,7 +377,8 @@ def _describe(path: epath.Path) -> dict[str, Any]:
     return {"bytes": path.stat().length, "sha256": files.sha256(path)}
 
 
-def _all_there(folder: epath.Path, manifest: dict) -> bool:
+def _artifacts_exist(folder: epath.Path, manifest: dict) -> bool:
+    """Whether no artifact is missing (rule 6); raises if one was edited (rule 7)."""
     complete = True
     for name, described in manifest["artifacts"].items():
         path = folder / name
@@ -358,15 +387,16 @@ def _all_there(folder: epath.Path, manifest: dict) -> bool:
             continue
         size = path.stat().length
         same = size == described["bytes"] and (
-            size > _HASHED_BYTES or files.sha256(path) == described["sha256"]
+            size > _MAX_HASHED_BYTES or files.sha256(path) == described["sha256"]
         )
         if not same:
             raise UserError(
                 str(path),
                 wanted="the file that this stage wrote",
                 got="one that was changed since",
-                fix="Keep a copy if the change is meant (captions can be handed back "
-                "by config.caption.file, recipes by config.mix.file). Put the old one "
-                f"back, or delete {folder} and the stages after it to make them anew.",
+                fix="Restore it, or delete "
+                f"{folder} and the stages after it to run them again. If you meant the "
+                "change, copy the file first: captions can be passed as "
+                "config.caption.file, recipes as config.mix.file.",
             )
     return complete

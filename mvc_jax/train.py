@@ -1,54 +1,73 @@
-"""The entry: flags, checks, devices, then the stages in order.
+"""Command line: reads flags, checks the config, then runs the stages in order.
 
     python -m mvc_jax.train --config=configs/digits.py --workdir=runs/digits
 
-`--config=file.py:arg` picks the structure, `--config.section.field=value` sets values.
-Exit codes: 0 done, 2 a mistake that the message says how to mend, 75 stopped by SIGTERM
-(the same command goes on; a launcher reads "run me again"), 130 interrupted by Ctrl-C.
+`--config=file.py:arg` passes `arg` to the file's get_config(),
+`--config.section.field=value` sets one field, `--version` prints the version.
+Exit codes: 0 success; 2 an error, whose message says how to fix it; 75 stopped by
+SIGTERM (launchers retry on it, and the same command resumes); 130 stopped by Ctrl-C.
 """
 
 import ast
 import contextlib
 import fcntl
-import importlib
 import importlib.util
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from types import ModuleType
+from typing import Any
 
 from absl import flags, logging
-from etils import epath
+from etils import epath, epy
 from ml_collections import ConfigDict, config_flags
 
-from mvc_jax import files
+from mvc_jax import __version__, configs, files
 from mvc_jax.errors import UserError, is_full_disk, require
 from mvc_jax.stage import is_complete, require_made_by
 from mvc_jax.training import console, preemption, runtime
 
-STAGES = (
-    "caption",
-    "pretrain",
-    "encode",
-    "pairs",
-    "finetune",
-    "mix",
-    "generate",
-    "classify",
-    "evaluate",
-    "report",
-)
+with epy.lazy_imports():  # imported at first use: a mistyped flag need not wait for JAX
+    from mvc_jax import (
+        caption,
+        classify,
+        encode,
+        evaluate,
+        finetune,
+        generate,
+        mix,
+        pairs,
+        pretrain,
+        report,
+    )
+    from mvc_jax.training import sharding
+
+_MODULES = {  # in the order of the pipeline
+    "caption": caption,
+    "pretrain": pretrain,
+    "encode": encode,
+    "pairs": pairs,
+    "finetune": finetune,
+    "mix": mix,
+    "generate": generate,
+    "classify": classify,
+    "evaluate": evaluate,
+    "report": report,
+}
+STAGES = tuple(_MODULES)
+_MESH_STAGES = ("pretrain", "encode", "finetune", "generate", "classify")
 _DEFAULT_CONFIG = "configs/digits.py"
-_MOST_DETAILS = 100
+_MAX_DETAILS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     console.be_quiet()
     with preemption.handled():
+        workdir = None
         try:
             config, workdir = parse_flags(list(sys.argv if argv is None else argv))
             run(config, workdir)
@@ -57,17 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except preemption.Preempted as stop:
             where = f" in {stop.where}" if stop.where else ""
             print(
-                f"stopped by SIGTERM{where}; the same command goes on from there",
+                f"stopped by SIGTERM{where}; rerun the same command to resume",
                 file=sys.stderr,
             )
             return preemption.EXIT_CODE
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            print("interrupted; rerun the same command to resume", file=sys.stderr)
             return 130
         except Exception as error:
-            if not is_full_disk(error):
+            if workdir is None or not is_full_disk(error):
                 raise
-            return _fail(_disk_message(error, workdir))
+            return _fail(_full_disk_message(error, workdir))
         return 0
 
 
@@ -77,23 +96,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     check_shared(config)
     began = time.monotonic()
     check_workdir(workdir, config.min_free_disk_gib)
-    worked = []
-    with _alone(workdir):
-        for leftover in workdir.glob(".tmp-*"):  # of a run that was killed
+    runtime.set_up(config.compilation_cache)
+    with _locked(workdir):
+        for leftover in workdir.glob(".tmp-*"):  # of a killed run
             leftover.unlink()
+        check_stages(stages, config, workdir)
+        worked = []
         for name in stages:
-            sheet = name == "generate" and config.generate.limit  # drawn of any run
-            if sheet or not is_complete(workdir, name):
-                _stage(name).check(config)
-        mixed = is_complete(workdir, "mix") and "mix" not in stages
-        if "generate" in stages and mixed:
-            # Recipes of other settings would be drawn under the names of these.
-            settings = _stage("mix").settings_of(config)
-            require_made_by(workdir, "mix", settings, reader="generate")
-        runtime.set_up(config.compilation_cache)
-        for name in stages:
-            if name != "caption":  # whose captioner may want the accelerator to itself
-                runtime.log_devices()
             if name == "generate" and config.generate.limit:
                 _stage(name).run(config, workdir)
                 print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
@@ -103,21 +112,46 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if worked:
         logging.info("%s in %.0f s", ", ".join(worked), time.monotonic() - began)
     else:
-        logging.info("nothing to do: %d stages were done before", len(stages))
+        logging.info("nothing to do: all %d stages are complete", len(stages))
     if stages == ["caption"]:
         print(_stage("caption").table(workdir))
     else:
         _print_result(workdir)
 
 
+def check_stages(
+    stages: Sequence[str], config: ConfigDict, workdir: epath.Path
+) -> None:
+    """Checks every selected stage that is not complete; starts no JAX backend.
+
+    Raises:
+      UserError: a field is wrong, or the recipes to be read have other settings.
+    """
+    # A contact sheet is drawn even where the stage is complete.
+    sheet = "generate" in stages and config.generate.limit
+    checked = [
+        name
+        for name in stages
+        if not is_complete(workdir, name) or (name == "generate" and sheet)
+    ]
+    for name in checked:
+        _stage(name).check(config)
+    if "generate" in stages and "mix" not in stages and is_complete(workdir, "mix"):
+        # Images of other recipes must not be written under these settings.
+        settings = _stage("mix").settings_of(config)
+        require_made_by(workdir, "mix", settings, reader="generate")
+    if any(name in _MESH_STAGES for name in checked):
+        check_mesh(config.mesh.data, config.mesh.fsdp)
+
+
 def check_shared(config: ConfigDict) -> None:
-    """Checks what belongs to no stage: `seed` and `mesh`."""
+    """Checks the fields that belong to no stage: `seed` and `mesh`."""
     require(
         config.seed >= 0,
         "config.seed",
-        wanted="a whole number of at least 0",
+        wanted="an integer of at least 0",
         got=config.seed,
-        fix="Take 0, 1, 2, ...",
+        fix="Use 0, 1, 2, ...",
     )
     data, fsdp = config.mesh.data, config.mesh.fsdp
     require(
@@ -129,8 +163,32 @@ def check_shared(config: ConfigDict) -> None:
     )
 
 
+def check_mesh(data: int, fsdp: int) -> None:
+    """Checks that the mesh fits the devices, unless it is the one that always fits.
+
+    The devices are counted in another process: in this one JAX would hold them from now
+    on, and a captioner that runs in a process of its own needs their memory.
+    """
+    if (data, fsdp) == (-1, 1):
+        return
+    count = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.device_count())"],
+        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        capture_output=True,
+        text=True,
+    )
+    if count.returncode:
+        raise UserError(
+            "config.mesh",
+            wanted="devices that JAX can use",
+            got=(count.stderr.strip().splitlines() or ["a crash of JAX"])[-1],
+            fix="Install JAX for this machine's devices, or set JAX_PLATFORMS=cpu.",
+        )
+    sharding.mesh_shape(data, fsdp, int(count.stdout))
+
+
 def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
-    """Runs one stage and keeps its time; returns whether it had anything to do."""
+    """Runs one stage and records its time; returns whether there was any work."""
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
     began, compiled = time.monotonic(), runtime.compile_seconds()
@@ -158,36 +216,38 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
 def select_stages(config: ConfigDict) -> list[str]:
     """The stages of `config.stages`, in the pipeline's order.
 
-    `pretrain` runs only where `config.base.path` names no model.
+    `all` includes `pretrain` only if `config.base.path` is empty.
 
     Raises:
       UserError: a name is unknown.
     """
-    asked = [name.strip() for name in config.stages.split(",") if name.strip()]
-    if asked == ["all"]:
+    names = [name.strip() for name in config.stages.split(",") if name.strip()]
+    if names == ["all"]:
         return [name for name in STAGES if name != "pretrain" or not config.base.path]
-    unknown = [name for name in asked if name not in STAGES]
+    unknown = [name for name in names if name not in STAGES]
     require(
-        bool(asked) and not unknown,
+        bool(names) and not unknown,
         "config.stages",
         wanted=f"all, or some of {','.join(STAGES)}",
         got=repr(",".join(unknown) or config.stages),
-        fix="Mend the list, e.g. --config.stages=generate,classify.",
+        fix="Correct the list, e.g. --config.stages=generate,classify.",
     )
-    return [name for name in STAGES if name in asked]
+    return [name for name in STAGES if name in names]
 
 
 def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
-    """Command line -> (config with its overrides, workdir).
+    """Parses the command line into (config with its overrides, workdir).
 
     Raises:
       UserError: the config cannot be read, or a flag or field is unknown or mistyped.
+      SystemExit: --help or --version was given.
     """
     values = flags.FlagValues()
     flags.DEFINE_string(
-        "workdir", None, "where the run keeps it all", flag_values=values
+        "workdir", None, "the folder of this run's files", flag_values=values
     )
     flags.DEFINE_boolean("help", False, "print this help", flag_values=values)
+    flags.DEFINE_boolean("version", False, "print the version", flag_values=values)
     path, rest = _DEFAULT_CONFIG, []
     words = iter(argv[1:])
     for word in words:
@@ -207,15 +267,18 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
             "command line",
             wanted="--config=FILE, --workdir=DIR and --config.FIELD=VALUE",
             got=str(error),
-            fix="Mend that flag.",
+            fix="Correct that flag.",
         ) from error
     if values["help"].value:
         print(f"{__doc__}\nEvery field and its default: configs/common.py")
         raise SystemExit(0)
+    if values["version"].value:
+        print(f"mvc_jax {__version__}")
+        raise SystemExit(0)
     require(
         not positional,
         "command line",
-        wanted="flags alone",
+        wanted="only flags",
         got=repr(" ".join(positional)),
         fix="Write --config.field=value, with the equals sign.",
     )
@@ -234,12 +297,14 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
             f"--workdir={workdir}",
             wanted="a path that etils.epath can open",
             got=str(error),
-            fix="Install the library of that file system, or name a local folder.",
+            fix="Install the library of that file system, or use a local folder.",
         ) from error
 
 
 def load_config(path_and_argument: str) -> ConfigDict:
-    """`get_config(arg)` of `file.py:arg`; a shipped config is found from anywhere.
+    """Calls `get_config(arg)` of `file.py:arg` and locks the result.
+
+    Files in `configs/` that are part of the package are found from any directory.
 
     Raises:
       UserError: there is no such file, or it cannot be run.
@@ -247,7 +312,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
     path, _, argument = path_and_argument.partition(":")
     found = epath.Path(path)
     if not found.exists() and found.parts[:1] == ("configs",):
-        for folder in importlib.import_module("mvc_jax.configs").__path__:
+        for folder in configs.__path__:
             found = epath.Path(folder).joinpath(*epath.Path(path).parts[1:])
     require(
         found.is_file() and found.suffix == ".py",
@@ -272,13 +337,24 @@ def load_config(path_and_argument: str) -> ConfigDict:
             f"--config={path_and_argument}",
             wanted="a Python file whose get_config() returns a ConfigDict",
             got=f"{type(error).__name__}: {error}",
-            fix="Mend the file; configs/digits.py shows the form.",
+            fix="Correct the file; configs/digits.py is an example.",
         ) from error
     return config.lock()
 
 
 def _check_override(config: ConfigDict, word: str) -> str:
-    """Refuses `--config.x.y=v` if there is no x.y; writes lists as the library does."""
+    """Checks that the field of `--config.x.y=v` exists.
+
+    Args:
+      config: the config without overrides.
+      word: any word of the command line.
+
+    Returns:
+      `word`; where the field is a tuple, with its value in Python's syntax for one.
+
+    Raises:
+      UserError: there is no such field, or the value is not a tuple.
+    """
     name, equals, value = word.lstrip("-").partition("=")
     if not word.startswith("-") or not name.removeprefix("no").startswith("config."):
         return word
@@ -291,11 +367,11 @@ def _check_override(config: ConfigDict, word: str) -> str:
                 f"{where}.{part}",
                 wanted=f"a field of {where}: {', '.join(known) or '(it has none)'}",
                 got=repr(part),
-                fix="Name one of these.",
+                fix="Choose one of these.",
             )
         section = section[part]
-    texts = isinstance(section, tuple) and all(isinstance(x, str) for x in section)
-    if equals and texts and not value.startswith(("(", "[")):
+    strings = isinstance(section, tuple) and all(isinstance(x, str) for x in section)
+    if equals and strings and not value.startswith(("(", "[")):
         items = tuple(item.strip() for item in value.split(",") if item.strip())
         return f"--{name}={items!r}"
     if equals and isinstance(section, tuple) and value.startswith(("(", "[")):
@@ -304,7 +380,7 @@ def _check_override(config: ConfigDict, word: str) -> str:
         except (ValueError, SyntaxError, TypeError) as error:
             raise UserError(
                 name,
-                wanted="values between commas, or a Python tuple",
+                wanted="values separated by commas, or a Python tuple",
                 got=value,
                 fix=f"Write e.g. --{name}={','.join(map(str, section))}.",
             ) from error
@@ -312,7 +388,7 @@ def _check_override(config: ConfigDict, word: str) -> str:
 
 
 def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
-    """Makes the workdir; refuses one that cannot be written, or a disk too full."""
+    """Creates the workdir; raises if it is not writable or its disk is too full."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(workdir / ".writable", "")
@@ -324,7 +400,7 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
             f"--workdir={workdir}",
             wanted="a folder that can be written",
             got=getattr(error, "strerror", None) or str(error),
-            fix="Name another folder, or mend its permissions.",
+            fix="Choose another folder, or fix its permissions.",
         ) from error
     if not _is_local(workdir):
         return
@@ -334,16 +410,16 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
         f"--workdir={workdir}",
         wanted=f"{min_free_gib:g} GiB of free disk (config.min_free_disk_gib)",
         got=f"{free:.2f} GiB",
-        fix="Free some, or name a folder on another disk.",
+        fix="Free some, or choose a folder on another disk.",
     )
 
 
 @contextlib.contextmanager
-def _alone(workdir: epath.Path) -> Iterator[None]:
-    """Refuses a workdir in which another process of this machine is at work.
+def _locked(workdir: epath.Path) -> Iterator[None]:
+    """Locks the workdir; raises if another process of this machine has locked it.
 
-    Each would take the other's files under way for leftovers of a kill. The lock ends
-    with its process, however that ends, and leaves no file.
+    Otherwise each would delete the other's temporary files, as if left by a killed run.
+    The lock is released when its process ends, however it ends, and leaves no file.
     """
     if not _is_local(workdir):
         yield
@@ -356,9 +432,9 @@ def _alone(workdir: epath.Path) -> Iterator[None]:
             except BlockingIOError as error:
                 raise UserError(
                     f"--workdir={workdir}",
-                    wanted="a folder in which no other run is at work",
-                    got="one in which another process is",
-                    fix="Wait until it has ended, or name another folder.",
+                    wanted="a folder that no other run is using",
+                    got="one in use by another process",
+                    fix="Wait until it has ended, or choose another folder.",
                 ) from error
         yield
     finally:
@@ -369,8 +445,8 @@ def _is_local(path: epath.Path) -> bool:
     return "://" not in str(path) and not str(path).startswith("gs:")
 
 
-def _stage(name: str) -> ModuleType:
-    return importlib.import_module(f"mvc_jax.{name}")
+def _stage(name: str) -> Any:
+    return _MODULES[name]
 
 
 def _print_result(workdir: epath.Path) -> None:
@@ -384,22 +460,22 @@ def _print_result(workdir: epath.Path) -> None:
 
 def _fail(message: str, details: Sequence[str] = ()) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    for line in details[:_MOST_DETAILS]:
+    for line in details[:_MAX_DETAILS]:
         print(f"  {' '.join(line.split())}", file=sys.stderr)
-    if len(details) > _MOST_DETAILS:
-        print(f"  ... and {len(details) - _MOST_DETAILS} more", file=sys.stderr)
+    if len(details) > _MAX_DETAILS:
+        print(f"  ... and {len(details) - _MAX_DETAILS} more", file=sys.stderr)
     return 2
 
 
-def _disk_message(error: BaseException, workdir: epath.Path) -> str:
+def _full_disk_message(error: BaseException, workdir: epath.Path) -> str:
     path = getattr(error, "filename", None) or workdir
     free = shutil.disk_usage(workdir).free if _is_local(workdir) else 0
     return str(
         UserError(
             str(path),
-            wanted="room to write",
+            wanted="space to write",
             got=f"a full disk ({free} bytes free)",
-            fix="Free some; the same command goes on from what is whole.",
+            fix="Free some, then rerun the same command to resume.",
         )
     )
 

@@ -1,4 +1,4 @@
-"""Eight captioned images, and recipes of them: what the tests of mixing share."""
+"""Eight captioned images, and recipes of them, for the tests of mixing."""
 
 import json
 
@@ -8,12 +8,19 @@ from mvc_jax import files
 from mvc_jax.mixing import recipes
 from mvc_jax.mixing.recipe_file import read_recipes
 
-M, L, D = 3, 16, 24  # partners at most, tokens, dims
+M, L, D = 3, 16, 24  # maximum of partners, tokens, dims
 # Eight images: four of class 0 (the third has no caption), three of 1, one of 2. Tokens
 # are BOS, the caption's, a comma and five of the class prompt, EOS, padding.
 ROWS = [
-    {"id": f"i{i}", "label": label, "class_name": "abc"[label], "prompt": f"p{i}"}
-    | {"caption_start": 1, "caption_tokens": words, "tokens": words + 8}
+    {
+        "id": f"i{i}",
+        "label": label,
+        "class_name": "abc"[label],
+        "prompt": f"p{i}",
+        "caption_start": 1,
+        "caption_tokens": words,
+        "tokens": words + 8,
+    }
     for i, (label, words) in enumerate(
         [(0, 2), (1, 4), (0, 0), (0, 6), (2, 5), (1, 3), (0, 3), (1, 5)]
     )
@@ -23,16 +30,15 @@ BY_ID = {row["id"]: row for row in ROWS}
 ROW_OF = {row["id"]: i for i, row in enumerate(ROWS)}
 SHAPE = {"length": L, "width": D}
 
+DEFAULTS = recipes.Drawing()
 
-USUAL = recipes.Drawing()
 
-
-def draw(k, drawing=USUAL, seed=0, rows=ROWS):
+def draw(k, drawing=DEFAULTS, seed=0, rows=ROWS):
     classes = recipes.classes_of(rows)
     return recipes.make_recipe(k, rows, classes, drawing, seed=seed, **SHAPE)
 
 
-# Their fields: beartype looks at a random item of a tuple, which no strategy may.
+# Fields of `Drawing`: beartype checks a random item, which hypothesis forbids here.
 drawings = st.fixed_dictionaries(
     dict(
         modes=st.lists(st.sampled_from(recipes.MODES), min_size=1, max_size=3).map(
@@ -54,13 +60,13 @@ drawings = st.fixed_dictionaries(
 indices, seeds = st.integers(0, 200), st.integers(0, 9)
 
 
-def same_as_alone(recipe):
-    """As a file keeps it, and as another process would draw it."""
+def json_copy(recipe):
+    """The recipe as it is read from a file."""
     return json.loads(json.dumps(recipe))
 
 
 def words_of(recipe, class_prompt):
-    """Positions that are words in every prompt of a recipe, by its own definition."""
+    """Positions that are words in every prompt of a recipe, by definition."""
     shared = set(range(L))
     for id_ in (recipe["source"], *recipe["partners"]):
         row = BY_ID[id_]
@@ -79,6 +85,6 @@ def read(path, any_partner=False):
 
 
 def some_recipes():
-    """One of each source, in both modes at once, of two partners."""
+    """A recipe of each source, of mode "both", with two partners."""
     drawing = recipes.Drawing(modes=("both",), tokens=2, dims=2, partners=2)
     return [draw(k, drawing) for k in range(len(ROWS))]

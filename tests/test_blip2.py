@@ -1,4 +1,4 @@
-"""BLIP-2 in its child process: the same captions always, an end in every case."""
+"""BLIP-2 in its child process: deterministic captions, no process left behind."""
 
 import importlib.util
 import json
@@ -18,6 +18,7 @@ import tokenizers
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from mvc_jax.checkpoints import blip2_captioner
 from mvc_jax.errors import UserError
 from mvc_jax.models import blip2
 
@@ -134,7 +135,7 @@ def here(images_path):
     """`answer` in this process, which is faster: the captions of rows, by row."""
 
     def captions(folder, rows, **options):
-        request = {"images": str(images_path), "rows": list(rows), "name": "tiny"}
+        request = {"images": str(images_path), "rows": list(rows), "field": "a field"}
         pairs = blip2.answer(OPTIONS | request | {"folder": str(folder)} | options)
         return dict(pairs)
 
@@ -195,7 +196,9 @@ def test_the_child_writes_the_same_and_knows_no_jax(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = [6, 0, 3]
     folder = checkpoints["t5"]
-    pairs = list(blip2.captions(images_path, rows, model=str(folder), **OPTIONS))
+    pairs = list(
+        blip2_captioner.captions(images_path, rows, model=str(folder), **OPTIONS)
+    )
     assert pairs == list(here(folder, rows, batch_size=1).items())
     assert not (tmp_path / "imported").exists()
 
@@ -280,14 +283,14 @@ def test_a_pickle_beside_the_weights_is_not_opened(
     assert here(folder, [1]) == here(checkpoints["opt"], [1])
 
 
-def test_weights_left_to_chance_are_refused(checkpoints, here, tmp_path):
+def test_missing_weights_are_an_error(checkpoints, here, tmp_path):
     folder = pathlib.Path(shutil.copytree(checkpoints["opt"], tmp_path / "copy"))
     tensors = load_file(folder / "model.safetensors")
     kept = {k: v for k, v in tensors.items() if not k.startswith("language_model")}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(blip2.Refused) as error:
         here(folder, [0])
-    assert error.value.name == "config.caption.model 'tiny'"
+    assert error.value.name == "a field"
     assert "missing: language_model" in error.value.got
 
 
@@ -307,16 +310,16 @@ def shell(tmp_path, monkeypatch):
     (folder / "model.safetensors.index.json").write_text(index)
     (folder / "preprocessor_config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(blip2, "_check_torch", lambda: None)
+    monkeypatch.setattr(blip2, "check_torch", lambda: None)
     return folder
 
 
 def _without(*names):
-    def spoil(folder):
+    def damage(folder):
         for name in names:
             (folder / name).unlink()
 
-    return spoil
+    return damage
 
 
 def _only_a_pickle(folder):
@@ -328,7 +331,7 @@ def _config(text):
     return lambda folder: (folder / "config.json").write_text(text)
 
 
-SPOILT = {
+DAMAGED_FOLDERS = {
     "no folder": (shutil.rmtree, "no such folder"),
     "no config": (_without("config.json"), "config.json, got none"),
     "bad config": (_config("[]"), "bad JSON .*not an object"),
@@ -347,15 +350,17 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_a_spoilt_folder_is_refused_before_a_child_starts(shell, case, monkeypatch):
-    spoil, message = SPOILT[case]
-    blip2.check_model(str(shell))
-    spoil(shell)
+@pytest.mark.parametrize("case", DAMAGED_FOLDERS)
+def test_a_damaged_folder_is_refused_before_a_child_starts(shell, case, monkeypatch):
+    damage, message = DAMAGED_FOLDERS[case]
+    blip2_captioner.check_model(str(shell))
+    damage(shell)
     monkeypatch.setattr(blip2, "_PROGRAM", ("no", "such", "program"))
     for refuse in (
-        lambda: blip2.check_model(str(shell)),
-        lambda: list(blip2.captions("no.npy", [0], model=str(shell), **OPTIONS)),
+        lambda: blip2_captioner.check_model(str(shell)),
+        lambda: list(
+            blip2_captioner.captions("no.npy", [0], model=str(shell), **OPTIONS)
+        ),
     ):
         with pytest.raises(UserError, match=message) as error:
             refuse()
@@ -364,27 +369,27 @@ def test_a_spoilt_folder_is_refused_before_a_child_starts(shell, case, monkeypat
 
 def test_a_folder_in_a_bucket_is_refused(shell):
     with pytest.raises(UserError, match="on a local disk, .* got a folder elsewhere"):
-        blip2.check_model("gs://bucket/blip2")
+        blip2_captioner.check_model("gs://bucket/blip2")
 
 
 def test_pytorch_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "mvc_jax\[caption\]"'):
-        blip2.check_model("Salesforce/blip2-opt-2.7b")
+        blip2_captioner.check_model("Salesforce/blip2-opt-2.7b")
     with pytest.raises(UserError, match="PyTorch"):
-        next(blip2.captions("no.npy", [0], model="a/b", **OPTIONS))
+        next(blip2_captioner.captions("no.npy", [0], model="a/b", **OPTIONS))
 
 
 def test_a_hub_that_cannot_be_reached(shell, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    blip2.check_model("nobody/nothing")  # not looked up
+    blip2_captioner.check_model("nobody/nothing")  # not looked up
     with pytest.raises(UserError, match="from the hub LocalEntryNotFoundError") as e:
-        next(blip2.captions("no.npy", [0], model="nobody/nothing", **OPTIONS))
+        next(blip2_captioner.captions("no.npy", [0], model="nobody/nothing", **OPTIONS))
     assert e.value.name == "config.caption.model 'nobody/nothing'"
 
 
-def test_what_is_asked_of_the_hub(shell, monkeypatch):
+def test_only_required_files_are_downloaded(shell, monkeypatch):
     asked = []
 
     def download(name, allow_patterns):
@@ -394,13 +399,13 @@ def test_what_is_asked_of_the_hub(shell, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(UserError, match="config.caption.model 'some/model'"):
-        next(blip2.captions("no.npy", [0], model="some/model", **OPTIONS))
+        next(blip2_captioner.captions("no.npy", [0], model="some/model", **OPTIONS))
     assert asked[0] == "some/model"
     assert "model-*-of-*.safetensors" in asked
     assert not any("bin" in pattern or pattern == "*" for pattern in asked[1:])
 
 
-# The child, with a body that needs no PyTorch.
+# The child process, with a body that needs no PyTorch.
 
 CHILD = """
 import os, signal, sys, time
@@ -415,7 +420,7 @@ sys.exit(blip2.main())
 
 @pytest.fixture
 def child(shell, monkeypatch):
-    """Captions from a child whose `answer` is the body given; and its processes."""
+    """Captions from a child whose `answer` has the given body; and its processes."""
     started = []
 
     class Popen(subprocess.Popen):
@@ -427,7 +432,7 @@ def child(shell, monkeypatch):
         program = (sys.executable, "-P", "-c", CHILD.format(body=body))
         monkeypatch.setattr(blip2, "_PROGRAM", program)
         monkeypatch.setattr(blip2.subprocess, "Popen", Popen)
-        return blip2.captions("no.npy", rows, model=str(shell), **OPTIONS)
+        return blip2_captioner.captions("no.npy", rows, model=str(shell), **OPTIONS)
 
     captions.started = started
     return captions
@@ -475,21 +480,26 @@ def test_a_child_that_does_not_read_its_request(child, monkeypatch):
         ),
     ],
 )
-def test_how_a_child_fails(child, body, message):
+def test_failures_of_a_child_are_reported(child, body, message):
     with pytest.raises(UserError, match=message):
         list(child(body))
     assert child.started[0].poll() is not None
 
 
-def test_a_crash_of_the_real_child_is_told(shell, tmp_path):
+def test_a_crash_of_the_real_child_is_reported(shell, tmp_path):
     with pytest.raises(UserError, match="FileNotFoundError: .*no.npy"):
-        list(blip2.captions(tmp_path / "no.npy", [0], model=str(shell), **OPTIONS))
+        list(
+            blip2_captioner.captions(
+                tmp_path / "no.npy", [0], model=str(shell), **OPTIONS
+            )
+        )
 
 
 PARENT = """
 import subprocess, sys
+from mvc_jax.checkpoints import blip2_captioner
 from mvc_jax.models import blip2
-blip2._check_torch = lambda: None
+blip2.check_torch = lambda: None
 class Popen(subprocess.Popen):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -497,7 +507,7 @@ class Popen(subprocess.Popen):
 subprocess.Popen = Popen
 blip2._PROGRAM = (sys.executable, "-P", "-c", sys.argv[1])
 options = dict(batch_size=1, dtype="auto", prompt="", max_new_tokens=1, num_beams=1)
-for row, text in blip2.captions("no.npy", [0], model=sys.argv[2], **options):
+for row, text in blip2_captioner.captions("no.npy", [0], model=sys.argv[2], **options):
     print(text, flush=True)
 """
 

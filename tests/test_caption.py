@@ -1,5 +1,5 @@
-"""The stage `caption` on folders as people have them: what is bad is said, all of it
-and at once; what is good is read once; table and sheet tell what is there."""
+"""The stage `caption` on folders of images: all bad images are listed at once, good
+ones are read once, and the table and the contact sheet show the dataset."""
 
 import io
 import json
@@ -18,7 +18,7 @@ CLASSES = ("bolt", "hex_nut", "washer é")
 
 
 def picture(seed, size=(40, 30)):
-    """A smooth random photograph, unlike any of another seed."""
+    """A smooth random photograph, different for each seed."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -43,7 +43,7 @@ def parts(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def no_setting_up(monkeypatch):
+def no_runtime_setup(monkeypatch):
     monkeypatch.setattr(runtime, "set_up", lambda folder: None)
 
 
@@ -61,8 +61,8 @@ def run(tmp_path, parts, capsys):
             *(f"--config.{flag}" for flag in flags),
         ]
         code = train.main(words)
-        told = capsys.readouterr()
-        return code, told.out + told.err, tmp_path / workdir / "caption"
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err, tmp_path / workdir / "caption"
 
     return run_
 
@@ -72,13 +72,15 @@ def rows(path):
 
 
 def test_a_first_look(run, parts):
-    code, said, folder = run()
-    assert code == 0, said
-    assert "3 classes, 24 train, 6 test images" in said
+    code, output, folder = run()
+    assert code == 0, output
+    assert "3 classes, 24 train, 6 test images" in output
     for name in CLASSES:
-        assert re.search(rf"{name} +8 +2  40x30\n +hex nut|{name} +8 +2  40x30\n", said)
-    assert said.count("    hex nut\n") == 3  # captions, by template
-    assert "0 bad images" in said and "0 training images are in test" in said
+        assert re.search(
+            rf"{name} +8 +2  40x30\n +hex nut|{name} +8 +2  40x30\n", output
+        )
+    assert output.count("    hex nut\n") == 3  # captions, by template
+    assert "0 bad images" in output and "0 training images are also in test" in output
     sheet = Image.open(io.BytesIO((folder / "contact_sheet.png").read_bytes()))
     assert min(sheet.size) > 200
     parts_ = json.loads((folder / "splits.json").read_text())
@@ -99,14 +101,14 @@ def test_a_second_look_does_nothing_and_needs_no_source(run, parts):
     _, first, folder = run()
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     shutil.rmtree(parts)
-    code, said, _ = run()
-    assert code == 0 and "nothing to do" in said
-    assert "3 classes, 24 train" in said
+    code, output, _ = run()
+    assert code == 0 and "nothing to do" in output
+    assert "3 classes, 24 train" in output
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
 def break_some(parts):
-    """Every kind of damage once; returns what must be said of each."""
+    """Every kind of damage once; returns the expected reason of each."""
     bolt = parts / "bolt"
     whole = (bolt / "00.png").read_bytes()
     (bolt / "00.png").write_bytes(whole[: len(whole) // 2])
@@ -130,30 +132,30 @@ def break_some(parts):
 
 def test_all_bad_images_are_listed_at_once_before_work_starts(run, parts):
     expected = break_some(parts)
-    code, said, folder = run("data.max_pixels=50000000")
-    assert code == 2 and "Traceback" not in said
-    assert "7 that cannot" in said and "on_bad_image=skip" in said
+    code, output, folder = run("data.max_pixels=50000000")
+    assert code == 2 and "Traceback" not in output
+    assert "7 that cannot" in output and "on_bad_image=skip" in output
     listed = {row["image"]: row["reason"] for row in rows(folder / "bad_images.jsonl")}
     assert listed.keys() == expected.keys()
     for image, reason in expected.items():
         assert reason in listed[image]
-        assert re.search(rf"{re.escape(image)}: .*{reason}", said)
+        assert re.search(rf"{re.escape(image)}: .*{reason}", output)
     assert not (folder / "images.npy").exists()
     assert not (folder / "captions.jsonl").exists()
 
 
-def test_the_way_out_of_bad_images_works_where_it_was_told(run, parts):
+def test_the_proposed_fix_for_bad_images_works(run, parts):
     break_some(parts)
     assert run()[0] == 2
     assert run("data.on_bad_image=skip")[0] == 0
 
 
-def test_skipping_goes_on_without_them_and_keeps_the_list(run, parts):
+def test_skipping_continues_without_bad_images_and_lists_them(run, parts):
     break_some(parts)
     flags = ("data.on_bad_image=skip", "data.max_pixels=50000000", "data.per_class=4")
-    code, said, folder = run(*flags, "data.test_fraction=0.0")
-    assert code == 0, said
-    assert "7 bad images, left out" in said
+    code, output, folder = run(*flags, "data.test_fraction=0.0")
+    assert code == 0, output
+    assert "7 bad images, left out" in output
     assert len(rows(folder / "bad_images.jsonl")) == 7
     train_, test = (splits.read_split(folder, name) for name in ("train", "test"))
     assert np.bincount(train_.labels).tolist() == [4, 4, 4]
@@ -164,38 +166,38 @@ def test_skipping_goes_on_without_them_and_keeps_the_list(run, parts):
             np.testing.assert_array_equal(image, np.asarray(want))
 
 
-def test_mending_the_folder_is_enough(run, parts):
+def test_fixing_the_folder_is_enough(run, parts):
     whole = (parts / "bolt" / "00.png").read_bytes()
     (parts / "bolt" / "00.png").write_bytes(b"")
     assert run()[0] == 2
     (parts / "bolt" / "00.png").write_bytes(whole)
-    code, said, folder = run()
+    code, output, folder = run()
     assert code == 0 and rows(folder / "bad_images.jsonl") == []
 
 
-def test_a_class_that_is_all_bad_is_told_with_its_images(run, parts):
+def test_a_class_of_bad_images_is_named_with_its_images(run, parts):
     for path in (parts / "bolt").iterdir():
         path.write_bytes(b"")
-    code, said, _ = run()
-    assert code == 2 and "bolt" in said and "bolt/05.png: empty file" in said
+    code, output, _ = run()
+    assert code == 2 and "bolt" in output and "bolt/05.png: empty file" in output
 
 
 def test_few_shots_fractions_and_classes(run):
-    code, said, folder = run(
+    code, output, folder = run(
         "data.classes=washer é,bolt", "data.fraction=0.5", "data.pool=4"
     )
-    assert code == 0, said
+    assert code == 0, output
     assert splits.read_split(folder, "train").class_names == ("washer é", "bolt")
     counts = {n: len(splits.read_split(folder, n).ids) for n in splits.SPLITS}
     assert counts == {"pool": 4, "train": 6, "test": 4}
     captioned = [row["id"] for row in rows(folder / "captions.jsonl")]
     pool, train_ = (splits.read_split(folder, n).ids for n in ("pool", "train"))
     assert captioned == [*pool, *train_]
-    code, said, _ = run("data.classes=bolt,cat", workdir="other")
-    assert code == 2 and "'cat'" in said and "hex_nut" in said
+    code, output, _ = run("data.classes=bolt,cat", workdir="other")
+    assert code == 2 and "'cat'" in output and "hex_nut" in output
 
 
-def test_copies_across_train_and_test_are_found_and_removed(run, parts):
+def test_duplicates_across_train_and_test_are_found_and_removed(run, parts):
     for path in list(parts.rglob("*.png")):
         split = "test" if path.stem in ("08", "09") else "train"
         target = parts / split / path.parent.name / path.name
@@ -208,19 +210,19 @@ def test_copies_across_train_and_test_are_found_and_removed(run, parts):
     again = Image.open(there / "09.png")
     again.save(here / "encoded again.jpg", quality=80)
     again.resize((80, 60), Image.Resampling.BICUBIC).save(here / "larger.png")
-    code, said, folder = run("data.size=32")
+    code, output, folder = run("data.size=32")
     found = {row["train"]: row["test"] for row in rows(folder / "duplicates.jsonl")}
-    assert code == 0 and "3 training images are in test as well" in said
+    assert code == 0 and "3 training images are also in test" in output
     assert found == {
         "train/bolt/same.png": "test/bolt/08.png",
         "train/bolt/encoded again.jpg": "test/bolt/09.png",
         "train/bolt/larger.png": "test/bolt/09.png",
     }
     assert set(found) <= set(splits.read_split(folder, "train").ids)
-    code, said, folder = run(
+    code, output, folder = run(
         "data.size=32", "data.duplicates=remove", workdir="without"
     )
-    assert code == 0 and "removed" in said
+    assert code == 0 and "removed" in output
     left = splits.read_split(folder, "train")
     assert not set(found) & set(left.ids) and len(left.ids) == 24
     for image, id_ in zip(left.images, left.ids, strict=True):
@@ -228,8 +230,8 @@ def test_copies_across_train_and_test_are_found_and_removed(run, parts):
         np.testing.assert_array_equal(image, np.asarray(want))
 
 
-def test_likeness_is_not_sameness():
-    """Neighbouring photographs of one thing, and colours that grey cannot tell."""
+def test_similar_images_are_not_duplicates():
+    """E.g. neighbouring photographs, and colours of the same brightness."""
     one = np.asarray(picture(1, (64, 64)))
     shifted = np.roll(one, 4, axis=1)
     red = np.zeros((64, 64, 3), np.uint8)
@@ -242,27 +244,27 @@ def test_likeness_is_not_sameness():
     assert duplicates.find([blue], prints) == []
 
 
-def test_captions_are_edited_and_handed_back(run, tmp_path):
+def test_edited_captions_are_used(run, tmp_path):
     _, _, folder = run()
     edited = tmp_path / "edited.jsonl"
     lines = rows(folder / "captions.jsonl")
     lines[0]["caption"], lines[1]["caption"] = "  a rusty\tbolt ", ""
     edited.write_text("\n".join(json.dumps(row) for row in lines))
     mine = ("caption.captioner=file", f"caption.file={edited}")
-    code, said, again = run(*mine, workdir="again")
-    assert code == 0, said
+    code, output, again = run(*mine, workdir="again")
+    assert code == 0, output
     captions = [row["caption"] for row in rows(again / "captions.jsonl")]
-    assert captions[:2] == ["a rusty bolt", ""] and "1 cleaned, 1 empty" in said
+    assert captions[:2] == ["a rusty bolt", ""] and "1 cleaned, 1 empty" in output
     assert {row["captioner"] for row in rows(again / "captions.jsonl")} == {"file"}
 
     edited.write_text(json.dumps(lines[0] | {"id": "bolt/nope.png"}))
-    code, said, _ = run(*mine, workdir="third")
-    assert code == 2 and "bolt/nope.png" in said
+    code, output, _ = run(*mine, workdir="third")
+    assert code == 2 and "bolt/nope.png" in output
     edited.write_text("\n".join(json.dumps(row) for row in lines[2:]))
-    code, said, _ = run(*mine, workdir="third")
-    assert code == 2 and "none for 2" in said and lines[0]["id"] in said
-    code, said, _ = run(*mine, workdir="again")
-    assert code == 2 and "file_sha256" in said  # an edit does not go unnoticed
+    code, output, _ = run(*mine, workdir="third")
+    assert code == 2 and "none for 2" in output and lines[0]["id"] in output
+    code, output, _ = run(*mine, workdir="again")
+    assert code == 2 and "file_sha256" in output  # the edit changes the settings
 
 
 @pytest.mark.parametrize(
@@ -281,38 +283,38 @@ def test_captions_are_edited_and_handed_back(run, tmp_path):
         ("caption.template={caption}", "config.caption.template"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_read(run, flag, words):
-    code, said, folder = run(flag)
-    assert code == 2 and "Traceback" not in said
-    assert words in said
+def test_a_mistake_is_refused_before_anything_is_read(run, flag, words):
+    code, output, folder = run(flag)
+    assert code == 2 and "Traceback" not in output
+    assert words in output
     assert not folder.exists()
 
 
-def test_a_folder_around_the_classes_is_told(run, parts, tmp_path):
+def test_a_folder_around_the_classes_is_reported(run, parts, tmp_path):
     inner = parts / "outer"
     inner.mkdir()
     for name in CLASSES:
         (parts / name).rename(inner / name)
-    code, said, _ = run()
-    assert code == 0 and "warning: one class only, 'outer'" in " ".join(said.split())
+    code, output, _ = run()
+    assert code == 0 and "warning: one class only, 'outer'" in " ".join(output.split())
 
 
-def test_classes_that_read_the_same_are_told(run, parts):
+def test_classes_with_the_same_words_are_refused(run, parts):
     (parts / "bolt").rename(parts / "hex nut")
-    code, said, _ = run()
-    assert code == 2 and "'hex nut'" in said and "'hex_nut'" in said
+    code, output, _ = run()
+    assert code == 2 and "'hex nut'" in output and "'hex_nut'" in output
     assert run("data.classes=hex nut,washer é")[0] == 0
 
 
-def test_what_decoding_changed_is_told(run, parts):
+def test_changes_by_decoding_are_reported(run, parts):
     deep = np.random.default_rng(0).integers(0, 4096, (20, 20)).astype(np.uint16)
     Image.fromarray(deep).save(parts / "bolt" / "deep.png")
     clear = Image.new("RGBA", (20, 20), (255, 0, 0, 40))
     clear.save(parts / "hex_nut" / "clear.png")
-    code, said, _ = run()
+    code, output, _ = run()
     assert code == 0
-    assert "1 images: more than 8 bits, windowed" in said
-    assert "1 images: transparent, put on white" in said
+    assert "1 images: more than 8 bits, windowed" in output
+    assert "1 images: transparent, put on white" in output
 
 
 def test_a_kill_between_images_and_captions_costs_no_image(run, parts, monkeypatch):
@@ -329,11 +331,11 @@ def test_a_kill_between_images_and_captions_costs_no_image(run, parts, monkeypat
         assert run()[0] == 0
 
 
-def test_machine_captions_go_on_where_they_stopped(run, parts, monkeypatch, tmp_path):
-    """A network that dies half way is asked for the rest alone; phrases are cleaned."""
+def test_captions_of_a_network_resume(run, parts, monkeypatch, tmp_path):
+    """A network that dies half way captions only the rest; phrases are cleaned."""
     from mvc_jax import caption
 
-    asked = []
+    requested = []
 
     class Network:
         DTYPES = ("auto",)
@@ -344,14 +346,14 @@ def test_machine_captions_go_on_where_they_stopped(run, parts, monkeypatch, tmp_
 
         @staticmethod
         def captions(images, wanted, *, dies, **options):
-            asked.append(list(wanted))
+            requested.append(list(wanted))
             for n, row in enumerate(wanted):
                 if dies and n == 10:
                     raise KeyboardInterrupt
                 yield row, f"thing {row} thing {row}"
 
     flags = ("caption.captioner=flax", "caption.model=some/model")
-    monkeypatch.setattr(caption, "_KEEP_SECONDS", -1.0)
+    monkeypatch.setattr(caption, "_SAVE_SECONDS", -1.0)
     for dies, code in ((True, 130), (False, 0)):
         network = type("N", (), vars(Network) | {})
         network.captions = lambda *a, dies=dies, **k: Network.captions(
@@ -359,7 +361,7 @@ def test_machine_captions_go_on_where_they_stopped(run, parts, monkeypatch, tmp_
         )
         monkeypatch.setattr(caption, "_network", lambda name, n=network: n)
         assert run(*flags)[0] == code
-    assert asked == [list(range(24)), list(range(10, 24))]
+    assert requested == [list(range(24)), list(range(10, 24))]
     folder = tmp_path / "run" / "caption"
     captions = [row["caption"] for row in rows(folder / "captions.jsonl")]
     assert captions == [f"thing {row}" for row in range(24)]

@@ -1,4 +1,4 @@
-"""Checkpoints: whole, of the same bits, kept as asked; whatever happens to the disk."""
+"""Checkpoints restore the same bits, survive damage and full disks, and are rotated."""
 
 import hashlib
 import logging
@@ -22,7 +22,7 @@ MESHES = {"1": (1, 1), "8": (8, 1), "2x4": (2, 4)}
 
 
 def make_state(seed, mesh="1", width=16):
-    """What a training state is made of, other numbers for each seed."""
+    """A tree of arrays like a training state, with different values for each seed."""
     draw = np.random.default_rng(seed)
     state = {
         "layer": {"kernel": draw.normal(size=(8, width)).astype(np.float32)},
@@ -41,7 +41,7 @@ def bits(state):
 
 
 def save(folder, *steps, **options):
-    """Saves `make_state(step)` for each of `steps`; a loss falls as steps grow."""
+    """Saves `make_state(step)` for each of `steps`, with a falling loss."""
     checkpoints = Checkpoints(folder, every=1, **options)
     for step in steps:
         checkpoints.save(step, make_state(step), {"loss": 1 / step})
@@ -78,44 +78,44 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of it, to be damaged."""
+    """A copy of `saved`, to be damaged."""
     return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
-# What is restored.
+# Restoring.
 
 
 @pytest.mark.parametrize("after", MESHES)
 @pytest.mark.parametrize("before", MESHES)
-def test_every_bit_comes_back_on_any_mesh(tmp_path, before, after):
+def test_every_bit_is_restored_on_any_mesh(tmp_path, before, after):
     checkpoints = Checkpoints(tmp_path, every=1)
     checkpoints.save(7, make_state(7, before))
     checkpoints.close()
-    asked = make_state(0, after)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, asked)
-    restored = restore(tmp_path, asked)
+    given = make_state(0, after)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, given)
+    restored = restore(tmp_path, given)
     assert bits(restored) == bits(make_state(7))
     assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings
     kernel = restored["layer"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[1] == 16 // MESHES[after][1]
 
 
-def test_shapes_alone_are_enough_and_arrays_are_given_up(saved):
-    """So that two states never lie side by side on a device."""
+def test_shapes_are_enough_and_arrays_are_deleted(saved):
+    """So that a device never holds two states."""
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, make_state(0))
     assert bits(restore(saved, shapes)) == bits(make_state(4))
-    asked = make_state(0)
-    restore(saved, asked)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(asked))
+    given = make_state(0)
+    restore(saved, given)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
 
 
-def test_without_a_checkpoint_the_state_comes_back_as_it_is(tmp_path):
-    asked = make_state(3)
-    assert restore(tmp_path, asked) is asked
-    assert bits(asked) == bits(make_state(3))
+def test_without_a_checkpoint_the_given_state_is_returned(tmp_path):
+    given = make_state(3)
+    assert restore(tmp_path, given) is given
+    assert bits(given) == bits(make_state(3))
 
 
-def test_the_next_step_may_take_the_buffers_of_a_save_under_way(tmp_path):
+def test_buffers_may_be_deleted_while_a_save_is_running(tmp_path):
     state = make_state(5)
     checkpoints = Checkpoints(tmp_path, every=1)
     checkpoints.save(5, state)
@@ -124,7 +124,7 @@ def test_the_next_step_may_take_the_buffers_of_a_save_under_way(tmp_path):
     assert bits(restore(tmp_path)) == bits(make_state(5))
 
 
-# When, and which.
+# When to save, and which to keep.
 
 
 def test_a_save_is_due_by_step_and_by_time(tmp_path):
@@ -140,7 +140,7 @@ def test_a_save_is_due_by_step_and_by_time(tmp_path):
     checkpoints.close()
 
 
-def test_by_time_is_off_unless_asked_for(tmp_path):
+def test_saves_by_time_are_off_by_default(tmp_path):
     now = [0.0]
     checkpoints = Checkpoints(tmp_path, every=10, clock=lambda: now[0])
     now[0] = 1e9
@@ -150,7 +150,7 @@ def test_by_time_is_off_unless_asked_for(tmp_path):
 
 @pytest.mark.parametrize("reopened", [False, True])
 def test_the_newest_and_the_lowest_loss_are_kept(tmp_path, reopened):
-    """Never a NaN, also where a later process must know the older losses."""
+    """Never one with NaN, and also if another process saved the older ones."""
     losses = {1: 0.5, 2: float("nan"), 3: 0.2, 4: 0.9, 5: 0.2, 6: 0.7, 7: 0.3, 8: 0.4}
     checkpoints = Checkpoints(tmp_path, every=1, best="loss")
     for step, loss in losses.items():
@@ -159,12 +159,12 @@ def test_the_newest_and_the_lowest_loss_are_kept(tmp_path, reopened):
             checkpoints.close()
             checkpoints = Checkpoints(tmp_path, every=1, best="loss")
         if step == 2:
-            checkpoints.save(2, make_state(2))  # is there: nothing happens
+            checkpoints.save(2, make_state(2))  # exists already: nothing happens
     checkpoints.close()
     assert steps_in(tmp_path) == [5, 7, 8]
 
 
-def test_without_a_metric_the_newest_alone_are_kept(tmp_path):
+def test_without_a_metric_only_the_newest_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=3)
     assert steps_in(tmp_path) == [2, 3, 4]
 
@@ -195,7 +195,7 @@ def flip_a_bit(path, draw):
 def test_damage_to_any_file_loses_one_checkpoint_at_most(
     saved, tmp_path, caplog, damage
 ):
-    """Never other numbers: the newest as it was, or the one before and a warning."""
+    """Either the newest is restored unchanged, or the previous one with a warning."""
     seed = random.SystemRandom().randrange(1000)
     print(f"places drawn from seed {seed}")
     lost = 0
@@ -216,14 +216,14 @@ def test_damage_to_any_file_loses_one_checkpoint_at_most(
             assert steps_in(folder) == [2]
             assert (folder / "damaged-4").is_dir()
             assert f"{folder}/4 is damaged" in caplog.text
-            assert "step 2 is taken" in caplog.text
+            assert "step 2 is restored" in caplog.text
     assert lost >= 3  # the data, its index and the record, at least
 
 
-def test_other_numbers_of_the_right_shape_are_found_by_their_checksum(
+def test_wrong_values_of_the_right_shape_are_found_by_their_checksum(
     folder, tmp_path, caplog
 ):
-    """Files that Orbax reads without complaint, of a state with one other number."""
+    """Files that Orbax reads without an error, of a state that differs in one bit."""
     checkpoints = Checkpoints(tmp_path / "other", every=1)
     other = make_state(4)
     kernel = np.asarray(other["layer"]["kernel"]).copy()
@@ -234,10 +234,10 @@ def test_other_numbers_of_the_right_shape_are_found_by_their_checksum(
     shutil.rmtree(folder / "4" / "state")
     shutil.copytree(tmp_path / "other" / "4" / "state", folder / "4" / "state")
     assert bits(restore(folder)) == bits(make_state(2))
-    assert "['layer']['kernel'] is not what was saved" in caplog.text
+    assert "the checksum of ['layer']['kernel'] is wrong" in caplog.text
 
 
-def test_a_damaged_step_is_put_aside_and_saved_anew(folder, caplog):
+def test_a_damaged_step_is_quarantined_and_can_be_saved_again(folder, caplog):
     for _ in range(2):
         (folder / "4" / "record" / "metadata").unlink()
         with caplog.at_level(logging.WARNING):
@@ -251,11 +251,11 @@ def test_a_damaged_step_is_put_aside_and_saved_anew(folder, caplog):
     assert caplog.text.count("is damaged") == 2
 
 
-def test_if_all_are_damaged_the_run_stops_and_touches_nothing(folder):
+def test_if_all_are_damaged_the_run_stops_and_changes_nothing(folder):
     for path in folder.glob("*/state/manifest.ocdbt"):
         path.unlink()
     before = digests(folder)
-    for _ in range(2):  # nor does the next run start from nothing
+    for _ in range(2):  # nor does the next run start from scratch
         with pytest.raises(UserError, match="got 2 damaged.*delete it") as caught:
             restore(folder)
         assert caught.value.name == str(folder)
@@ -267,17 +267,19 @@ def test_checkpoints_of_another_model_are_refused_and_kept(folder):
     before = digests(folder)
     other = make_state(0, width=32)
     del other["mask"]
-    with pytest.raises(UserError, match="checkpoints/4: .*got 2 others") as caught:
+    with pytest.raises(
+        UserError, match="checkpoints/4: .*got 2 different ones"
+    ) as caught:
         restore(folder, other)
     assert caught.value.details == (
         "['layer']['kernel']: ['float32', [8, 32]], ['float32', [8, 16]]",
         "['mask']: None, ['bool', [3]]",
     )
     assert digests(folder) == before
-    assert np.isfinite(other["layer"]["kernel"]).all()  # and was not given up
+    assert np.isfinite(other["layer"]["kernel"]).all()  # and was not deleted
 
 
-def test_too_little_memory_is_no_damage(folder, monkeypatch):
+def test_lack_of_memory_is_not_damage(folder, monkeypatch):
     def no_memory(*_):
         raise MemoryError
 
@@ -288,7 +290,7 @@ def test_too_little_memory_is_no_damage(folder, monkeypatch):
     assert digests(folder) == before
 
 
-def test_what_a_killed_save_left_is_never_taken_and_cleared_away(folder):
+def test_leftovers_of_a_killed_save_are_never_restored_and_are_deleted(folder):
     (folder / "4").rename(folder / "4.orbax-checkpoint-tmp")
     assert bits(restore(folder)) == bits(make_state(2))
     assert [path.name for path in folder.iterdir()] == ["2"]
@@ -299,7 +301,7 @@ def test_what_a_killed_save_left_is_never_taken_and_cleared_away(folder):
 # A full disk.
 
 
-def test_a_save_without_room_is_refused_before_it_starts(folder, monkeypatch):
+def test_a_save_without_disk_space_is_refused_before_it_starts(folder, monkeypatch):
     usage = shutil.disk_usage(folder)._replace(free=100)
     monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: usage)
     before = digests(folder)
@@ -309,9 +311,9 @@ def test_a_save_without_room_is_refused_before_it_starts(folder, monkeypatch):
     assert digests(folder) == before
 
 
-@pytest.mark.parametrize("told_by", ["save", "close"])
-def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(
-    folder, monkeypatch, told_by
+@pytest.mark.parametrize("reported_by", ["save", "close"])
+def test_a_disk_that_fills_up_during_a_save_costs_only_that_save(
+    folder, monkeypatch, reported_by
 ):
     async def full(*_):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device [28]")
@@ -323,21 +325,21 @@ def test_a_disk_that_fills_up_during_a_save_costs_that_save_alone(
         checkpoints.save(6, state)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with pytest.raises(UserError, match=f"{folder}/6: wanted {size} bytes"):
-            if told_by == "save":
+            if reported_by == "save":
                 checkpoints.save(7, make_state(7))
             else:
                 checkpoints.close()
     assert steps_in(folder) == [2, 4]
     assert bits(state) == bits(make_state(6))
-    for thread in threading.enumerate():  # as the end of the process waits for them:
+    for thread in threading.enumerate():  # as at the end of the process
         if type(thread).__name__ == "_SignalingThread":  # Orbax's other writers
             thread.join()
-    if told_by == "save":
-        checkpoints.save(7, make_state(7))  # there is room again
+    if reported_by == "save":
+        checkpoints.save(7, make_state(7))  # there is space again
         checkpoints.close()
-    assert bits(restore(folder)) == bits(make_state(7 if told_by == "save" else 4))
+    assert bits(restore(folder)) == bits(make_state(7 if reported_by == "save" else 4))
     save(folder, 8)
-    assert not list(folder.glob("*tmp*"))  # what was written of it is cleared away
+    assert not list(folder.glob("*tmp*"))  # its incomplete files are deleted
 
 
 # Checksums.
@@ -349,7 +351,7 @@ def test_a_checksum_is_the_same_on_every_mesh():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
-def test_a_checksum_sees_one_bit_and_two_elements_that_changed_places(dtype):
+def test_a_checksum_detects_a_flipped_bit_and_swapped_elements(dtype):
     array = np.asarray(jnp.asarray(np.arange(24).reshape(4, 6) % 7 > 3, dtype))
     flipped, swapped = array.copy(), array.copy()
     flipped.view(np.uint8)[2, 3] ^= 1
@@ -359,12 +361,25 @@ def test_a_checksum_sees_one_bit_and_two_elements_that_changed_places(dtype):
     assert len(set(map(tuple, found))) == 3
 
 
-def test_a_checksum_reads_its_array_in_place():
-    """Beside one array of 1 MiB no second of float32 is made on an accelerator; a CPU's
-    compiler may keep the mixed words of that one array, never of the whole state."""
+def test_a_checksum_needs_memory_for_one_array_at_most():
+    """None on an accelerator; XLA on a CPU may keep the hashed words of one array."""
     from mvc_jax.training.checksums import _sum
 
     array = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     memory = _sum.lower(array).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 1.1 * 512 * 512 * 4
     assert memory.output_size_in_bytes == 4
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "bool", "int8", "int32", "uint32", "float16"]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4, 7)])
+def test_sums_on_the_host_are_those_of_the_devices(dtype, shape, monkeypatch):
+    from mvc_jax.training import checksums as module
+
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    drawn = np.random.default_rng(0).normal(size=shape)
+    array = jnp.asarray(drawn * 100).astype(dtype)
+    assert module._is_on_host(array)
+    assert checksums([array]) == [int(module._sum(array))]

@@ -1,4 +1,4 @@
-"""CLIP beside PyTorch's, and what it refuses."""
+"""CLIP: parity with PyTorch, files, and errors."""
 
 import json
 
@@ -9,7 +9,7 @@ import pytest
 import sd_families
 import transformers
 
-from mvc_jax.checkpoints import weights
+from mvc_jax.checkpoints import clip_checkpoint, weights
 from mvc_jax.errors import UserError
 from mvc_jax.models import clip, stable_diffusion
 from mvc_jax.pretraining import tokenizer
@@ -68,7 +68,7 @@ def pictures():
 
 
 def test_a_whole_clip_embeds_images_and_texts_as_pytorch_does(folder, pictures, torch):
-    model, params = clip.load(folder, field=FIELD, text=True)
+    model, params = clip_checkpoint.load(folder, field=FIELD, text=True)
     images = jax.jit(model.image_embeddings)(params, model.preprocess(pictures))
     ids = model.tokenize(TEXTS)
     texts = jax.jit(model.text_embeddings)(params, jnp.asarray(ids))
@@ -94,14 +94,14 @@ def test_a_whole_clip_embeds_images_and_texts_as_pytorch_does(folder, pictures, 
     np.testing.assert_allclose(shares, theirs, atol=1e-5, rtol=0)
 
 
-def test_the_image_tower_alone_as_diffusers_keeps_it(folder, pictures, torch, tmp_path):
+def test_an_image_tower_in_the_layout_of_diffusers(folder, pictures, torch, tmp_path):
     """Written by `save`, read by PyTorch and again by `load`: equal to the whole."""
-    model, params = clip.load(folder, field=FIELD)
-    assert clip.check(folder, field=FIELD).width == model.width == 12
+    model, params = clip_checkpoint.load(folder, field=FIELD)
+    assert clip_checkpoint.check(folder, field=FIELD).width == model.width == 12
     assert set(params) == {"vision_model", "visual_projection"}
-    clip.save(tmp_path, model, params)
+    clip_checkpoint.save(tmp_path, model, params)
     (tmp_path / "model_index.json").write_text("{}")
-    again, read = clip.load(tmp_path, field=FIELD)
+    again, read = clip_checkpoint.load(tmp_path, field=FIELD)
     jax.tree.map(np.testing.assert_array_equal, params, read)
     pixels = again.preprocess(pictures)
     np.testing.assert_array_equal(pixels, model.preprocess(pictures))
@@ -160,11 +160,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_clip_is_refused_before_a_tensor_is_read(copy, case):
-    spoil, message = REFUSED[case]
-    spoil(copy)
+def test_another_model_is_an_error_before_a_tensor_is_read(copy, case):
+    damage, message = REFUSED[case]
+    damage(copy)
     with pytest.raises(UserError, match=f"(?s){message}"):
-        clip.check(copy, field=FIELD)
+        clip_checkpoint.check(copy, field=FIELD)
 
 
 def test_tensors_that_do_not_fit_are_named(copy):
@@ -172,17 +172,19 @@ def test_tensors_that_do_not_fit_are_named(copy):
     config["vision_config"]["num_hidden_layers"] = 3
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"vision_model.encoder.layers.2.*is missing"):
-        clip.load(copy, field=FIELD)
+        clip_checkpoint.load(copy, field=FIELD)
 
 
 def test_an_image_tower_has_no_texts(folder, tmp_path):
-    clip.save(tmp_path, *clip.load(folder, field=FIELD))
+    clip_checkpoint.save(tmp_path, *clip_checkpoint.load(folder, field=FIELD))
     with pytest.raises(UserError, match="an image tower alone"):
-        clip.check(tmp_path / "image_encoder", field=FIELD, text=True)
+        clip_checkpoint.check(tmp_path / "image_encoder", field=FIELD, text=True)
 
 
-def test_of_a_hub_name_the_check_downloads_nothing(monkeypatch):
+def test_the_check_of_a_hub_name_downloads_nothing(monkeypatch):
     asked = []
-    monkeypatch.setattr(clip.hub, "check_name", lambda name, **_: asked.append(name))
-    assert clip.check("openai/clip-vit-large-patch14", field=FIELD) is None
+    monkeypatch.setattr(
+        clip_checkpoint.hub, "check_name", lambda name, **_: asked.append(name)
+    )
+    assert clip_checkpoint.check("openai/clip-vit-large-patch14", field=FIELD) is None
     assert asked == ["openai/clip-vit-large-patch14"]

@@ -1,4 +1,4 @@
-"""An image tower and a ControlNet for a small base: trained, written, read back."""
+"""An image tower and a ControlNet for the small base: trained, written, read."""
 
 import dataclasses
 import functools
@@ -10,10 +10,10 @@ import optax
 import pytest
 from sd_parity import jit_fast
 
-from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.checkpoints import clip_checkpoint, diffusers_layout
 from mvc_jax.data import edges
-from mvc_jax.models import clip, controlnet
-from mvc_jax.pretraining import companions
+from mvc_jax.models import clip
+from mvc_jax.pretraining import base, companions
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state
@@ -24,7 +24,7 @@ TOWER = {"patch": 4, "width": 16, "layers": 1, "heads": 2}
 
 @pytest.fixture(scope="module")
 def pool():
-    """Dark and bright images of 8 px, whose prompts say which."""
+    """Dark and bright images of 8 px, with different prompts."""
     draw = np.random.default_rng(0)
     bright = np.arange(24) % 2
     images = draw.integers(0, 60, (24, 8, 8, 3)) + 180 * bright[:, None, None, None]
@@ -34,15 +34,15 @@ def pool():
 
 
 def _loop(folder, steps):
-    return {
-        "mesh": sharding.make_mesh(),
-        "steps": steps,
-        "checkpoints": Checkpoints(folder / "checkpoints", every=1000),
-        "logger": TrainLogger(folder, "pretrain/part", log_every=1000),
-    }
+    return base.Loop(
+        mesh=sharding.make_mesh(devices=jax.devices()[:2]),
+        steps=steps,
+        checkpoints=Checkpoints(folder / "checkpoints", every=1000),
+        logger=TrainLogger(folder, "pretrain/part", log_every=1000),
+    )
 
 
-def test_an_image_tower_learns_which_text_is_whose(tiny, pool, tmp_path, torch):
+def test_an_image_tower_learns_the_texts_of_the_images(tiny, pool, tmp_path, torch):
     model, params = tiny
     options = {"seed": 0, "batch_size": 20, "learning_rate": 1e-2, **TOWER}
     loop = _loop(tmp_path / "run", 40)
@@ -54,12 +54,14 @@ def test_an_image_tower_learns_which_text_is_whose(tiny, pool, tmp_path, torch):
     )
     pooled = jax.jit(model.pooled_text)
     texts = pooled(params, jnp.asarray(model.tokenize(pool.prompts[:2])))
-    nearest = np.argmax(images @ np.asarray(clip.normalised(texts)).T, axis=1)
+    nearest = np.argmax(images @ np.asarray(clip.normalize(texts)).T, axis=1)
     np.testing.assert_array_equal(nearest, np.arange(24) % 2)
 
     # In the layout of diffusers, as its pipelines read it.
-    clip.save(tmp_path / "model", tower, trained)
-    diffusers_layout.save(tmp_path / "model", model, params, beside=clip.INDEX_ENTRIES)
+    clip_checkpoint.save(tmp_path / "model", tower, trained)
+    diffusers_layout.save(
+        tmp_path / "model", model, params, index_entries=clip_checkpoint.INDEX_ENTRIES
+    )
     import diffusers
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
@@ -72,8 +74,10 @@ def test_an_image_tower_learns_which_text_is_whose(tiny, pool, tmp_path, torch):
 def test_a_step_moves_the_controlnet_away_from_zero(tiny, pool):
     """Every zero convolution gets a gradient at once (arXiv 2302.05543, 3.1)."""
     model, params = tiny
-    network = controlnet.of_unet(model)
-    start = controlnet.start(network, params["unet"], np.random.default_rng(0))
+    network = companions.new_controlnet(model)
+    start = companions.initial_controlnet_params(
+        network, params["unet"], np.random.default_rng(0)
+    )
     tx = optax.sgd(1.0)
     step = functools.partial(
         companions.control_step,
@@ -100,15 +104,15 @@ def test_a_step_moves_the_controlnet_away_from_zero(tiny, pool):
             assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree)), name
 
 
-def test_edges_are_those_of_the_images(tiny, pool, tmp_path, monkeypatch):
-    """What the ControlNet sees has the size of the images, not of the latents."""
+def test_edges_are_those_of_the_images(tiny, pool, tmp_path):
+    """The ControlNet's input has the size of the images, not of the latents."""
     seen = {}
 
-    def fit(step, state, *, read, **rest):
-        seen.update(read(0), fixed=rest["fixed"])
-        return state
+    class Loop(base.Loop):
+        def fit(self, train_step, state, *, read, constants):
+            seen.update(read(0), constants=constants)
+            return state
 
-    monkeypatch.setattr(companions, "fit", fit)
     square = np.zeros((24, 8, 8, 3), np.uint8)
     square[:, 2:6, 2:6] = 255
     model, params = tiny
@@ -117,8 +121,10 @@ def test_edges_are_those_of_the_images(tiny, pool, tmp_path, monkeypatch):
         params,
         dataclasses.replace(pool, images=square),
         seed=0,
-        loop={"mesh": sharding.make_mesh(), "steps": 1},
-        **{"batch_size": 4, "learning_rate": 1e-2, "drop_rate": 0.0},
+        loop=Loop(**vars(_loop(tmp_path, 1))),
+        batch_size=4,
+        learning_rate=1e-2,
+        drop_rate=0.0,
     )
     assert seen["edges"].shape == (4, 8, 8, 3) and seen["edges"].max() == 255
-    assert set(seen["fixed"]["base"]) == {"text_encoder", "unet"}
+    assert set(seen["constants"]["base"]) == {"text_encoder", "unet"}

@@ -1,4 +1,4 @@
-"""ControlNet beside PyTorch's, its start, and what it refuses."""
+"""ControlNet: parity with PyTorch, initialisation, and errors."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ import sd_families
 from sd_families import LATENTS, normal
 from sd_parity import assert_equal, jit_fast
 
-from mvc_jax.checkpoints import families
+from mvc_jax.checkpoints import controlnet_checkpoint, families
 from mvc_jax.errors import UserError
-from mvc_jax.models import controlnet
+from mvc_jax.pretraining import companions
 
 FIELD = "config.generate.controlnet"
 TIMESTEPS = np.array([1, 981], np.int32)
@@ -33,7 +33,7 @@ def base():
 def network():
     """A random ControlNet for it, whose zero convolutions are small."""
     model, _ = base()
-    made = controlnet.of_unet(model)
+    made = companions.new_controlnet(model)
     params = sd_families.random("controlnet", made.shapes())
     for name in params:
         if name.startswith("controlnet_") and "kernel" in params[name]:
@@ -44,7 +44,7 @@ def network():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("controlnet")
-    controlnet.save(folder, *network())
+    controlnet_checkpoint.save(folder, *network())
     return folder
 
 
@@ -58,7 +58,7 @@ def test_unet_and_controlnet_predict_what_pytorchs_do(folder, torch):
     import diffusers
 
     model, params = base()
-    control, read = controlnet.load(folder, model.configs, field=FIELD)
+    control, read = controlnet_checkpoint.load(folder, model.configs, field=FIELD)
 
     @jit_fast
     def both(params, latents, timesteps, states, pictures):
@@ -109,10 +109,12 @@ def _state_dict(params):
         return safetensors.torch.load_file(f"{local}/unet.safetensors")
 
 
-def test_at_the_start_it_changes_nothing(tiny):
+def test_an_untrained_controlnet_changes_nothing(tiny):
     model, params = tiny
-    control = controlnet.of_unet(model)
-    start = controlnet.start(control, params["unet"], np.random.default_rng(0))
+    control = companions.new_controlnet(model)
+    start = companions.initial_controlnet_params(
+        control, params["unet"], np.random.default_rng(0)
+    )
     np.testing.assert_array_equal(
         start["conv_in"]["kernel"], params["unet"]["conv_in"]["kernel"]
     )
@@ -169,13 +171,15 @@ def test_a_controlnet_of_another_base_is_refused_before_a_tensor_is_read(copy, c
     (copy / "config.json").write_text(json.dumps(config))
     configs = base()[0].configs
     with pytest.raises(UserError, match=message):
-        controlnet.check(copy, configs, field=FIELD)
+        controlnet_checkpoint.check(copy, configs, field=FIELD)
 
 
 def test_a_pickle_is_never_opened(copy):
-    (copy / controlnet._WEIGHTS[1]).rename(copy / "diffusion_pytorch_model.bin")
+    (copy / controlnet_checkpoint._WEIGHTS[1]).rename(
+        copy / "diffusion_pytorch_model.bin"
+    )
     with pytest.raises(UserError, match="never opened"):
-        controlnet.check(copy, None, field=FIELD)
+        controlnet_checkpoint.check(copy, None, field=FIELD)
 
 
 def test_tensors_that_do_not_fit_are_named(copy):
@@ -184,7 +188,7 @@ def test_tensors_that_do_not_fit_are_named(copy):
     configs = json.loads(json.dumps(base()[0].configs))
     configs["unet"]["layers_per_block"] = 1
     with pytest.raises(UserError, match=r"\d+ that differ.*controlnet_down_blocks"):
-        controlnet.load(copy, configs, field=FIELD)
+        controlnet_checkpoint.load(copy, configs, field=FIELD)
 
 
 def test_the_defaults_are_those_of_the_public_controlnets():

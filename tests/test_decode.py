@@ -1,5 +1,4 @@
-"""Bytes become RGB pixels; what cannot is refused with its reason, and what was done
-to get there is said."""
+"""Image files decode to RGB, with a note on conversions; others fail with a reason."""
 
 import io
 import itertools
@@ -15,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from mvc_jax.configs import cifar10, tiny_imagenet
 from mvc_jax.data import decode
-from mvc_jax.data.decode import BadImage, Decoder, fit, strict_pillow, unfit
+from mvc_jax.data.decode import BadImage, Decoder, fit, strict_pillow, undo_fit
 
 
 def encoded(picture, kind="png", **options):
@@ -48,7 +47,7 @@ def test_modes_become_rgb(rgb, mode):
     assert note == ""
 
 
-def test_what_is_transparent_is_white_and_what_is_half_is_between():
+def test_transparency_is_composited_over_white():
     rgba = np.zeros((3, 2, 4), np.uint8)
     rgba[1, :, 3], rgba[2, :, 3] = 255, 128
     pixels, note = Decoder()(encoded(Image.fromarray(rgba)))
@@ -83,7 +82,7 @@ def test_floats_are_windowed_or_refused():
         Decoder()(encoded(Image.fromarray(values), "tiff"))
 
 
-def test_sixteen_bits_of_colour_are_told(rgb):
+def test_a_note_reports_sixteen_bit_colour(rgb):
     import struct
     import zlib
 
@@ -102,7 +101,7 @@ def test_sixteen_bits_of_colour_are_told(rgb):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
-def test_the_cameras_rotation_is_undone(orientation, kind):
+def test_the_exif_orientation_is_applied(orientation, kind):
     upright = np.zeros((16, 8, 3), np.uint8)
     upright[:8, :4] = 255  # bright top left
     undo = {
@@ -145,14 +144,14 @@ def test_truncated_files_are_refused(rgb, kind):
         (b"GIF89a\1\0\1\0\0\0\0;", "not a PNG"),
     ],
 )
-def test_what_is_no_image_is_refused(content, reason):
+def test_files_that_are_not_images_are_refused(content, reason):
     with pytest.raises(BadImage, match=reason):
         Decoder()(content)
 
 
 @given(st.binary(max_size=400), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"BM"]))
 @settings(deadline=None, max_examples=100)
-def test_no_bytes_make_it_raise_anything_else(content, head):
+def test_bytes_decode_or_raise_bad_image(content, head):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -173,7 +172,7 @@ def test_bombs_are_never_decoded(monkeypatch):
         Decoder(max_pixels=1_000_000)(bomb)
 
 
-def test_a_limit_over_pillows_own_is_heeded(monkeypatch):
+def test_a_limit_above_pillow_s_own_is_respected(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     content = encoded(Image.new("L", (20, 20)))
     with strict_pillow(400):
@@ -187,7 +186,7 @@ def test_arrays_of_other_shapes_are_refused(shape):
         Decoder().from_array(np.zeros(shape, np.uint8))
 
 
-def test_arrays_of_other_libraries():
+def test_decoded_arrays_become_rgb():
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     for array in (grey, grey[..., 0]):
         np.testing.assert_array_equal(
@@ -197,14 +196,14 @@ def test_arrays_of_other_libraries():
 
 @pytest.mark.parametrize("resize", decode.RESIZING)
 @pytest.mark.parametrize("resample", decode.RESAMPLING)
-def test_fitting_to_the_same_size_changes_nothing(resize, resample):
+def test_resizing_to_the_same_size_changes_nothing(resize, resample):
     image = np.random.default_rng(0).integers(0, 256, (7, 7, 3), dtype=np.uint8)
     fitted = fit(image, 7, resize=resize, resample=resample)
     np.testing.assert_array_equal(fitted, image)
 
 
-def test_fitting_keeps_channels_places_and_averages():
-    """A red left half stays red and left, smaller or larger; the mean stays."""
+def test_resizing_keeps_channels_positions_and_mean():
+    """A red left half stays red and on the left at any size; the mean is kept."""
     image = np.zeros((16, 16, 3), np.uint8)
     image[:, :8, 0] = 200
     for size in (4, 8, 40):
@@ -216,7 +215,7 @@ def test_fitting_keeps_channels_places_and_averages():
         assert abs(small[..., 0].mean() - 100) < 2
 
 
-def test_ways_to_make_it_square():
+def test_crop_pad_and_stretch():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 255
     assert fit(wide, 8, resize="crop", resample="area").min() == 255
@@ -238,26 +237,26 @@ def test_downscaling_is_antialiased():
 
 @pytest.mark.parametrize("resize", decode.RESIZING)
 @pytest.mark.parametrize("sides", [(40, 30), (30, 40), (12, 8), (8, 8), (50, 1)])
-def test_a_fitted_image_gets_its_proportions_back(resize, sides):
-    """Made square by `resize` and back: as large as the source, or as the square."""
+def test_undo_fit_restores_the_aspect_ratio(resize, sides):
+    """Its size is the original's, or the square's if that is smaller."""
     width, height = sides
     x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)
     source = np.stack(np.broadcast_arrays(x, y[:, None], 128), 2).astype(np.uint8)
-    back = unfit(fit(source, 16, resize=resize), width, height, resize=resize)
+    back = undo_fit(fit(source, 16, resize=resize), width, height, resize=resize)
     kept = (min(sides),) * 2 if resize == "crop" else sides
-    share = min(1.0, 16 / max(kept))
-    expected = tuple(max(round(side * share), 1) for side in kept)
+    scale = min(1.0, 16 / max(kept))
+    expected = tuple(max(round(side * scale), 1) for side in kept)
     assert back.shape == (*expected[::-1], 3)
     if resize != "crop" and min(sides) >= 8:
         smaller = np.asarray(
             Image.fromarray(source).resize(expected, Image.Resampling.BOX)
         )
-        inner = np.s_[1:-1, 1:-1]  # Lanczos rings at the border, and black is beside it
+        inner = np.s_[1:-1, 1:-1]  # at the border Lanczos rings, next to black padding
         assert np.abs(back[inner].astype(int) - smaller[inner]).max() < 16
 
 
 @pytest.mark.parametrize(("config", "small"), [(cifar10, 32), (tiny_imagenet, 64)])
-def test_the_way_to_256_pixels_and_back_costs_what_the_lab_notes_say(config, small):
+def test_the_lab_notes_state_the_psnr_of_resizing_to_256_pixels_and_back(config, small):
     errors = []
     for photograph in load_sample_images().images:
         for side in (2 * small, 4 * small, 8 * small):
@@ -268,5 +267,5 @@ def test_the_way_to_256_pixels_and_back_costs_what_the_lab_notes_say(config, sma
                 back = decode.fit(decode.fit(image, 256), small, resample="area")
                 errors.append(np.square(image.astype(float) - back).mean())
     found = 10 * np.log10(255**2 / np.mean(errors))
-    (told,) = re.findall(r"([\d.]+) dB", config.__doc__)
-    assert found == pytest.approx(float(told), abs=0.05)
+    (stated,) = re.findall(r"([\d.]+) dB", config.__doc__)
+    assert found == pytest.approx(float(stated), abs=0.05)

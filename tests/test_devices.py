@@ -1,4 +1,4 @@
-"""One code path: fine-tuning and sampling on 1 and on 8 devices, in any batch."""
+"""Fine-tuning and sampling give equal results on 1 and 8 devices, in any batch."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from mvc_jax import files, finetune
 from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
 from mvc_jax.diffusion import samplers
-from mvc_jax.generation import sampler
+from mvc_jax.generation import image_sampler
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state, fit
@@ -50,7 +50,7 @@ def cache():
 
 @pytest.fixture(scope="module")
 def opened(cache, write_shards, tmp_path_factory):
-    """The same, as `finetune` reads it."""
+    """The cache, written to disk and opened as `finetune` opens it."""
     folder = tmp_path_factory.mktemp("cache")
     for name in ("moments", "text_states"):
         write_shards(folder / name, cache[name])
@@ -64,7 +64,8 @@ def finetuned(tiny, opened, tmp_path_factory):
     """Losses and parameters after two steps of batch 50, by mesh."""
     model, params = tiny
     model, params = model.widened(params)
-    # SGD: Adam's first steps are the gradients' signs, which no tolerance forgives.
+    # SGD, as the first steps of Adam are signs of gradients, which a tolerance cannot
+    # compare.
     tx = optax.sgd(0.01)
     pairs = order.generator(0, "p").integers(6, size=(60, 2)).astype(np.int32)
     results = {}
@@ -80,7 +81,7 @@ def finetuned(tiny, opened, tmp_path_factory):
             step,
             create_state(params["unet"], tx, mesh),
             read=functools.partial(read_pairs, opened, pairs, seed=0, batch_size=50),
-            fixed={"null_states": opened.null_states},
+            constants={"null_states": opened.null_states},
             mesh=mesh,
             steps=2,
             checkpoints=Checkpoints(folder / "checkpoints", every=2),
@@ -91,8 +92,8 @@ def finetuned(tiny, opened, tmp_path_factory):
     return params["unet"], results
 
 
-def furthest(a, b):
-    """The largest difference of two parameter trees, anywhere."""
+def max_difference(a, b):
+    """The largest absolute difference between two parameter trees."""
     differences = jax.tree.map(lambda x, y: np.abs(x - y).max(), a, b)
     return max(jax.tree.leaves(differences))
 
@@ -101,11 +102,11 @@ def furthest(a, b):
 def test_batch_50_on_eight_devices_trains_as_on_one(finetuned, name):
     start, results = finetuned
     one, other = results["1"][0], results[name][0]
-    moved = furthest(one, start)
+    moved = max_difference(one, start)
     assert moved > 1e-3
-    # Sums in another order, through norms over four numbers, differ by 0.15 %; to count
-    # the six padding examples of 56 would change every gradient by a tenth.
-    assert furthest(one, other) < 0.01 * moved
+    # Sums in another order, normalised over groups of four numbers, differ by 0.15 %.
+    # If the 6 padding examples of 56 counted, every gradient would change by a tenth.
+    assert max_difference(one, other) < 0.01 * moved
 
 
 def test_the_conditioning_channels_learn(finetuned):
@@ -115,13 +116,13 @@ def test_the_conditioning_channels_learn(finetuned):
     assert np.abs(kernel[:, :, 4:]).max() > 1e-5
 
 
-def draw(tiny, cache, mesh, index, batch_size):
-    """Images by index, a batch at a time."""
+def sample(tiny, cache, mesh, index, batch_size):
+    """Samples the images of the given indices, a batch at a time."""
     model, params = tiny
     model, params = model.widened(params)
-    draw = jax.jit(
+    sample_batch = jax.jit(
         functools.partial(
-            sampler.sample_images,
+            image_sampler.sample_images,
             model=model,
             network=None,
             sampler=samplers.make(
@@ -151,27 +152,27 @@ def draw(tiny, cache, mesh, index, batch_size):
         }
         padded = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
         padded = jax.device_put(padded, sharding.batch_sharding(mesh))
-        out, health = draw(params, padded, null, rng.purpose_key(0, "noise"))
-        assert not np.asarray(health)[: len(part)].any()
+        out, status = sample_batch(params, padded, null, rng.purpose_key(0, "noise"))
+        assert not np.asarray(status)[: len(part)].any()
         images.append(np.asarray(out)[: len(part)])
     return np.concatenate(images).astype(int)
 
 
 def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
-    """Within 1 grey level: other shapes and meshes may sum in another order."""
+    """Within 1 grey level, as other shapes and meshes may sum in another order."""
     index = list(range(9))
-    one = draw(tiny, cache, make_mesh("1"), index, 4)
+    one = sample(tiny, cache, make_mesh("1"), index, 4)
     assert one.std() > 5
     assert len({image.tobytes() for image in one}) == 9
     for mesh, batch_size in (("8", 8), ("2x4", 4), ("1", 7)):
-        other = draw(tiny, cache, make_mesh(mesh), index, batch_size)
+        other = sample(tiny, cache, make_mesh(mesh), index, batch_size)
         assert np.abs(one - other).max() <= 1, (mesh, batch_size)
-    reordered = draw(tiny, cache, make_mesh("1"), index[::-1], 4)[::-1]
+    reordered = sample(tiny, cache, make_mesh("1"), index[::-1], 4)[::-1]
     assert np.abs(one - reordered).max() <= 1
 
 
-def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, opened):
-    """The loss of a padded batch equals that of the batch without its padding."""
+def test_examples_of_weight_zero_change_neither_loss_nor_gradient(tiny, opened):
+    """A padded batch gives the same loss and update as the batch without padding."""
     model, params = tiny
     model, params = model.widened(params)
     tx = optax.sgd(1.0)

@@ -1,4 +1,4 @@
-"""The numbers that a reader will trust: intervals, verdicts, copies, diversity."""
+"""Verdicts, references, copies and diversity, and how the table shows them."""
 
 import json
 import math
@@ -6,42 +6,14 @@ import math
 import numpy as np
 import pytest
 from etils import epath
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 from mvc_jax import evaluate, files
 from mvc_jax.data import splits
 from mvc_jax.generation import synthetic
-from mvc_jax.stage import open_stage
-
-accuracy = st.integers(0, 1000).map(lambda n: n / 1000)
-
-
-@given(
-    st.lists(st.tuples(accuracy, accuracy), min_size=2, max_size=8),
-    st.sampled_from([0.5, 0.9, 0.95, 0.99]),
-)
-@settings(deadline=None, max_examples=50)
-def test_the_interval_is_that_of_the_paired_t_test(pairs, confidence):
-    ours, theirs = np.asarray(pairs).T
-    found = evaluate.paired_difference(ours, theirs, confidence)
-    assert found["mean"] == pytest.approx(np.mean(ours) - np.mean(theirs), abs=1e-12)
-    if np.std(ours - theirs) > 1e-9:  # SciPy warns of a test without spread
-        expected = stats.ttest_rel(ours, theirs).confidence_interval(confidence)
-        assert found["low"] == pytest.approx(expected.low, abs=1e-9)
-        assert found["high"] == pytest.approx(expected.high, abs=1e-9)
-    else:
-        assert found["low"] == pytest.approx(found["high"], abs=1e-6)
-
-
-def test_one_seed_has_no_interval():
-    found = evaluate.paired_difference(np.array([0.9]), np.array([0.8]), 0.95)
-    assert found == {"mean": pytest.approx(0.1), "low": None, "high": None}
 
 
 def results(**accuracies):
-    """Results of runs by their accuracies, as `classify` writes them."""
+    """Results of runs with these accuracies, as `classify` writes them."""
     return {
         name.replace("_plus_", "+").replace("_of_", ":"): {
             "seeds": [{"accuracy": value} for value in values]
@@ -61,37 +33,19 @@ def results(**accuracies):
         ([0.95], "unclear", ["+15.0 points", "one seed"]),
     ],
 )
-def test_a_verdict_needs_an_interval_that_leaves_out_zero(ours, verdict, words):
+def test_a_verdict_needs_an_interval_without_zero(ours, verdict, words):
     found = results(combined=ours, real=[0.8] * len(ours))
-    [answer] = evaluate._questions(found, 0.95)
+    [answer] = evaluate._answers(found, 0.95)
     assert (answer["run"], answer["against"]) == ("combined", "real")
     assert answer["verdict"] == verdict
     for word in words:
         assert word in answer["sentence"]
 
 
-def test_confidence_that_keeps_its_word_has_no_calibration_error():
-    """Two bins: 0.6 right in 3 of 5, and 0.9 right in half of the cases."""
-    correct = np.array([True] * 3 + [False] * 2)
-    assert evaluate.calibration_error(np.full(5, 0.6), correct) == pytest.approx(0)
-    both = np.concatenate([np.full(5, 0.6), np.full(4, 0.9)])
-    more = np.concatenate([correct, np.array([True, True, False, False])])
-    expected = 4 / 9 * (0.9 - 0.5)  # equation 3
-    assert evaluate.calibration_error(both, more) == pytest.approx(expected)
-    assert evaluate.calibration_error(np.ones(4), ~more[5:] | True) == 0
-
-
-def test_confusions_are_counted_over_seeds():
-    labels = np.array([0, 1, 1, 2])
-    predicted = np.array([[0, 1, 2, 2], [0, 1, 1, 0]])
-    counts = evaluate.confusion(labels, predicted)
-    assert counts.tolist() == [[2, 0, 0], [0, 3, 1], [1, 0, 1]]
-
-
 def test_only_questions_whose_runs_were_made_are_answered():
     pair = [0.5, 0.6]
     found = results(combined=pair, combined_of_unmixed=pair, real_plus_affine=pair)
-    answers = evaluate._questions(found, 0.95)
+    answers = evaluate._answers(found, 0.95)
     asked = [(answer["run"], answer["against"]) for answer in answers]
     assert asked == [("combined", "combined:unmixed")]
 
@@ -106,7 +60,9 @@ def test_only_questions_whose_runs_were_made_are_answered():
         ("combined", None),
     ],
 )
-def test_without_a_real_run_the_one_that_is_bent_alike_is_the_reference(name, against):
+def test_without_a_real_run_real_with_the_same_augmentation_is_the_reference(
+    name, against
+):
     found = results(real_plus_flip=[0.5, 0.7]) | {name: {"seeds": []}}
     found[name]["seeds"] = [{"accuracy": 0.6}, {"accuracy": 0.7}]
     difference = evaluate._difference(name, found, 0.95)
@@ -118,7 +74,7 @@ def test_without_a_real_run_the_one_that_is_bent_alike_is_the_reference(name, ag
 
 
 def images_of(values):
-    """Flat 4x4 images of these grey values, one more pixel white in each."""
+    """4x4 images of these grey values, with one white pixel each."""
     images = np.empty((len(values), 4, 4, 3), np.uint8)
     images[...] = np.asarray(values, np.uint8)[:, None, None, None]
     images[:, 0, 0] = 255
@@ -126,9 +82,8 @@ def images_of(values):
 
 
 def described(tmp_path, train, drawn, drawn_labels=None):
-    """`_sets` of a training set and of a synthetic set, images given by their grey."""
+    """Describes a training and a synthetic set, images given by their grey value."""
     folder = epath.Path(tmp_path) / "generate"
-    stage = open_stage(tmp_path, "generate", {"generate": {"sets": ["mixed"]}})
     labels = drawn_labels or [0] * len(drawn)
     rows = [
         dict.fromkeys(synthetic.PROVENANCE)
@@ -139,31 +94,32 @@ def described(tmp_path, train, drawn, drawn_labels=None):
     store = synthetic.Store(folder / "mixed", ["a", "b"], "", 1000, pictures=False)
     (part,) = store.missing(len(rows))
     store.write(part, list(images), rows)
-    stage.finish([])
     zeros = np.zeros(len(train), np.int32)
     split = splits.Split(
         images_of(train), zeros, tuple(map(str, train)), ("a", "b"), True
     )
-    return evaluate._sets(folder, split)
+    return evaluate._describe_sets(folder, ["mixed"], split)
 
 
 @pytest.mark.parametrize(
     ("drawn", "copies"),
     [
         ([60, 100, 200], 3),  # the training images themselves
-        ([58, 62, 120], 3),  # nearer to one than any two of those are: 40 levels
+        ([58, 62, 120], 3),  # closer than the two closest of those, 40 levels
         ([10, 150], 0),  # 50 levels away
         ([61, 150], 1),
     ],
 )
-def test_a_copy_is_nearer_than_any_two_training_images(tmp_path, drawn, copies):
+def test_a_copy_is_nearer_than_any_two_different_training_images(
+    tmp_path, drawn, copies
+):
     found = described(tmp_path, [60, 100, 200], drawn)
     assert found["mixed"]["copies"] == copies
 
 
 @pytest.mark.parametrize("train", [[60, 60, 100], [60, 61, 100], [60]])
 def test_an_exact_copy_always_counts_and_a_new_image_never(tmp_path, train):
-    """Duplicates among the training images, and a single one, are usual with users."""
+    """Also with duplicates among the training images, or with only one."""
     found = described(tmp_path, train, [60, 180])
     assert found["mixed"]["copies"] == 1
     json.dumps(found, allow_nan=False)
@@ -181,23 +137,20 @@ def test_distances_and_diversity_are_root_mean_squares(tmp_path):
     assert found["real"]["images"] == 2
 
 
-def test_flat_images_are_counted(tmp_path):
+def test_constant_images_are_counted(tmp_path):
     images = images_of([10, 20, 30])
     images[1] = 77
     assert described(tmp_path, [0, 100], images, [0, 0, 0])["mixed"]["constant"] == 1
 
 
-def test_what_filters_removed_is_counted(tmp_path):
-    settings = {"generate": {"sets": ["mixed", "unmixed"]}}
-    folder = epath.Path(tmp_path) / "generate"
-    stage = open_stage(tmp_path, "generate", settings)
+def test_images_removed_by_filters_are_counted(tmp_path):
+    folder, names = epath.Path(tmp_path), ["mixed", "unmixed"]
     files.write_json(folder / "filters.json", {"copies": {"threshold": 0.1}})
-    stage.finish([])  # it lies there from another run
-    assert evaluate._filters(folder) == {}
-    stage.finish(["filters.json"])
     rows = [{"index": i, "filter": name} for i, name in ((3, "a"), (3, "b"), (5, "a"))]
     files.write_jsonl(folder / "mixed" / "removed.jsonl", rows)
-    assert evaluate._filters(folder) == {
+    left_from_another_run = evaluate._filters(folder, names, artifacts={})
+    assert left_from_another_run == {}
+    assert evaluate._filters(folder, names, artifacts={"filters.json": {}}) == {
         "facts": {"copies": {"threshold": 0.1}},
         "sets": {"mixed": {"images": 2, "a": 2, "b": 1}, "unmixed": {"images": 0}},
     }
@@ -208,22 +161,22 @@ def test_what_filters_removed_is_counted(tmp_path):
     [
         (0, "keep", 0, []),
         (2, "keep", 0, ["2 training images are in test as well"]),
-        (2, "remove", 3, ["2 images that test has", "3 images could not be used"]),
+        (2, "remove", 3, ["2 images that are also in test", "3 images could not be"]),
     ],
 )
-def test_what_was_wrong_with_the_images_is_noted(tmp_path, copies, policy, bad, words):
+def test_duplicates_and_bad_images_are_noted(tmp_path, copies, policy, bad, words):
     files.write_json(tmp_path / "dataset.json", {"duplicates": policy})
     files.write_jsonl(tmp_path / "duplicates.jsonl", [{}] * copies)
     files.write_jsonl(tmp_path / "bad_images.jsonl", [{}] * bad)
     notes = evaluate._notes(3, epath.Path(tmp_path))
     assert "over 3 classifier seeds on one split" in notes[-2]
-    assert "of one classifier seed on" in evaluate._notes(1, epath.Path(tmp_path))[-2]
+    assert "With one classifier seed" in evaluate._notes(1, epath.Path(tmp_path))[-2]
     assert len(notes) == 2 + len(words)
     for word, note in zip(words, notes, strict=False):
         assert word in note
 
 
-def test_the_steps_told_are_those_taken():
+def test_maximum_and_minimum_of_the_steps_are_reported():
     found = {
         "real": {"seeds": [{"steps": 700}, {"steps": 300}]},
         "combined": {"seeds": [{"steps": 500}, {"steps": 78200}]},
@@ -239,15 +192,15 @@ def metrics_with(**changes):
         {"name": "real", "title": "Real", "accuracy": accuracy, "difference": None},
         {"name": "two", "title": "Two", "accuracy": accuracy, "difference": difference},
     ]
-    usual = {"seeds": 3, "steps": 250, "least_steps": 250, "runs": rows}
-    return usual | {"questions": []} | changes
+    default = {"seeds": 3, "steps": 250, "least_steps": 250, "runs": rows}
+    return {**default, "questions": [], **changes}
 
 
 @pytest.mark.parametrize(
     ("least", "words"),
     [(250, "seeds, 250 optimiser steps each"), (90, "seeds, 90 to 250 optimiser")],
 )
-def test_the_table_tells_unequal_steps(least, words):
+def test_the_table_shows_unequal_steps(least, words):
     assert words in evaluate.table(metrics_with(least_steps=least))
 
 
@@ -258,13 +211,13 @@ def test_the_table_tells_unequal_steps(least, words):
         (3, "standard deviation over 3 seeds, 250", "Two    16.4 ± 1.3     +2.1"),
     ],
 )
-def test_one_seed_has_no_spread(seeds, heading, row):
+def test_the_table_of_one_seed_has_no_spread(seeds, heading, row):
     lines = evaluate.table(metrics_with(seeds=seeds)).splitlines()
     assert heading in lines[1]
     assert lines[-1] == row
 
 
-def test_the_table_names_what_a_difference_is_against():
+def test_the_table_names_references_other_than_real():
     metrics = metrics_with()
     lines = evaluate.table(metrics).splitlines()
     assert lines[2].endswith("against real only") and lines[-1].endswith("+2.1")

@@ -1,4 +1,4 @@
-"""Filters: what each must remove, and that nothing else decides than image and data."""
+"""What each filter removes, and that it depends on image, recipe and data alone."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from mvc_jax.configs import common
 from mvc_jax.data import digits, splits
 from mvc_jax.errors import UserError
 from mvc_jax.screening import filters, folds
-from mvc_jax.screening.filters import Filters
+from mvc_jax.screening.settings import FilterSettings, check_filters
 
 PER_CLASS = 12
-OFF = Filters()
-LABEL, COPIES = Filters(label="folds"), Filters(copies="any")
-OUTLIERS = Filters(outliers=True)
-ALL = Filters(label="folds", copies="any", outliers=True)
+OFF = FilterSettings()
+LABEL, COPIES = FilterSettings(label="folds"), FilterSettings(copies="any")
+OUTLIERS = FilterSettings(outliers=True)
+ALL = FilterSettings(label="folds", copies="any", outliers=True)
 
 
 def split_of(images, labels, names=None):
@@ -54,15 +54,15 @@ def recipes(train, labels, seed=0):
     return rows
 
 
-_JUDGES = {}
+_FITTED = {}
 
 
-def judge(fields, train):
-    """Fitted once for the whole file."""
+def fitted(fields, train):
+    """Filters without a CLIP, fitted once for the whole file."""
     key = (fields, id(train))
-    if key not in _JUDGES:
-        _JUDGES[key] = filters.Judge(fields, train, seed=0)
-    return _JUDGES[key]
+    if key not in _FITTED:
+        _FITTED[key] = filters.FittedFilters(fields, train, seed=0)
+    return _FITTED[key]
 
 
 def test_nothing_is_removed_with_the_filters_off(data):
@@ -70,8 +70,8 @@ def test_nothing_is_removed_with_the_filters_off(data):
     rows = recipes(train, others.labels)
     noise = np.random.default_rng(0).integers(0, 256, others.images.shape, np.uint8)
     for images in (others.images, noise, np.resize(train.images, others.images.shape)):
-        assert judge(OFF, train)(images, rows) == [[] for _ in rows]
-    assert not OFF.any and not OFF.asks_images
+        assert fitted(OFF, train)(images, rows) == [[] for _ in rows]
+    assert not OFF.enabled and not OFF.use_embeddings
 
 
 def test_a_pasted_copy_is_removed_and_named(data):
@@ -82,25 +82,25 @@ def test_a_pasted_copy_is_removed_and_named(data):
     nearly = train.images[theirs].copy()
     nearly[0, 0] += 3
     images = np.stack([train.images[mine], nearly, others.images[2]])
-    source, other, new = judge(COPIES, train)(images, rows)
+    source, other, new = fitted(COPIES, train)(images, rows)
     assert new == []
     assert source[0].filter == other[0].filter == "copies"
     assert "its source" in source[0].reason and source[0].real == rows[0]["source"]
     assert train.ids[theirs] in other[0].reason and other[0].real == train.ids[theirs]
     assert source[0].score == 0 < other[0].score < other[0].threshold
 
-    own = judge(Filters(copies="source"), train)(images, rows)
+    own = fitted(FilterSettings(copies="source"), train)(images, rows)
     assert own == [source, [], []]
 
 
-def test_copies_quantile_says_how_near_is_too_near(data):
+def test_a_larger_copies_quantile_removes_more(data):
     train, others = data
     rows = recipes(train, others.labels)
     counts = [
         sum(
             map(
                 bool,
-                judge(Filters(copies="any", copies_quantile=q), train)(
+                fitted(FilterSettings(copies="any", copies_quantile=q), train)(
                     others.images, rows
                 ),
             )
@@ -114,39 +114,39 @@ def test_noise_is_an_outlier_and_other_real_images_rarely_are(data):
     train, others = data
     rows = recipes(train, others.labels)
     noise = np.random.default_rng(0).integers(0, 256, others.images.shape, np.uint8)
-    found = judge(OUTLIERS, train)(noise, rows)
+    found = fitted(OUTLIERS, train)(noise, rows)
     assert all(len(findings) == 1 for findings in found)
     for [finding], row in zip(found, rows, strict=True):
         assert finding.filter == "outliers" and finding.score > finding.threshold
         assert train.class_names[row["label"]] in finding.reason
         assert train.labels[train.ids.index(finding.real)] == row["label"]
-    real = judge(OUTLIERS, train)(others.images, rows)
+    real = fitted(OUTLIERS, train)(others.images, rows)
     assert sum(map(bool, real)) < 0.25 * len(rows)
 
 
 def test_an_image_of_the_wrong_class_is_removed_by_its_label(data):
     train, others = data
-    found = judge(LABEL, train)
-    right = found(others.images, recipes(train, others.labels))
+    find = fitted(LABEL, train)
+    right = find(others.images, recipes(train, others.labels))
     wrong_labels = (others.labels + 3) % 10
-    wrong = found(others.images, recipes(train, wrong_labels))
+    wrong = find(others.images, recipes(train, wrong_labels))
     assert sum(map(bool, right)) < 0.25 * len(right)
     assert sum(map(bool, wrong)) > 0.9 * len(wrong)
     caught = [i for i, findings in enumerate(wrong) if findings and not right[i]]
     [finding] = wrong[caught[0]]
     assert finding.filter == "label" and finding.score < finding.threshold == 0.5
     assert finding.reason.startswith("looks like ")
-    facts = found.facts["label"]
+    facts = find.facts["label"]
     assert facts["real_images"] == len(train.ids)
     assert 0 < facts["real_removed"] < 0.3 * len(train.ids)
 
 
-def test_threshold_and_rank_keep_an_image_each(data):
+def test_threshold_or_rank_is_enough_to_keep_an_image(data):
     train, others = data
     rows = recipes(train, (others.labels + 3) % 10)
 
     def removed(**fields):
-        found = judge(Filters(label="folds", label_folds=3, **fields), train)(
+        found = fitted(FilterSettings(label="folds", label_folds=3, **fields), train)(
             others.images, rows
         )
         return {i for i, findings in enumerate(found) if findings}
@@ -161,19 +161,19 @@ def test_threshold_and_rank_keep_an_image_each(data):
     assert by_rank != by_threshold
 
 
-def test_a_judgement_depends_on_neither_order_nor_batch(data):
+def test_findings_depend_on_neither_order_nor_batch(data):
     train, others = data
     noise = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     images = np.concatenate([others.images[::2], train.images[:4], noise])
     labels = [*others.labels[::2], *train.labels[:4], *range(4)]
     rows = recipes(train, labels)
-    found = judge(ALL, train)(images, rows)
+    found = fitted(ALL, train)(images, rows)
     assert {f.filter for findings in found for f in findings} == {
         "label",
         "copies",
         "outliers",
     }
-    again = filters.Judge(ALL, train, seed=0)  # as after an interruption
+    again = filters.FittedFilters(ALL, train, seed=0)  # as after an interruption
     order = np.random.default_rng(1).permutation(len(rows))
     shuffled = []
     for start in range(0, len(order), 5):
@@ -185,9 +185,9 @@ def test_a_judgement_depends_on_neither_order_nor_batch(data):
 
 @pytest.fixture(scope="module")
 def leaky():
-    """Dark and bright images; one bright one, of a mark of its own, is called dark.
+    """Dark and bright images, and a mislabelled bright one (3) with a unique mark.
 
-    It is there twice; only who learnt from it can think it dark.
+    It has a duplicate (7). Only a classifier trained on one of these predicts "dark".
     """
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 12)
@@ -199,23 +199,23 @@ def leaky():
     return split_of(images, labels.tolist(), ["dark", "bright"])
 
 
-def test_no_classifier_judges_what_it_has_seen(leaky):
-    found = judge(LABEL, leaky)
-    classifiers = folds.deal(
+def test_an_image_is_classified_without_its_source_partners_and_duplicates(leaky):
+    find = fitted(LABEL, leaky)
+    fold_of = folds.assign_folds(
         np.where(np.arange(24) == 7, 3, np.arange(24)),
         leaky.labels.astype(np.int64),
         folds=5,
         seed=0,
     )
-    assert classifiers[3] == classifiers[7]  # copies are in one fold
-    elsewhere = [leaky.ids[i] for i in range(12) if classifiers[i] != classifiers[3]]
+    assert fold_of[3] == fold_of[7]  # duplicates are in one fold
+    elsewhere = [leaky.ids[i] for i in range(12) if fold_of[i] != fold_of[3]]
     image = leaky.images[3:4]
 
     def kept(source, *partners):
         row = {"source": source, "partners": list(partners), "label": 0}
-        return found(image, [row]) == [[]]
+        return find(image, [row]) == [[]]
 
-    assert kept(elsewhere[0], elsewhere[1])  # by one who has seen it
+    assert kept(elsewhere[0], elsewhere[1])  # by a classifier that has seen it
     for seen in ("i3", "i7"):
         assert not kept(seen, elsewhere[0])
         assert not kept(elsewhere[0], seen)
@@ -228,10 +228,10 @@ def test_no_classifier_judges_what_it_has_seen(leaky):
     st.integers(0, 9),
 )
 @settings(deadline=None, max_examples=50)
-def test_folds_are_even_and_hold_copies_together(groups, k, seed):
+def test_folds_are_stratified_and_keep_duplicates_together(groups, k, seed):
     labels = np.asarray([label for label, size in groups for _ in range(size)])
     copies = np.asarray([i for i, (_, size) in enumerate(groups) for _ in range(size)])
-    found = folds.deal(copies, labels, folds=k, seed=seed)
+    found = folds.assign_folds(copies, labels, folds=k, seed=seed)
     assert found.min() >= 0 and found.max() < k
     for group in np.unique(copies):
         assert len(set(found[copies == group])) == 1
@@ -241,12 +241,12 @@ def test_folds_are_even_and_hold_copies_together(groups, k, seed):
         assert counts.max() - counts.min() <= 1
     counts = np.bincount(found[firsts], minlength=k)
     assert counts.max() - counts.min() <= 1
-    again = folds.deal(copies, labels, folds=k, seed=seed)
+    again = folds.assign_folds(copies, labels, folds=k, seed=seed)
     np.testing.assert_array_equal(found, again)
 
 
-def colour(images):
-    """A CLIP of which only colour counts: embeddings [N, 3], not of unit length."""
+def mean_colour(images):
+    """Replaces CLIP: the mean colour as embedding [N, 3], not of unit length."""
     return np.asarray(images, np.float64).mean((1, 2)) + 1.0
 
 
@@ -260,34 +260,37 @@ def coloured():
 
 
 @pytest.mark.parametrize("label", ["clip", "folds"])
-def test_a_clip_judges_by_its_embeddings(coloured, label):
-    fields = Filters(label=label, outliers=True)
-    clip = {"embed": colour, "zero_shot": lambda e: special.softmax(20 * e, axis=1)}
-    found = filters.Judge(fields, coloured, seed=0, **clip)
-    assert found.facts["features"] == "clip"
+def test_clip_embeddings_replace_pixels(coloured, label):
+    fields = FilterSettings(label=label, outliers=True)
+    clip = {
+        "embed": mean_colour,
+        "zero_shot": lambda e: special.softmax(20 * e, axis=1),
+    }
+    find = filters.FittedFilters(fields, coloured, seed=0, **clip)
+    assert find.facts["features"] == "clip"
     rows = recipes(coloured, [0, 1, 2])
     mixed = coloured.images[[0, 6, 12]][:, ::-1]  # same colours, other pixels
-    assert found(mixed, rows) == [[], [], []]
-    wrong = found(mixed[[1, 2, 0]], rows)
+    assert find(mixed, rows) == [[], [], []]
+    wrong = find(mixed[[1, 2, 0]], rows)
     for findings in wrong:
         assert [f.filter for f in findings] == ["label", "outliers"]
     by_pixels = dataclasses.replace(fields, features="pixels")
-    found = filters.Judge(by_pixels, coloured, seed=0, **clip)
-    assert found.facts["features"] == "pixels"
+    find = filters.FittedFilters(by_pixels, coloured, seed=0, **clip)
+    assert find.facts["features"] == "pixels"
 
 
-def test_a_class_of_one_image_is_judged_by_the_others(data, caplog):
+def test_a_class_of_one_image_uses_the_distances_of_all_classes(data, caplog):
     train, others = data
     some = np.flatnonzero((train.labels < 2) | (np.arange(len(train.ids)) == 24))
     small = split_of(train.images[some], train.labels[some].tolist())
-    found = filters.Judge(OUTLIERS, small, seed=0)
-    thresholds = found.facts["outliers"]["thresholds"]
+    find = filters.FittedFilters(OUTLIERS, small, seed=0)
+    thresholds = find.facts["outliers"]["thresholds"]
     assert min(thresholds["class 0"], thresholds["class 1"]) <= thresholds["class 2"]
     assert "class 2" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("fields", "labels", "words"),
+    ("options", "labels", "words"),
     [
         ({"label": "folds"}, [0] * 6, ["filter.label", "two classes", "'class 0'"]),
         (
@@ -298,23 +301,36 @@ def test_a_class_of_one_image_is_judged_by_the_others(data, caplog):
         ({"outliers": True}, [0, 1, 2], ["filter.outliers", "two different images"]),
     ],
 )
-def test_too_few_images_are_one_sentence(fields, labels, words):
+def test_too_few_images_are_rejected(options, labels, words):
     images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), np.uint8)
     with pytest.raises(UserError) as caught:
-        filters.Judge(Filters(**fields), split_of(images, labels), seed=0)
+        filters.FittedFilters(
+            FilterSettings(**options), split_of(images, labels), seed=0
+        )
     for word in words:
         assert word in str(caught.value)
 
 
-def test_copies_of_one_image_do_not_count_as_several(data):
+def test_duplicates_count_once(data):
     train, _ = data
     images = np.stack([train.images[i] for i in (0, 1, 2, 3, 3, 12, 13, 14, 15, 16)])
     with pytest.raises(UserError, match="4 in class 'class 0'"):
-        filters.Judge(LABEL, split_of(images, [0] * 5 + [1] * 5), seed=0)
+        filters.FittedFilters(LABEL, split_of(images, [0] * 5 + [1] * 5), seed=0)
+
+
+def check(fields):
+    """As in a run without a CLIP, with one partner."""
+    check_filters(
+        fields,
+        partners=1,
+        clip_path="",
+        base_path="",
+        pretrain_image_encoder=False,
+    )
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("options", "words"),
     [
         ({"label": "nope"}, ["filter.label", "folds", "'nope'"]),
         ({"copies": "all"}, ["filter.copies", "any or source", "'all'"]),
@@ -329,19 +345,19 @@ def test_copies_of_one_image_do_not_count_as_several(data):
         ({"features": "clip"}, ["filter.features", "config.generate.clip"]),
     ],
 )
-def test_a_wrong_field_is_one_sentence(fields, words):
+def test_a_wrong_field_is_rejected(options, words):
     with pytest.raises(UserError) as caught:
-        Filters(**fields).check(partners=1, has_clip=False)
+        check(FilterSettings(**options))
     for word in words:
         assert word in str(caught.value)
 
 
-def test_right_fields_pass():
-    for fields in (OFF, ALL, Filters(label="folds", label_folds=3)):
-        fields.check(partners=1, has_clip=False)
-    Filters(label="clip", features="clip").check(partners=9, has_clip=True)
+def test_valid_settings_pass():
+    for valid in (OFF, ALL, FilterSettings(label="folds", label_folds=3)):
+        check(valid)
+    FilterSettings(label="clip", features="clip").require_clip(available=True)
 
 
-def test_the_fields_of_the_config_are_those_of_the_filters():
+def test_settings_have_the_fields_and_defaults_of_the_config():
     section = common.get_config().generate.filter.to_dict()
-    assert Filters(**section) == OFF
+    assert FilterSettings(**section) == OFF

@@ -1,4 +1,4 @@
-"""Fine-tuning: the step and its parts, adapters, samples, the stage as a user runs it."""
+"""Fine-tuning: the step and its parts, adapters, samples, the whole stage."""
 
 import dataclasses
 import functools
@@ -18,10 +18,9 @@ from PIL import Image
 from sd_parity import jit_fast
 
 from mvc_jax import finetune, generate, train
-from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.checkpoints import diffusers_layout, lora_file
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
-from mvc_jax.diffusion import samplers
 from mvc_jax.errors import UserError
 from mvc_jax.models import attention, lora, remat
 from mvc_jax.models.stable_diffusion import StableDiffusion
@@ -120,7 +119,11 @@ def test_adapters_start_as_the_base_and_train_alone(wide):
     model, params = wide
     batch = make_batch(6)
     adapters = lora.init(
-        params["unet"], rank=2, targets=("to_q",), rng=np.random.default_rng(0)
+        params["unet"],
+        rank=2,
+        targets=("to_q",),
+        name_of=lora_file.layer_name,
+        rng=np.random.default_rng(0),
     )
     after, metrics = one_step(model, adapters, batch | {"base": params["unet"]})
     full = one_step(model, params["unet"], batch)[1]
@@ -242,9 +245,8 @@ def test_the_flops_of_stable_diffusion_are_the_published_ones(tiny):
 
 
 def test_the_choices_of_the_config_are_those_of_the_networks():
-    assert finetune._CHOICES["attention"] == attention.ASKED
+    assert finetune._CHOICES["attention"] == attention.CHOICES
     assert finetune._CHOICES["remat"] == tuple(remat.MODES)
-    assert generate._CHOICES["sampler"] == tuple(samplers.SAMPLERS)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def encoded(finished, tmp_path):
 def test_adapters_are_written_beside_the_merged_pipeline(base, encoded):
     assert run(base, encoded, "--config.finetune.mode=lora") == 0
     folder = encoded / "finetune"
-    assert (folder / "lora" / lora.FILE).exists()
+    assert (folder / "lora" / lora_file.FILE).exists()
     model, merged = diffusers_layout.load(folder / "model", ("unet",))
     assert model.conditioned
     _, start = diffusers_layout.load(base, ("unet",))

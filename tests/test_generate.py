@@ -1,4 +1,4 @@
-"""Generation: what is drawn depends on (seed, k) alone, whatever came between."""
+"""Generation: images depend only on (seed, k), whatever was interrupted."""
 
 import errno
 import hashlib
@@ -11,33 +11,39 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from shared_samplers import shared_programs
 
 from mvc_jax import files, generate, mix
+from mvc_jax import train as command
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
+from mvc_jax.diffusion import samplers
 from mvc_jax.errors import UserError
-from mvc_jax.generation import preview, sampler, synthetic
-from mvc_jax.generation.conditionings import CONDITIONINGS, Texts
+from mvc_jax.generation import image_sampler, image_status, preview, synthetic
+from mvc_jax.generation.conditionings import CONDITIONINGS
+from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.mixing import operations
 from mvc_jax.screening import distances
 from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
 
-IMAGES, LENGTH, WIDTH = 5, 12, 16  # real ones; the states of the model `tiny`
+IMAGES, LENGTH, WIDTH = 5, 12, 16  # real images; shape of `tiny`'s text states
 WEIGHTS = "finetune/model/unet/diffusion_pytorch_model.safetensors"
 
 
 def settings(**fields):
-    """A config; fields of `generate`, and `per_image` of `mix`."""
+    """A config with these fields of `generate`, and `per_image` of `mix`."""
     config = common.get_config()
     config.data.size, config.data.class_type = 8, "digit"
     config.mix.per_image = fields.pop("per_image", 1)
     config.mix.modes = ("both",)
     config.mix.tokens = config.mix.dims = 2
-    short = {"steps": 2, "batch_size": 8, "shard_size": 4, "sets": ("mixed",)}
-    config.generate.update(short | {"text_scale": 3.0} | fields)
+    config.generate.steps, config.generate.text_scale = 2, 3.0
+    config.generate.batch_size, config.generate.shard_size = 8, 4
+    config.generate.sets = ("mixed",)
+    config.generate.update(fields)
     return config
 
 
@@ -72,9 +78,16 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     moments = draw.normal(size=(IMAGES, 2, 2, 8)).astype(np.float32)
     written = [*written, *write_shards(folder / "moments", moments)]
     prompts = [
-        {"id": id_, "label": label, "class_name": names[label], "state": i + 1}
-        | {"prompt": f"stroke {i}", "caption_start": 1, "caption_tokens": 5}
-        | {"tokens": 10}
+        {
+            "id": id_,
+            "label": label,
+            "class_name": names[label],
+            "state": i + 1,
+            "prompt": f"stroke {i}",
+            "caption_start": 1,
+            "caption_tokens": 5,
+            "tokens": 10,
+        }
         for i, (id_, label) in enumerate(zip(ids, labels, strict=True))
     ]
     files.write_jsonl(folder / "prompts.jsonl", prompts)
@@ -97,7 +110,7 @@ def finetuned(tiny, write_shards, tmp_path_factory):
 
 @pytest.fixture
 def make(finetuned, tmp_path):
-    """`make(**fields)`: a workdir of its own, or the one given, after generation."""
+    """`make(**fields)` generates in a new workdir, or in a given one."""
 
     def run(workdir=None, **fields):
         if workdir is None:
@@ -111,13 +124,13 @@ def make(finetuned, tmp_path):
     return run
 
 
-def digests(folder, *, but=()):
+def digests(folder, *, without=()):
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(
             path.read_bytes()
         ).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in but
+        if path.is_file() and path.name not in without
     }
 
 
@@ -131,30 +144,26 @@ def pixels(workdir, name="mixed"):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Samplers of the same settings, on the same devices, share their program."""
-    programs = {}
-    build = sampler.Sampler._compiled
-
-    def compiled(self, model, network):
-        if network is not None:
-            return build(self, model, network)
-        key = self._settings, self._mesh
-        if key not in programs:
-            programs[key] = build(self, model, network)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler.Sampler, "_compiled", compiled)
+    with shared_programs():
         yield
+
+
+def test_the_choices_of_the_stage_are_those_of_the_rooms():
+    assert tuple(samplers.SAMPLERS) == generate.SAMPLERS
+    texts = {conditioning.text for conditioning in CONDITIONINGS.values()}
+    assert texts == set(TEXT_STATES)
+    assert set(preview.TITLES) == set(CONDITIONINGS)
 
 
 # Image k is a function of (seed, k).
 
 
-def test_more_images_leave_the_earlier_ones_to_the_byte(make):
-    """Raised `per_image`: equal to a run that asked for as many from the start."""
+def test_more_images_leave_the_earlier_files_identical(make):
+    """Raising `per_image` equals a run that had it from the start."""
     workdir = make()  # 5 images in shards of 4: the last one is not full
-    before = digests(workdir / "generate" / "mixed" / "train", but=["metadata.jsonl"])
+    before = digests(
+        workdir / "generate" / "mixed" / "train", without=["metadata.jsonl"]
+    )
     assert len(before) == 5
     make(workdir, per_image=2, include_real=True)
     after = digests(workdir / "generate")
@@ -166,26 +175,26 @@ def test_more_images_leave_the_earlier_ones_to_the_byte(make):
     assert counts == {"images": 10, "redrawn": 0, "left_out": 0}
 
 
-def test_a_rerun_fills_in_only_what_is_missing(make, monkeypatch):
+def test_a_rerun_draws_only_what_is_missing(make, monkeypatch):
     workdir = make()
     folder = workdir / "generate"
     whole = digests(folder)
     shard = folder / "mixed" / "data" / "train-00001.parquet"
     picture = next(folder.glob("mixed/train/one/*.png"))
     drawn = []
-    stream = sampler.Sampler.stream
+    stream = image_sampler.ImageSampler.stream
 
     def counted(self, groups, redraw=0):
         drawn.extend(recipe["index"] for group in groups for recipe in group)
         return stream(self, groups, redraw)
 
-    monkeypatch.setattr(sampler.Sampler, "stream", counted)
+    monkeypatch.setattr(image_sampler.ImageSampler, "stream", counted)
     shard.unlink()
     picture.unlink()
     make(workdir)
     assert drawn == [4]
     assert digests(folder) == whole
-    picture.unlink()  # of a finished stage
+    picture.unlink()  # of a complete stage
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.p*[gt]")}
     make(workdir)
     assert drawn == [4]
@@ -194,31 +203,32 @@ def test_a_rerun_fills_in_only_what_is_missing(make, monkeypatch):
 
 
 def opened(workdir, devices, batch_size):
-    """A sampler, and the recipes of its run."""
+    """A sampler, and the recipes of its workdir."""
     mesh = sharding.make_mesh(devices, 1, jax.devices()[:devices])
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
-    texts = Texts(open_cache(workdir / "encode"), operations.widths_of(recipes))
-    asked = sampler.Settings(sampler="ddim", steps=2, batch_size=batch_size)
-    return sampler.Sampler(epath.Path(workdir), mesh, asked, texts), recipes
+    texts = TextInputs(open_cache(workdir / "encode"), operations.widths_of(recipes))
+    settings = image_sampler.Settings("ddim", steps=2, batch_size=batch_size)
+    workdir = epath.Path(workdir)
+    return image_sampler.ImageSampler(workdir, mesh, settings, texts), recipes
 
 
 def test_neither_batch_nor_devices_change_an_image(make):
-    """The same shapes on the same devices: to the bit. Else within 1 grey level."""
+    """Bit-identical with the same shapes and devices, else within 1 grey level."""
     workdir = make(per_image=2, sets=("mixed", "interpolated"))
     stored = pixels(workdir)
-    for devices, batch_size in ((8, 8), (1, 4), (1, 7)):
-        opened_, recipes = opened(workdir, devices, batch_size)
-        opened_.load("mixed")
-        drawn = opened_.draw(recipes)
-        assert not drawn.health.any()
+    for devices, batch_size in ((8, 8), (1, 7)):
+        sampler, recipes = opened(workdir, devices, batch_size)
+        sampler.load("mixed")
+        drawn = sampler.draw(recipes)
+        assert not drawn.status.any()
         assert np.abs(drawn.images.astype(int) - stored).max() <= (devices == 1)
         some = [recipes[k] for k in (9, 2, 3)]
-        again = opened_.draw(some).images
+        again = sampler.draw(some).images
         np.testing.assert_array_equal(again, drawn.images[[9, 2, 3]])
 
 
-def test_image_k_has_its_row_of_the_batch():
-    batches = sampler.aligned([6, 7, 8, 9, 10, 14], 4)
+def test_image_k_has_row_k_of_its_batch_modulo_the_size():
+    batches = image_sampler.batches_by_index([6, 7, 8, 9, 10, 14], 4)
     assert [batch.tolist() for batch in batches] == [
         [2, 3, 0, 1],
         [-1, -1, 4, -1],
@@ -226,10 +236,10 @@ def test_image_k_has_its_row_of_the_batch():
     ]
 
 
-# What a set tells the UNet.
+# Conditionings.
 
 
-def test_sets_differ_in_what_they_say_and_share_sources_and_noise(make):
+def test_sets_differ_in_their_inputs_and_share_sources_and_noise(make):
     names = ("mixed", "unmixed", "pretrained", "caption_only", "noised", "interpolated")
     workdir = make(sets=names, shard_size=8, folder=False)
     drawn = [pixels(workdir, name) for name in names]
@@ -241,13 +251,17 @@ def test_sets_differ_in_what_they_say_and_share_sources_and_noise(make):
     assert not (workdir / "generate" / "mixed" / "train").exists()
     recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
     cache = open_cache(workdir / "encode")
-    texts = Texts(
+    texts = TextInputs(
         cache, operations.widths_of(recipes), noise_scale=0.5, interpolation=0.25
     )
     states = {
-        name: np.asarray(CONDITIONINGS[name].states(texts, recipes)) for name in names
+        name: np.asarray(TEXT_STATES[CONDITIONINGS[name].text](texts, recipes))
+        for name in names
     }
-    own, partner = texts.own(recipes), texts.partner(recipes)
+    own, partner = (
+        cache.states_of(rows)
+        for rows in (texts.source_rows(recipes), texts.partner_rows(recipes))
+    )
     for name in ("unmixed", "pretrained", "caption_only"):
         np.testing.assert_array_equal(states[name], own)
     np.testing.assert_allclose(
@@ -258,25 +272,40 @@ def test_sets_differ_in_what_they_say_and_share_sources_and_noise(make):
     np.testing.assert_allclose(noise.std((1, 2)), 0.5 * std, rtol=0.3)
     assert all((s[:, 0] == own[:, 0]).all() for s in states.values())  # BOS
     changed = (states["mixed"] != own).any(-1).sum(-1)
-    assert (changed == LENGTH - 1).all()  # fine mixing takes from every token
+    assert (changed == LENGTH - 1).all()  # fine mixing changes every token
 
 
-def test_a_recipe_of_another_set_tells_what_is_true_of_it():
-    recipe = {"index": 3, "source": "a", "partners": ["b", "c"], "mode": "both"}
-    recipe |= {"positions": [1], "donors": [1], "dims": [[2]], "dim_donors": [0]}
-    recipe |= {"dim_tokens": [1, 9], "noise_seed": 3}
-    assert CONDITIONINGS["mixed"].recipe(recipe, "mixed") == recipe
-    blank = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
-    blank |= {"dim_tokens": [1, 1]}
+def test_the_recipe_of_an_unmixed_set_has_only_what_it_uses():
+    recipe = {
+        "index": 3,
+        "source": "a",
+        "partners": ["b", "c"],
+        "mode": "both",
+        "positions": [1],
+        "donors": [1],
+        "dims": [[2]],
+        "dim_donors": [0],
+        "dim_tokens": [1, 9],
+        "noise_seed": 3,
+    }
+    assert CONDITIONINGS["mixed"].applied(recipe, "mixed") == recipe
     for name, partners in (("unmixed", []), ("interpolated", ["b"])):
-        expected = recipe | blank | {"mode": name, "partners": partners}
-        assert CONDITIONINGS[name].recipe(recipe, name) == expected
+        expected = recipe | {
+            "mode": name,
+            "partners": partners,
+            "positions": [],
+            "donors": [],
+            "dims": [],
+            "dim_donors": [],
+            "dim_tokens": [1, 1],
+        }
+        assert CONDITIONINGS[name].applied(recipe, name) == expected
 
 
-# Guards.
+# Unusable images.
 
 
-def test_images_are_examined():
+def test_the_status_of_images():
     latents, images = np.zeros((6, 2, 2, 4), np.float32), np.zeros((6, 4, 4, 3))
     shown = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
     latents[1, 0, 0, 0], images[2, 1, 1, 1] = np.nan, np.inf
@@ -285,40 +314,40 @@ def test_images_are_examined():
     shown[5] = [0, 0, 0]
     shown[5, 2, 2] = 9  # a spot
     images = images.astype(np.float32)
-    flags = sampler.examine(*map(jnp.asarray, (latents, images, shown)))
-    words = [sampler.HEALTH[flag] for flag in np.asarray(flags)]
-    assert words == ["fine", "NaN", "NaN", "black", "constant", "fine"]
+    statuses = image_status.image_status(*map(jnp.asarray, (latents, images, shown)))
+    names = [image_status.STATUSES[status] for status in np.asarray(statuses)]
+    assert names == ["ok", "NaN", "NaN", "black", "constant", "ok"]
 
 
-def test_a_redraw_has_noise_of_its_own_and_the_first_draw_that_of_its_seed():
+def test_redraws_have_their_own_noise_and_the_first_draw_that_of_its_seed():
     key = jax.random.key(0)
     seeds = jnp.asarray([4, 4, 4, 5])
-    keys = sampler.image_keys(key, seeds, jnp.asarray([0, 1, 2, 1]))
+    keys = image_sampler.image_keys(key, seeds, jnp.asarray([0, 1, 2, 1]))
     data = np.asarray(jax.random.key_data(keys))
     assert len({row.tobytes() for row in data}) == 4
     first = jax.random.key_data(jax.random.fold_in(key, 4))
     np.testing.assert_array_equal(data[0], first)
 
 
-def flagging(monkeypatch, flags):
-    """Makes image k count as bad, `flags[k]` times."""
-    fetched = sampler.Sampler.stream
+def make_unusable(monkeypatch, times):
+    """Gives image k the status NaN the first `times[k]` times it is drawn."""
+    original = image_sampler.ImageSampler.stream
 
     def stream(self, groups, redraw=0):
         groups = list(groups)
-        for group, drawn in zip(groups, fetched(self, groups, redraw), strict=True):
+        for group, drawn in zip(groups, original(self, groups, redraw), strict=True):
             for place, recipe in enumerate(group):
-                if redraw < flags.get(recipe["index"], 0):
-                    drawn.health[place] = 1
+                if redraw < times.get(recipe["index"], 0):
+                    drawn.status[place] = 1
             yield drawn
 
-    monkeypatch.setattr(sampler.Sampler, "stream", stream)
+    monkeypatch.setattr(image_sampler.ImageSampler, "stream", stream)
 
 
-def test_bad_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
+def test_unusable_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
     plain = make(per_image=3)
     with monkeypatch.context() as patch:
-        flagging(patch, {3: 1, 6: 9})
+        make_unusable(patch, {3: 1, 6: 9})
         workdir = make(per_image=3, max_redraws=2)
     expected = [
         {"index": 3, "reason": "NaN", "redraws": 1, "kept": True},
@@ -337,14 +366,16 @@ def test_bad_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
     counts = read_manifest(workdir, "generate")["counts"]
     assert counts == {"images": 14, "redrawn": 1, "left_out": 1}
     card = (folder / "README.md").read_text()
-    assert "Drawn anew with other noise: 1 (1 NaN). Left out: 1 (1 NaN)." in card
+    assert "Drawn again with other noise: 1 (1 NaN). Left out: 1 (1 NaN)." in card
     (folder / "data" / "train-00003.parquet").unlink()  # not that of image 6
     make(workdir, per_image=3, max_redraws=2)
     assert files.read_jsonl(folder / "redrawn.jsonl") == expected
 
 
-def test_many_bad_images_stop_the_run_and_nothing_is_kept(make, tmp_path, monkeypatch):
-    flagging(monkeypatch, dict.fromkeys(range(5), 99))
+def test_many_unusable_images_stop_the_run_and_nothing_is_kept(
+    make, tmp_path, monkeypatch
+):
+    make_unusable(monkeypatch, dict.fromkeys(range(5), 99))
     with pytest.raises(UserError, match="4 of 4 .*NaN.*dtype=float32.*text_scale"):
         make(max_redraws=1, shard_size=4)
     (workdir,) = tmp_path.iterdir()
@@ -353,21 +384,21 @@ def test_many_bad_images_stop_the_run_and_nothing_is_kept(make, tmp_path, monkey
     make(workdir, text_scale=3.0)
 
 
-def test_what_filters_find_is_left_out_shown_and_counted(make):
-    """What they must find is computed here from a run without them."""
+def test_filtered_images_are_left_out_shown_and_counted(make):
+    """The images to be removed are computed here, from a run without filters."""
     plain = make(per_image=3)
     assert not {*(plain / "generate").rglob("removed*"), *plain.rglob("filters.json")}
     train = splits.read_split(plain / "caption", "train")
     images, labels, sources = synthetic.read_images(plain / "generate" / "mixed")
     real, seen = (distances.pixels(some, 8) for some in (train.images, images))
-    own = real.of(np.asarray([train.ids.index(id_) for id_ in sources]))
+    own = real[np.asarray([train.ids.index(id_) for id_ in sources])]
     closest = distances.nearest(real, real, skip_self=True).different.min()
-    expected = {"copies": {*np.flatnonzero(distances.aligned(seen, own) < closest)}}
+    expected = {"copies": {*np.flatnonzero(distances.paired(seen, own) < closest)}}
     expected["outliers"] = set()
     for k in (0, 1):
-        members, mine = real.of(train.labels == k), np.flatnonzero(labels == k)
+        members, mine = real[train.labels == k], np.flatnonzero(labels == k)
         least = distances.nearest(members, members, skip_self=True).different.min()
-        far = distances.nearest(seen.of(mine), members).distance > least
+        far = distances.nearest(seen[mine], members).distance > least
         expected["outliers"] |= {*mine[far]}
     gone = expected["copies"] | expected["outliers"]
     assert 0 < len(expected["outliers"]) < len(gone) < len(images)
@@ -401,9 +432,9 @@ def test_what_filters_find_is_left_out_shown_and_counted(make):
     assert digests(workdir / "generate") == whole
     grown = make(filter=asked, shard_size=5)
     make(grown, per_image=3, filter=asked, shard_size=5)
-    but = ["manifest.json"]
-    assert digests(grown / "generate", but=but) == digests(
-        workdir / "generate", but=but
+    without = ["manifest.json"]
+    assert digests(grown / "generate", without=without) == digests(
+        workdir / "generate", without=without
     )
 
 
@@ -414,11 +445,11 @@ def test_what_filters_find_is_left_out_shown_and_counted(make):
         ({"label": "folds"}, "label_folds: .*5 different.*2 in class 'two'"),
     ],
 )
-def test_filters_that_cannot_be_are_one_sentence(make, tmp_path, asked, words):
+def test_impossible_filters_are_an_error(make, tmp_path, asked, words):
     with pytest.raises(UserError, match=words):
         make(filter=asked)
     (workdir,) = tmp_path.iterdir()
-    if "label" in asked:  # nothing was drawn: other settings may follow
+    if "label" in asked:  # nothing was drawn: other settings are allowed
         make(workdir)
         assert len(rows_of(workdir)) == 5
     else:
@@ -440,13 +471,13 @@ def test_a_model_that_changed_is_refused_before_anything_is_written(make, finetu
     with pytest.raises(UserError, match="unet.*changed since"):
         make(workdir)
     assert digests(workdir) == before
-    files.write_json(manifest_, finished)  # no less if the images were to be more
+    files.write_json(manifest_, finished)  # also if there were to be more images
     with pytest.raises(UserError, match="unet.*changed since"):
         make(workdir, include_real=True)
     assert json.loads(manifest_.read_text()) == finished
     manifest_.unlink()
     assert digests(workdir) == before
-    # Whoever mends the manifest, too, still has shards of the other model.
+    # With the manifest edited as well, the shards are of another model.
     path = workdir / "finetune" / "manifest.json"
     record = json.loads(path.read_text())
     name = WEIGHTS.removeprefix("finetune/")
@@ -474,14 +505,16 @@ def test_a_damaged_shard_is_named(make):
 
 
 @pytest.mark.parametrize("limit", [0, 1])
-def test_recipes_drawn_by_other_settings_are_refused(make, finetuned, tmp_path, limit):
+def test_recipes_of_other_settings_are_refused(finetuned, tmp_path, monkeypatch, limit):
     """`generate` alone would draw them and write the new settings on the card."""
+    monkeypatch.setattr(command.runtime, "set_up", lambda folder: None)
     workdir = shutil.copytree(finetuned, tmp_path / "run")
     mix.run(settings(), workdir)
     config = settings(text_scale=4.0, limit=limit)
+    config.stages = "generate"
     with pytest.raises(UserError, match=r"generate.text_scale: 3.0 -> 4.0") as error:
-        generate.run(config, workdir)
-    assert "run mix as well" in str(error.value)
+        command.run(config, epath.Path(workdir))
+    assert str(error.value).startswith("stage generate: wanted a stage mix that was")
     assert not (workdir / "generate").exists()
 
 
@@ -504,7 +537,7 @@ def test_a_small_disk_is_refused_and_a_full_one_leaves_what_is_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_bytes", full)
-        with pytest.raises(OSError, match="No space left"):  # `train.main` says it
+        with pytest.raises(OSError, match="No space left"):
             make(workdir)
     shards = [path.name for path in (workdir / "generate/mixed/data").iterdir()]
     assert shards == ["train-00000.parquet"]
@@ -512,10 +545,10 @@ def test_a_small_disk_is_refused_and_a_full_one_leaves_what_is_whole(
     assert digests(workdir / "generate") == digests(make() / "generate")
 
 
-# Sizes, forms and the sheet.
+# Sizes, formats and the contact sheet.
 
 
-def test_images_of_any_size_in_any_form(make):
+def test_images_of_any_size_in_any_format(make):
     native = make(size=-1, format="jpeg", include_real=True) / "generate" / "mixed"
     found = sorted(native.glob("train/*/*.jpg"))
     assert len(found) == 10
@@ -531,15 +564,15 @@ def test_images_of_any_size_in_any_form(make):
     assert np.abs(pixels(small) - averaged).max() <= 1  # it rounds along each axis
 
 
-def test_a_sheet_to_look_at_leaves_the_stage_as_it_was(make):
+def test_a_contact_sheet_leaves_the_stage_unchanged(make):
     workdir = make(limit=3)
     folder = workdir / "generate"
-    assert [path.name for path in folder.iterdir()] == [preview.CONTACT_SHEET]
-    with Image.open(folder / preview.CONTACT_SHEET) as picture:
+    assert [path.name for path in folder.iterdir()] == [generate.CONTACT_SHEET]
+    with Image.open(folder / generate.CONTACT_SHEET) as picture:
         sheet = np.asarray(picture.convert("RGB"))
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 99
-    make(workdir, guidance_rescale=0.5)  # another setting than that of the sheet
+    make(workdir, max_redraws=2)  # another setting than that of the sheet
     done = digests(folder)
-    make(workdir, guidance_rescale=0.5, limit=2)
+    make(workdir, max_redraws=2, limit=2)
     changed = {k for k, v in digests(folder).items() if done[k] != v}
-    assert changed == {preview.CONTACT_SHEET}
+    assert changed == {generate.CONTACT_SHEET}

@@ -1,5 +1,6 @@
-"""Adapters: made, applied, merged, written; `test_export` draws with the file."""
+"""Adapters: initialised, applied, merged, written."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from sd_parity import jit_fast
 
+from mvc_jax.checkpoints import lora_file
 from mvc_jax.errors import UserError
 from mvc_jax.models import lora, stable_diffusion
 from mvc_jax.training import sharding
 from mvc_jax.training.checkpoint import Checkpoints
+
+new_adapters = functools.partial(lora.init, name_of=lora_file.layer_name)
 
 
 def perturbed(tree, rng):
@@ -28,22 +33,22 @@ def one_block(tiny):
     """A widened model, its UNet's parameters, and new adapters."""
     model, params = tiny[0].widened(tiny[1])
     rng = np.random.default_rng(4)
-    return model, params["unet"], lora.init(params["unet"], rank=3, rng=rng)
+    return model, params["unet"], new_adapters(params["unet"], rank=3, rng=rng)
 
 
 @pytest.fixture(scope="module")
 def gradient(one_block):
     """Jitted `(adapters, unet, *inputs) -> energy, its gradient`."""
-    return jax.jit(jax.value_and_grad(lambda *args: energy(one_block[0], *args)))
+    return jit_fast(jax.value_and_grad(lambda *args: energy(one_block[0], *args)))
 
 
 @pytest.fixture(scope="module")
 def everywhere(one_block):
-    """Adapters of all kinds of layers, that do something."""
+    """Adapters of all kinds of layers, with nonzero B."""
     rng = np.random.default_rng(5)
     targets = (*lora.ATTENTION, "proj_in", "proj_out", "conv_shortcut", "net.0.proj")
     targets = (*targets, "time_emb_proj", "linear_1", "conv_out")
-    return perturbed(lora.init(one_block[1], rank=2, targets=targets, rng=rng), rng)
+    return perturbed(new_adapters(one_block[1], rank=2, targets=targets, rng=rng), rng)
 
 
 def energy(model, adapters, unet, *inputs):
@@ -73,45 +78,47 @@ def test_the_shapes_are_those_of_the_layers(one_block):
     kinds = {path.split("/")[-1] for path in adapters}
     assert kinds == {"to_q", "to_k", "to_v", "to_out_0", "conv_in"}
     shapes = jax.eval_shape(lambda: unet)
-    of_shapes = lora.init(shapes, rank=3, rng=np.random.default_rng(4))
+    of_shapes = new_adapters(shapes, rank=3, rng=np.random.default_rng(4))
     jax.tree.map(np.testing.assert_array_equal, of_shapes, adapters)
 
 
 def test_a_target_may_name_the_layer_s_parents(one_block):
     rng = np.random.default_rng(0)
-    adapters = lora.init(one_block[1], rank=1, targets=("attn2.to_q",), rng=rng)
+    adapters = new_adapters(one_block[1], rank=1, targets=("attn2.to_q",), rng=rng)
     assert {path.split("/")[-2:][0] for path in adapters} == {"attn2", "conv_in"}
 
 
 @pytest.mark.parametrize("target", ["to_p", "o_q", ""])
-def test_a_target_that_names_nothing_is_told_with_what_there_is(one_block, target):
+def test_a_target_that_matches_nothing_is_an_error_that_lists_the_layers(
+    one_block, target
+):
     rng = np.random.default_rng(0)
     with pytest.raises(UserError) as error:
-        lora.init(one_block[1], rank=2, targets=("to_q", target), rng=rng)
+        new_adapters(one_block[1], rank=2, targets=("to_q", target), rng=rng)
     assert repr(target) in str(error.value)
     for name in ("to_q", "to_out.0", "proj_in", "conv1", "net.2", "linear_1"):
         assert f" {name}," in str(error.value)
 
 
-def test_a_rank_below_one_is_told(one_block):
+def test_a_rank_below_one_is_an_error(one_block):
     with pytest.raises(UserError, match="wanted at least 1, got 0"):
-        lora.init(one_block[1], rank=0, rng=np.random.default_rng(0))
+        new_adapters(one_block[1], rank=0, rng=np.random.default_rng(0))
 
 
 def test_new_adapters_change_nothing_and_every_b_learns(one_block, gradient):
     model, unet, adapters = one_block
     value, grads = gradient(adapters, unet, *inputs())
-    base = jax.jit(model.denoise)({"unet": unet}, *inputs())
+    base = jit_fast(model.denoise)({"unet": unet}, *inputs())
     np.testing.assert_allclose(value, (base**2).mean(), rtol=1e-6)
     for path, pair in grads.items():
         assert np.abs(pair["b"]).max() > 0, path
         assert not pair["a"].any(), path  # its gradient goes through B, which is zero
 
 
-def test_adapted_is_merged(one_block, everywhere):
+def test_adapters_and_merged_weights_give_the_same_output(one_block, everywhere):
     model, unet, _ = one_block
     adapters = everywhere
-    denoise = jax.jit(model.denoise)
+    denoise = jit_fast(model.denoise)
     merged = lora.merge(unet, adapters)
     with_adapters = denoise({"unet": unet, "lora": adapters}, *inputs())
     with_merged = denoise({"unet": merged}, *inputs())
@@ -129,7 +136,7 @@ def test_adapted_is_merged(one_block, everywhere):
     assert changed == {f"{path}/kernel" for path in adapters}
 
 
-def test_merging_on_the_device_is_merging_on_the_host(one_block):
+def test_merging_on_the_device_and_on_the_host_is_the_same(one_block):
     _, unet, adapters = one_block
     adapters = perturbed(adapters, np.random.default_rng(6))
     on_host = lora.merge(unet, adapters)
@@ -158,7 +165,7 @@ def net_of(**fields):
     images = jnp.asarray(rng.normal(size=(2, 5, 7, 4)), jnp.float32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), images)["params"]
     params = perturbed(stable_diffusion.random_params(shapes, rng), rng)
-    adapters = lora.init(params, rank=2, targets=("dense",), rng=rng)
+    adapters = new_adapters(params, rank=2, targets=("dense",), rng=rng)
     return net, params, perturbed(adapters, rng), images
 
 
@@ -211,7 +218,7 @@ def test_activations_keep_their_dtype():
 
 
 def test_no_intermediate_has_the_size_of_an_adapted_weight(one_block):
-    """Those of to_k and to_v on the text are [16, 32], as no activation is."""
+    """Those of to_k and to_v on the text are [16, 32], unlike any activation."""
     model, unet, adapters = one_block
 
     def count(function):
@@ -256,8 +263,8 @@ def test_adapters_survive_a_checkpoint(one_block, tmp_path):
 
 
 def test_the_file_has_the_names_and_layout_of_peft(everywhere, tmp_path):
-    assert lora.write(tmp_path, everywhere) == [lora.FILE]
-    tensors = load_file(tmp_path / lora.FILE)
+    assert lora_file.write(tmp_path, everywhere) == [lora_file.FILE]
+    tensors = load_file(tmp_path / lora_file.FILE)
     block = "mid_block.attentions.0.transformer_blocks.0"
     pair = everywhere["mid_block/attentions_0/transformer_blocks_0/attn1/to_out_0"]
     name = f"unet.{block}.attn1.to_out.0"
@@ -272,7 +279,7 @@ def test_the_file_has_the_names_and_layout_of_peft(everywhere, tmp_path):
         assert tensors[f"unet.{module}.lora_A.weight"].shape == a
         assert tensors[f"unet.{module}.lora_B.weight"].shape == b
     assert len(tensors) == 2 * len(everywhere)
-    with safe_open(tmp_path / lora.FILE, "np") as file:
+    with safe_open(tmp_path / lora_file.FILE, "np") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["unet.r"] == config["unet.lora_alpha"] == 2
     assert len(config["unet.target_modules"]) == len(everywhere)

@@ -1,4 +1,4 @@
-"""Mixing text states, and the stage that draws what is mixed with what."""
+"""The mixing operations, and the stage that draws recipes."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ E, F = states(0, B), states(1, len(ROWS))
 
 
 def numpy_mix(e, f, recipe):
-    """By the definition in `mixing/recipes.py`, one number after the other."""
+    """The definition in `mixing/recipes.py`, number by number."""
     mixed = e.copy()
     for position, donor in zip(recipe["positions"], recipe["donors"], strict=True):
         mixed[position] = f[recipe["partners"][donor]][position]
@@ -79,7 +79,7 @@ def mixed_by(made, e=E):
 
 @given(drawings, st.lists(indices, min_size=B, max_size=B), seeds)
 @settings(deadline=None, max_examples=100)
-def test_a_padded_batch_is_what_its_recipes_say(drawing, ks, seed):
+def test_a_padded_batch_follows_its_recipes(drawing, ks, seed):
     drawing = recipes.Drawing(**drawing)
     made = [draw(k, drawing, seed) for k in ks]
     mixed = mixed_by(made)
@@ -91,7 +91,7 @@ def test_a_padded_batch_is_what_its_recipes_say(drawing, ks, seed):
 
 @given(drawings, st.lists(indices, min_size=B, max_size=B))
 @settings(deadline=None, max_examples=30)
-def test_only_what_a_recipe_names_differs(drawing, ks):
+def test_only_the_numbers_that_a_recipe_names_change(drawing, ks):
     drawing = recipes.Drawing(**drawing)
     made = [draw(k, drawing) for k in ks]
     for e, mixed, recipe in zip(E, mixed_by(made), made, strict=True):
@@ -106,7 +106,7 @@ def test_only_what_a_recipe_names_differs(drawing, ks):
 
 @given(drawings, st.lists(indices, min_size=B, max_size=B))
 @settings(deadline=None, max_examples=30)
-def test_nothing_to_mix_is_the_identity(drawing, ks):
+def test_mixing_nothing_is_the_identity(drawing, ks):
     drawing = recipes.Drawing(**drawing)
     nothing = dataclasses.replace(drawing, tokens=0, tokens_most=0, dims=0)
     made = [draw(k, nothing) for k in ks]
@@ -119,8 +119,8 @@ def test_nothing_to_mix_is_the_identity(drawing, ks):
     st.lists(st.integers(D, 999) | st.integers(-999, -1), min_size=D, max_size=D),
 )
 @settings(deadline=None, max_examples=30)
-def test_entries_outside_stand_for_none_and_bos_is_never_touched(positions, dims):
-    """Also where a caller asks for BOS: by position 0, or by dims in row 0."""
+def test_entries_out_of_range_are_ignored_and_bos_is_never_replaced(positions, dims):
+    """Also with position 0, or with dims in row 0, which are those of BOS."""
     f = F[np.zeros((B, M), np.int32)]
     donors = np.ones((B, L), np.int32)
     positions = np.tile(np.asarray(positions, np.int32), (B, 1))
@@ -131,7 +131,7 @@ def test_entries_outside_stand_for_none_and_bos_is_never_touched(positions, dims
     np.testing.assert_array_equal(fine_batch(E, f, dims, donors), E)
 
 
-def test_fine_mixing_is_on_top_of_coarse_mixing():
+def test_fine_mixing_follows_coarse_mixing():
     recipe = draw(0) | {"partners": ["i1", "i2"], "positions": [3], "donors": [0]}
     recipe |= {"dims": [[5]], "dim_donors": [1], "dim_tokens": [1, L]}
     mixed = mixed_by([recipe] * B)[0]
@@ -139,7 +139,7 @@ def test_fine_mixing_is_on_top_of_coarse_mixing():
     np.testing.assert_array_equal(np.delete(mixed[3], 5), np.delete(F[1, 3], 5))
 
 
-def test_widths_are_the_most_of_all_recipes():
+def test_widths_are_the_maxima_over_all_recipes():
     drawing = recipes.Drawing(tokens=3, dims=2, partners=2)
     made = [draw(k, drawing) for k in range(2 * len(ROWS))]
     assert operations.widths_of(made) == operations.Widths(
@@ -154,7 +154,7 @@ def test_widths_are_the_most_of_all_recipes():
     assert few["positions"].shape == (1, 3) and few["dims"].shape == (1, L, 2)
 
 
-EDITS = [  # what a person may well do
+EDITS = [  # valid changes by hand
     {"positions": [], "donors": [], "mode": "fine"},
     {"positions": [1, 15], "donors": [1, 0]},
     {"dims": [], "dim_donors": [], "mode": "coarse"},
@@ -229,7 +229,7 @@ def test_raising_per_image_appends(encoded):
 
 
 def test_rows_that_would_change_are_refused(encoded, monkeypatch):
-    """Another version of NumPy, say; what was there stays, manifest and all."""
+    """As with another version of NumPy; the stage is left as it was."""
     workdir = encoded()
     few = run(workdir, per_image=2)
     monkeypatch.setattr(recipes.order, "generator", lambda *_: np.random.default_rng(7))
@@ -238,7 +238,7 @@ def test_rows_that_would_change_are_refused(encoded, monkeypatch):
     assert run(workdir, per_image=2) == few
 
 
-def test_levels_can_be_asked_for_later(encoded):
+def test_levels_can_be_added_later(encoded):
     workdir = encoded()
     made = run(workdir)
     assert not (workdir / "mix" / "levels.jsonl").exists()
@@ -247,27 +247,29 @@ def test_levels_can_be_asked_for_later(encoded):
     assert [r["level"] for r in levels[:2]] == ["tokens 1", "tokens 2"]
 
 
-def test_an_edited_file_is_handed_back(encoded, tmp_path, made):
+def test_recipes_can_be_read_from_an_edited_file(encoded, tmp_path, made):
     workdir = encoded()
     made[3] |= {"positions": [4, 5], "donors": [0, 1]}
     path = written(tmp_path / "mine.jsonl", made[::-1])
     assert run(workdir, file=str(path)) == made
-    assert run(workdir, file=str(path), per_image=9) == made  # the file says how many
+    assert (
+        run(workdir, file=str(path), per_image=9) == made
+    )  # the file determines how many
     made[3]["positions"] = [0, 5]
     with pytest.raises(UserError, match="mix.file_sha256"):
         run(workdir, file=str(written(path, made)))
 
 
-def test_a_wrong_file_leaves_the_stage_unbegun(encoded, tmp_path, made):
+def test_an_invalid_file_leaves_the_stage_empty(encoded, tmp_path, made):
     workdir = encoded()
     path = written(tmp_path / "mine.jsonl", [made[0] | {"source": "x"}])
-    with pytest.raises(UserError, match="line 1: source 'x' is no training image"):
+    with pytest.raises(UserError, match="line 1: source 'x' is not a training image"):
         run(workdir, file=str(path))
     assert list((workdir / "mix").iterdir()) == []
     assert len(run(workdir, file=str(written(path, made[:1])))) == 1
 
 
-def test_what_needs_no_ids_is_looked_at_before_any_work(tmp_path, made):
+def test_a_file_is_checked_without_ids_before_any_work(tmp_path, made):
     config = common.get_config()
     config.mix.file = str(written(tmp_path / "mine.jsonl", made))
     mix.check(config)
@@ -291,7 +293,7 @@ def test_more_tokens_than_any_caption_has_is_an_error(encoded):
     assert len(run(workdir, tokens=7, class_prompt=True)) == 4 * len(ROWS)
 
 
-def test_dims_of_words_that_none_has_in_common_are_an_error(encoded):
+def test_no_common_words_for_dims_is_an_error(encoded):
     workdir = encoded([row | {"caption_tokens": 0} for row in ROWS])
     fields = {"modes": ("fine",), "dims_on": "words"}
     with pytest.raises(UserError, match=r"config.mix.dims_on.*no source has words"):
@@ -300,36 +302,36 @@ def test_dims_of_words_that_none_has_in_common_are_an_error(encoded):
     assert all(recipe["dims"] for recipe in run(workdir, modes=("fine",)))
 
 
-def test_dims_of_words_are_lacking_where_captions_are(encoded, caplog):
+def test_recipes_without_common_words_are_counted(encoded, caplog):
     with caplog.at_level("WARNING", logger="absl"):
         made = run(encoded(), modes=("fine",), dims_on="words")
-    bare = sum(not recipe["dims"] for recipe in made)
-    assert 0 < bare < len(made)
-    assert f"{bare} of {len(made)} recipes take over no dims" in caplog.text
+    empty = sum(not recipe["dims"] for recipe in made)
+    assert 0 < empty < len(made)
+    assert f"{empty} of {len(made)} recipes mix no dims" in caplog.text
 
 
 def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_short_captions_and_lone_images_are_told_of_once(encoded, caplog):
-    """Of i2, without a caption, whoever it is mixed with takes nothing over."""
+def test_short_captions_and_few_partners_are_warned_of_once(encoded, caplog):
+    """Image i2 has no caption, so that recipes with it mix no tokens."""
     workdir = encoded()
     with caplog.at_level("WARNING", logger="absl"):
         made = run(workdir, tokens=3, partners=3)
     coarse = [r for r in made if r["mode"] == "coarse"]
     short = sum(len(r["positions"]) < 3 for r in coarse)
     assert 0 < short < len(coarse)
-    short_of, lone, few = warnings_of(caplog)
-    assert f"{short} of {len(coarse)} recipes take over fewer than 3" in short_of
-    assert lone.endswith("with nothing to mix it with but itself, in: c")
+    tokens, single, few = warnings_of(caplog)
+    assert f"{short} of {len(coarse)} recipes mix fewer than 3" in tokens
+    assert single.endswith("a single training image, mixed with itself, in: c")
     assert few.endswith(
-        "fewer than 3 other images (config.mix.partners); all there are mix, in: b"
+        "fewer than 3 other images (config.mix.partners), so that all are mixed, in: b"
     )
     assert {len(r["partners"]) for r in made} == {1, 2, 3}
 
 
-def test_with_any_partner_nobody_is_alone(encoded, caplog):
+def test_with_partners_of_any_class_no_image_mixes_with_itself(encoded, caplog):
     with caplog.at_level("WARNING", logger="absl"):
         made = run(encoded(), tokens=1, partner="any")
     assert all(r["partners"] != [r["source"]] for r in made)

@@ -1,4 +1,4 @@
-"""Batch order is a function of (seed, purpose, step): nothing to remember or lose."""
+"""Batch order is a function of (seed, purpose, step), without state."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_the_stream_does_not_depend_on_the_batch_size(size, one, other):
 @given(st.permutations(range(8)))
 @settings(deadline=None, max_examples=20)
 def test_a_batch_depends_on_its_step_alone(steps):
-    """Not on the batches drawn before it, nor on what was remembered of them."""
+    """Not on the batches drawn before it, nor on what the cache holds of them."""
     in_order = stream(5, 7, 8 * 7).reshape(8, 7)
     for step in steps:
         batch = order.batch_indices(0, "t", step, batch_size=7, size=5)
@@ -55,7 +55,7 @@ def test_epochs_seeds_and_purposes_shuffle_differently():
 
 
 @pytest.mark.parametrize("other", [(1, "a", 0), (0, "b", 0), (0, "a", 1)])
-def test_generators_are_fresh_and_independent(other):
+def test_generators_are_new_and_independent(other):
     ours = order.generator(0, "a", 0).normal(size=4000)
     np.testing.assert_array_equal(ours, order.generator(0, "a").normal(size=4000))
     theirs = order.generator(*other).normal(size=4000)

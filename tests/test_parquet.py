@@ -1,4 +1,4 @@
-"""Parquet files as a source: what was written is read, a row group at a time."""
+"""Parquet files as a source: what was written is read, one row group at a time."""
 
 import concurrent.futures
 import io
@@ -73,10 +73,10 @@ def labelled(source):
     return [source.class_names[label] for label in source.labels]
 
 
-# What is written comes back.
+# What was written is read.
 
 
-def test_our_own_sets_come_back(tmp_path):
+def test_synthetic_sets_are_read(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
     row = dict.fromkeys(synthetic.PROVENANCE) | {"source": "s", "mode": "fine"}
     row |= {"positions": [1], "dims": [[2, 3]], "seed": 1, "text_scale": 7.5}
@@ -101,7 +101,7 @@ def test_our_own_sets_come_back(tmp_path):
         assert (example["label"], example["id"]) == (i % 2, source.ids[i])
 
 
-def test_what_hugging_face_writes_is_read(tmp_path, monkeypatch):
+def test_files_of_hugging_face_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     import datasets
@@ -147,7 +147,7 @@ def test_rows_keep_their_order_over_files_and_row_groups(tmp_path, plain):
         ([2.0, 1.0, 2.0], pa.float16(), None, "12", "212"),
     ],
 )
-def test_labels_of_many_kinds(tmp_path, labels, type_, names, classes, expected):
+def test_labels_of_many_types(tmp_path, labels, type_, names, classes, expected):
     path = write(tmp_path / "a.parquet", cells(3), labels, type_=type_, names=names)
     source = read(path)
     assert source.class_names == tuple(classes)
@@ -155,7 +155,7 @@ def test_labels_of_many_kinds(tmp_path, labels, type_, names, classes, expected)
 
 
 @pytest.mark.parametrize("metadata", ["{", "{}", "[]", '{"info": null}'])
-def test_metadata_that_name_no_classes_are_passed_over(tmp_path, metadata):
+def test_metadata_without_class_names_is_ignored(tmp_path, metadata):
     table = pa.table({"image": [png(0)], "label": [3]})
     table = table.replace_schema_metadata({"huggingface": metadata})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -169,7 +169,7 @@ def test_other_columns_can_be_named(tmp_path):
     assert labelled(source) == ["x"]
 
 
-def test_what_the_decoder_changed_is_noted(tmp_path):
+def test_the_decoder_s_note_is_in_the_example(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(buffer, "PNG")
     source = read(write(tmp_path / "a.parquet", [buffer.getvalue()], ["x"]))
@@ -189,7 +189,7 @@ def test_what_the_decoder_changed_is_noted(tmp_path):
     ],
     ids=["one each", "one twice", "one missing", "one empty"],
 )
-def test_an_id_is_the_path_if_all_have_their_own(tmp_path, paths, by_path):
+def test_ids_are_paths_if_all_paths_are_distinct(tmp_path, paths, by_path):
     for folder, names in zip("pq", paths, strict=True):
         images = [{"bytes": png(0), "path": name} for name in names]
         write(tmp_path / folder / "0.parquet", images, [0, 1])
@@ -218,7 +218,7 @@ def test_an_id_is_the_path_if_all_have_their_own(tmp_path, paths, by_path):
     ],
     ids=lambda value: "+".join(value or "-"),
 )
-def test_the_split_is_told_by_names(tmp_path, files, tests):
+def test_the_split_is_recognised_by_names(tmp_path, files, tests):
     for i, file in enumerate(files):
         write(tmp_path / "test" / f"{file}.parquet", [png(i)], ["x"])
     source = read(tmp_path / "test")
@@ -229,7 +229,7 @@ def test_the_split_is_told_by_names(tmp_path, files, tests):
         assert of_value == {i: test == "1" for i, test in enumerate(tests)}
 
 
-def test_a_test_split_without_labels_is_none(tmp_path):
+def test_a_test_split_without_labels_is_ignored(tmp_path):
     """Hugging Face gives the rows of a hidden test split the label -1."""
     for name, label in (("train", 0), ("validation", 1), ("test", -1)):
         write(tmp_path / f"{name}.parquet", cells(1), [label], names=["x", "y"])
@@ -241,7 +241,7 @@ def test_a_test_split_without_labels_is_none(tmp_path):
 # Defects.
 
 
-def test_what_cannot_be_used_has_a_name_and_a_reason(tmp_path):
+def test_unusable_rows_have_a_name_and_a_reason(tmp_path):
     images = cells(7, paths=True)
     images[4], images[5] = None, {"bytes": None, "path": None}
     labels = [0, None, -1, 2, 0, 0, 1]
@@ -266,7 +266,7 @@ def test_what_cannot_be_used_has_a_name_and_a_reason(tmp_path):
         ([True, None, None], pa.bool_()),
     ],
 )
-def test_blank_labels_are_none(tmp_path, labels, type_):
+def test_blank_labels_are_missing_labels(tmp_path, labels, type_):
     source = read(write(tmp_path / "a.parquet", cells(3), labels, type_=type_))
     assert source.labels.tolist() == [0]
     assert source.defects == {f"a.parquet#{i}": "no label" for i in (1, 2)}
@@ -285,7 +285,7 @@ def test_null_images_are_found_in_any_row_group(tmp_path, plain, statistics):
     assert set(source.defects.values()) == {"no image"}
 
 
-def test_a_path_without_bytes_is_that_of_a_file_beside(tmp_path):
+def test_a_path_without_bytes_is_relative_to_the_file(tmp_path):
     folder, outside = tmp_path / "set", tmp_path / "outside.png"
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "0.png").write_bytes(png(40))
@@ -304,14 +304,14 @@ def test_a_path_without_bytes_is_that_of_a_file_beside(tmp_path):
     assert len(source.defects) == 8
 
 
-def test_a_struct_of_paths_alone_will_do(tmp_path):
+def test_a_struct_may_have_paths_alone(tmp_path):
     (tmp_path / "0.png").write_bytes(png(3))
     images = pa.array([{"path": "0.png"}], pa.struct({"path": pa.string()}))
     pq.write_table(pa.table({"image": images, "label": ["x"]}), tmp_path / "a.parquet")
     assert values(read(tmp_path)) == [3]
 
 
-def test_an_image_that_is_none_is_a_bad_image(tmp_path):
+def test_bytes_that_are_not_an_image_are_a_bad_image(tmp_path):
     source = read(write(tmp_path / "a.parquet", [png(0), b"", b"GIF89a"], [0, 0, 0]))
     assert len(source) == 3
     for index in (1, 2):
@@ -365,19 +365,19 @@ def test_opening_reads_no_image(tmp_path, monkeypatch, plain):
 
 @pytest.mark.parametrize("threads", [1, 16])
 def test_in_order_each_row_group_is_read_once(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(parquet, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(parquet, "_CACHE_BYTES", 0)
     count = 400
     path = write(tmp_path / "a.parquet", cells(count), [0] * count, row_group_size=50)
     source, reads = read(path), Reads(monkeypatch)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for start in range(0, count, 16):  # as far as the threads may be apart
+        for start in range(0, count, 16):  # threads differ by at most 16 rows
             list(pool.map(source.__getitem__, range(start, start + 16)))
     assert reads.groups == [(count, number) for number in range(8)]
 
 
 def test_any_order_from_many_threads(tmp_path, monkeypatch):
-    """With no room but for two row groups, wherever 16 threads begin."""
-    monkeypatch.setattr(parquet, "_KEPT_BYTES", 0)
+    """With a cache of two row groups, and 16 threads in different places."""
+    monkeypatch.setattr(parquet, "_CACHE_BYTES", 0)
     for shard in range(2):
         images = [png(100 * shard + i) for i in range(100)]
         write(tmp_path / f"{shard}.parquet", images, [0] * 100, row_group_size=7)
@@ -396,7 +396,7 @@ def test_any_order_from_many_threads(tmp_path, monkeypatch):
     assert source._read_group.cache_info().currsize == 2
 
 
-def test_small_row_groups_are_kept(tmp_path, monkeypatch):
+def test_small_row_groups_are_cached(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", cells(40), [0] * 40, row_group_size=1)
     source, reads = read(path), Reads(monkeypatch)
     for order in (range(40), reversed(range(40))):
@@ -427,7 +427,7 @@ def test_files_are_found_by_glob_folder_and_name(tmp_path, monkeypatch):
 
 
 def broken(folder, name):
-    """A folder with something wrong in it; the pattern that finds it."""
+    """Fills a folder with one kind of mistake; returns the pattern to read it."""
     good = {"images": [png(0), png(1)], "labels": ["x", "y"]}
     if name in ("text", "empty", "cut", "folder"):
         content = write(folder / "a.parquet", **good).read_bytes()
@@ -471,10 +471,10 @@ def broken(folder, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("text", ["a.parquet: wanted a Parquet file", "leave it out"]),
+        ("text", ["a.parquet: wanted a Parquet file", "exclude it"]),
         ("empty", ["a.parquet: wanted a Parquet file"]),
         ("cut", ["a.parquet: wanted a Parquet file"]),
-        ("folder", ["config.data.source", "names no file"]),
+        ("folder", ["config.data.source", "matches no file"]),
         ("broken link", ["a.parquet: wanted a Parquet file"]),
         ("broken label", ["a.parquet: wanted labels that can be read"]),
         ("other kind", ["b.parquet", "int64", "as in", "a.parquet"]),
@@ -485,11 +485,11 @@ def broken(folder, name):
         ("struct type", ["struct<bytes: string>", "config.data.image_column"]),
         ("label type", ["list<", "config.data.label_column"]),
         ("fraction", ["a.parquet: wanted labels that can be read", "0.5"]),
-        ("no rows", ["config.data.source", "of the 0"]),
-        ("no use", ["config.data.source", "of the 1"]),
+        ("no rows", ["config.data.source", "among 0"]),
+        ("no use", ["config.data.source", "among 1"]),
     ],
 )
-def test_errors_name_the_file_or_field_and_the_way_out(tmp_path, name, words):
+def test_errors_name_the_file_or_field_and_the_fix(tmp_path, name, words):
     with pytest.raises(UserError) as error:
         open_source(f"parquet:{broken(tmp_path, name)}")
     for word in words:

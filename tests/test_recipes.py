@@ -1,4 +1,4 @@
-"""Recipes: what is mixed with what, drawn from (seed, k) alone."""
+"""Drawn recipes: functions of (seed, k), within what their settings allow."""
 
 from hypothesis import given, settings
 from recipe_rows import (
@@ -12,7 +12,7 @@ from recipe_rows import (
     draw,
     drawings,
     indices,
-    same_as_alone,
+    json_copy,
     seeds,
     words_of,
 )
@@ -24,12 +24,12 @@ from mvc_jax.mixing.recipe_file import read_recipes
 
 @given(drawings, indices, seeds)
 @settings(deadline=None, max_examples=100)
-def test_a_recipe_is_a_function_of_seed_and_index_and_is_accepted(
+def test_a_recipe_is_a_function_of_seed_and_index_and_is_valid(
     tmp_path_factory, drawing, k, seed
 ):
     drawing = recipes.Drawing(**drawing)
     made = draw(k, drawing, seed)
-    assert same_as_alone(draw(k, drawing, seed)) == made
+    assert json_copy(draw(k, drawing, seed)) == made
     path = tmp_path_factory.getbasetemp() / "recipe.jsonl"
     files.write_jsonl(path, [made | {"index": 0}])
     any_partner = drawing.partner == "any"
@@ -40,12 +40,12 @@ def test_a_recipe_is_a_function_of_seed_and_index_and_is_accepted(
 
 @given(drawings, indices, seeds)
 @settings(deadline=None, max_examples=200)
-def test_positions_are_where_they_may_be(drawing, k, seed):
+def test_positions_are_allowed_ones(drawing, k, seed):
     drawing = recipes.Drawing(**drawing)
     made = draw(k, drawing, seed)
-    taken, words = made["positions"], words_of(made, drawing.class_prompt)
+    positions, words = made["positions"], words_of(made, drawing.class_prompt)
     if made["mode"] == "fine":
-        assert taken == []
+        assert positions == []
         return
     allowed = words
     if drawing.positions == "all":
@@ -54,18 +54,19 @@ def test_positions_are_where_they_may_be(drawing, k, seed):
             for id_ in (made["source"], *made["partners"]):
                 row = BY_ID[id_]
                 allowed -= {*range(1 + row["caption_tokens"], row["tokens"] - 1)}
-    assert set(taken) <= allowed
-    most = max(drawing.tokens, drawing.tokens_most)
-    assert min(drawing.tokens, len(allowed)) <= len(taken) <= min(most, len(allowed))
+    assert set(positions) <= allowed
+    high = max(drawing.tokens, drawing.tokens_most)
+    assert min(drawing.tokens, len(allowed)) <= len(positions)
+    assert len(positions) <= min(high, len(allowed))
     if drawing.positions == "first":
-        assert taken == sorted(words)[: len(taken)]
-    if drawing.positions == "span" and taken:
-        assert taken == list(range(taken[0], taken[0] + len(taken)))
+        assert positions == sorted(words)[: len(positions)]
+    if drawing.positions == "span" and positions:
+        assert positions == list(range(positions[0], positions[-1] + 1))
 
 
 @given(drawings, indices, seeds)
 @settings(deadline=None, max_examples=200)
-def test_dims_are_where_they_may_be(drawing, k, seed):
+def test_dims_are_of_allowed_tokens(drawing, k, seed):
     drawing = recipes.Drawing(**drawing)
     made = draw(k, drawing, seed)
     tokens = sorted(words_of(made, drawing.class_prompt))
@@ -83,7 +84,7 @@ def test_dims_are_where_they_may_be(drawing, k, seed):
 
 @given(drawings, indices, seeds)
 @settings(deadline=None, max_examples=200)
-def test_partners_stay_in_the_class_unless_asked(drawing, k, seed):
+def test_partners_are_of_the_class_unless_any_is_allowed(drawing, k, seed):
     drawing = recipes.Drawing(**drawing)
     made = draw(k, drawing, seed)
     source, partners = made["source"], made["partners"]
@@ -100,7 +101,7 @@ def test_partners_stay_in_the_class_unless_asked(drawing, k, seed):
         assert set(donors) <= set(range(len(partners)))
 
 
-def test_every_partner_position_and_donor_is_drawn_at_some_time():
+def test_every_partner_position_donor_and_dim_is_drawn():
     drawing = recipes.Drawing(modes=("both",), tokens=2, partners=2, dims=3)
     made = [draw(k, drawing) for k in range(60 * len(ROWS))]
     pairs = {(r["source"], id_) for r in made for id_ in r["partners"]}
@@ -121,7 +122,7 @@ def test_each_round_uses_every_image_once_and_modes_take_turns():
         assert {r["mode"] for r in part} == {("coarse", "fine")[round_ % 2]}
 
 
-def test_a_range_is_drawn_from_and_a_fixed_value_is_kept():
+def test_ranges_are_sampled_and_fixed_values_are_kept():
     ranged = recipes.Drawing(
         positions="all",
         class_prompt=True,
@@ -137,7 +138,7 @@ def test_a_range_is_drawn_from_and_a_fixed_value_is_kept():
     assert {r["image_scale"] for r in made} == {1.5}
 
 
-def test_other_tokens_leave_partners_and_dims_what_they_were():
+def test_partners_and_dims_do_not_depend_on_tokens():
     few, many = (recipes.Drawing(modes=("both",), tokens=k) for k in (1, 2))
     for k in range(20):
         a, b = draw(k, few), draw(k, many)
@@ -145,7 +146,7 @@ def test_other_tokens_leave_partners_and_dims_what_they_were():
             assert a[name] == b[name]
 
 
-def test_a_class_prompt_before_the_caption_is_left_alone():
+def test_a_class_prompt_before_the_caption_is_not_mixed():
     rows = [row | {"caption_start": 5} for row in ROWS]
     caption = draw(0, recipes.Drawing(tokens=9), rows=rows)["positions"]
     source, partner = (rows[ROW_OF[i]] for i in ("i0", draw(0)["partners"][0]))
@@ -155,11 +156,11 @@ def test_a_class_prompt_before_the_caption_is_left_alone():
     assert {1, 2, 3, 4}.isdisjoint(draw(0, everywhere, rows=rows)["positions"])
 
 
-def test_seeds_draw_differently():
+def test_seeds_draw_different_recipes():
     assert len({str([draw(k, seed=s) for k in range(30)]) for s in range(5)}) == 5
 
 
-def test_levels_mix_more_and_more_of_the_same():
+def test_levels_increase_and_share_source_partners_and_noise():
     drawing = recipes.Drawing(dims=3, partners=2)
     made = recipes.make_levels(ROWS, CLASSES, drawing, seed=0, **SHAPE)
     assert [r["index"] for r in made] == list(range(6 * 3))
@@ -182,8 +183,6 @@ def test_levels_mix_more_and_more_of_the_same():
     first_rounds = {r["source"]: r["noise_seed"] for r in made}
     assert all(ROWS[k]["id"] == id_ for id_, k in first_rounds.items())
     assert (
-        len(
-            recipes.make_levels(ROWS, CLASSES, drawing, seed=0, **SHAPE, most_sources=1)
-        )
+        len(recipes.make_levels(ROWS, CLASSES, drawing, seed=0, **SHAPE, max_sources=1))
         == 6
     )

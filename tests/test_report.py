@@ -1,4 +1,4 @@
-"""The report: what is on the page, what it must not do, and what it survives."""
+"""The report: contents of the page, escaping, and missing inputs."""
 
 import base64
 import html.parser
@@ -48,14 +48,14 @@ def make_recipes(ids: dict[int, list[str]], modes=("coarse", "fine")) -> list[di
 
 
 def pixels(set_name: str, index: int) -> np.ndarray:
-    """Every image of every set is another, so that a mix-up shows."""
+    """A different image for each set and index, so that a mix-up is noticed."""
     rng = np.random.default_rng([*set_name.encode(), index])
     return rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
 def write_set(folder, name: str, recipes: list[dict]) -> None:
     rows = []
-    for recipe in reversed(recipes):  # a reader must not count on the order
+    for recipe in reversed(recipes):  # the order in the file must not matter
         buffer = io.BytesIO()
         Image.fromarray(pixels(name, recipe["index"])).save(buffer, "png")
         row = {"image": {"bytes": buffer.getvalue(), "path": "x.png"}}
@@ -71,15 +71,25 @@ def write_set(folder, name: str, recipes: list[dict]) -> None:
 
 
 def make_metrics() -> dict:
-    """Numbers that occur once, so that finding one on the page means something."""
+    """Numbers that occur once each, so that they can be found on the page."""
 
     def row(name: str, title: str, mean: float, difference: dict | None) -> dict:
-        accuracy = {"mean": mean, "std": mean / 71, "per_seed": [mean - 0.02, mean]}
-        seen = {"real_seen": int(mean * 20000), "synthetic_seen": int(mean * 19000)}
-        per_class = [0.301 + mean / 30 + 0.011 * k for k in range(10)]
-        names = {"name": name, "title": title, "regime": "r", "policy": "none"}
-        shown = {"accuracy": accuracy, "difference": difference, "set": ""}
-        return names | shown | seen | {"per_class": per_class}
+        return {
+            "name": name,
+            "title": title,
+            "regime": "r",
+            "policy": "none",
+            "set": "",
+            "accuracy": {
+                "mean": mean,
+                "std": mean / 71,
+                "per_seed": [mean - 0.02, mean],
+            },
+            "difference": difference,
+            "real_seen": int(mean * 20000),
+            "synthetic_seen": int(mean * 19000),
+            "per_class": [0.301 + mean / 30 + 0.011 * k for k in range(10)],
+        }
 
     better = {"against": "real", "mean": 0.0312, "low": 0.0151, "high": 0.0473}
     unsure = {"against": "combined", "mean": -0.0061, "low": -0.0233, "high": 0.0111}
@@ -120,7 +130,7 @@ def make_workdir(
     modes=("coarse", "fine"),
     **changes,
 ):
-    """A finished run up to `evaluate`; `changes` replace entries of its metrics."""
+    """Writes a run finished up to `evaluate`; `changes` replace metrics."""
     source = Digits()
     labels = source.labels
     ids = {
@@ -130,12 +140,12 @@ def make_workdir(
     parts = {"pool": slice(2, 3), "train": slice(0, 2), "test": slice(3, 4)}
     split = {n: [i for k in ids for i in ids[k][part]] for n, part in parts.items()}
     index = {id_: i for i, id_ in enumerate(source.ids)}
-    found = gather.Read(8, 8, "", True, duplicates.Fingerprint(0, np.zeros(0)))
+    info = gather.ImageInfo(8, 8, "", True, duplicates.Fingerprint(0, np.zeros(0)))
     chosen = {n: np.asarray([index[i] for i in ids]) for n, ids in split.items()}
     order = [i for n in ("pool", "train", "test") for i in chosen[n].tolist()]
     images = np.stack([source[i]["image"] for i in order])
     files.write_array(workdir / "caption" / "images.npy", images)
-    gathered = gather.Gathered(chosen, dict.fromkeys(order, found))
+    gathered = gather.Gathered(chosen, dict.fromkeys(order, info))
     gather.write_rows(workdir / "caption", source, gathered)
     stamp = {"captioner": "attributes", "version": "7"}
     captions = [
@@ -165,14 +175,14 @@ def make_workdir(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run with its report; tests only look at it."""
+    """A finished run with its report, which tests only read."""
     workdir = make_workdir(tmp_path_factory.mktemp("run"))
     report.run(make_config(), workdir)
     return workdir
 
 
 class Page(html.parser.HTMLParser):
-    """Tags with their attributes, table rows as texts, and the text of it all."""
+    """Tags with their attributes, the text of each table row, and all text."""
 
     def __init__(self, path):
         super().__init__()
@@ -197,7 +207,7 @@ class Page(html.parser.HTMLParser):
         return next(row for row in self.rows if row.startswith(start))
 
     def images(self, alt: str) -> list[np.ndarray]:
-        """Pixels of the images whose alternative text matches, in the page's order."""
+        """Pixels of the images whose alternative text matches, in page order."""
         prefix = "data:image/png;base64,"
         found = []
         for tag, attributes in self.tags:
@@ -217,7 +227,7 @@ def run_page(workdir) -> Page:
     return Page(workdir / "report" / "report.html")
 
 
-def test_nothing_is_asked_of_the_network(page):
+def test_the_page_loads_nothing_from_the_network(page):
     links = {"src", "srcset", "href", "xlink:href", "action", "poster", "data"}
     addresses = [v for _, attrs in page.tags for k, v in attrs.items() if k in links]
     assert len(addresses) > 50
@@ -227,7 +237,7 @@ def test_nothing_is_asked_of_the_network(page):
     assert policy[0].startswith("default-src 'none'")
 
 
-def test_untrusted_text_is_text(page):
+def test_untrusted_text_is_escaped(page):
     assert "script" not in {tag for tag, _ in page.tags}
     for text in ("Title", "three", "caption digits/0000", "A note", "prompt 1"):
         assert f"{text} {EVIL}" in page.text
@@ -267,12 +277,12 @@ def test_seeds_and_classes_are_there(page):
     assert tables[2][3:] == expected
 
 
-def test_the_answer_comes_first_and_the_setting_is_told(page):
+def test_the_answer_comes_before_the_table_and_its_settings(page):
     answer = page.text.index("Yes: it does.")
     assert answer < page.text.index("No evidence either way.") < page.text.index("81.2")
     for words in (
         "4321 opt",
-        "batches of 37 images so none",
+        "batches of 37 images so no classifier",
         "over 2 seeds",
         "90% interval",
         "mix.deep.tok",
@@ -280,11 +290,11 @@ def test_the_answer_comes_first_and_the_setting_is_told(page):
         assert words in page.text.replace(",", "")
 
 
-def test_unequal_steps_are_told(tmp_path):
+def test_unequal_steps_are_reported(tmp_path):
     text = run_page(make_workdir(tmp_path, least_steps=321)).text
     assert "321 to 4,321 optimiser steps" in text
-    assert "some have had more updates than others" in text
-    assert "none has had more" not in text
+    assert "some classifiers have had more updates than others" in text
+    assert "no classifier has had more" not in text
 
 
 def test_only_an_interval_without_zero_is_marked(page):
@@ -300,14 +310,14 @@ def test_a_row_of_the_grid_is_a_source_and_its_images(page):
         for image, index in zip(shown, indices, strict=True):
             np.testing.assert_array_equal(image, pixels("mixed", index))
     tooltips = [attrs.get("title", "") for tag, attrs in page.tags if tag == "img"]
-    assert any("token positions 2, 41 of digits/0010" in text for text in tooltips)
+    assert any("token positions 2, 41 from digits/0010" in text for text in tooltips)
     assert any(
-        "text dims 3, 42 (tokens 1 to 15) of digits/0010" in text for text in tooltips
+        "text dims 3, 42 (tokens 1 to 15) from digits/0010" in text for text in tooltips
     )
 
 
 def test_the_comparison_keeps_the_index(page):
-    """Class zero shows its last coarse image, class one its last fine one."""
+    """Class zero shows its last coarse image, class one its last fine image."""
     for name, index, mode in (("zero", 1, "coarse"), ("one", 7, "fine")):
         for set_name in ("unmixed", "pretrained"):
             (image,) = page.images(f"^{name}, {set_name} image")
@@ -316,12 +326,12 @@ def test_the_comparison_keeps_the_index(page):
         np.testing.assert_array_equal(mixed, pixels("mixed", index))
 
 
-def test_losses_are_drawn(page):
+def test_losses_are_plotted(page):
     assert [tag for tag, _ in page.tags].count(
         "svg"
     ) == 3 + 1 + 3  # table, axis, curves
     assert "0.37 at step 10" in page.text and "0.25 at step 20" in page.text
-    assert "0.6, the mean of 2 seeds, at step 5" in page.text
+    assert "0.6, mean of 2 seeds, at step 5" in page.text
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids)) > 8
 
@@ -337,19 +347,19 @@ def test_the_picture_holds_the_grid(finished):
     assert path.stat().st_size < 150_000
 
 
-def test_a_picture_of_noise_is_made_to_fit():
+def test_a_picture_of_noise_is_reduced_to_fit():
     rng = np.random.default_rng(0)
     cell = {"heading": "real", "image": None}
     rows = [{"name": "a", "cells": [dict(cell) for _ in range(5)]} for _ in range(10)]
     for each in itertools.chain.from_iterable(row["cells"] for row in rows):
         noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
         each["image"] = Image.fromarray(noise)
-    content = pictures.grid_png(rows, 64, most_bytes=150_000)
+    content = pictures.grid_png(rows, 64, max_bytes=150_000)
     assert 20_000 < len(content) < 150_000
 
 
-def test_an_image_is_inlined_no_larger_than_shown():
-    uri = report._data_uri(Image.new("RGB", (512, 512)), 32)
+def test_a_data_uri_is_no_larger_than_shown():
+    uri = pictures.data_uri(Image.new("RGB", (512, 512)), 32)
     content = base64.b64decode(uri.partition(",")[2])
     assert Image.open(io.BytesIO(content)).size == (32, 32)
 
@@ -357,24 +367,36 @@ def test_an_image_is_inlined_no_larger_than_shown():
 def test_a_second_run_does_nothing(finished, monkeypatch):
     paths = sorted((finished / "report").iterdir())
     before = [path.stat().st_mtime_ns for path in paths]
-    monkeypatch.setattr(report, "_read", None)  # would raise if it were called
+    monkeypatch.setattr(report, "_read_inputs", None)  # would raise if called
     report.run(make_config(), finished)
     assert before == [path.stat().st_mtime_ns for path in paths]
     assert [path.name for path in paths] == ["grid.png", "manifest.json", "report.html"]
 
 
-def test_importing_it_is_cheap():
-    code = "import mvc_jax.report, sys; print(*sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, check=True
+def test_checks_and_a_finished_stage_import_no_heavy_library(finished):
+    """Also of `evaluate`, which meets the room of the filters and the classifiers."""
+    code = (
+        "import json, sys; from ml_collections import ConfigDict\n"
+        "from mvc_jax import evaluate, report\n"
+        "from mvc_jax.screening import removed, screener, selection, settings\n"
+        "config = ConfigDict(json.loads(sys.argv[1]))\n"
+        "report.check(config)\n"
+        "evaluate.check(ConfigDict({'evaluate': {'confidence': 0.95}}))\n"
+        "settings.check_filters(settings.FilterSettings(), partners=1, clip_path='',"
+        " base_path='', pretrain_image_encoder=False)\n"
+        "report.run(config, sys.argv[2])\n"
+        "print(*sys.modules)"
     )
+    config = make_config().to_json()
+    command = [sys.executable, "-c", code, config, str(finished)]
+    result = subprocess.run(command, capture_output=True, check=True)
     loaded = set(result.stdout.decode().split())
     assert "numpy" in loaded
-    assert not loaded & {"matplotlib", "jinja2", "pyarrow", "sklearn", "jax"}
+    assert not loaded & {"jax", "jinja2", "matplotlib", "pyarrow", "scipy", "sklearn"}
 
 
-def test_same_inputs_same_bytes(finished, tmp_path):
-    """In another process, another folder and with another hash seed."""
+def test_the_report_is_a_function_of_its_inputs(finished, tmp_path):
+    """In another process and folder, with another hash seed."""
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "report")
@@ -391,20 +413,20 @@ def test_same_inputs_same_bytes(finished, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes(), name
 
 
-def test_without_controls_the_question_stays_open(tmp_path):
+def test_without_a_second_set_nothing_is_compared(tmp_path):
     page = run_page(make_workdir(tmp_path, made=("mixed",)))
-    assert "so the question stays open" in page.text
+    assert "no second set with the noise of the mixed one" in page.text
     assert len(page.images("coarse image")) == 20
 
 
 def test_without_a_mixed_set_the_real_images_are_shown(tmp_path):
     page = run_page(make_workdir(tmp_path, made=("unmixed",)))
-    assert "made no mixed set" in page.text
+    assert "has no mixed set" in page.text
     assert len(page.images(", real image")) == 10
     assert page.images("coarse image") == []
 
 
-def test_without_fine_mixing(tmp_path):
+def test_a_mode_that_was_not_used_is_left_out(tmp_path):
     page = run_page(make_workdir(tmp_path, modes=("coarse",)))
     assert page.images("fine image") == []
     assert len(page.images("coarse image")) == 20 + 6  # the grid, the comparison
@@ -419,7 +441,7 @@ def test_sets_of_other_names_follow_in_order(tmp_path):
     assert headings == ["source", "unmixed", "coarse", *"abcde"]
 
 
-def test_without_anything_optional(tmp_path):
+def test_optional_sections_are_left_out(tmp_path):
     nothing = {"questions": [], "sets": {}, "notes": []}
     workdir = make_workdir(tmp_path, **nothing, runs=make_metrics()["runs"][:1])
     for name in ("metrics.jsonl", "timings.json"):
@@ -430,13 +452,13 @@ def test_without_anything_optional(tmp_path):
     assert "81.2 ± 1.1" in page.text
 
 
-def test_what_filters_removed_is_a_table(tmp_path):
+def test_images_removed_by_filters_are_a_table(tmp_path):
     assert "Removed by filters" not in run_page(make_workdir(tmp_path / "a")).text
     counts = {"mixed": {"images": 61, "label": 59, "copies": 13}}
     facts = {"label": {"real_images": 1017, "real_removed": 173}, "copies": {}}
     found = {"facts": facts, "sets": counts | {"other": {"images": 0}}}
     page = run_page(make_workdir(tmp_path / "b", filters=found))
-    assert {"Set label copies in all kept", "mixed 59 13 61 4,070"} <= {*page.rows}
+    assert {"Set label copies total kept", "mixed 59 13 61 4,070"} <= {*page.rows}
     assert page.row("other").startswith("other 0 0 0 – ")
     assert "173 of 1,017 real training images" in " ".join(page.text.split())
 
@@ -447,14 +469,14 @@ def test_one_seed_has_no_interval(tmp_path):
     page = run_page(make_workdir(tmp_path, runs=runs, seeds=1))
     assert "84.3 +3.1" in page.row("Real and synthetic")
     text = " ".join(page.text.split())
-    assert "±" not in text and "in per cent, of one seed, on" in text
-    assert "a row of the table has one classifier." in text
+    assert "±" not in text and "in percent, of one seed, on" in text
+    assert "each row of the table has one classifier." in text
     assert not re.search(r"\b1 (seeds|classifiers)", text)
     assert "None" not in page.text
     assert "circle" not in [tag for tag, _ in page.tags]
 
 
-def test_a_loss_that_is_not_finite_is_told(tmp_path):
+def test_losses_that_are_not_finite_are_reported(tmp_path):
     workdir = make_workdir(tmp_path)
     rows = files.read_jsonl(workdir / "metrics.jsonl")
     rows.append({"stage": "finetune", "step": 30, "loss": float("nan")})
@@ -464,7 +486,7 @@ def test_a_loss_that_is_not_finite_is_told(tmp_path):
     assert "nan at step 30" in page.text
 
 
-def test_an_image_in_two_splits_is_told(tmp_path, page):
+def test_ids_in_two_splits_are_reported(tmp_path, page):
     assert "No id is in two splits" in page.text
     workdir = make_workdir(tmp_path)
     path = workdir / "caption" / "splits.json"
@@ -473,8 +495,8 @@ def test_an_image_in_two_splits_is_told(tmp_path, page):
     assert "2 ids are in more than one split" in run_page(workdir).text
 
 
-def test_many_classes_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_MOST_CLASSES", 4)
+def test_only_the_first_of_many_classes_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_MAX_CLASSES", 4)
     page = run_page(make_workdir(tmp_path))
     assert "The first 4 of 10 classes" in page.text
     assert len(page.images(", real image")) == 4
@@ -492,7 +514,7 @@ def test_check_names_the_field(field, value):
         report.check(config)
 
 
-def test_figures_are_shown_where_they_were_drawn(page, tmp_path):
+def test_figures_are_shown_if_they_exist(page, tmp_path):
     workdir = make_workdir(tmp_path)
     picture = Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
     files.write_bytes(workdir / "generate" / "levels.png", pictures.png(picture))

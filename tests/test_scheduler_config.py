@@ -3,9 +3,9 @@
 import pytest
 from sd_families import SCHEDULERS
 
-from mvc_jax import pretrain
 from mvc_jax.checkpoints.scheduler_config import ddim_config
 from mvc_jax.errors import UserError
+from mvc_jax.pretraining import small
 
 NOISE = (
     "num_train_timesteps",
@@ -43,9 +43,7 @@ def test_the_sampler_of_a_base_makes_no_difference():
 
 
 def test_the_base_that_pretrain_makes_has_such_a_config():
-    assert list(pretrain.SCHEDULER.items()) == list(
-        ddim_config(pretrain.SCHEDULER).items()
-    )
+    assert list(small.SCHEDULER.items()) == list(ddim_config(small.SCHEDULER).items())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Who may see which image: nobody sees two parts, nothing is lost, errors name it."""
+"""Splits are disjoint, complete and stratified; errors name the class or field."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvc_jax.data import splits
-from mvc_jax.data.splits import Shares
+from mvc_jax.data.splits import SplitSizes
 from mvc_jax.errors import UserError
 
 
@@ -16,21 +16,23 @@ def labels_of(counts):
     return np.random.default_rng(0).permutation(labels)
 
 
-def cut(counts, seed=0, is_test=None, usable=None, **shares):
+def cut(counts, seed=0, is_test=None, usable=None, **sizes):
     names = tuple("abcdefgh"[: len(counts)])
     labels = labels_of(counts)
     options = {"seed": seed, "is_test": is_test, "usable": usable}
-    return splits.make_splits(labels, names, Shares(**shares), **options)
+    return splits.make_splits(labels, names, SplitSizes(**sizes), **options)
 
 
-# Of at least 8 images of a class, 40 % pool, 3 train and 1 test never run out.
+# 8 images per class always suffice for 40 % pool, 3 train and 1 test.
 counts_of_classes = st.lists(st.integers(8, 40), min_size=1, max_size=6)
 
 
 @given(counts_of_classes, st.floats(0, 0.4), st.integers(1, 3), st.integers(0, 9))
 @settings(deadline=None, max_examples=100)
-def test_parts_are_disjoint_whole_and_stratified(counts, share, per_class, seed):
-    pool, labels = int(share * sum(counts)), labels_of(counts)
+def test_splits_are_disjoint_complete_and_stratified(
+    counts, pool_fraction, per_class, seed
+):
+    pool, labels = int(pool_fraction * sum(counts)), labels_of(counts)
     parts = cut(counts, seed, pool=pool, per_class=per_class, test=0.0)
     everything = np.concatenate([parts[name] for name in splits.SPLITS])
     np.testing.assert_array_equal(np.sort(everything), np.arange(sum(counts)))
@@ -42,7 +44,7 @@ def test_parts_are_disjoint_whole_and_stratified(counts, share, per_class, seed)
     }
     assert size["pool"].sum() == pool
     exact = pool * counts / counts.sum()
-    up = size["pool"] > exact  # only the largest remainders are rounded up, to the next
+    up = size["pool"] > exact  # only the largest remainders are rounded up
     assert (np.abs(size["pool"] - exact) < 1).all()
     assert not up.any() or min(exact[up] % 1) >= max(exact[~up] % 1, default=0)
     assert (size["train"] == per_class).all()
@@ -57,7 +59,7 @@ def test_parts_are_disjoint_whole_and_stratified(counts, share, per_class, seed)
     st.integers(0, 9),
 )
 @settings(deadline=None, max_examples=100)
-def test_the_test_part_is_the_same_at_every_amount_of_training(
+def test_the_test_split_does_not_depend_on_the_number_of_training_images(
     counts, test, few, fraction, seed
 ):
     whole = cut(counts, seed, test=test)
@@ -68,14 +70,14 @@ def test_the_test_part_is_the_same_at_every_amount_of_training(
     assert len(whole["train"]) + len(whole["test"]) == sum(counts)
     for part in (some, shots):
         assert set(part["train"]) <= set(whole["train"])
-    share = np.bincount(labels_of(counts)[some["train"]], minlength=len(counts))
-    of = np.bincount(labels_of(counts)[whole["train"]], minlength=len(counts))
-    assert (np.abs(share - fraction * of) <= 0.5).all() or (share >= 1).all()
+    used = np.bincount(labels_of(counts)[some["train"]], minlength=len(counts))
+    full = np.bincount(labels_of(counts)[whole["train"]], minlength=len(counts))
+    assert (np.abs(used - fraction * full) <= 0.5).all() or (used >= 1).all()
 
 
 @given(counts_of_classes, st.integers(0, 3), st.data())
 @settings(deadline=None, max_examples=50)
-def test_a_test_part_of_its_own_is_kept_whole(counts, few, data):
+def test_the_source_s_own_test_split_is_used_as_a_whole(counts, few, data):
     labels = labels_of(counts)
     is_test = np.zeros(len(labels), bool)
     for k in range(len(counts)):
@@ -88,7 +90,7 @@ def test_a_test_part_of_its_own_is_kept_whole(counts, few, data):
         assert len(parts["train"]) == (~is_test).sum()
 
 
-def test_an_image_that_cannot_be_used_is_replaced():
+def test_an_unusable_image_is_replaced():
     before = cut([20, 20], per_class=5, test=0.0)
     usable = np.ones(40, bool)
     usable[before["train"][:3]] = False
@@ -98,7 +100,7 @@ def test_an_image_that_cannot_be_used_is_replaced():
     assert set(before["train"][3:]) <= set(after["train"])
 
 
-def test_the_seed_and_nothing_else_chooses_the_parts():
+def test_the_splits_depend_on_the_seed_alone():
     first, again, other = (
         cut([50, 50], seed, pool=20, per_class=10, test=0.3) for seed in (0, 0, 1)
     )
@@ -108,7 +110,7 @@ def test_the_seed_and_nothing_else_chooses_the_parts():
 
 
 @pytest.mark.parametrize(
-    ("counts", "shares", "name", "words"),
+    ("counts", "sizes", "name", "words"),
     [
         ([9, 5], {"per_class": 5}, "config.data.per_class", ["'b'", "4 or less"]),
         ([9, 5], {"pool": 7, "per_class": 3}, "config.data.per_class", ["'b'", "pool"]),
@@ -122,9 +124,9 @@ def test_the_seed_and_nothing_else_chooses_the_parts():
         ([9, 1], {"test": 0.2}, "class 'b'", ["one for test", "1 images"]),
     ],
 )
-def test_too_few_images_is_an_error_with_a_way_out(counts, shares, name, words):
+def test_too_few_images_is_an_error_with_a_fix(counts, sizes, name, words):
     with pytest.raises(UserError) as error:
-        cut(counts, **{"test": 0.0} | shares)
+        cut(counts, **{"test": 0.0} | sizes)
     assert str(error.value).startswith(name)
     for word in words:
         assert word in str(error.value)
@@ -133,12 +135,12 @@ def test_too_few_images_is_an_error_with_a_way_out(counts, shares, name, words):
 def test_a_class_without_test_images_of_its_own_is_an_error():
     is_test = (labels_of([5, 5]) == 0) & (np.arange(10) < 5)
     assert is_test.any()
-    with pytest.raises(UserError, match="class 'b': .*own test part"):
+    with pytest.raises(UserError, match="class 'b': .*own test split"):
         cut([5, 5], is_test=is_test)
 
 
 @pytest.mark.parametrize(
-    ("shares", "field"),
+    ("sizes", "field"),
     [
         ({"pool": -1}, "pool"),
         ({"per_class": -1}, "per_class"),
@@ -148,7 +150,7 @@ def test_a_class_without_test_images_of_its_own_is_an_error():
         ({"fraction": 0.5, "per_class": 3}, "fraction"),
     ],
 )
-def test_shares_out_of_range_are_named(shares, field):
-    Shares().check()
+def test_sizes_out_of_range_are_named(sizes, field):
+    SplitSizes().check()
     with pytest.raises(UserError, match=f"config.data.{field}"):
-        Shares(**shares).check()
+        SplitSizes(**sizes).check()

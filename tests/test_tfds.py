@@ -1,7 +1,7 @@
-"""Datasets of TFDS as a source: prepared for real, read where there is no TensorFlow.
+"""Datasets of TFDS as a source: prepared by TFDS, read without TensorFlow.
 
-TFDS encodes arrays with TensorFlow but takes PIL images as they are, so that most tests
-here prepare their own datasets without it.
+TFDS encodes arrays with TensorFlow but stores PIL images without it, so that most tests
+here prepare their own datasets without TensorFlow.
 """
 
 import concurrent.futures
@@ -39,7 +39,7 @@ def picture(value):
 
 
 def examples(*labels):
-    """One for each label; the image tells its place."""
+    """One per label; the red channel is its index."""
     return [{"image": picture(i), "label": label} for i, label in enumerate(labels)]
 
 
@@ -54,7 +54,7 @@ def prepare(
     config="",
     module="pets_builder",
 ):
-    """Has TFDS prepare a dataset, {split: examples}; returns its own folder."""
+    """Prepares a dataset with TFDS, {split: examples}; returns its folder."""
     features = tfds.features.FeaturesDict(features or FEATURES)
     configs = [tfds.core.BuilderConfig(name=config)] if config else []
 
@@ -85,7 +85,7 @@ def prepare(
 
 
 def as_tfrecord(folder):
-    """Makes a prepared dataset one of TFDS's usual format, which wants TensorFlow."""
+    """Marks a prepared dataset as TFDS's default format, which needs TensorFlow."""
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
 
@@ -99,7 +99,7 @@ def read(folder, name, **columns):
 
 
 def stored(source):
-    """{(split, place in the examples)}: TFDS shuffles them, by the keys' hashes."""
+    """{(split, index of the example)}: TFDS shuffles them by the hashes of keys."""
     splits = [id_.split("/")[-2] for id_ in source.ids]
     reds = [int(source[i]["image"][0, 0, 0]) for i in range(len(source))]
     return set(zip(splits, reds, strict=True))
@@ -111,7 +111,7 @@ def error_of(folder, name, **columns):
     return str(error.value)
 
 
-# What was prepared is read.
+# Prepared datasets are read.
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "caltech101"])
@@ -165,7 +165,7 @@ def test_the_test_split_is_test(tmp_path, splits, test):
         assert source.is_test.tolist() == expected
 
 
-def test_an_unlabelled_test_split_is_left_alone(tmp_path):
+def test_an_unlabelled_test_split_is_ignored(tmp_path):
     splits = {"train": [0, 1], "validation": [1, 0], "test": [-1, -1]}
     prepare(tmp_path, "pets", {x: examples(*labels) for x, labels in splits.items()})
     source = read(tmp_path, "pets")
@@ -189,7 +189,7 @@ def test_an_image_without_a_label_is_a_defect(tmp_path):
     assert sorted(reasons) == ["no class has the label 1"] * 2 + ["no label"]
 
 
-def test_columns_are_named_or_the_supervised_keys(tmp_path):
+def test_columns_default_to_the_supervised_keys(tmp_path):
     features = {
         "photo": tfds.features.Image(),
         "thumbnail": tfds.features.Image(),
@@ -226,7 +226,7 @@ def test_versions_and_configs(tmp_path):
     assert "tfds:zoo/large" in error
 
 
-def test_the_default_folder_is_that_of_tfds(tmp_path, monkeypatch):
+def test_the_default_data_directory_is_that_of_tfds(tmp_path, monkeypatch):
     prepare(tmp_path, "pets", {"train": examples(0)})
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert len(read("", "pets")) == 1
@@ -241,7 +241,7 @@ def test_the_default_folder_is_that_of_tfds(tmp_path, monkeypatch):
 
 
 def test_images_are_decoded_like_those_of_any_source(tmp_path):
-    """TFDS itself returns indices of colours, ink for light, and alpha as a colour."""
+    """TFDS itself returns palette indices, CMYK as RGBA, and alpha unblended."""
     light = Image.new("RGB", (8, 8), (250, 240, 10))
     files = [io.BytesIO() for _ in range(3)]
     light.convert("P", palette=Image.Palette.ADAPTIVE).save(files[0], "PNG")
@@ -260,7 +260,7 @@ def test_images_are_decoded_like_those_of_any_source(tmp_path):
             assert np.abs(difference).max() < 8
 
 
-def test_an_image_is_decoded_when_it_is_asked_for(tmp_path):
+def test_an_image_is_decoded_on_access(tmp_path):
     prepare(tmp_path, "pets", {"train": [{"image": b"no image", "label": 0}]})
     source = read(tmp_path, "pets")
     with pytest.raises(BadImage, match="not a PNG"):
@@ -306,9 +306,12 @@ def test_many_threads_read_any_order(tmp_path):
             "cifar10",
             ["none of this name", 'mvc_jax[prepare]"', 'tfds.builder("cifar10"'],
         ),
-        ("cifra10", ["nor does TFDS know one", "Did you mean cifar10", "MODULE"]),
+        (
+            "cifra10",
+            ["which TFDS does not know either", "Did you mean cifar10", "MODULE"],
+        ),
         ("CIFAR10", ["Did you mean cifar10"]),
-        ("qqqqqq", ["nor does TFDS know one", "config.data.dir", "MODULE"]),
+        ("qqqqqq", ["which TFDS does not know either", "config.data.dir", "MODULE"]),
         ("pets:2.0.0", ["only pets/1.0.0", "MODULE"]),
         ("pets/small", ["none of this name"]),
         ("my set", ["config.data.source", "tfds:NAME"]),
@@ -322,12 +325,12 @@ def test_a_dataset_that_is_not_there(tmp_path, name, words):
         assert word in error
 
 
-def test_a_format_without_random_access_is_to_be_prepared_anew(tmp_path):
+def test_a_format_without_random_access_must_be_prepared_again(tmp_path):
     as_tfrecord(prepare(tmp_path, "pets", {"train": examples(0)}, version="1.2.3"))
     error = error_of(tmp_path, "pets")
     assert error.startswith(f"{tmp_path / 'pets' / '1.2.3'}: wanted")
     for word in (
-        "in the format tfrecord",
+        "the format tfrecord",
         f"config.data.dir={tmp_path / 'array_record'}",
         f'data_dir="{tmp_path / "array_record"}"',
         f'download_dir="{tmp_path / "downloads"}"',
@@ -337,7 +340,7 @@ def test_a_format_without_random_access_is_to_be_prepared_anew(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["a b", "a'b", 'a"b', "$(touch x)", "a;b"])
-def test_the_command_survives_the_shell(tmp_path, place):
+def test_the_command_is_quoted_for_the_shell(tmp_path, place):
     words = shlex.split(error_of(tmp_path / place, "cifar10").partition("pip ")[2])
     assert words[:4] == ["install", "mvc_jax[prepare]", "&&", "python"]
     assert f"data_dir={json.dumps(str(tmp_path / place))}" in words[-1]
@@ -357,7 +360,7 @@ def test_the_command_survives_the_shell(tmp_path, place):
         (FEATURES, {"label_column": "none"}, ["label_column", "'none'"]),
     ],
 )
-def test_a_dataset_of_other_things_is_told_by_its_features(
+def test_a_dataset_without_images_or_labels_is_refused_with_its_features(
     tmp_path, features, columns, words
 ):
     values = {"text": "", "image": picture(0), "label": 0}
@@ -375,7 +378,7 @@ def test_no_labelled_image_is_an_error(tmp_path, splits):
 
 
 @pytest.mark.parametrize("damage", ["info", "features", "shard", "cut", "zeros"])
-def test_damage_is_told_with_its_place(tmp_path, damage):
+def test_a_damaged_dataset_is_named(tmp_path, damage):
     folder = prepare(tmp_path, "pets", {"train": examples(*[0, 1] * 50)})
     shard = next(folder.glob("*.array_record-*"))
     if damage == "info":
@@ -392,9 +395,9 @@ def test_damage_is_told_with_its_place(tmp_path, damage):
     assert "Delete this folder" in error
 
 
-# Without TensorFlow, and prepared with it.
+# Reading without TensorFlow, and preparing with it.
 
-# Not `sys.modules["tensorflow"] = None`: TFDS takes that for a TensorFlow at work.
+# Not `sys.modules["tensorflow"] = None`, which TFDS takes for an imported TensorFlow.
 OPEN_WITHOUT_TENSORFLOW = """
 import importlib.machinery, json, sys
 
@@ -414,10 +417,11 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 from mvc_jax.data.sources import open_source
-source = open_source(sys.argv[1], data_dir=sys.argv[2])
-found = [(x["id"], x["label"], x["image"].tolist()) for x in map(source.__getitem__,
-                                                                range(len(source)))]
-print(json.dumps([source.class_names, source.is_test.tolist(), found]))
+for folder in sys.argv[2:]:
+    source = open_source(sys.argv[1], data_dir=folder)
+    rows = [source[i] for i in range(len(source))]
+    found = [(row["id"], row["label"], row["image"].tolist()) for row in rows]
+    print(json.dumps([source.class_names, source.is_test.tolist(), found]))
 assert not Blocked.tried and "tensorflow" not in sys.modules
 """
 
@@ -436,28 +440,29 @@ def run(code, *args, cwd=TESTS):
     return done.stdout
 
 
-def check_tiny_shapes(folder):
-    """Opens it in a process that cannot import TensorFlow, and looks at each image."""
+def check_tiny_shapes(*folders):
+    """Opens them in a process without TensorFlow, and compares each image."""
     sys.path.insert(0, str(TESTS))
     try:
         from tiny_shapes.tiny_shapes_dataset_builder import draw
     finally:
         sys.path.remove(str(TESTS))
-    printed = run(OPEN_WITHOUT_TENSORFLOW, "tfds:tiny_shapes", folder)
-    class_names, is_test, found = json.loads(printed)
-    assert class_names == ["disc", "square"]
-    assert is_test == [False] * 8 + [True] * 4
-    assert [id_ for id_, _, _ in found] == [
-        *(f"tiny_shapes/train/{i:06d}" for i in range(8)),
-        *(f"tiny_shapes/test/{i:06d}" for i in range(4)),
-    ]
-    for part, indices in ((found[:8], range(8)), (found[8:], range(8, 12))):
-        expected = sorted((i % 2, draw(i).tolist()) for i in indices)
-        assert sorted((label, image) for _, label, image in part) == expected
+    printed = run(OPEN_WITHOUT_TENSORFLOW, "tfds:tiny_shapes", *folders).splitlines()
+    assert len(printed) == len(folders)
+    for class_names, is_test, found in map(json.loads, printed):
+        assert class_names == ["disc", "square"]
+        assert is_test == [False] * 8 + [True] * 4
+        assert [id_ for id_, _, _ in found] == [
+            *(f"tiny_shapes/train/{i:06d}" for i in range(8)),
+            *(f"tiny_shapes/test/{i:06d}" for i in range(4)),
+        ]
+        for part, indices in ((found[:8], range(8)), (found[8:], range(8, 12))):
+            expected = sorted((i % 2, draw(i).tolist()) for i in indices)
+            assert sorted((label, image) for _, label, image in part) == expected
 
 
 def command_of(error):
-    """The Python code of the command that an error names."""
+    """The Python code in the command of an error."""
     return shlex.split(re.search(r"python -c .*", error)[0])[-1]
 
 
@@ -468,22 +473,21 @@ def test_tensorflow_is_never_imported(tmp_path):
 
 
 def test_datasets_are_prepared_as_the_errors_say(tmp_path, tensorflow_is_there):
-    """One that is not there, and one that is there in a format that is of no use."""
+    """A dataset that is missing, and one in a format without random access."""
     folder, old = tmp_path / "a folder", tmp_path / "old"
     missing = command_of(error_of(folder, "tiny_shapes"))
     missing = missing.replace("MODULE", MODULE)
     as_tfrecord(prepare(old, "tiny_shapes", {"train": examples(0)}, module=MODULE))
     error = error_of(old, "tiny_shapes")
-    run(f"{missing}; {command_of(error)}")  # at once: TensorFlow takes 6 s to import
-    check_tiny_shapes(folder)
-    check_tiny_shapes(re.search(r"config\.data\.dir=(\S+)", error)[1])
+    run(f"{missing}; {command_of(error)}")  # both, since TensorFlow takes 6 s to import
+    check_tiny_shapes(folder, re.search(r"config\.data\.dir=(\S+)", error)[1])
 
 
 @pytest.mark.parametrize(
     ("name", "classes"), [("cifar10", 10), ("cifar100", 100), ("caltech101", 102)]
 )
-def test_what_tfds_alone_finds_is_read_as_well(name, classes):
-    """Such as its own stand-in for a dataset, random images and labels."""
+def test_datasets_that_only_tfds_finds_are_read(name, classes):
+    """E.g. those of `mock_data`, with random images and labels."""
     with tfds.testing.mock_data(num_examples=7):
         source = open_source(f"tfds:{name}")
         assert len(source) == 14 and source.is_test.sum() == 7

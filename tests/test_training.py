@@ -1,4 +1,4 @@
-"""The loop: resumable by step, whatever happens; sharding rules; metrics on disk."""
+"""The training loop: resuming, skipped steps, sharding, memory, metrics on disk."""
 
 import functools
 import json
@@ -22,12 +22,12 @@ from mvc_jax.training.loop import (
     create_state,
     fit,
     gradients,
-    jitted,
+    jit_step,
     weighted_mean,
 )
 from mvc_jax.training.metrics import MetricsLog
 from mvc_jax.training.throughput import count_flops, peak_tflops
-from mvc_jax.training.train_logger import TrainLogger, Watch
+from mvc_jax.training.train_logger import DrawHook, TrainLogger
 from mvc_jax.training.validation import Validation
 
 TX = optax.adam(0.1)
@@ -56,10 +56,10 @@ def run(
     step=noisy_step,
     every=2,
     accumulate=1,
-    memory_budget=memory.DEVICE,
+    memory_budget=memory.WHOLE_DEVICE,
     log_every=1,
     loop=None,
-    **told,
+    **logger_options,
 ):
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     data = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
@@ -72,11 +72,11 @@ def run(
         step,
         create_state({"w": np.ones(3, np.float32)}, TX, mesh, ema=True),
         read=read,
-        fixed={},
+        constants={},
         mesh=mesh,
         steps=steps,
         checkpoints=Checkpoints(folder / "checkpoints", every=every, best="error"),
-        logger=TrainLogger(folder, "toy", log_every=log_every, **told),
+        logger=TrainLogger(folder, "toy", log_every=log_every, **logger_options),
         accumulate=accumulate,
         memory_budget=memory_budget,
         **(loop or {}),
@@ -106,10 +106,12 @@ def test_four_steps_are_two_and_two_more_bit_for_bit(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_steps_at_once_are_steps_one_by_one(tmp_path):
+def test_several_steps_per_dispatch_equal_single_steps(tmp_path):
     whole = run(tmp_path / "one", 6)
-    run(tmp_path / "three", 3, every=3, log_every=3, loop={"stride": 3})
-    again = run(tmp_path / "three", 6, every=3, log_every=3, loop={"stride": 3})
+    run(tmp_path / "three", 3, every=3, log_every=3, loop={"steps_per_dispatch": 3})
+    again = run(
+        tmp_path / "three", 6, every=3, log_every=3, loop={"steps_per_dispatch": 3}
+    )
     for a, b in zip(leaves(whole), leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     losses, thirds = (
@@ -118,16 +120,18 @@ def test_steps_at_once_are_steps_one_by_one(tmp_path):
     np.testing.assert_allclose(np.reshape(losses, (2, 3)).mean(1), thirds, rtol=1e-5)
 
 
-def test_a_run_that_goes_on_with_more_steps_at_once_ends_at_its_last(tmp_path):
+def test_a_run_resumed_with_more_steps_per_dispatch_ends_at_its_last_step(tmp_path):
     whole = run(tmp_path / "whole", 12, every=12)
     run(tmp_path / "cut", 4, every=4)
-    again = run(tmp_path / "cut", 12, every=6, log_every=6, loop={"stride": 6})
+    again = run(
+        tmp_path / "cut", 12, every=6, log_every=6, loop={"steps_per_dispatch": 6}
+    )
     assert int(again.step) == 12
     for a, b in zip(leaves(whole), leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_fits_of_one_kind_share_a_program(tmp_path):
+def test_fits_with_equal_shapes_share_a_program(tmp_path):
     programs = {}
     for name in ("a", "b"):
         run(tmp_path / name, 2, loop={"programs": programs})
@@ -147,17 +151,19 @@ def validation(patience, every=1):
 
 
 @pytest.mark.parametrize(("patience", "last"), [(0, 6), (1, 3), (2, 4), (3, 6)])
-def test_it_ends_when_nothing_better_has_come_for_too_long(tmp_path, patience, last):
+def test_training_ends_after_patience_steps_without_improvement(
+    tmp_path, patience, last
+):
     state = run(tmp_path, 6, every=1, loop=validation(patience))
     assert int(state.step) == last
     again = run(tmp_path, 6, every=1, loop=validation(patience))
-    assert int(again.step) == last  # it stays ended
+    assert int(again.step) == last  # rerunning does not train on
     errors = [row["error"] for row in rows_of(tmp_path) if "error" in row]
     assert errors == ERRORS[:last]
 
 
-def test_it_ends_at_a_look_not_between_two(tmp_path):
-    """Of the losses seen, 3, 4 and 2, the last is the lowest, four steps on."""
+def test_training_ends_only_at_a_validation(tmp_path):
+    """Of the losses measured, 3, 4 and 2, the last is the lowest, four steps later."""
     state = run(tmp_path, 6, every=2, log_every=2, loop=validation(3, every=2))
     assert int(state.step) == 6
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=2, best="error")
@@ -165,7 +171,7 @@ def test_it_ends_at_a_look_not_between_two(tmp_path):
     checkpoints.close()
 
 
-def test_the_best_state_comes_back(tmp_path):
+def test_the_best_state_is_restored(tmp_path):
     best = 2
     expected = run(tmp_path / "best", best)
     state = run(tmp_path / "all", 4, every=1, loop=validation(0))
@@ -178,13 +184,13 @@ def test_the_best_state_comes_back(tmp_path):
         if file.is_file():
             file.write_bytes(b"damaged")
     with pytest.raises(
-        UserError, match="checkpoints/2: .*damaged.*train this one anew"
+        UserError, match="checkpoints/2: .*damaged.*train this one again"
     ):
         checkpoints.restore_best(found)
     checkpoints.close()
 
 
-def test_rows_that_a_killed_run_wrote_past_its_checkpoint_are_dropped(tmp_path):
+def test_rows_that_a_killed_run_wrote_after_its_checkpoint_are_dropped(tmp_path):
     run(tmp_path, 2)
     log = MetricsLog(tmp_path, "toy", from_step=9)
     log.write(3, loss=123.0)
@@ -211,7 +217,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path, caplog):
 
 
 def bad_at(steps, what="both", poison=np.inf):
-    """`noisy_step`, but for a loss or a gradient that is not finite at some steps."""
+    """`noisy_step` whose loss or gradient is not finite at the given steps."""
 
     def spoil(step, value, grads):
         added = jnp.where(jnp.isin(step, jnp.array([*steps])), poison, 0.0)
@@ -228,20 +234,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
     assert int(state.step) == 6
     assert int(state.skipped) == 3
     assert int(state.skipped_in_a_row) == 0
-    assert "toy: 1 of the 1 steps up to 2 were skipped" in caplog.text
+    assert "toy: 1 of the 1 steps up to step 2 were skipped" in caplog.text
     rows = rows_of(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 1, 1, 0, 1, 0]
     assert ["loss" in row for row in rows] == [True, False, False, True, False, True]
     count = next(x for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32)
-    assert int(count) == 3  # the optimiser took the good steps alone
+    assert int(count) == 3  # the optimiser took only the good steps
     assert np.isfinite(np.concatenate([x.ravel() for x in leaves(state)])).all()
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("poison", [np.nan, -np.inf])
 @pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 4)])
-def test_a_bad_step_leaves_all_but_its_counts_as_they_were(what, poison, data, fsdp):
-    """Bit for bit, negative zeros too, and on every device."""
+def test_a_bad_step_changes_nothing_but_its_counts(what, poison, data, fsdp):
+    """Bit for bit, including negative zeros, and on every device."""
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     params = {"kernel": np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)}
     tx = optim.adam(0.1, max_norm=1.0)
@@ -267,8 +273,8 @@ def test_a_bad_step_leaves_all_but_its_counts_as_they_were(what, poison, data, f
         assert a.tobytes() != b.tobytes()
 
 
-def test_an_update_takes_place_where_the_old_state_lies():
-    """That a step may be skipped costs no copy of what it would change."""
+def test_an_update_is_in_place():
+    """Although a step may be skipped, no copy of the state is made."""
     mesh = sharding.make_mesh(1, 8)
     params = {f"{n}": {"kernel": np.ones((256, 256), np.float32)} for n in range(12)}
     state = create_state(params, TX, mesh, ema=True)
@@ -279,15 +285,15 @@ def test_an_update_takes_place_where_the_old_state_lies():
         return state.update(batch["grads"], TX, metrics, ema_decay=0.9), metrics
 
     batch = {"loss": jnp.zeros(()), "grads": grads}
-    analysis = jitted(train_step, state).lower(state, {}, batch).compile()
+    analysis = jit_step(train_step, state).lower(state, {}, batch).compile()
     analysis = analysis.memory_analysis()
-    share = 4 * 12 * 256 * 256 / 8  # bytes of the parameters on one device
-    assert analysis.alias_size_in_bytes > 4 * share
-    assert analysis.temp_size_in_bytes < 0.2 * share
+    shard = 4 * 12 * 256 * 256 / 8  # bytes of the parameters on one device
+    assert analysis.alias_size_in_bytes > 4 * shard
+    assert analysis.temp_size_in_bytes < 0.2 * shard
 
 
-def test_too_many_bad_steps_in_a_row_end_the_run_with_the_good_state(tmp_path):
-    with pytest.raises(UserError, match="toy.*finite.*4 steps in a row"):
+def test_too_many_consecutive_bad_steps_end_the_run_with_the_last_good_state(tmp_path):
+    with pytest.raises(UserError, match="toy.*finite.*4 consecutive steps"):
         run(tmp_path, 9, step=bad_at([2, 4, 5, 6, 7, 8]), max_skipped=3)
     good = run(tmp_path / "good", 4, step=bad_at([2]))
     kept = Checkpoints(tmp_path / "checkpoints", every=2).restore(
@@ -297,19 +303,19 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_good_state(tmp_path):
     np.testing.assert_array_equal(kept.params["w"], good.params["w"])
 
 
-def test_a_hopeless_run_stays_hopeless_when_it_is_repeated(tmp_path):
+def test_a_diverged_run_stays_diverged_when_it_is_repeated(tmp_path):
     for _ in range(3):
-        with pytest.raises(UserError, match="4 steps in a row") as error:
+        with pytest.raises(UserError, match="4 consecutive steps") as error:
             run(tmp_path, 4, step=bad_at([0, 1, 2, 3]), max_skipped=3)
         assert f"a new --workdir or after deleting {tmp_path}/toy" in str(error.value)
 
 
 @pytest.mark.parametrize("steps, every", [(40, 100), (20, 100), (40, 5), (40, 20)])
-def test_a_streak_counts_that_ended_within_a_row(tmp_path, steps, every):
-    """Also when it is repeated, from a checkpoint that knows nothing of it."""
+def test_a_streak_that_ended_before_its_row_was_written_counts(tmp_path, steps, every):
+    """Also when the run is repeated, from a checkpoint saved before the streak."""
     settings = {"step": bad_at(range(1, 19)), "log_every": 20, "every": every}
     for _ in range(3):
-        with pytest.raises(UserError, match=r"toy.* 1\d steps in a row"):
+        with pytest.raises(UserError, match=r"toy.* 1\d consecutive steps"):
             run(tmp_path, steps, max_skipped=10, **settings)
     state = run(tmp_path / "more", steps, max_skipped=19, **settings)
     assert int(state.skipped) == 18
@@ -317,7 +323,7 @@ def test_a_streak_counts_that_ended_within_a_row(tmp_path, steps, every):
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
 def test_any_batch_on_any_mesh_gives_the_same_training(tmp_path, data, fsdp):
-    """A batch of 5 on 8 devices is padded with examples that weigh nothing."""
+    """A batch of 5 is padded to 8 with examples of weight 0."""
     one = run(tmp_path / "one", 4)
     mesh = sharding.make_mesh(data, fsdp)
     eight = run(tmp_path / "eight", 4, mesh=mesh)
@@ -325,7 +331,7 @@ def test_any_batch_on_any_mesh_gives_the_same_training(tmp_path, data, fsdp):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_rules_decide_and_what_does_not_divide_stays_whole():
+def test_the_first_rule_is_used_and_an_indivisible_leaf_is_replicated():
     mesh = sharding.make_mesh(2, 4)
     tree = {
         "a": {"kernel": np.zeros((3, 8, 12)), "bias": np.zeros(12)},
@@ -342,7 +348,7 @@ def test_rules_decide_and_what_does_not_divide_stays_whole():
     assert first["a"]["bias"].spec == P("fsdp")
 
 
-def test_optimiser_state_is_born_with_its_parameter_s_sharding():
+def test_optimiser_state_has_the_sharding_of_its_parameter():
     mesh = sharding.make_mesh(2, 4)
     state = create_state({"kernel": np.zeros((8, 3), np.float32)}, TX, mesh, ema=True)
     for leaf in jax.tree.leaves(
@@ -357,7 +363,9 @@ def squared_errors(params, batch):
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
-def test_micro_batches_have_the_gradient_of_the_whole_padding_or_not(parts):
+def test_micro_batches_have_the_gradient_of_the_whole_batch_with_or_without_padding(
+    parts,
+):
     draw = np.random.default_rng(1)
     batch = {
         "x": draw.normal(size=(6, 3)).astype(np.float32),
@@ -376,7 +384,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_padding_or_not(parts):
         )
 
 
-def test_micro_batches_are_spread_over_the_devices(tmp_path):
+def test_micro_batches_are_sharded_over_the_devices(tmp_path):
     def step(state, batch):
         assert batch["x"].shape[0] == 24  # 8 devices x 3 parts
         value, grads = gradients(squared_errors, state.params, batch, 3)
@@ -401,7 +409,7 @@ def test_master_weights_are_fp32_whatever_the_file_had():
     np.testing.assert_array_equal(state.params["kernel"], np.arange(8))
 
 
-def test_a_step_that_does_not_fit_is_refused_with_numbers_and_ways_out(tmp_path):
+def test_a_step_over_the_memory_budget_is_refused_with_numbers_and_a_hint(tmp_path):
     with pytest.raises(UserError) as error:
         run(tmp_path, 2, memory_budget=memory.MemoryBudget(40, "Do less."))
     assert "0.00 GiB of cpu" in str(error.value)
@@ -410,32 +418,32 @@ def test_a_step_that_does_not_fit_is_refused_with_numbers_and_ways_out(tmp_path)
     run(tmp_path, 2, memory_budget=memory.MemoryBudget(1 << 30, ""))
 
 
-def test_a_row_has_rates_memory_and_what_was_to_be_watched(tmp_path):
+def test_rows_have_rates_and_memory_and_the_draw_hook_is_called(tmp_path):
     seen = []
 
     def draw(step, state, log):
         seen.append((step, int(state.step)))
         log.picture(step, "grid", np.zeros((4, 4, 3), np.uint8))
 
-    run(tmp_path, 5, flops=1e6, watch=Watch(2, draw))
+    run(tmp_path, 5, flops=1e6, draw_hook=DrawHook(2, draw))
     assert seen == [(2, 2), (4, 4), (5, 5)]
     for row in rows_of(tmp_path):
         assert row["examples_per_s"] > 0
         assert row["tflops"] == pytest.approx(row["examples_per_s"] * 1e-6)
         assert 0.01 < row["memory_gib"] < 1000
-        assert "mfu" not in row  # nobody knows the peak of a CPU
+        assert "mfu" not in row  # the peak of a CPU is unknown
 
 
-def test_a_picture_that_fails_costs_no_checkpoint(tmp_path):
+def test_a_draw_hook_that_fails_costs_no_checkpoint(tmp_path):
     def draw(step, state, log):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(tmp_path, 8, every=4, watch=Watch(4, draw))
+        run(tmp_path, 8, every=4, draw_hook=DrawHook(4, draw))
     assert (tmp_path / "checkpoints" / "4").exists()
 
 
-def test_a_run_that_is_stopped_saves_and_then_draws_what_is_due(tmp_path):
+def test_a_stopped_run_saves_before_it_draws(tmp_path):
     seen = []
 
     def draw(step, state, log):
@@ -445,9 +453,9 @@ def test_a_run_that_is_stopped_saves_and_then_draws_what_is_due(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with preemption.handled(), pytest.raises(preemption.Preempted, match="step 3"):
-        run(tmp_path, 8, every=100, watch=Watch(1, draw))
+        run(tmp_path, 8, every=100, draw_hook=DrawHook(1, draw))
     assert seen == [(1, []), (2, []), (3, ["3"])]
-    run(tmp_path, 8, every=100, watch=Watch(1, draw))
+    run(tmp_path, 8, every=100, draw_hook=DrawHook(1, draw))
     assert [step for step, _ in seen] == [*range(1, 9)]
 
 
@@ -481,17 +489,17 @@ def test_flops_are_those_of_products_and_convolutions():
         ("TPU v6e", 918),
     ],
 )
-def test_the_peak_of_a_device_is_known_or_none(kind, peak):
+def test_peak_tflops(kind, peak):
     assert peak_tflops(kind) == peak
 
 
 @pytest.mark.parametrize("data, fsdp", [(3, 1), (-1, 3), (0, 8), (4, 4)])
-def test_a_mesh_that_does_not_fit_is_an_error(data, fsdp):
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(data, fsdp):
     with pytest.raises(UserError, match=r"config.mesh.*8 devices"):
         sharding.make_mesh(data, fsdp)
 
 
-def test_purposes_and_examples_have_keys_of_their_own():
+def test_each_purpose_and_each_example_has_its_own_key():
     keys = [rng.purpose_key(s, p) for s in (0, 1) for p in ("a", "b")]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 4
     one = rng.example_keys(keys[0], jnp.arange(3))

@@ -1,1 +1,1 @@
-"""Other people's files: found, recognised, read and written."""
+"""Files in the formats of other libraries: found, checked, read and written."""

@@ -1,7 +1,6 @@
-"""A captioner's checkpoint: found, as a folder or on the Hugging Face hub; looked over.
+"""The files of a captioner's checkpoint, in a folder or on the Hugging Face hub.
 
-No weights are read here, and neither JAX nor PyTorch is imported: `blip2` needs this
-where JAX must not be, `vit_gpt2` where PyTorch is not.
+No weights are read, and neither JAX nor PyTorch is imported.
 """
 
 import dataclasses
@@ -11,24 +10,24 @@ from etils import epath
 
 from mvc_jax import files
 from mvc_jax.checkpoints import hub
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 
 _PROCESSOR = "preprocessor_config.json"
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model")  # any one of them
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model")  # one suffices
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
-_INDEX = ".index.json"  # follows the name of weights that are split into shards
+_INDEX = ".index.json"  # suffix of the index of weights in shards
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a captioner finds in a checkpoint folder, besides processor and tokenizer.
+    """A captioner's files in a checkpoint folder, besides processor and tokenizer.
 
     Attributes:
-      model_type: what config.json calls the architecture.
+      model_type: of the architecture, in config.json.
       torch_class: its PyTorch class in transformers, which converts old weights.
-      weights: files of which any one will do; a name that ends in `.index.json` stands
-        for the shards that it lists.
-      shards: a pattern of the names of such shards.
+      weights: names of weights, of which one file suffices; a name that ends in
+        `.index.json` means the shards that it lists.
+      shards: pattern of the names of such shards.
     """
 
     model_type: str
@@ -38,10 +37,11 @@ class Layout:
 
 
 def find(model: str, layout: Layout) -> epath.Path:
-    """The folder of a checkpoint; one named by its hub name is downloaded first.
+    """The folder of a checkpoint; a name on the hub is downloaded first.
 
     Raises:
-      UserError: there is none, the hub does not give it, or it is no such checkpoint.
+      UserError: there is none, the download failed, or it is another kind of
+        checkpoint.
     """
     if hub.is_local(model):
         return _check_folder(model, layout)
@@ -51,7 +51,11 @@ def find(model: str, layout: Layout) -> epath.Path:
 
 
 def check(model: str, layout: Layout) -> epath.Path | None:
-    """The folder, unless `find` would refuse it; None for a name that the hub has."""
+    """Raises the errors of `find`, without a download.
+
+    Returns:
+      the folder; None for a hub name, which is only looked up.
+    """
     if hub.is_local(model):
         return _check_folder(model, layout)
     hub.check_name(model, field=field(model))
@@ -61,41 +65,43 @@ def check(model: str, layout: Layout) -> epath.Path | None:
 def _check_folder(
     folder: epath.PathLike, layout: Layout, model: str | None = None
 ) -> epath.Path:
-    """Refuses, without reading weights, what is no checkpoint of this layout.
+    """Checks that a folder is a checkpoint of this layout; reads no weights.
 
     Args:
-      folder: holds config.json, weights, and the files of processor and tokenizer.
-      layout: what is expected of it.
-      model: the name that the user gave, where it is not the folder.
+      folder: with config.json, weights, and the files of processor and tokenizer.
+      layout: the expected one.
+      model: the config field's value, where it is not the folder.
 
     Raises:
       UserError: the folder or a file is missing, or it is of another architecture.
     """
     model, folder = model or str(folder), epath.Path(folder).expanduser()
-    require(
-        "://" not in model and folder.is_dir(),
-        field(model),
-        wanted="a checkpoint folder on a local disk, or a name on the Hugging Face hub",
-        got="a folder elsewhere" if "://" in model else "no such folder",
-        fix="Copy it here." if "://" in model else "Check the path.",
-    )
+    remote = "://" in model
+    if remote or not folder.is_dir():
+        raise UserError(
+            field(model),
+            wanted="a checkpoint folder on a local disk, or a name on the Hugging Face "
+            "hub",
+            got="a folder elsewhere" if remote else "no such folder",
+            fix="Copy it to a local disk." if remote else "Check the path.",
+        )
     kind = _read_json(folder / "config.json", model).get("model_type")
-    require(
-        kind == layout.model_type,
-        field(model),
-        wanted=f"a checkpoint of model_type {layout.model_type!r} in its config.json",
-        got=repr(kind),
-        fix="Name another checkpoint, or another config.caption.captioner.",
-    )
+    if kind != layout.model_type:
+        raise UserError(
+            field(model),
+            wanted=f"model_type {layout.model_type!r} in its config.json",
+            got=repr(kind),
+            fix="Use another checkpoint, or another config.caption.captioner.",
+        )
     _check_weights(folder, layout, model)
     for names in ((_PROCESSOR,), _TOKENIZERS):
-        require(
-            any((folder / name).exists() for name in names),
-            field(model),
-            wanted=" or ".join(names),
-            got=f"none in {folder}",
-            fix="Download the checkpoint whole, with its processor and tokenizer.",
-        )
+        if not any((folder / name).exists() for name in names):
+            raise UserError(
+                field(model),
+                wanted=" or ".join(names),
+                got=f"none in {folder}",
+                fix="Download the whole checkpoint, with its processor and tokenizer.",
+            )
     return folder
 
 
@@ -109,47 +115,48 @@ def _read_json(path: epath.Path, model: str) -> dict[str, Any]:
             field(model),
             wanted=f"a checkpoint folder with its {path.name}",
             got=f"bad JSON in it ({error})" if path.exists() else f"none at {path}",
-            fix="Point it at a folder saved by save_pretrained.",
+            fix="Use a folder saved by save_pretrained.",
         ) from error
     return content
 
 
 def _check_weights(folder: epath.Path, layout: Layout, model: str) -> None:
-    """Requires one of the weight files, and of an index all shards that it names."""
+    """Requires one of the weight files and, for an index, all shards in it."""
     found = [name for name in layout.weights if (folder / name).exists()]
     pickles = sorted(path.name for path in folder.glob("*.bin"))
-    require(
-        bool(found),
-        field(model),
-        wanted=f"weights in {' or '.join(layout.weights)}",
-        got=f"{', '.join(pickles) or 'none'} in {folder}; a pickle is never opened",
-        fix=_how_to_convert(folder, layout.torch_class, model),
-    )
+    if not found:
+        raise UserError(
+            field(model),
+            wanted=f"weights in {' or '.join(layout.weights)}",
+            got=f"{', '.join(pickles) or 'none'} in {folder}; a pickle is never opened",
+            fix=_how_to_convert(folder, layout.torch_class, model),
+        )
     if not found[0].endswith(_INDEX):
         return
     index = _read_json(folder / found[0], model)
     shards = set(index.get("weight_map", {}).values())
     missing = sorted(name for name in shards if not (folder / name).exists())
-    require(
-        not missing,
-        field(model),
-        wanted=f"the {len(shards)} files that {found[0]} names",
-        got=f"{folder} without {', '.join(missing)}",
-        fix="Download the checkpoint again.",
-    )
+    if missing:
+        raise UserError(
+            field(model),
+            wanted=f"the {len(shards)} files in {found[0]}",
+            got=f"{folder} without {', '.join(missing)}",
+            fix="Download the checkpoint again.",
+        )
 
 
 def _how_to_convert(folder: epath.Path, torch_class: str, model: str) -> str:
-    load, place = "", str(folder)
-    if str(folder) != model:  # the hub's cache is no place to write to
-        load, place = f"hf download {model} --local-dir FOLDER, then ", "FOLDER"
+    download, target = "", str(folder)
+    if str(folder) != model:  # the hub's cache should not be modified
+        download, target = f"hf download {model} --local-dir FOLDER, then ", "FOLDER"
     return (
-        f"If you trust it, convert it once, with PyTorch: {load}"
+        f"If you trust it, convert it once, with PyTorch: {download}"
         f'python -c "from transformers import {torch_class} as M; '
-        f"M.from_pretrained('{place}').save_pretrained('{place}')\", and name {place}."
+        f"M.from_pretrained('{target}').save_pretrained('{target}')\", and use "
+        f"{target}."
     )
 
 
 def field(model: str) -> str:
-    """The name of the setting, for errors."""
+    """The config field with its value, for errors."""
     return f"config.caption.model {model!r}"

@@ -1,7 +1,7 @@
-"""The card of a synthetic dataset: README.md, as the Hugging Face hub reads it.
+"""The card of a synthetic dataset: README.md for the Hugging Face hub.
 
-Its front matter names the files of each part, which `load_dataset(folder)` would else
-guess from the names in the folder.
+Its front matter lists the files of each configuration; without it,
+`load_dataset(folder)` would guess from file names.
 """
 
 import dataclasses
@@ -15,29 +15,34 @@ from mvc_jax import files
 from mvc_jax.checkpoints import model_card
 from mvc_jax.checkpoints.model_card import code, table
 
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
-_SIZES += ((1_000_000, "100K<n<1M"), (float("inf"), "1M<n<10M"))
-_FILTERS = "filters"  # among the settings, where some were on
+_SIZES = (  # upper limit of the number of images, the hub's size category
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (float("inf"), "1M<n<10M"),
+)
+_FILTERS = "filters"  # key of the settings, if any filter was on
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the card tells, as plain values.
+    """The content of the card, as plain values.
 
     Attributes:
       set: its name in the run.
-      about: what distinguishes this set, a sentence.
+      about: a sentence on what distinguishes this set.
       dataset: name of the real dataset.
       classes: their names.
       counts: synthetic images of each class.
-      real: real images of each class that lie beside them; all 0: none do.
-      size: of the images, in words.
-      settings: how the images were drawn, by name.
-      redrawn: reason -> images that were drawn anew and kept.
+      real: real images of each class in the folder; all 0 if there are none.
+      size: of the images, as text.
+      settings: of the generation, by name.
+      redrawn: reason -> images that were drawn again and kept.
       left_out: reason -> images that are not in the dataset.
       base: hub name, or path, of the base model.
       license: of the base, from `model_card.base_license`.
-      pictures: whether the folder `train/` is there.
+      pictures: whether the folder `train/` exists.
     """
 
     set: str
@@ -71,59 +76,106 @@ def text(facts: Facts) -> str:
     title = f"# {code(facts.dataset)}, enlarged: the set {code(facts.set)}"
     about = f"{title}\n\n{_ABOUT}\n{facts.about}\n"
     drawn = f"## How the images were drawn\n\n{table(facts.settings)}"
-    sections = [about, _counts(facts), drawn, _guards(facts), _base(facts)]
+    sections = [about, _counts(facts), drawn, _redrawn(facts), _base(facts)]
     sections += [_USE, _loading(facts), _REFERENCES]
     return f"---\n{front}---\n\n" + "\n".join(sections)
 
 
-def in_words(config: Mapping[str, Any], *, mixes: bool) -> dict[str, Any]:
-    """How the images of a set were drawn, for people.
+def in_words(
+    *,
+    seed: int,
+    per_image: int | None,
+    mixing: Mapping[str, Any] | None,
+    text_scale: tuple[float, float],
+    image_scale: tuple[float, float],
+    sampler: str,
+    steps: int,
+    guidance_interval: tuple[float, float],
+    guidance_rescale: float,
+    filters: str,
+) -> dict[str, Any]:
+    """How the images of a set were drawn, by name, for `Facts.settings`.
 
     Args:
-      config: of the run, as plain values.
-      mixes: whether the set follows the recipes; else the mixing is not told.
+      seed: of the run.
+      per_image: synthetic images for each real one; None: recipes edited by hand.
+      mixing: from `mixing_in_words`; None: the set does not mix, or its recipes were
+        edited by hand.
+      text_scale: minimum and maximum guidance scale of the text.
+      image_scale: minimum and maximum guidance scale of the image.
+      sampler: its name.
+      steps: of the sampler.
+      guidance_interval: fractions of the training timesteps with guidance.
+      guidance_rescale: of the guided prediction.
+      filters: from `filters_in_words`.
     """
-    section, asked = config["mix"], config["generate"]
-    told: dict[str, Any] = {}
-    if section["file"]:
-        told["recipes"] = "edited by hand"
+    words: dict[str, Any] = {}
+    if per_image is None:
+        words["recipes"] = "edited by hand"
     else:
-        told["images for each real one"] = section["per_image"]
-    if mixes and not section["file"]:
-        tokens = _span(section["tokens"], section["tokens_most"])
-        told["modes, in turn"] = ", ".join(section["modes"])
-        told["coarse mixing"] = f"{tokens} tokens; which: {section['positions']}"
-        told["fine mixing"] = f"{section['dims']} dims; of tokens: {section['dims_on']}"
-        told["partners"] = f"{section['partners']}; of class: {section['partner']}"
-    if not section["file"]:
-        for name in ("text_scale", "image_scale"):
-            told[name.replace("_", " ")] = _span(asked[name], asked[f"{name}_most"])
-    told["sampler"] = f"{asked['sampler']}, {asked['steps']} steps"
-    told["guidance interval"] = _span(*asked["guidance_interval"])
-    told["guidance rescale"] = f"{asked['guidance_rescale']:g}"
-    if filtered := _filters(asked["filter"]):
-        told[_FILTERS] = filtered
-    return told | {"seed": config["seed"]}
+        words["images for each real one"] = per_image
+    words.update(mixing or {})
+    if per_image is not None:
+        words["text scale"] = _span(*text_scale)
+        words["image scale"] = _span(*image_scale)
+    words["sampler"] = f"{sampler}, {steps} steps"
+    words["guidance interval"] = _span(*guidance_interval)
+    words["guidance rescale"] = f"{guidance_rescale:g}"
+    if filters:
+        words[_FILTERS] = filters
+    words["seed"] = seed
+    return words
 
 
-def _filters(section: Mapping[str, Any]) -> str:
-    """Those that are on, with their thresholds."""
-    said = []
-    if section["label"]:
-        least, top = section["label_threshold"], section["label_top"]
-        by = "CLIP" if section["label"] == "clip" else f"{section['label_folds']} folds"
-        likeliest = f" or among the {top} likeliest" if top else ""
-        said.append(f"label, by {by}: {least:g} or more{likeliest}")
-    if section["copies"]:
-        of = {"any": "any real image", "source": "the source"}[section["copies"]]
-        said.append(f"copies, of {of}: quantile {section['copies_quantile']:g}")
-    if section["outliers"]:
-        said.append(f"outliers: quantile {section['outliers_quantile']:g}")
-    return "; ".join(said)
+def mixing_in_words(
+    *,
+    modes: Sequence[str],
+    tokens: tuple[int, int],
+    positions: str,
+    dims: int,
+    dims_on: str,
+    partners: int,
+    partner: str,
+) -> dict[str, str]:
+    """How recipes were drawn, by name: fields of `recipes.Drawing`.
+
+    `tokens` are the minimum and the maximum number.
+    """
+    return {
+        "modes, in turn": ", ".join(modes),
+        "coarse mixing": f"{_span(*tokens)} tokens; which: {positions}",
+        "fine mixing": f"{dims} dims; of tokens: {dims_on}",
+        "partners": f"{partners}; of class: {partner}",
+    }
 
 
-def _span(least: float | int, most: float | int) -> str:
-    return f"{least:g} to {most:g}" if most > least else f"{least:g}"
+def filters_in_words(
+    *,
+    label: str,
+    label_folds: int,
+    label_threshold: float,
+    label_top: int,
+    copies: str,
+    copies_quantile: float,
+    outliers: bool,
+    outliers_quantile: float,
+) -> str:
+    """The filters that are on, with their thresholds: fields of `FilterSettings`."""
+    words = []
+    if label:
+        by = "CLIP" if label == "clip" else f"{label_folds} folds"
+        likeliest = f" or among the {label_top} likeliest" if label_top else ""
+        words.append(f"label, by {by}: {label_threshold:g} or more{likeliest}")
+    if copies:
+        of = {"any": "any real image", "source": "the source"}[copies]
+        words.append(f"copies, of {of}: quantile {copies_quantile:g}")
+    if outliers:
+        words.append(f"outliers: quantile {outliers_quantile:g}")
+    return "; ".join(words)
+
+
+def _span(low: float | int, high: float | int) -> str:
+    return f"{low:g} to {high:g}" if high > low else f"{low:g}"
 
 
 def _front_matter(facts: Facts) -> dict[str, Any]:
@@ -136,7 +188,7 @@ def _front_matter(facts: Facts) -> dict[str, Any]:
         **facts.license,
         "pretty_name": f"{facts.dataset}, {facts.set}",
         "task_categories": ["image-classification"],
-        "size_categories": [next(name for most, name in _SIZES if total < most)],
+        "size_categories": [next(name for limit, name in _SIZES if total < limit)],
         "tags": ["synthetic", "data-augmentation", "mvc_jax"],
         "configs": [
             {"config_name": name, "data_files": [{"split": "train", "path": path}]}
@@ -146,21 +198,21 @@ def _front_matter(facts: Facts) -> dict[str, Any]:
 
 
 _ABOUT = """\
-Synthetic images, drawn by a Stable Diffusion that was fine-tuned on the real ones, to
-train classifiers on both together. Made by `mvc_jax` (Mixing Visual Concepts).
+Synthetic images, generated by a Stable Diffusion that was fine-tuned on the real ones,
+to train classifiers on both. Made with `mvc_jax` (Mixing Visual Concepts).
 """
 
 _USE = """\
 ## Intended use and limits
 
-- Meant as additional training images for a classifier of these classes; test on real
-  images alone.
-- Labels are those of the real images that conditioned each one. Nobody has looked at
-  every image: some may show another class, or nothing.
+- They are intended as additional training images for a classifier of these classes;
+  test on real images only.
+- Each label is that of the real image that conditioned the synthetic one. The images
+  were not inspected one by one: some may show another class, or nothing.
 - Synthetic images may resemble training images, whole or in part. If those are
   private, do not publish this dataset.
-- They are no evidence: not for diagnosis, identification or decisions about people.
-- They carry on the errors and biases of the base model and of the real images.
+- They are not evidence, and not for diagnosis, identification or decisions about
+people. - They inherit the errors and biases of the base model and of the real images.
 - The licence of the base model, and the terms of the real dataset, may apply.
 """
 
@@ -179,30 +231,28 @@ def _counts(facts: Facts) -> str:
         lines = ["| class | synthetic | real |", "|---|---|---|"]
     rows = zip(facts.classes, facts.counts, facts.real, strict=True)
     rows = [(code(name).replace("|", r"\|"), *numbers) for name, *numbers in rows]
-    for name, synthetic, beside in [
-        *rows,
-        ("all", sum(facts.counts), sum(facts.real)),
-    ]:
-        end = f" {beside} |" if real else ""
-        lines.append(f"| {name} | {synthetic} |{end}")
+    total = ("all", sum(facts.counts), sum(facts.real))
+    for name, synthetic_count, real_count in [*rows, total]:
+        end = f" {real_count} |" if real else ""
+        lines.append(f"| {name} | {synthetic_count} |{end}")
     return f"## Images\n\nSize: {facts.size}.\n\n" + "\n".join(lines) + "\n"
 
 
-def _guards(facts: Facts) -> str:
-    def said(counts: Mapping[str, int]) -> str:
+def _redrawn(facts: Facts) -> str:
+    def with_reasons(counts: Mapping[str, int]) -> str:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
         return f"{sum(counts.values())}" + (f" ({reasons})" if reasons else "")
 
     lists = "`redrawn.jsonl` lists them."
     if _FILTERS in facts.settings:
         lists = (
-            "`redrawn.jsonl` lists them, and `removed.jsonl` those that filters left "
-            "out, with their reasons."
+            "`redrawn.jsonl` lists them, and `removed.jsonl` the images that filters "
+            "removed, with the reasons."
         )
     return (
-        "## What was drawn anew, and left out\n\n"
-        f"Drawn anew with other noise: {said(facts.redrawn)}. "
-        f"Left out: {said(facts.left_out)}. {lists}\n"
+        "## Images drawn again, and left out\n\n"
+        f"Drawn again with other noise: {with_reasons(facts.redrawn)}. "
+        f"Left out: {with_reasons(facts.left_out)}. {lists}\n"
     )
 
 
@@ -221,14 +271,14 @@ def _loading(facts: Facts) -> str:
     body = "\n".join(lines)
     columns = (
         "`label` is the class, `source` the real image that conditioned the synthetic "
-        "one, the other columns how to draw it again."
+        "one; the other columns are how to generate it again."
     )
     folder = (
         " `train/<class>/` holds the same images as files, for torchvision's "
         "`ImageFolder`, Keras and TFDS."
     )
     return (
-        "## Load it\n\nFrom within this folder; on the hub, its name there stands for "
-        f"the dot.\n\n```python\n{body}\n```\n\n"
+        "## Load it\n\nRun this in the folder, or replace the dot by the dataset's "
+        f"name on the hub.\n\n```python\n{body}\n```\n\n"
         f"{columns}{folder if facts.pictures else ''}\n"
     )

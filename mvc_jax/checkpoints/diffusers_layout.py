@@ -1,17 +1,15 @@
-"""A pipeline folder in the diffusers layout: found, checked, read, written.
+"""A Stable Diffusion pipeline in the diffusers layout: found, checked, read, written.
 
-Weights on disk are safetensors under PyTorch's names. A base without downloadable
-weights (`pretrain`) and a real checkpoint, in a folder or on the Hugging Face hub, come
-in by the same `load`.
+Weights on disk are safetensors under PyTorch's names. `load` reads any base: the one
+that `pretrain` wrote, a folder, or a checkpoint on the Hugging Face hub.
 """
 
 import importlib.metadata
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import transformers
 from absl import logging
 from etils import epath
 
@@ -23,7 +21,8 @@ from mvc_jax.checkpoints import (
     scheduler_config,
     weights,
 )
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
+from mvc_jax.models.flax_classes import transformers
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 WEIGHTS = pipeline_folder.WEIGHTS
@@ -46,12 +45,12 @@ def load(
     """Reads a model in the diffusers layout: safetensors only, no PyTorch.
 
     Args:
-      path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
-      components: whose weights to read; keys of `WEIGHTS`.
+      path: see `pipeline_folder.resolve`, also for `variant` and `revision`.
+      components: keys of `WEIGHTS`, whose weights are read.
 
     Returns:
-      the architecture, and host parameters by component, in the precision in which they
-      are stored: fp32, fp16 or bfloat16 (see `weights.read`).
+      the architecture, and host parameters by component in their stored precision:
+      fp32, fp16 or bfloat16 (see `weights.read`).
 
     Raises:
       UserError: a file is missing, damaged or of another family, or tensors do not fit
@@ -78,28 +77,29 @@ def check_base(
     finetuned: bool = False,
     size: int = 0,
 ) -> None:
-    """Refuses, without a download or a device, what cannot be the base model.
+    """Checks that a checkpoint can be the base, without a download or a device.
 
-    Everything but the tensors is read. Of a hub name this is so in offline mode alone,
-    by the library's cache; else the hub is asked whether it has it, and the folder that
-    it gives is to be checked.
+    Everything but the tensors is read. Of a hub name this is possible in offline mode
+    only, from the library's cache; otherwise the name is looked up, and the downloaded
+    folder has to be checked later.
 
     Args:
-      path: as `variant` and `revision`, see `checkpoint_folder.resolve`.
-      finetuned: whether a model that this program has fine-tuned is welcome.
+      path: see `pipeline_folder.resolve`, also for `variant` and `revision`.
+      finetuned: whether a model that this program fine-tuned is accepted.
       size: of the images, in pixels; 0: not checked.
 
     Raises:
-      UserError: whatever `load` would refuse before it reads a tensor; a model that was
-        fine-tuned before; a size that the networks cannot halve.
+      UserError: an error that `load` would raise before it reads a tensor; a model that
+        was fine-tuned before; a size that the networks cannot halve.
     """
-    require(
-        re.fullmatch(r"[\w-]*", variant) is not None,
-        "config.base.variant",
-        wanted="the word between the dots of diffusion_pytorch_model.WORD.safetensors",
-        got=repr(variant),
-        fix="Usual are fp16 and, for none, ''.",
-    )
+    if not re.fullmatch(r"[\w-]*", variant):
+        raise UserError(
+            "config.base.variant",
+            wanted="the word between the dots of "
+            "diffusion_pytorch_model.WORD.safetensors",
+            got=repr(variant),
+            fix="Typical are fp16 and, for none, ''.",
+        )
     if pipeline_folder.is_hub_name(path) and not hub.offline():
         field = pipeline_folder.field(path)
         hub.check_name(str(path), field=field, revision=revision)
@@ -117,7 +117,7 @@ def check_base(
             wanted="a base model",
             got=f"one that was fine-tuned already, of base {made_by.get('base')!r} on "
             f"data {made_by.get('data')!r}",
-            fix="Name that base; or, to train it further all the same, set "
+            fix="Use that base; or, to train this one further, set "
             "--config.base.finetuned=True.",
         )
 
@@ -125,8 +125,8 @@ def check_base(
 def recorded_base(workdir: epath.PathLike) -> dict[str, Any]:
     """The base model that `encode` recorded, as arguments of `load`.
 
-    Its revision is the commit that the hub gave, so that all stages read the same; a
-    path of `""` stands for the folder that `pretrain` wrote.
+    Its revision is the commit of the download, so that all stages read the same files;
+    a path of `""` is the folder that `pretrain` wrote.
     """
     workdir = epath.Path(workdir)
     record = pipeline_folder.read_json(workdir / "encode" / "base.json")
@@ -143,17 +143,17 @@ def save(
     params: Params,
     *,
     made_by: dict[str, Any] | None = None,
-    beside: dict[str, list[str]] | None = None,
+    index_entries: Mapping[str, list[str]] | None = None,
 ) -> list[str]:
     """Writes a model folder in the diffusers layout, under PyTorch's class names.
 
     Args:
       folder: to write to.
       model: the architecture.
-      params: by component; written in fp32, fetched a tensor at a time.
-      made_by: what a fine-tuned model is made of, `{"stage", "base", "data"}`: kept
-        beside it, by which `check_base` knows it again.
-      beside: library and class of further components that lie in the folder, by name.
+      params: by component; written in fp32, fetched one tensor at a time.
+      made_by: origin of a fine-tuned model, `{"stage", "base", "data"}`: written beside
+        it, so that `check_base` recognises it.
+      index_entries: library and class of further components in the folder, by name.
 
     Returns:
       the files written, relative to `folder`.
@@ -172,11 +172,12 @@ def save(
     index = {
         "_class_name": pipeline,
         "_diffusers_version": importlib.metadata.version("diffusers"),
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        **{name: list(class_) for name, class_ in _TORCH_CLASSES.items()},
+        **(index_entries or {}),
     }
-    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    index |= {"requires_safety_checker": False}
-    index |= {name: list(class_) for name, class_ in _TORCH_CLASSES.items()}
-    index |= beside or {}
     if made_by is not None:
         files.write_json(folder / pipeline_folder.MADE_BY, made_by)
         written.append(pipeline_folder.MADE_BY)
@@ -186,33 +187,33 @@ def save(
 
 
 def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
-    """CLIP's tokenizer from its folder, wherever that is."""
+    """CLIP's tokenizer from its folder, local or remote."""
     folder = epath.Path(folder)
     for name in TOKENIZER_FILES[:2]:
-        require(
-            (folder / name).exists(),
-            str(folder / name),
-            wanted="a file of CLIP's tokenizer",
-            got="no such file",
-            fix="Copy the tokenizer folder of the checkpoint whole.",
-        )
+        if not (folder / name).exists():
+            raise UserError(
+                str(folder / name),
+                wanted="a file of CLIP's tokenizer",
+                got="no such file",
+                fix="Copy the checkpoint's whole tokenizer folder.",
+            )
     with tempfile.TemporaryDirectory() as local:  # the library reads local files only
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
                 (folder / name).copy(epath.Path(local) / name)
         try:
             return transformers.CLIPTokenizerFast.from_pretrained(local)
-        except Exception as error:  # of its Rust half, which raises no other type
+        except Exception as error:  # the type that the library's Rust code raises
             raise UserError(
                 str(folder),
                 wanted="the files of CLIP's tokenizer",
                 got=f"damaged ones ({error})",
-                fix="Copy the tokenizer folder of the checkpoint whole.",
+                fix="Copy the checkpoint's whole tokenizer folder.",
             ) from error
 
 
 def _read_architecture(folder: epath.Path) -> StableDiffusion:
-    """The architecture in a folder, whose JSON files and tokenizer are checked."""
+    """The architecture in a folder; checks its JSON files and tokenizer."""
     configs = {}
     for name, file in pipeline_folder.CONFIGS.items():
         config = pipeline_folder.read_json(folder / file)
@@ -220,7 +221,12 @@ def _read_architecture(folder: epath.Path) -> StableDiffusion:
         families.check_config(name, configs[name], str(folder / file))
     configs["scheduler"] = scheduler_config.ddim_config(configs["scheduler"])
     model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
-    families.check_fit(configs, model.tokenizer, str(folder))
+    families.check_fit(
+        configs,
+        vocab_size=len(model.tokenizer),
+        max_length=model.tokenizer.model_max_length,
+        folder=str(folder),
+    )
     return model
 
 
@@ -235,10 +241,10 @@ def _write_tokenizer(folder: epath.Path, tokenizer) -> None:
 def _shapes(folder: epath.Path, model: StableDiffusion, component: str) -> Any:
     try:
         return model.shapes(component)
-    except Exception as error:  # of Flax, JAX or the library, as the numbers have it
+    except Exception as error:  # of Flax, JAX or the library, depending on the options
         raise UserError(
             str(folder / pipeline_folder.CONFIGS[component]),
             wanted="the options of a network",
             got=f"some that cannot be built ({type(error).__name__}: {error})",
-            fix="Take config.json from the checkpoint, unchanged.",
+            fix="Use the checkpoint's config.json unchanged.",
         ) from error

@@ -1,26 +1,24 @@
-"""Which checkpoints can be computed: Stable Diffusion 1.x, 2.x, InstructPix2Pix.
+"""The supported families of checkpoints: Stable Diffusion 1.x, 2.x, InstructPix2Pix.
 
-The pinned Flax classes skip options of `config.json` that their PyTorch twins follow,
-without a word. Here every such option is refused by name unless it has the value that
-both compute alike; the options that Flax follows too may have any.
+The pinned Flax classes silently ignore options of `config.json` that the PyTorch
+classes implement. Here every such option raises an error unless it has a value for
+which both compute the same; options that Flax implements too may have any value.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
-
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 
 Config = dict[str, Any]
 
-PIPELINES = (  # the classes of model_index.json that are made of the same four parts
+PIPELINES = (  # classes in model_index.json with the same four components
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInstructPix2PixPipeline",
 )
-# Values of the options that Flax does not follow; the first is PyTorch's default.
+# Supported values of the options that Flax ignores; the first is PyTorch's default.
 FIXED: dict[str, dict[str, tuple]] = {
     "unet": {
         "_class_name": (None, "UNet2DConditionModel"),
@@ -110,7 +108,7 @@ _BLOCKS = {
     },
 }
 DOWN_BLOCKS = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]  # the library's default
-# What this program looks up itself, where a file of an early release leaves it out.
+# Defaults of options that this program reads and that early releases did not write.
 DEFAULTS: dict[str, Config] = {
     "unet": {
         "in_channels": 4,
@@ -153,29 +151,30 @@ _PER_BLOCK = {  # one whole number, or one for each block
     "unet": ("attention_head_dim", "transformer_layers_per_block"),
     "controlnet": ("attention_head_dim",),
 }
-_FIX = "Take a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix."
-_FIX_CONTROLNET = "Take a ControlNet that was trained on such a base."
+_FIX = "Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix."
+_FIX_CONTROLNET = "Use a ControlNet that was trained on such a base."
+_FIX_PARTS = "Use all parts of the same checkpoint."
 
 
 def completed(component: str, config: Config) -> Config:
-    """`config` with the defaults that this program relies on."""
+    """`config` with defaults for missing options that this program reads."""
     return DEFAULTS[component] | config
 
 
 def check_config(component: str, config: Config, path: str) -> None:
-    """Refuses options of one component that Flax would ignore, or cannot build.
+    """Checks one component for options that Flax would ignore, or cannot build.
 
     Args:
       component: `unet`, `controlnet`, `vae`, `text_encoder` or `scheduler`.
-      config: its JSON file, `completed`.
+      config: content of its JSON file, `completed`.
       path: of that file, for errors.
 
     Raises:
-      UserError: with every such option and its value.
+      UserError: there are such options; it lists each with its value.
     """
     problems = []
     for option, values in FIXED[component].items():
-        value = _same(config.get(option, values[0]))
+        value = _common_value(config.get(option, values[0]))
         if not any(
             value == v and isinstance(value, str) == isinstance(v, str) for v in values
         ):
@@ -196,7 +195,7 @@ def check_config(component: str, config: Config, path: str) -> None:
     if problems:
         raise UserError(
             path,
-            wanted="a network that is computed in JAX as it is in PyTorch",
+            wanted="a network that JAX computes as PyTorch does",
             got="; ".join(problems),
             fix=_FIX_CONTROLNET if component == "controlnet" else _FIX,
         )
@@ -204,67 +203,76 @@ def check_config(component: str, config: Config, path: str) -> None:
 
 def check_fit(
     configs: Mapping[str, Config],
-    tokenizer: transformers.CLIPTokenizerFast,
+    *,
+    vocab_size: int,
+    max_length: int,
     folder: str,
 ) -> None:
-    """Refuses components that do not belong together.
+    """Checks that the components of a pipeline fit together.
+
+    Args:
+      configs: by component, `completed` and checked.
+      vocab_size: tokens of the tokenizer.
+      max_length: the tokenizer's `model_max_length`; huge where its config has none.
+      folder: of the pipeline, for errors.
 
     Raises:
-      UserError: with the first two numbers that ought to agree.
+      UserError: two numbers that should be equal differ; it reports the first two.
     """
     unet, text = configs["unet"], configs["text_encoder"]
     channels = configs["vae"]["latent_channels"]
-    require(
-        unet["out_channels"] == channels,
-        f"{folder}/unet",
-        wanted=f"{channels} output channels, the autoencoder's latent_channels",
-        got=unet["out_channels"],
-        fix="Take all parts from the same checkpoint.",
-    )
-    require(
-        unet["in_channels"] in (channels, 2 * channels),
-        f"{folder}/unet",
-        wanted=f"{channels} input channels (text to image), or {2 * channels} "
-        "(InstructPix2Pix)",
-        got=f"{unet['in_channels']}, as an inpainting, depth or upscaling UNet has",
-        fix=_FIX,
-    )
-    require(
-        text["hidden_size"] == unet["cross_attention_dim"],
-        f"{folder}/text_encoder",
-        wanted=f"a text width of {unet['cross_attention_dim']}, the UNet's "
-        "cross_attention_dim",
-        got=text["hidden_size"],
-        fix="Take all parts from the same checkpoint.",
-    )
-    require(
-        len(tokenizer) <= text["vocab_size"],
-        f"{folder}/tokenizer",
-        wanted=f"at most {text['vocab_size']} tokens, the text encoder's vocab_size",
-        got=len(tokenizer),
-        fix="Take tokenizer and text encoder from the same checkpoint.",
-    )
-    length, wanted = tokenizer.model_max_length, text["max_position_embeddings"]
-    require(
-        length == wanted or length > 1e9,  # where its config names none
-        f"{folder}/tokenizer",
-        wanted=f"a model_max_length of {wanted}, the text encoder's "
-        "max_position_embeddings",
-        got=length,
-        fix="Take tokenizer and text encoder from the same checkpoint.",
-    )
+    if unet["out_channels"] != channels:
+        raise UserError(
+            f"{folder}/unet",
+            wanted=f"{channels} output channels, the autoencoder's latent_channels",
+            got=f"{unet['out_channels']}",
+            fix=_FIX_PARTS,
+        )
+    if unet["in_channels"] not in (channels, 2 * channels):
+        raise UserError(
+            f"{folder}/unet",
+            wanted=f"{channels} input channels (text to image), or {2 * channels} "
+            "(InstructPix2Pix)",
+            got=f"{unet['in_channels']}, as an inpainting, depth or upscaling UNet has",
+            fix=_FIX,
+        )
+    if text["hidden_size"] != unet["cross_attention_dim"]:
+        raise UserError(
+            f"{folder}/text_encoder",
+            wanted=f"a text width of {unet['cross_attention_dim']}, the UNet's "
+            "cross_attention_dim",
+            got=f"{text['hidden_size']}",
+            fix=_FIX_PARTS,
+        )
+    if vocab_size > text["vocab_size"]:
+        raise UserError(
+            f"{folder}/tokenizer",
+            wanted=f"at most {text['vocab_size']} tokens, the text encoder's "
+            "vocab_size",
+            got=f"{vocab_size}",
+            fix=_FIX_PARTS,
+        )
+    wanted = text["max_position_embeddings"]
+    if max_length != wanted and max_length <= 1e9:
+        raise UserError(
+            f"{folder}/tokenizer",
+            wanted=f"a model_max_length of {wanted}, the text encoder's "
+            "max_position_embeddings",
+            got=f"{max_length}",
+            fix=_FIX_PARTS,
+        )
 
 
 def check_controlnet(config: Config, configs: Mapping[str, Config], path: str) -> None:
-    """Refuses a ControlNet of another base: its residuals would not fit the UNet's.
+    """Checks that a ControlNet's residuals have the shapes of the UNet's activations.
 
     Args:
-      config: its JSON file, `completed` and checked.
+      config: content of its JSON file, `completed` and checked.
       configs: of the base.
       path: of that file, for errors.
 
     Raises:
-      UserError: with all that differs.
+      UserError: it is for another base; all options that differ are listed.
     """
     unet = configs["unet"]
     wanted = {
@@ -276,9 +284,9 @@ def check_controlnet(config: Config, configs: Mapping[str, Config], path: str) -
     }
     found = {"down_block_types": DOWN_BLOCKS} | config
     problems = [
-        f"{name} is {_listed(found[name])}, not {_listed(value)}"
+        f"{name} is {_as_list(found[name])}, not {_as_list(value)}"
         for name, value in wanted.items()
-        if _listed(found[name]) != _listed(value)
+        if _as_list(found[name]) != _as_list(value)
     ]
     levels = len(configs["vae"]["block_out_channels"])
     embedding = config["conditioning_embedding_out_channels"]
@@ -287,46 +295,46 @@ def check_controlnet(config: Config, configs: Mapping[str, Config], path: str) -
             f"conditioning_embedding_out_channels is {embedding!r}, not {levels} "
             "numbers, one for each level of the autoencoder"
         )
-    require(
-        not problems,
-        path,
-        wanted="a ControlNet for this base",
-        got="; ".join(problems),
-        fix=_FIX_CONTROLNET,
-    )
+    if problems:
+        raise UserError(
+            path,
+            wanted="a ControlNet for this base",
+            got="; ".join(problems),
+            fix=_FIX_CONTROLNET,
+        )
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if _is_list(value) else value
 
 
 def size_factor(configs: Mapping[str, Config]) -> int:
-    """What the side of an image must be a multiple of, in pixels.
+    """The number of pixels of which the side of an image must be a multiple.
 
-    The autoencoder halves it between its levels and the UNet between its own. Flax's
-    UNet doubles on the way up, where its skip connections must fit: an odd side is
-    lost, which PyTorch's mends by asking for a size.
+    Autoencoder and UNet halve the side between their levels. Flax's UNet doubles it on
+    the way up, where it must equal that of the skip connections, so no side may be odd;
+    PyTorch's UNet passes the size on instead.
     """
     levels = [len(configs[part]["block_out_channels"]) - 1 for part in ("vae", "unet")]
     return 2 ** sum(levels)
 
 
 def check_size(configs: Mapping[str, Config], size: int) -> None:
-    """Refuses images of a side that the networks cannot halve.
+    """Checks that the networks can halve the side of the images.
 
     Raises:
-      UserError: with the next sides that they can.
+      UserError: they cannot; it suggests the nearest sides that work.
     """
     factor = size_factor(configs)
     below = max(size // factor, 1) * factor
-    require(
-        size % factor == 0,
-        "config.data.size",
-        wanted=f"a multiple of {factor}, by which the base's autoencoder and UNet "
-        "halve it",
-        got=size,
-        fix=f"Take {below} or {below + factor}.",
-    )
+    if size % factor:
+        raise UserError(
+            "config.data.size",
+            wanted=f"a multiple of {factor}, for the base's autoencoder and UNet halve "
+            "it",
+            got=f"{size}",
+            fix=f"Set it to {below} or {below + factor}.",
+        )
 
 
 def _block_problems(component: str, config: Config) -> list[str]:
@@ -336,12 +344,12 @@ def _block_problems(component: str, config: Config) -> list[str]:
         blocks = config.get(option)
         if blocks is None:
             continue
-        strange = (
+        unknown = (
             [x for x in blocks if x not in known] if _is_list(blocks) else [blocks]
         )
-        if strange:
-            names = ", ".join(map(str, strange))
-            problems.append(f"{option} has {names}, not {' or '.join(known)} alone")
+        if unknown:
+            names = ", ".join(map(str, unknown))
+            problems.append(f"{option} has {names}, not only {' or '.join(known)}")
         elif not _is_list(widths) or len(blocks) != len(widths):
             problems.append(
                 f"{option} has {len(blocks)} blocks, block_out_channels is {widths!r}"
@@ -367,8 +375,11 @@ def _noise_problems(config: Config) -> list[str]:
             for option in ("beta_start", "beta_end")
             if option in config and not _is_number(config[option], below=1.0)
         ]
-    good = _is_list(betas) and len(betas) == count
-    if good and all(_is_number(beta, below=1.0) for beta in betas):
+    if (
+        _is_list(betas)
+        and len(betas) == count
+        and all(_is_number(beta, below=1.0) for beta in betas)
+    ):
         return []
     found = f"{len(betas)} values" if _is_list(betas) else repr(betas)
     return [f"trained_betas has {found}, not {count} numbers between 0 and 1"]
@@ -382,8 +393,8 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _same(value: Any) -> Any:
-    """The value that a list repeats for each block; any other as it is."""
+def _common_value(value: Any) -> Any:
+    """The value that a list repeats for each block; other values unchanged."""
     if _is_list(value) and value and all(x == value[0] for x in value):
         return value[0]
     return value

@@ -1,7 +1,7 @@
-"""Checkpoints by name: asked of the Hugging Face hub once, for the files needed.
+"""Downloads of checkpoints from the Hugging Face hub.
 
-Cache, token, mirror and offline mode are the library's, by its environment variables
-(`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`).
+Cache, token, mirror and offline mode are the library's, set by its environment
+variables (`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`).
 """
 
 import errno
@@ -18,53 +18,51 @@ from mvc_jax.errors import UserError
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REFUSALS = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-_PATIENCE = 10.0  # seconds
+_NOT_FOUND = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+_TIMEOUT = 10.0  # seconds
 
 
 def is_local(name: str) -> bool:
-    """Whether `name` is a path: it exists here, or no hub name is written like it."""
+    """Whether `name` is a path: it exists, or cannot be the name of a hub's model."""
     return not _NAME.fullmatch(name) or epath.Path(name).exists()
 
 
 def offline() -> bool:
-    """Whether the library may not ask the hub, and its cache must hold everything."""
+    """Whether the library is in offline mode and reads from its cache only."""
     return constants.HF_HUB_OFFLINE
 
 
-@functools.cache  # several stages check what they share
+@functools.cache  # several stages check the same name
 def check_name(name: str, *, field: str, revision: str = "") -> None:
-    """Refuses a name or revision of which the hub says that it has none.
+    """Checks that the hub has a model and revision.
 
-    Asks it for a few kB, so that a mistyped name does not wait for its stage. Where it
-    cannot be asked, or may not, nothing is refused: `download` will see.
+    This takes one small request, so that a mistyped name is an error before the first
+    stage runs. Without a network, or in offline mode, nothing is checked: `download`
+    will raise.
 
     Args:
-      name: of a hub's model; what `is_local` calls a path is not looked at.
-      field: the setting that holds the name, for errors.
-      revision: a branch, tag or commit; `""`: the hub's default branch.
+      name: of a model on the hub; a path (see `is_local`) is not checked.
+      field: config field that holds the name, for errors.
+      revision: a branch, tag or commit; `""` for the default branch.
 
     Raises:
-      UserError: the hub knows no such model, or no such revision of it.
+      UserError: the hub has no such model, or no such revision of it.
     """
     if is_local(name) or offline():
         return
     try:
-        huggingface_hub.model_info(name, revision=revision or None, timeout=_PATIENCE)
-    except (*_REFUSALS, ValueError) as error:  # the latter of names that cannot be
-        raise _refused(field, error) from error
-    except OSError as error:  # no network; or the hub is at odds with itself
-        logging.info(
-            "the Hugging Face hub cannot be asked about %s now (%s)",
-            name,
-            type(error).__name__,
-        )
+        huggingface_hub.model_info(name, revision=revision or None, timeout=_TIMEOUT)
+    except (*_NOT_FOUND, ValueError) as error:  # ValueError: an impossible name
+        raise _not_available(field, error) from error
+    except OSError as error:  # no network, or a failure of the hub
+        reason = type(error).__name__
+        logging.info("the Hugging Face hub cannot be reached for %s (%s)", name, reason)
 
 
 def locate(
     name: str, patterns: Sequence[str], *, field: str, revision: str = ""
 ) -> epath.Path:
-    """A path as it is, whether anything is there or not; a hub's name by `download`."""
+    """The folder of a checkpoint: `download`s a hub name, returns a path unchecked."""
     if is_local(name):
         return epath.Path(name).expanduser()
     return download(name, patterns, field=field, revision=revision)
@@ -73,45 +71,45 @@ def locate(
 def download(
     name: str, patterns: Sequence[str], *, field: str, revision: str = ""
 ) -> epath.Path:
-    """The folder of a snapshot, whose missing files are downloaded first.
+    """The folder of a snapshot; missing files are downloaded first.
 
-    Without a network, or in offline mode, it is the one of the cache, which may lack
-    files: what it must hold is for the caller to check.
+    Without a network, or in offline mode, it is the cached one, which may lack files:
+    the caller checks for those that it needs.
 
     Args:
       name: `organisation/model`.
-      patterns: of the files, as `fnmatch` reads them.
-      field: the setting that holds the name, for errors.
-      revision: a branch, tag or commit; `""`: the hub's default branch.
+      patterns: `fnmatch` patterns of the files.
+      field: config field that holds the name, for errors.
+      revision: a branch, tag or commit; `""` for the default branch.
 
     Raises:
-      UserError: the hub does not give it.
+      UserError: the download failed.
     """
     options = {"revision": revision} if revision else {}
     try:
         folder = huggingface_hub.snapshot_download(
             name, allow_patterns=list(patterns), **options
         )
-    except (OSError, ValueError) as error:  # what its own errors derive from
+    except (OSError, ValueError) as error:  # base classes of the library's errors
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        raise _refused(field, error) from error
+        raise _not_available(field, error) from error
     return epath.Path(folder)
 
 
 def commit_of(folder: epath.PathLike) -> str | None:
-    """The commit of a snapshot in the hub's cache; None for any other folder."""
+    """The commit of a snapshot in the hub's cache; None for other folders."""
     folder = epath.Path(folder)
     cached = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return folder.name if cached else None
 
 
-def _refused(field: str, error: Exception) -> UserError:
+def _not_available(field: str, error: Exception) -> UserError:
     first_line = next(iter(str(error).splitlines()), "")
     return UserError(
         field,
-        wanted="a checkpoint folder, or a name that the Hugging Face hub gives",
+        wanted="a checkpoint folder, or a name on the Hugging Face hub",
         got=f"no such folder, and from the hub {type(error).__name__}: {first_line}",
-        fix="Check the name. A gated or private one needs `hf auth login`; without "
-        "a network, download it elsewhere and name its folder.",
+        fix="Check the name. A gated or private model needs `hf auth login`; without a "
+        "network, download it elsewhere and use its folder.",
     )

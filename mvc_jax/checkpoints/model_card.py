@@ -1,4 +1,4 @@
-"""The model card of an exported folder: README.md, as the Hugging Face hub reads it."""
+"""The model card of an exported folder: README.md for the Hugging Face hub."""
 
 import dataclasses
 import re
@@ -17,23 +17,22 @@ _UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the card tells, as plain values.
+    """The content of the card, as plain values.
 
     Attributes:
-      base: hub name, or path, of the model that was fine-tuned; a relative path is as
-        seen from the card.
-      revision: the commit of a base from the hub; None where it is a local folder.
+      base: hub name, or path, of the model that was fine-tuned; a relative path is
+        relative to the card.
+      revision: the commit of a base from the hub; None for a local folder.
       license: of the base, from `base_license`.
       dataset: its name.
       classes: their names.
-      images: how many the model was trained on.
+      images: number of training images.
       resolution: pixels along one side.
       prompt: one of the prompts, for the examples.
       hyperparameters: of the fine-tuning, by name.
-      steps: optimiser steps taken.
-      final_loss: a mean over the last steps, if known.
+      steps: optimiser steps.
       adapters: the folder of the LoRA file, relative to the card's, if there is one.
-      variant: of the base's weights, e.g. `fp16`; `""`: the plain ones.
+      variant: of the base's weights, e.g. `fp16`; `""` for the default one.
     """
 
     base: str
@@ -46,7 +45,6 @@ class Facts:
     prompt: str
     hyperparameters: Mapping[str, Any]
     steps: int
-    final_loss: float | None = None
     adapters: str | None = None
     variant: str = ""
 
@@ -73,10 +71,9 @@ def text(facts: Facts) -> str:
 
 
 def base_license(folder: epath.PathLike) -> dict[str, Any]:
-    """The licence that the card in a model folder states, as front matter fields.
+    """The licence in the card of a model folder, as fields of front matter.
 
-    Where there is no card, or it states none, it is `other` and unknown: a licence is
-    never made up.
+    Without a card, or a licence in it, it is `other` and unknown.
     """
     path = epath.Path(folder) / FILE
     card = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
@@ -92,7 +89,7 @@ def base_license(folder: epath.PathLike) -> dict[str, Any]:
 
 def _front_matter(facts: Facts) -> dict[str, Any]:
     front = dict(facts.license)
-    if facts.revision is not None:  # the hub refuses anything but a name of its own
+    if facts.revision is not None:  # the hub accepts only names of its own models
         front["base_model"] = facts.base
     tags = ["stable-diffusion", "instruct-pix2pix", "image-to-image", "mvc_jax"]
     return {
@@ -105,23 +102,22 @@ def _front_matter(facts: Facts) -> dict[str, Any]:
 
 
 _ABOUT = """\
-A conditional model in the manner of InstructPix2Pix: given an image of a class and a
-text, it draws another image of that class. The UNet takes the latents of the given
-image on input channels of their own. Fine-tuned on the classes below by `mvc_jax`, to
-enlarge the dataset by Mixing Visual Concepts.
+A conditional model like InstructPix2Pix: given an image of a class and a text, it
+generates another image of that class. The UNet takes the latents of the given image on
+additional input channels. Fine-tuned on the classes below by `mvc_jax`, to enlarge the
+dataset by Mixing Visual Concepts.
 """
 
 _USE = """\
 ## Intended use and limits
 
-- Meant for the augmentation of the dataset it was trained on: it knows these classes,
-  and what the base knew.
+- It is intended for the augmentation of the dataset on which it was trained.
 - It may reproduce training images, whole or in part. If those are private, do not
-  publish this model or what it draws.
-- What it draws is no evidence: not for diagnosis, identification or decisions about
-  people. Whether synthetic images help a classifier has to be measured on real ones.
-- It carries on the errors and biases of the base and of the dataset.
-- The licence of the base applies to it, and so may the terms of the dataset.
+  publish this model or its images.
+- Its images are not evidence, and not for diagnosis, identification or decisions about
+  people. Whether synthetic images help a classifier must be measured on real ones.
+- It inherits the errors and biases of the base and of the dataset.
+- The licence of the base applies to it, and the terms of the dataset may apply too.
 """
 
 _REFERENCES = """\
@@ -188,12 +184,9 @@ def _data(facts: Facts) -> str:
 
 
 def _training(facts: Facts) -> str:
-    rows = {"steps": facts.steps}
-    if facts.final_loss is not None:
-        rows["final loss"] = f"{facts.final_loss:.4g}"
     return (
         f"## Hyper-parameters\n\n{table(facts.hyperparameters)}\n"
-        f"## Training result\n\n{table(rows)}"
+        f"## Training result\n\n{table({'steps': facts.steps})}"
     )
 
 
@@ -201,7 +194,7 @@ def _loading(facts: Facts) -> str:
     load = _LOAD.format(arguments='"."')
     return (
         "## Load it in diffusers\n\n"
-        "From within this folder; on the hub, its name there stands for the dot.\n\n"
+        "Run it in this folder, or replace the dot by the model's name on the hub.\n\n"
         f"```python\n{load}{_draw(facts)}```\n"
     )
 
@@ -228,7 +221,7 @@ def _draw(facts: Facts) -> str:
 
 
 def license_name(license_: Mapping[str, Any]) -> str:
-    """The licence of `base_license` in words."""
+    """The name of a licence from `base_license`."""
     if license_ == _UNKNOWN:
         return "unknown, see the base"
     return license_.get("license_name", license_["license"])

@@ -1,7 +1,7 @@
-"""The files of a Stable Diffusion checkpoint: found in a folder or on the hub.
+"""The files of a Stable Diffusion checkpoint, in a folder or on the hub.
 
-Only their names and small JSON files are looked at. What lacks files, or is a
-checkpoint of another kind or family, is refused with the way out.
+Only file names and small JSON files are read. The errors for missing files, and for
+checkpoints of another kind or family, suggest a fix.
 """
 
 import re
@@ -11,7 +11,7 @@ from etils import epath
 
 from mvc_jax import files
 from mvc_jax.checkpoints import families, hub, tensor_file
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -27,13 +27,13 @@ TOKENIZER_FILES = (
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS} | {"scheduler": SCHEDULER}
-MADE_BY = "mvc_jax.json"  # marks a model that this program has fine-tuned
-_NEEDED = (  # besides weights
+MADE_BY = "mvc_jax.json"  # marks a model that this program fine-tuned
+_REQUIRED = (  # besides weights
     INDEX,
     *CONFIGS.values(),
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES[:2]),
 )
-_BESIDE = (  # CLIP's image tower, where there is one
+_OPTIONAL = (  # CLIP's image tower
     "image_encoder/config.json",
     "image_encoder/model.safetensors",
     "feature_extractor/preprocessor_config.json",
@@ -50,33 +50,34 @@ _CONVERT = (
 def resolve(
     path: epath.PathLike, variant: str = "", revision: str = ""
 ) -> tuple[epath.Path, str | None]:
-    """Finds a model folder; one named by its hub name is downloaded first.
+    """Finds a model folder; a name on the hub is downloaded first.
 
-    Of the hub only what is needed is asked for, once: no pickles, no other variants, no
-    safety checker. In offline mode the hub's cache must hold it all.
+    Only the required files are downloaded: no pickles, no other variants, no safety
+    checker. In offline mode they must be in the hub's cache.
 
     Args:
-      path: a folder that holds `model_index.json` and a folder for each component, or a
-        name on the Hugging Face hub.
-      variant: of the weights, e.g. `fp16`; `""`: the plain ones.
-      revision: branch, tag or commit of a hub name; `""`: its default branch.
+      path: a folder with `model_index.json` and a folder for each component, or a name
+        on the Hugging Face hub.
+      variant: of the weights, e.g. `fp16`; `""` for the default one.
+      revision: branch, tag or commit of a hub name; `""` for its default branch.
 
     Returns:
-      the folder, and the commit that it is of where the hub gave it.
+      the folder, and the commit of a download.
 
     Raises:
-      UserError: there is no such folder, files are missing (all are named), or they are
-        of another family.
+      UserError: there is no such folder, files are missing (all are listed), or they
+        are of another family.
     """
     name = str(path)
     if not is_hub_name(name):
-        require(
-            not revision,
-            "config.base.revision",
-            wanted="'' where config.base.path is a folder; it is of a hub's name",
-            got=repr(revision),
-            fix="Leave it empty.",
-        )
+        if revision:
+            raise UserError(
+                "config.base.revision",
+                wanted="'' where config.base.path is a folder: only names on the hub "
+                "have revisions",
+                got=repr(revision),
+                fix="Leave it empty.",
+            )
         folder, commit = _local(name), None
     else:
         patterns = download_patterns(variant)
@@ -89,14 +90,14 @@ def resolve(
 def weight_files(
     folder: epath.PathLike, component: str, variant: str = ""
 ) -> list[epath.Path]:
-    """The safetensors files of a component: one, or its shards."""
+    """The safetensors files of a component: one file, or its shards."""
     path = find_weights(epath.Path(folder), component, variant)
     return sorted({entry.path for entry in tensor_file.entries(path).values()})
 
 
 def download_patterns(variant: str = "") -> list[str]:
-    """The files of a repository that `load` reads, as patterns of `fnmatch`."""
-    patterns = [*_NEEDED, "README.md", MADE_BY, *_BESIDE]
+    """`fnmatch` patterns of the files of a repository that `load` reads."""
+    patterns = [*_REQUIRED, "README.md", MADE_BY, *_OPTIONAL]
     patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES[2:]]
     for component in WEIGHTS:
         names = [*_candidates(component, variant), *_shards(component, variant)]
@@ -126,64 +127,67 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 
 def is_hub_name(path: epath.PathLike) -> bool:
-    """Whether `resolve` would ask the hub for it."""
+    """Whether `resolve` would download `path` from the hub."""
     return not hub.is_local(str(path)) and not _is_single_file(str(path))
 
 
 def find_weights(folder: epath.Path, component: str, variant: str) -> epath.Path:
     """The file that holds a component's weights, or the index of its shards."""
     found = _find(folder, component, variant)
-    require(
-        found is not None,
-        str(folder / component / _file_name(component, variant)),
-        wanted="the weights of a component",
-        got="no such file",
-        fix="Download the checkpoint again, whole.",
-    )
+    if found is None:
+        raise UserError(
+            str(folder / component / _file_name(component, variant)),
+            wanted="the weights of a component",
+            got="no such file",
+            fix="Download the whole checkpoint again.",
+        )
     return folder / component / found
 
 
 def field(path: epath.PathLike) -> str:
-    """The name of the setting, for errors."""
+    """The config field with its value, for errors."""
     return f"config.base.path {str(path)!r}"
 
 
 def check_files(folder: epath.Path, name: str, variant: str) -> None:
-    """Refuses a folder that is of another kind or family, or lacks files.
+    """Checks that a folder is a pipeline of a supported family, with all its files.
 
     Args:
-      folder: to look into.
-      name: what the user gave for it.
+      folder: to be checked.
+      name: the value of config.base.path.
       variant: of the weights.
+
+    Raises:
+      UserError: it is of another kind or family, or lacks files.
     """
     if _is_single_file(name) or not (folder / INDEX).exists():
-        got, fix = _what_it_is(folder, name)
+        got, fix = _describe(folder, name)
         raise UserError(
             field(name), wanted="a folder in the diffusers layout", got=got, fix=fix
         )
     pipeline = read_json(folder / INDEX).get("_class_name")
-    require(
-        pipeline in families.PIPELINES,
-        field(name),
-        wanted=f"one of {', '.join(families.PIPELINES)} in its {INDEX}",
-        got=pipeline,
-        fix="Take a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix.",
-    )
-    missing = [file for file in _NEEDED if not (folder / file).exists()]
+    if pipeline not in families.PIPELINES:
+        raise UserError(
+            field(name),
+            wanted=f"one of {', '.join(families.PIPELINES)} in its {INDEX}",
+            got=f"{pipeline}",
+            fix="Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix.",
+        )
+    missing = [file for file in _REQUIRED if not (folder / file).exists()]
     others: set[str] = set()
     for part in WEIGHTS:
         if _find(folder, part, variant) is None:
-            there = sorted(path.name for path in (folder / part).glob("*model*.*"))
-            instead = f" (there is {', '.join(there)})" if there else ""
+            present = sorted(path.name for path in (folder / part).glob("*model*.*"))
+            instead = f" (there is {', '.join(present)})" if present else ""
             missing.append(f"{part}/{_file_name(part, variant)}{instead}")
-            others |= set(there)
+            others |= set(present)
     if missing:
         got, details = tensor_file.listed(missing)
         raise UserError(
             field(name),
             wanted=f"all files of a {pipeline} in {folder}",
             got=f"{len(missing)} missing: {got}",
-            fix=_way_out(name, variant, pipeline, others),
+            fix=_how_to_fix(name, variant, pipeline, others),
             details=details,
         )
 
@@ -192,23 +196,23 @@ def _local(name: str) -> epath.Path:
     try:
         folder = epath.Path(name).expanduser()
         folder.exists()
-    except Exception as error:  # no library for its scheme, or whatever that raises
+    except Exception as error:  # no library for its scheme, or an error of the library
         raise UserError(
             field(name),
             wanted="a path that etils.epath can open",
             got=next(iter(str(error).splitlines()), type(error).__name__),
-            fix="Look whether it is there, and reachable with the library of that file "
-            "system; or name a local folder.",
+            fix="Check that it exists and that the library for its file system is "
+            "installed; or use a local folder.",
         ) from error
     return folder
 
 
-def _way_out(name: str, variant: str, pipeline: str, others: set[str]) -> str:
-    """What to do about missing files, by the weights that are there instead."""
+def _how_to_fix(name: str, variant: str, pipeline: str, others: set[str]) -> str:
+    """How to get missing files, given the names of the weights that are present."""
     matches = [_VARIANT.fullmatch(other) for other in sorted(others)]
     variants = [match[1] or "" for match in matches if match]
     if variants:
-        return f"Set --config.base.variant={variants[0] or repr('')}, which is there."
+        return f"Set --config.base.variant={variants[0] or repr('')}, which is present."
     source = repr(name) + (f", variant={variant!r}" if variant else "")
     convert = _CONVERT.format(
         pipeline=pipeline,
@@ -219,25 +223,25 @@ def _way_out(name: str, variant: str, pipeline: str, others: set[str]) -> str:
         return f"Pickles are never opened. {convert}"
     if is_hub_name(name):
         return (
-            "Run it once with a network, without HF_HUB_OFFLINE. Where the hub has "
-            f"nothing but pickles, these are never opened: {convert}"
+            "Run it once with a network, without HF_HUB_OFFLINE. If the hub has only "
+            f"pickles, which are never opened: {convert}"
         )
-    return "Download the checkpoint again, whole."
+    return "Download the whole checkpoint again."
 
 
-def _what_it_is(folder: epath.Path, name: str) -> tuple[str, str]:
-    """What a path without model_index.json is, and the way out."""
-    fix = "Point it at a folder saved by save_pretrained, or at a hub name."
+def _describe(folder: epath.Path, name: str) -> tuple[str, str]:
+    """A description of a path without model_index.json, and a fix."""
+    fix = "Use a folder saved by save_pretrained, or a name on the hub."
     inside = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir())
     single = [x for x in inside if x.endswith(_SINGLE_FILES)]
     nested = [x for x in inside if (folder / x / INDEX).exists()]
     if _is_single_file(name):
-        there = "" if folder.exists() else ", which does not exist"
-        return f"a single file{there}", _from_single_file(folder)
+        missing = "" if folder.exists() else ", which does not exist"
+        return f"a single file{missing}", _from_single_file(folder)
     if not inside:
         return "an empty one" if folder.is_dir() else "no such folder", fix
     if nested:
-        return f"one without {INDEX}, around {nested[0]}", f"Name {folder / nested[0]}."
+        return f"one without {INDEX}, around {nested[0]}", f"Use {folder / nested[0]}."
     if "config.json" in inside:
         config = read_json(folder / "config.json")
         kind = config.get("_class_name") or config.get("architectures")
@@ -269,10 +273,10 @@ def _find(folder: epath.Path, component: str, variant: str) -> str | None:
 
 
 def _candidates(component: str, variant: str) -> list[str]:
-    """Names that weights or their index go by, in the order of their library.
+    """File names of weights or their index, in the order of the library's search.
 
-    diffusers looks for an index first, transformers for one file. The third is how
-    diffusers named the index of a variant before its release 0.30.
+    diffusers looks for an index first, transformers for one file. The third name is
+    that of a variant's index before diffusers 0.30.
     """
     plain, one = WEIGHTS[component], _file_name(component, variant)
     indices = [f"{plain}.index.json"]
@@ -287,7 +291,7 @@ def _file_name(component: str, variant: str) -> str:
 
 
 def _shards(component: str, variant: str) -> list[str]:
-    """Patterns of the names of shards, by the spelling of today and of before."""
+    """Patterns of the names of shards, in the current and the earlier spelling."""
     stem = WEIGHTS[component].removesuffix(".safetensors")
     number = "-?????-of-?????"
     if not variant:

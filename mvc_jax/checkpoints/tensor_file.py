@@ -1,19 +1,27 @@
-"""The safetensors format, a tensor at a time; nothing in it can be executed.
+"""safetensors files, whole or split into shards, one tensor at a time.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype,
-shape and place of each tensor by name), and the tensors back to back. Weights may be
-split into shards: an index, a JSON file, then names the shard of each tensor.
+The library reads and validates them; the errors are ours. It has no writer that takes
+one tensor after another, so `write` is ours too: `safetensors.serialize_file` needs all
+tensors on the host at the same time, a second copy of a model that is on a device.
+
+Weights may be split into shards: a JSON file, the index, then names the shard of each
+tensor.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError, safe_open
 
 from mvc_jax import files
 from mvc_jax.errors import UserError
@@ -23,44 +31,39 @@ DTYPES = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_SIZES = {  # bytes of one element of the dtypes that are at least checked
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
+_WRITTEN = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 _POINTER = b"version https://git-lfs"
-_BLOCK = 4 << 20  # bytes moved at a time; remote files have no `readinto`
+_BLOCK = 4 << 20  # bytes written at a time
+_PREFIX = "Error while deserializing header: "  # of the library's messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: `size` bytes from byte `start` of the file `path` on.
+    """A tensor in the header of the file `path`.
 
-    `dtype` is in the format's own words, of which `DTYPES` are read.
+    `dtype` is the format's own name, as the keys of `DTYPES`, the only ones to be read.
     """
 
     path: epath.Path
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    size: int
 
 
 def entries(path: epath.PathLike) -> dict[str, Entry]:
-    """What a safetensors file holds, or all shards of a JSON index; no tensor is read.
+    """Lists the tensors of a file, or of all shards of a JSON index; reads headers
+    only.
 
     Raises:
-      UserError: a file is missing, cut or damaged, or shards and index disagree.
+      UserError: a file is missing, truncated or damaged, or shards and index disagree.
     """
     path = epath.Path(path)
     if path.suffix != ".json":
         return _read_header(path)
-    placed = _read_index(path)
-    shards = sorted(set(placed.values()))
+    shard_of = _read_index(path)
+    shards = sorted(set(shard_of.values()))
     missing = [name for name in shards if not (path.parent / name).exists()]
-    _refuse(path, f"the {len(shards)} files that it names", missing, "are not there")
+    _require_none(missing, path, f"the {len(shards)} files in it", "are missing")
     found, problems = {}, []
     for shard in shards:
         for name, entry in _read_header(path.parent / shard).items():
@@ -69,34 +72,29 @@ def entries(path: epath.PathLike) -> dict[str, Entry]:
             found[name] = entry
     problems += [
         f"{name} (not in {shard})"
-        for name, shard in placed.items()
+        for name, shard in shard_of.items()
         if name not in found or found[name].path.name != shard
     ]
-    _refuse(path, "each tensor in the shard that it names", problems, "are elsewhere")
+    _require_none(problems, path, "each tensor in its shard", "are elsewhere")
     return found
 
 
 def tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, tensor) in the order of the files, in the stored precision.
 
-    All tensors are views of one buffer: each is good until the next is asked for.
+    Raises:
+      UserError: a file has changed since its header was read.
     """
-    order = sorted(entries, key=lambda name: (entries[name].path, entries[name].start))
-    scratch = np.empty(max((e.size for e in entries.values()), default=0), np.uint8)
-    file, opened = None, None
-    try:
-        for name in order:
-            entry = entries[name]
-            if opened != entry.path:
-                if file is not None:
-                    file.close()
-                file, opened = entry.path.open("rb"), entry.path
-            _read_into(scratch[: entry.size], file, entry)
-            flat = scratch[: entry.size].view(DTYPES[entry.dtype])
-            yield name, flat.reshape(entry.shape)
-    finally:
-        if file is not None:
-            file.close()
+    for path in sorted({entry.path for entry in entries.values()}):
+        try:
+            with _opened(path) as file:
+                for name in file.offset_keys():
+                    if name in entries and entries[name].path == path:
+                        yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, f"one that changed while it was read: {error}") from (
+                error
+            )
 
 
 def write(
@@ -105,159 +103,123 @@ def write(
     fetch: Callable[[str], np.ndarray],
     dtypes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors, each fetched when its turn comes; the library's own bytes.
+    """Writes tensors one at a time; the file is byte for byte the library's.
 
     Args:
       path: of the new file.
       shapes: by name.
       fetch: name -> array of that shape.
-      dtypes: "I64" of those that are not F32, by name.
+      dtypes: by name, `F32` or `I64`; the default is `F32`.
     """
     dtypes = {name: (dtypes or {}).get(name, "F32") for name in shapes}
-    order = sorted(shapes, key=lambda name: (-_SIZES[dtypes[name]], name))
+    order = sorted(shapes, key=lambda name: (-_WRITTEN[dtypes[name]].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        start, end = end, end + _SIZES[dtypes[name]] * math.prod(shapes[name])
-        header[name] = {"dtype": dtypes[name], "shape": list(shapes[name])}
-        header[name]["data_offsets"] = [start, end]
+        size = _WRITTEN[dtypes[name]].itemsize * math.prod(shapes[name])
+        start, end = end, end + size
+        header[name] = {
+            "dtype": dtypes[name],
+            "shape": list(shapes[name]),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            dtype = {"F32": "<f4", "I64": "<i8"}[dtypes[name]]
-            tensor = np.asarray(fetch(name), dtype, order="C")
+            tensor = np.asarray(fetch(name), _WRITTEN[dtypes[name]], order="C")
             assert tensor.shape == tuple(shapes[name]), name
             content = tensor.reshape(-1).view(np.uint8)
             for start in range(0, content.size, _BLOCK):
                 file.write(content[start : start + _BLOCK].tobytes())
 
 
-def listed(lines: Sequence[str], most: int = 3) -> tuple[str, tuple[str, ...]]:
-    """Problems as a part of a sentence and, where there are many, lines below it."""
-    if len(lines) <= most:
+def listed(lines: Sequence[str], limit: int = 3) -> tuple[str, tuple[str, ...]]:
+    """Formats problems as part of a sentence and, beyond `limit`, as lines below it."""
+    if len(lines) <= limit:
         return "; ".join(lines), ()
     return f"{lines[0]}; and {len(lines) - 1} more, all below", tuple(lines)
 
 
+@contextlib.contextmanager
+def _opened(path: epath.Path, *, header_only: bool = False) -> Iterator[Any]:
+    """Opens a file with the library, which reads local files only.
+
+    A remote file is copied into a temporary folder; with `header_only`, its tensors are
+    a hole in a sparse file. Tensors are read by `pread`: mapped pages would stay in
+    memory beside the arrays.
+    """
+    if "://" not in str(path):
+        with safe_open(path, "np", backend="pread") as file:
+            yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = pathlib.Path(folder) / path.name
+        if header_only:
+            with path.open("rb") as remote:
+                start = remote.read(8)
+                length = int.from_bytes(start, "little")
+                local.write_bytes(start + remote.read(min(length, _MAX_HEADER)))
+            os.truncate(local, path.stat().length)
+        else:
+            path.copy(local)
+        with safe_open(local, "np", backend="pread") as file:
+            yield file
+
+
 def _read_header(path: epath.Path) -> dict[str, Entry]:
     try:
-        size = path.stat().length
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            sane = len(start) == 8 and length <= min(size - 8, _MAX_HEADER)
-            content = file.read(length if sane else len(_POINTER))
+        with _opened(path, header_only=True) as file:
+            views = {name: file.get_slice(name) for name in file.offset_keys()}
+            return {
+                name: Entry(path, view.get_dtype(), tuple(view.get_shape()))
+                for name, view in views.items()
+            }
     except OSError as error:
         reason = error.strerror or str(error)
-        raise _damaged(path, "no such file" if not path.exists() else reason) from error
-    if not sane and (start + content).startswith(_POINTER):
-        raise UserError(
-            str(path),
-            wanted="a safetensors file",
-            got="the pointer that git-lfs leaves in its place",
-            fix="Run `git lfs pull` in that checkout.",
-        )
-    if size < 8:
-        raise _damaged(path, f"a half-downloaded one of {size} bytes")
-    if not sane:
-        most = min(size - 8, _MAX_HEADER)
-        raise _damaged(
-            path,
-            f"one cut short, or of another kind (a header of {length} bytes where at "
-            f"most {most} can be)",
-        )
-    try:
-        header = json.loads(content, object_pairs_hook=_without_repeats)
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        header.pop("__metadata__", None)
-        found = {
-            name: _entry(path, name, fields, 8 + length)
-            for name, fields in header.items()
-        }
-        _check_places(found, 8 + length, size)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"a damaged one ({error})") from error
-    return found
-
-
-def _entry(path: epath.Path, name: str, fields: Any, offset: int) -> Entry:
-    if not isinstance(fields, dict):
-        raise ValueError(f"{name!r} has no fields")
-    dtype, shape = fields.get("dtype"), fields.get("shape")
-    places = fields.get("data_offsets")
-    if not (
-        isinstance(dtype, str)
-        and _are_sizes(shape)
-        and _are_sizes(places)
-        and len(places) == 2
-    ):
-        raise ValueError(f"{name!r} has no dtype, shape and data_offsets")
-    size = places[1] - places[0]
-    if dtype in _SIZES and size != math.prod(shape) * _SIZES[dtype]:
-        raise ValueError(f"{name!r}, {dtype} {shape}, is given {size} bytes")
-    return Entry(path, dtype, tuple(shape), offset + places[0], size)
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(x) is int and x >= 0 for x in values)
-
-
-def _check_places(found: Mapping[str, Entry], start: int, size: int) -> None:
-    """Requires that the tensors fill the file: no gap, no overlap, nothing behind."""
-    for name, entry in sorted(found.items(), key=lambda x: (x[1].start, x[1].size)):
-        if entry.start != start or entry.size < 0:
-            raise ValueError(f"{name!r} does not start where the one before it ends")
-        start += entry.size
-    if start > size:
-        raise ValueError(f"half-downloaded: {size} of {start} bytes")
-    if start < size:
-        raise ValueError(f"{size - start} bytes too many")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a name is there twice in its header")
-    return dict(pairs)
-
-
-def _read_into(buffer: np.ndarray, file: Any, entry: Entry) -> None:
-    file.seek(entry.start)
-    done = 0
-    while done < len(buffer):
-        block = file.read(min(_BLOCK, len(buffer) - done))
-        if not block:
-            raise _damaged(entry.path, "one that was cut while it was read")
-        buffer[done : done + len(block)] = np.frombuffer(block, np.uint8)
-        done += len(block)
+        raise _damaged(path, reason if path.exists() else "no such file") from error
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            pointer = file.read(len(_POINTER)) == _POINTER
+        if pointer:
+            raise UserError(
+                str(path),
+                wanted="a safetensors file",
+                got="the pointer that git-lfs leaves in its place",
+                fix="Run `git lfs pull` in that checkout.",
+            ) from error
+        size, reason = path.stat().length, str(error).removeprefix(_PREFIX)
+        got = f"{size} bytes: half-downloaded, damaged, or of another kind ({reason})"
+        raise _damaged(path, got) from error
 
 
 def _read_index(path: epath.Path) -> dict[str, str]:
     """The file name of the shard of each tensor."""
     try:
-        placed = files.read_json(path)["weight_map"]
-        if not placed or not all(_is_file_name(name) for name in placed.values()):
+        shard_of = files.read_json(path)["weight_map"]
+        if not shard_of or not all(_is_file_name(name) for name in shard_of.values()):
             raise ValueError("its weight_map names no files")
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(
             str(path),
             wanted="the JSON index of a safetensors checkpoint, with its weight_map",
-            got="no such file" if not path.exists() else f"a damaged one ({reason})",
+            got=f"a damaged one ({reason})" if path.exists() else "no such file",
             fix="Download it again.",
         ) from error
-    return placed
+    return shard_of
 
 
 def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and name == epath.Path(name).name != ""
 
 
-def _refuse(path: epath.Path, wanted: str, problems: list[str], what: str) -> None:
-    got, details = listed(problems)
+def _require_none(
+    problems: list[str], path: epath.Path, wanted: str, what: str
+) -> None:
     if problems:
+        got, details = listed(problems)
         raise UserError(
             str(path),
             wanted=wanted,

@@ -1,8 +1,8 @@
-"""Safetensors in the PyTorch layout, in and out of Flax parameter trees.
+"""Reads and writes Flax parameter trees as safetensors files in the PyTorch layout.
 
-One function maps a Flax path to its PyTorch name (`torch_name`, unless the caller has
-another); reading and writing both follow from it and from the shapes of the tree. Both
-hold one tensor at a time besides the tree.
+One function maps a Flax path to its PyTorch name (`torch_name`, unless the caller
+passes another); it and the shapes of the tree determine how files are read and written.
+Both need memory for the tree and one or two tensors.
 """
 
 import re
@@ -17,7 +17,7 @@ from etils import epath
 from mvc_jax.checkpoints import tensor_file
 from mvc_jax.errors import UserError
 
-# diffusers' Flax autoencoder kept the attention names that its PyTorch twin gave up.
+# diffusers' Flax autoencoder has names of attention that PyTorch's used to have.
 _VAE_ATTENTION = {
     "query": "to_q",
     "key": "to_k",
@@ -25,7 +25,7 @@ _VAE_ATTENTION = {
     "proj_attn": "to_out.0",
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-_IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant that older exports stored
+_IGNORED = re.compile(r"(^|\.)position_ids$")  # a constant in older exports
 
 Path = tuple[str, ...]
 
@@ -55,23 +55,23 @@ def read(
 ) -> dict[str, Any]:
     """Reads a PyTorch module's tensors into a Flax tree, in their stored precision.
 
-    The leaves are NumPy's float32 or float16, or ml_dtypes' bfloat16: a checkpoint of
-    half the size takes half the memory. fp32 modules promote it exactly; who trains
-    casts it to fp32 master weights first. Embeddings alone are always fp32: Flax's CLIP
-    looks them up as they are, and would round the sum of a token's and a position's.
+    The leaves are NumPy's float32 or float16, or ml_dtypes' bfloat16: a checkpoint in
+    half precision takes half the memory. fp32 modules promote it exactly; training
+    casts it to fp32 master weights first. Only embeddings are always fp32: Flax's CLIP
+    looks them up in their own precision, and would round the sum of token and position.
 
     Args:
       path: a `.safetensors` file, or the JSON index of its shards.
       shapes: the tree of that module, leaves with `.shape` (from `jax.eval_shape`).
-      unused: a pattern, found in the names of tensors that may be there although
-        `shapes` has no place for them; without one there are none.
+      unused: pattern (`re.search`) of names of tensors that are ignored where `shapes`
+        has no leaf for them; by default there are none.
       name_of: Flax path -> name in the file.
 
     Raises:
       UserError: a file is damaged, or tensors are missing, unexpected, or of another
-        shape or precision; all are named, before any is read.
+        shape or precision; all are listed, before any is read.
     """
-    found, problems = _renamed(tensor_file.entries(path))
+    found, problems = _with_current_names(tensor_file.entries(path))
     leaves = {}
     for key, leaf in flax.traverse_util.flatten_dict(shapes).items():
         name = name_of(key)
@@ -81,16 +81,16 @@ def read(
         leaves[name] = key, tuple(leaf.shape)
         shape = _flax_shape(key[-1], found[name][1].shape, len(leaf.shape))
         if shape != tuple(leaf.shape):
-            problems.append(f"{name} makes {list(shape)}, not {list(leaf.shape)}")
-    surplus = sorted(found.keys() - leaves.keys())
-    problems += [f"{x} is unexpected" for x in surplus if not re.search(unused, x)]
+            problems.append(f"{name} has shape {list(shape)}, not {list(leaf.shape)}")
+    unexpected = sorted(found.keys() - leaves.keys())
+    problems += [f"{x} is unexpected" for x in unexpected if not re.search(unused, x)]
     if problems:
         got, details = tensor_file.listed(problems)
         raise UserError(
             str(path),
             wanted="the tensors of the architecture in its config.json",
             got=f"{len(problems)} that differ: {got}",
-            fix="Take weights and config.json from the same checkpoint.",
+            fix="Use weights and config.json of the same checkpoint.",
             details=details,
         )
     _check_precision(path, {name: found[name][1] for name in leaves})
@@ -106,16 +106,16 @@ def read(
 
 
 def check(path: epath.PathLike) -> str:
-    """Looks over the headers of a file, or of the shards of an index, without reading.
+    """Checks the headers of a file, or of the shards of an index; reads no tensor.
 
     Returns:
-      the precision of its tensors: `float32`, `float16` or `bfloat16`.
+      the precision of the tensors: `float32`, `float16` or `bfloat16`.
 
     Raises:
-      UserError: a file is missing, cut or damaged, or the precision is mixed or not of
-        these three.
+      UserError: a file is missing, truncated or damaged, or the precision is mixed or
+        not one of these three.
     """
-    found, _ = _renamed(tensor_file.entries(path))
+    found, _ = _with_current_names(tensor_file.entries(path))
     return _check_precision(path, {name: entry for name, (_, entry) in found.items()})
 
 
@@ -134,7 +134,7 @@ def write(
       path: of the new file.
       params: the tree.
       name_of: Flax path -> name in the file.
-      counters: names of integers that PyTorch keeps besides; they are 0.
+      counters: names of further integers in PyTorch's module; they are written as 0.
     """
     leaves = flax.traverse_util.flatten_dict(params)
     keys = {name_of(key): key for key in leaves}
@@ -144,7 +144,7 @@ def write(
             return np.zeros((), np.int64)
         leaf = leaves[keys[name]]
         if not isinstance(leaf, np.ndarray):
-            leaf = leaf.copy()  # what NumPy fetches of a JAX array stays with the array
+            leaf = leaf.copy()  # a JAX array caches the host copy that NumPy fetches
         return _to_torch(keys[name][-1], np.asarray(leaf))
 
     tensor_file.write(
@@ -160,7 +160,7 @@ def _flax_shape(leaf: str, shape: tuple[int, ...], ndim: int) -> tuple[int, ...]
     if leaf != "kernel":
         return shape
     if len(shape) == 4 and ndim == 2 and shape[2:] == (1, 1):
-        shape = shape[:2]  # a linear layer stored as a 1x1 convolution
+        shape = shape[:2]  # a linear layer that is stored as a 1x1 convolution
     return (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape[::-1]
 
 
@@ -184,13 +184,13 @@ def _to_torch(leaf: str, tensor: np.ndarray) -> np.ndarray:
     return np.asarray(tensor, np.float32, order="C")
 
 
-def _renamed(
+def _with_current_names(
     entries: Mapping[str, tensor_file.Entry],
 ) -> tuple[dict[str, tuple[str, tensor_file.Entry]], list[str]]:
-    """Drops stored constants and gives old autoencoder attention its new names.
+    """Drops stored constants and renames the attention of old autoencoders.
 
     Returns:
-      (name in the file, entry) by today's name, and a line for each name there twice.
+      (name in the file, entry) by the current name, and a line per duplicate name.
     """
     renamed, problems = {}, []
     for stored, entry in entries.items():
@@ -201,7 +201,7 @@ def _renamed(
         if "attentions" in modules and module in _VAE_ATTENTION:
             name = ".".join([*modules, _VAE_ATTENTION[module], leaf])
         if name in renamed:
-            problems.append(f"{name} is there twice, once as {stored}")
+            problems.append(f"{name} appears twice, once as {stored}")
         renamed[name] = stored, entry
     return renamed, problems
 
@@ -209,14 +209,14 @@ def _renamed(
 def _check_precision(
     path: epath.PathLike, entries: Mapping[str, tensor_file.Entry]
 ) -> str:
-    """Requires one floating-point precision of all tensors; returns its NumPy name."""
+    """Returns the NumPy name of the precision, which must be one for all tensors."""
     counts = Counter(entry.dtype for entry in entries.values())
     known = [dtype for dtype in counts if dtype in tensor_file.DTYPES]
     if len(counts) == len(known) == 1:
         return tensor_file.DTYPES[known[0]].name
-    usual = max(known, key=counts.__getitem__, default=None)
+    majority = max(known, key=counts.__getitem__, default=None)
     lines = [
-        f"{k} is {e.dtype}" for k, e in sorted(entries.items()) if e.dtype != usual
+        f"{k} is {e.dtype}" for k, e in sorted(entries.items()) if e.dtype != majority
     ]
     got, details = tensor_file.listed(lines)
     tally = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
@@ -224,7 +224,7 @@ def _check_precision(
         str(path),
         wanted=f"tensors of one precision ({', '.join(tensor_file.DTYPES)})",
         got=f"{tally or 'no tensors'}" + (f": {got}" if got else ""),
-        fix="Take the checkpoint in one precision, not quantised; `torch_dtype` of "
+        fix="Use the checkpoint in one precision, not quantised; `torch_dtype` of "
         "from_pretrained and save_pretrained convert it.",
         details=details,
     )

@@ -1,1 +1,1 @@
-"""Images, labels and captions in; stores and manifests on disk. Host NumPy only."""
+"""Images and labels: sources, decoding, splits, captions, batch order. NumPy only."""

@@ -1,4 +1,4 @@
-"""What `encode` wrote, opened and not loaded; and the pairs of a batch."""
+"""Reads the cache that `encode` writes, and the batches of pairs from it."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from mvc_jax.data.shards import Shards
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """VAE moments and text states of the N training images, read row by row, fp32.
+    """VAE moments and text states of the N training images, read row by row as fp32.
 
     Attributes:
-      moments: [V N, h, w, 2c]; with V = 2 the mirror image of image i is row N + i.
-      text_states: [P, L, D], of the empty prompt first.
-      rows: of `prompts.jsonl`, one for each image.
-      state_of: int32 [N], the text states of each image's prompt.
+      moments: [V N, h, w, 2c]; if V is 2, row N + i is the mirror image of image i.
+      text_states: [P, L, D], row 0 for the empty prompt.
+      rows: of `prompts.jsonl`, one per image.
+      state_of: int32 [N], row of `text_states` for each image's prompt.
     """
 
     moments: Shards
@@ -29,7 +29,7 @@ class Cache:
 
     @property
     def flipped(self) -> bool:
-        """Whether there are mirror images."""
+        """Whether the cache includes mirror images."""
         return len(self.moments) > len(self.rows)
 
     @property
@@ -40,28 +40,28 @@ class Cache:
     def moments_of(
         self, images: Int[np.ndarray, " B"], flip: Bool[np.ndarray, " B"] | bool = False
     ) -> Float[np.ndarray, "B h w c2"]:
-        """Moments of images by index; of their mirror images where `flip`."""
+        """Moments of the images at these indices; mirrored where `flip`."""
         return _fp32(self.moments.take(images + len(self.rows) * np.int32(flip)))
 
     def states_of(self, images: Int[np.ndarray, " B"]) -> Float[np.ndarray, "B L D"]:
-        """Text states of the prompts of images by index."""
+        """Text states of the prompts of the images at these indices."""
         return _fp32(self.text_states.take(self.state_of[images]))
 
     def verify(self) -> None:
-        """Compares all checksums: a minute for 26 GB, before hours on them.
+        """Compares all checksums, which takes a minute for 26 GB.
 
         Raises:
-          UserError: a shard is not what was written.
+          UserError: a shard differs from what was written.
         """
         self.moments.verify()
         self.text_states.verify()
 
 
 def open_cache(folder: epath.PathLike) -> Cache:
-    """The cache in the folder of `encode`.
+    """Opens the cache in the folder of the stage `encode`.
 
     Raises:
-      UserError: a shard is missing, or not of its size.
+      UserError: a shard is missing or has the wrong size.
     """
     folder = epath.Path(folder)
     rows = files.read_jsonl(folder / "prompts.jsonl")
@@ -81,11 +81,18 @@ def pair_rows(
     batch_size: int,
     flip: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The pairs of the batch at `step`, a function of (seed, step).
+    """Draws the pairs of the batch at `step`, a function of (seed, step).
+
+    Args:
+      pairs: source and target of each pair, as image indices.
+      step: of fine-tuning, from 0.
+      seed: of the run.
+      batch_size: B.
+      flip: whether to mirror images at random.
 
     Returns:
-      `source` and `target`, int32 [B]; `source_flip` and `target_flip`, bool [B]: which
-      of them are mirrored, each with probability 1/2 where `flip`, independently.
+      `source` and `target`, int32 [B]; `source_flip` and `target_flip`, bool [B], which
+      are independent and true with probability 1/2 if `flip`, else false.
     """
     chosen = pairs[
         order.batch_indices(
@@ -104,7 +111,7 @@ def pair_rows(
 def pairs_of_all_classes(
     pairs: Int[np.ndarray, "M 2"], labels: Int[np.ndarray, " N"], count: int
 ) -> Int[np.ndarray, "P 2"]:
-    """The first `count` pairs, one of each class before a second of any."""
+    """Returns the first `count` pairs, taking one of each class before a second."""
     seen: dict[int, int] = {}
     turns = []
     for label in labels[pairs[:, 0]].tolist():
@@ -121,7 +128,7 @@ def read_pairs(
     seed: int,
     batch_size: int,
 ) -> dict[str, np.ndarray]:
-    """What fine-tuning takes of the pairs of the batch at `step`.
+    """Reads the inputs of fine-tuning for the batch at `step`; mirrored if cached so.
 
     Returns:
       `source_moments`, `target_moments` [B, h, w, 2c] and the target's `text_states`

@@ -1,7 +1,7 @@
-"""Bytes -> uint8 RGB pixels, and pixels -> the square that the models see.
+"""Decodes image files to uint8 RGB, and resizes images to the models' square input.
 
-What is done to get there is stated: a window for more than 8 bits, white behind
-transparency, the camera's rotation undone, the first of several frames.
+More than 8 bits are windowed, transparent images are composited over white, the EXIF
+orientation is applied, and of several frames the first is used.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes over 8 b
 
 
 class BadImage(Exception):
-    """An image that cannot be used; its text is the reason, in a few words."""
+    """An image that cannot be used; the text is the reason, in a few words."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """How image bytes become pixels.
+    """Decodes image files to uint8 RGB.
 
     Attributes:
-      max_pixels: more than these are a decompression bomb, never decoded.
-      window: (low, high) that become 0 and 255 in images of more than 8 bits a pixel;
-        None: each image's own least and greatest value.
+      max_pixels: larger images are refused as decompression bombs.
+      window: (low, high), mapped to 0 and 255 in images of more than 8 bits a channel;
+        None: each image's own minimum and maximum.
     """
 
     max_pixels: int = 89_478_485  # Pillow's own limit
@@ -45,7 +45,7 @@ class Decoder:
         """Decodes a PNG, JPEG, WebP, TIFF or BMP file.
 
         Returns:
-          pixels in [0, 255], and a note of what was changed to get them, "" if nothing.
+          pixels in [0, 255], and a note on what decoding changed, "" if nothing.
 
         Raises:
           BadImage: with the reason.
@@ -68,7 +68,7 @@ class Decoder:
             self._check_size(*picture.size)
             note = "16 bits a channel, high byte" if _is_deep_colour(picture) else ""
             picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)  # else it copies
+            ImageOps.exif_transpose(picture, in_place=True)  # avoids a copy
             if picture.mode in _DEEP:
                 return self.from_array(np.asarray(picture))
             has_alpha = picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")
@@ -81,11 +81,14 @@ class Decoder:
     def from_array(
         self, array: Num[np.ndarray, "..."]
     ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        """The same for pixels that another library decoded.
+        """Converts pixels that another library decoded.
 
         Args:
-          array: [H, W] or [H, W, C] with 1 (grey), 3 or 4 (with alpha) channels; of
-            any type but uint8 it is windowed.
+          array: [H, W] or [H, W, C] with 1 (grey), 3 or 4 (with alpha) channels; any
+            dtype but uint8 is windowed.
+
+        Returns:
+          as `__call__`.
 
         Raises:
           BadImage: another shape, or values that are not finite.
@@ -122,10 +125,10 @@ class Decoder:
 
 @contextlib.contextmanager
 def strict_pillow(max_pixels: int) -> Iterator[None]:
-    """Inside, Pillow refuses `max_pixels` before it decodes, and else keeps quiet.
+    """Makes Pillow refuse more than `max_pixels` before decoding, and not warn.
 
-    Pillow's limit and Python's filters of warnings are global to the process: enter
-    this in one thread, around all that decode.
+    Pillow's limit and Python's warning filters are global to the process: enter this in
+    one thread, around all threads that decode.
     """
     before = Image.MAX_IMAGE_PIXELS
     try:
@@ -145,11 +148,11 @@ def fit(
     resize: str = "stretch",
     resample: str = "lanczos",
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """Makes an image `size` x `size`, antialiased.
+    """Resizes an image to `size` x `size`, antialiased.
 
     Args:
       image: in [0, 255].
-      size: pixels.
+      size: S, in pixels.
       resize: `"stretch"` both sides, `"crop"` the longer one around the centre, or
         `"pad"` the shorter one with black.
       resample: a key of `RESAMPLING`.
@@ -164,38 +167,37 @@ def fit(
     return np.asarray(picture.resize(box, method))
 
 
-def unfit(
+def undo_fit(
     image: UInt8[np.ndarray, "S S 3"], width: int, height: int, *, resize: str
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Undoes the shape of `fit`, not its loss: the sides of a source, never enlarged.
+    """Restores the aspect ratio that an image had before `fit`, without enlarging it.
 
     Args:
       image: in [0, 255].
-      width: of the source, in pixels.
-      height: of the source, in pixels.
-      resize: how `fit` made it square. What was cropped does not come back: the result
-        is the square that was left.
+      width: before `fit`, in pixels.
+      height: before `fit`, in pixels.
+      resize: as passed to `fit`. A cropped image stays square.
 
     Returns:
-      the image by area at the source's size, or smaller, of its proportions, if that is
-      more than S pixels along a side.
+      the image in its original size, or with its longer side reduced to S pixels if it
+      was longer; resampled by area.
     """
     size = image.shape[0]
     if resize == "crop":
         width = height = min(width, height)
-    share = min(1.0, size / max(width, height))
-    box = (max(round(width * share), 1), max(round(height * share), 1))
+    scale = min(1.0, size / max(width, height))
+    box = (max(round(width * scale), 1), max(round(height * scale), 1))
     picture = Image.fromarray(image)
     if resize == "pad":
         inner = size / max(width, height)
-        wide, high = (max(round(side * inner), 1) for side in (width, height))
-        left, top = (round((size - side) * 0.5) for side in (wide, high))
-        picture = picture.crop((left, top, left + wide, top + high))
+        inside = [max(round(side * inner), 1) for side in (width, height)]
+        left, top = (round((size - side) * 0.5) for side in inside)
+        picture = picture.crop((left, top, left + inside[0], top + inside[1]))
     return np.asarray(picture.resize(box, RESAMPLING["area"]))
 
 
 def _on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> tuple[np.ndarray, str]:
-    """Composites over white; the colours under full transparency are arbitrary."""
+    """Composites over white, since fully transparent colours are arbitrary."""
     alpha = rgba[..., 3:].astype(np.uint16)
     if (alpha == 255).all():
         return np.ascontiguousarray(rgba[..., :3]), ""
@@ -204,5 +206,5 @@ def _on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> tuple[np.ndarray, str]:
 
 
 def _is_deep_colour(picture: Image.Image) -> bool:
-    """Whether Pillow is about to keep the high byte of 16-bit channels."""
+    """Whether Pillow will reduce 16-bit channels to their high byte."""
     return any(";16" in str(tile) for tile in getattr(picture, "tile", ()))

@@ -1,11 +1,14 @@
 """scikit-learn's bundled handwritten digits: real images that need no download.
 
-1,797 grey images of 8x8 pixels, ten classes; the test part of Alpaydin and Kaynak,
+1,797 grey images of 8x8 pixels in ten classes; the test set of Alpaydin and Kaynak,
 "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (1998).
 """
 
+import importlib.util
+import pathlib
+
 import numpy as np
-from sklearn.datasets import load_digits
+from jaxtyping import Float, Int
 
 from mvc_jax.data.example import Example
 
@@ -13,7 +16,7 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 class Digits:
-    """The digits as a `Source`: ids `digits/0000` to `digits/1796`."""
+    """The digits as a `Source`, with the ids `digits/0000` to `digits/1796`."""
 
     class_names = tuple(NAMES)
     is_test = None
@@ -21,9 +24,9 @@ class Digits:
     remarks = ()
 
     def __init__(self):
-        bunch = load_digits()
-        self._images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        self.labels = bunch.target.astype(np.int32)
+        images, labels = _load()
+        self._images = np.round(images * (255 / 16)).astype(np.uint8)
+        self.labels = labels.astype(np.int32)
         self.ids = tuple(f"digits/{i:04d}" for i in range(len(self.labels)))
 
     def __len__(self) -> int:
@@ -32,3 +35,18 @@ class Digits:
     def __getitem__(self, index: int) -> Example:
         image = np.repeat(self._images[index][:, :, None], 3, axis=2)
         return Example(image=image, label=int(self.labels[index]), id=self.ids[index])
+
+
+def _load() -> tuple[Float[np.ndarray, "N 8 8"], Int[np.ndarray, " N"]]:
+    """Images in [0, 16] and labels, as `sklearn.datasets.load_digits` returns them."""
+    # Importing scikit-learn takes 3 s; finding its folder imports nothing.
+    spec = importlib.util.find_spec("sklearn")
+    if spec is not None and spec.origin is not None:
+        table = pathlib.Path(spec.origin).parent / "datasets/data/digits.csv.gz"
+        if table.exists():
+            rows = np.loadtxt(table, delimiter=",")
+            return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
+    from sklearn.datasets import load_digits  # a release that stores it elsewhere
+
+    bunch = load_digits()
+    return bunch.images, bunch.target

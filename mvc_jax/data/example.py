@@ -1,4 +1,4 @@
-"""One labelled image, and the protocol of a source of them."""
+"""A labelled image, and the protocol of a source of labelled images."""
 
 from typing import NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -8,9 +8,9 @@ import numpy as np
 class Example(TypedDict):
     """One labelled image of a source.
 
-    `image` is uint8 [H, W, 3] in [0, 255], at the source's own size; `label` indexes
-    `class_names`; `id` is a string that names the image for ever; `note` says what
-    decoding had to change, e.g. "16-bit, windowed".
+    `image` is uint8 [H, W, 3] in [0, 255] at its original size; `label` indexes
+    `class_names`; `id` is a permanent, unique string; `note` describes what decoding
+    changed, e.g. "more than 8 bits, windowed".
     """
 
     image: np.ndarray
@@ -24,13 +24,13 @@ class Source(Protocol):
     """A random-access dataset, read by many threads at once.
 
     Attributes:
-      class_names: K distinct strings; `labels` index them.
-      labels: int32 [N]; they and `ids` cost no image decoding.
+      class_names: K distinct strings, indexed by `labels`.
+      labels: int32 [N], available without decoding an image, as are `ids`.
       ids: N distinct strings.
-      is_test: bool [N], the source's own test images; None: it has no split.
-      defects: what is there but cannot be used, known without decoding: id or path ->
-        reason, e.g. `{"cats/a.png": "empty file"}`. None of it is in `ids`.
-      remarks: sentences on what is there and is left alone on purpose.
+      is_test: bool [N], marks the source's own test images; None: it has no test split.
+      defects: id or path -> reason, for images that are known to be unusable before
+        decoding, e.g. `{"cats/a.png": "empty file"}`. Their ids are not in `ids`.
+      remarks: sentences about data that is ignored on purpose.
     """
 
     class_names: tuple[str, ...]

@@ -1,25 +1,27 @@
-"""A folder of images as a source: its layout is found out, and nothing is decoded.
+"""A folder of images as a source; its layout is detected without decoding an image.
 
-`<class>` is a folder that has the name of a class; folders inside belong to it.
+`<class>` is a folder named after a class; images in its subfolders belong to it.
 
-1. `train/<class>/*` and `test/<class>/*`. Parts may also be called `training`,
-   `testing`, `val`, `valid` and `validation`, in any case. `test` is the test part and
-   `val` joins train; without labelled images in `test`, `val` is the test part. One
-   that shares no class with train has no labels. Without both there is no split.
+1. `train/<class>/*` and `test/<class>/*`. Split folders may also be called `training`,
+   `testing`, `val`, `valid` and `validation`, in any case. `test` is the test split and
+   `val` joins train; if `test` has no labelled images, `val` is the test split. A split
+   folder that shares no class with train is unlabelled. With neither `test` nor `val`
+   the source has no split.
 2. `<class>/*`: no split.
-3. Tiny ImageNet: `train/<wnid>/images/*`, and `val/images/*` with the labels of
+3. Tiny ImageNet: `train/<wnid>/images/*`, and `val/images/*` with labels from
    `val/val_annotations.txt`.
-4. Hugging Face's `metadata.csv` or `metadata.jsonl`, in the root or in the folder of a
-   part. A row names an image, counted from there, in one of `FILE_COLUMNS`, and its
-   class in the first of `LABEL_COLUMNS` that there is; a number is a name, too. In the
-   root, the part is in the column `split`, else it is the folder that the image lies
-   in. Rows win over the names of folders. `generate` writes this layout.
+4. Hugging Face's `metadata.csv` or `metadata.jsonl`, in the root or in a split folder.
+   A row gives the path of an image, relative to the file, in one of `FILE_COLUMNS`, and
+   its class in the first of `LABEL_COLUMNS` that exists; numbers are used as class
+   names. In the root, the split is given by the column `split`, else by the folder of
+   the image. Rows take precedence over folder names. `generate` writes this layout.
 
-`words.txt` in the root, lines like `n01443537<TAB>goldfish, Carassius auratus`, gives
-wnids their first name, or all of them where two classes have the same first.
+`words.txt` in the root, with lines like `n01443537<TAB>goldfish, Carassius auratus`,
+names WordNet ids by their first word, or by all words if two classes share the first.
 
-Hidden files, the litter of operating systems and, outside of class folders, files with
-other suffixes are ignored. Of all else that is not used, `defects` says why.
+Ignored are hidden files, files that operating systems leave behind and, outside of
+class folders, files with other suffixes. For all else that is not used, `defects` gives
+the reason.
 """
 
 import collections
@@ -43,28 +45,40 @@ from mvc_jax.data.example import Example
 from mvc_jax.errors import UserError
 
 FILE_COLUMNS = ("file_name", "filename")
-# Names before `label`, which is a number where there are both.
-LABEL_COLUMNS = ("label_name", "class_name", "category_name")
-LABEL_COLUMNS += ("label", "class", "category", "target")
-_PARTS = dict.fromkeys(("train", "training"), "train")
-_PARTS |= dict.fromkeys(("test", "testing"), "test")
-_PARTS |= dict.fromkeys(("val", "valid", "validation"), "val")
-_LITTER = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+LABEL_COLUMNS = (
+    "label_name",  # first, since `label` is a number where both exist
+    "class_name",
+    "category_name",
+    "label",
+    "class",
+    "category",
+    "target",
+)
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}
+_SYSTEM_FILES = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 _ARCHIVE = re.compile(r"\.(zip|7z|rar|tgz|tar(\.\w+)?)$", re.IGNORECASE)
 _UNPACK = {"zip": "unzip {0} -d {1}", "7z": "7z x {0} -o{1}", "rar": "unrar x {0} {1}/"}
 _NOT_AN_IMAGE = "not a PNG, JPEG, WebP, TIFF or BMP name"
-_nfc = functools.partial(unicodedata.normalize, "NFC")  # macOS makes two letters of é
+_nfc = functools.partial(unicodedata.normalize, "NFC")  # macOS stores é decomposed
 
 
 class Folder:
-    """Images in a folder as a `Source`; an id is the path from the root.
+    """A folder of images as a `Source`; ids are paths relative to the root.
 
     Args:
-      root: of the folder; `~` is the user's home.
+      root: path of the folder; `~` is expanded.
       decoder: of the images.
 
     Raises:
-      UserError: no images to train on, or metadata that cannot be read.
+      UserError: there are no labelled training images, or metadata cannot be read.
     """
 
     def __init__(self, root: str, decoder: Decoder):
@@ -78,12 +92,12 @@ class Folder:
         self._root, self._decoder = tree.path, decoder
         self.class_names = tuple(names.values())
         self.ids = tuple(sorted(tree.labels))
-        labels, parts = zip(*(tree.labels[i] for i in self.ids), strict=True)
+        labels, splits = zip(*(tree.labels[i] for i in self.ids), strict=True)
         self.labels = np.asarray([index[key] for key in labels], np.int32)
-        test = next((part for part in ("test", "val") if part in parts), None)
-        self.is_test = np.asarray([part == test for part in parts]) if test else None
+        test = next((name for name in ("test", "val") if name in splits), None)
+        self.is_test = np.asarray([name == test for name in splits]) if test else None
         self.defects = dict(sorted(tree.defects.items()))
-        self.remarks = tuple(f"{top}: {said}" for top, said in tree.remarks.items())
+        self.remarks = tuple(f"{top}: {text}" for top, text in tree.remarks.items())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,10 +114,16 @@ class Folder:
 
 
 class _Tree:
-    """What lies in a folder, by its path from there, and what is known of it.
+    """The contents of a folder, as paths relative to it, and what is known of them.
 
-    `labels` is image -> (class, part); a part is a value of `_PARTS`. `classes` has all
-    that were seen, also those whose images are defects.
+    Attributes:
+      images: files with the suffix of an image.
+      others: all other files.
+      folders: all folders.
+      defects: path -> the reason why it is not used.
+      remarks: folder -> why it is ignored on purpose.
+      labels: image -> (class, split), where the split is a value of `_SPLITS`.
+      classes: all that occur, including those whose images are all defects.
     """
 
     def __init__(self, name: str):
@@ -122,7 +142,7 @@ class _Tree:
 
 
 def _walk(tree: _Tree) -> None:
-    """Lists everything, links followed; one look at each file, none into it."""
+    """Lists everything, following links; each file is stat'ed once and not opened."""
     pending: list[tuple[str, tuple]] = [("", ())]
     while pending:
         folder, above = pending.pop()
@@ -130,24 +150,24 @@ def _walk(tree: _Tree) -> None:
         try:
             here = os.path.join(os.path.realpath(path), "")  # ends with a slash
             if os.path.islink(path) and any(real.startswith(here) for real in above):
-                tree.defects[folder] = "a link to a folder that it lies in"
+                tree.defects[folder] = "a link to one of its parent folders"
                 continue
             with os.scandir(path) as entries:
-                inside = _sort_in(tree, folder and folder + "/", entries)
+                inside = _add_entries(tree, folder and folder + "/", entries)
         except OSError as error:
             tree.defects[folder or "."] = f"cannot be read: {error.strerror}"
             continue
         tree.folders += inside
         pending += [(name, (*above, here)) for name in inside]
     for names in (tree.images, tree.others, tree.folders):
-        names.sort()  # the file system has an order of its own
+        names.sort()  # the order of the file system is arbitrary
 
 
-def _sort_in(tree: _Tree, prefix: str, entries: Iterable[os.DirEntry]) -> list[str]:
-    """Sorts the files of a folder in; returns the folders in it."""
+def _add_entries(tree: _Tree, prefix: str, entries: Iterable[os.DirEntry]) -> list[str]:
+    """Adds the files of a folder to the tree; returns its subfolders."""
     folders = []
     for entry in entries:
-        if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+        if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
             continue
         path = prefix + entry.name
         is_image = entry.name.lower().endswith(SUFFIXES)
@@ -161,7 +181,7 @@ def _sort_in(tree: _Tree, prefix: str, entries: Iterable[os.DirEntry]) -> list[s
 
 
 def _defect(entry: os.DirEntry, is_image: bool) -> str:
-    """What is seen to be wrong with a file or folder, "" if nothing."""
+    """What is wrong with a file or folder, "" if nothing; the file is not opened."""
     try:
         entry.name.encode()
         if entry.is_dir():
@@ -175,31 +195,31 @@ def _defect(entry: os.DirEntry, is_image: bool) -> str:
         broken = entry.is_symlink() and not isinstance(error, PermissionError)
         return "a broken link" if broken else f"cannot be read: {error.strerror}"
     if not stat.S_ISREG(status.st_mode):
-        return "not a regular file"  # a pipe would keep its reader waiting for ever
+        return "not a regular file"  # e.g. a pipe, which would block its reader
     if not status.st_size:
         return "empty file"
     return "" if os.access(entry.path, os.R_OK) else "cannot be read: Permission denied"
 
 
 def _find_labels(tree: _Tree) -> None:
-    """Finds out which layout this is, and labels the images by it."""
+    """Detects the layout, and labels the images accordingly."""
     tops = {folder for folder in tree.folders if "/" not in folder}
-    parts = {top: _PARTS[top.lower()] for top in tops if top.lower() in _PARTS}
-    # A class may be called `test`; where all folders are parts, it is none.
-    is_split = "train" in parts.values() or len(parts) == len(tops)
+    splits = {top: _SPLITS[top.lower()] for top in tops if top.lower() in _SPLITS}
+    # A class may be called `test`, but not where every folder has the name of a split.
+    is_split = "train" in splits.values() or len(splits) == len(tops)
     if _table(tree, "") or not is_split:
-        parts = {"": "train"}
-    # Train first: its classes tell whether the folders of the others are any.
-    for top in sorted(parts, key=lambda top: (parts[top] != "train", top)):
+        splits = {"": "train"}
+    # Train first: other splits are labelled if they share a class with it.
+    for top in sorted(splits, key=lambda top: (splits[top] != "train", top)):
         prefix = top and top + "/"
         if found := _table(tree, prefix):
             _label_by_table(tree, *found)
         else:
-            _label_by_folder(tree, prefix, parts[top])
+            _label_by_folder(tree, prefix, splits[top])
 
 
-def _label_by_folder(tree: _Tree, prefix: str, part: str) -> None:
-    """Labels images below `prefix` by the first folder on their way."""
+def _label_by_folder(tree: _Tree, prefix: str, split: str) -> None:
+    """Labels images below `prefix` by the first folder of their path."""
 
     def folder(path: str) -> str:
         name, slash, _ = path[len(prefix) :].partition("/")
@@ -207,12 +227,12 @@ def _label_by_folder(tree: _Tree, prefix: str, part: str) -> None:
 
     bad = [path for path in tree.defects if path.lower().endswith(SUFFIXES)]
     keys = {name: _nfc(name) for name in map(folder, [*tree.images, *bad]) if name}
-    if part != "train" and tree.classes and tree.classes.isdisjoint(keys.values()):
+    if split != "train" and tree.classes and tree.classes.isdisjoint(keys.values()):
         return
     tree.classes.update(keys.values())
     for path in tree.images:
         if name := folder(path):
-            tree.labels[path] = (keys[name], part)
+            tree.labels[path] = (keys[name], split)
     for path in tree.others:
         name = folder(path)
         if name in keys and not path.endswith(f"/{name}_boxes.txt"):  # Tiny ImageNet's
@@ -224,7 +244,7 @@ def _label_by_folder(tree: _Tree, prefix: str, part: str) -> None:
 
 
 def _table(tree: _Tree, prefix: str) -> tuple[str, str] | None:
-    """(the file of labels in a folder, where the names in it begin), if any."""
+    """The file of labels in a folder, and the folder that its paths are relative to."""
     names = (prefix + "metadata.csv", prefix + "metadata.jsonl")
     found = [name for name in names if name in tree.others]
     if len(found) == 2:
@@ -233,13 +253,13 @@ def _table(tree: _Tree, prefix: str) -> tuple[str, str] | None:
     if found:
         return found[0], prefix
     boxes, images = prefix + "val_annotations.txt", prefix + "images/"
-    # Some sort val/ into class folders and leave the file behind.
+    # Some users move the images of val/ into class folders and keep the file.
     in_use = boxes in tree.others and any(p.startswith(images) for p in tree.images)
     return (boxes, images) if in_use else None
 
 
 def _label_by_table(tree: _Tree, table: str, prefix: str) -> None:
-    """Labels images below `prefix` by the rows of a file."""
+    """Labels images below `prefix` by the rows of a table."""
     rows = _parse(tree, table, _PARSERS[os.path.splitext(table)[1]])
     columns = {key.strip().lower(): key for row in rows for key in row}
     file_column = _column(tree, table, columns, FILE_COLUMNS)
@@ -253,8 +273,9 @@ def _label_by_table(tree: _Tree, table: str, prefix: str) -> None:
         inside = posixpath.normpath(name.replace("\\", "/"))
         path = on_disk.get(inside, prefix + inside)
         split = _text(row.get(split_column)) if split_column else path.split("/")[0]
-        # Without a column, an image in no folder of a part is one to train on.
-        told = (label, _PARTS.get(split.lower(), "" if split_column else "train"))
+        # Without the column, an image outside of all split folders is for training.
+        default = "" if split_column else "train"
+        entry = (label, _SPLITS.get(split.lower(), default))
         tree.classes |= {label} - {""}
         if not name:
             path, reason = f"{table}, row {number}", "no file name"
@@ -268,18 +289,18 @@ def _label_by_table(tree: _Tree, table: str, prefix: str) -> None:
             reason = _NOT_AN_IMAGE
         elif not label:
             reason = f"no label: {here} gives none"
-        elif not told[1]:
+        elif not entry[1]:
             reason = f"split {split!r} in {here} is neither train, val nor test"
-        elif (first := tree.labels.setdefault(path, told)) != told:
+        elif (first := tree.labels.setdefault(path, entry)) != entry:
             del tree.labels[path]
-            reason = f"listed in {here} as {first} and as {told}"
+            reason = f"listed in {here} as {first} and as {entry}"
         else:
             continue
         tree.defects[path] = reason
 
 
 def _parse(tree: _Tree, path: str, parser: Callable) -> list[dict[str, Any]]:
-    """The rows of a text file; what is wrong in it is an error with its line."""
+    """Parses a text file into rows; errors name the line."""
     number = 0
 
     def lines() -> Iterator[str]:
@@ -295,7 +316,7 @@ def _parse(tree: _Tree, path: str, parser: Callable) -> list[dict[str, Any]]:
         raise tree.error(
             wanted=f"{path} well-formed and in UTF-8",
             got=f"in line {number}: {error}",
-            fix="Mend that line.",
+            fix="Fix that line.",
         ) from error
 
 
@@ -315,7 +336,7 @@ def _jsonl(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def _tabs(lines: Iterator[str]) -> Iterator[dict[str, str]]:
-    """Tiny ImageNet's files of labels and of words: file or wnid, wnid or names, ..."""
+    """Tiny ImageNet's tab-separated files: file name and wnid, or wnid and names."""
     for line in filter(str.strip, lines):
         first, second, *_ = (*line.split("\t"), "")
         yield {"file_name": first, "label": second}
@@ -331,12 +352,12 @@ def _column(tree: _Tree, table: str, columns: dict[str, str], names: tuple) -> s
     raise tree.error(
         wanted=f"a column {' or '.join(names)} in {table}",
         got=f"the columns {', '.join(columns.values()) or '(no rows)'}",
-        fix="Name one of them so.",
+        fix="Rename one of its columns.",
     )
 
 
 def _explain_the_rest(tree: _Tree) -> None:
-    """Why images have no label; said once of a folder that has none with a label."""
+    """Explains images without label, once per top-level folder where none has any."""
     used = {path.split("/")[0] for path in tree.labels}
     unused = collections.Counter()
     for path in set(tree.images) - tree.labels.keys() - tree.defects.keys():
@@ -346,12 +367,13 @@ def _explain_the_rest(tree: _Tree) -> None:
         else:
             tree.defects[path] = "no label: in no class folder, in no row of metadata"
     for top, count in unused.items():
-        said = tree.remarks if top[:-1].lower() in _PARTS else tree.defects
-        said[top] = f"{count} images without labels are not used"
+        texts = tree.remarks if top[:-1].lower() in _SPLITS else tree.defects
+        texts[top] = f"{count} images without labels are not used"
 
 
 def _check_labels(tree: _Tree) -> None:
-    if any(part == "train" for _, part in tree.labels.values()):
+    """Raises a `UserError` unless there are labelled training images."""
+    if any(split == "train" for _, split in tree.labels.values()):
         return
     kinds = collections.Counter(os.path.splitext(p)[1].lower() for p in tree.others)
     found = [f"{n} {kind or 'other'} files" for kind, n in kinds.most_common(4)]
@@ -360,19 +382,19 @@ def _check_labels(tree: _Tree) -> None:
     files = [os.path.join(tree.path, path) for path in tree.others]
     if "." in tree.defects:
         got, files = f"a path that {tree.defects['.']}", [tree.path]
-    fix = "The layouts that are read are in mvc_jax/data/folder.py."
+    fix = "mvc_jax/data/folder.py lists the supported layouts."
     archive = next(filter(_ARCHIVE.search, files), None)
     if archive and not tree.images:
         kind = _ARCHIVE.search(archive)[1].lower()
         command = _UNPACK.get(kind, "mkdir -p {1} && tar -xf {0} -C {1}")
         paths = (archive, _ARCHIVE.sub("", tree.path))
         fix = f"Unpack it: {command.format(*map(shlex.quote, paths))}"
-    wanted = "labelled images to train on, in train/<class>/, <class>/ or metadata"
+    wanted = "labelled training images, in train/<class>/, <class>/ or metadata"
     raise tree.error(wanted=wanted, got=got, fix=fix)
 
 
 def _class_names(tree: _Tree) -> dict[str, str]:
-    """Class -> its name, in the order of labels; no two read the same in a prompt."""
+    """Names of the classes in the order of labels, distinct where words.txt allows."""
     words = _parse(tree, "words.txt", _tabs) if "words.txt" in tree.others else []
     glosses = {row["file_name"]: _text(row["label"]) for row in words}
     forms = {key: (key, key, key) for key in sorted(tree.classes)}
@@ -390,11 +412,11 @@ def _class_names(tree: _Tree) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """A cell as text, "" if it is neither that nor a number."""
-    known = isinstance(value, str | int | float)
-    return _nfc(_printable(str(value)).strip()) if known else ""
+    """A cell as text, "" if it is neither text nor a number."""
+    is_text = isinstance(value, str | int | float)
+    return _nfc(_printable(str(value)).strip()) if is_text else ""
 
 
 def _printable(text: str) -> str:
-    """The same text, with `\\` codes for what UTF-8 cannot write."""
+    """Replaces what UTF-8 cannot encode by backslash escapes."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,7 +1,7 @@
 """Host randomness and batch order as functions of (seed, purpose, index).
 
-No generator lives longer than one call, so an interrupted run needs to remember
-nothing but its step.
+No generator outlives one call, so resuming an interrupted run needs nothing but the
+step.
 """
 
 import functools
@@ -9,10 +9,11 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Int32
 
 
 def generator(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
-    """A fresh generator for one (seed, purpose, index), independent of all others."""
+    """A new generator for one (seed, purpose, index), independent of all others."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), index])
 
 
@@ -23,13 +24,20 @@ def _epoch(seed: int, purpose: str, epoch: int, size: int) -> np.ndarray:
 
 def batch_indices(
     seed: int, purpose: str, step: int, *, batch_size: int, size: int
-) -> np.ndarray:
-    """Indices of the batch at `step`: every example once an epoch, then reshuffled.
+) -> Int32[np.ndarray, " B"]:
+    """Indices of the batch at `step`: every example once per epoch, reshuffled.
 
-    Batches run on across the epochs' borders, so `batch_size` may exceed `size`.
+    Batches cross the boundary between epochs, so `batch_size` may exceed `size`.
+
+    Args:
+      seed: of the run.
+      purpose: names the stream; streams of different purposes are independent.
+      step: of training, from 0.
+      batch_size: B.
+      size: number of examples.
 
     Returns:
-      int32 [batch_size], values in [0, size).
+      indices in [0, size).
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, offsets = np.divmod(positions, size)
@@ -43,7 +51,7 @@ def batch_indices(
 def reader(
     seed: int, purpose: str, arrays: dict[str, np.ndarray], *, batch_size: int
 ) -> Callable[[int], dict[str, np.ndarray]]:
-    """Step -> the rows of `arrays` [N, ...] that its batch has."""
+    """Returns a function from step to the rows of `arrays` [N, ...] in its batch."""
     size = len(next(iter(arrays.values())))
 
     def read(step: int) -> dict[str, np.ndarray]:

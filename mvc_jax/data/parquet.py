@@ -1,7 +1,7 @@
-"""Images in Parquet files: Hugging Face's, our own synthetic sets, anybody's.
+"""Images in Parquet files, e.g. Hugging Face's or our own synthetic sets, as a source.
 
-Opening a source reads footers, labels and paths; image bytes are read a row group at a
-time, when they are asked for. Ask in ascending order: then each group is read once.
+Opening a source reads footers, labels and paths; image bytes are read on demand, one
+row group at a time. In ascending order each row group is read once.
 """
 
 import functools
@@ -21,42 +21,50 @@ import pyarrow.parquet as pq
 
 from mvc_jax.data.decode import BadImage, Decoder
 from mvc_jax.data.example import Example
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 
-_KEPT_BYTES = 128 << 20  # of row groups; the last two are kept whatever their size
-_UNREADABLE = (pa.ArrowException, OSError, KeyError)  # what Arrow raises: a bad file
+_CACHE_BYTES = 128 << 20  # of row groups; at least two are cached, whatever their size
+_UNREADABLE = (pa.ArrowException, OSError, KeyError)  # raised by Arrow for bad files
 _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 _TEXT = (pa.string(), pa.large_string(), pa.string_view())
 _IMAGES = "binary, or a struct of bytes and path,"
-_LABELS = "integers, texts or truth values"
+_LABELS = "integers, strings or booleans"
 _SPLIT_OF_WORD = {  # in the names of files and folders, as Hugging Face reads them
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
 
 
 class Parquet:
-    """The rows of Parquet files, in the order of the files' names, as a `Source`.
+    """The rows of Parquet files, in the order of the file names, as a `Source`.
 
     The image column holds the bytes of image files, or Hugging Face's struct of `bytes`
-    and `path`; where bytes are null, the path leads to a file beside the Parquet file.
-    The label column holds ClassLabels, whose names the schema knows, or integers, texts
-    or truth values; then the distinct ones, sorted, are the classes.
+    and `path`; where bytes are null, the path is relative to the Parquet file's folder.
+    The label column holds ClassLabels, with names in the schema, or integers, strings
+    or booleans, whose sorted distinct values are the classes.
 
-    An image's id is its path if every image has one of its own, else `FILE#ROW`. Splits
-    are told by names like `train-00000-of-00002.parquet` or `test/0.parquet`: test
+    The id of an image is its path if all paths are distinct, else `FILE#ROW`. The split
+    is recognised by names like `train-00000-of-00002.parquet` or `test/0.parquet`: test
     images are those of the test split, else of validation, which otherwise joins train.
 
     Args:
-      pattern: a file, a folder (then every `*.parquet` below it) or a glob with `**`.
+      pattern: a file, a folder (all `*.parquet` below it) or a glob, optionally with
+        `**`.
       decoder: of the image bytes.
       image_column: name of the column of images.
       label_column: name of the column of labels.
 
     Raises:
-      UserError: no file matches; one cannot be read, lacks a column or differs from
-        the others; no row can be used.
+      UserError: no file matches; a file cannot be read, lacks a column or differs from
+        the others; or no row can be used.
     """
 
     def __init__(
@@ -68,12 +76,12 @@ class Parquet:
         label_column: str = "label",
     ):
         shards = [_Shard(path, image_column, label_column) for path in _find(pattern)]
-        _require_alike(shards)
+        _require_same_layout(shards)
         self._decoder, self._shards = decoder, shards
         self._starts, self._groups = _row_groups(shards)
         largest = max((size for _, _, size in self._groups), default=0)
-        kept = max(2, _KEPT_BYTES // max(largest, 1))
-        self._read_group = functools.lru_cache(kept)(self._read_group)
+        cached = max(2, _CACHE_BYTES // max(largest, 1))
+        self._read_group = functools.lru_cache(cached)(self._read_group)
         self._reading = threading.Lock()
 
         parts = [shard.read_rows() for shard in shards]
@@ -93,7 +101,7 @@ class Parquet:
             raise UserError(
                 "config.data.source",
                 wanted="rows with an image and a label",
-                got=f"none that can be used of the {len(names)} in {pattern!r}",
+                got=f"no usable row among {len(names)} in {pattern!r}",
                 fix="Name other files.",
                 details=[f"{name}: {reason}" for name, reason in self.defects.items()],
             )
@@ -110,16 +118,16 @@ class Parquet:
         return Example(image=image, label=label, id=id_, note=note)
 
     def _content(self, row: int) -> bytes:
-        """The image file that a row holds or names."""
+        """Reads the image file that a row contains or refers to."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         shard = self._shards[self._groups[group][0]]
         try:
-            with self._reading:  # threads that want the same group read it once
+            with self._reading:  # threads that need the same group read it once
                 images = self._read_group(group)
             cell = images[row - int(self._starts[group])].as_py()
             cell = cell if isinstance(cell, dict) else {"bytes": cell}
             if cell.get("bytes") is None:
-                return shard.beside(cell["path"]).read_bytes()
+                return shard.resolve(cell["path"]).read_bytes()
             return cell["bytes"]
         except _UNREADABLE as error:
             raise BadImage(f"{shard.path} cannot be read: {error}") from error
@@ -130,10 +138,12 @@ class Parquet:
 
 
 class _Rows(NamedTuple):
-    """What is known of the rows of a file without their images.
+    """The rows of a file without their images.
 
-    Labels may be null. A path is "" where there is none, a reason says why an image
-    cannot be used, "" if it can.
+    Attributes:
+      labels: may be null.
+      paths: of the images, "" where there is none.
+      reasons: why each image cannot be used, "" if it can.
     """
 
     labels: pa.ChunkedArray
@@ -142,16 +152,16 @@ class _Rows(NamedTuple):
 
 
 class _Shard:
-    """One Parquet file; it is open only while it is read, so any thread may.
+    """One Parquet file, opened for each read, so that any thread may read.
 
     Attributes:
       path: of the file.
       metadata: its footer.
-      layout: what its two columns hold, in words.
-      class_names: of Hugging Face's ClassLabel; None: it is none.
+      layout: a description of its two columns.
+      class_names: of Hugging Face's ClassLabel; None for other labels.
 
     Raises:
-      UserError: it is no Parquet file, or has no such two columns.
+      UserError: it is not a Parquet file, or lacks one of the columns.
     """
 
     def __init__(self, path: str, image_column: str, label_column: str):
@@ -170,13 +180,13 @@ class _Shard:
             ("image_column", image_column, any(leaves), _IMAGES),
             ("label_column", label_column, self._label_type is not None, _LABELS),
         ):
-            require(
-                good,
-                path,
-                wanted=f"{what} in a column {column!r}",
-                got="; ".join(f"{name}: {type_}" for name, type_ in types.items()),
-                fix=f"Name one of these columns by config.data.{field}.",
-            )
+            if not good:
+                raise UserError(
+                    path,
+                    wanted=f"{what} in a column {column!r}",
+                    got="; ".join(f"{name}: {type_}" for name, type_ in types.items()),
+                    fix=f"Set config.data.{field} to one of these columns.",
+                )
         self.class_names = None
         if self._label_type == pa.int64():
             self.class_names = _class_label_names(schema, label_column, path)
@@ -191,11 +201,11 @@ class _Shard:
             str(self.path),
             wanted=wanted,
             got=f"{type(error).__name__}: {error}",
-            fix="Write it anew, or leave it out of config.data.source.",
+            fix="Write it again, or exclude it from config.data.source.",
         )
 
     def read_rows(self) -> _Rows:
-        """Reads labels and paths, and which images are null.
+        """Reads labels and paths, and finds the images that are null.
 
         Raises:
           UserError: the file is damaged, or labels are not whole numbers.
@@ -204,20 +214,20 @@ class _Shard:
         try:
             with self._open() as file:
                 table = file.read(columns=columns)
-                bare = np.flatnonzero(self._without_bytes(file))
-            labels = _without_blanks(table[self._label], self._label_type)
+                without_bytes = np.flatnonzero(self._has_no_bytes(file))
+            labels = _blank_to_null(table[self._label], self._label_type)
         except _UNREADABLE as error:
             raise self._broken("labels that can be read", error) from error
         paths, reasons = [""] * len(labels), [""] * len(labels)
         if self._path:
             paths = pc.struct_field(table[self._image], "path")
             paths = pc.fill_null(paths, "").to_pylist()
-        for row in bare:
-            reasons[row] = self._why_bad(paths[row])
+        for row in without_bytes:
+            reasons[row] = self._check_path(paths[row])
         return _Rows(labels, paths, reasons)
 
-    def _without_bytes(self, file: pq.ParquetFile) -> np.ndarray:
-        """Which image bytes are null, bool [rows]; mostly the footer knows."""
+    def _has_no_bytes(self, file: pq.ParquetFile) -> np.ndarray:
+        """Whether image bytes are null, bool [rows]; from the footer where possible."""
         if not self._bytes:
             return np.ones(self.metadata.num_rows, bool)
         schema = self.metadata.schema
@@ -225,8 +235,8 @@ class _Shard:
         masks = [np.zeros(0, bool)]
         for number in range(self.metadata.num_row_groups):
             group = self.metadata.row_group(number)
-            known = group.column(leaf).statistics
-            if known and known.has_null_count and not known.null_count:
+            stats = group.column(leaf).statistics
+            if stats and stats.has_null_count and not stats.null_count:
                 masks.append(np.zeros(group.num_rows, bool))
                 continue
             column = file.read_row_group(number, columns=[self._bytes])[self._image]
@@ -235,47 +245,47 @@ class _Shard:
             masks.append(column.is_null().to_numpy())
         return np.concatenate(masks)
 
-    def _why_bad(self, path: str) -> str:
+    def _check_path(self, path: str) -> str:
         """Why the image of a row without bytes cannot be used, "" if it can."""
         if not path:
             return "no image"
         try:
-            file = self.beside(path)
+            file = self.resolve(path)
             if not file.is_relative_to(self.path.parent.resolve()):
                 return f"its path leads out of the dataset's folder: {path}"
             return "" if file.is_file() else f"no such file: {path}"
         except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, a loop
-            return f"no path of a file: {error}"
+            return f"not the path of a file: {error}"
 
-    def beside(self, path: str) -> pathlib.Path:
-        """Where a path in the image column leads, links followed."""
+    def resolve(self, path: str) -> pathlib.Path:
+        """Resolves a path in the image column, following links."""
         return (self.path.parent / path).resolve()
 
     def read_images(self, number: int) -> pa.ChunkedArray:
-        """The image column of a row group."""
+        """Reads the image column of a row group."""
         with self._open() as file:
             return file.read_row_group(number, columns=[self._image])[self._image]
 
 
 def _find(pattern: str) -> list[str]:
-    """Paths of the files that a glob, a folder or a path names, sorted."""
-    wide = os.path.expanduser(pattern)
-    if os.path.exists(wide):  # whatever stars and brackets are in its name
-        deep = ("**", "*.parquet") if os.path.isdir(wide) else ()
-        wide = os.path.join(glob.escape(wide), *deep)
-    found = {p for p in glob.glob(wide, recursive=True) if not os.path.isdir(p)}
-    require(
-        bool(found),
-        "config.data.source",
-        wanted="a Parquet file, a folder with *.parquet in it, or a glob",
-        got=f"{pattern!r}, which names no file",
-        fix="Correct it.",
-    )
+    """Paths that a glob, a folder or a file name matches, sorted."""
+    expanded = os.path.expanduser(pattern)
+    if os.path.exists(expanded):  # its name may contain stars and brackets
+        below = ("**", "*.parquet") if os.path.isdir(expanded) else ()
+        expanded = os.path.join(glob.escape(expanded), *below)
+    found = {p for p in glob.glob(expanded, recursive=True) if not os.path.isdir(p)}
+    if not found:
+        raise UserError(
+            "config.data.source",
+            wanted="a Parquet file, a folder with *.parquet in it, or a glob",
+            got=f"{pattern!r}, which matches no file",
+            fix="Correct it.",
+        )
     return sorted(found)
 
 
 def _leaves(image: pa.DataType, column: str) -> tuple[str, str]:
-    """Dotted names of the columns of bytes and of paths, "" if there is none."""
+    """Dotted names of the columns of bytes and of paths, "" for one that is missing."""
     if image in _BINARY:
         return column, ""
     fields = image if pa.types.is_struct(image) else ()
@@ -285,9 +295,9 @@ def _leaves(image: pa.DataType, column: str) -> tuple[str, str]:
 
 
 def _common_type(label: pa.DataType) -> pa.DataType | None:
-    """The type to which labels of a kind are cast; None: they are no labels.
+    """The type that labels are cast to; None: the type does not suit labels.
 
-    Floats are among the integers: pandas makes them so where some are missing.
+    Floats become integers, since pandas stores integers with missing values as floats.
     """
     if pa.types.is_dictionary(label):
         return _common_type(label.value_type)
@@ -298,8 +308,8 @@ def _common_type(label: pa.DataType) -> pa.DataType | None:
     return pa.bool_() if pa.types.is_boolean(label) else None
 
 
-def _without_blanks(labels: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
-    """Casts labels to their common type; NaN and blank texts become null."""
+def _blank_to_null(labels: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    """Casts labels to their common type; NaN and blank strings become null."""
     if pa.types.is_floating(labels.type):
         labels = labels.cast(pa.float64())
         labels = pc.if_else(pc.is_nan(labels), None, labels)
@@ -313,37 +323,38 @@ def _without_blanks(labels: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedAr
 def _class_label_names(
     schema: pa.Schema, column: str, path: str
 ) -> tuple[str, ...] | None:
-    """The names of Hugging Face's ClassLabel; None: the schema tells of none."""
+    """Names of Hugging Face's ClassLabel; None: the schema does not define one."""
     try:
         described = json.loads((schema.metadata or {})[b"huggingface"])
         names = tuple(map(str, described["info"]["features"][column]["names"]))
     except (KeyError, TypeError, ValueError):
         return None
-    require(
-        len(set(names)) == len(names),
-        path,
-        wanted=f"distinct class names of {column!r}",
-        got=", ".join(names),
-        fix="Correct the key 'huggingface' of its schema's metadata.",
-    )
+    if len(set(names)) != len(names):
+        raise UserError(
+            path,
+            wanted=f"distinct class names of {column!r}",
+            got=", ".join(names),
+            fix="Correct the key 'huggingface' of its schema's metadata.",
+        )
     return names or None
 
 
-def _require_alike(shards: Sequence[_Shard]) -> None:
+def _require_same_layout(shards: Sequence[_Shard]) -> None:
+    """Raises a `UserError` if columns or class names of the files differ."""
     for shard in shards[1:]:
-        require(
-            shard.layout == shards[0].layout,
-            str(shard.path),
-            wanted=f"{shards[0].layout}, as in {shards[0].path}",
-            got=shard.layout,
-            fix="Name files of one dataset by config.data.source.",
-        )
+        if shard.layout != shards[0].layout:
+            raise UserError(
+                str(shard.path),
+                wanted=f"{shards[0].layout}, as in {shards[0].path}",
+                got=shard.layout,
+                fix="Set config.data.source to files of one dataset.",
+            )
 
 
 def _row_groups(
     shards: Sequence[_Shard],
 ) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """The first row [G] of each row group, and its (shard, number there, bytes)."""
+    """First row [G] of each row group, and its (shard, number in the shard, bytes)."""
     rows, groups = [0], []
     for index, shard in enumerate(shards):
         for number in range(shard.metadata.num_row_groups):
@@ -359,7 +370,7 @@ def _names_of_rows(
     paths: Sequence[str],
     reasons: Sequence[str],
 ) -> list[str]:
-    """A distinct name for each row: its image's path if it can be, or file and row."""
+    """A distinct name for each row: its image's path if possible, else file#row."""
     counted = zip((file.as_posix() for file in files), rows, strict=True)
     numbers = [f"{file}#{row}" for file, count in counted for row in range(count)]
     names = [path or number for path, number in zip(paths, numbers, strict=True)]
@@ -370,7 +381,7 @@ def _names_of_rows(
 def _classes(
     values: pa.ChunkedArray, names: tuple[str, ...] | None, reasons: list[str]
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names, and labels int32 [rows]; those of no class get a reason."""
+    """Class names, and labels int32 [rows]; rows of no class get a reason."""
     distinct = sorted(pc.unique(values).drop_null().to_pylist())
     known = distinct if names is None else list(range(len(names)))
     labels = pc.index_in(values, value_set=pa.array(known, values.type))
@@ -383,14 +394,14 @@ def _classes(
 
 
 def _split(file: pathlib.PurePath) -> str:
-    """The split that a file's name tells, else that of the nearest folder."""
+    """The split in the name of a file, else in that of the nearest folder."""
     parts = (file.stem, *reversed(file.parts[:-1]))
     words = re.split(r"[^a-z]+", "/".join(parts).lower())
     return next((_SPLIT_OF_WORD[w] for w in words if w in _SPLIT_OF_WORD), "train")
 
 
 def _is_test(splits: np.ndarray) -> np.ndarray | None:
-    """Which rows are test, bool [N], given their splits; None: there is no telling."""
+    """Which rows are test, bool [N], given their splits; None: no split is test."""
     for name in ("test", "validation"):
         mine = splits == name
         if mine.any():

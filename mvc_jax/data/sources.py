@@ -1,4 +1,4 @@
-"""Where labelled images come from: one small protocol, one file a source."""
+"""Opens the source of labelled images that `config.data.source` names."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,10 @@ import numpy as np
 
 from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import Decoder
+from mvc_jax.data.digits import Digits
 from mvc_jax.data.example import Example, Source
-from mvc_jax.errors import UserError, require
+from mvc_jax.data.folder import Folder
+from mvc_jax.errors import UserError
 
 SOURCES = ("digits", "folder:PATH", "parquet:PATH/*.parquet", "tfds:NAME")
 
@@ -20,35 +22,31 @@ def open_source(
     label_column: str = "label",
     data_dir: str = "",
 ) -> Source:
-    """Opens the source that `config.data.source` names, and decodes nothing.
+    """Opens a source without decoding an image.
 
     Args:
-      name: one of `SOURCES`, e.g. `"folder:/data/parts"`.
-      decoder: of image bytes.
+      name: of a form in `SOURCES`, e.g. `"folder:/data/parts"`.
+      decoder: of image files; None: one with its defaults.
       image_column: of a Parquet file or TFDS dataset.
-      label_column: likewise.
-      data_dir: where TFDS keeps its datasets; "": its own default.
+      label_column: of a Parquet file or TFDS dataset.
+      data_dir: TFDS's data directory; "": TFDS's default.
 
     Raises:
-      UserError: the name is none of `SOURCES`, or what it names cannot be read.
+      UserError: the name has another form, or the dataset cannot be read.
     """
     decoder = decoder or Decoder()
     kind, colon, rest = name.partition(":")
     columns = {"image_column": image_column, "label_column": label_column}
     if name == "digits":
-        from mvc_jax.data.digits import Digits  # scikit-learn takes 3 s to import
-
         return Digits()
     if kind == "folder" and rest:
-        from mvc_jax.data.folder import Folder
-
         return Folder(rest, decoder)
     if kind == "parquet" and rest:
-        from mvc_jax.data.parquet import Parquet
+        from mvc_jax.data.parquet import Parquet  # pyarrow takes 0.3 s to import
 
         return Parquet(rest, decoder, **columns)
     if kind == "tfds" and rest:
-        from mvc_jax.data.tfds import Tfds  # and TFDS half a second
+        from mvc_jax.data.tfds import Tfds  # TFDS takes 0.5 s to import
 
         return Tfds(rest, decoder, data_dir=data_dir, **columns)
     raise UserError(
@@ -59,8 +57,12 @@ def open_source(
     )
 
 
-class OfClasses:
-    """The images of some classes of a source; labels count these alone, in this order.
+class ClassSubset:
+    """A source restricted to some of its classes.
+
+    Args:
+      source: all classes.
+      class_names: the classes to keep; labels index them in this order.
 
     Raises:
       UserError: a class is unknown or named twice.
@@ -68,13 +70,13 @@ class OfClasses:
 
     def __init__(self, source: Source, class_names: Sequence[str]):
         unknown = [name for name in class_names if name not in source.class_names]
-        require(
-            not unknown and len(set(class_names)) == len(class_names),
-            "config.data.classes",
-            wanted=f"classes of the source, each once: {_some(source.class_names)}",
-            got=", ".join(map(repr, unknown or class_names)),
-            fix="Name these, or () for all.",
-        )
+        if unknown or len(set(class_names)) != len(class_names):
+            raise UserError(
+                "config.data.classes",
+                wanted=f"classes of the source, each once: {_list(source.class_names)}",
+                got=", ".join(map(repr, unknown or class_names)),
+                fix="Name some of these, or () for all.",
+            )
         self._source = source
         new_label = np.full(len(source.class_names), -1, np.int32)
         for label, name in enumerate(class_names):
@@ -84,8 +86,8 @@ class OfClasses:
         self.class_names = tuple(class_names)
         self.labels = labels[self._indices]
         self.ids = tuple(source.ids[i] for i in self._indices)
-        own = source.is_test
-        self.is_test = None if own is None else own[self._indices]
+        is_test = source.is_test
+        self.is_test = None if is_test is None else is_test[self._indices]
         self.defects, self.remarks = source.defects, source.remarks
 
     def __len__(self) -> int:
@@ -97,27 +99,31 @@ class OfClasses:
 
 
 def check_class_names(class_names: Sequence[str]) -> None:
-    """Raises a `UserError` if two classes read the same in a prompt, or one is mute."""
+    """Checks that each class has words for a prompt, and no two have the same.
+
+    Raises:
+      UserError: a class has no words, or those of another class.
+    """
     first: dict[str, str] = {}
     for name in class_names:
         words = readable(name)
-        require(
-            bool(words),
-            f"class {name!r}",
-            wanted="a name with at least one letter or digit",
-            got="none that a prompt could say",
-            fix="Rename it.",
-        )
+        if not words:
+            raise UserError(
+                f"class {name!r}",
+                wanted="a name with at least one letter or digit",
+                got="no word for a prompt",
+                fix="Rename it.",
+            )
         other = first.setdefault(words, name)
-        require(
-            other == name,
-            f"class {name!r}",
-            wanted="a name of its own in the prompt",
-            got=f"{words!r}, as class {other!r} has",
-            fix="Rename one of the two, or leave one out by config.data.classes.",
-        )
+        if other != name:
+            raise UserError(
+                f"class {name!r}",
+                wanted="a name that differs from all others in the prompt",
+                got=f"{words!r}, as for class {other!r}",
+                fix="Rename one of the two, or leave one out with config.data.classes.",
+            )
 
 
-def _some(names: Sequence[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     shown = ", ".join(names[:30])
     return shown if len(names) <= 30 else f"{shown} and {len(names) - 30} more"

@@ -1,8 +1,9 @@
-"""Datasets of TensorFlow Datasets (TFDS), read without TensorFlow.
+"""Datasets of TensorFlow Datasets (TFDS) as a source, read without TensorFlow.
 
 TensorFlow is needed once, by another process that prepares the dataset; the errors here
-give its command. Then TFDS reads records at random, and Pillow decodes the images in
-them, as those of any other source: TFDS would take palettes for grey and CMYK for RGBA.
+give the command. After that TFDS reads records at random, and Pillow decodes the images
+in them, as for any other source, since TFDS reads palette images as grey and CMYK as
+RGBA.
 """
 
 import difflib
@@ -20,33 +21,34 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from mvc_jax.data.decode import BadImage, Decoder
 from mvc_jax.data.example import Example
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 _NAME = re.compile(r"(\w+)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-_AT_ONCE = 256  # records of which labels are read together
+_RECORDS_AT_ONCE = 256  # when reading labels
 
 
 class Tfds:
     """A prepared dataset of TFDS as a `Source`; ids are `NAME/SPLIT/INDEX`.
 
     Test images are those of the split `test` if it is labelled, else of `validation`,
-    which otherwise joins `train`. All other splits are left alone. Opening reads every
-    record for its label, but decodes none.
+    which otherwise joins `train`. All other splits are ignored. Opening reads the label
+    of every record, but decodes no image.
 
     Args:
       name: `cifar10`, `cifar10:3.0.2` or `my_set/config:1.0.0`; without a version, the
         newest that is prepared.
       decoder: of the image bytes.
-      data_dir: where TFDS keeps its datasets; "": its own default.
-      image_column: name of the feature `Image`; where there is no "image", the first of
-        the dataset's `supervised_keys`.
-      label_column: name of the feature `ClassLabel`; likewise, the second.
+      data_dir: TFDS's data directory; "": TFDS's default.
+      image_column: name of the feature `Image`; if it is "image" and there is none, the
+        first of the dataset's `supervised_keys`.
+      label_column: name of the feature `ClassLabel`; if it is "label" and there is
+        none, the second of the dataset's `supervised_keys`.
 
     Raises:
       UserError: the dataset is unknown, not prepared, not prepared for random access,
-        damaged, or not one of labelled images.
+        damaged, or does not consist of labelled images.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Tfds:
     ):
         folder = _find(name, data_dir)
         if folder is None:
-            builder, sources = _ask_tfds(name, data_dir)
+            builder, sources = _open_with_tfds(name, data_dir)
         else:
             builder = _open(folder, name, _root(data_dir))
             sources = _raw_records(builder, folder)
@@ -86,13 +88,13 @@ class Tfds:
             else f"no class has the label {every[i]}"
             for i in np.flatnonzero(~good)
         }
-        require(
-            bool(good.any()),
-            f"config.data.source=tfds:{name}",
-            wanted=f"labelled images in one of the splits {', '.join(SPLITS)}",
-            got=f"none in {', '.join(builder.info.splits) or 'no split at all'}",
-            fix="Name another dataset.",
-        )
+        if not good.any():
+            raise UserError(
+                f"config.data.source=tfds:{name}",
+                wanted=f"labelled images in one of the splits {', '.join(SPLITS)}",
+                got=f"none in {', '.join(builder.info.splits) or 'no split at all'}",
+                fix="Name another dataset.",
+            )
         self.labels = every[good].astype(np.int32)
         self.ids = tuple(ids[i] for i in np.flatnonzero(good))
         self._splits, self._rows = split_of[good], row_of[good]
@@ -122,20 +124,20 @@ class Tfds:
 
 
 def _value(record: Any, column: str) -> Any:
-    """A feature of a record, which is a serialised `tf.train.Example`."""
+    """One feature of a record, which is a serialised `tf.train.Example`."""
     return tf_example_pb2.Example.FromString(record).features.feature[column]
 
 
 def _find(name: str, data_dir: str) -> epath.Path | None:
     """The folder of the prepared dataset, `DATA_DIR/NAME[/CONFIG]/VERSION`, or None."""
     match = _NAME.fullmatch(name)
-    require(
-        match is not None,
-        "config.data.source",
-        wanted="tfds:NAME, with /CONFIG and :1.2.3 behind it if need be",
-        got=f"tfds:{name}",
-        fix="Correct it.",
-    )
+    if match is None:
+        raise UserError(
+            "config.data.source",
+            wanted="tfds:NAME, optionally followed by /CONFIG and :1.2.3",
+            got=f"tfds:{name}",
+            fix="Correct it.",
+        )
     dataset, config, version = match.groups()
     root = _root(data_dir)
     home = root / dataset
@@ -152,21 +154,21 @@ def _find(name: str, data_dir: str) -> epath.Path | None:
         raise _not_prepared(name, data_dir, found)
     if not chosen:
         return None
-    require(
-        len(configs) == 1,
-        f"config.data.source=tfds:{name}",
-        wanted="the name of a config of this dataset",
-        got=f"none, and {', '.join(configs)} are prepared in {root}",
-        fix=f"Name one, e.g. tfds:{dataset}/{configs[0]}.",
-    )
+    if len(configs) > 1:
+        raise UserError(
+            f"config.data.source=tfds:{name}",
+            wanted="the name of a config of this dataset",
+            got=f"none, and {', '.join(configs)} are prepared in {root}",
+            fix=f"Name one, e.g. tfds:{dataset}/{configs[0]}.",
+        )
     return max(chosen, key=lambda folder: [*map(int, folder.name.split("."))])
 
 
-def _ask_tfds(name: str, data_dir: str) -> tuple[Any, dict[str, Sequence]]:
-    """TFDS's builder, and split -> examples, of a dataset that is found by TFDS alone.
+def _open_with_tfds(name: str, data_dir: str) -> tuple[Any, dict[str, Sequence]]:
+    """TFDS's builder, and split -> decoded examples, of a dataset that only TFDS finds.
 
-    It knows of folders that were registered with it, and `tfds.testing.mock_data`
-    stands in for it; its examples are decoded.
+    These are datasets in folders that are registered with TFDS, and those that
+    `tfds.testing.mock_data` simulates.
     """
     try:
         builder = tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
@@ -177,7 +179,7 @@ def _ask_tfds(name: str, data_dir: str) -> tuple[Any, dict[str, Sequence]]:
         }
         for source in found.values():
             source[0]
-    except Exception as error:  # of half a dozen libraries: it is not there
+    except Exception as error:  # half a dozen libraries raise their own
         raise _not_prepared(name, data_dir, ()) from error
     return builder, found
 
@@ -194,84 +196,85 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
 def _not_prepared(name: str, data_dir: str, found: Sequence[epath.Path]) -> UserError:
     dataset = _NAME.fullmatch(name)[1]
     root, known = _root(data_dir), tfds.list_builders(with_community_datasets=False)
-    there = ", ".join(str(folder.relative_to(root)) for folder in found)
-    got = f"only {there}" if there else "none of this name"
-    first, prepare, module = "If it lies elsewhere, set config.data.dir.", "it", ""
+    present = ", ".join(str(folder.relative_to(root)) for folder in found)
+    got = f"only {present}" if present else "none of this name"
+    hint, what, module = "If it is elsewhere, set config.data.dir.", "it", ""
     if dataset not in known:
-        prepare, module = "one of your own, by the MODULE of its builder", "MODULE"
+        what, module = "your own dataset, with the MODULE of its builder", "MODULE"
         close = difflib.get_close_matches(dataset.lower(), known, cutoff=0.7)
         if close and not found:
-            first = f"Did you mean {' or '.join(close)}?"
+            hint = f"Did you mean {' or '.join(close)}?"
         if not found:
-            got = f"{got}, nor does TFDS know one"
+            got = f"{got}, which TFDS does not know either"
     command = _command(name, data_dir=str(root) if data_dir else "", module=module)
     return UserError(
         f"config.data.source=tfds:{name}",
         wanted=f"a dataset prepared in {root}",
         got=got,
-        fix=f"{first} Prepare {prepare}: {command}",
+        fix=f"{hint} Prepare {what}: {command}",
     )
 
 
 def _command(
     name: str, *, data_dir: str = "", downloads: str = "", module: str = ""
 ) -> str:
-    """What to type to prepare a dataset for random access; "" are TFDS's defaults.
+    """The command that prepares a dataset for random access; "" for TFDS's defaults.
 
-    Not `tfds build`: it does not start without Apache Beam, which would take protobuf
-    and pyarrow back to older versions.
+    It avoids `tfds build`, which requires Apache Beam, which in turn requires older
+    versions of protobuf and pyarrow.
     """
     modules = [*([module] if module else []), "tensorflow_datasets as tfds"]
-    place = f", data_dir={json.dumps(data_dir)}" if data_dir else ""
-    kept = f"download_dir={json.dumps(downloads)}" if downloads else ""
+    data_option = f", data_dir={json.dumps(data_dir)}" if data_dir else ""
+    download_option = f"download_dir={json.dumps(downloads)}" if downloads else ""
     code = (
         f"import {', '.join(modules)}; "
-        f'tfds.builder({json.dumps(name)}, file_format="array_record"{place})'
-        f".download_and_prepare({kept})"
+        f'tfds.builder({json.dumps(name)}, file_format="array_record"{data_option})'
+        f".download_and_prepare({download_option})"
     )
     return f'pip install "mvc_jax[prepare]" && python -c {shlex.quote(code)}'
 
 
 def _open(folder: epath.Path, name: str, root: epath.Path) -> Any:
-    """TFDS's builder of a dataset in `folder`, which is prepared below `root`.
+    """TFDS's builder of the dataset in `folder`, which is below `root`.
 
     Raises:
-      UserError: it is damaged, or cannot be read at random.
+      UserError: it is damaged, or its format has no random access.
     """
     try:
         builder = tfds.builder_from_directory(folder)
         formats = builder.info.available_file_formats()
-    except Exception as error:  # whatever its JSON files made TFDS do
+    except Exception as error:  # depends on what its JSON files contain
         raise _damaged(folder, error) from error
     if formats & tfds.core.FileFormat.with_random_access():
         return builder
-    beside, module = str(root / "array_record"), builder.__module__
+    new_dir, module = str(root / "array_record"), builder.__module__
     own = "" if module.startswith("tensorflow_datasets.") else module
     command = _command(
         name,
-        data_dir=beside,
-        downloads=str(root / "downloads"),  # TFDS downloads nothing twice
+        data_dir=new_dir,
+        downloads=str(root / "downloads"),  # TFDS reuses what it downloaded before
         module=own.replace("__main__", "MODULE"),
     )
     raise UserError(
         str(folder),
-        wanted="a dataset that is prepared for random access",
-        got=f"one in the format {', '.join(x.value for x in formats) or 'of no name'}",
-        fix=f"Set config.data.dir={beside} and prepare it there, too: {command}",
+        wanted="a dataset prepared for random access",
+        got=f"the format {', '.join(x.value for x in formats) or '(unknown)'}",
+        fix=f"Set config.data.dir={new_dir} and prepare it there, too: {command}",
     )
 
 
 def _damaged(folder: epath.PathLike, error: Exception) -> UserError:
     return UserError(
         str(folder),
-        wanted="a whole dataset as TFDS prepares it",
+        wanted="a complete dataset as TFDS prepares it",
         got=f"{type(error).__name__}: {error}",
-        fix="Delete this folder and try again: then you are told how to prepare it.",
+        fix="Delete this folder and try again: the next message has the command that "
+        "prepares it.",
     )
 
 
 def _columns(info: Any, image: str, label: str) -> tuple[str, str]:
-    """Names of the features that hold images and labels."""
+    """Names of the features that contain images and labels."""
     features = info.features
     is_dict = isinstance(features, tfds.features.FeaturesDict)
     kinds = dict(features.items()) if is_dict else {"": features}
@@ -284,18 +287,18 @@ def _columns(info: Any, image: str, label: str) -> tuple[str, str]:
         ("image_column", image, tfds.features.Image),
         ("label_column", label, tfds.features.ClassLabel),
     ):
-        require(
-            isinstance(kinds.get(column), kind),
-            f"config.data.{field}",
-            wanted=f"a feature {kind.__name__} called {column!r}",
-            got=", ".join(f"{x}: {type(kinds[x]).__name__}" for x in kinds),
-            fix="Name one of these, or another dataset of labelled images.",
-        )
+        if not isinstance(kinds.get(column), kind):
+            raise UserError(
+                f"config.data.{field}",
+                wanted=f"a feature {kind.__name__} called {column!r}",
+                got=", ".join(f"{x}: {type(kinds[x]).__name__}" for x in kinds),
+                fix="Name one of these, or another dataset of labelled images.",
+            )
     return image, label
 
 
 def _raw_records(builder: Any, folder: epath.Path) -> dict[str, Sequence]:
-    """Split -> its records, serialised.
+    """Serialised records by split.
 
     Raises:
       UserError: records are missing.
@@ -315,7 +318,7 @@ def _raw_records(builder: Any, folder: epath.Path) -> dict[str, Sequence]:
 def _labelled(
     sources: dict[str, Sequence], label: str, place: epath.PathLike
 ) -> tuple[list[Sequence], dict[str, np.ndarray]]:
-    """Records of the splits that have labels, and these as they are, int64 [N].
+    """Records of the splits that have labels, and split -> raw labels, int64 [N].
 
     Raises:
       UserError: records are damaged.
@@ -333,13 +336,13 @@ def _labelled(
 
 
 def _labels(records: Sequence, column: str) -> np.ndarray:
-    """int64 [N], of serialised records without decoding anything else."""
+    """Reads the labels, int64 [N], without decoding any image."""
     if isinstance(records[0], dict):
         rows = range(len(records))
         return np.asarray([records[row][column] for row in rows], np.int64)
     labels = np.empty(len(records), np.int64)
-    for start in range(0, len(records), _AT_ONCE):
-        rows = range(start, min(start + _AT_ONCE, len(records)))
+    for start in range(0, len(records), _RECORDS_AT_ONCE):
+        rows = range(start, min(start + _RECORDS_AT_ONCE, len(records)))
         for row, record in zip(rows, records.__getitems__(rows), strict=True):
             labels[row] = _value(record, column).int64_list.value[0]
     return labels

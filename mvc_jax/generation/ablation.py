@@ -1,12 +1,13 @@
-"""What the ablation's conditionings need and the method does not.
+"""Inputs of the ablation's conditionings that the method itself does not need.
 
-An image tower, texts that number the images, edges and a ControlNet (supplement,
-section 2). A part beside the stages. Nothing is loaded before it is asked for, and what
-is made for an image is made anew with each batch: beside sampling it costs nothing.
+An image tower, texts that number the images, edges, and a ControlNet (supplement,
+section 2). Models are loaded when they are first used; what is derived from an image is
+computed again for each batch, which is cheap next to sampling.
 """
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,14 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+from mvc_jax.checkpoints import (
+    clip_checkpoint,
+    controlnet_checkpoint,
+    diffusers_layout,
+    pipeline_folder,
+)
 from mvc_jax.data import edges
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 from mvc_jax.models import clip, controlnet, stable_diffusion
 from mvc_jax.training import sharding
 
@@ -27,16 +33,16 @@ CONTROLNET_FIELD = "config.generate.controlnet"
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
-    """What a run has for the ablation; plain values of its fields.
+class AblationModels:
+    """Which models a run has for the ablation.
 
     Attributes:
-      clip: `generate.clip`.
-      controlnet: `generate.controlnet`.
-      base: `base.path`; "" where `pretrain` makes it.
-      image_encoder_steps: of `pretrain`.
-      controlnet_steps: of `pretrain`.
-      text_width: D where `pretrain` makes the base.
+      clip: folder or hub name of a CLIP; "": the base's own image tower.
+      controlnet: folder or hub name of a ControlNet; "": the one that `pretrain` makes.
+      base: folder or hub name of the base model; "": `pretrain` makes it.
+      image_encoder_steps: training steps of the image tower in `pretrain`; 0: none.
+      controlnet_steps: training steps of the ControlNet in `pretrain`; 0: none.
+      text_width: D, width of the text states, if `pretrain` makes the base.
     """
 
     clip: str
@@ -46,27 +52,14 @@ class Needs:
     controlnet_steps: int
     text_width: int
 
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> "Needs":
-        """Those of a run's settings."""
-        pretrain, generate = config["pretrain"], config["generate"]
-        return cls(
-            clip=generate["clip"],
-            controlnet=generate["controlnet"],
-            base=config["base"]["path"],
-            image_encoder_steps=pretrain["image_encoder"]["steps"],
-            controlnet_steps=pretrain["controlnet"]["steps"],
-            text_width=pretrain["text"]["width"],
-        )
-
     def check(self, need: str) -> None:
-        """Refuses, without a device, what could not be used.
+        """Checks, without a device, that a model exists and fits the base.
 
         Args:
-          need: `image_tower`, `controlnet` or, of what needs neither, `""`.
+          need: a conditioning's `needs`: `"image_tower"`, `"controlnet"` or `""`.
 
         Raises:
-          UserError: there is none, or it does not fit the base.
+          UserError: there is no such model, or it does not fit.
         """
         if need == "image_tower":
             self._check_image_tower()
@@ -75,66 +68,70 @@ class Needs:
 
     def _check_image_tower(self) -> None:
         path = self.clip or self.base
-        require(
-            bool(path or self.image_encoder_steps),
-            CLIP_FIELD,
-            wanted="an image tower, for image_embedding and embedding_difference",
-            got="none, and the base gets none: pretrain.image_encoder.steps is 0",
-            fix="Name a CLIP checkpoint, as openai/clip-vit-large-patch14 for Stable "
-            "Diffusion 1.x, or set --config.pretrain.image_encoder.steps=500.",
-        )
         if not path:
-            return
-        found = clip.check(path, field=CLIP_FIELD)
-        width = self._text_width()
-        if found is not None and width is not None:
-            _require_width(found, width, path)
+            if self.image_encoder_steps:
+                return
+            raise UserError(
+                CLIP_FIELD,
+                wanted="an image tower, for image_embedding and embedding_difference",
+                got="none, and pretrain makes none: pretrain.image_encoder.steps is 0",
+                fix="Name a CLIP checkpoint, as openai/clip-vit-large-patch14 for "
+                "Stable Diffusion 1.x, or set "
+                "--config.pretrain.image_encoder.steps=500.",
+            )
+        tower = clip_checkpoint.check(path, field=CLIP_FIELD)
+        width = self._base_text_width()
+        if tower is not None and width is not None:
+            _require_width(tower, width, path)
 
     def _check_controlnet(self) -> None:
-        require(
-            bool(self.controlnet or (self.controlnet_steps and not self.base)),
-            CONTROLNET_FIELD,
-            wanted="a ControlNet for edges",
-            got="none"
-            if self.base
-            else "none, and the base gets none: pretrain.controlnet.steps is 0",
-            fix="Name one, as lllyasviel/sd-controlnet-canny for Stable Diffusion 1.x"
-            + (
-                "." if self.base else ", or set --config.pretrain.controlnet.steps=500."
-            ),
-        )
         if self.controlnet:
-            controlnet.check(self.controlnet, self._configs(), field=CONTROLNET_FIELD)
+            configs = self._base_configs()
+            controlnet_checkpoint.check(
+                self.controlnet, configs, field=CONTROLNET_FIELD
+            )
+        elif self.base or not self.controlnet_steps:
+            got, fix = "none", "."
+            if not self.base:
+                got = "none, and pretrain makes none: pretrain.controlnet.steps is 0"
+                fix = ", or set --config.pretrain.controlnet.steps=500."
+            raise UserError(
+                CONTROLNET_FIELD,
+                wanted="a ControlNet for edges",
+                got=got,
+                fix="Name one, as lllyasviel/sd-controlnet-canny for Stable Diffusion "
+                f"1.x{fix}",
+            )
 
-    def _configs(self) -> dict[str, dict] | None:
-        """The base's, where they lie here already."""
+    def _base_configs(self) -> dict[str, dict] | None:
+        """The base's configs; None if it is not on this disk yet."""
         if not self.base or pipeline_folder.is_hub_name(self.base):
             return None
         return diffusers_layout.load(self.base, ())[0].configs
 
-    def _text_width(self) -> int | None:
+    def _base_text_width(self) -> int | None:
         if not self.base:
             return self.text_width
-        configs = self._configs()
+        configs = self._base_configs()
         return configs and configs["text_encoder"]["hidden_size"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ablation:
-    """Makes it for images of the run, given by their rows in the cache.
+class AblationInputs:
+    """Computes the inputs for images of the run, given by their rows in the cache.
 
     Attributes:
-      needs: what there is.
-      base: of the run, as arguments of `diffusers_layout.load`.
-      own_controlnet: the folder of `pretrain`'s.
+      models: which there are.
+      base: the base model, as arguments of `diffusers_layout.load`.
+      own_controlnet: folder of the ControlNet that `pretrain` makes.
       images: uint8 [N, H, W, 3], the training images.
-      rows: of `encode`, one for each.
+      rows: of `encode`, one for each image.
       class_type: of the prompt.
       mesh: the devices.
-      batch_size: rows at once, at most.
+      batch_size: maximum number of rows that are passed at once.
     """
 
-    needs: Needs
+    models: AblationModels
     base: dict[str, Any]
     own_controlnet: epath.Path
     images: np.ndarray
@@ -144,32 +141,32 @@ class Ablation:
     batch_size: int
 
     def image_embeddings(self, rows: Int[np.ndarray, " B"]) -> Float[np.ndarray, "B D"]:
-        """CLIP's, as wide as a text state."""
+        """CLIP image embeddings, as wide as text states."""
         tower, embed = self._tower
         return embed(tower.preprocess(self.images[rows]))
 
     def number_states(self, rows: Int[np.ndarray, " B"]) -> Float[np.ndarray, "B L D"]:
-        """Text states of `number_text`."""
+        """Text states of the images' `number_texts`."""
         tokenize, encode = self._text_encoder
-        distinct, back = np.unique(rows, return_inverse=True)
-        return encode(tokenize([self._number_texts[row] for row in distinct]))[back]
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        return encode(tokenize([self._number_texts[row] for row in distinct]))[inverse]
 
     def edges(self, rows: Int[np.ndarray, " B"]) -> UInt8[np.ndarray, "B H W 3"]:
-        """White on black."""
+        """Canny edges, white on black."""
         return edges.canny(self.images[rows])
 
     def load_controlnet(self) -> tuple[controlnet.ControlNet, dict[str, Any]]:
-        """The architecture, and host parameters."""
-        self.needs.check("controlnet")
+        """The architecture of the ControlNet, and host parameters."""
+        self.models.check("controlnet")
         model, _ = diffusers_layout.load(components=(), **self.base)
-        path = self.needs.controlnet or self.own_controlnet
-        return controlnet.load(path, model.configs, field=CONTROLNET_FIELD)
+        path = self.models.controlnet or self.own_controlnet
+        return controlnet_checkpoint.load(path, model.configs, field=CONTROLNET_FIELD)
 
     @functools.cached_property
     def _tower(self) -> tuple[clip.Clip, Callable]:
-        self.needs.check("image_tower")
-        path = self.needs.clip or pipeline_folder.resolve(**self.base)[0]
-        tower, params = clip.load(path, field=CLIP_FIELD)
+        self.models.check("image_tower")
+        path = self.models.clip or pipeline_folder.resolve(**self.base)[0]
+        tower, params = clip_checkpoint.load(path, field=CLIP_FIELD)
         model, _ = diffusers_layout.load(components=(), **self.base)
         _require_width(tower, model.text_width, path)
         return tower, self._batched(tower.image_embeddings, params)
@@ -189,7 +186,7 @@ class Ablation:
         return lambda batch: next(run([batch]))
 
 
-def controlled(
+def denoise_with_controlnet(
     params: dict,
     model: stable_diffusion.StableDiffusion,
     network: controlnet.ControlNet,
@@ -202,39 +199,40 @@ def controlled(
 
     Args:
       params: `unet` and `controlnet`.
-      model: the base, widened by zeros.
-      network: it sees the noisy latents alone.
-      pictures: in [0, 1]; K is a multiple of B, the branches of an image beside each
-        other as in `guidance`.
-      latents: noisy, with source latents.
+      model: the base, its `conv_in` widened by zeros.
+      network: the ControlNet; it is given the noisy latents only.
+      pictures: in [0, 1]; K is a multiple of B, the branches of an image being next to
+        each other as in `guidance`.
+      latents: noisy latents, then source latents, on the channel axis.
       timesteps: [K].
       text_states: of the branches.
     """
     pictures = jnp.repeat(pictures, len(latents) // len(pictures), axis=0)
     noisy = latents[..., : model.latent_channels]
-    seen = (noisy, timesteps, text_states)
-    residuals = network.residuals(params["controlnet"], *seen, pictures)
+    residuals = network.residuals(
+        params["controlnet"], noisy, timesteps, text_states, pictures
+    )
     return model.denoise(params, latents, timesteps, text_states, residuals)
 
 
 def number_texts(rows: Sequence[dict], class_type: str) -> list[str]:
-    """`"a photo {i}/{n} of {class_type} {label}"` of each image (supplement, 2).
+    """`"a photo {i}/{n} of {class_type} {label}"` for each image (supplement, 2).
 
     Args:
       rows: of `encode`, one for each image: `label` and `class_name`.
       class_type: may be empty.
 
     Returns:
-      a text for each: it is number i, from 1, of the n of its class.
+      a text for each image: it is number i, from 1, of the n images of its class.
     """
-    totals: dict[int, int] = {}
-    for row in rows:
-        totals[row["label"]] = totals.get(row["label"], 0) + 1
-    seen: dict[int, int] = {}
+    totals = Counter(row["label"] for row in rows)
+    seen: Counter[int] = Counter()
     texts = []
     for row in rows:
-        i = seen[row["label"]] = seen.get(row["label"], 0) + 1
-        text = f"a photo {i}/{totals[row['label']]} of {class_type} {row['class_name']}"
+        label = row["label"]
+        seen[label] += 1
+        number = f"{seen[label]}/{totals[label]}"
+        text = f"a photo {number} of {class_type} {row['class_name']}"
         texts.append(" ".join(text.split()))
     return texts
 

@@ -1,15 +1,17 @@
-"""The augmented dataset on disk: Parquet shards, and a folder of pictures.
+"""A set of synthetic images on disk: Parquet shards, and a folder of image files.
 
-    data/train-00000.parquet   images shard_size * 0 to shard_size * 1 - 1, in order
-    data/real-00000.parquet    the training images beside them, if asked for
-    train/<class>/00000000.png one picture an image, and train/metadata.jsonl
-    redrawn.jsonl              images that were drawn anew, or left out, and why
+    data/train-00000.parquet   synthetic images 0 to shard_size - 1, in order
+    data/real-00000.parquet    the training images, if requested
+    train/<class>/00000000.png the same images as files, with train/metadata.jsonl
+    redrawn.jsonl              images that were redrawn or left out, with the reason
 
-Shards carry the feature metadata that `datasets.load_dataset` reads, and what they were
-made of under the key `mvc_jax`. Their names do not hold their number, so that more
-images can follow. A shard is renamed into place after its pictures, so its name means
-that all of it is there.
+Shards carry the feature metadata that `datasets.load_dataset` reads, and a record of
+what is in them under the key `mvc_jax`. Their names do not contain their number, so
+that shards can be added. A shard is written after its image files, so that a shard that
+exists is complete.
 """
+
+from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
@@ -18,13 +20,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from etils import epath
+from etils import epath, epy
 from jaxtyping import Int, UInt8
 from PIL import Image
 
@@ -32,38 +32,40 @@ from mvc_jax import files
 from mvc_jax.data import decode
 from mvc_jax.errors import UserError
 
+with epy.lazy_imports():  # a complete set is recognised without it
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 _JPEG = {"quality": 95, "subsampling": 0}
-_INTS = pa.list_(pa.int32())
-PROVENANCE = {
-    "index": pa.int64(),
-    "source": pa.string(),
-    "partners": pa.list_(pa.string()),
-    "mode": pa.string(),
-    "positions": _INTS,
-    "donors": _INTS,
-    "dims": pa.list_(_INTS),
-    "dim_donors": _INTS,
-    "dim_tokens": _INTS,
-    "prompt": pa.string(),
-    "seed": pa.int64(),
-    "noise_seed": pa.int64(),
-    "redraws": pa.int32(),
-    "text_scale": pa.float32(),
-    "image_scale": pa.float32(),
-    "steps": pa.int32(),
-    "sampler": pa.string(),
-    "guidance_interval": pa.list_(pa.float32()),
-    "guidance_rescale": pa.float32(),
-    "model": pa.string(),
+PROVENANCE = {  # column -> its type; in brackets, of a list's items
+    "index": "int64",
+    "source": "string",
+    "partners": ["string"],
+    "mode": "string",
+    "positions": ["int32"],
+    "donors": ["int32"],
+    "dims": [["int32"]],
+    "dim_donors": ["int32"],
+    "dim_tokens": ["int32"],
+    "prompt": "string",
+    "seed": "int64",
+    "noise_seed": "int64",
+    "redraws": "int32",
+    "text_scale": "float32",
+    "image_scale": "float32",
+    "steps": "int32",
+    "sampler": "string",
+    "guidance_interval": ["float32"],
+    "guidance_rescale": "float32",
+    "model": "string",
 }
-_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-_OURS = b"mvc_jax"
+_RECORD = b"mvc_jax"
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Images `start` to `stop - 1`, which the shard at `path` lacks."""
+    """Images `start` to `stop - 1`, which are missing in the shard at `path`."""
 
     path: epath.Path
     start: int
@@ -72,15 +74,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """One set: where it lies, and in what form.
+    """The folder of a set.
 
     Attributes:
       folder: of the set.
       class_names: of the dataset.
-      model: hash of the weights that draw it, kept in each shard.
-      shard_size: images in a shard.
-      format: a key of `SUFFIXES`.
-      pictures: whether there is the folder form, too.
+      model: hash of the weights that draw the set, recorded in each shard.
+      shard_size: images per shard.
+      format: of the image files, a key of `SUFFIXES`.
+      pictures: whether the images are also written as files.
     """
 
     folder: epath.Path
@@ -91,18 +93,17 @@ class Store:
     pictures: bool = True
 
     def missing(self, count: int) -> list[Part]:
-        """What is still to be drawn of images 0 to `count - 1`, shard by shard.
+        """The parts of images 0 to `count - 1` that are not on disk, by shard.
 
         Raises:
-          UserError: a shard is damaged, or another model drew it.
+          UserError: a shard is damaged, or was drawn by another model.
         """
         parts = []
         for shard, start in enumerate(range(0, count, self.shard_size)):
             stop = min(start + self.shard_size, count)
             path = shard_path(self.folder, shard)
             if path.exists():
-                record = self._record(path)
-                start = record["stop"]
+                start = self._record(path)["stop"]
             if start < stop:
                 parts.append(Part(path, start, stop))
         return parts
@@ -115,29 +116,34 @@ class Store:
         notes: Sequence[dict[str, Any]] = (),
         removed: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Writes a part, behind what its shard holds already; first the pictures.
+        """Writes the image files of a part, then appends it to its shard.
 
         Args:
-          part: of `missing`.
+          part: one of `missing`.
           images: in [0, 255], those that are kept.
-          rows: of provenance, one an image with the keys of `PROVENANCE` and `label`,
+          rows: the provenance of each image, with the keys of `PROVENANCE` and `label`,
             an index into `class_names`.
-          notes: of images that could not be used as they were first drawn, `{"index",
-            "reason", "redraws", "kept"}`.
-          removed: of images that could, but were judged and left out.
+          notes: of images that were unusable at first, `{"index", "reason", "redraws",
+            "kept"}`.
+          removed: rows of `removed.jsonl`, of images that the filters removed.
         """
         table = self._table(images, rows)
-        record = {"start": part.start, "stop": part.stop, "model": self.model}
-        record |= {"notes": list(notes), "removed": list(removed)}
+        record = {
+            "start": part.start,
+            "stop": part.stop,
+            "model": self.model,
+            "notes": list(notes),
+            "removed": list(removed),
+        }
         if part.path.exists():
-            before = self._record(part.path)
-            record["start"] = before["start"]
+            earlier = self._record(part.path)
+            record["start"] = earlier["start"]
             for name in ("notes", "removed"):
-                record[name] = before[name] + record[name]
+                record[name] = earlier[name] + record[name]
             with part.path.open("rb") as file:
-                # Parquet names the items of lists otherwise than Arrow does.
-                earlier = pq.read_table(file).cast(table.schema)
-            table = pa.concat_tables([earlier, table])
+                # Parquet and Arrow name the items of lists differently.
+                earlier_table = pq.read_table(file).cast(table.schema)
+            table = pa.concat_tables([earlier_table, table])
         self._write(part.path, table, record)
 
     def write_real(
@@ -146,25 +152,25 @@ class Store:
         rows: Sequence[dict[str, Any]],
         shard: int,
     ) -> None:
-        """Writes training images as shard `real-<shard>`, unless it is there."""
+        """Writes training images as shard `real-<shard>`, unless it exists."""
         path = shard_path(self.folder, shard, "real")
         if not path.exists():
             self._write(path, self._table(images, rows), {})
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Provenance of all images in order, with `label` and `path` of the picture."""
+        """Provenance of all images in order, with `label` and `path` of the file."""
         for path in self.shards():
             columns = ["label", "image.path", *PROVENANCE]
             with path.open("rb") as file:
                 yield from pq.read_table(file, columns=columns).to_pylist()
 
     def recorded(self, name: str) -> list[dict[str, Any]]:
-        """All `notes`, or all `removed`, in order."""
+        """All recorded `notes`, or all `removed`, in order."""
         shards = self.shards(real=False)
         return [row for path in shards for row in self._record(path)[name]]
 
     def labels(self, *, real: bool = False) -> Int[np.ndarray, " N"]:
-        """Labels of the synthetic images that are kept, or of the real ones."""
+        """Labels of the synthetic images, or of the real ones."""
         found = [np.zeros(0, np.int64)]
         for path in self.folder.glob(f"data/{'real' if real else 'train'}-*"):
             with path.open("rb") as file:
@@ -172,41 +178,14 @@ class Store:
         return np.concatenate(found)
 
     def shards(self, *, real: bool = True) -> list[epath.Path]:
-        """Paths of the shards, synthetic images first."""
-        kinds = ("train", "real")[: 1 + real]
-        data = self.folder / "data"
-        return [path for kind in kinds for path in sorted(data.glob(f"{kind}-*"))]
-
-    def restore_pictures(self) -> int:
-        """Writes the pictures of the shards that are no longer there; how many."""
-        if not self.pictures:
-            return 0
-        train, restored = self.folder / "train", 0
-        folders = [f for f in train.iterdir() if f.is_dir()] if train.exists() else []
-        there = {
-            f"{folder.name}/{path.name}"
-            for folder in folders
-            for path in folder.iterdir()
-        }
-        for shard in self.shards():
-            with shard.open("rb") as file:
-                named = pq.read_table(file, columns=["image.path"])["path"]
-            gone = {*named.to_pylist()} - there
-            if not gone:
-                continue
-            with shard.open("rb") as file:
-                cells = pq.read_table(file, columns=["image"])["image"].to_pylist()
-            for cell in cells:
-                if cell["path"] in gone:
-                    files.write_bytes(train / cell["path"], cell["bytes"])
-            restored += len(gone)
-        return restored
+        """Paths of the shards, those of synthetic images first."""
+        return _shards(self.folder, ("train", "real") if real else ("train",))
 
     def finish(self) -> list[str]:
-        """Writes `redrawn.jsonl` and the folder's `metadata.jsonl`.
+        """Writes the lists of a set whose shards are complete, and missing image files.
 
         Returns:
-          the files that make up the set, pictures apart, relative to its folder.
+          the files of the set except image files, relative to its folder.
         """
         files.write_jsonl(self.folder / "redrawn.jsonl", self.recorded("notes"))
         names = [f"data/{path.name}" for path in self.shards()] + ["redrawn.jsonl"]
@@ -217,10 +196,15 @@ class Store:
             path, label = row.pop("path"), row.pop("label")
             rows.append({"file_name": path, "label": self.class_names[label], **row})
         files.write_jsonl(self.folder / "train" / "metadata.jsonl", rows)
+        restore_pictures(self.folder)
         return [*names, "train/metadata.jsonl"]
 
-    def _table(self, images, rows) -> pa.Table:
-        """Encodes images, writes their pictures, and makes a table of them."""
+    def _table(
+        self,
+        images: Sequence[UInt8[np.ndarray, "H W 3"]],
+        rows: Sequence[dict[str, Any]],
+    ) -> pa.Table:
+        """Encodes images, writes their files, and returns the table of a shard."""
         names = [
             picture_name(
                 self.class_names[row["label"]],
@@ -239,12 +223,13 @@ class Store:
         if self.pictures:
             for cell in cells:
                 files.write_bytes(self.folder / "train" / cell["path"], cell["bytes"])
+        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         columns = {
-            "image": pa.array(cells, _IMAGE),
+            "image": pa.array(cells, image),
             "label": pa.array([row["label"] for row in rows], pa.int64()),
         }
         for name, type_ in PROVENANCE.items():
-            columns[name] = pa.array([row[name] for row in rows], type_)
+            columns[name] = pa.array([row[name] for row in rows], _arrow_type(type_))
         return pa.table(columns)
 
     def _encode(self, image: np.ndarray) -> bytes:
@@ -255,48 +240,86 @@ class Store:
 
     def _write(self, path: epath.Path, table: pa.Table, record: dict) -> None:
         features = json.dumps(_features(self.class_names))
-        metadata = {"huggingface": features, _OURS: json.dumps(record)}
+        metadata = {"huggingface": features, _RECORD: json.dumps(record)}
         table = table.combine_chunks().replace_schema_metadata(metadata)
         with files.replacing(path) as temporary, temporary.open("wb") as file:
             pq.write_table(table, file)
 
     def _record(self, path: epath.Path) -> dict[str, Any]:
-        """What a shard was made of."""
+        """The record in a shard."""
         try:
             with path.open("rb") as file:
-                record = json.loads(pq.read_schema(file).metadata[_OURS])
+                record = json.loads(pq.read_schema(file).metadata[_RECORD])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            said = " ".join(str(error).split())  # some of it in two lines
+            message = " ".join(str(error).split())  # pyarrow's may have two lines
             raise UserError(
                 str(path),
                 wanted="a shard that this stage wrote",
-                got=f"a damaged one ({type(error).__name__}: {said})",
-                fix="Delete it: the same command draws its images again.",
+                got=f"a damaged one ({type(error).__name__}: {message})",
+                fix="Delete it and rerun the same command to draw its images again.",
             ) from error
         if record["model"] != self.model:
             raise UserError(
                 str(path),
                 wanted=f"images of the present model, {self.model}",
-                got=f"some of another, {record['model']}",
-                fix="Put that model back, or delete the stage's folder to draw all "
-                "images anew.",
+                got=f"images of another model, {record['model']}",
+                fix="Restore that model, or delete the stage's folder to draw all "
+                "images again.",
             )
         return record
 
 
-def real_row(index: int, row: dict[str, Any]) -> dict[str, Any]:
-    """The row of a real image: no provenance, but that it is real and which it is.
+def restore_pictures(folder: epath.Path) -> int:
+    """Writes image files that were deleted from the folder of a set.
+
+    Args:
+      folder: of a set with `train/metadata.jsonl`.
+
+    Returns:
+      the number of files written.
+    """
+    train = folder / "train"
+    listed = {row["file_name"] for row in files.read_jsonl(train / "metadata.jsonl")}
+    existing = {
+        f"{class_.name}/{path.name}"
+        for class_ in train.iterdir()
+        if class_.is_dir()
+        for path in class_.iterdir()
+    }
+    missing = listed - existing
+    for shard in _shards(folder, ("train", "real")) if missing else ():
+        with shard.open("rb") as file:
+            paths = pq.read_table(file, columns=["image.path"])["path"].to_pylist()
+        if missing.isdisjoint(paths):
+            continue
+        with shard.open("rb") as file:
+            cells = pq.read_table(file, columns=["image"])["image"].to_pylist()
+        for cell in cells:
+            if cell["path"] in missing:
+                files.write_bytes(train / cell["path"], cell["bytes"])
+    return len(missing)
+
+
+def real_row(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a training image: its id as `source`, mode "real", no recipe.
 
     Args:
       index: of the image.
-      row: of it in `prompts.jsonl`.
+      row: of the image in `prompts.jsonl`.
     """
-    nothing = dict.fromkeys(PROVENANCE) | {"mode": "real", "index": index}
-    return nothing | {
+    return {
+        **dict.fromkeys(PROVENANCE),
+        "mode": "real",
+        "index": index,
         "source": row["id"],
         "label": row["label"],
         "prompt": row["prompt"],
     }
+
+
+def _shards(folder: epath.Path, kinds: Sequence[str]) -> list[epath.Path]:
+    data = folder / "data"
+    return [path for kind in kinds for path in sorted(data.glob(f"{kind}-*"))]
 
 
 def shard_path(folder: epath.Path, shard: int, kind: str = "train") -> epath.Path:
@@ -306,13 +329,13 @@ def shard_path(folder: epath.Path, shard: int, kind: str = "train") -> epath.Pat
 def picture_name(
     class_name: str, index: int, format: str = "png", *, real: bool = False
 ) -> str:
-    """Path of an image inside `train/`: class folder, then index."""
+    """Path of an image file inside `train/`: class folder, then index."""
     kind = "real-" if real else ""
     return f"{class_folder(class_name)}/{kind}{index:08d}{SUFFIXES[format]}"
 
 
 def class_folder(class_name: str) -> str:
-    """A folder name for any class name: itself if it is one, else with a hash of it."""
+    """A valid folder name for a class: its name if that is valid, else with a hash."""
     safe = re.sub(r"[^\w\- ]", "_", class_name)
     if safe == class_name and 0 < len(safe.encode()) <= 200:
         return safe
@@ -323,11 +346,11 @@ def class_folder(class_name: str) -> str:
 def read_rows(
     folder: epath.PathLike, columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all synthetic images of a set, in order; no real ones.
+    """Rows of the synthetic images of a set, in order, without the real ones.
 
     Args:
       folder: of the set.
-      columns: `label`, those of `PROVENANCE`, or `image`, uint8 [H, W, 3].
+      columns: `label`, columns of `PROVENANCE`, or `image`, uint8 [H, W, 3].
     """
     for path in sorted((epath.Path(folder) / "data").glob("train-*.parquet")):
         with path.open("rb") as file:
@@ -341,11 +364,11 @@ def read_rows(
 def read_images(
     folder: epath.PathLike, size: int = 0, **fit: str
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], np.ndarray, list[str]]:
-    """The synthetic images of all shards of a set, in order; no real ones.
+    """The synthetic images of a set, in order, without the real ones.
 
     Args:
       folder: of the set.
-      size: pixels along one side, which other sizes are brought to; 0: as they are.
+      size: pixels along one side, to which images are resized; 0: they are not.
       **fit: `resize` and `resample` of `decode.fit`.
 
     Returns:
@@ -359,18 +382,25 @@ def read_images(
     return np.stack(images), np.asarray(labels, np.int32), sources
 
 
+def _arrow_type(type_: str | list) -> pa.DataType:
+    """The Arrow type of a column, as `PROVENANCE` writes it."""
+    if isinstance(type_, list):
+        return pa.list_(_arrow_type(type_[0]))
+    return pa.type_for_alias(type_)
+
+
+def _feature(type_: str | list) -> dict[str, Any]:
+    """The same for Hugging Face `datasets`."""
+    if isinstance(type_, list):
+        return {"feature": _feature(type_[0]), "_type": "Sequence"}
+    return {"dtype": type_, "_type": "Value"}
+
+
 def _features(class_names: Sequence[str]) -> dict:
     """The schema as Hugging Face `datasets` describes it."""
-
-    def value(type_: pa.DataType) -> dict:
-        if pa.types.is_list(type_):
-            return {"feature": value(type_.value_type), "_type": "Sequence"}
-        names = {"float": "float32"}
-        return {"dtype": names.get(str(type_), str(type_)), "_type": "Value"}
-
     features = {
         "image": {"_type": "Image"},
         "label": {"names": list(class_names), "_type": "ClassLabel"},
+        **{name: _feature(type_) for name, type_ in PROVENANCE.items()},
     }
-    features |= {name: value(type_) for name, type_ in PROVENANCE.items()}
     return {"info": {"features": features}}

@@ -1,1 +1,1 @@
-"""Mixing visual concepts: the operations, and the recipes that say where."""
+"""Mixing visual concepts: the operations, and the recipes that they follow."""

@@ -1,4 +1,4 @@
-"""Reads `recipes.jsonl` back: as `mix` wrote it, or as a person edited it."""
+"""Reads and checks `recipes.jsonl`, as `mix` wrote it or as a person edited it."""
 
 import itertools
 import json
@@ -8,23 +8,23 @@ from typing import Any
 
 from etils import epath
 
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 from mvc_jax.mixing.recipes import MODES
 
-_MOST_SEED = 2**31 - 1  # an int32 on the device
-_LISTED = 10  # of indices that are missing
+_MAX_SEED = 2**31 - 1  # an int32 on the device
+_MAX_LISTED = 10  # missing indices
 _TYPES = {
-    "index": "a whole number of at least 0",
-    "source": "a text",
-    "partners": "a list of texts",
-    "label": "a text",
-    "mode": "a text",
-    "positions": "a list of whole numbers",
-    "donors": "a list of whole numbers",
-    "dims": "a list of lists of whole numbers",
-    "dim_donors": "a list of whole numbers",
-    "dim_tokens": "two whole numbers",
-    "noise_seed": "a whole number of at least 0",
+    "index": "an integer of at least 0",
+    "source": "a string",
+    "partners": "a list of strings",
+    "label": "a string",
+    "mode": "a string",
+    "positions": "a list of integers",
+    "donors": "a list of integers",
+    "dims": "a list of lists of integers",
+    "dim_donors": "a list of integers",
+    "dim_tokens": "two integers",
+    "noise_seed": "an integer of at least 0",
     "text_scale": "a number of at least 0",
     "image_scale": "a number of at least 0",
 }
@@ -38,24 +38,24 @@ def read_recipes(
     width: int | None = None,
     any_partner: bool = False,
 ) -> list[dict]:
-    """The recipes of a file, in the order of their index, each of them looked over.
+    """Reads a file of recipes and checks each of them.
 
     Args:
       path: of the file.
-      rows: of `encode`, one a training image; None, before there are any: what takes
-        their ids and classes is not looked at.
+      rows: of `encode`, one for each training image; None: ids and classes are not
+        checked.
       length: L, tokens of a text state; None: unknown.
       width: D, dims of a text state; None: unknown.
-      any_partner: whether partners may be of another class.
+      any_partner: whether partners may be of another class than the source.
 
     Returns:
-      rows with the fields of `mixing/recipes.py`; `index` is 0, 1, 2, ...
+      rows with the fields of `mixing/recipes.py`, sorted by `index`, 0, 1, 2, ...
 
     Raises:
-      UserError: some rows cannot be followed; all of them are in its details.
+      UserError: some rows are invalid; its details list all of them.
     """
     known = None if rows is None else {row["id"]: row for row in rows}
-    bad: list[str] = []
+    invalid: list[str] = []
     line_of: dict[int, int] = {}
     recipes = []
     for line, text in enumerate(_lines(path), start=1):
@@ -64,40 +64,40 @@ def read_recipes(
         try:
             recipe = json.loads(text)
         except ValueError as error:
-            bad.append(f"line {line}: no JSON ({error})")
+            invalid.append(f"line {line}: no JSON ({error})")
             continue
-        problems = [*_of_types(recipe)]
+        problems = [*_type_problems(recipe)]
         if not problems:
-            problems += _of_ids(recipe, known, any_partner)
-            problems += _of_tokens(recipe, length or math.inf, width or math.inf)
+            problems += _id_problems(recipe, known, any_partner)
+            problems += _token_problems(recipe, length or math.inf, width or math.inf)
             first = line_of.setdefault(recipe["index"], line)
             if first != line:
-                problems.append(f"index {recipe['index']} is taken by line {first}")
+                problems.append(f"index {recipe['index']} is that of line {first}")
             recipes.append(recipe)
         if problems:
-            bad.append(f"line {line}: {'; '.join(problems)}")
-    if not bad:
-        bad += _of_order(line_of)
-    if bad:
+            invalid.append(f"line {line}: {'; '.join(problems)}")
+    if not invalid:
+        invalid += _index_problems(line_of)
+    if invalid:
         raise UserError(
             str(path),
-            wanted="recipes that can be followed",
-            got=f"{len(bad)} that cannot: {bad[0]}",
+            wanted="valid recipes",
+            got=f"{len(invalid)} invalid: {invalid[0]}",
             fix="Fix these rows; mvc_jax/mixing/recipes.py describes each field.",
-            details=bad,
+            details=invalid,
         )
     return sorted(recipes, key=lambda recipe: recipe["index"])
 
 
 def _lines(path: epath.PathLike) -> list[str]:
     path = epath.Path(path)
-    require(
-        path.is_file(),
-        str(path),
-        wanted="a file of recipes",
-        got="a folder" if path.is_dir() else "no such file",
-        fix="The stage mix writes one: <workdir>/mix/recipes.jsonl.",
-    )
+    if not path.is_file():
+        raise UserError(
+            str(path),
+            wanted="a file of recipes",
+            got="a folder" if path.is_dir() else "no such file",
+            fix="The stage mix writes one: <workdir>/mix/recipes.jsonl.",
+        )
     try:
         return path.read_text().lstrip("\ufeff").split("\n")
     except ValueError as error:
@@ -109,8 +109,8 @@ def _lines(path: epath.PathLike) -> list[str]:
         ) from error
 
 
-def _of_types(recipe: Any) -> Iterator[str]:
-    """What is wrong with a row before its values can be compared with anything."""
+def _type_problems(recipe: Any) -> Iterator[str]:
+    """Missing and unknown fields, and values of a wrong type."""
     if not isinstance(recipe, dict):
         yield f"a {type(recipe).__name__} instead of an object {{...}}"
         return
@@ -124,41 +124,42 @@ def _of_types(recipe: Any) -> Iterator[str]:
 
 
 def _has_type(value: Any, type_: str) -> bool:
-    if type_ == "a text":
+    if type_ == "a string":
         return isinstance(value, str)
-    if type_ == "a whole number of at least 0":
-        return _is_whole(value) and 0 <= value <= _MOST_SEED
+    if type_ == "an integer of at least 0":
+        return _is_integer(value) and 0 <= value <= _MAX_SEED
     if type_ == "a number of at least 0":
-        number = _is_whole(value) or isinstance(value, float)
+        number = _is_integer(value) or isinstance(value, float)
         return number and 0 <= value < math.inf
     if not isinstance(value, list):
         return False
-    if type_ == "a list of texts":
+    if type_ == "a list of strings":
         return all(isinstance(item, str) for item in value)
-    if type_ == "a list of lists of whole numbers":
-        return all(_has_type(item, "a list of whole numbers") for item in value)
-    of_pair = type_ != "two whole numbers" or len(value) == 2
-    return of_pair and all(map(_is_whole, value))
+    if type_ == "a list of lists of integers":
+        return all(_has_type(item, "a list of integers") for item in value)
+    if type_ == "two integers" and len(value) != 2:
+        return False
+    return all(map(_is_integer, value))
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _of_ids(
+def _id_problems(
     recipe: dict, known: Mapping[str, Mapping] | None, any_partner: bool
 ) -> Iterator[str]:
-    """What is wrong with mode, source, partners and label."""
+    """Problems of mode, source, partners and label."""
     if recipe["mode"] not in MODES:
         yield f"mode is {recipe['mode']!r}, not {' or '.join(MODES)}"
     if not recipe["partners"]:
-        yield "no partner (the source itself will do)"
+        yield "no partner (the source itself may be one)"
     if known is None:
         return
     for name, ids in (("source", [recipe["source"]]), ("partner", recipe["partners"])):
         for id_ in ids:
             if id_ not in known:
-                yield f"{name} {id_!r} is no training image"
+                yield f"{name} {id_!r} is not a training image"
     if recipe["source"] not in known:
         return
     source = known[recipe["source"]]
@@ -168,37 +169,39 @@ def _of_ids(
         if id_ in known and known[id_]["label"] != source["label"]:
             yield (
                 f"partner {id_!r} is of class {known[id_]['class_name']!r}, which "
-                'needs config.mix.partner="any"'
+                'requires config.mix.partner="any"'
             )
 
 
-def _of_tokens(recipe: dict, length: int | float, width: int | float) -> Iterator[str]:
-    """What is wrong with positions, dims and their donors."""
+def _token_problems(
+    recipe: dict, length: int | float, width: int | float
+) -> Iterator[str]:
+    """Problems of positions, dims and their donors."""
     positions, dims = recipe["positions"], recipe["dims"]
     if recipe["mode"] == "coarse" and dims:
         yield 'mode "coarse" takes no dims: write "both"'
     if recipe["mode"] == "fine" and positions:
         yield 'mode "fine" takes no positions: write "both"'
-    yield from _of_indices("positions", positions, 1, length)
+    yield from _range_problems("positions", positions, 1, length)
     start, stop = recipe["dim_tokens"]
     if not 1 <= start <= stop <= length:
         yield f"dim_tokens is [{start}, {stop}], not within [1, {length}]"
     elif len(dims) not in (0, 1, stop - start):
-        yield f"{len(dims)} lists of dims, not 1 or, as dim_tokens says, {stop - start}"
+        yield f"{len(dims)} lists of dims, not 1 or one per token ({stop - start})"
     for row in dims:
-        yield from _of_indices("dims", row, 0, width)
+        yield from _range_problems("dims", row, 0, width)
     widths = {len(row) for row in dims} or {0}
     if len(widths) > 1:
         yield "the lists of dims differ in length"
     for name, count in (("donors", len(positions)), ("dim_donors", max(widths))):
         donors, partners = recipe[name], len(recipe["partners"])
         if len(donors) != count:
-            yield f"{len(donors)} {name} for {count} places"
+            yield f"{len(donors)} {name}, not {count}"
         if not all(0 <= donor < partners for donor in donors):
             yield f"{name} is {donors}, not indices of {partners} partners"
 
 
-def _of_indices(
+def _range_problems(
     name: str, values: Sequence[int], start: int, stop: int | float
 ) -> Iterator[str]:
     if not all(start <= value < stop for value in values):
@@ -207,14 +210,14 @@ def _of_indices(
         yield f"{name} is {values}, not ascending"
 
 
-def _of_order(line_of: Mapping[int, int]) -> Iterator[str]:
-    """What is wrong with the indices of all rows together."""
+def _index_problems(line_of: Mapping[int, int]) -> Iterator[str]:
+    """Missing indices; as few are computed as are listed."""
     if not line_of:
-        yield "no row at all"
+        yield "no rows"
         return
     absent = (i for i in range(max(line_of) + 1) if i not in line_of)
-    missing = list(itertools.islice(absent, _LISTED + 1))
+    missing = list(itertools.islice(absent, _MAX_LISTED + 1))
     if missing:
-        more = ", ..." if len(missing) > _LISTED else ""
-        shown = ", ".join(map(str, missing[:_LISTED]))
-        yield f"no row has index {shown}{more}: number the rows 0, 1, 2, ..."
+        more = ", ..." if len(missing) > _MAX_LISTED else ""
+        listed = ", ".join(map(str, missing[:_MAX_LISTED]))
+        yield f"no row has index {listed}{more}: number the rows 0, 1, 2, ..."

@@ -1,23 +1,23 @@
-"""Recipes: what each synthetic image is made of, drawn from (seed, k) alone.
+"""Recipes: what each synthetic image is drawn from, a function of (seed, k).
 
-A row of `recipes.jsonl` holds everything that is particular to one image, and may be
-edited by hand (`mixing/recipe_file.py` reads it back):
+A row of `recipes.jsonl` holds everything that is specific to one image, and may be
+edited by hand (`mixing/recipe_file.py` reads and checks it):
 
   index        k
-  source       id of the real image that conditions
+  source       id of the real image that the model is given
   partners     ids of the images whose captions are mixed in, at least one; the source
-               itself where its class has no other
+               itself if its class has no other image
   label        class name of the source
   mode         "coarse", "fine" or "both"
-  positions    coarse: the token positions taken over, in [1, L), ascending
-  donors       coarse: for each position, the index into `partners`
-  dims         fine: one list of dims, for every token alike, or one list for each token
-               of `dim_tokens`, each ascending; [] for none
-  dim_donors   fine: for each column of `dims`, the index into `partners`
+  positions    coarse: positions of the tokens replaced, in [1, L), ascending
+  donors       coarse: for each position, an index into `partners`
+  dims         fine: one list of dims for all tokens, or one list for each token of
+               `dim_tokens`, each ascending; [] for none
+  dim_donors   fine: for each column of `dims`, an index into `partners`
   dim_tokens   fine: [start, stop) of the token positions; start is at least 1
-  noise_seed   k: what of the run's noise the image gets
-  text_scale   s_T of this image
-  image_scale  s_I of this image
+  noise_seed   k; with the run's seed it determines the noise
+  text_scale   guidance scale s_T of the text
+  image_scale  guidance scale s_I of the image
 """
 
 import bisect
@@ -32,7 +32,7 @@ MODES = ("coarse", "fine", "both")
 POSITIONS = ("caption", "first", "span", "all")
 PARTNERS = ("class", "any")
 DIMS_ON = ("all", "words")
-NOTHING = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
+NO_MIXING = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +40,20 @@ class Drawing:
     """How recipes are drawn.
 
     Attributes:
-      modes: some of `MODES`; they take turns by round.
-      tokens: k, how many positions coarse mixing takes over, as far as there are.
-      tokens_most: above `tokens`: k is uniform in [tokens, tokens_most].
-      positions: which: of the caption's words at random (`caption`), their `first` k, k
-        of them in a row (`span`); or of `all` tokens at random.
-      class_prompt: whether the words of the class prompt may be taken over as well.
-      partner: an image of the same `class`, or of `any`.
-      partners: m, how many.
-      dims: d, how many dims fine mixing takes over.
-      dims_per_token: whether every token gets dims of its own.
-      dims_on: `all` tokens, or the caption's `words` (and the class prompt's, with
-        `class_prompt`).
-      text_scale: s_T, least and most; uniform between them.
-      image_scale: s_I, likewise.
+      modes: some of `MODES`; rounds over the training images take turns.
+      tokens: k, number of positions that coarse mixing replaces, if there are so many.
+      tokens_most: if above `tokens`, k is uniform in [tokens, tokens_most].
+      positions: which positions: random words of the caption (`caption`), the `first` k
+        words, a `span` of k consecutive words, or random ones of `all` tokens.
+      class_prompt: whether words of the class prompt may be replaced as well.
+      partner: whether partners are of the same `class` or of `any`.
+      partners: m, number of partners.
+      dims: d, number of dims that fine mixing replaces.
+      dims_per_token: whether each token has its own dims.
+      dims_on: tokens that fine mixing applies to: `all`, or the caption's `words` (and
+        the class prompt's, with `class_prompt`).
+      text_scale: minimum and maximum of s_T, uniform between them.
+      image_scale: minimum and maximum of s_I, uniform between them.
     """
 
     modes: tuple[str, ...] = ("coarse", "fine")
@@ -71,7 +71,7 @@ class Drawing:
 
 
 def classes_of(rows: Sequence[Mapping]) -> dict[int, list[int]]:
-    """label -> ascending indices of its rows."""
+    """Label -> ascending indices of its rows."""
     classes: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         classes.setdefault(row["label"], []).append(i)
@@ -90,71 +90,80 @@ def make_recipe(
 ) -> dict:
     """The recipe of synthetic image `k`, a function of (seed, k).
 
-    Every training image is the source once a round. Partner, positions, dims and scales
-    are drawn apart: other `tokens` leave the partners what they were.
+    Every training image is the source once per round. Partners, positions, dims and
+    scales are drawn independently: another `tokens` does not change the partners.
 
     Args:
       k: index of the synthetic image.
-      rows: of `encode`, one a training image.
-      classes: of `classes_of`.
-      drawing: how.
+      rows: of `encode`, one for each training image.
+      classes: from `classes_of`.
+      drawing: how recipes are drawn.
       seed: of the run.
       length: L, tokens of a text state.
       width: D, dims of a text state.
 
     Returns:
-      a row with the fields at the top of this file.
+      a row with the fields listed at the top of this file.
     """
     round_, i = divmod(k, len(rows))
     source, mode = rows[i], drawing.modes[round_ % len(drawing.modes)]
     rng = order.generator(seed, "mix/partner", k)
     among = classes[source["label"]] if drawing.partner == "class" else range(len(rows))
-    partners = [rows[j] for j in _others(rng, among, i, drawing.partners)]
-    recipe = {"index": k, "source": source["id"]}
-    recipe |= {"partners": [row["id"] for row in partners]}
-    recipe |= {"label": source["class_name"], "mode": mode, **NOTHING}
-    recipe |= {"dim_tokens": [1, 1], "noise_seed": k}
-    words = _words([source, *partners], drawing.class_prompt, length)
+    partners = [rows[j] for j in _draw_partners(rng, among, i, drawing.partners)]
+    recipe = {
+        "index": k,
+        "source": source["id"],
+        "partners": [row["id"] for row in partners],
+        "label": source["class_name"],
+        "mode": mode,
+        **NO_MIXING,
+        "dim_tokens": [1, 1],
+        "noise_seed": k,
+    }
+    words = _common_words([source, *partners], drawing.class_prompt, length)
     if mode in ("coarse", "both"):
         rng = order.generator(seed, "mix/positions", k)
         allowed = words
         if drawing.positions == "all":
             allowed = _all_tokens([source, *partners], drawing.class_prompt, length)
-        recipe["positions"] = _positions(rng, allowed, drawing)
-        recipe["donors"] = _donors(rng, len(partners), len(recipe["positions"]))
+        recipe["positions"] = _draw_positions(rng, allowed, drawing)
+        recipe["donors"] = _draw_donors(rng, len(partners), len(recipe["positions"]))
     if mode in ("fine", "both"):
         rng = order.generator(seed, "mix/dims", k)
         tokens = words if drawing.dims_on == "words" else range(1, length)
         if tokens and drawing.dims:
             recipe["dims"] = [
-                _ascending(rng, range(width), drawing.dims)
+                _draw_ascending(rng, range(width), drawing.dims)
                 for _ in range(len(tokens) if drawing.dims_per_token else 1)
             ]
-            recipe["dim_donors"] = _donors(rng, len(partners), drawing.dims)
+            recipe["dim_donors"] = _draw_donors(rng, len(partners), drawing.dims)
             recipe["dim_tokens"] = [tokens[0], tokens[-1] + 1]
     rng = order.generator(seed, "mix/scales", k)
     for name in ("text_scale", "image_scale"):
-        least, most = getattr(drawing, name)
-        drawn = round(rng.uniform(least, most), 4)  # a row is for human eyes, too
-        recipe[name] = drawn if least < most else least
+        low, high = getattr(drawing, name)
+        drawn = round(rng.uniform(low, high), 4)  # rows are read by people as well
+        recipe[name] = drawn if low < high else low
     return recipe
 
 
-def _others(
+def _draw_partners(
     rng: np.random.Generator, among: Sequence[int], source: int, count: int
 ) -> list[int]:
-    """`count` others than the source, as far as there are; itself if there is none."""
+    """Up to `count` of the images in `among` but the source; it if it is the only one.
+
+    `among` is ascending.
+    """
     others = len(among) - 1
     if not others:
         return [source]
     chosen = rng.choice(others, size=min(count, others), replace=False)
-    here = bisect.bisect_left(among, source)
-    return [among[j + (j >= here)] for j in chosen.tolist()]
+    place = bisect.bisect_left(among, source)
+    return [among[j + (j >= place)] for j in chosen.tolist()]
 
 
-def _words(rows: Sequence[Mapping], class_prompt: bool, length: int) -> range:
-    """Positions that are words in all these prompts: the captions', or all words."""
-    if class_prompt:  # up to EOS of the shortest
+def _common_words(rows: Sequence[Mapping], class_prompt: bool, length: int) -> range:
+    """Positions that are words of the caption, or any words, in all these prompts."""
+    if class_prompt:  # up to the EOS of the shortest prompt
         return range(1, min(*(row["tokens"] - 1 for row in rows), length))
     starts = [row["caption_start"] for row in rows]
     stops = [row["caption_start"] + row["caption_tokens"] for row in rows]
@@ -162,33 +171,35 @@ def _words(rows: Sequence[Mapping], class_prompt: bool, length: int) -> range:
 
 
 def _all_tokens(rows: Sequence[Mapping], class_prompt: bool, length: int) -> list[int]:
-    """Positions but BOS; without those that any of the prompts has a class word at."""
-    taken: set[int] = set()
+    """All positions but BOS and, unless `class_prompt`, words of any class prompt."""
+    excluded: set[int] = set()
     for row in rows if not class_prompt else ():
         start, stop = row["caption_start"], row["caption_start"] + row["caption_tokens"]
-        taken |= {*range(1, row["tokens"] - 1)} - {*range(start, stop)}
-    return [position for position in range(1, length) if position not in taken]
+        excluded |= {*range(1, row["tokens"] - 1)} - {*range(start, stop)}
+    return [position for position in range(1, length) if position not in excluded]
 
 
-def _positions(
+def _draw_positions(
     rng: np.random.Generator, allowed: Sequence[int], drawing: Drawing
 ) -> list[int]:
-    most = max(drawing.tokens, drawing.tokens_most)
-    count = min(int(rng.integers(drawing.tokens, most + 1)), len(allowed))
+    high = max(drawing.tokens, drawing.tokens_most)
+    count = min(int(rng.integers(drawing.tokens, high + 1)), len(allowed))
     if drawing.positions == "first":
         return list(allowed[:count])
     if drawing.positions == "span":
         start = int(rng.integers(len(allowed) - count + 1))
         return list(allowed[start : start + count])
-    return _ascending(rng, allowed, count)
+    return _draw_ascending(rng, allowed, count)
 
 
-def _ascending(rng: np.random.Generator, among: Sequence[int], count: int) -> list[int]:
+def _draw_ascending(
+    rng: np.random.Generator, among: Sequence[int], count: int
+) -> list[int]:
     chosen = rng.choice(len(among), size=count, replace=False) if count else ()
     return sorted(among[int(j)] for j in chosen)
 
 
-def _donors(rng: np.random.Generator, partners: int, count: int) -> list[int]:
+def _draw_donors(rng: np.random.Generator, partners: int, count: int) -> list[int]:
     return rng.integers(partners, size=count).tolist()
 
 
@@ -200,44 +211,69 @@ def make_levels(
     seed: int,
     length: int,
     width: int,
-    most_sources: int = 8,
+    max_sources: int = 8,
 ) -> list[dict]:
-    """Recipes that mix more and more, as the supplement's Figure 5 shows them.
+    """Recipes with increasing amounts of mixing, for the supplement's Figure 5.
 
-    A source each of the first classes, its partners and its noise stay the same. Three
+    One source of each of the first classes, with the same partners and noise at three
     levels of tokens: the words of the captions; as many tokens of padding as well; all
-    but BOS. Three of dims, each with those before: d, a quarter and half of the width.
+    but BOS. And at three levels of dims, each including the previous one: d, a quarter
+    and half of the width.
+
+    Args:
+      rows: of `encode`, one for each training image.
+      classes: from `classes_of`.
+      drawing: how recipes are drawn.
+      seed: of the run.
+      length: L, tokens of a text state.
+      width: D, dims of a text state.
+      max_sources: maximum number of sources.
 
     Returns:
       six rows for each source, as of `make_recipe`, with `level`: `"tokens 1"` to 3,
       then `"dims 1"` to 3; `noise_seed` is the source's index, as in the first round.
     """
     levels: list[dict] = []
-    for label in sorted(classes)[:most_sources]:
+    for label in sorted(classes)[:max_sources]:
         i, partners, words = _first_with_words(
             rows, classes[label], drawing, seed, length
         )
         rng = order.generator(seed, "mix/levels", i)
-        donors = _donors(rng, len(partners), length)
-        dim_donors = _donors(rng, len(partners), width)
+        donors = _draw_donors(rng, len(partners), length)
+        dim_donors = _draw_donors(rng, len(partners), width)
         shuffled = rng.permutation(width).tolist()
-        ends = max(row["tokens"] for row in (rows[i], *partners))
-        padding = range(min(ends, length), length)[: len(words)]
-        row = {"source": rows[i]["id"], "partners": [row["id"] for row in partners]}
-        row |= {"label": rows[i]["class_name"], "mode": "coarse", **NOTHING}
-        row |= {"dim_tokens": [1, 1], "noise_seed": i}
-        row |= {"text_scale": drawing.text_scale[0]}
-        row |= {"image_scale": drawing.image_scale[0]}
-        places = ([*words], [*words, *padding], [*range(1, length)])
-        for level, taken in enumerate(places, start=1):
-            coarse = {"positions": taken, "donors": [donors[p] for p in taken]}
-            levels.append(row | coarse | {"level": f"tokens {level}"})
-        counts = (drawing.dims, width // 4, width // 2)
-        for level, count in enumerate(counts, start=1):
+        end = max(row["tokens"] for row in (rows[i], *partners))
+        padding = range(min(end, length), length)[: len(words)]
+        unmixed = {
+            "source": rows[i]["id"],
+            "partners": [row["id"] for row in partners],
+            "label": rows[i]["class_name"],
+            "mode": "coarse",
+            **NO_MIXING,
+            "dim_tokens": [1, 1],
+            "noise_seed": i,
+            "text_scale": drawing.text_scale[0],
+            "image_scale": drawing.image_scale[0],
+        }
+        token_levels = ([*words], [*words, *padding], [*range(1, length)])
+        for level, positions in enumerate(token_levels, start=1):
+            coarse = {
+                "positions": positions,
+                "donors": [donors[p] for p in positions],
+                "level": f"tokens {level}",
+            }
+            levels.append(unmixed | coarse)
+        dim_levels = (drawing.dims, width // 4, width // 2)
+        for level, count in enumerate(dim_levels, start=1):
             dims = sorted(shuffled[:count])
-            fine = {"mode": "fine", "dims": [dims], "dim_tokens": [1, length]}
-            fine |= {"dim_donors": [dim_donors[j] for j in dims]}
-            levels.append(row | fine | {"level": f"dims {level}"})
+            fine = {
+                "mode": "fine",
+                "dims": [dims],
+                "dim_tokens": [1, length],
+                "dim_donors": [dim_donors[j] for j in dims],
+                "level": f"dims {level}",
+            }
+            levels.append(unmixed | fine)
     return [{"index": index, **row} for index, row in enumerate(levels)]
 
 
@@ -248,13 +284,16 @@ def _first_with_words(
     seed: int,
     length: int,
 ) -> tuple[int, list[Mapping], range]:
-    """The first of these images that has words to mix; else the first of them."""
+    """The first of these images with words to mix, its partners, and the positions.
+
+    If none has any, the first image.
+    """
     found = []
     for i in members:
         among = members if drawing.partner == "class" else range(len(rows))
         rng = order.generator(seed, "mix/levels/partner", i)
-        partners = [rows[j] for j in _others(rng, among, i, drawing.partners)]
-        words = _words([rows[i], *partners], drawing.class_prompt, length)
+        partners = [rows[j] for j in _draw_partners(rng, among, i, drawing.partners)]
+        words = _common_words([rows[i], *partners], drawing.class_prompt, length)
         found.append((i, partners, words))
         if words:
             return found[-1]

@@ -1,7 +1,7 @@
-"""The attention of diffusers' Flax blocks: which implementation a layer runs, and how.
+"""Attention in diffusers' Flax blocks: the choice of an implementation for each layer.
 
-Nothing in the library is patched: `nn.intercept_methods` swaps calls while a module
-runs under `running()`, and mends under `exact()` where the blocks depart from
+Nothing in the library is patched: `nn.intercept_methods` replaces calls of modules,
+`implemented_by()` those of attention, `match_pytorch()` those that differ from
 PyTorch's.
 
 Legend: B batch, T query tokens, S key and value tokens, N heads, D width of a head.
@@ -13,26 +13,22 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from diffusers.models.attention_flax import (
-    FlaxAttention,
-    FlaxGEGLU,
-    FlaxTransformer2DModel,
-)
 from jaxtyping import Array, Float
 
-from mvc_jax.errors import require
+from mvc_jax.errors import UserError
+from mvc_jax.models.flax_classes import FlaxAttention, FlaxGEGLU, FlaxTransformer2DModel
 
-ASKED = ("auto", "xla", "mapped", "cudnn")
+CHOICES = ("auto", "xla", "mapped", "cudnn")
 _CUDNN_DTYPES = ("bfloat16", "float16")
-_CUDNN_WIDTH = 128  # the widest head whose gradient cuDNN has on every GPU it supports
-_CUDNN_TILE = 64  # tokens; other lengths are newer, and not tried here
-_MAPPED_TOKENS = 1024  # from here on the scores of a layer leave the cache
+_CUDNN_WIDTH = 128  # maximum head width with a gradient on all GPUs that cuDNN supports
+_CUDNN_TILE = 64  # tokens; only newer versions support other lengths, untested here
+_MAPPED_TOKENS = 1024  # with more, the scores of a layer do not fit a CPU's cache
 
 
 def backend() -> str:
-    """The default backend: `cpu`, `tpu`, or `cuda` where cuDNN has flash attention.
+    """The default backend: `cpu`, `tpu`, `cuda` or `gpu`.
 
-    GPUs without it (other makers', NVIDIA's before compute capability 8.0) are `gpu`.
+    `cuda` are GPUs with cuDNN's flash attention: NVIDIA's from compute capability 8.0.
     """
     name = jax.default_backend()
     if name != "gpu":
@@ -41,52 +37,54 @@ def backend() -> str:
     return "cuda" if capability[:1].isdigit() and float(capability) >= 8 else "gpu"
 
 
-def check(asked: str, *, field: str, backend: str, dtype: str) -> None:
-    """Checks the choice that the config field `field` holds, before anything compiles.
+def check(choice: str, *, field: str, backend: str, dtype: str) -> None:
+    """Checks the value of the config field `field` before anything compiles.
 
     Raises:
-      UserError: it is not one of `ASKED`, or cuDNN on a backend or with a dtype that it
-        has no flash attention for.
+      UserError: it is not one of `CHOICES`, or it is cuDNN with a backend or a dtype
+        for which cuDNN has no flash attention.
     """
-    require(
-        asked in ASKED,
-        field,
-        wanted=f"one of {', '.join(ASKED)}",
-        got=asked,
-        fix="auto picks for each layer.",
-    )
-    require(
-        asked != "cudnn" or backend == "cuda",
-        field,
-        wanted="an NVIDIA GPU of compute capability 8.0 or newer for cudnn",
-        got=f"the backend {backend}",
-        fix="Use auto.",
-    )
-    require(
-        asked != "cudnn" or dtype in _CUDNN_DTYPES,
-        field,
-        wanted=f"activations in {' or '.join(_CUDNN_DTYPES)} for cudnn",
-        got=dtype,
-        fix="Use auto, or bfloat16.",
-    )
+    if choice not in CHOICES:
+        raise UserError(
+            field,
+            wanted=f"one of {', '.join(CHOICES)}",
+            got=choice,
+            fix="auto chooses for each layer.",
+        )
+    if choice != "cudnn":
+        return
+    if backend != "cuda":
+        raise UserError(
+            field,
+            wanted="an NVIDIA GPU of compute capability 8.0 or newer for cudnn",
+            got=f"the backend {backend}",
+            fix="Use auto.",
+        )
+    if dtype not in _CUDNN_DTYPES:
+        raise UserError(
+            field,
+            wanted=f"activations in {' or '.join(_CUDNN_DTYPES)} for cudnn",
+            got=dtype,
+            fix="Use auto, or bfloat16.",
+        )
 
 
 def implementation(
-    asked: str, *, backend: str, dtype: str, q_tokens: int, kv_tokens: int, width: int
+    choice: str, *, backend: str, dtype: str, q_tokens: int, kv_tokens: int, width: int
 ) -> str:
     """The implementation of one layer: `cudnn`, `mapped` or `xla`.
 
     Args:
-      asked: one of `ASKED`. `cudnn` falls back to `xla` in layers that it cannot do:
-        heads of SD 1.x are 40, 80 and 160 wide, prompts have 77 tokens.
-      backend: as `backend()` says it.
+      choice: one of `CHOICES`. `cudnn` falls back to `xla` in layers that cuDNN does
+        not support: heads of SD 1.x are 40, 80 and 160 wide, prompts have 77 tokens.
+      backend: from `backend()`.
       dtype: of the queries.
       q_tokens: T.
       kv_tokens: S.
       width: D.
     """
-    if asked in ("xla", "mapped"):
-        return asked
+    if choice in ("xla", "mapped"):
+        return choice
     flash = (
         backend == "cuda"
         and dtype in _CUDNN_DTYPES
@@ -96,7 +94,7 @@ def implementation(
     )
     if flash:
         return "cudnn"
-    if asked == "auto" and backend == "cpu" and q_tokens >= _MAPPED_TOKENS:
+    if choice == "auto" and backend == "cpu" and q_tokens >= _MAPPED_TOKENS:
         return "mapped"
     return "xla"
 
@@ -106,11 +104,14 @@ def attend(
     key: Float[Array, "B S N D"],
     value: Float[Array, "B S N D"],
     *,
-    asked: str = "auto",
+    choice: str = "auto",
 ) -> Float[Array, "B T N D"]:
-    """softmax(Q K^T / sqrt(D)) V; the softmax is float32 whatever the inputs are."""
+    """softmax(Q K^T / sqrt(D)) V; the softmax is float32 for any dtype of the inputs.
+
+    `choice` is one of `CHOICES`.
+    """
     chosen = implementation(
-        asked,
+        choice,
         backend=backend(),
         dtype=query.dtype.name,
         q_tokens=query.shape[1],
@@ -122,11 +123,11 @@ def attend(
     return (_mapped if chosen == "mapped" else _plain)(query, key, value)
 
 
-def running(asked: str) -> contextlib.AbstractContextManager:
-    """Within it, attention runs as `implementation` says for `asked`.
+def implemented_by(choice: str) -> contextlib.AbstractContextManager:
+    """Context in which attention layers run the `implementation` for `choice`.
 
-    And group norms return the dtype that they are given: Flax promotes bfloat16 to the
-    float32 of the parameters, and every residual after it would be float32 too. Their
+    Group norms return the dtype of their input there: Flax promotes bfloat16 to the
+    float32 of the parameters, and every later residual would be float32 too. Their
     statistics stay float32.
     """
 
@@ -134,7 +135,7 @@ def running(asked: str) -> contextlib.AbstractContextManager:
         module = context.module
         if context.method_name == "__call__":
             if isinstance(module, FlaxAttention):
-                return _attention(module, asked, *args, **kwargs)
+                return _attention(module, choice, *args, **kwargs)
             if isinstance(module, nn.GroupNorm):
                 return next_call(*args, **kwargs).astype(args[0].dtype)
         return next_call(*args, **kwargs)
@@ -142,16 +143,16 @@ def running(asked: str) -> contextlib.AbstractContextManager:
     return nn.intercept_methods(intercept)
 
 
-def exact() -> contextlib.AbstractContextManager:
-    """Within it, GEGLU's GELU is the exact one and the spatial norm's epsilon 1e-6.
+def match_pytorch() -> contextlib.AbstractContextManager:
+    """Context in which GEGLU's GELU is exact and the spatial norm's epsilon is 1e-6.
 
     The library's Flax classes use the tanh approximation and 1e-5, unlike the PyTorch
     classes that trained every public checkpoint.
     """
-    return nn.intercept_methods(_mend)
+    return nn.intercept_methods(_match_pytorch)
 
 
-def _mend(next_call, args, kwargs, context):
+def _match_pytorch(next_call, args, kwargs, context):
     module = context.module
     if context.method_name == "__call__":
         if isinstance(module, FlaxGEGLU):
@@ -164,8 +165,8 @@ def _mend(next_call, args, kwargs, context):
     return next_call(*args, **kwargs)
 
 
-def _attention(module, asked, hidden_states, context=None, deterministic=True):
-    """`FlaxAttention.__call__` with heads on axis 2 and `attend` in the middle."""
+def _attention(module, choice, hidden_states, context=None, deterministic=True):
+    """`FlaxAttention.__call__` with heads on axis 2 and `attend` for the attention."""
     context = hidden_states if context is None else context
 
     def heads(states):
@@ -175,7 +176,7 @@ def _attention(module, asked, hidden_states, context=None, deterministic=True):
         heads(module.query(hidden_states)),
         heads(module.key(context)),
         heads(module.value(context)),
-        asked=asked,
+        choice=choice,
     )
     output = module.proj_attn(attended.reshape(*attended.shape[:2], -1))
     return module.dropout_layer(output, deterministic=deterministic)
@@ -190,9 +191,9 @@ def _plain(query, key, value):
 
 
 def _mapped(query, key, value):
-    """One head of one example at a time, so that its scores stay in a CPU's cache.
+    """Computes one head of one example at a time: its scores stay in a CPU's cache.
 
-    Where several devices share the batch, each works on an example of its own.
+    Where the batch is sharded over several devices, each computes one of its examples.
     """
     batch, tokens, heads, width = query.shape
     parts = math.gcd(batch, jax.device_count())
@@ -201,31 +202,31 @@ def _mapped(query, key, value):
         x = x.reshape(parts, batch // parts, *x.shape[1:])
         return x.transpose(1, 3, 0, 2, 4).reshape(-1, parts, x.shape[2], width)
 
-    stacked = _over_stack(stack(query), stack(key), stack(value))
+    stacked = _map_heads(stack(query), stack(key), stack(value))
     stacked = stacked.reshape(batch // parts, heads, parts, tokens, width)
     return stacked.transpose(2, 0, 3, 1, 4).reshape(query.shape)
 
 
 @jax.custom_vjp
-def _over_stack(query, key, value):
+def _map_heads(query, key, value):
     return jax.lax.map(lambda x: _forward(*x)[0], (query, key, value))
 
 
-def _over_stack_forward(query, key, value):
+def _map_heads_forward(query, key, value):
     output, normaliser = jax.lax.map(lambda x: _forward(*x), (query, key, value))
     return output, (query, key, value, output, normaliser)
 
 
-def _over_stack_backward(saved, gradient):
+def _map_heads_backward(saved, gradient):
     d_query, d_key, d_value = jax.lax.map(lambda x: _backward(*x), (*saved, gradient))
     return d_query.swapaxes(-1, -2), d_key, d_value
 
 
-_over_stack.defvjp(_over_stack_forward, _over_stack_backward)
+_map_heads.defvjp(_map_heads_forward, _map_heads_backward)
 
 
 def _forward(query, key, value):
-    """[P, T, D] and log-sum-exp [P, T, 1] of the scores, which are not kept."""
+    """The output [P, T, D] and the log-sum-exp [P, T, 1] of the scores."""
     dtype = query.dtype
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     scores = jnp.einsum("ptd,psd->pts", query * query.shape[-1] ** -0.5, key)
@@ -237,12 +238,12 @@ def _forward(query, key, value):
 
 
 def _backward(query, key, value, output, normaliser, gradient):
-    """The gradients, the query's as [P, D, T]; probabilities are computed again.
+    """The gradients, the query's as [P, D, T]; probabilities are recomputed.
 
     Equations of FlashAttention-2 (arXiv 2307.08691, section 2.3.2), on transposed
-    probabilities [P, S, T]. XLA's CPU backend takes seven times as long over a dot that
-    contracts the first axis of a large left operand: in this layout the only such
-    operand is small, and the transpose that is left waits until the map has ended.
+    probabilities [P, S, T]. On XLA's CPU backend a dot that contracts the first axis of
+    a large left operand takes seven times as long: in this layout the only such operand
+    is small, and one transpose is left to do after the map.
     """
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     query, key, value, output, gradient = (

@@ -1,15 +1,15 @@
-"""Captions by BLIP-2 (arXiv 2301.12597), a PyTorch model, in a process of its own.
+"""Captions by BLIP-2 (arXiv 2301.12597), a PyTorch model, in a separate process.
 
-PyTorch and JAX would each take an accelerator's memory for themselves, and neither
-gives it back; a process that ends does. So `captions` starts this module as a program,
-which imports no JAX, writes it one request and reads a line for each image:
+PyTorch and JAX would each reserve an accelerator's memory for themselves, and neither
+releases it before its process ends. So `captions` starts this module as a program,
+which does not import JAX, sends it one request and reads one line for each image:
 
-    parent -> child, stdin     {"images": ..., "rows": [...], "model": ..., ...}
+    parent -> child, stdin     {"images": ..., "rows": [...], "folder": ..., ...}
     child -> parent, stdout    {"row": 3, "caption": "a bold stroke"}
                                {"refused": {"name": ..., "wanted": ..., ...}}
 
-The parent keeps stdin open: when it closes, in whatever way the parent ended, the child
-ends too. What libraries print goes to stderr, the end of which explains a crash.
+The parent keeps stdin open: when it closes, however the parent ended, the child ends
+too. Whatever libraries print goes to stderr, whose last lines explain a crash.
 """
 
 import contextlib
@@ -31,38 +31,22 @@ from etils import epath
 from jaxtyping import UInt8
 
 from mvc_jax import files
-from mvc_jax.checkpoints import captioner_checkpoint
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 
-LAYOUT = captioner_checkpoint.Layout(
-    model_type="blip-2",
-    torch_class="Blip2ForConditionalGeneration",
-    weights=("model.safetensors", "model.safetensors.index.json"),
-    shards="model-*-of-*.safetensors",
-)
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 _PROGRAM = (sys.executable, "-P", "-m", "mvc_jax.models.blip2")
-_REFUSED = 2  # exit code after a line that says why
-_SHOWN = 3  # last lines of a crash, first names of missing weights
+_REFUSED = 2  # exit code after a line with the reason
+_SHOWN = 3  # last lines of a crash; first names of missing weights
 
 Captions = Iterator[tuple[int, str]]
-
-
-def check_model(model: str) -> None:
-    """Refuses, without loading or downloading, what `captions` could not use.
-
-    Raises:
-      UserError: PyTorch is not installed, or a folder holds no BLIP-2.
-    """
-    _check_torch()
-    captioner_checkpoint.check(model, LAYOUT)
 
 
 def captions(
     images_path: epath.PathLike,
     rows: Sequence[int],
     *,
-    model: str,
+    folder: epath.PathLike,
+    field: str,
     batch_size: int,
     dtype: str,
     prompt: str,
@@ -71,34 +55,41 @@ def captions(
 ) -> Captions:
     """Captions some rows of an array of images, in the order of `rows`.
 
-    The child starts with the first caption asked for, and ends with the last one or
+    The child starts when the first caption is requested, and ends after the last one or
     when the generator is closed. A batch that is too large for a GPU is halved.
 
     Args:
       images_path: a `.npy` file, uint8 [N, S, S, 3].
-      rows: which images, 0 to N - 1.
-      model: a checkpoint folder or a hub name, with weights in safetensors.
-      batch_size: images at a time.
+      rows: indices of images, 0 to N - 1.
+      folder: a checkpoint folder, with weights in safetensors.
+      field: config field that holds the model, for errors.
+      batch_size: images per batch.
       dtype: one of `DTYPES`; "auto" is bfloat16 on a GPU, float32 on a CPU.
-      prompt: text that the model is to continue; it is no part of a caption.
-      max_new_tokens: the most tokens of a caption.
+      prompt: text that the model continues; it is not part of the caption.
+      max_new_tokens: maximum number of tokens of a caption.
       num_beams: width of the beam search; 1 is greedy. Nothing is sampled.
 
     Yields:
-      (row, caption as the model wrote it, white space included).
+      (row, caption exactly as generated, with its white space).
 
     Raises:
-      UserError: PyTorch, the model or the memory for it is missing, or the child died.
+      UserError: PyTorch or memory for the model is missing, or the child crashed.
     """
-    _check_torch()
     if not rows:
         return
-    request = {"images": os.fspath(images_path), "rows": list(rows), "name": model}
-    request |= {"folder": str(captioner_checkpoint.find(model, LAYOUT)), "dtype": dtype}
-    request |= {"batch_size": batch_size, "prompt": prompt}
-    request |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    request = {
+        "images": os.fspath(images_path),
+        "rows": list(rows),
+        "folder": os.fspath(folder),
+        "field": field,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+    }
     with tempfile.TemporaryFile() as log, _child(log) as child:
-        with contextlib.suppress(BrokenPipeError):  # it died: its log says of what
+        with contextlib.suppress(BrokenPipeError):  # it crashed: its log has the reason
             child.stdin.write(json.dumps(request).encode() + b"\n")
             child.stdin.flush()
         for line in child.stdout:
@@ -111,19 +102,20 @@ def captions(
             raise _crash(child.returncode, log)
 
 
-def _check_torch() -> None:
-    require(
-        importlib.util.find_spec("torch") is not None,
-        "config.caption.captioner",
-        wanted="PyTorch, which BLIP-2 runs in",
-        got="none in this Python",
-        fix='Install it: pip install "mvc_jax[caption]". Or take another captioner.',
-    )
+def check_torch() -> None:
+    """Raises a `UserError` unless PyTorch is installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            "config.caption.captioner",
+            wanted="PyTorch, in which BLIP-2 runs",
+            got="none in this Python",
+            fix='Install it: pip install "mvc_jax[caption]". Or use another captioner.',
+        )
 
 
 @contextlib.contextmanager
 def _child(log: IO[bytes]) -> Iterator[subprocess.Popen]:
-    """This module as a program, with pipes; killed when the block ends."""
+    """Runs this module as a program, with pipes; killed when the block ends."""
     process = subprocess.Popen(
         _PROGRAM,
         stdin=subprocess.PIPE,
@@ -136,14 +128,14 @@ def _child(log: IO[bytes]) -> Iterator[subprocess.Popen]:
             yield process
         finally:
             process.kill()
-            with contextlib.suppress(BrokenPipeError):  # of a request nobody read
+            with contextlib.suppress(BrokenPipeError):  # of a request that was not read
                 process.stdin.close()
 
 
 def _environment() -> dict[str, str]:
-    """This process's, where this package is found and transformers knows PyTorch only.
+    """The environment of the child: transformers uses PyTorch alone, offline.
 
-    The parent has downloaded the model, so that the child needs no network.
+    The parent has downloaded the model, so the child needs no network.
     """
     package = str(pathlib.Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
@@ -154,32 +146,36 @@ def _environment() -> dict[str, str]:
         "USE_FLAX": "0",
         "USE_TF": "0",
         "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
     }
 
 
 def _crash(code: int, log: IO[bytes]) -> UserError:
-    """What is known of a child that ended without saying why."""
+    """The error for a child that ended without a line that gives the reason."""
     end = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()  # "\r" ends one as well
-    said = [line for line in lines if line.strip() and not line[0].isspace()]
-    said = [line for line in said if not line.startswith("Traceback ")]
+    messages = [
+        line
+        for line in lines
+        if line.strip() and not line[0].isspace() and not line.startswith("Traceback ")
+    ]
     return UserError(
         "config.caption.captioner",
         wanted="captions from the process that runs BLIP-2",
-        got=": ".join([end, " | ".join(said[-_SHOWN:]) or "no message"]),
-        fix="If memory ran out, lower config.caption.batch_size or take a smaller "
+        got=": ".join([end, " | ".join(messages[-_SHOWN:]) or "no message"]),
+        fix="If memory ran out, lower config.caption.batch_size or use a smaller "
         "config.caption.model.",
     )
 
 
-# From here on: the child.
+# The functions below run in the child.
 
 
 @dataclasses.dataclass(eq=False)
 class Refused(Exception):
-    """The fields of the `UserError` that the parent is to raise."""
+    """The fields of the `UserError` that the parent raises."""
 
     name: str
     wanted: str
@@ -191,7 +187,8 @@ def main() -> int:
     """Answers the request on stdin, line by line; returns the exit code."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    # A machine that stops tells every process, and the parent may still want a caption.
+    # A preempted machine sends SIGTERM to all processes, and the parent may still wait
+    # for a caption. It ends this process by closing stdin.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -208,17 +205,20 @@ def main() -> int:
 
 
 def _end_with_parent() -> None:
-    """Waits for the end of stdin; not by `sys.stdin`, whose lock an exit would want."""
+    """Ends this process when stdin closes.
+
+    `sys.stdin` is not used: at exit the interpreter would wait for its lock.
+    """
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
 def answer(request: dict[str, Any]) -> Captions:
-    """Captions as `captions` describes them, in this process.
+    """Yields what `captions` does, computed in this process.
 
     Raises:
-      Refused: the dtype, the weights or the memory of this machine do not allow it.
+      Refused: the dtype, the weights or this machine's memory do not permit it.
     """
     images = files.map_array(request["images"])
     caption = _captioner(request)
@@ -232,10 +232,11 @@ def answer(request: dict[str, Any]) -> Captions:
 def _in_batches(
     caption: Callable[[list[int]], list[str]], rows: Sequence[int], size: int
 ) -> Captions:
-    """Captions `rows`, `size` at a time; halves `size` whenever the GPU is full.
+    """Captions `rows` in batches of `size`; halves `size` when the GPU runs out of
+    memory.
 
-    A last batch is filled up with its last row, so that kernels, and with them the
-    rounding of a caption's scores, do not depend on how many rows are left.
+    A short last batch is padded with its last row: kernels, and so the rounding of a
+    caption's scores, do not depend on how many rows are left.
     """
     import torch
 
@@ -251,7 +252,7 @@ def _in_batches(
         if texts:
             yield from zip(batch, texts, strict=False)
             done += len(batch)
-        else:  # out of the `except`, which still held the tensors
+        else:  # not within the `except`, in which the tensors are still alive
             size //= 2
             torch.cuda.empty_cache()
 
@@ -263,8 +264,8 @@ def _captioner(request: dict[str, Any]) -> Callable[[np.ndarray], list[str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _load(request, device)
     processor = _processor(request["folder"], model.config)
-    # A decoder-only language model repeats the placeholders of the image and the
-    # prompt before its own words; an encoder-decoder does not.
+    # A decoder-only language model returns the image's placeholders and the prompt
+    # before the new tokens; an encoder-decoder does not.
     echoes = model.config.use_decoder_only_language_model
 
     def caption(images: UInt8[np.ndarray, "B S S 3"]) -> list[str]:
@@ -288,7 +289,7 @@ def _captioner(request: dict[str, Any]) -> Callable[[np.ndarray], list[str]]:
 
 
 def _load(request: dict[str, Any], device: str):
-    """The model on its device, of safetensors alone, with no weight left to chance."""
+    """Loads the model onto its device: safetensors only, no weight may be missing."""
     import torch
     import transformers
 
@@ -306,16 +307,16 @@ def _load(request: dict[str, Any], device: str):
     missing = sorted(found["missing_keys"])
     if missing:
         raise Refused(
-            captioner_checkpoint.field(request["name"]),
+            request["field"],
             wanted="all weights of Blip2ForConditionalGeneration",
             got=f"{len(missing)} missing: {', '.join(missing[:_SHOWN])} ...",
-            fix="Name a checkpoint that was trained to write captions.",
+            fix="Use a checkpoint that was trained to write captions.",
         )
     return model.eval()
 
 
 def _dtype_options(dtype: str, device: str) -> dict[str, Any]:
-    """How `from_pretrained` is told the precision."""
+    """The arguments of `from_pretrained` for a precision."""
     import torch
 
     if dtype == "auto":
@@ -341,11 +342,11 @@ def _dtype_options(dtype: str, device: str) -> dict[str, Any]:
 
 
 def _processor(folder: str, config):
-    """The checkpoint's processor, also of one older than its image placeholders.
+    """The checkpoint's processor, also of a checkpoint without image placeholders.
 
-    Put together from its parts, because the whole would take torchvision's image
-    processor where a checkpoint names that. `config` gets the placeholder's index
-    where it has none: the processor adds the token, its embedding is never read.
+    It is built from its parts: `Blip2Processor.from_pretrained` would use torchvision's
+    image processor where a checkpoint names it. `config` gets the placeholder's index
+    if it has none: the processor adds the token, whose embedding is never read.
     """
     import transformers
 
@@ -365,8 +366,8 @@ def _no_memory(what: str) -> Refused:
         "config.caption.model",
         wanted=f"GPU memory for {what}",
         got="none left",
-        fix="Set config.caption.dtype to 'int8', take a smaller model, or free the GPU "
-        "of other processes.",
+        fix="Set config.caption.dtype to 'int8', use a smaller model, or end other "
+        "processes on the GPU.",
     )
 
 

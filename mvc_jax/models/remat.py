@@ -1,6 +1,6 @@
-"""Rematerialisation: which activations of the UNet the backward pass computes again.
+"""Rematerialisation: which activations the UNet's backward pass recomputes.
 
-Chosen by the paths of its modules, so that no class has to know of it.
+Modules are selected by their paths, so that no class needs an option for it.
 """
 
 import contextlib
@@ -11,18 +11,19 @@ import flax.linen as nn
 _STAGE = r"(down_blocks_\d+|mid_block|up_blocks_\d+)"
 _BLOCK = rf"{_STAGE}/(resnets|attentions)_\d+"
 
-# Modules, by path, of which only the inputs are kept. In `full` the blocks of a stage
-# are computed once more when the stage is, so that one block's insides are alive.
+# Patterns of the paths of modules of which only the inputs are kept. In `full` a stage
+# and, within it, its blocks are checkpoints: one block's activations are alive at a
+# time.
 MODES = {"none": (), "blocks": (_BLOCK,), "full": (_STAGE, _BLOCK)}
 
 
 def checkpointing(mode: str) -> contextlib.AbstractContextManager:
-    """Within it, a UNet that is differentiated keeps what `mode` says.
+    """Context in which the UNet is rematerialised according to `mode`, one of `MODES`.
 
-    Each block is a `jax.checkpoint` of its own, not one policy over the whole UNet: its
-    recomputation then waits for its own gradient, and an accelerator's scheduler cannot
-    begin all of them at once. XLA's CPU backend drops these barriers before it
-    schedules, and saves memory only where its scheduler goes depth first
+    Each block is a `jax.checkpoint` of its own, instead of one policy for the whole
+    UNet: its recomputation then waits for its own gradient, and an accelerator's
+    scheduler cannot start all of them at once. XLA's CPU backend drops these barriers
+    before it schedules, and saves memory only with its depth-first scheduler
     (`xla_cpu_enable_concurrency_optimized_scheduler=false`).
     """
     inside: set[tuple[str, ...]] = set()
@@ -37,7 +38,7 @@ def checkpointing(mode: str) -> contextlib.AbstractContextManager:
             return next_call(*args, **kwargs)
         flags = {key: value for key, value in kwargs.items() if isinstance(value, bool)}
         arrays = {key: value for key, value in kwargs.items() if key not in flags}
-        inside.add(path)  # the call below comes here again
+        inside.add(path)  # the call below is intercepted again
         try:
             return nn.remat(
                 lambda module, args, arrays: module(*args, **arrays, **flags)

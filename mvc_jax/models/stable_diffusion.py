@@ -1,8 +1,7 @@
 """Stable Diffusion: diffusers' and transformers' Flax classes behind plain arrays.
 
-The only file that knows those libraries' networks, with `attention.py`, which reaches
-into their layers. Everything that crosses its border is channels-last;
-`diffusers_layout` reads and writes the folders.
+Images and latents are channels-last here, whatever the library's layout is;
+`checkpoints/diffusers_layout.py` reads and writes the folders.
 """
 
 import contextlib
@@ -16,16 +15,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
-from diffusers.models.unets.unet_2d_condition_flax import FlaxUNet2DConditionModel
-from diffusers.models.vae_flax import FlaxAutoencoderKL
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
-from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
 from mvc_jax.models import attention, lora, noise_schedule, remat
+from mvc_jax.models.flax_classes import (
+    FlaxAutoencoderKL,
+    FlaxCLIPTextModule,
+    FlaxUNet2DConditionModel,
+    transformers,
+)
 
 Params = dict[str, Any]
+_SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +38,13 @@ class StableDiffusion:
     `text_encoder`, and `lora` where the UNet has adapters.
 
     Attributes:
-      configs: of the three, and of the `scheduler`: DDIM's, with the fields of the
-        noise and the `prediction_type`.
+      configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`; the last is
+        DDIM's, with the noise and the `prediction_type` of the model.
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
-      attention: how the UNet's runs, one of `attention.ASKED`.
-      remat: what its backward pass computes again, one of `remat.MODES`.
-      batch_sharding: of its activations' first axis; None leaves it to XLA.
+      attention: implementation in the UNet, one of `attention.CHOICES`.
+      remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
+      batch_sharding: of the first axis of the UNet's activations; None lets XLA choose.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -70,7 +72,7 @@ class StableDiffusion:
 
     @property
     def context_length(self) -> int:
-        """L: tokens of a prompt, markers and padding included."""
+        """L: tokens of a prompt, including BOS, EOS and padding."""
         return self.configs["text_encoder"]["max_position_embeddings"]
 
     @property
@@ -89,7 +91,7 @@ class StableDiffusion:
 
     @property
     def scaling_factor(self) -> float:
-        """Brings posterior samples to about unit variance for the UNet."""
+        """Factor that scales posterior samples to about unit variance."""
         return self.configs["vae"]["scaling_factor"]
 
     @property
@@ -103,7 +105,7 @@ class StableDiffusion:
         return self.configs["unet"]["in_channels"] == 2 * self.latent_channels
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
-        """Token ids with BOS, EOS and padding; longer texts are cut."""
+        """Token ids with BOS, EOS and padding; longer texts are truncated."""
         encoded = self.tokenizer(
             list(texts),
             max_length=self.context_length,
@@ -114,7 +116,7 @@ class StableDiffusion:
         return encoded["input_ids"].astype(np.int32)
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of `text` with BOS and EOS, before any cut."""
+        """Number of tokens of `text` with BOS and EOS, without truncation."""
         return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     def text_states(
@@ -126,7 +128,7 @@ class StableDiffusion:
     def pooled_text(
         self, params: Params, ids: Int[Array, "B L"]
     ) -> Float[Array, "B D"]:
-        """The state of the text's EOS token, which has seen all of it."""
+        """The state of the EOS token, which attends to the whole text."""
         return self._encoded(params, ids).pooler_output
 
     def _encoded(self, params: Params, ids: Array) -> Any:
@@ -145,11 +147,11 @@ class StableDiffusion:
         return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
     def encode_pixels(self, params: Params, pixels: UInt8[Array, "B H W 3"]) -> Array:
-        """`moments` of images as they lie on disk, in [0, 255]."""
+        """`moments` of images in [0, 255], the range in which they are stored."""
         return self.moments(params, pixels / 127.5 - 1.0)
 
     def decode(self, params: Params, latents: Float[Array, "B h w c"]) -> Array:
-        """Images [B, H, W, 3], about [-1, 1], from *scaled* latents."""
+        """Images [B, H, W, 3], about [-1, 1], of *scaled* latents."""
         output = self.vae.apply(
             {"params": params["vae"]},
             latents / self.scaling_factor,
@@ -167,16 +169,17 @@ class StableDiffusion:
     ) -> Float[Array, "B h w c"]:
         """The UNet's prediction; C is c, or 2c with source latents concatenated.
 
-        Where `params` have the key `lora`, its adapters are added to the UNet's layers.
-        `residuals` are a ControlNet's, added to its skip connections and middle block.
+        Adapters in `params["lora"]`, if any, are added to the UNet's layers.
+        `residuals` are a ControlNet's, added to the UNet's skip connections and middle
+        block.
         """
         down, middle = (None, None) if residuals is None else residuals
         with (
-            attention.exact(),
-            attention.running(self.attention),
+            attention.match_pytorch(),
+            attention.implemented_by(self.attention),
             lora.adapted(params.get("lora", {})),
             remat.checkpointing(self.remat),
-            _batch_stays(self.batch_sharding),
+            _constrain_batch_sharding(self.batch_sharding),
         ):
             output = self.unet.apply(
                 {"params": params["unet"]},
@@ -189,7 +192,7 @@ class StableDiffusion:
         return output.sample.transpose(0, 2, 3, 1)
 
     def inputs(self, height: int, width: int) -> tuple:
-        """What `denoise` takes behind its parameters, for one example, as shapes."""
+        """Shapes of the arguments of `denoise` after `params`, for one example."""
         channels = self.configs["unet"]["in_channels"]
         text = (1, self.context_length, self.text_width)
         return (
@@ -205,6 +208,12 @@ class StableDiffusion:
 
     def shapes(self, component: str) -> Any:
         """The parameter tree of a component as `jax.ShapeDtypeStruct`s."""
+        key = f"{component} {self.configs[component]}"
+        if key not in _SHAPES:
+            _SHAPES[key] = self._trace_shapes(component)
+        return jax.tree.map(lambda leaf: leaf, _SHAPES[key])  # a copy
+
+    def _trace_shapes(self, component: str) -> Any:
         if component == "text_encoder":
             ids = jnp.zeros((1, self.context_length), jnp.int32)
             init = functools.partial(self.text_encoder.init, input_ids=ids)
@@ -217,31 +226,31 @@ class StableDiffusion:
         *,
         dtype: str = "auto",
         field: str = "config.finetune.attention",
-        **how: str,
+        **options: str,
     ) -> "StableDiffusion":
-        """This model with its UNet computed as asked.
+        """A copy of this model whose UNet is computed with these options.
 
         Args:
-          dtype: of activations; `auto`: bfloat16 on an accelerator, else float32.
-          field: that asks for the attention, for errors.
-          **how: `attention` and `remat`, see the attributes.
+          dtype: of activations; `auto` is bfloat16 on an accelerator, else float32.
+          field: config field that holds the attention, for errors.
+          **options: `attention` and `remat`, see the attributes.
 
         Raises:
-          UserError: the devices have no such attention.
+          UserError: the devices do not support this attention.
         """
         backend = attention.backend()
         if dtype == "auto":
             dtype = "float32" if backend == "cpu" else "bfloat16"
-        asked = how.get("attention", self.attention)
-        attention.check(asked, field=field, backend=backend, dtype=dtype)
-        return dataclasses.replace(self, dtype=dtype, **how)
+        choice = options.get("attention", self.attention)
+        attention.check(choice, field=field, backend=backend, dtype=dtype)
+        return dataclasses.replace(self, dtype=dtype, **options)
 
     def widened(self, params: Params) -> tuple["StableDiffusion", Params]:
-        """A UNet that takes source latents too, equal to this one at the start.
+        """Adds source latents to the UNet's input; at first its output is unchanged.
 
-        `conv_in` goes from c to 2c input channels: the new kernel slices are zero,
-        kernel and bias of the old are copied (InstructPix2Pix, arXiv 2211.09800,
-        section 3.2). A UNet that is conditioned already comes back as it is.
+        `conv_in` goes from c to 2c input channels: the new kernel slices are zero, the
+        old kernel and bias are copied (InstructPix2Pix, arXiv 2211.09800, section 3.2).
+        A UNet that is conditioned already is returned unchanged.
         """
         if self.conditioned:
             return self, params
@@ -254,14 +263,14 @@ class StableDiffusion:
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
 
 
-def _batch_stays(
+def _constrain_batch_sharding(
     sharding: NamedSharding | None,
 ) -> contextlib.AbstractContextManager:
-    """Within it, every layer's output is split over the devices by its batch.
+    """Context in which every layer's output is sharded over the devices by its batch.
 
-    Where weights are sharded, too, XLA may rather gather the activations of all
-    examples on each device and leave the weights where they are; so it gathers the
-    weights, a layer at a time (FSDP, arXiv 2304.11277).
+    Where weights are sharded too, XLA may choose to gather the activations of all
+    examples on each device instead of the weights. This constraint makes it gather the
+    weights, one layer at a time (FSDP, arXiv 2304.11277).
     """
 
     def intercept(next_call, args, kwargs, context):
@@ -277,7 +286,7 @@ def _batch_stays(
 def to_pixels(
     images: Float[Array, "B H W 3"], *, grey: bool = False
 ) -> UInt8[Array, "B H W 3"]:
-    """Decoded images, about [-1, 1], as what is stored and shown.
+    """Converts decoded images, about [-1, 1], to pixels.
 
     `grey` averages the channels, for a dataset without colour.
     """
@@ -287,11 +296,11 @@ def to_pixels(
 
 
 def random_params(shapes: Any, rng: np.random.Generator) -> Any:
-    """Host parameters for a tree of shapes, by the field's usual initialisers.
+    """Draws host parameters for a tree of shapes, by the standard initialisers.
 
-    LeCun normal kernels, zero biases, unit scales, normal embeddings (0.02). Drawn on
-    the host in the order of the tree's paths: compiling an `init` of hundreds of small
-    draws takes longer than training a small model for a while.
+    LeCun normal kernels, zero biases, unit scales, normal embeddings (0.02). They are
+    drawn on the host, in the order of the tree's paths, because compiling an `init` of
+    hundreds of small draws would take longer than the first epochs of a small model.
     """
 
     def one(path, leaf):
@@ -306,7 +315,7 @@ def random_params(shapes: Any, rng: np.random.Generator) -> Any:
 
 
 def build(class_: type, config: dict[str, Any]) -> Any:
-    """Constructs a library class from the fields of `config` that it knows."""
+    """Constructs a library class from the fields of `config` that it accepts."""
     known = inspect.signature(class_).parameters
     fields = {
         key: tuple(value) if isinstance(value, list) else value

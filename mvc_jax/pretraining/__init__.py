@@ -1,1 +1,1 @@
-"""A small Stable Diffusion of our own, where no base model is given."""
+"""The small base, trained where no base model is given, and its companions."""

@@ -1,10 +1,10 @@
-"""What stands beside a small base for the ablation: an image tower, a ControlNet.
+"""Companions of the small base for the ablation: an image tower and a ControlNet.
 
-A part of `pretrain` with a file of its own: downloaded bases have public ones, the base
-that `pretrain` makes has these. Both are trained on the pool, text encoder and UNet of
-the base being frozen.
+Published bases have public ones. Both are trained on the pool, with the text encoder
+and the UNet of the base frozen.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -13,30 +13,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
 from mvc_jax.data import edges, order
 from mvc_jax.diffusion import loss
-from mvc_jax.models import clip, controlnet, stable_diffusion
-from mvc_jax.pretraining import info_nce
+from mvc_jax.models.clip import Clip, small_tower
+from mvc_jax.models.controlnet import ControlNet
+from mvc_jax.models.stable_diffusion import Params, StableDiffusion, random_params
+from mvc_jax.pretraining.base import Loop, add_noise
+from mvc_jax.pretraining.info_nce import info_nce
 from mvc_jax.training import optim, rng, sharding
-from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
+from mvc_jax.training.loop import TrainState, create_state, weighted_mean
 
-NAMES = ("image_encoder", "controlnet")  # as sections of the config, too
-
-Loop = dict[str, Any]  # further arguments of `fit`
-Params = dict[str, Any]
+_LOGIT_SCALE = np.float32(np.log(1 / 0.07))  # initial value, as CLIP's
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """What the base was trained on.
+    """The data on which the base was trained.
 
     Attributes:
       images: uint8 [N, H, W, 3].
-      moments: of them, [N, h, w, 2c].
-      prompts: of them.
+      moments: of the images, [N, h, w, 2c].
+      prompts: of the images.
     """
 
     images: np.ndarray
@@ -45,7 +46,7 @@ class Pool:
 
 
 def train_image_encoder(
-    model: stable_diffusion.StableDiffusion,
+    model: StableDiffusion,
     params: Params,
     pool: Pool,
     *,
@@ -53,57 +54,66 @@ def train_image_encoder(
     loop: Loop,
     batch_size: int,
     learning_rate: float,
-    **shape: int,
-) -> tuple[clip.Clip, Params]:
-    """An image tower whose embeddings agree with the pooled states of the prompts.
+    patch: int,
+    width: int,
+    layers: int,
+    heads: int,
+) -> tuple[Clip, Params]:
+    """Trains an image tower whose embeddings match the pooled states of the prompts.
 
     Args:
       model: the base.
-      params: its host parameters; of these `text_encoder`.
-      pool: what to train on.
+      params: its host parameters, with `text_encoder`.
+      pool: training data.
       seed: of the run.
-      loop: further arguments of `fit`.
-      batch_size: images of a step.
+      loop: the loop of the tower.
+      batch_size: images per step.
       learning_rate: its peak.
-      **shape: further arguments of `clip.small_tower`.
+      patch: pixels along a side of a patch.
+      width: dims of the tower's states.
+      layers: of the tower.
+      heads: of its attention.
 
     Returns:
       the architecture, and host parameters.
     """
-    side = pool.images.shape[1]
-    tower = clip.small_tower(side=side, embedding=model.text_width, **shape)
+    tower = small_tower(
+        side=pool.images.shape[1],
+        patch=patch,
+        width=width,
+        layers=layers,
+        heads=heads,
+        embedding=model.text_width,
+    )
     purpose = "pretrain/image_encoder"
-    texts, groups = _pooled(model, params, pool.prompts, batch_size, loop["mesh"])
+    texts, groups = _pooled(model, params, pool.prompts, batch_size, loop.mesh)
     arrays = {"images": pool.images, "texts": texts[groups], "groups": groups}
     read = order.reader(seed, purpose, arrays, batch_size=batch_size)
 
-    def preprocessed(step: int) -> dict[str, np.ndarray]:
+    def read_preprocessed(step: int) -> dict[str, np.ndarray]:
         batch = read(step)
-        return batch | {"images": tower.preprocess(batch["images"])}
+        return {**batch, "images": tower.preprocess(batch["images"])}
 
-    start = stable_diffusion.random_params(
-        tower.shapes(), order.generator(seed, f"{purpose}/init")
-    )
-    start["logit_scale"] = np.float32(np.log(1 / 0.07))  # CLIP's
-    tx = optim.adam(_schedule(learning_rate, loop["steps"]), max_norm=1.0)
-    state = fit(
+    initial = random_params(tower.shapes(), order.generator(seed, f"{purpose}/init"))
+    initial["logit_scale"] = _LOGIT_SCALE
+    tx = optim.adam(loop.warmup_cosine(learning_rate), max_norm=1.0)
+    state = loop.fit(
         functools.partial(image_step, model=tower, tx=tx),
-        create_state(start, tx, loop["mesh"]),
-        read=preprocessed,
-        fixed={},
-        **loop,
+        create_state(initial, tx, loop.mesh),
+        read=read_preprocessed,
+        constants={},
     )
     return tower, jax.device_get(state.params)
 
 
 def _pooled(
-    model: stable_diffusion.StableDiffusion,
+    model: StableDiffusion,
     params: Params,
     prompts: Sequence[str],
     batch_size: int,
     mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled states [T, D] of the distinct prompts, and which of them each has [N]."""
+    """Pooled states [T, D] of distinct prompts, and the index [N] of each prompt's."""
     distinct, groups = np.unique(np.asarray(prompts), return_inverse=True)
     encode = sharding.over_batches(
         model.pooled_text,
@@ -118,16 +128,20 @@ def _pooled(
 
 
 def image_step(
-    state: TrainState, batch: dict[str, Array], *, model: clip.Clip, tx: Any
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    model: Clip,
+    tx: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of contrastive learning (arXiv 2103.00020).
 
-    `batch` has `images` [B, S, S, 3] as the tower takes them, `texts` [B, P], int32
-    `groups` [B], equal for equal texts, and `weight` [B].
+    `batch` has preprocessed `images` [B, S, S, 3], `texts` [B, P], int32 `groups` [B],
+    equal for equal texts, and `weight` [B].
     """
 
     def loss_of(params):
-        return info_nce.info_nce(
+        return info_nce(
             model.image_embeddings(params, batch["images"]),
             batch["texts"],
             batch["groups"],
@@ -135,13 +149,13 @@ def image_step(
             batch["weight"],
         )
 
-    (value, right), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    metrics = {"loss": value, "accuracy": right}
+    (value, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    metrics = {"loss": value, "accuracy": accuracy}
     return state.update(grads, tx, metrics), metrics
 
 
 def train_controlnet(
-    model: stable_diffusion.StableDiffusion,
+    model: StableDiffusion,
     params: Params,
     pool: Pool,
     *,
@@ -150,57 +164,103 @@ def train_controlnet(
     batch_size: int,
     learning_rate: float,
     drop_rate: float,
-) -> tuple[controlnet.ControlNet, Params]:
-    """A ControlNet on the Canny edges of the pool.
+) -> tuple[ControlNet, Params]:
+    """Trains a ControlNet on the Canny edges of the pool's images.
 
     Args:
       model: the base.
-      params: its host parameters; `text_encoder` and `unet`.
-      pool: what to train on.
+      params: its host parameters, with `text_encoder` and `unet`.
+      pool: training data.
       seed: of the run.
-      loop: further arguments of `fit`.
-      batch_size: images of a step.
+      loop: the loop of the ControlNet.
+      batch_size: images per step.
       learning_rate: its peak.
-      drop_rate: share of the prompts that is dropped.
+      drop_rate: fraction of the prompts that is replaced by the empty one.
 
     Returns:
       the architecture, and host parameters.
     """
-    network = controlnet.of_unet(model)
+    network = new_controlnet(model)
     purpose = "pretrain/controlnet"
     init = order.generator(seed, f"{purpose}/init")
-    start = controlnet.start(network, params["unet"], init)
+    initial = initial_controlnet_params(network, params["unet"], init)
     arrays = {
         "edges": edges.canny(pool.images),
         "moments": pool.moments,
         "ids": model.tokenize(pool.prompts),
     }
-    tx = optim.adam(_schedule(learning_rate, loop["steps"]), max_norm=1.0)
+    tx = optim.adam(loop.warmup_cosine(learning_rate), max_norm=1.0)
     base = {name: params[name] for name in ("text_encoder", "unet")}
-    state = fit(
-        functools.partial(
-            control_step,
-            model=model,
-            network=network,
-            tx=tx,
-            key=rng.purpose_key(seed, purpose),
-            drop_rate=drop_rate,
-        ),
-        create_state(start, tx, loop["mesh"]),
+    train_step = functools.partial(
+        control_step,
+        model=model,
+        network=network,
+        tx=tx,
+        key=rng.purpose_key(seed, purpose),
+        drop_rate=drop_rate,
+    )
+    state = loop.fit(
+        train_step,
+        create_state(initial, tx, loop.mesh),
         read=order.reader(seed, purpose, arrays, batch_size=batch_size),
-        fixed={"null_ids": model.tokenize([""]), "base": base},
-        **loop,
+        constants={"null_ids": model.tokenize([""]), "base": base},
     )
     return network, jax.device_get(state.params)
+
+
+def new_controlnet(model: StableDiffusion) -> ControlNet:
+    """The architecture of an untrained ControlNet for a base.
+
+    Its embedding of pictures is narrow: 16 channels on the first level.
+    """
+    unet = model.configs["unet"]
+    copied = (
+        "down_block_types",
+        "block_out_channels",
+        "layers_per_block",
+        "attention_head_dim",
+        "cross_attention_dim",
+        "use_linear_projection",
+        "flip_sin_to_cos",
+        "freq_shift",
+    )
+    levels = len(model.configs["vae"]["block_out_channels"])
+    config = {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": 3,
+        "in_channels": model.latent_channels,
+        "conditioning_embedding_out_channels": [16 * 2**i for i in range(levels)],
+        **{name: unet[name] for name in copied if name in unet},
+    }
+    return ControlNet(config)
+
+
+def initial_controlnet_params(
+    network: ControlNet, unet: Params, rng: np.random.Generator
+) -> Params:
+    """Host parameters: copies of the UNet's, and zero convolutions.
+
+    All residuals are zero, so the UNet's prediction is unchanged (arXiv 2302.05543,
+    section 3.1).
+    """
+    params = random_params(network.shapes(), rng)
+    for name, tree in params.items():
+        if name in unet:
+            params[name] = copy.deepcopy(jax.tree.map(np.asarray, unet[name]))
+        elif name != "controlnet_cond_embedding":
+            params[name] = jax.tree.map(np.zeros_like, tree)
+    embedding = params["controlnet_cond_embedding"]
+    embedding["conv_out"] = jax.tree.map(np.zeros_like, embedding["conv_out"])
+    return params
 
 
 def control_step(
     state: TrainState,
     batch: dict[str, Any],
     *,
-    model: stable_diffusion.StableDiffusion,
-    network: controlnet.ControlNet,
-    tx: Any,
+    model: StableDiffusion,
+    network: ControlNet,
+    tx: optax.GradientTransformation,
     key: Key[Array, ""],
     drop_rate: float,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -212,7 +272,7 @@ def control_step(
     """
     keys = rng.step_keys(key, state.step, len(batch["weight"]))
     *keys, drop_keys = rng.use_keys(keys, 4)
-    noisy, timesteps, target = noised(model, batch["moments"], keys)
+    noisy, timesteps, target = add_noise(model, batch["moments"], keys)
     dropped = rng.uniform(drop_keys) < drop_rate
     ids = jnp.where(dropped[:, None], batch["null_ids"], batch["ids"])
     states = model.text_states(batch["base"], ids)
@@ -226,33 +286,3 @@ def control_step(
     value, grads = jax.value_and_grad(loss_of)(state.params)
     metrics = {"loss": value}
     return state.update(grads, tx, metrics), metrics
-
-
-def noised(
-    model: stable_diffusion.StableDiffusion,
-    moments: Float[Array, "B h w c2"],
-    keys: list[Key[Array, " B"]],
-) -> tuple[Float[Array, "B h w c"], Int[Array, " B"], Float[Array, "B h w c"]]:
-    """Noisy latents, their timesteps, and what the UNet should say of them.
-
-    Args:
-      model: the base.
-      moments: of images; a posterior's sample is drawn.
-      keys: of the noise, of the samples, of the timesteps.
-    """
-    noise_keys, posterior_keys, time_keys = keys
-    shape = (*moments.shape[1:3], model.latent_channels)
-    latents = loss.posterior_sample(moments, rng.normal_like(posterior_keys, shape))
-    latents = latents * model.scaling_factor
-    noise = rng.normal_like(noise_keys, shape)
-    alphas = model.alphas_cumprod
-    timesteps = rng.integers(time_keys, len(alphas))
-    noisy = loss.add_noise(latents, noise, timesteps, alphas)
-    target = loss.prediction_target(
-        latents, noise, timesteps, alphas, model.prediction_type
-    )
-    return noisy, timesteps, target
-
-
-def _schedule(learning_rate: float, steps: int):
-    return optim.warmup_cosine(learning_rate, warmup=steps // 20, steps=steps)

@@ -1,10 +1,10 @@
-"""What CLIP is trained on: InfoNCE between images and texts."""
+"""InfoNCE, the contrastive loss of CLIP."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mvc_jax.models.clip import normalised
+from mvc_jax.models.clip import normalize
 
 
 def info_nce(
@@ -16,31 +16,31 @@ def info_nce(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Symmetric InfoNCE between images and their texts (arXiv 2103.00020, figure 3).
 
-    A small dataset has the same text more than once in a batch. All of them are right,
-    in equal shares (as UniCL has it, arXiv 2204.03610, equation 3).
+    A batch of a small dataset has the same text more than once. All of its images are
+    positives, with equal probability (as in UniCL, arXiv 2204.03610, equation 3).
 
     Args:
-      images: embeddings.
-      texts: of the text of each image.
+      images: embeddings of the images.
+      texts: embeddings of their texts.
       groups: equal for equal texts.
-      logit_scale: a logarithm; as in CLIP, it counts up to that of 100.
-      weight: of the examples; one without weight is no example, nor a wrong answer.
+      logit_scale: logarithm of the scale, which is clipped to 100, as in CLIP.
+      weight: of the examples; one with zero weight is neither positive nor negative.
 
     Returns:
-      the loss, and the share of images whose nearest text is theirs.
+      the loss, and the accuracy: the fraction of images whose nearest text is theirs.
     """
-    there = weight > 0
+    valid = weight > 0
     scale = jnp.exp(jnp.minimum(logit_scale, jnp.log(100.0)))
-    logits = scale * normalised(images) @ normalised(texts).T
-    same = (groups[:, None] == groups[None]) & there[None]
-    shares = same / jnp.maximum(same.sum(axis=1, keepdims=True), 1)
+    logits = scale * normalize(images) @ normalize(texts).T
+    same = (groups[:, None] == groups[None]) & valid[None]
+    target = same / jnp.maximum(same.sum(axis=1, keepdims=True), 1)
 
     def cross_entropy(logits):
-        logits = jnp.where(there[None], logits, -1e9)
-        return -(shares * jax.nn.log_softmax(logits)).sum(axis=1)
+        logits = jnp.where(valid[None], logits, -1e9)
+        return -(target * jax.nn.log_softmax(logits)).sum(axis=1)
 
     losses = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
-    nearest = jnp.argmax(jnp.where(there[None], logits, -jnp.inf), axis=1)
-    right = groups[nearest] == groups
+    nearest = jnp.argmax(jnp.where(valid[None], logits, -jnp.inf), axis=1)
+    correct = groups[nearest] == groups
     total = jnp.maximum(weight.sum(), 1e-8)
-    return (losses * weight).sum() / total, (right * weight).sum() / total
+    return (losses * weight).sum() / total, (correct * weight).sum() / total

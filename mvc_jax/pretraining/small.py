@@ -1,102 +1,100 @@
-"""The configs of a small Stable Diffusion, as diffusers and transformers write them."""
+"""The architecture of the small base, as diffusers' and transformers' configs."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import transformers
-
+from mvc_jax.models.flax_classes import transformers
 from mvc_jax.models.stable_diffusion import StableDiffusion
+
+# Stable Diffusion 1.x's noise schedule.
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 
 
 def stable_diffusion(
     tokenizer: transformers.CLIPTokenizerFast,
-    scheduler: dict[str, Any],
     *,
     size: int,
-    length: int,
-    vae: dict[str, Any],
-    unet: dict[str, Any],
-    text: dict[str, Any],
+    context_length: int,
+    vae_channels: Sequence[int],
+    vae_groups: int,
+    unet_channels: Sequence[int],
+    unet_layers: int,
+    unet_heads: int,
+    text_width: int,
+    text_layers: int,
+    text_heads: int,
 ) -> StableDiffusion:
-    """The architecture of a base whose every level attends to the text.
+    """A small Stable Diffusion with cross-attention to the text on every level.
 
     Args:
-      tokenizer: learnt from the captions.
-      scheduler: config of the noise.
+      tokenizer: trained on the captions.
       size: of the images, in pixels along a side.
-      length: L, tokens of a prompt, markers included.
-      vae: `channels` of its levels and `groups` of its norms.
-      unet: `channels` of its levels, residual `layers` of each and attention `heads`.
-      text: `width`, `layers` and `heads` of the text encoder.
+      context_length: L, tokens of a prompt, including BOS and EOS.
+      vae_channels: of each level of the autoencoder.
+      vae_groups: of its group norms.
+      unet_channels: of each level of the UNet.
+      unet_layers: residual blocks per level.
+      unet_heads: attention heads of every layer.
+      text_width: of the text encoder's states.
+      text_layers: of the text encoder.
+      text_heads: of its attention.
     """
-    configs = {
-        "unet": _unet(size=size, levels=vae["channels"], width=text["width"], **unet),
-        "vae": _vae(size=size, **vae),
-        "text_encoder": _text(tokenizer, length, **text),
-        "scheduler": dict(scheduler),
-    }
-    return StableDiffusion(configs, tokenizer)
-
-
-def _unet(
-    *,
-    size: int,
-    levels: Sequence[int],
-    width: int,
-    channels: Sequence[int],
-    heads: int,
-    layers: int,
-) -> dict[str, Any]:
-    return {
+    unet = {
         "_class_name": "UNet2DConditionModel",
-        "sample_size": size // 2 ** (len(levels) - 1),
+        "sample_size": size // 2 ** (len(vae_channels) - 1),
         "in_channels": 4,
         "out_channels": 4,
-        "down_block_types": ["CrossAttnDownBlock2D"] * len(channels),
-        "up_block_types": ["CrossAttnUpBlock2D"] * len(channels),
-        "block_out_channels": list(channels),
-        "layers_per_block": layers,
-        "attention_head_dim": heads,  # diffusers' name for the number of heads
-        "cross_attention_dim": width,
+        "down_block_types": ["CrossAttnDownBlock2D"] * len(unet_channels),
+        "up_block_types": ["CrossAttnUpBlock2D"] * len(unet_channels),
+        "block_out_channels": list(unet_channels),
+        "layers_per_block": unet_layers,
+        "attention_head_dim": unet_heads,  # diffusers' name for the number of heads
+        "cross_attention_dim": text_width,
     }
-
-
-def _vae(*, size: int, channels: Sequence[int], groups: int) -> dict[str, Any]:
-    return {
+    vae = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-        "block_out_channels": list(channels),
+        "down_block_types": ["DownEncoderBlock2D"] * len(vae_channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(vae_channels),
+        "block_out_channels": list(vae_channels),
         "layers_per_block": 1,
         "latent_channels": 4,
-        "norm_num_groups": groups,
+        "norm_num_groups": vae_groups,
         "sample_size": size,
         "scaling_factor": 1.0,  # measured after training
     }
-
-
-def _text(
-    tokenizer: transformers.CLIPTokenizerFast,
-    length: int,
-    *,
-    width: int,
-    layers: int,
-    heads: int,
-) -> dict[str, Any]:
-    return {
+    text_encoder = {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "projection_dim": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "max_position_embeddings": length,
+        "hidden_size": text_width,
+        "intermediate_size": 4 * text_width,
+        "projection_dim": text_width,
+        "num_hidden_layers": text_layers,
+        "num_attention_heads": text_heads,
+        "max_position_embeddings": context_length,
         "hidden_act": "quick_gelu",
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    configs: dict[str, dict[str, Any]] = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "scheduler": SCHEDULER,
+    }
+    return StableDiffusion(configs, tokenizer)

@@ -1,4 +1,4 @@
-"""A small byte-pair tokenizer in CLIP's file format, for a base made from scratch."""
+"""A small byte-pair tokenizer in CLIP's file format, for the small base."""
 
 import json
 from collections.abc import Iterable
@@ -12,24 +12,26 @@ from tokenizers.trainers import BpeTrainer
 from mvc_jax import files
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's words
+_WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's pre-tokenizer
+)
 
 
 def train(
     folder: epath.PathLike, texts: Iterable[str], *, vocab_size: int, max_length: int
 ) -> None:
-    """Learns merges from `texts` and writes a tokenizer folder that CLIP's class reads.
+    """Trains merges on `texts` and writes a tokenizer folder that CLIP's class reads.
 
     Args:
-      folder: gets `vocab.json`, `merges.txt`, `tokenizer_config.json` and
-        `special_tokens_map.json`.
+      folder: where `vocab.json`, `merges.txt`, `tokenizer_config.json` and
+        `special_tokens_map.json` are written.
       texts: the corpus.
-      vocab_size: at least 514: every byte twice (inside and at the end of a word) and
-        the two markers; what is left are merges.
-      max_length: context of the text encoder, with the markers.
+      vocab_size: at least 514: every byte twice (inside and at the end of a word), BOS
+        and EOS; the rest are merges.
+      max_length: context length of the text encoder, including BOS and EOS.
     """
     alphabet = sorted(ByteLevel.alphabet())
-    merges = _learn(texts, vocab_size - 2, alphabet)
+    merges = _train_merges(texts, vocab_size - 2, alphabet)
     merges = merges[: vocab_size - 2 * len(alphabet) - 2]
     tokens = [*alphabet, *(f"{a}</w>" for a in alphabet)]
     tokens += ["".join(pair) for pair in merges]
@@ -53,7 +55,7 @@ def train(
     files.write_json(folder / "tokenizer_config.json", {**special, **settings})
 
 
-def _learn(
+def _train_merges(
     texts: Iterable[str], vocab_size: int, alphabet: list[str]
 ) -> list[tuple[str, str]]:
     tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))

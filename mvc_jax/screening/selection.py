@@ -1,65 +1,78 @@
-"""Which of the images that were drawn are kept.
-
-A part of `generate`: no image that cannot be used, and none that a judge leaves out.
-"""
+"""Selects the images of a shard that are kept, and limits how many are unusable."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 
 from mvc_jax.errors import UserError
-from mvc_jax.generation.sampler import Drawn
 
-_MOST_BAD = 0.1  # of what was drawn; more is no accident
-_ENOUGH = 100  # images by which to judge that
-Judge = Callable[[np.ndarray, Sequence[dict]], Sequence[Sequence[dict]]]
+_MAX_UNUSABLE = 0.1  # as a fraction of the images drawn
+_MIN_IMAGES = 100  # drawn before that fraction is meaningful
+Screen = Callable[[np.ndarray, Sequence[dict]], Sequence[Sequence[dict]]]
 
 
-def given_up(notes: Sequence[dict]) -> list[str]:
-    """Why images could not be used, however often they were drawn."""
+def unusable_reasons(notes: Sequence[dict]) -> list[str]:
+    """Reasons why images stayed unusable after all redraws.
+
+    Args:
+      notes: of redrawn images, `{"reason", "kept", ...}`.
+    """
     return [note["reason"] for note in notes if not note["kept"]]
 
 
-def require_few(name: str, bad: Counter, done: int, total: int) -> None:
-    """Stops where so many images cannot be used that it is no accident."""
-    given_up = sum(bad.values())
-    many = given_up > _MOST_BAD * done and done >= _ENOUGH
-    if not many and given_up <= _MOST_BAD * total:
+def require_few_unusable(name: str, reasons: Counter, done: int, total: int) -> None:
+    """Stops a set in which more than a tenth of the images are unusable.
+
+    Args:
+      name: of the set.
+      reasons: number of unusable images by reason.
+      done: images drawn so far.
+      total: images of the set.
+
+    Raises:
+      UserError: too many are unusable.
+    """
+    count = sum(reasons.values())
+    too_many = count > _MAX_UNUSABLE * done and done >= _MIN_IMAGES
+    if not too_many and count <= _MAX_UNUSABLE * total:
         return
+    listed = ", ".join(
+        f"{number} {reason}" for reason, number in sorted(reasons.items())
+    )
     raise UserError(
         f"generate/{name}",
-        wanted=f"images that can be used, at least {1 - _MOST_BAD:.0%} of them",
-        got=f"{given_up} of {done} that cannot, however often they were drawn anew ("
-        + ", ".join(f"{count} {reason}" for reason, count in sorted(bad.items()))
-        + ")",
-        fix="NaN and black are mostly numbers too large for half precision: set "
+        wanted=f"at least {1 - _MAX_UNUSABLE:.0%} usable images",
+        got=f"{count} of {done} that are unusable after all redraws ({listed})",
+        fix="NaN and black images usually mean overflow in half precision: set "
         "--config.generate.dtype=float32, or lower generate.text_scale and "
-        "generate.image_scale; or the fine-tuned model is broken (look at "
-        "finetune/samples), or generate.steps are too few.",
+        "generate.image_scale. Otherwise the fine-tuned model is broken (see "
+        "finetune/samples), or generate.steps is too small.",
     )
 
 
-def judged(
-    judge: Judge | None, drawn: Drawn, rows: Sequence[dict]
+def select(
+    images: UInt8[np.ndarray, "N H W 3"],
+    usable: Bool[np.ndarray, " N"],
+    rows: Sequence[dict],
+    screen: Screen | None,
 ) -> tuple[list[int], list[dict]]:
-    """Chooses among the images of a shard.
+    """Selects among the images of a shard.
 
     Args:
-      judge: says which are to be left out: (images as they were drawn, their
-        provenance) -> a list for each, of what speaks against it, empty for one that is
-        kept; `Store.recorded("removed")` gives it back. None: all that can be used are
-        kept.
-      drawn: the images.
-      rows: of provenance.
+      images: as drawn, in [0, 255].
+      usable: false for images that are black, constant or not finite.
+      rows: provenance of each image.
+      screen: (images, their provenance) -> for each image the rows of `removed.jsonl`,
+        none for an image to keep. None: all usable images are kept.
 
     Returns:
-      places of the images that are kept, and what `judge` says of the others.
+      indices of the images to keep, and the rows of the images that `screen` removes.
     """
-    healthy = np.flatnonzero(drawn.health == 0).tolist()
-    if judge is None:
-        return healthy, []
-    found = judge(drawn.images[healthy], [rows[place] for place in healthy])
-    judged = list(zip(healthy, found, strict=True))
-    kept = [place for place, reasons in judged if not reasons]
-    return kept, [reason for _, reasons in judged for reason in reasons]
+    candidates = np.flatnonzero(usable).tolist()
+    if screen is None:
+        return candidates, []
+    found = screen(images[candidates], [rows[i] for i in candidates])
+    kept = [i for i, removed in zip(candidates, found, strict=True) if not removed]
+    return kept, [row for removed in found for row in removed]

@@ -1,1 +1,1 @@
-"""Training loop, checkpoints, sharding, optimisers, metrics: given a step, any step."""
+"""Training loop, checkpoints, sharding, optimisers, logs; independent of the model."""

@@ -1,13 +1,14 @@
-"""Training state on disk, by Orbax: only whole checkpoints count.
+"""Checkpoints of the training state, by Orbax, with checksums.
 
 Resume rules:
-1. A checkpoint appears by a rename: a kill during a save leaves the one before.
-2. A run goes on from the newest checkpoint; its step fixes data order and randomness.
-3. What is restored has the checksums of what was saved, on whatever mesh. A checkpoint
-   that has not, or cannot be read, is damaged: it is named in a warning and put aside,
-   and the one before is taken.
-4. Where every checkpoint is damaged, or they are of another model, the run stops and
-   touches nothing.
+1. A checkpoint appears by a rename, so a kill during a save leaves the previous one.
+2. Training resumes from the newest checkpoint; its step determines the data order and
+   the randomness from there on.
+3. The checksums of a restored state are compared with those of the saved one, on any
+   mesh. A checkpoint that fails this, or cannot be read, is damaged: it is quarantined
+   (renamed to `damaged-<step>`) with a warning, and the previous one is restored.
+4. If every checkpoint is damaged, or the newest is of another model, the run stops and
+   changes nothing.
 """
 
 import contextlib
@@ -30,18 +31,18 @@ from mvc_jax.errors import UserError, is_full_disk, require_disk_space
 from mvc_jax.training.checksums import checksums
 
 _STATE, _RECORD = "state", "record"  # the two items of a checkpoint
-# The machine's fault, or the user's: the checkpoint may be whole.
+# The fault of the machine or of the user; the checkpoint may be intact.
 _NO_DAMAGE = (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-_FULL = {
+_FULL_DISK = {
     "what": "a checkpoint",
-    "fix": "Free some; the same command goes on from the checkpoint before.",
+    "fix": "Free some, then rerun the same command to resume.",
 }
 
 
 class Checkpoints:
-    """Checkpoints of one training loop in one folder.
+    """Checkpoints of one training loop, in a folder of their own.
 
-    Saves run in the background. What fails there is raised by the next call.
+    Saves run in the background; their errors are raised by the next call.
     """
 
     def __init__(
@@ -54,15 +55,15 @@ class Checkpoints:
         best: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Opens `folder`, and clears away what a killed save left there.
+        """Opens `folder`, and deletes what a killed save left there.
 
         Args:
-          folder: of the checkpoints alone.
+          folder: contains nothing but the checkpoints.
           every: steps between two saves.
-          minutes: a save is due after this long, too; 0 for never.
-          keep: how many of the newest are kept.
-          best: a metric whose lowest checkpoint is kept besides.
-          clock: seconds that only grow.
+          minutes: a save is also due this long after the last one; 0: never.
+          keep: number of newest checkpoints to keep.
+          best: a metric; the checkpoint with its lowest value is kept as well.
+          clock: monotonic time in seconds.
         """
         self._every, self._seconds = every, 60 * minutes
         self._clock, self._saved = clock, clock()
@@ -71,36 +72,37 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
-            lightweight_initialize=True,  # or a damaged checkpoint may raise here
+            lightweight_initialize=True,  # else a damaged checkpoint may raise here
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         )
         self._folder = epath.Path(folder).absolute()
         if jax.process_index() == 0 and self._folder.exists():
-            # Orbax does so too, but in the background, when room may be asked for.
+            # Orbax does so too, but in the background, maybe after `save` measured the
+            # free disk space.
             for leftover in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 leftover.rmtree()
         self._saving, self._size = self._folder, 0  # the last save, for its errors
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         for step in self._manager.all_steps():
-            with contextlib.suppress(Exception):  # damaged: told when it is restored
+            with contextlib.suppress(Exception):  # damage is reported by `restore`
                 self._lowest.add(step, self._read_record(step)["metrics"])
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` steps is to be saved."""
+        """Whether a save is due after `step` steps."""
         late = 0 < self._seconds <= self._clock() - self._saved
-        if self._seconds:  # hosts save together, and their clocks differ
+        if self._seconds:  # hosts must save together, but their clocks differ
             late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
         return step % self._every == 0 or late
 
     def restore(self, state: Any) -> Any:
-        """The newest valid state in the shapes and shardings of `state`, or `state`.
+        """The newest undamaged state, with the shardings of `state`; else `state`.
 
         Args:
-          state: arrays, given up as soon as there is a checkpoint to take their place,
-            or `jax.ShapeDtypeStruct`s with shardings.
+          state: arrays, which are deleted before a checkpoint is read, or
+            `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
-          UserError: no checkpoint is whole, or they are of another model.
+          UserError: all checkpoints are damaged, or one is of another model.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         damaged: dict[int, str] = {}
@@ -108,35 +110,35 @@ class Checkpoints:
             try:
                 record = self._read_record(step)
                 self._check_leaves(step, record["leaves"], abstract)
-                _free(state)  # or it would lie beside what takes its place
+                _delete(state)  # the device may not have memory for two states
                 state = self._read_state(step, record["leaves"], abstract)
             except _NO_DAMAGE:
                 raise
-            except Exception as error:  # whatever the damage, the one before may serve
-                damaged[step] = _in_words(error)
+            except Exception as error:  # any damage: try the previous checkpoint
+                damaged[step] = _one_line(error)
                 continue
-            self._put_aside(damaged, step)
+            self._quarantine(damaged, step)
             return state
         if damaged:
             raise UserError(
                 str(self._folder),
-                wanted="a checkpoint that is whole",
+                wanted="an undamaged checkpoint",
                 got=f"{len(damaged)} damaged",
-                fix="Restore the folder from a copy, or delete it to start anew.",
+                fix="Restore the folder from a backup, or delete it to start again.",
                 details=[f"{step}: {reason}" for step, reason in damaged.items()],
             )
         return state
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest metric, of those that are on disk or were saved."""
+        """The step with the lowest metric, of all that are on disk or were saved."""
         return self._lowest.step
 
     def restore_best(self, state: Any) -> Any:
-        """The state at `best_step`; `state`, which it takes the place of, without one.
+        """The state at `best_step`, with the shardings of `state`; else `state`.
 
         Raises:
-          UserError: it is damaged, or of another model.
+          UserError: that checkpoint is damaged, or of another model.
         """
         self._finish()
         step = self.best_step
@@ -152,28 +154,33 @@ class Checkpoints:
         except Exception as error:
             raise UserError(
                 str(self._folder / f"{step}"),
-                wanted="the best checkpoint, whole",
-                got=f"a damaged one ({_in_words(error)})",
-                fix=f"Delete {self._folder} to train this one anew.",
+                wanted="an undamaged best checkpoint",
+                got=f"a damaged one ({_one_line(error)})",
+                fix=f"Delete {self._folder} to train this one again.",
             ) from error
 
     def save(
         self, step: int, state: Any, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Starts to write `state`; returns once it is copied to the host.
+        """Starts to save `state`; returns once it is copied to the host.
 
-        Waits for a save that is still under way. A step that is saved already, as when
-        a run is stopped right after a save, is not saved again.
+        Waits for the previous save first. A step that has been saved is skipped: a run
+        may be stopped right after a regular save.
+
+        Args:
+          step: number of steps taken.
+          state: tree of arrays.
+          metrics: values to record, including the one named by `best`.
 
         Raises:
-          UserError: the disk has no room for it, or had none for the one before.
+          UserError: the disk is too full for this save, or was for the previous one.
         """
         self._finish()
         if step in self._manager.all_steps():
             return
         self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._saving = self._folder / f"{step}"
-        require_disk_space(self._folder, self._size, **_FULL)
+        require_disk_space(self._folder, self._size, **_FULL_DISK)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         sums = checksums(state)
         leaves = {
@@ -185,17 +192,19 @@ class Checkpoints:
         self._lowest.add(step, metrics)
         items = {
             _STATE: ocp.args.StandardSave(state),
-            _RECORD: ocp.args.JsonSave(_sealed({"leaves": leaves, "metrics": metrics})),
+            _RECORD: ocp.args.JsonSave(
+                _with_checksum({"leaves": leaves, "metrics": metrics})
+            ),
         }
-        with self._telling_of_a_full_disk():
+        with self._explain_full_disk():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saved = self._clock()
 
     def close(self) -> None:
-        """Waits for a save under way.
+        """Waits for the last save.
 
         Raises:
-          UserError: the disk had no room for it.
+          UserError: the disk was too full for it.
         """
         try:
             self._finish()
@@ -203,11 +212,12 @@ class Checkpoints:
             self._manager.close()
 
     def _finish(self) -> None:
-        with self._telling_of_a_full_disk():
+        with self._explain_full_disk():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _telling_of_a_full_disk(self) -> Iterator[None]:
+    def _explain_full_disk(self) -> Iterator[None]:
+        """Turns an error of a full disk into a `UserError`."""
         try:
             yield
         except Exception as error:
@@ -215,17 +225,17 @@ class Checkpoints:
                 raise
             raise UserError(
                 str(self._saving),
-                wanted=f"{self._size} bytes of free disk for {_FULL['what']}",
+                wanted=f"{self._size} bytes of free disk for {_FULL_DISK['what']}",
                 got="a disk that filled up",
-                fix=_FULL["fix"],
+                fix=_FULL_DISK["fix"],
             ) from error
 
     def _read_record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
-        return _unsealed(self._manager.restore(step, args=args)[_RECORD])
+        return _without_checksum(self._manager.restore(step, args=args)[_RECORD])
 
     def _check_leaves(self, step: int, saved: dict[str, list], abstract: Any) -> None:
-        """Refuses a checkpoint whose arrays have other names, types or shapes."""
+        """Raises if the arrays of a checkpoint have other names, dtypes or shapes."""
         wanted = _leaves(abstract)
         found = {name: [dtype, shape] for name, (dtype, shape, _) in saved.items()}
         differing = sorted(
@@ -234,16 +244,16 @@ class Checkpoints:
             if wanted.get(name) != found.get(name)
         )
         if differing:
-            show = [
+            details = [
                 f"{name}: {wanted.get(name)}, {found.get(name)}" for name in differing
             ]
             raise UserError(
                 str(self._folder / f"{step}"),
                 wanted="the arrays of this model and optimiser",
-                got=f"{len(differing)} others (array: wanted, got)",
-                fix="Take the settings it was made with, another --workdir, or delete "
-                "the folder of checkpoints to start anew.",
-                details=show,
+                got=f"{len(differing)} different ones (array: wanted, got)",
+                fix="Use the settings that it was made with or another --workdir, or "
+                "delete the folder of checkpoints to start again.",
+                details=details,
             )
 
     def _read_state(self, step: int, saved: dict[str, list], abstract: Any) -> Any:
@@ -251,35 +261,40 @@ class Checkpoints:
         state = self._manager.restore(step, args=args)[_STATE]
         for name, sum_ in zip(_leaves(state), checksums(state), strict=True):
             if saved[name][-1] != sum_:
-                raise ValueError(f"{name} is not what was saved")
+                raise ValueError(f"the checksum of {name} is wrong")
         return state
 
-    def _put_aside(self, damaged: dict[int, str], taken: int) -> None:
-        """Renames damaged checkpoints, so that their steps can be saved anew."""
+    def _quarantine(self, damaged: dict[int, str], restored: int) -> None:
+        """Renames damaged checkpoints, so that their steps can be saved again.
+
+        Args:
+          damaged: step -> what is wrong with its checkpoint.
+          restored: the step of the checkpoint used instead, for the warning.
+        """
         for step, reason in damaged.items():
-            names = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-            paths = (self._folder / f"damaged-{step}{name}" for name in names)
-            aside = next(path for path in paths if not path.exists())
+            suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+            paths = (self._folder / f"damaged-{step}{suffix}" for suffix in suffixes)
+            new = next(path for path in paths if not path.exists())
             logging.warning(
-                "checkpoint %s/%d is damaged (%s); it is now %s, and step %d is taken",
+                "checkpoint %s/%d is damaged (%s); renamed to %s, step %d is restored",
                 self._folder,
                 step,
                 reason,
-                aside.name,
-                taken,
+                new.name,
+                restored,
             )
             if jax.process_index() == 0:
-                (self._folder / f"{step}").rename(aside)
+                (self._folder / f"{step}").rename(new)
         if damaged:
-            multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+            multihost_utils.sync_global_devices("damaged checkpoints are renamed")
             self._manager.reload()
 
 
 class _Lowest:
-    """Preserves the checkpoint whose metric is lowest, the newest of equal ones.
+    """Preserves the checkpoint with the lowest metric, the newest of equal ones.
 
-    Orbax's `BestN` reads the metrics of older checkpoints when it opens their folder,
-    which fails as a whole if one of these files is damaged.
+    Orbax's `BestN` reads the metrics of all checkpoints when it opens their folder, and
+    fails if one of these files is damaged.
     """
 
     def __init__(self, metric: str | None):
@@ -292,7 +307,7 @@ class _Lowest:
 
     @property
     def step(self) -> int | None:
-        """Where it is lowest; the newest of equal ones. None: nowhere."""
+        """The step with the lowest metric, the newest of equal ones; None: no step."""
         lowest = min(self._values.values(), default=math.inf)
         equal = [step for step, v in self._values.items() if v == lowest < math.inf]
         return max(equal, default=None)
@@ -311,7 +326,7 @@ class _Lowest:
 
 
 def _leaves(tree: Any) -> dict[str, list]:
-    """Path -> [dtype, shape] of every leaf, as JSON reads it back."""
+    """Path -> [dtype, shape] of every leaf, in JSON's types."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path): [str(leaf.dtype), list(leaf.shape)]
@@ -319,25 +334,25 @@ def _leaves(tree: Any) -> dict[str, list]:
     }
 
 
-def _in_words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _free(state: Any) -> None:
+def _delete(state: Any) -> None:
     for leaf in jax.tree.leaves(state):
         if isinstance(leaf, jax.Array):
             leaf.delete()
 
 
-def _sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with a checksum of its own, so that it can be believed."""
-    return record | {"crc32": _crc32(record)}
+def _with_checksum(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "crc32": _crc32(record)}
 
 
-def _unsealed(record: dict[str, Any]) -> dict[str, Any]:
+def _without_checksum(record: dict[str, Any]) -> dict[str, Any]:
+    """Removes and checks what `_with_checksum` added."""
     record = dict(record)
     if record.pop("crc32", None) != _crc32(record):
-        raise ValueError("its record is not what was saved")
+        raise ValueError("the checksum of its record is wrong")
     return record
 
 

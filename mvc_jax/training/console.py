@@ -1,4 +1,4 @@
-"""What the terminal shows: our own lines, and progress."""
+"""Terminal output: log lines and progress bars."""
 
 import logging as std_logging
 import os
@@ -8,21 +8,21 @@ import time
 from absl import logging
 from tqdm import tqdm
 
-_PLAIN_SECONDS = 15.0
+_LINE_SECONDS = 15.0
 
 
 def be_quiet() -> None:
-    """Our own lines, plainly; nothing below a warning from anybody else."""
+    """Logs our own messages without a prefix, and only warnings of other packages."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     handler = std_logging.StreamHandler()
-    handler.addFilter(_is_worth_reading)
-    handler.setFormatter(_Lines())
+    handler.addFilter(_is_shown)
+    handler.setFormatter(_Formatter())
     std_logging.basicConfig(handlers=[handler], force=True)
     logging.set_verbosity(logging.INFO)
 
 
-class _Lines(std_logging.Formatter):
-    """The message alone, or `warning: ...`."""
+class _Formatter(std_logging.Formatter):
+    """`message`, or `warning: message` from that level on."""
 
     def format(self, record: std_logging.LogRecord) -> str:
         if record.levelno < std_logging.WARNING:
@@ -30,33 +30,34 @@ class _Lines(std_logging.Formatter):
         return f"{record.levelname.lower()}: {super().format(record)}"
 
 
-def _is_worth_reading(record: std_logging.LogRecord) -> bool:
+def _is_shown(record: std_logging.LogRecord) -> bool:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-    if record.levelno >= std_logging.ERROR:  # a failed save raises once, in our thread;
-        failed_save = f"{os.sep}orbax{os.sep}" in record.pathname  # its parts repeat it
-        if failed_save or "exception was never retrieved" in record.getMessage():
+    if record.levelno >= std_logging.ERROR:
+        # A failed save raises in our thread; Orbax's threads log the same error again.
+        by_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+        if by_orbax or "exception was never retrieved" in record.getMessage():
             return False
     ours = os.path.abspath(record.pathname).startswith(package)
     return ours or record.levelno >= std_logging.WARNING
 
 
 class Progress:
-    """A bar with rate and time left; plain lines every 15 s when not a terminal."""
+    """A progress bar with rate and time left; off a terminal, a line every 15 s."""
 
     def __init__(self, name: str, total: int, *, done: int = 0, unit: str = "step"):
         self._name, self._total, self._unit = name, total, unit
         self._count = self._first = done
-        self._began = self._spoke = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True
             )
         else:
-            self._say()
+            self._print()
 
     def advance(self, count: int, **shown: float) -> None:
-        """Moves on by `count`; `shown` are numbers to print beside the bar."""
+        """Advances by `count`; `shown` are numbers to print beside the bar."""
         self._count += count
         text = {name: f"{value:.4g}" for name, value in shown.items()}
         if self._bar is not None:
@@ -64,13 +65,13 @@ class Progress:
             self._bar.update(count)
         elif (
             self._count >= self._total
-            or time.monotonic() - self._spoke > _PLAIN_SECONDS
+            or time.monotonic() - self._printed > _LINE_SECONDS
         ):
-            self._say(**text)
+            self._print(**text)
 
-    def _say(self, **text: str) -> None:
-        self._spoke = time.monotonic()
-        seconds = max(self._spoke - self._began, 1e-9)
+    def _print(self, **text: str) -> None:
+        self._printed = time.monotonic()
+        seconds = max(self._printed - self._began, 1e-9)
         rate = (self._count - self._first) / seconds
         line = f"{self._name}: {self._count}/{self._total} {self._unit}s"
         if rate:

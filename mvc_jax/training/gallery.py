@@ -1,4 +1,4 @@
-"""Pictures of a model while it trains: always the same inputs and the same noise."""
+"""Samples of a model during training, always of the same inputs and noise."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from mvc_jax import files, pictures
 from mvc_jax.training.loop import TrainState, place_batch
 from mvc_jax.training.metrics import MetricsLog
 
-_TILE = (64, 256)  # least and largest side of an image, in pixels
+_TILE = (64, 256)  # minimum and maximum side of an image, in pixels
 
 
 class Gallery:
-    """Draws a row for each of N examples, and writes them as one grid."""
+    """Draws a grid of images with a row for each of N examples."""
 
     def __init__(
         self,
@@ -31,19 +31,19 @@ class Gallery:
     ):
         """
         Args:
-          folder: gets `step_<n>.png`.
+          folder: where `step_<n>.png` is written.
           sample: jitted, `(parameters, batch) -> images`, uint8 [B, H, W, 3].
-          batch: what it is given of the N examples, arrays [N, ...].
-          names: of the rows.
-          beside: heading -> N images to show beside the drawn ones, in this order;
-            the drawn ones stand behind the first.
+          batch: the inputs of `sample`, arrays [N, ...].
+          names: the title of each row.
+          beside: heading -> N images of a further column, in this order; the samples
+            are the second column.
           mesh: the devices; each draws one example at a time.
         """
         self._folder, self._sample, self._batch = epath.Path(folder), sample, batch
         self._names, self._beside, self._mesh = names, beside, mesh
 
     def draw(self, step: int, state: TrainState, log: MetricsLog) -> None:
-        """Writes the grid of `step`, and shows it in TensorBoard."""
+        """Writes the grid of `step` to the folder and to TensorBoard."""
         drawn: list[np.ndarray] = []
         for start in range(0, len(self._names), self._mesh.size):
             here = slice(start, start + self._mesh.size)
@@ -59,7 +59,7 @@ class Gallery:
                 for heading, images in columns.items()
             ]
             rows.append({"name": name, "cells": cells})
-        least, most = _TILE
-        picture = pictures.grid(rows, min(max(sources.shape[1], least), most))
+        low, high = _TILE
+        picture = pictures.grid(rows, min(max(sources.shape[1], low), high))
         files.write_bytes(self._folder / f"step_{step:06d}.png", pictures.png(picture))
         log.picture(step, "samples", np.asarray(picture))

@@ -1,9 +1,9 @@
-"""The training loop: one jitted, donated, sharded step; resumable by its number.
+"""The training loop: a jitted, donated, sharded step; resumes from a checkpoint.
 
-Steps are dispatched one by one and run asynchronously; the next batch is read by a
-thread meanwhile. Steps of a millisecond go `stride` at once, as one scan: not on a CPU,
-where XLA runs convolutions inside a loop fifteen times slower than outside (measured on
-the digits' autoencoder).
+Steps are dispatched asynchronously, while a thread reads the next batch. Steps that
+take about a millisecond are dispatched several at a time, as one `lax.scan`. Not on a
+CPU, where XLA runs convolutions inside a loop fifteen times slower than outside one
+(measured on the digits' autoencoder).
 """
 
 import contextlib
@@ -52,34 +52,30 @@ class TrainState:
         *,
         ema_decay: float = 0.0,
         rate: jax.Array | None = None,
-        apart: bool = False,
         **more: Any,
     ) -> "TrainState":
-        """The state after one optimiser step along `grads`.
+        """Takes one optimiser step along `grads`.
 
-        Where a metric or the norm of `grads` is not finite, nothing but the number of
-        the step and the counts of skipped ones changes. That is decided before the
-        update: to choose between its result and the old state, XLA would keep both.
+        If a metric or the norm of `grads` is not finite, the step is skipped: only the
+        step number and the counts of skipped steps change. The decision comes before
+        the update: XLA would otherwise keep both the old state and the new one.
 
-        `rate` is the learning rate where `tx` has one of 1: fits that differ in nothing
-        but their schedules then share a program.
+        Args:
+          grads: gradients, in the structure of `params`.
+          tx: the optimiser.
+          metrics: scalars of this step, by name.
+          ema_decay: decay of `ema_params`, if they are kept.
+          rate: learning rate, for a `tx` whose own is 1: fits that differ only in their
+            schedules then share a compiled program.
+          **more: other fields of the state after the step; unchanged if it is skipped.
 
-        `apart`: metrics are [S] and leaves [S, ...], of S fits side by side, of which
-        each is judged alone; the step counts as skipped if one of them was. What they
-        have in common (scalars, as Adam's number of steps) changes if one of them does.
-
-        `more` are further fields of the state after the step, where it is taken.
+        Returns:
+          the next state.
         """
-        norm = jax.vmap(optax.tree.norm) if apart else optax.tree.norm
-        finite = [jnp.isfinite(x) for x in (*metrics.values(), norm(grads))]
-        good = jnp.stack(finite).all(0)
+        values = (*metrics.values(), optax.tree.norm(grads))
+        finite = jnp.stack([jnp.isfinite(value) for value in values]).all()
 
-        def chosen(new, old):
-            if not new.ndim:
-                return new
-            return jnp.where(jnp.expand_dims(good, range(1, new.ndim)), new, old)
-
-        def taken(state, grads):
+        def take(state, grads):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             if rate is not None:
                 updates = jax.tree.map(lambda update: rate * update, updates)
@@ -88,15 +84,14 @@ class TrainState:
             if ema is not None:
                 ema = ema_update(ema, params, state.step, ema_decay)
             changed = {"params": params, "opt_state": opt_state, "ema_params": ema}
-            new = state.replace(**changed, **more)
-            return jax.tree.map(chosen, new, state) if apart else new
+            return state.replace(**changed, **more)
 
-        state = jax.lax.cond(good.any(), taken, lambda state, grads: state, self, grads)
-        bad = 1 - good.all().astype(jnp.int32)
+        state = jax.lax.cond(finite, take, lambda state, grads: state, self, grads)
+        skipped = 1 - finite.astype(jnp.int32)
         return state.replace(
             step=self.step + 1,
-            skipped=self.skipped + bad,
-            skipped_in_a_row=(self.skipped_in_a_row + 1) * bad,
+            skipped=self.skipped + skipped,
+            skipped_in_a_row=(self.skipped_in_a_row + 1) * skipped,
         )
 
     @property
@@ -113,10 +108,17 @@ def create_state(
     ema: bool = False,
     rules: sharding.Rules = sharding.DEFAULT_RULES,
 ) -> TrainState:
-    """A state born sharded, from host parameters (read from a file, or initialised).
+    """A sharded state at step 0, from parameters in host memory.
 
-    Master weights are fp32 whatever the precision of `params`. Optimiser moments and
-    averages take the shardings of their parameters.
+    Master weights are fp32, whatever the dtype of `params`. Optimiser moments and
+    averages have the shardings of their parameters.
+
+    Args:
+      params: tree of arrays.
+      tx: the optimiser.
+      mesh: the devices.
+      ema: whether to keep an average of the parameters.
+      rules: how to shard parameters.
     """
 
     def cast(params):
@@ -128,13 +130,13 @@ def create_state(
         return TrainState(zero, None, tx.init(params), zero, zero, copy)
 
     shapes = jax.eval_shape(cast, params)
-    split = sharding.tree_shardings(shapes, mesh, rules)
+    shardings = sharding.tree_shardings(shapes, mesh, rules)
     half = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
-    params = jax.device_put(params, split)
+    params = jax.device_put(params, shardings)
     if half:
-        params = jax.jit(cast, out_shardings=split)(params)
+        params = jax.jit(cast, out_shardings=shardings)(params)
     others = sharding.tree_shardings(jax.eval_shape(init, shapes), mesh, rules)
-    # By itself, or the parameters would lie there twice.
+    # `init` does not return the parameters: that would hold two copies of them.
     return jax.jit(init, out_shardings=others)(params).replace(params=params)
 
 
@@ -143,143 +145,174 @@ def fit(
     state: TrainState,
     *,
     read: Callable[[int], dict[str, np.ndarray]],
-    fixed: dict[str, Any],
+    constants: dict[str, Any],
     mesh: Mesh,
     steps: int,
     checkpoints: Checkpoints,
     logger: TrainLogger,
     accumulate: int = 1,
-    memory_budget: memory.MemoryBudget = memory.DEVICE,
-    stride: int = 1,
+    memory_budget: memory.MemoryBudget = memory.WHOLE_DEVICE,
+    steps_per_dispatch: int = 1,
     validation: Validation | None = None,
     programs: dict[Any, Callable] | None = None,
 ) -> TrainState:
-    """Runs `train_step` up to step `steps`, from the newest checkpoint if there is one.
+    """Trains up to step `steps`, starting from the newest checkpoint if there is one.
 
     Args:
-      train_step: `(state, batch) -> (state, scalars)`, pure, by `TrainState.update`.
-      state: at step 0; donated.
-      read: step -> host arrays [B, ...]; a thread calls it one step ahead.
-      fixed: what all batches share: placed once, sharded by the default rules.
-      mesh, checkpoints, logger: of this loop, which stops after `steps` steps.
-      accumulate: micro-batches that `train_step` cuts a batch into.
-      memory_budget: how much memory the step may take.
-      stride: steps of one dispatch; divides `steps` and those between rows and saves.
-      validation: may end the loop early.
-      programs: of a caller with many fits: each `train_step` is compiled once.
+      train_step: `(state, batch) -> (state, metrics)`, pure, built on
+        `TrainState.update`; metrics are scalars.
+      state: the state at step 0; donated.
+      read: step -> host arrays [B, ...]; called by a thread, one step ahead.
+      constants: arrays that are part of every batch; put on the devices once, sharded
+        by the default rules.
+      mesh: the devices.
+      steps: the step to train up to.
+      checkpoints: where the state is saved; closed at the end.
+      logger: receives the metrics.
+      accumulate: number of micro-batches into which `train_step` splits a batch.
+      memory_budget: the memory that the step may take.
+      steps_per_dispatch: steps compiled into one program; a divisor of `steps`, of the
+        steps between two rows and of those between two checkpoints.
+      validation: measures the state regularly, and may end the training early.
+      programs: compiled programs, shared by the calls of a caller that passes the same
+        dict to all of them.
 
     Raises:
-      UserError: a step takes too much memory, or too many were skipped.
-      Preempted: SIGTERM came; the state is saved.
+      UserError: a step takes too much memory, or training diverged.
+      Preempted: SIGTERM was received; the state is saved.
     """
-    fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
-    with preemption.deferred() as asked, contextlib.closing(checkpoints):
+    constants = jax.device_put(constants, sharding.tree_shardings(constants, mesh))
+    with preemption.deferred() as stop_requested, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         logger.resume(int(state.skipped_in_a_row))
-        # Saved under another stride, it may lie between two dispatches of this one.
-        stride = math.gcd(stride, first := int(state.step))
-        place = _reader(read, mesh, accumulate, stride, steps)
+        # A checkpoint of another `steps_per_dispatch` may be between two dispatches.
+        first = int(state.step)
+        stride = math.gcd(steps_per_dispatch, first)
+        load = _batch_loader(read, mesh, accumulate, stride, steps)
         if first >= steps or (validation and validation.ends(first, checkpoints)):
             return state
-        placed = state, fixed, (batch := place(first))
-        step_on = _compiled(
-            train_step, placed, stride, memory_budget, programs, logger.name
+        batch = load(first)
+        arguments = state, constants, batch
+        step_fn = _compiled(
+            train_step, arguments, stride, memory_budget, programs, logger.name
         )
-        if asked():
+        if stop_requested():
             raise preemption.Preempted(f"{logger.name} after step {first}")
-        size = int(batch["weight"].sum()) // stride
-        opened = logger.opened(first, steps, size, stride)
-        kept = functools.partial(_keep, logger, checkpoints, validation)
-        with opened, ThreadPoolExecutor(1) as reader:
-            for done in range(first + stride, steps + 1, stride):
-                ahead = reader.submit(place, done)
-                state, values = step_on(state, fixed, batch)
-                batch = ahead.result()
-                logger.note(done, values)
-                stop = asked() or logger.hopeless
-                if kept(done, state, stop=stop, last=done == steps):
+        batch_size = int(batch["weight"].sum()) // stride
+        logging_steps = logger.open(first, steps, batch_size, stride)
+        end_step = functools.partial(_end_step, logger, checkpoints, validation)
+        with logging_steps, ThreadPoolExecutor(1) as executor:
+            for step in range(first + stride, steps + 1, stride):
+                next_batch = executor.submit(load, step)
+                state, metrics = step_fn(state, constants, batch)
+                batch = next_batch.result()
+                logger.record(step, metrics)
+                stop = stop_requested() or logger.diverged
+                if end_step(step, state, stop=stop, last=step == steps):
                     break
         return state
 
 
-def _keep(
+def _end_step(
     logger: TrainLogger,
     checkpoints: Checkpoints,
     validation: Validation | None,
-    done: int,
+    step: int,
     state: TrainState,
     *,
     stop: bool,
     last: bool,
 ) -> bool:
-    """Saves and shows the state where it is time to; whether training ends early."""
-    if checkpoints.due(done) or last or stop:
-        row = logger.close_row(done)
+    """Validates, saves and draws the state where due; whether training ends early."""
+    if checkpoints.due(step) or last or stop:
+        row = logger.write_row(step)
         with logger.pause():
-            # Not at any other step, or a run that was cut might find another best.
-            if validation and (done % validation.every == 0 or last):
-                row = logger.add(done, validation.measure(state))
+            # Not at other steps, or an interrupted run might find another best state.
+            if validation and (step % validation.every == 0 or last):
+                row = logger.add_to_row(step, validation.measure(state))
             if logger.may_save(state):
-                checkpoints.save(done, state, row)
-    logger.raise_if_hopeless()
-    logger.draw(done, state)  # once it is saved, for it may fail
+                checkpoints.save(step, state, row)
+    logger.raise_if_diverged()
+    logger.draw(step, state)  # after the save, as drawing may fail
     if stop and not last:
-        raise preemption.Preempted(f"{logger.name} after step {done}")
-    return validation is not None and validation.ends(done, checkpoints)
+        raise preemption.Preempted(f"{logger.name} after step {step}")
+    return validation is not None and validation.ends(step, checkpoints)
 
 
-def _reader(read, mesh: Mesh, accumulate: int, stride: int, steps: int) -> Callable:
-    """From a step to placed batches of `stride` steps from it, [B, stride, ...].
+def _batch_loader(
+    read: Callable[[int], dict[str, np.ndarray]],
+    mesh: Mesh,
+    accumulate: int,
+    stride: int,
+    steps: int,
+) -> Callable[[int], dict[str, jax.Array]]:
+    """A function from a step to the device arrays of `stride` steps from it on.
 
-    Of one step they are [B, ...]; behind the last step they are the last one's.
+    They are [B, stride, ...], or [B, ...] for a stride of 1. After the last step it
+    returns the last batch again.
     """
 
-    def placed(step: int) -> dict[str, jax.Array]:
+    def load(step: int) -> dict[str, jax.Array]:
         step = min(step, steps - stride)
         if stride == 1:
             batch = read(step)
         else:
-            batches = [_weighted(read(step + i)) for i in range(stride)]
+            batches = [_with_weights(read(step + i)) for i in range(stride)]
             batch = {k: np.stack([b[k] for b in batches], axis=1) for k in batches[0]}
         return place_batch(batch, mesh, accumulate)
 
-    return placed
+    return load
 
 
-def _weighted(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """With a `weight` [B] of 1 for each example, unless it has its own."""
+def _with_weights(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`batch` with a `weight` [B] of ones, unless it has one."""
     rows = len(next(iter(batch.values())))
     return {"weight": np.ones(rows, np.float32), **batch}
 
 
-def _compiled(train_step, placed, stride, memory_budget, programs, name) -> Any:
-    """What `jitted` gives, compiled for `placed`, or taken from `programs`."""
-    leaves, tree = jax.tree.flatten(placed)
-    described = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-    kind = (train_step, stride, tree, described)
+def _compiled(
+    train_step: Callable,
+    arguments: tuple,
+    stride: int,
+    memory_budget: memory.MemoryBudget,
+    programs: dict[Any, Callable] | None,
+    name: str,
+) -> Callable:
+    """`jit_step(train_step)`, compiled for `arguments` or taken from `programs`."""
+    leaves, tree = jax.tree.flatten(arguments)
+    types = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+    key = (train_step, stride, tree, types)
     programs = {} if programs is None else programs
-    if kind not in programs:
-        step_on = jitted(train_step, placed[0], stride)
-        programs[kind] = memory_budget.compile(step_on, *placed, name=name)
-    return programs[kind]
+    if key not in programs:
+        step_fn = jit_step(train_step, arguments[0], stride)
+        programs[key] = memory_budget.compile(step_fn, *arguments, name=name)
+    return programs[key]
 
 
-def jitted(train_step: Callable, state: TrainState, stride: int = 1) -> Any:
-    """`(state, fixed, batch) -> (state, metrics)`: donated, sharded as `state` is.
+def jit_step(
+    train_step: Callable, state: TrainState, steps_per_dispatch: int = 1
+) -> Callable:
+    """Jits `(state, constants, batch) -> (state, metrics)` with donation and shardings.
 
-    `stride` steps go one after the other; their metrics are [stride], of one scalars.
+    Metrics are scalars, or arrays [steps_per_dispatch] if that is above 1.
+
+    Args:
+      train_step: `(state, batch) -> (state, metrics)`.
+      state: has the shardings of the result.
+      steps_per_dispatch: steps of one call; if above 1, the batch is
+        [B, steps_per_dispatch, ...].
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def one(state, batch):
         state, metrics = train_step(state, batch)
-        return state, metrics | {"skipped_in_a_row": state.skipped_in_a_row}
+        return state, {**metrics, "skipped_in_a_row": state.skipped_in_a_row}
 
-    def steps(state, fixed, batch):
-        if stride == 1:
-            return one(state, fixed | batch)
+    def steps(state, constants, batch):
+        if steps_per_dispatch == 1:
+            return one(state, constants | batch)
         batches = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batch)
-        return jax.lax.scan(lambda s, b: one(s, fixed | b), state, batches)
+        return jax.lax.scan(lambda s, b: one(s, constants | b), state, batches)
 
     return jax.jit(steps, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -287,11 +320,14 @@ def jitted(train_step: Callable, state: TrainState, stride: int = 1) -> Any:
 def place_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, accumulate: int = 1
 ) -> dict[str, jax.Array]:
-    """Host arrays [B, ...] as sharded arrays [B', ...], B' padded to the mesh.
+    """Shards host arrays [B, ...], zero-padded to a multiple of the devices.
 
-    `weight` [B] is added if it is not given: 1 for real examples, 0 for padding.
+    Args:
+      batch: arrays; `weight` [B] is added if missing: 1 for examples, 0 for padding.
+      mesh: the devices.
+      accumulate: number of micro-batches, each of which must be a multiple too.
     """
-    batch = _weighted(batch)
+    batch = _with_weights(batch)
     batch_size = len(batch["weight"])
     multiple = mesh.size * accumulate
     size = -(-batch_size // multiple) * multiple
@@ -300,7 +336,7 @@ def place_batch(
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of `values` [B] over the examples with weight; padding counts nothing."""
+    """Mean of `values` [B] weighted by `weights` [B], which are 0 for padding."""
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1e-8)
 
 
@@ -311,44 +347,45 @@ def gradients(
     parts: int,
     shardings: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Mean loss and its gradient, `parts` micro-batches one after the other.
+    """Mean loss and its gradient, accumulated over `parts` micro-batches.
 
     Args:
       losses: `(params, batch) -> [B]`.
-      params: what to differentiate for.
-      batch: arrays [B, ...]; `weight` [B] weighs the mean over the whole batch, so that
-        the result does not depend on `parts`.
+      params: the parameters to differentiate with respect to.
+      batch: arrays [B, ...]; the mean is weighted by `weight` [B] over the whole batch,
+        so that the result does not depend on `parts`.
       parts: a divisor of B.
-      shardings: of the parameters, where these are split: each device then keeps its
-        share of a gradient as soon as it is summed, and never all of them.
+      shardings: of the parameters, where they are sharded: each device then keeps only
+        its shard of a gradient as soon as it is summed.
     """
     total = jnp.maximum(batch["weight"].sum(), 1e-8)
 
-    def share(params, part):
+    def partial_mean(params, part):
         return (losses(params, part) * part["weight"]).sum() / total
 
-    share_and_gradient = jax.value_and_grad(share)
+    value_and_grad = jax.value_and_grad(partial_mean)
     if parts == 1:
-        value, grads = share_and_gradient(params, batch)
-        return value, _shares(grads, shardings)
-    # Part i is every `parts`-th example from i on: each device keeps its own.
-    micro = jax.tree.map(
+        value, grads = value_and_grad(params, batch)
+        return value, _constrain(grads, shardings)
+    # Part i takes every `parts`-th example, so that each device keeps its own.
+    micro_batches = jax.tree.map(
         lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
     def add(sums, part):
-        value, grads = share_and_gradient(params, part)
-        new = (value, _shares(grads, shardings))
+        value, grads = value_and_grad(params, part)
+        new = (value, _constrain(grads, shardings))
         return jax.tree.map(jnp.add, sums, new), None
 
     zeros = jax.tree.map(jnp.zeros_like, (total, params))
-    # Convolutions' gradients in a loop are slow on a CPU (top of this file).
+    # Gradients of convolutions are slow inside a loop on a CPU (see the module's top).
     unroll = jax.default_backend() == "cpu"
-    return jax.lax.scan(add, zeros, micro, unroll=unroll)[0]
+    return jax.lax.scan(add, zeros, micro_batches, unroll=unroll)[0]
 
 
-def _shares(grads: Any, shardings: Any) -> Any:
+def _constrain(grads: Any, shardings: Any) -> Any:
     if shardings is None:
         return grads
     grads = jax.lax.with_sharding_constraint(grads, shardings)
-    return jax.tree.map(jax.lax.optimization_barrier, grads)  # one by one
+    # One barrier for each, or XLA may delay all reductions until the last gradient.
+    return jax.tree.map(jax.lax.optimization_barrier, grads)

@@ -1,4 +1,4 @@
-"""Whether a step fits the device's memory, asked before it runs."""
+"""Checks that a compiled step fits the device's memory before it runs."""
 
 import contextlib
 import dataclasses
@@ -17,55 +17,62 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class MemoryBudget:
-    """What a step may take.
+    """The memory that a step may take on one device.
 
     Attributes:
-      size: bytes of one device; 0: what it says it has.
-      hint: what to say about a step that takes more.
+      size: in bytes; 0: the device's limit.
+      hint: how to reduce the memory, for the error.
     """
 
     size: int
     hint: str
 
     def compile(self, step: Any, *arguments: Any, name: str) -> Callable:
-        """Compiles a jitted step for `arguments`, and refuses it if it is too large.
+        """Compiles a jitted step for `arguments`, if it fits the budget.
 
         Args:
-          step: from `jax.jit`.
-          *arguments: what it will be called with, placed.
-          name: of the loop, for the error.
+          step: a function from `jax.jit`.
+          *arguments: device arrays like those it will be called with.
+          name: the loop's name, for the error.
+
+        Returns:
+          the compiled step, which reports a lack of memory as a `UserError` too.
 
         Raises:
-          UserError: by XLA's memory analysis it needs more than a device has.
+          UserError: by XLA's memory analysis it needs more than the budget.
         """
         device = next(iter(jax.tree.leaves(arguments)[0].devices()))
-        with self._explained(name):
+        with self._explain_out_of_memory(name):
             compiled = step.lower(*arguments).compile()
         analysis = compiled.memory_analysis()
         held = analysis.argument_size_in_bytes
-        made = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        made += analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+        new = (
+            analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+            + analysis.temp_size_in_bytes
+            + analysis.generated_code_size_in_bytes
+        )
         size = self.size or device_bytes(device, held)
-        if held + made > size:
+        if held + new > size:
             raise UserError(
                 name,
                 wanted=f"a step that fits the {size / _GIB:.2f} GiB of "
                 f"{device.device_kind} {device.id}",
-                got=f"{(held + made) / _GIB:.2f} GiB: {held / _GIB:.2f} for "
-                f"parameters, optimiser and batch, {made / _GIB:.2f} for activations "
+                got=f"{(held + new) / _GIB:.2f} GiB: {held / _GIB:.2f} for "
+                f"parameters, optimiser and batch, {new / _GIB:.2f} for activations "
                 "and gradients",
                 fix=self.hint,
             )
 
         def call(*arguments):
-            with self._explained(name):
+            with self._explain_out_of_memory(name):
                 return compiled(*arguments)
 
         return call
 
     @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """XLA's own report that memory ran out, with the ways out."""
+    def _explain_out_of_memory(self, name: str) -> Iterator[None]:
+        """Turns XLA's error about exhausted memory into a `UserError` with the hint."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -79,26 +86,26 @@ class MemoryBudget:
             ) from error
 
 
-DEVICE = MemoryBudget(0, "Lower the batch size.")
+WHOLE_DEVICE = MemoryBudget(0, "Lower the batch size.")
 
 
 def device_bytes(device: jax.Device, held: int = 0) -> int:
-    """Memory of one device in bytes; for a CPU, its share of what the host has left.
+    """Memory of one device in bytes.
 
-    `held` bytes are counted as there already, on every device of the process.
+    For a CPU device: its fraction of the host's available memory, plus `held` bytes
+    that the process has already allocated for it.
     """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    runtime.return_freed_memory()  # it counts as used
+    runtime.return_freed_memory()  # the kernel counts it as used
     return psutil.virtual_memory().available // jax.local_device_count() + held
 
 
 def in_use() -> dict[str, float]:
-    """`memory_gib`: the most that a device of this process, or on a CPU the process
-    itself, has held so far."""
+    """Peak memory as `memory_gib`, of the fullest device or, on a CPU, the process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    most = max(peaks, default=0)
-    most = most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"memory_gib": most / _GIB}
+    peak = max(peaks, default=0)
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"memory_gib": peak / _GIB}

@@ -1,12 +1,15 @@
-"""Numbers of a run: `metrics.jsonl` and TensorBoard."""
+"""Metrics of a run, in `metrics.jsonl` and TensorBoard."""
 
 import time
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from mvc_jax import files
+from mvc_jax.imports import hidden
+
+with hidden("torch"):  # it would be imported for its tensors only
+    from tensorboardX import SummaryWriter
 
 _FLUSH_SECONDS = 10.0
 
@@ -14,8 +17,8 @@ _FLUSH_SECONDS = 10.0
 class MetricsLog:
     """Scalars of one stage, in `workdir/metrics.jsonl` and `workdir/tensorboard/`.
 
-    The file is rewritten whole (it is small), so that a run which goes on from step n
-    drops what its killed predecessor wrote past n, and no line is ever half.
+    The file is small and always rewritten as a whole: no line is ever incomplete, and a
+    run that resumes at step n drops the rows that the killed one wrote after n.
     """
 
     def __init__(self, workdir: epath.PathLike, stage: str, *, from_step: int = 0):
@@ -32,7 +35,7 @@ class MetricsLog:
         self._flushed = time.monotonic()
 
     def write(self, step: int, **scalars: float) -> None:
-        """Records scalars at an optimiser step (or at 0 for what has no steps)."""
+        """Records scalars at an optimiser step, or at 0 where there are no steps."""
         values = {name: float(value) for name, value in scalars.items()}
         self._rows.append({"stage": self._stage, "step": step, **values})
         for name, value in values.items():
@@ -41,7 +44,7 @@ class MetricsLog:
             self.flush()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Shows an image, uint8 [H, W, 3], in TensorBoard."""
+        """Writes an image, uint8 [H, W, 3], to TensorBoard."""
         self._board.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:

@@ -1,9 +1,10 @@
-"""Optimisers and learning-rate schedules from plain numbers."""
+"""Optimisers, learning-rate schedules and averaged parameters, by name and number."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "cosine", "multistep")
@@ -19,41 +20,41 @@ def schedule(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> optax.Schedule:
-    """A learning rate by step, after a linear warm-up from 0.
+    """A learning-rate schedule with a linear warm-up from 0.
 
     Args:
-      name: `constant`; `cosine`, which falls to 0 at `steps`; or `multistep`, which is
+      name: `constant`; `cosine`, which decays to 0 at `steps`; or `multistep`, which is
         multiplied by `gamma` at each of the `milestones`.
-      peak: after the warm-up.
-      warmup: steps of it.
-      steps: of the whole.
-      milestones: shares of `steps`, in (0, 1).
-      gamma: of `multistep`.
+      peak: the learning rate after the warm-up.
+      warmup: number of warm-up steps.
+      steps: number of training steps.
+      milestones: fractions of `steps`, in (0, 1).
+      gamma: the factor of `multistep`.
     """
     if name == "cosine":
         return warmup_cosine(peak, warmup=warmup, steps=steps)
-    # Not the library's warm-up to a constant: without a warm-up it would stay at 0.
-    shares = milestones if name == "multistep" else ()
-    turns = {round(share * steps) - warmup: gamma for share in shares}
-    falling = optax.piecewise_constant_schedule(peak, turns)
-    rising = optax.linear_schedule(0.0, peak, warmup)
-    return optax.join_schedules([rising, falling], [warmup])
+    # Not `optax.warmup_constant_schedule`, which stays at 0 without warm-up steps.
+    fractions = milestones if name == "multistep" else ()
+    scales = {round(fraction * steps) - warmup: gamma for fraction in fractions}
+    after = optax.piecewise_constant_schedule(peak, scales)
+    before = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([before, after], [warmup])
 
 
 def warmup_cosine(peak: float, *, warmup: int, steps: int) -> optax.Schedule:
-    """Linear from 0 to `peak` in `warmup` steps, then a half cosine to 0 at `steps`."""
+    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to 0 at `steps`."""
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 
 def adam(
     schedule: optax.Schedule | float, *, max_norm: float = 0.0, weight_decay: float = 0
 ) -> optax.GradientTransformation:
-    """Adam with the library's defaults.
+    """Adam with optax's defaults.
 
     Args:
       schedule: the learning rate.
-      max_norm: above 0 it clips the global norm first.
-      weight_decay: decoupled (arXiv 1711.05101), of kernels.
+      max_norm: gradients are clipped to this global norm; 0: not clipped.
+      weight_decay: decoupled (arXiv 1711.05101), applied to kernels only.
     """
     clip = [optax.clip_by_global_norm(max_norm)] if max_norm > 0 else []
     if weight_decay:
@@ -67,7 +68,7 @@ def adam(
 def sgd(
     schedule: optax.Schedule | float, *, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov's momentum; `weight_decay` of kernels is part of the loss."""
+    """SGD with Nesterov momentum and L2 regularisation (`weight_decay`) of kernels."""
     decay = optax.add_decayed_weights(weight_decay, mask=_kernels)
     return optax.chain(decay, optax.sgd(schedule, momentum, nesterov=momentum > 0))
 
@@ -75,20 +76,25 @@ def sgd(
 def optimizer(
     name: str, schedule: optax.Schedule | float, *, weight_decay: float, momentum: float
 ) -> optax.GradientTransformation:
-    """One of `OPTIMIZERS`; `momentum` is sgd's alone."""
+    """One of `OPTIMIZERS`; `momentum` applies to sgd only."""
     if name == "adam":
         return adam(schedule, weight_decay=weight_decay)
     return sgd(schedule, momentum=momentum, weight_decay=weight_decay)
 
 
 def _kernels(params: Any) -> Any:
-    """True for weights that multiply, False for biases and scales of norms."""
+    """A mask: True for kernels, False for biases and the scales of norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: getattr(path[-1], "key", None) == "kernel", params
     )
 
 
-def ema_update(ema, params, step: jax.Array, decay: float):
-    """Exponential moving average with the usual warm-up min(decay, (1+t)/(10+t))."""
-    rate = jax.numpy.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda e, p: e * rate + p * (1.0 - rate), ema, params)
+def ema_update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """Exponential moving average `rate * ema + (1 - rate) * params`.
+
+    `rate` is min(decay, (1 + step) / (10 + step)), the warm-up of TensorFlow's
+    ExponentialMovingAverage, so that the average soon forgets the initial parameters.
+    """
+    rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    # `ema` as the new tensor: the other way round, 1 - (1 - rate) would be rounded.
+    return optax.incremental_update(ema, params, rate)

@@ -1,11 +1,12 @@
-"""SIGTERM: the machine is wanted elsewhere, and the same command goes on later.
+"""Handling of SIGTERM: the run stops, and the same command resumes it later.
 
-JAX's own preemption service hears the signal only where hosts are coordinated, so one
-host needs this. `train.main` installs the handler; SIGINT stays a `KeyboardInterrupt`.
+JAX's own preemption service receives the signal only where hosts are coordinated, so a
+single host needs this. `train.main` installs the handler; SIGINT still raises
+`KeyboardInterrupt`.
 
-1. As a rule the signal raises `Preempted` at once: stages go on from what is whole.
-2. Inside `deferred()` it only raises a flag, and the block leaves when it has saved.
-3. Launchers repeat the signal: what follows within five seconds is the same request.
+1. Normally the signal raises `Preempted` at once; stages resume from complete files.
+2. Inside `deferred()` the signal only sets a flag; the block ends once it has saved.
+3. Launchers repeat the signal: one within five seconds of the last is ignored.
 """
 
 import contextlib
@@ -15,18 +16,18 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run me again
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: launchers retry
 _SAME_REQUEST_SECONDS = 5.0
 
 
 class Preempted(BaseException):
-    """The run was told to stop, and what it has made is on disk.
+    """The run received SIGTERM; all finished work is on disk.
 
-    Like `KeyboardInterrupt` it is no `Exception`: nothing that forgives errors, of a
-    bad image or a damaged file, is to swallow it.
+    Not an `Exception`, like `KeyboardInterrupt`: code that skips a bad image or a
+    damaged file must not catch it.
 
     Args:
-      where: what was stopped, in words: "finetune after step 12".
+      where: what was stopped, e.g. "finetune after step 12".
     """
 
     def __init__(self, where: str = ""):
@@ -35,7 +36,7 @@ class Preempted(BaseException):
 
 
 class _Request:
-    """What the process knows of the signal."""
+    """The state of the request to stop, one for the process."""
 
     def __init__(self):
         self.deferrals = 0
@@ -43,7 +44,7 @@ class _Request:
 
     def forget(self) -> None:
         self.made = False
-        self.raised = -float("inf")  # when, on the monotonic clock
+        self.raised = -float("inf")  # time of the last `Preempted`, monotonic
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.made = True
@@ -59,7 +60,7 @@ _request = _Request()
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """SIGTERM is answered as above until the block ends; in the main thread only."""
+    """Handles SIGTERM as described above until the block ends; main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,9 +74,9 @@ def handled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Yields `asked() -> bool`; no signal interrupts the block.
+    """Defers SIGTERM to the end of the block; yields `stop_requested() -> bool`.
 
-    A block that was asked and ends without an exception of its own ends as `Preempted`.
+    If it was requested, the block ends in `Preempted`, unless it raises by itself.
     """
     _request.deferrals += 1
     try:

@@ -1,74 +1,79 @@
-"""JAX and the C library, as one process of ours wants them."""
+"""Settings of the process: JAX, XLA and the C library."""
 
 import contextlib
 import ctypes
 import functools
 import os
+import sys
 
 from absl import logging
 from etils import epath
 
-_compiled = [0.0]
+_compile_seconds = [0.0]
 
 
 def set_up(compilation_cache: str) -> None:
-    """What must be set before JAX looks for devices, which it does at first use.
+    """Sets what must be set before JAX starts its backend; does not import JAX.
 
     Args:
-      compilation_cache: a folder that outlives the process; `""`: none.
+      compilation_cache: the folder of the persistent compilation cache; "" leaves
+        JAX's own setting.
     """
-    import jax  # here and below: a mistyped flag need not wait for it
-
     _keep_freed_memory()
-    # Of a GPU JAX takes three quarters if it is not asked; the rest would lie idle.
+    # JAX reserves 75 % of a GPU's memory by default, and the rest would stay unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     _schedule_depth_first()
     if compilation_cache:
-        folder = epath.Path(compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    _listen()
+        _set_jax("compilation_cache_dir", epath.Path(compilation_cache).expanduser())
+        _set_jax("persistent_cache_min_compile_time_secs", 0.05)
+
+
+def _set_jax(name: str, value: epath.Path | float) -> None:
+    """Sets JAX's option `jax_<name>`, whether it has been imported or not."""
+    os.environ[f"JAX_{name.upper()}"] = f"{value}"
+    if "jax" in sys.modules:
+        import jax
+
+        value = value if isinstance(value, float) else f"{value}"
+        jax.config.update(f"jax_{name}", value)
 
 
 @functools.cache
-def log_devices() -> None:
-    """Names the devices, once; from here on JAX holds them."""
-    import jax
+def start() -> None:
+    """Starts JAX's backend, which holds the devices from then on, and logs their names.
 
+    `compile_seconds` counts from here. Further calls do nothing.
+    """
+    import jax  # here: flags are parsed and checked without it
+
+    def add(event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            _compile_seconds[0] += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(add)
     kinds = sorted({device.device_kind for device in jax.devices()})
     logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
 
 
 def compile_seconds() -> float:
     """Seconds that this process has spent on tracing, lowering and compiling."""
-    return _compiled[0]
-
-
-@functools.cache
-def _listen() -> None:
-    import jax
-
-    def add(event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            _compiled[0] += seconds
-
-    jax.monitoring.register_event_duration_secs_listener(add)
+    return _compile_seconds[0]
 
 
 def return_freed_memory() -> None:
-    """Gives what was freed and kept back to the kernel, once."""
+    """Returns memory that glibc has freed but kept to the kernel, this once."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to keep what it frees: XLA's scratch memory on a CPU, every step.
+    """Makes glibc keep freed memory, as XLA on a CPU frees its scratch every step.
 
-    Returned to the kernel and mapped again, 44 MiB of it cost the digits' UNet 11,000
-    page faults a step, a fifth of its 77 ms on two cores.
+    Returning 44 MiB of it to the kernel and mapping it again cost the digits' UNet
+    11,000 page faults a step, a fifth of its 77 ms on two cores.
     """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to tell
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # constants of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
@@ -76,11 +81,11 @@ def _keep_freed_memory() -> None:
 
 
 def _schedule_depth_first() -> None:
-    """Tells XLA's CPU backend, unless the user did, to finish what it has begun.
+    """Selects XLA's memory-saving schedule on CPUs, unless XLA_FLAGS sets this option.
 
-    By default it starts whatever could run at the same time, recomputed activations
-    too: they all lie in memory at once, and rematerialisation saves nothing. Depth
-    first, the small Stable Diffusion of `benchmarks/finetune_step.py` needs less.
+    The default schedule starts whatever can run concurrently, including recomputed
+    activations: they are all in memory at once, and rematerialisation saves nothing.
+    Measured with the small Stable Diffusion of `benchmarks/finetune_step.py`.
     """
     flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
     flags = os.environ.get("XLA_FLAGS", "")

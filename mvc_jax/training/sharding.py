@@ -1,4 +1,4 @@
-"""One mesh, ("data", "fsdp"); sharding rules as data."""
+"""The device mesh ("data", "fsdp"), and sharding rules as data."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,11 +10,12 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mvc_jax.errors import UserError
+from mvc_jax.training import runtime
 
 BATCH_AXES = ("data", "fsdp")
 
-# A rule is (regex over the parameter's path, what to do with it). The first match
-# decides. "fsdp" splits the largest axis that the mesh's fsdp axis divides.
+# A rule is (regex for the parameter's path, "fsdp" or "replicate"); the first match is
+# used. "fsdp" shards the largest axis that the size of the mesh's fsdp axis divides.
 Rules = Sequence[tuple[str, str]]
 DEFAULT_RULES: Rules = ((r"/(kernel|embedding)$", "fsdp"), (r".*", "replicate"))
 
@@ -22,22 +23,34 @@ DEFAULT_RULES: Rules = ((r"/(kernel|embedding)$", "fsdp"), (r".*", "replicate"))
 def make_mesh(
     data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over all devices; `data=-1` takes what `fsdp` leaves.
+    """A mesh over all devices, or over those given.
 
     Raises:
-      UserError: the two sizes do not multiply to the number of devices.
+      UserError: the sizes do not match the number of devices.
     """
-    devices = list(devices if devices is not None else jax.devices())
+    if devices is None:
+        runtime.start()
+        devices = jax.devices()
+    shape = mesh_shape(data, fsdp, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), BATCH_AXES)
+
+
+def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    """Sizes of the mesh axes (data, fsdp); `data=-1` takes all devices that are left.
+
+    Raises:
+      UserError: their product is not the number of devices.
+    """
     if data == -1 and fsdp > 0:
-        data = len(devices) // fsdp
-    if data < 1 or fsdp < 1 or data * fsdp != len(devices):
+        data = devices // fsdp
+    if data < 1 or fsdp < 1 or data * fsdp != devices:
         raise UserError(
             "config.mesh",
-            wanted=f"data * fsdp = {len(devices)} devices",
+            wanted=f"data * fsdp = {devices} devices",
             got=f"data={data}, fsdp={fsdp}",
             fix="Set data to -1 and fsdp to a divisor of the number of devices.",
         )
-    return Mesh(np.asarray(devices).reshape(data, fsdp), BATCH_AXES)
+    return data, fsdp
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -45,12 +58,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Splits dimension `axis` of an array over every device of the mesh."""
+    """Shards dimension `axis` of an array over all devices of the mesh."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
 def padded_size(size: int, mesh: Mesh) -> int:
-    """`size`, rounded up to a multiple of the number of devices."""
+    """`size` rounded up to a multiple of the number of devices."""
     return -(-size // mesh.size) * mesh.size
 
 
@@ -66,22 +79,27 @@ def over_batches(
 ) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
     """Turns `function(params, batch)` into one from host batches to host results.
 
-    It is compiled once, for `size` rows, a multiple of the number of devices: shorter
-    batches are padded, and their results cut. Parameters are on every device; the next
-    batch is sent before a result is fetched.
+    It is compiled once, for `size` rows: shorter batches are padded, and the padding is
+    removed from their results. The next batch is sent before a result is fetched.
+
+    Args:
+      function: to be jitted; maps arrays [size, ...] to an array [size, ...].
+      params: replicated to every device.
+      size: rows of a batch, a multiple of the number of devices.
+      mesh: the devices.
     """
     function = jax.jit(function)
     params = jax.device_put(params, replicated(mesh))
 
     def run(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        ahead = None
+        pending = None
         for batch in batches:
-            placed = jax.device_put(pad_rows(batch, size), batch_sharding(mesh))
-            behind, ahead = ahead, (function(params, placed), len(batch))
-            if behind is not None:
-                yield np.asarray(behind[0])[: behind[1]]
-        if ahead is not None:
-            yield np.asarray(ahead[0])[: ahead[1]]
+            padded = jax.device_put(pad_rows(batch, size), batch_sharding(mesh))
+            finished, pending = pending, (function(params, padded), len(batch))
+            if finished is not None:
+                yield np.asarray(finished[0])[: finished[1]]
+        if pending is not None:
+            yield np.asarray(pending[0])[: pending[1]]
 
     return run
 
@@ -89,27 +107,27 @@ def over_batches(
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """A `NamedSharding` for each leaf (array or shape) of `tree`, by the rules.
 
-    A leaf that its rule would split but that no axis allows is replicated, and the log
-    says why.
+    A leaf whose rule is "fsdp" but that has no divisible axis is replicated; the reason
+    is logged.
     """
 
     def one(path, leaf):
         name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next(rule for regex, rule in rules if re.search(regex, name))
-        spec = PartitionSpec() if rule == "replicate" else _split(name, leaf, mesh)
+        spec = PartitionSpec() if rule == "replicate" else _fsdp_spec(name, leaf, mesh)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _split(name: str, leaf: Any, mesh: Mesh) -> PartitionSpec:
+def _fsdp_spec(name: str, leaf: Any, mesh: Mesh) -> PartitionSpec:
     parts = mesh.shape["fsdp"]
     if parts == 1:
         return PartitionSpec()
     fitting = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
     if not fitting:
         logging.info(
-            "%s %s: no axis divides by %d, kept whole", name, leaf.shape, parts
+            "%s %s: no axis is divisible by %d, replicated", name, leaf.shape, parts
         )
         return PartitionSpec()
     axis = max(fitting, key=lambda axis: leaf.shape[axis])

@@ -1,4 +1,4 @@
-"""How fast a loop is: examples a second, TFLOP/s, and the share of what is possible."""
+"""Speed of a loop: examples per second, TFLOP/s and MFU (model FLOPs utilisation)."""
 
 import contextlib
 import math
@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-# Dense bf16 peak of one device in TFLOP/s, from the makers' data sheets, by the
-# beginning of JAX's name of its kind; the longest match counts.
+# Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets, by a prefix
+# of JAX's `device_kind`; the longest matching prefix is used.
 _PEAK = {
     "NVIDIA A100": 312,
     "NVIDIA A10G": 70,
@@ -32,13 +32,13 @@ _PEAK = {
 
 
 def peak_tflops(kind: str) -> float | None:
-    """Of one device in bf16; None where it is not known."""
+    """Peak TFLOP/s of one device in bf16; None if unknown."""
     known = [name for name in _PEAK if kind.startswith(name)]
     return float(_PEAK[max(known, key=len)]) if known else None
 
 
 class Throughput:
-    """A stopwatch over steps of `batch_size` examples, `flops` each (0: not known)."""
+    """Measures rates over steps of `batch_size` examples, `flops` each (0: unknown)."""
 
     def __init__(self, batch_size: int, flops: float):
         self._batch_size, self._flops = batch_size, flops
@@ -49,17 +49,17 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the watch, e.g. during a save."""
+        """Excludes the time spent in the block, e.g. in a save."""
         stopped = time.monotonic()
         yield
         self._began += time.monotonic() - stopped
 
-    def over(self, steps: int) -> dict[str, float]:
-        """Rates over the `steps` since the last call.
+    def lap(self, steps: int) -> dict[str, float]:
+        """Rates over the time since the last call, in which `steps` steps were taken.
 
         Returns:
-          `examples_per_s`; with known FLOPs `tflops`, a second and on all devices; and
-          on known devices `mfu`, the model's FLOPs as a share of the peak.
+          `examples_per_s`; with known FLOPs also `tflops`, TFLOP/s of all devices; on
+          known devices also `mfu`, the fraction of the peak.
         """
         began, self._began = self._began, time.monotonic()
         seconds = max(self._began - began, 1e-9)
@@ -73,10 +73,10 @@ class Throughput:
 
 
 def count_flops(function: Callable, *arguments: Any) -> float:
-    """FLOPs of the matrix products and convolutions of one call; no arithmetic is done.
+    """FLOPs of the matrix products and convolutions of one call, without running it.
 
-    Two for each multiply-add, padding counted, as the field counts them. `arguments`
-    are arrays or shapes.
+    A multiply-add counts as two, and padding counts, by convention. `arguments` are
+    arrays or shapes.
     """
     return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -101,6 +101,6 @@ def _flops(jaxpr: Any) -> float:
 
 def _jaxprs_of(value: Any) -> Iterator[Any]:
     for item in value if isinstance(value, tuple | list) else (value,):
-        item = getattr(item, "jaxpr", item)  # a closed one
+        item = getattr(item, "jaxpr", item)  # a ClosedJaxpr
         if hasattr(item, "eqns"):
             yield item

@@ -1,4 +1,4 @@
-"""What a loop tells while it runs: rows of metrics, progress, pictures, warnings."""
+"""Metrics, progress, pictures and warnings of one training loop."""
 
 import contextlib
 import dataclasses
@@ -18,15 +18,15 @@ from mvc_jax.training.throughput import Throughput
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
-    """Something to look at: `draw(step, state, log)` every `every` steps."""
+class DrawHook:
+    """Calls `draw(step, state, log)` every `every` steps and after the last one."""
 
     every: int
     draw: Callable[[int, Any, MetricsLog], None]
 
 
 class TrainLogger:
-    """Metrics of one loop; they stay on the device until their row is written."""
+    """Logs one loop; metrics stay on the devices until their row is written."""
 
     def __init__(
         self,
@@ -36,97 +36,102 @@ class TrainLogger:
         log_every: int,
         max_skipped: int = 10,
         flops: float = 0.0,
-        watch: Watch | None = None,
+        draw_hook: DrawHook | None = None,
         progress: Progress | None = None,
     ):
         """
         Args:
-          workdir: whose `metrics.jsonl` and TensorBoard get the rows.
-          name: of the loop, there and on the terminal.
-          log_every: steps over which metrics are averaged into one row.
-          max_skipped: so many steps in a row that were skipped are too many.
-          flops: of one example's step; 0: not known.
-          watch: what to draw, and when.
-          progress: on the terminal, of a larger whole that this loop is a part of;
-            None: its own.
+          workdir: the run's folder, with `metrics.jsonl` and the TensorBoard logs.
+          name: the loop's name, there and on the terminal.
+          log_every: steps whose metrics are averaged into one row.
+          max_skipped: consecutive skipped steps after which training has diverged.
+          flops: FLOPs of a step on one example; 0: unknown.
+          draw_hook: draws samples regularly.
+          progress: the progress bar to advance, if this loop is part of a larger task;
+            None: the loop gets its own.
         """
         self.name = name
         self._workdir, self._log_every = workdir, log_every
-        self._max_skipped, self._flops, self._watch = max_skipped, flops, watch
-        self._whole = progress
-        self._open: list[dict] = []
-        self._skipped_in_a_row = 0  # the longest streak that is known of
+        self._max_skipped, self._flops = max_skipped, flops
+        self._draw_hook, self._shared_progress = draw_hook, progress
+        self._unwritten: list[dict] = []
+        self._skipped_in_a_row = 0  # the longest streak seen
         self._last: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def opened(
+    def open(
         self, first: int, steps: int, batch_size: int, stride: int = 1
     ) -> Iterator[None]:
-        """From step `first` to `steps`, noted by `stride` at once.
+        """Opens the logs, and closes them when the block ends.
 
-        `batch_size` examples are in each step.
+        Args:
+          first: the step that training starts at.
+          steps: the step that it ends at.
+          batch_size: examples of a step.
+          stride: steps of one call of `record`.
         """
         self._steps, self._stride = steps, stride
-        self._rate = Throughput(batch_size, self._flops)
+        self._throughput = Throughput(batch_size, self._flops)
         log = MetricsLog(self._workdir, self.name, from_step=first)
         with contextlib.ExitStack() as stack:
             self._log = stack.enter_context(contextlib.closing(log))
-            self._progress = self._whole
-            if self._whole is None:
+            self._progress = self._shared_progress
+            if self._shared_progress is None:
                 progress = Progress(self.name, steps, done=first)
                 self._progress = stack.enter_context(contextlib.closing(progress))
             yield
 
     @property
-    def hopeless(self) -> bool:
-        """Whether too many steps in a row were skipped, as far as it is known."""
+    def diverged(self) -> bool:
+        """Whether too many consecutive steps were skipped, as of the last row."""
         return self._skipped_in_a_row >= self._max_skipped
 
     def resume(self, skipped_in_a_row: int) -> None:
-        """Takes over the count of a restored state.
+        """Takes the count of consecutive skipped steps from a restored state.
 
         Raises:
-          UserError: that state ended a run already.
+          UserError: training had diverged when that state was saved.
         """
         self._skipped_in_a_row = skipped_in_a_row
-        self.raise_if_hopeless()
+        self.raise_if_diverged()
 
     def may_save(self, state: Any) -> bool:
-        """Whether who goes on from `state` learns that the run is hopeless, if it is.
+        """Whether a run that resumes from `state` would notice that training diverged.
 
-        A state behind too long a streak does not tell: one before it meets it again.
+        It would not if the streak of skipped steps was too long but has ended since:
+        then the last checkpoint before the streak must stay the newest.
         """
-        return not self.hopeless or int(state.skipped_in_a_row) >= self._max_skipped
+        return not self.diverged or int(state.skipped_in_a_row) >= self._max_skipped
 
-    def note(self, done: int, values: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the steps up to `done`; writes the row that was full.
+    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of the steps up to `step`, and writes the row before them.
 
-        That row is fetched after these steps were dispatched: the device stays busy.
+        That row is fetched after these steps were dispatched, so the device stays busy.
         """
-        if (done - self._stride) % self._log_every == 0:
-            self.close_row(done - self._stride)
-        self._open.append(values)
+        if (step - self._stride) % self._log_every == 0:
+            self.write_row(step - self._stride)
+        self._unwritten.append(metrics)
 
-    def draw(self, done: int, state: Any) -> None:
-        """Shows the state, if it is time or the last step."""
-        watch = self._watch
-        if watch and (done % watch.every == 0 or done == self._steps):
+    def draw(self, step: int, state: Any) -> None:
+        """Calls the draw hook if it is due, or this is the last step."""
+        hook = self._draw_hook
+        if hook and (step % hook.every == 0 or step == self._steps):
             with self.pause():
-                watch.draw(done, state, self._log)
+                hook.draw(step, state, self._log)
 
-    def close_row(self, step: int) -> dict[str, float]:
-        """Writes at `step` the mean of each metric over the steps since the last row.
+    def write_row(self, step: int) -> dict[str, float]:
+        """Writes the mean of each metric since the last row, as the row of `step`.
 
-        Steps that were skipped count for nothing but `skipped`, their number.
+        Means are over steps that were not skipped; `skipped` is the number of others.
 
         Returns:
           the newest row.
         """
-        if not self._open:
+        if not self._unwritten:
             return self._last
-        fetched, self._open = jax.device_get(self._open), []
+        fetched, self._unwritten = jax.device_get(self._unwritten), []
         columns = {
-            name: np.concatenate([np.atleast_1d(values[name]) for values in fetched])
+            name: np.concatenate([np.atleast_1d(metrics[name]) for metrics in fetched])
             for name in fetched[0]
         }
         streaks = columns.pop("skipped_in_a_row")
@@ -135,7 +140,8 @@ class TrainLogger:
         skipped = count - int(good.sum())
         if skipped:
             logging.warning(
-                "%s: %d of the %d steps up to %d were skipped: not finite",
+                "%s: %d of the %d steps up to step %d were skipped: loss or gradients "
+                "not finite",
                 self.name,
                 skipped,
                 count,
@@ -144,35 +150,36 @@ class TrainLogger:
         means = {}
         if good.any():
             means = {k: float(np.mean(column[good])) for k, column in columns.items()}
-        self._last = means | {"skipped": float(skipped)}
-        rates = self._rate.over(count)
+        self._last = {**means, "skipped": float(skipped)}
+        rates = self._throughput.lap(count)
         self._log.write(step, **self._last, **rates, **memory.in_use())
         self._progress.advance(count, **means)
         return self._last
 
-    def add(self, step: int, values: dict[str, float]) -> dict[str, float]:
-        """Writes what was measured of the state after `step`, beside its row.
+    def add_to_row(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Writes further values of `step`, e.g. a validation loss.
 
         Returns:
-          that row with it.
+          the newest row together with them.
         """
         self._log.write(step, **values)
         return self._last | values
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves what is done within it out of the rates."""
-        jax.block_until_ready(self._open)  # or it would wait for steps that count
-        with self._rate.paused():
+        """Excludes the time spent in the block from the rates."""
+        jax.block_until_ready(self._unwritten)  # the rates include these steps
+        with self._throughput.paused():
             yield
 
-    def raise_if_hopeless(self) -> None:
-        if self.hopeless:
+    def raise_if_diverged(self) -> None:
+        """Raises a `UserError` if training has diverged."""
+        if self.diverged:
             raise UserError(
                 self.name,
                 wanted="finite losses and gradients",
-                got=f"{self._skipped_in_a_row} steps in a row without",
+                got=f"{self._skipped_in_a_row} consecutive steps without",
                 fix="Lower the learning rate, in a new --workdir or after deleting "
-                f"{epath.Path(self._workdir) / self.name.split('/')[0]}: what is there "
-                "was made with this one.",
+                f"{epath.Path(self._workdir) / self.name.split('/')[0]}, which has "
+                "checkpoints of this one.",
             )

@@ -1,4 +1,4 @@
-"""What a state is worth on examples that it is not trained on, and when to stop."""
+"""Validation on held-out examples, and early stopping."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,11 +12,10 @@ class Validation:
     """Early stopping on held-out examples (Prechelt, 1998).
 
     Attributes:
-      measure: state -> numbers, among them the one that `Checkpoints` keeps the lowest
-        of.
-      every: steps from one measurement to the next.
-      patience: steps without a lower one after which training ends, at the next
-        measurement; 0: never.
+      measure: state -> metrics, including the one given to `Checkpoints(best=...)`.
+      every: steps between two validations.
+      patience: steps without a new lowest value after which training ends, at a
+        validation; 0: never.
     """
 
     measure: Callable[[Any], dict[str, float]]
@@ -24,8 +23,8 @@ class Validation:
     patience: int = 0
 
     def ends(self, step: int, checkpoints: Checkpoints) -> bool:
-        """Whether nothing better has come for too long, after `step` steps."""
+        """Whether training ends after `step` steps, for lack of improvement."""
         if step % self.every:
-            return False  # the next measurement may be a better one
+            return False  # the next validation may be better
         best = checkpoints.best_step
         return 0 < self.patience <= step - (step if best is None else best)

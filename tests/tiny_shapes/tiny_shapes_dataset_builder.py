@@ -1,9 +1,9 @@
-"""A dataset of TFDS that needs no download: white discs and squares on black."""
+"""A TFDS dataset that needs no download: white discs and squares on a dark ground."""
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-SIZE = 12  # pixels along a side
+SIZE = 12  # pixels along one side
 
 
 def draw(index: int) -> np.ndarray:

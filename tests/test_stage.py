@@ -1,4 +1,4 @@
-"""The numbered rules at the top of stage.py, one test a rule or more."""
+"""Each numbered rule at the top of stage.py has at least one test."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvc_jax import files
+from mvc_jax import files, stage
 from mvc_jax.errors import UserError
 from mvc_jax.stage import differences, is_complete, open_stage, read_manifest
 
@@ -15,7 +15,7 @@ OTHERS = {"seed": 0, "mix": {"tokens": 5, "modes": ("coarse", "fine")}}
 
 
 def contents(folder):
-    """Every file below a folder, by its path: (bytes, time of its last change)."""
+    """Relative path of every file below a folder -> (bytes, modification time)."""
     return {
         path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -56,7 +56,7 @@ def test_rule_1_the_manifest_is_written_last_and_describes_the_files(tmp_path):
 def test_rule_2_a_finished_stage_does_nothing(tmp_path):
     make(tmp_path)
     before = contents(tmp_path)
-    assert make(tmp_path, text="made anew").complete
+    assert make(tmp_path, text="rewritten").complete
     assert contents(tmp_path) == before
 
 
@@ -72,12 +72,12 @@ def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, fin
     message = str(error.value)
     assert "(mix.tokens: 4 -> 5)" in message
     assert "seed" not in message
-    for way_out in ("Take back", "--workdir", f"delete {tmp_path / 'mix'}"):
-        assert way_out in message
+    for fix in ("Undo these", "--workdir", f"delete {tmp_path / 'mix'}"):
+        assert fix in message
     assert contents(tmp_path) == before
 
 
-def test_rule_4_a_stage_that_was_cut_goes_on_with_what_it_has(tmp_path):
+def test_rule_4_an_interrupted_stage_resumes_with_its_files(tmp_path):
     stage = open_stage(tmp_path, "mix", SETTINGS)
     files.write_text(stage.folder / "a.txt", "half of the work")
     (stage.folder / ".tmp-0badf00d-b.txt").write_text("killed in the middle")
@@ -109,7 +109,7 @@ def test_rule_6_a_missing_file_is_filled_in(tmp_path, gone):
     ],
 )
 def test_rule_7_an_edited_file_is_an_error(tmp_path, text, edited, gone):
-    """Also where rule 6 would run the stage again, which might overwrite it."""
+    """Even where rule 6 would run the stage again, which might overwrite it."""
     make(tmp_path)
     (tmp_path / "mix" / edited).write_text(text.format(edited))
     if gone:
@@ -120,12 +120,12 @@ def test_rule_7_an_edited_file_is_an_error(tmp_path, text, edited, gone):
     assert contents(tmp_path) == before
 
 
-# Rule 8. `encode` is a stage with settings that grow, `mix` one that reads it and that
-# follows it, or does not.
+# Rule 8. Stage `encode` has settings that grow; `mix` reads it, and grows with it only
+# if `follows`.
 
 
 def grow(workdir, count, *, stop=False, follows=True):
-    """A stage of `count` rows; `stop` leaves it unfinished."""
+    """Runs a stage of `count` rows; `stop` leaves it unfinished."""
     grows = ("mix.count", "mix.more") if follows else ()
     drawn = {"seed": 0, "mix": {"count": count, "more": False}}
     stage = open_stage(workdir, "encode", drawn, grows=grows)
@@ -149,7 +149,7 @@ def read_grown(workdir, *, follows=True, stop=False):
     return stage
 
 
-def test_rule_8_a_larger_setting_adds_and_keeps(tmp_path):
+def test_rule_8_a_larger_setting_keeps_the_old_rows_and_adds_new_ones(tmp_path):
     grow(tmp_path, 2)
     stage = grow(tmp_path, 3, stop=True)
     assert not stage.complete
@@ -175,7 +175,7 @@ def test_rule_8_an_unfinished_stage_grows_too(tmp_path):
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
-    ("count", "follows", "said"),
+    ("count", "follows", "difference"),
     [
         (1, True, "mix.count: 2 -> 1"),
         (3, False, "mix.count: 2 -> 3"),
@@ -185,17 +185,17 @@ def test_rule_8_an_unfinished_stage_grows_too(tmp_path):
     ],
 )
 def test_rule_8_is_for_larger_numbers_of_named_fields(
-    tmp_path, count, follows, said, finished
+    tmp_path, count, follows, difference, finished
 ):
     grow(tmp_path, 2, stop=not finished)
     before = contents(tmp_path)
     with pytest.raises(UserError) as error:
         grow(tmp_path, count, follows=follows)
-    assert f"({said})" in str(error.value)
+    assert f"({difference})" in str(error.value)
     assert contents(tmp_path) == before
 
 
-def test_rule_8_another_change_beside_growth_is_an_error(tmp_path):
+def test_rule_8_growth_together_with_another_change_is_an_error(tmp_path):
     grow(tmp_path, 2)
     drawn = {"seed": 1, "mix": {"count": 3, "more": True}}
     with pytest.raises(UserError) as error:
@@ -206,11 +206,11 @@ def test_rule_8_another_change_beside_growth_is_an_error(tmp_path):
     assert stage.earlier and not stage.complete
 
 
-def test_rule_8_refuses_other_rows_for_what_was_there(tmp_path):
+def test_rule_8_refuses_changed_rows(tmp_path):
     grow(tmp_path, 2)
     stage = grow(tmp_path, 3, stop=True)
     for content in (b"row 1\nrow 1\nrow 2\n", b"row 0\n", b""):
-        with pytest.raises(UserError, match="rows.txt: wanted the file of before"):
+        with pytest.raises(UserError, match="rows.txt: wanted the earlier file"):
             stage.require_prefix("rows.txt", content)
     stage.require_prefix("rows.txt", b"row 0\nrow 1\nmore")
     stage.require_prefix("another.txt", b"")
@@ -225,7 +225,7 @@ def test_rule_8_an_edited_file_does_not_grow(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_growth_that_is_given_up_leaves_what_was_finished(tmp_path):
+def test_abandoned_growth_restores_the_finished_stage(tmp_path):
     grow(tmp_path, 2)
     before = {path: content for path, (content, _) in contents(tmp_path).items()}
     drawn = {"seed": 0, "mix": {"count": 3, "more": False}}
@@ -237,7 +237,7 @@ def test_growth_that_is_given_up_leaves_what_was_finished(tmp_path):
 
 @pytest.mark.parametrize("counts", [(2, 3), (2, 3, 5)], ids=["once", "twice"])
 @pytest.mark.parametrize("finished", [True, False])
-def test_rule_8_a_stage_follows_its_input(tmp_path, counts, finished):
+def test_rule_8_a_stage_grows_with_its_input(tmp_path, counts, finished):
     grow(tmp_path, counts[0])
     read_grown(tmp_path, stop=not finished)
     for count in counts[1:]:
@@ -260,23 +260,25 @@ def test_rule_8_growth_is_remembered_when_rule_6_ran_in_between(tmp_path):
     assert read_grown(tmp_path).earlier["counts"] == {"rows": 2}
 
 
-def test_rule_8_to_a_stage_that_does_not_follow_it_was_made_anew(tmp_path):
+def test_rule_8_growth_is_a_changed_input_to_a_stage_that_does_not_grow_with_it(
+    tmp_path,
+):
     grow(tmp_path, 2)
     read_grown(tmp_path, follows=False)
     grow(tmp_path, 3)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="stage encode was made anew"):
+    with pytest.raises(UserError, match="stage encode was run again"):
         read_grown(tmp_path, follows=False)
     assert contents(tmp_path) == before
 
 
-def test_rule_8_what_was_made_anew_has_not_grown(tmp_path):
+def test_rule_8_an_input_that_was_run_again_has_not_grown(tmp_path):
     grow(tmp_path, 2)
     read_grown(tmp_path)
     for path in (tmp_path / "encode").iterdir():
         path.unlink()
     grow(tmp_path, 3)
-    with pytest.raises(UserError, match="stage encode was made anew"):
+    with pytest.raises(UserError, match="stage encode was run again"):
         read_grown(tmp_path)
 
 
@@ -288,24 +290,24 @@ def test_an_input_must_be_finished(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_an_input_that_was_made_anew_is_noticed(tmp_path, finished):
+def test_an_input_that_was_run_again_is_noticed(tmp_path, finished):
     make(tmp_path, "encode")
     if finished:
         make(tmp_path, inputs=["encode"])
     open_stage(tmp_path, "mix", SETTINGS, ["encode"])
     for path in (tmp_path / "encode").rglob("*.*"):
         path.unlink()
-    make(tmp_path, "encode", text="else")
-    with pytest.raises(UserError, match="stage encode was made anew"):
+    make(tmp_path, "encode", text="changed")
+    with pytest.raises(UserError, match="stage encode was run again"):
         make(tmp_path, inputs=["encode"])
 
 
-def test_an_input_made_anew_to_the_same_bytes_is_the_same(tmp_path, monkeypatch):
+def test_an_input_run_again_with_the_same_bytes_is_the_same(tmp_path, monkeypatch):
     make(tmp_path, "encode")
     make(tmp_path, inputs=["encode"])
     for path in (tmp_path / "encode").rglob("*.*"):
         path.unlink()
-    monkeypatch.setattr(manifest, "versions", lambda: {"jax": "99"})
+    monkeypatch.setattr(stage, "versions", lambda: {"jax": "99"})
     make(tmp_path, "encode")
     assert make(tmp_path, inputs=["encode"]).complete
 

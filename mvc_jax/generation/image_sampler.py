@@ -1,8 +1,7 @@
-"""Recipes in, images and their health out: one compiled program for every set.
+"""Draws images by recipe, with one compiled program for every set.
 
-A part beside the stages: whoever draws synthetic images uses it, and it calls no stage.
-`conditionings.py` says what each set tells the UNet. Legend: B batch, h w latent grid,
-c its channels, L text tokens, D their width.
+`conditionings.py` says what the UNet is given for each set. Legend: B batch, h w latent
+grid, c its channels, L text tokens, D their width.
 """
 
 import dataclasses
@@ -21,28 +20,33 @@ from mvc_jax import files
 from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
 from mvc_jax.diffusion import instruct_pix2pix, samplers
 from mvc_jax.generation import ablation
-from mvc_jax.generation.conditionings import CONDITIONINGS, Texts
+from mvc_jax.generation.conditionings import CONDITIONINGS
+from mvc_jax.generation.image_status import Drawn, image_status
+from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.models import controlnet, stable_diffusion
 from mvc_jax.training import rng, sharding
 
-HEALTH = ("ok", "NaN", "black", "constant")  # an image's flag indexes them
-_FLAT = 2  # grey levels that count as none
+_SCALARS = {  # of a recipe, that the compiled program takes
+    "noise_seed": np.int32,
+    "text_scale": np.float32,
+    "image_scale": np.float32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How images are drawn; plain values of the fields of the same names.
+    """How images are drawn: fields of `generate`, and `grey`.
 
     Attributes:
-      sampler: one of `samplers.SAMPLERS`.
+      sampler: its name.
       steps: of the sampler.
-      guidance_interval: shares of the training noise levels within which there is
-        guidance.
-      guidance_rescale: of the guided prediction.
-      grey: the dataset has no colour: channels are averaged.
-      batch_size: images at once; changes none of them.
+      guidance_interval: fractions of the training timesteps between which guidance is
+        applied.
+      guidance_rescale: phi of the guided prediction, in [0, 1].
+      grey: whether the colour channels are averaged, for a dataset without colour.
+      batch_size: images that are drawn at once; it changes none of them.
       dtype: of the UNet's activations.
-      attention: how it is computed.
+      attention: implementation of attention.
     """
 
     sampler: str
@@ -55,56 +59,43 @@ class Settings:
     attention: str = "auto"
 
 
-@dataclasses.dataclass
-class Drawn:
-    """Images of some recipes, in their order.
-
-    Attributes:
-      images: uint8 [N, H, W, 3].
-      health: uint8 [N], indices of `HEALTH`.
-    """
-
-    images: np.ndarray
-    health: np.ndarray
-
-
-class Sampler:
-    """The cache, the compiled program, and a model on the devices."""
+class ImageSampler:
+    """A model on the devices, and the compiled programs that sample from it."""
 
     def __init__(
-        self, workdir: epath.Path, mesh: Mesh, settings: Settings, texts: Texts
+        self, workdir: epath.Path, mesh: Mesh, settings: Settings, texts: TextInputs
     ):
-        """Opens it; nothing is loaded yet.
+        """Prepares; no model is loaded yet.
 
         Args:
           workdir: of a run whose model is fine-tuned.
           mesh: the devices.
           settings: how to draw.
-          texts: of the run.
+          texts: what text states are computed from.
         """
-        self._workdir, self._mesh, self._settings = workdir, mesh, settings
-        self._texts = texts
+        self.settings = settings
+        self._workdir, self._mesh, self._texts = workdir, mesh, texts
         self._base = diffusers_layout.recorded_base(workdir)
         self._size = sharding.padded_size(settings.batch_size, mesh)
         self._key = rng.purpose_key(texts.seed, "noise")
-        null = self._texts.cache.null_states
+        null = texts.cache.null_states
         self._null = jax.device_put(null, sharding.replicated(mesh))
         self._hashes: dict[epath.Path, str] = {}
         self._conditioning = self._loaded = self._params = None
         self._programs: dict[bool, Callable] = {}  # by whether there is a ControlNet
 
     def base_folder(self) -> epath.Path:
-        """The folder of the base model."""
+        """Folder of the base model."""
         return pipeline_folder.resolve(**self._base)[0]
 
     def model_folder(self, name: str) -> tuple[epath.Path, str]:
-        """The folder of the model that draws a set, and the variant of its weights."""
+        """Folder of the model that draws a set, and the variant of its weights."""
         if CONDITIONINGS[name].finetuned:
             return self._workdir / "finetune" / "model", ""
         return self.base_folder(), self._base["variant"]
 
     def model_hash(self, name: str) -> str:
-        """Of the weights of the UNet that draws a set."""
+        """Hash of the weights of the UNet that draws a set."""
         folder, variant = self.model_folder(name)
         if folder not in self._hashes:
             weights = pipeline_folder.weight_files(folder, "unet", variant)
@@ -112,12 +103,12 @@ class Sampler:
         return self._hashes[folder]
 
     def load(self, name: str) -> None:
-        """Makes ready to draw the set `name`; its model goes onto the devices."""
+        """Prepares to draw the set `name`: moves its model onto the devices."""
         self._conditioning = CONDITIONINGS[name]
         folder, variant = self.model_folder(name)
         if (folder, self._controlled) == self._loaded:
             return
-        self._params = None  # before the next one comes
+        self._params = None  # freed before the next model is loaded
         model, params = diffusers_layout.load(folder, ("vae", "unet"), variant)
         # The base's UNet, widened by zeros, ignores the source.
         model, params = model.widened(params)
@@ -135,7 +126,7 @@ class Sampler:
         return self._conditioning.needs == "controlnet"
 
     def draw(self, recipes: Sequence[dict], redraw: int = 0) -> Drawn:
-        """The images of `recipes`, whatever the batches they happen to be drawn in."""
+        """Draws the images of `recipes`; see `stream`."""
         return next(self.stream([recipes], redraw))
 
     def stream(
@@ -143,30 +134,33 @@ class Sampler:
     ) -> Iterator[Drawn]:
         """Draws groups of recipes, one after another.
 
-        A batch is sent before the one before it is fetched, over the border of groups
-        too. Image k has row k of the batch, modulo its size: on the same devices, with
-        the same batch size, it is the same to the bit whatever is drawn beside it.
+        Each batch is dispatched before the previous one is fetched, also from one group
+        to the next. Image k has row k of its batch, modulo the batch size: on the same
+        devices and with the same batch size it is bit-identical whatever else is drawn.
 
         Args:
           groups: of recipes, none empty.
-          redraw: of these images: how often they were drawn before.
+          redraw: number of the redraw, from 1; 0: the images are drawn first.
 
         Yields:
-          what was drawn for each group.
+          the images of each group.
         """
-        for drawn, places, (pixels, health), last in _one_behind(
-            self._sent(groups, redraw)
+        for drawn, places, (pixels, status), last in _delayed(
+            self._dispatched(groups, redraw)
         ):
-            there = places >= 0
-            drawn.images[places[there]] = np.asarray(pixels)[there]
-            drawn.health[places[there]] = np.asarray(health)[there]
+            used = places >= 0
+            drawn.images[places[used]] = np.asarray(pixels)[used]
+            drawn.status[places[used]] = np.asarray(status)[used]
             if last:
                 yield drawn
 
-    def _sent(self, groups: Iterable[Sequence[dict]], redraw: int) -> Iterator[tuple]:
+    def _dispatched(
+        self, groups: Iterable[Sequence[dict]], redraw: int
+    ) -> Iterator[tuple]:
         for recipes in groups:
             drawn = None
-            batches = aligned([recipe["index"] for recipe in recipes], self._size)
+            indices = [recipe["index"] for recipe in recipes]
+            batches = batches_by_index(indices, self._size)
             for number, places in enumerate(batches, start=1):
                 batch = self._batch([recipes[max(place, 0)] for place in places])
                 batch["redraws"] = np.full(self._size, redraw, np.int32)
@@ -175,46 +169,42 @@ class Sampler:
                 out = draw(self._params, batch, self._null, self._key)
                 if drawn is None:
                     shape = (len(recipes), *out[0].shape[1:])
-                    health = np.zeros(len(recipes), np.uint8)
-                    drawn = Drawn(np.empty(shape, np.uint8), health)
+                    status = np.zeros(len(recipes), np.uint8)
+                    drawn = Drawn(np.empty(shape, np.uint8), status)
                 yield drawn, places, out, number == len(batches)
 
     def _batch(self, recipes: Sequence[dict]) -> dict[str, Any]:
-        """What `sample_images` takes of recipes: these rows alone leave the disk."""
-        cache = self._texts.cache
-        moments = np.zeros((len(recipes), *cache.moments.shape[1:]), np.float32)
+        """The inputs of `sample_images` for these recipes, but for `redraws`."""
+        cache, sources = self._texts.cache, self._texts.source_rows(recipes)
         if self._conditioning.source:
-            moments = cache.moments_of(self._texts.rows(r["source"] for r in recipes))
-        numbers = {"noise_seed": np.int32}
-        numbers |= dict.fromkeys(("text_scale", "image_scale"), np.float32)
-        edges = {}
-        if self._controlled:
-            sources = self._texts.rows(r["source"] for r in recipes)
-            edges = {"edges": self._texts.ablation.edges(sources)}
-        return {
-            **edges,
+            moments = cache.moments_of(sources)
+        else:
+            moments = np.zeros((len(recipes), *cache.moments.shape[1:]), np.float32)
+        batch = {
             "moments": moments,
-            "states": self._conditioning.states(self._texts, recipes),
-            **{
-                name: np.asarray([recipe[name] for recipe in recipes], type_)
-                for name, type_ in numbers.items()
-            },
+            "states": TEXT_STATES[self._conditioning.text](self._texts, recipes),
         }
+        for name, dtype in _SCALARS.items():
+            batch[name] = np.asarray([recipe[name] for recipe in recipes], dtype)
+        if self._controlled:
+            batch["edges"] = self._texts.ablation.edges(sources)
+        return batch
 
     def _compiled(
         self,
         model: stable_diffusion.StableDiffusion,
         network: controlnet.ControlNet | None,
     ) -> Callable:
-        settings = self._settings
+        settings = self.settings
         model = model.with_compute_options(
             dtype=settings.dtype,
             attention=settings.attention,
             field="config.generate.attention",
         )
         if network is not None:
-            how = {"dtype": model.dtype, "attention": model.attention}
-            network = dataclasses.replace(network, **how)
+            network = dataclasses.replace(
+                network, dtype=model.dtype, attention=model.attention
+            )
         draw = functools.partial(
             sample_images,
             model=model,
@@ -245,7 +235,7 @@ def sample_images(
     guidance_rescale: float,
     grey: bool,
 ) -> tuple[UInt8[Array, "B H W 3"], UInt8[Array, " B"]]:
-    """Samples, decodes and examines one batch.
+    """Samples and decodes one batch, and computes each image's status.
 
     Args:
       params: `unet` (conditioned) and `vae`; with a network, `controlnet`.
@@ -255,14 +245,14 @@ def sample_images(
       null_states: of the empty prompt.
       key: root of the noise.
       model: the architecture.
-      network: a ControlNet that looks at the edges, if any.
+      network: a ControlNet that is given the edges; None: there is none.
       sampler: of `samplers.make`.
-      guidance_interval: as there.
-      guidance_rescale: as there.
-      grey: average the colour channels, for a dataset without colour.
+      guidance_interval: see `instruct_pix2pix.draw`.
+      guidance_rescale: see `instruct_pix2pix.draw`.
+      grey: whether the colour channels are averaged.
 
     Returns:
-      pixels in [0, 255], and an index of `HEALTH` for each image.
+      pixels in [0, 255], and the status of each image.
     """
     keys = image_keys(key, batch["noise_seed"], batch["redraws"])
     shape = (*batch["moments"].shape[1:3], model.latent_channels)
@@ -270,7 +260,7 @@ def sample_images(
     if network is not None:
         pictures = batch["edges"] / 255.0
         denoise = functools.partial(
-            ablation.controlled, params, model, network, pictures
+            ablation.denoise_with_controlnet, params, model, network, pictures
         )
     latents = instruct_pix2pix.draw(
         denoise,
@@ -286,40 +276,22 @@ def sample_images(
     )
     images = model.decode(params, latents)
     pixels = stable_diffusion.to_pixels(images, grey=grey)
-    return pixels, examine(latents, images, pixels)
+    return pixels, image_status(latents, images, pixels)
 
 
 def image_keys(
     key: Key[Array, ""], noise_seeds: Int[Array, " B"], redraws: Int[Array, " B"]
 ) -> Key[Array, " B"]:
-    """The keys of the noise of images: of their seed, and of redraw r >= 1 of it."""
+    """The keys of the images' noise: by noise seed, folded with the redraw from 1."""
     keys = rng.example_keys(key, noise_seeds)
     again = jax.vmap(jax.random.fold_in)(keys, redraws)
     return jnp.where(redraws > 0, again, keys)
 
 
-def examine(
-    latents: Float[Array, "B h w c"],
-    images: Float[Array, "B H W 3"],
-    pixels: UInt8[Array, "B H W 3"],
-) -> UInt8[Array, " B"]:
-    """Whether images can be used: an index of `HEALTH` for each.
-
-    Args:
-      latents: that were sampled.
-      images: decoded from them.
-      pixels: made of these; as good as black, or of one colour, is none.
-    """
-    finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
-    most, least = pixels.max((1, 2)), pixels.min((1, 2))  # by channel
-    black = (most <= _FLAT).all(-1)
-    constant = (most - least <= _FLAT).all(-1)
-    flag = jnp.where(black, 2, jnp.where(constant, 3, 0))
-    return jnp.where(finite, flag, 1).astype(jnp.uint8)
-
-
-def aligned(indices: Sequence[int], size: int) -> list[Int[np.ndarray, " size"]]:
-    """Cuts images into batches in which image k has row k % size.
+def batches_by_index(
+    indices: Sequence[int], size: int
+) -> list[Int[np.ndarray, " size"]]:
+    """Divides images into batches in which image k has row k % size.
 
     Args:
       indices: k of each image.
@@ -339,48 +311,10 @@ def aligned(indices: Sequence[int], size: int) -> list[Int[np.ndarray, " size"]]
     return batches
 
 
-def _one_behind(items: Iterable[Any]) -> Iterator[Any]:
-    """Yields each item when the one after it has been made."""
-    behind = []
+def _delayed(items: Iterable[Any]) -> Iterator[Any]:
+    """Yields each item after the next one was computed."""
+    previous = []
     for item in items:
-        yield from behind
-        behind = [item]
-    yield from behind
-
-
-def draw_again(
-    draw: Callable[[Sequence[dict], int], Drawn],
-    recipes: Sequence[dict],
-    drawn: Drawn,
-    most: int,
-) -> list[dict]:
-    """Draws images that cannot be used anew, in place.
-
-    Args:
-      draw: (recipes, how often they were drawn before) -> images.
-      recipes: of all images.
-      drawn: all images, drawn once.
-      most: how often at most.
-
-    Returns:
-      a row for each that was bad at first: `{"index", "reason", "redraws", "kept"}`.
-    """
-    reasons = [HEALTH[flag] for flag in drawn.health]
-    redraws = np.zeros(len(recipes), int)
-    for attempt in range(1, most + 1):
-        bad = np.flatnonzero(drawn.health)
-        if not len(bad):
-            break
-        again = draw([recipes[place] for place in bad], attempt)
-        drawn.images[bad], drawn.health[bad] = again.images, again.health
-        redraws[bad] = attempt
-    return [
-        {
-            "index": recipes[place]["index"],
-            "reason": reason,
-            "redraws": int(redraws[place]),
-            "kept": not drawn.health[place],
-        }
-        for place, reason in enumerate(reasons)
-        if reason != HEALTH[0]
-    ]
+        yield from previous
+        previous = [item]
+    yield from previous

@@ -1,4 +1,4 @@
-"""InfoNCE: what it is smallest for, and what padding does to it."""
+"""InfoNCE: its minimum, repeated texts, and padding."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from sd_families import normal
 
 from mvc_jax.pretraining import info_nce
 
-info_nce = jax.jit(info_nce.info_nce)
+loss_and_accuracy = jax.jit(info_nce.info_nce)
 GROUPS = np.array([0, 1, 1, 2], np.int32)
 
 
 def _texts(groups):
-    return normal("contrastive texts", 3, 6)[groups]
+    return normal("info_nce texts", 3, 6)[groups]
 
 
 def test_without_repeats_it_is_clips_loss(torch):
@@ -21,7 +21,9 @@ def test_without_repeats_it_is_clips_loss(torch):
     from transformers.models.clip.modeling_clip import clip_loss
 
     images, texts = normal("contrastive images", 4, 6), normal("others", 4, 6)
-    value, _ = info_nce(images, texts, np.arange(4, dtype=np.int32), 1.5, np.ones(4))
+    value, _ = loss_and_accuracy(
+        images, texts, np.arange(4, dtype=np.int32), 1.5, np.ones(4)
+    )
     units = [
         torch.nn.functional.normalize(torch.from_numpy(x)) for x in (images, texts)
     ]
@@ -31,11 +33,11 @@ def test_without_repeats_it_is_clips_loss(torch):
 
 def test_images_at_their_texts_are_right_repeated_or_not():
     texts = _texts(GROUPS)
-    value, right = info_nce(texts, texts, GROUPS, np.log(100.0), np.ones(4))
-    wrong, _ = info_nce(
+    value, accuracy = loss_and_accuracy(texts, texts, GROUPS, np.log(100.0), np.ones(4))
+    wrong, _ = loss_and_accuracy(
         texts, texts[[1, 2, 3, 0]], GROUPS[[1, 2, 3, 0]], 4.6, np.ones(4)
     )
-    assert right == 1
+    assert accuracy == 1
     # Two of the four have two right texts each, between which one bit is left open.
     np.testing.assert_allclose(value, np.log(2) / 2, atol=1e-3)
     assert wrong > 3
@@ -43,7 +45,7 @@ def test_images_at_their_texts_are_right_repeated_or_not():
 
 @pytest.mark.parametrize(("group", "fill"), [(0, 1), (1, 0), (7, 1)])
 def test_padding_changes_nothing(group, fill):
-    """Zeros too, whose length is zero; gradients as well."""
+    """Also zero embeddings, whose length is zero, and also gradients."""
     images, texts = normal("contrastive images", 4, 6), _texts(GROUPS)
 
     def pad(array, value, dtype=np.float32):

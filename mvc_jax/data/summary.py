@@ -1,4 +1,4 @@
-"""What a dataset holds, for the person who brought it: a table and a contact sheet."""
+"""A summary of the dataset for its owner: a table, a contact sheet and warnings."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,18 +11,22 @@ from PIL import Image
 from mvc_jax import files, pictures
 from mvc_jax.data import splits
 
-_MOST_CLASSES = 20  # on the sheet, and in the table; of more, the first are shown
-_COLUMNS = 8  # images of a class on the sheet
-_EXAMPLES = 3  # captions of a class
-_MOST_LINES = 20  # of bad images and of copies
+_MAX_CLASSES = 20  # on the sheet and in the table; the first of them are shown
+_COLUMNS = 8  # images per class on the sheet
+_EXAMPLES = 3  # captions per class
+_MAX_LINES = 20  # of bad images, and of duplicates
 _TILE = 96
 _SHEET_BYTES = 2_000_000
 
 
 def write_contact_sheet(folder: epath.Path) -> None:
-    """Writes `contact_sheet.png`: the first training images of each class, as read."""
+    """Writes `contact_sheet.png`: the first training images of each class, resized.
+
+    Args:
+      folder: of the stage `caption`, with all files of `splits.FILES`.
+    """
     train = splits.read_split(folder, "train")
-    names = train.class_names[:_MOST_CLASSES]
+    names = train.class_names[:_MAX_CLASSES]
     members = [np.flatnonzero(train.labels == label) for label in range(len(names))]
     columns = min(max(map(len, members)), _COLUMNS)
     rows: list[pictures.Row] = []
@@ -31,16 +35,19 @@ def write_contact_sheet(folder: epath.Path) -> None:
         images += [None] * (columns - len(images))
         cells = [pictures.Cell(heading="", image=image) for image in images]
         rows.append(pictures.Row(name=f"{_short(name)} ({len(mine)})", cells=cells))
-    content = pictures.grid_png(rows, _TILE, most_bytes=_SHEET_BYTES)
+    content = pictures.grid_png(rows, _TILE, max_bytes=_SHEET_BYTES)
     files.write_bytes(folder / "contact_sheet.png", content)
 
 
 def table(folder: epath.Path, counts: dict[str, int]) -> str:
-    """Classes, counts, sizes, bad images and three captions each, as lines.
+    """Lists classes, counts, image sizes, example captions and bad images.
 
     Args:
-      folder: of the stage `caption`, finished.
-      counts: of its manifest.
+      folder: of the stage `caption`, which is complete.
+      counts: from its manifest.
+
+    Returns:
+      lines for a terminal.
     """
     dataset = files.read_json(folder / "dataset.json")
     rows = files.read_jsonl(folder / "images.jsonl")
@@ -55,10 +62,10 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     lines += [f"{count} images: {note}" for note, count in sorted(notes.items())]
     lines += dataset["remarks"]
     lines += _bad(folder)
-    lines += _copies(folder, dataset["duplicates"])
-    machine = captions[0]["captioner"] if captions else "nobody"
+    lines += _duplicates(folder, dataset["duplicates"])
+    captioner = captions[0]["captioner"] if captions else "nobody"
     lines.append(
-        f"{len(captions)} captions by {machine}: {counts['cleaned']} cleaned, "
+        f"{len(captions)} captions by {captioner}: {counts['cleaned']} cleaned, "
         f"{counts['empty']} empty (the class prompt alone)"
     )
     lines.append(f"contact sheet: {folder / 'contact_sheet.png'}")
@@ -66,7 +73,7 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
 
 
 def warn_of_classes(names: Sequence[str], labels: np.ndarray) -> None:
-    """Of classes that cannot be told apart, or paired, by what is there.
+    """Warns if there is one class only, or classes of one training image.
 
     Args:
       names: of the classes.
@@ -74,53 +81,58 @@ def warn_of_classes(names: Sequence[str], labels: np.ndarray) -> None:
     """
     if len(names) == 1:
         logging.warning(
-            "one class only, %r; if its folder holds the classes, or train and test, "
-            "name that folder",
+            "one class only, %r; if its folder contains the classes, or train and "
+            "test, pass that folder",
             names[0],
         )
     counts = np.bincount(labels, minlength=len(names))
-    lone = [name for name, n in zip(names, counts, strict=True) if n == 1]
-    if lone:
+    single = [name for name, n in zip(names, counts, strict=True) if n == 1]
+    if single:
         logging.warning(
-            "one training image, which can only pair with itself, in: %s",
-            ", ".join(lone),
+            "one training image, which can only be paired with itself, in: %s",
+            ", ".join(single),
         )
 
 
 def warn_of_same_captions(texts: Sequence[str], train: splits.Split) -> None:
-    """Mixing takes from another caption of the class: there must be another."""
+    """Warns of classes whose captions are all the same, which mixing cannot change.
+
+    Args:
+      texts: captions of the training images.
+      train: the training images.
+    """
     texts_of: dict[int, list[str]] = {}
     for text, label in zip(texts, train.labels.tolist(), strict=True):
         texts_of.setdefault(label, []).append(text)
-    same = [said for said in texts_of.values() if len(said) > 1 == len(set(said))]
+    same = [group for group in texts_of.values() if len(group) > 1 == len(set(group))]
     if same:
         logging.warning(
-            "all captions are the same within %d of %d classes: mixing them changes "
-            "nothing there; --config.caption.captioner=blip2 describes each image",
+            "all captions are the same within %d of %d classes, where mixing them has "
+            "no effect; --config.caption.captioner=blip2 describes each image",
             len(same),
             len(train.class_names),
         )
 
 
 def _classes(names: list[str], rows: list[dict], captions: dict) -> list[str]:
-    width = max(len(_short(name)) for name in names[:_MOST_CLASSES])
+    width = max(len(_short(name)) for name in names[:_MAX_CLASSES])
     parts = [part for part in splits.SPLITS if any(r["split"] == part for r in rows)]
     heading = "".join(f"{part:>8}" for part in parts)
-    lines = [f"{'class':{width}}{heading}  size at the source"]
-    for label, name in enumerate(names[:_MOST_CLASSES]):
+    lines = [f"{'class':{width}}{heading}  original size"]
+    for label, name in enumerate(names[:_MAX_CLASSES]):
         mine = [row for row in rows if row["label"] == label]
         counts = Counter(row["split"] for row in mine)
         line = "".join(f"{counts[part]:>8}" for part in parts)
         lines.append(f"{_short(name):{width}}{line}  {_size_range(mine)}")
-        said = [captions[row["id"]] for row in mine if row["id"] in captions]
-        lines += [f"    {_short(text, 72) or '(empty)'}" for text in said[:_EXAMPLES]]
-    if len(names) > _MOST_CLASSES:
-        lines.append(f"... and {len(names) - _MOST_CLASSES} more classes")
+        texts = [captions[row["id"]] for row in mine if row["id"] in captions]
+        lines += [f"    {_short(text, 72) or '(empty)'}" for text in texts[:_EXAMPLES]]
+    if len(names) > _MAX_CLASSES:
+        lines.append(f"... and {len(names) - _MAX_CLASSES} more classes")
     return lines
 
 
 def _size_range(rows: list[dict]) -> str:
-    """`"640x480"`, or `"64x48 to 640x480"` from the fewest pixels to the most."""
+    """`"640x480"`, or `"64x48 to 640x480"` from the smallest area to the largest."""
     sizes = sorted(
         {(row["width"] * row["height"], row["width"], row["height"]) for row in rows}
     )
@@ -131,25 +143,25 @@ def _size_range(rows: list[dict]) -> str:
 def _bad(folder: epath.Path) -> list[str]:
     bad = files.read_jsonl(folder / "bad_images.jsonl")
     lines = [f"{len(bad)} bad images" + (", left out:" if bad else "")]
-    lines += [f"    {row['image']}: {row['reason']}" for row in bad[:_MOST_LINES]]
+    lines += [f"    {row['image']}: {row['reason']}" for row in bad[:_MAX_LINES]]
     return lines + _more(len(bad), folder / "bad_images.jsonl")
 
 
-def _copies(folder: epath.Path, policy: str) -> list[str]:
+def _duplicates(folder: epath.Path, policy: str) -> list[str]:
     rows = files.read_jsonl(folder / "duplicates.jsonl")
     done = "removed" if policy == "remove" else "kept"
     lines = [
-        f"{len(rows)} training images are in test as well"
+        f"{len(rows)} training images are also in test"
         + (f", {done} (config.data.duplicates={policy}):" if rows else "")
     ]
-    lines += [f"    {row['train']} = {row['test']}" for row in rows[:_MOST_LINES]]
+    lines += [f"    {row['train']} = {row['test']}" for row in rows[:_MAX_LINES]]
     return lines + _more(len(rows), folder / "duplicates.jsonl")
 
 
 def _more(count: int, path: epath.Path) -> list[str]:
-    rest = count - _MOST_LINES
+    rest = count - _MAX_LINES
     return [f"    ... and {rest} more in {path}"] if rest > 0 else []
 
 
-def _short(text: str, most: int = 32) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _short(text: str, length: int = 32) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

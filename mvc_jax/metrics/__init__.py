@@ -1,0 +1,1 @@
+"""How good classifiers and images are: functions of arrays."""
