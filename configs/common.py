@@ -312,7 +312,7 @@ def _finetune() -> ConfigDict:
     config.samples = 8  # pairs per grid
     config.checkpoint_every = 500  # steps
     config.checkpoint_minutes = 20.0  # or after this time; 0: by steps only
-    config.keep = 2  # the newest, besides the one with the lowest loss
+    config.keep = 2  # of the newest
     return config
 
 

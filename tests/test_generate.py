@@ -19,12 +19,12 @@ from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
+from mvc_jax.diffusion import samplers
 from mvc_jax.errors import UserError
 from mvc_jax.generation import image_sampler, image_status, preview, synthetic
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.mixing import operations
-from mvc_jax.models import solvers
 from mvc_jax.screening import distances
 from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
@@ -149,7 +149,7 @@ def compiled_once():
 
 
 def test_the_choices_of_the_stage_are_those_of_the_rooms():
-    assert set(generate.SAMPLERS) == set(solvers.SOLVERS)
+    assert tuple(samplers.SAMPLERS) == generate.SAMPLERS
     texts = {conditioning.text for conditioning in CONDITIONINGS.values()}
     assert texts == set(TEXT_STATES)
     assert set(preview.TITLES) == set(CONDITIONINGS)
