@@ -1,4 +1,4 @@
-"""Folders of base models, and what their tests do to them."""
+"""Folders of base models, and changes of them for tests."""
 
 import fnmatch
 import json
@@ -40,8 +40,8 @@ def matching(names, patterns):
     return {n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)}
 
 
-def refusal(folder, **options):
-    """What `load` and the check say, which must be the same."""
+def error_of(folder, **options):
+    """The error of `load` and of the check, which must be equal."""
     with pytest.raises(UserError) as early:
         diffusers_layout.check_base(folder, **options)
     options = {k: v for k, v in options.items() if k in ("variant", "revision")}
@@ -52,7 +52,7 @@ def refusal(folder, **options):
     return early.value
 
 
-def said(error):
+def full_text(error):
     return "\n".join([str(error), *error.details])
 
 

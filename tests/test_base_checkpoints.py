@@ -1,4 +1,4 @@
-"""Base models: every family as PyTorch writes it; whatever else is refused by name."""
+"""Base models: every family as PyTorch writes it; errors for everything else."""
 
 import inspect
 import json
@@ -22,10 +22,10 @@ from base_folders import (
     cast,
     config_of,
     edit,
+    error_of,
     find_base,
+    full_text,
     matching,
-    refusal,
-    said,
     to_variant,
 )
 from jax.extend.core import jaxprs_in_params
@@ -171,9 +171,11 @@ def test_a_pickle_is_refused_with_a_command_that_works(
     pipelines, tmp_path, monkeypatch
 ):
     pipelines["1.x"].save_pretrained(tmp_path / "old", safe_serialization=False)
-    error = refusal(tmp_path / "old")
-    assert "there is diffusion_pytorch_model.bin" in said(error)
-    assert "text_encoder/model.safetensors (there is pytorch_model.bin)" in said(error)
+    error = error_of(tmp_path / "old")
+    assert "there is diffusion_pytorch_model.bin" in full_text(error)
+    assert "text_encoder/model.safetensors (there is pytorch_model.bin)" in full_text(
+        error
+    )
     assert "Pickles are never opened" in str(error)
     command = str(error).split("python -c ")[1].split('"')[1]
     monkeypatch.chdir(tmp_path)
@@ -261,7 +263,7 @@ def half_readers(jaxpr, dtype):
             yield equation.primitive.name
 
 
-def test_precisions_that_differ_between_components_are_told(saved, caplog):
+def test_precisions_that_differ_between_components_are_logged(saved, caplog):
     cast(saved / UNET, np.float16)
     with caplog.at_level("INFO"):
         diffusers_layout.load(saved)
@@ -274,18 +276,18 @@ def test_mixed_precision_within_a_component_is_refused(saved, dtype):
     tensors = safetensors.numpy.load_file(saved / UNET)
     tensors["conv_in.bias"] = tensors["conv_in.bias"].astype(dtype)
     safetensors.numpy.save_file(tensors, saved / UNET)
-    assert "conv_in.bias is" in said(refusal(saved))
+    assert "conv_in.bias is" in full_text(error_of(saved))
 
 
 # Folders of another kind.
 
 
 def _without(*names):
-    def spoil(folder):
+    def damage(folder):
         for name in names:
             (folder / name).unlink()
 
-    return spoil
+    return damage
 
 
 def _option(part, **fields):
@@ -298,26 +300,26 @@ def _pipeline(name):
 
 
 def _alone(**config):
-    def spoil(folder):
+    def damage(folder):
         shutil.rmtree(folder)
         files.write_json(folder / "config.json", config)
 
-    return spoil
+    return damage
 
 
 def _only(name):
-    def spoil(folder):
+    def damage(folder):
         shutil.rmtree(folder)
         files.write_bytes(folder / name, b"")
 
-    return spoil
+    return damage
 
 
 def _write(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
-SPOILT = {
+DAMAGED_FOLDERS = {
     "xl": (_pipeline("StableDiffusionXLPipeline"), "got StableDiffusionXLPipeline"),
     "3": (_pipeline("StableDiffusion3Pipeline"), "got StableDiffusion3Pipeline"),
     "flux": (_pipeline("FluxPipeline"), "got FluxPipeline"),
@@ -344,7 +346,7 @@ SPOILT = {
             if folder.mkdir is None
             else _nest(folder)
         ),
-        "around inner. Name .*/inner",
+        "around inner. Use .*/inner",
     ),
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "an empty one"),
     "gone": (shutil.rmtree, "no such folder"),
@@ -352,7 +354,7 @@ SPOILT = {
     "index": (_write("model_index.json", "[]"), "model_index.json.*not an object"),
     "config": (_write("unet/config.json", "nonsense"), "unet/config.json.*bad JSON"),
     "tokenizer": (_write("tokenizer/vocab.json", "{"), "tokenizer: wanted .* damaged"),
-    "half": (_without(VAE, TEXT), "2 missing.*Download the checkpoint again"),
+    "half": (_without(VAE, TEXT), "2 missing.*Download the whole checkpoint again"),
     "small files": (
         _without("tokenizer/merges.txt", "scheduler/scheduler_config.json"),
         "2 missing: scheduler/scheduler_config.json; tokenizer/merges.txt",
@@ -424,12 +426,12 @@ def _nest(folder):
     shutil.move(folder.parent / "copy", folder / "inner")
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_another_kind_of_folder_is_refused_by_its_name(saved, case):
+@pytest.mark.parametrize("case", DAMAGED_FOLDERS)
+def test_another_kind_of_folder_is_an_error_that_names_it(saved, case):
     diffusers_layout.check_base(saved)
-    spoil, message = SPOILT[case]
-    spoil(saved)
-    error = refusal(saved)
+    damage, message = DAMAGED_FOLDERS[case]
+    damage(saved)
+    error = error_of(saved)
     assert str(saved) in error.name
     assert re.search(message, str(error)), str(error)
 
@@ -442,7 +444,7 @@ def test_options_that_flax_would_ignore_are_refused_with_their_value(
 ):
     value = OPTIONS[part][option]
     _option(part, **{option: value})(saved)
-    error = refusal(saved)
+    error = error_of(saved)
     assert error.name.startswith(f"{saved}/{part}/")
     assert option in str(error)
     if isinstance(value, list):  # an item, or the number of them
@@ -477,32 +479,32 @@ def test_numbers_that_would_fail_late_or_train_wrong_are_refused(
     saved, part, option, value, words
 ):
     _option(part, **{option: value})(saved)
-    message = str(refusal(saved))
+    message = str(error_of(saved))
     assert option in message and words in message
 
 
-def test_noise_and_heads_in_their_other_forms_are_welcome(saved):
+def test_other_forms_of_noise_and_heads_are_accepted(saved):
     _option("scheduler", trained_betas=[0.01] * 1000, beta_start=None)(saved)
     _option("unet", attention_head_dim=[2], transformer_layers_per_block=[1])(saved)
     model, _ = diffusers_layout.load(saved)
     np.testing.assert_allclose(model.alphas_cumprod[:2], [0.99, 0.99**2], rtol=1e-6)
 
 
-def test_options_that_change_nothing_are_welcome(saved):
+def test_options_without_effect_are_accepted(saved):
     _option("unet", act_fn="swish", upcast_attention=True, norm_eps=1e-05)(saved)
     _option("unet", only_cross_attention=[False], unheard_of="x")(saved)
     _option("vae", force_upcast=False, shift_factor=None)(saved)
     diffusers_layout.check_base(saved)
 
 
-def test_numbers_that_make_no_network_are_a_sentence(saved):
+def test_numbers_that_form_no_network_are_a_readable_error(saved):
     _option("unet", block_out_channels=[33])(saved)
     with pytest.raises(UserError, match=r"unet/config.json: .* cannot be built"):
         diffusers_layout.load(saved)
 
 
 def test_configs_of_early_releases_leave_out_defaults(saved):
-    """Stable Diffusion 1.4's autoencoder says nothing of its scaling factor."""
+    """Stable Diffusion 1.4's autoencoder has no scaling factor in its config."""
     path = saved / "vae" / "config.json"
     config = json.loads(path.read_text())
     del config["scaling_factor"], config["latent_channels"]
@@ -511,20 +513,20 @@ def test_configs_of_early_releases_leave_out_defaults(saved):
 
 
 @pytest.mark.parametrize("name", ["sd.safetensors", "sd.ckpt", "folder/sd.ckpt"])
-def test_a_single_file_is_refused_with_the_way_to_convert_it(
+def test_a_single_file_is_an_error_that_says_how_to_convert_it(
     tmp_path, name, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert "which does not exist" in str(refusal(name))
+    assert "which does not exist" in str(error_of(name))
     files.write_bytes(name, b"")
-    error = refusal(name)
+    error = error_of(name)
     assert f"from_single_file('{name}')" in str(error)
     assert error.name == f"config.base.path '{name}'"
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/model", "foo://bucket/model"])
 def test_a_path_that_nothing_opens_is_refused(path):
-    assert refusal(path).name == f"config.base.path '{path}'"
+    assert error_of(path).name == f"config.base.path '{path}'"
 
 
 # Variants.
@@ -541,12 +543,12 @@ def test_a_variant_is_read_and_no_other(saved, tiny):
         np.testing.assert_array_equal(read["unet"]["conv_in"]["bias"], wanted)
 
 
-def test_the_variant_that_is_there_is_named(saved):
-    assert "Set --config.base.variant='', which is there" in str(
-        refusal(saved, variant="fp16")
+def test_the_variant_that_is_present_is_suggested(saved):
+    assert "Set --config.base.variant='', which is present" in str(
+        error_of(saved, variant="fp16")
     )
     to_variant(saved)
-    assert "Set --config.base.variant=fp16, which is there" in str(refusal(saved))
+    assert "Set --config.base.variant=fp16, which is present" in str(error_of(saved))
 
 
 @pytest.mark.parametrize(
@@ -577,12 +579,12 @@ def test_both_spellings_of_the_shards_of_a_variant(saved, tiny, shard, index):
     assert matching(here, pipeline_folder.download_patterns("fp16")) == here
     (saved / "unet" / shard.format("diffusion_pytorch_model", 2)).unlink()
     assert shard.format("diffusion_pytorch_model", 2) in str(
-        refusal(saved, variant="fp16")
+        error_of(saved, variant="fp16")
     )
 
 
 @pytest.mark.parametrize("variant", ["a/b", "fp 16", "."])
-def test_a_variant_is_a_word(saved, variant):
+def test_a_variant_is_one_word(saved, variant):
     with pytest.raises(UserError, match="config.base.variant"):
         diffusers_layout.check_base(saved, variant)
 
@@ -591,7 +593,7 @@ def test_a_variant_is_a_word(saved, variant):
 
 
 def test_a_revision_is_of_a_hub_name(saved):
-    assert refusal(saved, revision="v1").name == "config.base.revision"
+    assert error_of(saved, revision="v1").name == "config.base.revision"
 
 
 def test_the_check_of_the_stage_covers_the_base(saved):
@@ -615,7 +617,7 @@ def test_sizes_that_cannot_be_halved_are_refused_before_any_work(saved, size):
 
 
 def test_the_unet_takes_the_sizes_that_pass_and_no_others(tiny):
-    """A UNet of two levels, on latents; its shapes alone are computed."""
+    """A UNet of two levels, on latents; only shapes are computed."""
     model, _ = tiny
     unet = model.configs["unet"] | {
         "block_out_channels": [32, 32],
@@ -647,7 +649,7 @@ def test_the_unet_takes_the_sizes_that_pass_and_no_others(tiny):
             jax.eval_shape(wide.denoise, params, latents, steps, states)
 
 
-def test_a_base_that_was_fine_tuned_by_us_needs_a_word(tiny, tmp_path):
+def test_a_model_that_this_program_fine_tuned_needs_an_explicit_setting(tiny, tmp_path):
     made_by = {"stage": "finetune", "base": "sd", "data": "folder:/parts"}
     written = diffusers_layout.save(tmp_path, *tiny, made_by=made_by)
     assert "mvc_jax.json" in written

@@ -1,4 +1,4 @@
-"""BLIP-2 in its child process: the same captions always, an end in every case."""
+"""BLIP-2 in its child process: deterministic captions, no process left behind."""
 
 import importlib.util
 import json
@@ -283,7 +283,7 @@ def test_a_pickle_beside_the_weights_is_not_opened(
     assert here(folder, [1]) == here(checkpoints["opt"], [1])
 
 
-def test_weights_left_to_chance_are_refused(checkpoints, here, tmp_path):
+def test_missing_weights_are_an_error(checkpoints, here, tmp_path):
     folder = pathlib.Path(shutil.copytree(checkpoints["opt"], tmp_path / "copy"))
     tensors = load_file(folder / "model.safetensors")
     kept = {k: v for k, v in tensors.items() if not k.startswith("language_model")}
@@ -315,11 +315,11 @@ def shell(tmp_path, monkeypatch):
 
 
 def _without(*names):
-    def spoil(folder):
+    def damage(folder):
         for name in names:
             (folder / name).unlink()
 
-    return spoil
+    return damage
 
 
 def _only_a_pickle(folder):
@@ -331,7 +331,7 @@ def _config(text):
     return lambda folder: (folder / "config.json").write_text(text)
 
 
-SPOILT = {
+DAMAGED_FOLDERS = {
     "no folder": (shutil.rmtree, "no such folder"),
     "no config": (_without("config.json"), "config.json, got none"),
     "bad config": (_config("[]"), "bad JSON .*not an object"),
@@ -350,11 +350,11 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_a_spoilt_folder_is_refused_before_a_child_starts(shell, case, monkeypatch):
-    spoil, message = SPOILT[case]
+@pytest.mark.parametrize("case", DAMAGED_FOLDERS)
+def test_a_damaged_folder_is_refused_before_a_child_starts(shell, case, monkeypatch):
+    damage, message = DAMAGED_FOLDERS[case]
     blip2_captioner.check_model(str(shell))
-    spoil(shell)
+    damage(shell)
     monkeypatch.setattr(blip2, "_PROGRAM", ("no", "such", "program"))
     for refuse in (
         lambda: blip2_captioner.check_model(str(shell)),
@@ -389,7 +389,7 @@ def test_a_hub_that_cannot_be_reached(shell, monkeypatch, tmp_path):
     assert e.value.name == "config.caption.model 'nobody/nothing'"
 
 
-def test_what_is_asked_of_the_hub(shell, monkeypatch):
+def test_only_required_files_are_downloaded(shell, monkeypatch):
     asked = []
 
     def download(name, allow_patterns):
@@ -405,7 +405,7 @@ def test_what_is_asked_of_the_hub(shell, monkeypatch):
     assert not any("bin" in pattern or pattern == "*" for pattern in asked[1:])
 
 
-# The child, with a body that needs no PyTorch.
+# The child process, with a body that needs no PyTorch.
 
 CHILD = """
 import os, signal, sys, time
@@ -420,7 +420,7 @@ sys.exit(blip2.main())
 
 @pytest.fixture
 def child(shell, monkeypatch):
-    """Captions from a child whose `answer` is the body given; and its processes."""
+    """Captions from a child whose `answer` has the given body; and its processes."""
     started = []
 
     class Popen(subprocess.Popen):
@@ -480,13 +480,13 @@ def test_a_child_that_does_not_read_its_request(child, monkeypatch):
         ),
     ],
 )
-def test_how_a_child_fails(child, body, message):
+def test_failures_of_a_child_are_reported(child, body, message):
     with pytest.raises(UserError, match=message):
         list(child(body))
     assert child.started[0].poll() is not None
 
 
-def test_a_crash_of_the_real_child_is_told(shell, tmp_path):
+def test_a_crash_of_the_real_child_is_reported(shell, tmp_path):
     with pytest.raises(UserError, match="FileNotFoundError: .*no.npy"):
         list(
             blip2_captioner.captions(

@@ -369,3 +369,17 @@ def test_a_checksum_needs_memory_for_one_array_at_most():
     memory = _sum.lower(array).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 1.1 * 512 * 512 * 4
     assert memory.output_size_in_bytes == 4
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "bool", "int8", "int32", "uint32", "float16"]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 4, 7)])
+def test_sums_on_the_host_are_those_of_the_devices(dtype, shape, monkeypatch):
+    from mvc_jax.training import checksums as module
+
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    drawn = np.random.default_rng(0).normal(size=shape)
+    array = jnp.asarray(drawn * 100).astype(dtype)
+    assert module._is_on_host(array)
+    assert checksums([array]) == [int(module._sum(array))]

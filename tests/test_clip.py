@@ -1,4 +1,4 @@
-"""CLIP beside PyTorch's, and what it refuses."""
+"""CLIP: parity with PyTorch, files, and errors."""
 
 import json
 
@@ -94,7 +94,7 @@ def test_a_whole_clip_embeds_images_and_texts_as_pytorch_does(folder, pictures, 
     np.testing.assert_allclose(shares, theirs, atol=1e-5, rtol=0)
 
 
-def test_the_image_tower_alone_as_diffusers_keeps_it(folder, pictures, torch, tmp_path):
+def test_an_image_tower_in_the_layout_of_diffusers(folder, pictures, torch, tmp_path):
     """Written by `save`, read by PyTorch and again by `load`: equal to the whole."""
     model, params = clip_checkpoint.load(folder, field=FIELD)
     assert clip_checkpoint.check(folder, field=FIELD).width == model.width == 12
@@ -160,9 +160,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_clip_is_refused_before_a_tensor_is_read(copy, case):
-    spoil, message = REFUSED[case]
-    spoil(copy)
+def test_another_model_is_an_error_before_a_tensor_is_read(copy, case):
+    damage, message = REFUSED[case]
+    damage(copy)
     with pytest.raises(UserError, match=f"(?s){message}"):
         clip_checkpoint.check(copy, field=FIELD)
 
@@ -181,7 +181,7 @@ def test_an_image_tower_has_no_texts(folder, tmp_path):
         clip_checkpoint.check(tmp_path / "image_encoder", field=FIELD, text=True)
 
 
-def test_of_a_hub_name_the_check_downloads_nothing(monkeypatch):
+def test_the_check_of_a_hub_name_downloads_nothing(monkeypatch):
     asked = []
     monkeypatch.setattr(
         clip_checkpoint.hub, "check_name", lambda name, **_: asked.append(name)

@@ -1,4 +1,4 @@
-"""An image tower and a ControlNet for a small base: trained, written, read back."""
+"""An image tower and a ControlNet for the small base: trained, written, read."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ TOWER = {"patch": 4, "width": 16, "layers": 1, "heads": 2}
 
 @pytest.fixture(scope="module")
 def pool():
-    """Dark and bright images of 8 px, whose prompts say which."""
+    """Dark and bright images of 8 px, with different prompts."""
     draw = np.random.default_rng(0)
     bright = np.arange(24) % 2
     images = draw.integers(0, 60, (24, 8, 8, 3)) + 180 * bright[:, None, None, None]
@@ -35,14 +35,14 @@ def pool():
 
 def _loop(folder, steps):
     return base.Loop(
-        mesh=sharding.make_mesh(),
+        mesh=sharding.make_mesh(devices=jax.devices()[:2]),
         steps=steps,
         checkpoints=Checkpoints(folder / "checkpoints", every=1000),
         logger=TrainLogger(folder, "pretrain/part", log_every=1000),
     )
 
 
-def test_an_image_tower_learns_which_text_is_whose(tiny, pool, tmp_path, torch):
+def test_an_image_tower_learns_the_texts_of_the_images(tiny, pool, tmp_path, torch):
     model, params = tiny
     options = {"seed": 0, "batch_size": 20, "learning_rate": 1e-2, **TOWER}
     loop = _loop(tmp_path / "run", 40)

@@ -1,4 +1,4 @@
-"""ControlNet beside PyTorch's, its start, and what it refuses."""
+"""ControlNet: parity with PyTorch, initialisation, and errors."""
 
 import dataclasses
 import functools
@@ -109,7 +109,7 @@ def _state_dict(params):
         return safetensors.torch.load_file(f"{local}/unet.safetensors")
 
 
-def test_at_the_start_it_changes_nothing(tiny):
+def test_an_untrained_controlnet_changes_nothing(tiny):
     model, params = tiny
     control = companions.new_controlnet(model)
     start = companions.initial_controlnet_params(

@@ -1,4 +1,4 @@
-"""The cache: each image and prompt once, cut anywhere, equal to encoding on the fly."""
+"""The cache: resumes anywhere, encodes each image and prompt once, equals the model."""
 
 import functools
 import hashlib
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from base_folders import to_variant
+from sd_parity import jit_fast
 
 from mvc_jax import encode, errors, files, finetune
 from mvc_jax.checkpoints import diffusers_layout
@@ -35,7 +36,7 @@ def base(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
-    """What `caption` leaves: 11 images of 8 px in two classes, 3 captions."""
+    """The files of `caption`: 11 images of 8 px in two classes, 3 captions."""
     workdir = tmp_path_factory.mktemp("captioned")
     folder = workdir / "caption"
     draw = np.random.default_rng(0)
@@ -240,7 +241,7 @@ def test_float16_halves_the_disk_and_rounds_once(whole, workdir, base):
 def test_a_cache_that_does_not_fit_is_refused_before_weights_are_read(
     workdir, base, monkeypatch
 ):
-    """Counted in bytes; what is there already needs no room."""
+    """Counted in bytes; shards that exist already need no space."""
     disk = types.SimpleNamespace(free=0)
     monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: disk)
     config = make_config(base, flip=True)
@@ -267,7 +268,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_weights_are_read(
     encode.run(config, workdir)
 
 
-def test_the_way_out_of_a_small_disk_may_be_taken(workdir, base, monkeypatch):
+def test_another_dtype_may_follow_a_full_disk(workdir, base, monkeypatch):
     disk = types.SimpleNamespace(free=0)
     monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: disk)
     with pytest.raises(UserError, match="dtype=float16"):
@@ -278,7 +279,7 @@ def test_the_way_out_of_a_small_disk_may_be_taken(workdir, base, monkeypatch):
     assert open_cache(workdir / "encode").moments.dtype == np.float16
 
 
-def test_a_base_that_is_refused_may_be_another_one(workdir, base, tmp_path):
+def test_another_base_may_follow_one_that_failed_its_check(workdir, base, tmp_path):
     half = shutil.copytree(base, tmp_path / "half")
     to_variant(half)
     with pytest.raises(UserError, match="variant"):
@@ -358,7 +359,7 @@ def test_a_step_on_the_cache_is_the_step_on_the_fly(whole, tiny, on_the_fly):
     fly |= weight | {"text_states": states[:-1], "null_states": states[-1]}
     # SGD: Adam's first steps are the gradients' signs, which no tolerance forgives.
     tx = optax.sgd(0.01)
-    step = jax.jit(
+    step = jit_fast(
         functools.partial(
             finetune.train_step,
             model=model,

@@ -366,7 +366,7 @@ def test_unusable_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
     counts = read_manifest(workdir, "generate")["counts"]
     assert counts == {"images": 14, "redrawn": 1, "left_out": 1}
     card = (folder / "README.md").read_text()
-    assert "Drawn anew with other noise: 1 (1 NaN). Left out: 1 (1 NaN)." in card
+    assert "Drawn again with other noise: 1 (1 NaN). Left out: 1 (1 NaN)." in card
     (folder / "data" / "train-00003.parquet").unlink()  # not that of image 6
     make(workdir, per_image=3, max_redraws=2)
     assert files.read_jsonl(folder / "redrawn.jsonl") == expected

@@ -1,4 +1,4 @@
-"""Base models on the Hugging Face hub: what is asked of it, and of its cache."""
+"""Base models on the Hugging Face hub: downloads, look-ups and the cache."""
 
 import shutil
 
@@ -32,7 +32,7 @@ from mvc_jax.checkpoints import (
 )
 from mvc_jax.errors import UserError
 
-# What the hub lists of stable-diffusion-v1-5.
+# The files of stable-diffusion-v1-5 on the hub.
 LISTING = [
     ".gitattributes",
     "README.md",
@@ -105,9 +105,7 @@ def cached(saved, tmp_path, monkeypatch):
         ("fp16", [x.replace(".", ".fp16.", 1) for x in (UNET, VAE, TEXT)]),
     ],
 )
-def test_of_the_hub_only_what_is_needed_is_asked_and_once(
-    saved, monkeypatch, variant, wanted
-):
+def test_only_required_files_are_downloaded_once(saved, monkeypatch, variant, wanted):
     if variant:
         to_variant(saved)
     asked = []
@@ -148,7 +146,7 @@ def test_a_half_snapshot_lists_what_is_missing(cached):
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "models/stable-diffusion"])
-def test_what_the_hub_does_not_give_is_a_sentence(cached, name):
+def test_a_failed_download_is_a_readable_error(cached, name):
     with pytest.raises(
         UserError, match="from the hub LocalEntryNotFoundError"
     ) as error:
@@ -158,7 +156,7 @@ def test_what_the_hub_does_not_give_is_a_sentence(cached, name):
         diffusers_layout.load(NAME, revision="another")
 
 
-def test_in_offline_mode_the_cache_is_looked_over_before_any_work(cached):
+def test_in_offline_mode_the_cache_is_checked_before_any_work(cached):
     encode.check(config_of(NAME))
     with pytest.raises(UserError, match="LocalEntryNotFoundError"):
         encode.check(config_of("nobody/nothing"))
@@ -171,7 +169,7 @@ def refusal(kind):
     return kind("404 Client Error. (Request ID: 1)", response=requests.Response())
 
 
-# How the settings of each stage name a model of the hub.
+# The check of each setting that may hold the name of a model on the hub.
 NAMED = {
     "captioner": blip2_captioner.check_model,
     "base": lambda name: encode.check(config_of(name)),
@@ -183,7 +181,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("stage", NAMED)
-def test_a_name_that_the_hub_has_not_is_refused_before_any_work(monkeypatch, stage):
+def test_a_name_missing_on_the_hub_is_an_error_before_any_work(monkeypatch, stage):
     def info(name, revision, timeout):
         raise refusal(errors.RepositoryNotFoundError)
 
@@ -194,7 +192,7 @@ def test_a_name_that_the_hub_has_not_is_refused_before_any_work(monkeypatch, sta
     assert "'nobody/nothing'" in error.value.name
 
 
-def test_a_revision_that_the_hub_has_not_is_refused_before_any_work(monkeypatch):
+def test_a_revision_missing_on_the_hub_is_an_error_before_any_work(monkeypatch):
     def info(name, revision, timeout):
         if revision:
             raise refusal(errors.RevisionNotFoundError)
@@ -206,7 +204,7 @@ def test_a_revision_that_the_hub_has_not_is_refused_before_any_work(monkeypatch)
         diffusers_layout.check_base(NAME, revision="another")
 
 
-def test_a_hub_that_does_not_answer_refuses_no_name(monkeypatch):
+def test_without_an_answer_of_the_hub_names_are_not_checked(monkeypatch):
     def info(name, revision, timeout):
         raise requests.exceptions.ConnectTimeout("no answer")
 
@@ -215,7 +213,7 @@ def test_a_hub_that_does_not_answer_refuses_no_name(monkeypatch):
     diffusers_layout.check_base(NAME)
 
 
-def test_in_offline_mode_no_name_is_asked_about(cached, monkeypatch):
+def test_in_offline_mode_no_name_is_looked_up(cached, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "model_info", None)  # a call would fail
     hub.check_name.cache_clear()
     hub.check_name(NAME, field="config.base.path")
@@ -231,7 +229,7 @@ def test_a_full_disk_is_not_a_missing_model(monkeypatch):
 
 
 def test_later_stages_read_the_commit_that_encode_recorded(cached, tmp_path, tiny):
-    """The hub's main moves on after `encode`; nothing of it is read."""
+    """The hub's default branch moves on after `encode`; it is not read."""
     workdir, record = tmp_path / "run", tmp_path / "run" / "encode" / "base.json"
     folder = find_base(config_of(NAME), workdir, record)
     assert str(folder) == str(cached)
@@ -252,7 +250,7 @@ def test_later_stages_read_the_commit_that_encode_recorded(cached, tmp_path, tin
     assert other.name == moved
 
 
-def test_a_hub_base_is_looked_over_once_it_is_here(cached, tmp_path):
+def test_a_downloaded_base_is_checked(cached, tmp_path):
     files.write_json(cached / "mvc_jax.json", {"stage": "finetune"})
     with pytest.raises(UserError, match="fine-tuned already"):
         find_base(config_of(NAME), tmp_path, tmp_path / "base.json")

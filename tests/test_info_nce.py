@@ -45,7 +45,7 @@ def test_images_at_their_texts_are_right_repeated_or_not():
 
 @pytest.mark.parametrize(("group", "fill"), [(0, 1), (1, 0), (7, 1)])
 def test_padding_changes_nothing(group, fill):
-    """Zeros too, whose length is zero; gradients as well."""
+    """Also zero embeddings, whose length is zero, and also gradients."""
     images, texts = normal("contrastive images", 4, 6), _texts(GROUPS)
 
     def pad(array, value, dtype=np.float32):

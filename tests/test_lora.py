@@ -1,4 +1,4 @@
-"""Adapters: made, applied, merged, written; `test_export` draws with the file."""
+"""Adapters: initialised, applied, merged, written."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from sd_parity import jit_fast
 
 from mvc_jax.checkpoints import lora_file
 from mvc_jax.errors import UserError
@@ -38,12 +39,12 @@ def one_block(tiny):
 @pytest.fixture(scope="module")
 def gradient(one_block):
     """Jitted `(adapters, unet, *inputs) -> energy, its gradient`."""
-    return jax.jit(jax.value_and_grad(lambda *args: energy(one_block[0], *args)))
+    return jit_fast(jax.value_and_grad(lambda *args: energy(one_block[0], *args)))
 
 
 @pytest.fixture(scope="module")
 def everywhere(one_block):
-    """Adapters of all kinds of layers, that do something."""
+    """Adapters of all kinds of layers, with nonzero B."""
     rng = np.random.default_rng(5)
     targets = (*lora.ATTENTION, "proj_in", "proj_out", "conv_shortcut", "net.0.proj")
     targets = (*targets, "time_emb_proj", "linear_1", "conv_out")
@@ -88,7 +89,9 @@ def test_a_target_may_name_the_layer_s_parents(one_block):
 
 
 @pytest.mark.parametrize("target", ["to_p", "o_q", ""])
-def test_a_target_that_names_nothing_is_told_with_what_there_is(one_block, target):
+def test_a_target_that_matches_nothing_is_an_error_that_lists_the_layers(
+    one_block, target
+):
     rng = np.random.default_rng(0)
     with pytest.raises(UserError) as error:
         new_adapters(one_block[1], rank=2, targets=("to_q", target), rng=rng)
@@ -97,7 +100,7 @@ def test_a_target_that_names_nothing_is_told_with_what_there_is(one_block, targe
         assert f" {name}," in str(error.value)
 
 
-def test_a_rank_below_one_is_told(one_block):
+def test_a_rank_below_one_is_an_error(one_block):
     with pytest.raises(UserError, match="wanted at least 1, got 0"):
         new_adapters(one_block[1], rank=0, rng=np.random.default_rng(0))
 
@@ -105,17 +108,17 @@ def test_a_rank_below_one_is_told(one_block):
 def test_new_adapters_change_nothing_and_every_b_learns(one_block, gradient):
     model, unet, adapters = one_block
     value, grads = gradient(adapters, unet, *inputs())
-    base = jax.jit(model.denoise)({"unet": unet}, *inputs())
+    base = jit_fast(model.denoise)({"unet": unet}, *inputs())
     np.testing.assert_allclose(value, (base**2).mean(), rtol=1e-6)
     for path, pair in grads.items():
         assert np.abs(pair["b"]).max() > 0, path
         assert not pair["a"].any(), path  # its gradient goes through B, which is zero
 
 
-def test_adapted_is_merged(one_block, everywhere):
+def test_adapters_and_merged_weights_give_the_same_output(one_block, everywhere):
     model, unet, _ = one_block
     adapters = everywhere
-    denoise = jax.jit(model.denoise)
+    denoise = jit_fast(model.denoise)
     merged = lora.merge(unet, adapters)
     with_adapters = denoise({"unet": unet, "lora": adapters}, *inputs())
     with_merged = denoise({"unet": merged}, *inputs())
@@ -133,7 +136,7 @@ def test_adapted_is_merged(one_block, everywhere):
     assert changed == {f"{path}/kernel" for path in adapters}
 
 
-def test_merging_on_the_device_is_merging_on_the_host(one_block):
+def test_merging_on_the_device_and_on_the_host_is_the_same(one_block):
     _, unet, adapters = one_block
     adapters = perturbed(adapters, np.random.default_rng(6))
     on_host = lora.merge(unet, adapters)
@@ -215,7 +218,7 @@ def test_activations_keep_their_dtype():
 
 
 def test_no_intermediate_has_the_size_of_an_adapted_weight(one_block):
-    """Those of to_k and to_v on the text are [16, 32], as no activation is."""
+    """Those of to_k and to_v on the text are [16, 32], unlike any activation."""
     model, unet, adapters = one_block
 
     def count(function):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from sd_parity import jit_fast
 
 from mvc_jax.checkpoints import diffusers_layout, weights
 from mvc_jax.errors import UserError
@@ -114,9 +115,9 @@ def test_the_widened_unet_equals_the_old_one_and_then_sees_the_source(tiny):
     noisy, source = jnp.asarray(rng.normal(size=(2, 2, 2, 2, 4)), jnp.float32)
     states = jnp.asarray(rng.normal(size=(2, 12, 16)), jnp.float32)
     steps = jnp.array([3, 700])
-    old = model.denoise(params, noisy, steps, states)
+    old = jit_fast(model.denoise)(params, noisy, steps, states)
     both = jnp.concatenate([noisy, source], axis=-1)
-    new = wide.denoise(widened, both, steps, jnp.asarray(states))
+    new = jit_fast(wide.denoise)(widened, both, steps, states)
     np.testing.assert_allclose(new, old, atol=1e-6)
     np.testing.assert_array_equal(
         widened["unet"]["conv_in"]["bias"], params["unet"]["conv_in"]["bias"]
@@ -128,7 +129,9 @@ def test_the_widened_unet_equals_the_old_one_and_then_sees_the_source(tiny):
         unet = {**widened["unet"], "conv_in": conv_in}
         return (wide.denoise({"unet": unet}, both, steps, states) ** 2).sum()
 
-    gradient = jax.grad(of_kernel)(jnp.asarray(widened["unet"]["conv_in"]["kernel"]))
+    gradient = jit_fast(jax.grad(of_kernel))(
+        jnp.asarray(widened["unet"]["conv_in"]["kernel"])
+    )
     assert np.abs(gradient[:, :, 4:]).min(axis=(0, 1, 3)).max() > 0
     assert wide.widened(widened) == (wide, widened)
 
@@ -137,7 +140,7 @@ def test_text_states_depend_on_earlier_tokens_only(tiny):
     model, params = tiny
     ids = model.tokenize(["a bold stroke, a photo", "a bold stroke, a digit"])
     differ = np.flatnonzero(ids[0] != ids[1])
-    states = model.text_states(params, jnp.asarray(ids))
+    states = jit_fast(model.text_states)(params, jnp.asarray(ids))
     first = int(differ[0])
     np.testing.assert_allclose(states[0, :first], states[1, :first], atol=1e-6)
     assert np.abs(states[0, first] - states[1, first]).max() > 1e-4

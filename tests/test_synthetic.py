@@ -320,6 +320,6 @@ def test_the_card_describes_the_set(tmp_path):
     assert front["size_categories"] == ["n<1K"]
     assert "| `naïve class` | 2 | 1 |" in text
     assert "| all | 7 | 3 |" in text
-    assert "Drawn anew with other noise: 2 (2 NaN)." in text
+    assert "Drawn again with other noise: 2 (2 NaN)." in text
     assert "Left out: 4 (1 black, 3 copies)." in text
     assert "``beans `and` peas``" in text

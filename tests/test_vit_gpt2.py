@@ -1,4 +1,4 @@
-"""ViT-GPT-2 in JAX: what PyTorch would write, without PyTorch, whatever the batch."""
+"""ViT-GPT-2 in JAX: the captions of PyTorch, without PyTorch, for any batch."""
 
 import copy
 import functools
@@ -78,7 +78,7 @@ def _train_tokenizer():
 
 
 def _random(shapes):
-    """Parameters that tell the images below apart; no bias is zero."""
+    """Parameters that give the images below different captions; no bias is zero."""
     rng = np.random.default_rng(2)
 
     def one(path, leaf):
@@ -90,7 +90,7 @@ def _random(shapes):
 
 @pytest.fixture
 def own(checkpoint, tmp_path):
-    """A copy of the checkpoint, to be spoilt."""
+    """A copy of the checkpoint, to be damaged."""
     return epath.Path(shutil.copytree(checkpoint, tmp_path / "own"))
 
 
@@ -180,14 +180,14 @@ def test_a_checkpoint_that_pytorch_saved(images, texts, twin, own):
     assert _captions(images, range(8), own) == texts
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8, 11])
+@pytest.mark.parametrize("batch_size", [1, 11])
 def test_a_caption_does_not_depend_on_its_batch(checkpoint, images, texts, batch_size):
     rows = [5, 0, 7, 2, 1]
     found = _captions(images, rows, checkpoint, batch_size=batch_size)
     assert found == {row: texts[row] for row in rows}
 
 
-def test_the_rows_may_be_of_a_memory_map(checkpoint, images, texts, tmp_path):
+def test_images_may_be_a_memory_map(checkpoint, images, texts, tmp_path):
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r", allow_pickle=False)
     assert _captions(mapped, [3], checkpoint) == {3: texts[3]}
@@ -212,7 +212,7 @@ def test_flax_weights_give_the_same(own, images, texts):
 
 
 def test_old_exports(own, images, texts):
-    """Stored masks, a stored copy of the embedding, no pooler; another processor."""
+    """Stored masks, a copy of the embedding, no pooler; another processor."""
     tensors = load_file(own / "model.safetensors")
     tensors["decoder.transformer.h.0.attn.bias"] = np.ones((1, 1, 16, 16), np.uint8)
     tensors["decoder.transformer.h.0.attn.masked_bias"] = np.float32([-1e4])
@@ -266,15 +266,15 @@ def test_pytorch_is_not_needed(checkpoint, images, texts, tmp_path):
     assert json.loads(result.stdout) == [[2, texts[2]], [1, texts[1]]]
 
 
-def test_the_way_out_of_a_pickle_on_the_hub(own, images, monkeypatch):
+def test_how_to_convert_a_pickle_on_the_hub(own, images, monkeypatch):
     _only_a_pickle(own)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: str(own))
-    way = r"hf download some/model --local-dir FOLDER, then .*save_pretrained\('FOLDER'"
-    with pytest.raises(UserError, match=way):
+    hint = r"hf download some/model --local-dir FOLDER.*save_pretrained\('FOLDER'"
+    with pytest.raises(UserError, match=hint):
         _captions(images, [0], "some/model")
 
 
-def test_what_check_model_takes(checkpoint):
+def test_check_model_accepts_folders_and_hub_names(checkpoint):
     vit_gpt2_captioner.check_model(str(checkpoint))
     vit_gpt2_captioner.check_model("ydshieh/vit-gpt2-coco-en")  # not looked up
 
@@ -288,18 +288,18 @@ def _only_a_pickle(folder):
 
 
 def _without(*names):
-    def spoil(folder):
+    def damage(folder):
         for name in names:
             (folder / name).unlink()
 
-    return spoil
+    return damage
 
 
 def _of_type(**fields):
     return lambda folder: _edit(folder / "config.json", **fields)
 
 
-SPOILT = {
+DAMAGED_FOLDERS = {
     "no folder": (shutil.rmtree, "no such folder"),
     "no config": (_without("config.json"), "config.json, got none"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), "bad JSON"),
@@ -323,10 +323,10 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_a_spoilt_folder_is_refused_before_anything_is_loaded(own, images, case):
-    spoil, message = SPOILT[case]
-    spoil(own)
+@pytest.mark.parametrize("case", DAMAGED_FOLDERS)
+def test_a_damaged_folder_is_refused_before_anything_is_loaded(own, images, case):
+    damage, message = DAMAGED_FOLDERS[case]
+    damage(own)
     with pytest.raises(UserError, match=message) as error:
         vit_gpt2_captioner.check_model(str(own))
     assert error.value.name == f"config.caption.model {str(own)!r}"
@@ -355,9 +355,7 @@ def test_images_must_have_the_size_of_the_encoder(own, images):
         ("max_new_tokens", 16, "at most 15, .* got 16"),
     ],
 )
-def test_settings_that_this_captioner_cannot_follow(
-    checkpoint, images, field, value, message
-):
+def test_unsupported_settings_are_errors(checkpoint, images, field, value, message):
     with pytest.raises(UserError, match=message) as error:
         _captions(images, [0], checkpoint, **{field: value})
     assert error.value.name == f"config.caption.{field}"

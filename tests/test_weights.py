@@ -1,4 +1,4 @@
-"""The safetensors format, in and out: whole, damaged, split, and within memory."""
+"""safetensors files: read and written, damaged, split, and within memory."""
 
 import json
 import pathlib
@@ -126,8 +126,7 @@ def test_the_stored_precision_is_kept_and_written_as_fp32(tmp_path, dtype):
     )
 
 
-def test_leaves_read_are_the_reader_s_own(file):
-    """They may be written to, and share no memory with each other."""
+def test_leaves_are_writable_and_share_no_memory(file):
     read = jax.tree.leaves(weights.read(file, shapes(tree())))
     for leaf in read:
         leaf += 1
@@ -311,8 +310,8 @@ DAMAGED = {
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_file_is_named_with_the_damage(file, case):
-    spoil, message = DAMAGED[case]
-    file.write_bytes(spoil(file.read_bytes()))
+    damage, message = DAMAGED[case]
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=message) as error:
         weights.check(file)
     assert error.value.name == str(file)
@@ -333,7 +332,7 @@ def scratch(tmp_path_factory):
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_no_damage_ends_in_anything_but_a_sentence(scratch, data):
+def test_every_damage_ends_in_a_readable_error(scratch, data):
     """Random bytes, headers, cuts and flips of a whole file."""
     path, whole = scratch
     kind = data.draw(st.sampled_from(["bytes", "json", "cut", "flip"]))
@@ -367,12 +366,12 @@ def test_what_the_library_refuses_is_refused(scratch):
     """Every cut, and a flip of every byte of the header."""
     path, whole = scratch
     end = 8 + int.from_bytes(whole[:8], "little")
-    spoilt = [whole[:n] for n in range(0, len(whole), 37)]
+    damaged = [whole[:n] for n in range(0, len(whole), 37)]
     for place in range(end):
         changed = bytearray(whole)
         changed[place] ^= 1
-        spoilt.append(bytes(changed))
-    for content in spoilt:
+        damaged.append(bytes(changed))
+    for content in damaged:
         try:
             safetensors.numpy.load(content)
         except Exception:
@@ -381,7 +380,7 @@ def test_what_the_library_refuses_is_refused(scratch):
                 weights.check(path)
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_named(file):
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(file):
     entries = tensor_file.entries(file)
     file.write_bytes(file.read_bytes()[:-600])
     with pytest.raises(UserError, match="changed while it was read"):

@@ -82,13 +82,13 @@ def _find(path: epath.PathLike, field: str) -> tuple[epath.Path, epath.Path]:
     name = str(path)
     field = f"{field} {name!r}"
     folder = hub.locate(name, _PATTERNS, field=field)
-    there = sorted(x.name for x in folder.glob("*")) if folder.is_dir() else []
-    found = next((file for file in _WEIGHTS if file in there), None)
-    if "config.json" not in there or found is None:
+    names = sorted(x.name for x in folder.glob("*")) if folder.is_dir() else []
+    found = next((file for file in _WEIGHTS if file in names), None)
+    if "config.json" not in names or found is None:
         raise UserError(
             field,
             wanted=f"a folder with a ControlNet: config.json and {_WEIGHTS[1]}",
-            got=", ".join(there[:8]) or f"nothing at {folder}",
+            got=", ".join(names[:8]) or f"nothing at {folder}",
             fix="Use lllyasviel/sd-controlnet-canny for Stable Diffusion 1.x, or the "
             "folder of such a checkpoint. Pickles (.bin, .pth) are never opened.",
         )

@@ -349,7 +349,7 @@ def _block_problems(component: str, config: Config) -> list[str]:
         )
         if unknown:
             names = ", ".join(map(str, unknown))
-            problems.append(f"{option} has {names}, not {' or '.join(known)} alone")
+            problems.append(f"{option} has {names}, not only {' or '.join(known)}")
         elif not _is_list(widths) or len(blocks) != len(widths):
             problems.append(
                 f"{option} has {len(blocks)} blocks, block_out_channels is {widths!r}"

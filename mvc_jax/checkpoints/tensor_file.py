@@ -40,7 +40,7 @@ _PREFIX = "Error while deserializing header: "  # of the library's messages
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What the header of the file `path` says of a tensor.
+    """A tensor in the header of the file `path`.
 
     `dtype` is the format's own name, as the keys of `DTYPES`, the only ones to be read.
     """

@@ -78,11 +78,11 @@ def tokenizer_corpus(
       template: of the prompts.
       class_type: in the prompts.
     """
-    bare = [
+    without_captions = [
         captions.fill(template, "", class_type=class_type, class_name=name).text
         for name in names
     ]
-    return [*texts, *bare]
+    return [*texts, *without_captions]
 
 
 def prompts(
