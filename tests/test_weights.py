@@ -311,7 +311,7 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_file_is_named_with_the_damage(file, case):
     damage, message = DAMAGED[case]
-    file.write_bytes(spoil(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=message) as error:
         weights.check(file)
     assert error.value.name == str(file)
