@@ -1,13 +1,14 @@
 """Package metadata. The settings of the tools are in pyproject.toml."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
 REQUIRED = [
     "absl-py",
     # diffusers 0.39 is the last release with Flax classes, transformers 4.57 the last
-    # line with Flax CLIP (and it wants huggingface_hub below 1).
+    # with Flax CLIP (it requires huggingface_hub below 1).
     "diffusers==0.39.0",
     "etils[epath]>=1.12",
     "flax>=0.12.8",
@@ -30,8 +31,9 @@ REQUIRED = [
     "safetensors>=0.8",  # reads bfloat16 without PyTorch
     "scikit-image",
     "scikit-learn",
+    "scipy",
     "tensorboardX",
-    "tensorflow-datasets",  # reads what is prepared; TensorFlow only prepares it
+    "tensorflow-datasets",  # TensorFlow is only needed to prepare a dataset
     "threadpoolctl",
     "tokenizers",
     "tqdm",
@@ -42,9 +44,9 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
-    # To prepare TFDS datasets; TFDS imports importlib_resources without asking for it.
+    # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
-    # Live tests beside PyTorch; peft is what diffusers loads adapters with.
+    # Tests that compare with PyTorch; diffusers loads adapters by peft.
     "torch": ["torch==2.13.0", "peft>=0.21"],
     "dev": [
         "pytest",
@@ -57,16 +59,21 @@ EXTRAS = {
     ],
 }
 
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "mvc_jax" / "__init__.py").read_text("utf-8")
+).group(1)
+
 setup(
     name="mvc_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Enlarge a small labelled image dataset by Mixing Visual Concepts.",
-    long_description=pathlib.Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # An installed copy holds the configs as a real package; in a checkout, where they
-    # lie beside the package, mvc_jax/configs.py leads to them.
+    # An installed copy contains the configs as a real package; in a checkout they are
+    # beside the package, and mvc_jax/configs.py makes them importable.
     packages=[*find_packages(include=["mvc_jax", "mvc_jax.*"]), "mvc_jax.configs"],
     package_dir={"mvc_jax.configs": "configs"},
     package_data={"mvc_jax": ["*.j2"], "mvc_jax.augment": ["*.csv"]},

@@ -1,10 +1,10 @@
-"""The digits demo on several splits: what one split can and cannot tell.
+"""The digits demo on several splits, to see how much the results vary.
 
     python benchmarks/digits_splits.py --seeds=3 --runs=runs/splits
 
-Each seed draws another base pool, train and test set, and trains its own base model,
-generator and classifiers. A split's number is its mean over classifier seeds; the
-interval is Student's t over splits. Finished runs are not run again.
+Each seed draws its own base pool, training set and test set, and trains its own base
+model, generator and classifiers. A split's number is the mean over classifier seeds;
+intervals are Student's t over splits. Finished runs are not run again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def table(metrics: list[dict]) -> str:
-    """A Markdown table: each run's accuracy by split, each question's difference."""
+    """Two Markdown tables: accuracies by run and split, differences by question."""
     count = len(metrics)
     lines = [
         "| test accuracy, % | " + " | ".join(f"split {i}" for i in range(count)) + " |",

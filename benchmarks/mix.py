@@ -1,13 +1,13 @@
-"""A million mixed embeddings, beside the NumPy loop that a user would write.
+"""Mixes a million embeddings, and compares with the NumPy loop that a user would write.
 
     python benchmarks/mix.py
 
-Text states [P, 77, 768] of P prompts; recipes as `mix` draws them, coarse and fine by
-turns. Ours: `operations.as_arrays` on the host, then `operations.mix`, vmapped and
-jitted with its gather from the table, a batch on its way while the next one is padded.
-The loop: image by image, E[pos] = F[pos], E[1:, dims] = F[1:, dims]. Both take turns
-with the same recipes; of the first turn every embedding is compared, bit by bit. Of
-each, only the last batch is kept: a million are 236 GB.
+Text states [P, 77, 768] of P prompts; recipes as `mix` draws them, coarse and fine in
+turn. Ours: `operations.as_arrays` on the host, then `operations.mix`, vmapped and
+jitted with its gather from the table; a batch is dispatched while the next is padded.
+The loop: image by image, E[pos] = F[pos], E[1:, dims] = F[1:, dims]. The two alternate
+on the same recipes. In the first turn every embedding is compared bit by bit. Only the
+last batch is kept: a million embeddings are 236 GB.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 from mvc_jax.mixing import operations, recipes
 
 SHAPE = {"length": 77, "width": 768}
-CLASSES, CAPTION, CLASS_PROMPT = 8, 9, 6  # tokens of the last two, as BLIP-2 says them
+CLASSES, CAPTION, CLASS_PROMPT = 8, 9, 6  # the last two in tokens, as of BLIP-2
 
 
 def main() -> None:
@@ -67,27 +67,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16, help="divides --turn")
-    parser.add_argument("--turn", type=int, default=8192, help="recipes of a turn")
+    parser.add_argument("--turn", type=int, default=8192, help="recipes per turn")
     return parser.parse_args()
 
 
 def prompts(count: int) -> tuple[list[dict], np.ndarray]:
-    """Rows as of `encode`, captions of a few lengths, and random text states."""
+    """Rows as of `encode`, with captions of several lengths, and random text states."""
     rng = np.random.default_rng(0)
     rows = []
     for i, words in enumerate(rng.integers(CAPTION - 4, CAPTION + 5, count).tolist()):
         label = i % CLASSES
-        row = {"id": f"{i}.png", "label": label, "class_name": f"class {label}"}
-        row |= {"caption_start": 1, "caption_tokens": words}
-        rows.append(row | {"tokens": words + CLASS_PROMPT + 2})
+        row = {
+            "id": f"{i}.png",
+            "label": label,
+            "class_name": f"class {label}",
+            "caption_start": 1,
+            "caption_tokens": words,
+            "tokens": words + CLASS_PROMPT + 2,
+        }
+        rows.append(row)
     shape = (count, SHAPE["length"], SHAPE["width"])
     return rows, rng.standard_normal(shape, np.float32)
 
 
 def mix_batch(table: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-    """Mixed states [B, L, D] of the prompts that a batch of recipes names.
+    """Mixed states [B, L, D] of a batch of recipes.
 
-    The whole table stands for the partners, so that none of them is copied.
+    The whole table is passed as the partners, so that none of them is copied.
     """
     rows = jax.vmap(lambda partners, donors: partners[donors])
     return jax.vmap(operations.mix, in_axes=(0, None, 0, 0, 0, 0))(
@@ -113,20 +119,20 @@ def on_device(
     row_of,
     widths: operations.Widths,
 ) -> Iterator[jax.Array]:
-    """Yields each batch, mixed, when the next one is on its way."""
-    waiting = None
+    """Yields each mixed batch after the next one was dispatched."""
+    previous = None
     for batch in batches:
-        coming = mixed(table, arrays_of(batch, row_of, widths))
-        if waiting is not None:
-            yield waiting
-        waiting = coming
-    yield waiting
+        current = mixed(table, arrays_of(batch, row_of, widths))
+        if previous is not None:
+            yield previous
+        previous = current
+    yield previous
 
 
 def loop(
     states: np.ndarray, made: list[dict], row_of: dict[str, int]
 ) -> Iterator[np.ndarray]:
-    """What a user would write; of one partner and the same dims for every token."""
+    """What a user would write, for one partner and the same dims for every token."""
     for recipe in made:
         mixed = states[row_of[recipe["source"]]].copy()
         partner = states[row_of[recipe["partners"][0]]]
@@ -147,18 +153,16 @@ def report(
         b / a for a, b in zip(seconds["ours"], seconds["loop"], strict=True)
     )
     gigabytes = SHAPE["length"] * SHAPE["width"] * 4 / 1e9
-    print(
-        f"{count} embeddings of 77 x 768 on {device}, {turn} a turn, equal bit by bit"
-    )
+    print(f"{count} embeddings of 77 x 768 on {device}, {turn} per turn, bit-identical")
     for name, value in total.items():
         rate = count / value
         print(f"{name}: {rate:,.0f} embeddings/s, {rate * gigabytes:.1f} GB/s written")
-    middle = ratios[len(ratios) // 2]
+    median = ratios[len(ratios) // 2]
     print(
-        f"ours / loop: {total['loop'] / total['ours']:.2f}x; turn by turn median "
-        f"{middle:.2f}x, from {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        f"ours / loop: {total['loop'] / total['ours']:.2f}x; by turn: median "
+        f"{median:.2f}x, from {ratios[0]:.2f} to {ratios[-1]:.2f}"
     )
-    print(f"compiled in {compiling:.2f} s; recipes drawn: {drawing_rate:,.0f} a second")
+    print(f"compiled in {compiling:.2f} s; recipes drawn: {drawing_rate:,.0f}/s")
 
 
 if __name__ == "__main__":

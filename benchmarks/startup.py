@@ -41,7 +41,7 @@ def main() -> None:
         for _ in range(arguments.starts):
             for name in CASES:
                 seconds[name].append(start(name, finished=arguments.workdir, new=new))
-    print(f"load of the machine: {os.getloadavg()[0]:.2f}\n")
+    print(f"machine load: {os.getloadavg()[0]:.2f}\n")
     print("| case | seconds, median | fastest | slowest |")
     print("|---|---:|---:|---:|")
     for name, taken in seconds.items():

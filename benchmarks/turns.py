@@ -1,8 +1,8 @@
-"""Two sides of a benchmark that take turns, each in a process of its own.
+"""Runs the sides of a benchmark alternately, each in its own process.
 
-A side is a function of the parsed arguments, of which `rounds` (turns), `steps` (in a
-turn) and `batch` count here. It compiles, takes one step, and returns `step(times)` and
-`peak()`, bytes.
+A side is a function of the parsed arguments. It compiles, takes one step and returns
+`step(times)` and `peak()`, in bytes. This module reads the arguments `rounds` (turns of
+each side), `steps` (steps of a turn) and `batch`.
 """
 
 import argparse
@@ -19,10 +19,15 @@ import numpy as np
 def in_turns(
     sides: Mapping[str, Callable], arguments: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, float]]:
-    """Seconds to the first step's end, a step in each turn; bytes at the peak."""
+    """Measures every side.
+
+    Returns:
+      by side: seconds until the first step ended, seconds per step of each turn, and
+      peak memory in bytes.
+    """
     with contextlib.ExitStack() as stack:
         turns = {
-            name: stack.enter_context(apart(side, arguments))
+            name: stack.enter_context(in_process(side, arguments))
             for name, side in sides.items()
         }
         compiling = {name: turn() for name, turn in turns.items()}
@@ -35,7 +40,7 @@ def in_turns(
 
 
 def accelerator() -> bool:
-    """Whether JAX has one, asked in a process of its own: this one keeps none."""
+    """Whether JAX has an accelerator; queried in another process, which releases it."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_backend) != "cpu"
@@ -48,8 +53,8 @@ def _backend() -> str:
 
 
 @contextlib.contextmanager
-def apart(side: Callable, arguments: argparse.Namespace) -> Iterator[Callable]:
-    """A function that lets `side`, in a fresh process, go on to its next number."""
+def in_process(side: Callable, arguments: argparse.Namespace) -> Iterator[Callable]:
+    """Starts `side` in a new process; yields a function that gets its next number."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, side, arguments))
@@ -57,7 +62,7 @@ def apart(side: Callable, arguments: argparse.Namespace) -> Iterator[Callable]:
     there.close()
 
     def turn() -> float:
-        here.send("go on")
+        here.send("next")
         return here.recv()
 
     try:
@@ -68,7 +73,7 @@ def apart(side: Callable, arguments: argparse.Namespace) -> Iterator[Callable]:
 
 
 def _serve(pipe, side: Callable, arguments: argparse.Namespace) -> None:
-    """Sends seconds to the first step's end, those of each turn, bytes at the peak."""
+    """Answers each message: seconds to the first step, of each turn; peak bytes."""
     with contextlib.suppress(EOFError):
         pipe.recv()
         start = time.perf_counter()
@@ -84,7 +89,7 @@ def _serve(pipe, side: Callable, arguments: argparse.Namespace) -> None:
 
 
 def peak() -> float:
-    """Bytes that JAX's device, or on a CPU the process, has held at the most."""
+    """Peak memory in bytes, of JAX's device or, on a CPU, of the process."""
     import jax
 
     if jax.default_backend() == "cpu":
@@ -93,7 +98,7 @@ def peak() -> float:
 
 
 def resident() -> float:
-    """Bytes of the process at its largest."""
+    """Peak resident memory of the process in bytes."""
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -103,13 +108,13 @@ def results(
     seconds: dict[str, list[float]],
     memory: dict[str, float],
 ) -> str:
-    """Markdown: settings, then one row a side; the ratio is that of the turns."""
+    """A Markdown table with a row per side; ratios are of turns taken together."""
     settings = ", ".join(f"{key} {value}" for key, value in vars(arguments).items())
     lines = [
         settings,
-        f"load of the machine: {os.getloadavg()[0]:.2f}\n",
-        "| | examples/s | seconds a step, median | fastest | to the end of the first "
-        "step, s | peak memory, GiB |",
+        f"machine load: {os.getloadavg()[0]:.2f}\n",
+        "| | examples/s | seconds per step, median | fastest | seconds until the first "
+        "step ended | peak memory, GiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in seconds.items():

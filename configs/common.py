@@ -91,6 +91,7 @@ _NAMES = {  # of arguments -> (placeholder, example)
     "model": ("NAME", "wrn50_2"),
     "preset": ("NAME", "fast"),
 }
+_OTHER = ("VALUE", "VALUE")  # for names of a user's own config
 _WITH_COMMAS = ("path", "class_type")  # whose values may contain commas
 
 
@@ -107,7 +108,7 @@ def parse_argument(
 
     Args:
       argument: what follows the colon of `--config=FILE:ARGUMENT`.
-      known: names that take a value, keys of `_NAMES`.
+      known: names that take a value.
       needed: those of them that are required.
       flags: names without a value; given flags have the value "".
 
@@ -140,12 +141,8 @@ def whole_number(
     """
     text = given.get(name, str(default))
     if not text.isdecimal() or int(text) < minimum:
-        raise UserError(
-            _ARGUMENT,
-            wanted=f"a whole number of at least {minimum} as {name}",
-            got=repr(f"{name}={text}"),
-            fix=_example(given, name),
-        )
+        wanted = f"a whole number of at least {minimum} as {name}"
+        raise _bad_value(given, name, wanted)
     return int(text)
 
 
@@ -158,12 +155,7 @@ def choice(
       UserError: it is something else.
     """
     if name in given and given[name] not in choices:
-        raise UserError(
-            _ARGUMENT,
-            wanted=f"{name}={' or '.join(choices)}",
-            got=repr(f"{name}={given[name]}"),
-            fix=_example(given, name),
-        )
+        raise _bad_value(given, name, f"{name}={' or '.join(choices)}")
     return given.get(name, default)
 
 
@@ -186,33 +178,43 @@ def _bad_part(
     flags: Sequence[str],
 ) -> UserError:
     """The error for a part of an argument, with an argument that works."""
-    optional = [
-        *flags,
-        *(f"{name}={_NAMES[name][0]}" for name in known if name not in needed),
-    ]
-    wanted = [f"{name}={_NAMES[name][0]}" for name in needed]
-    wanted += [f"optionally {', '.join(optional)}"] if optional else []
-    examples = {name: name for name in flags}
-    examples |= {name: f"{name}={_NAMES[name][1]}" for name in known}
-    close = difflib.get_close_matches(part, examples.values(), n=1, cutoff=0.5)
-    names = [name for name, example in examples.items() if example in close]
-    names = names or [name for name in [*needed, *flags, *known] if name not in given]
-    required = {name: _NAMES[name][1] for name in needed}
+    forms = {name: f"{name}={_NAMES.get(name, _OTHER)[0]}" for name in known}
+    wanted = [forms[name] for name in needed]
+    optional = [*flags, *(forms[name] for name in known if name not in needed)]
+    if optional:
+        wanted.append(f"optionally {', '.join(optional)}")
+    fix = "Leave out the colon and what follows it."
+    if flags or known:
+        values = {name: "" for name in flags}
+        for name in known:
+            values[name] = _NAMES.get(name, _OTHER)[1]
+        examples = {_join({name: value}): name for name, value in values.items()}
+        close = difflib.get_close_matches(part, examples, n=1, cutoff=0.5)
+        names = [examples[example] for example in close]
+        names += [name for name in [*needed, *flags, *known] if name not in given]
+        fixed = {name: values[name] for name in needed} | dict(given)
+        for name in names[:1]:
+            fixed[name] = values[name]
+        fix = f"Write e.g. {_join(fixed)} after the colon."
+    wanted = ", ".join(wanted) or "no argument"
+    return UserError(_ARGUMENT, wanted=wanted, got=repr(part), fix=fix)
+
+
+def _bad_value(given: Mapping[str, str], name: str, wanted: str) -> UserError:
+    """The error for the value of one name, with an argument that works."""
+    fixed = dict(given) | {name: _NAMES.get(name, _OTHER)[1]}
     return UserError(
         _ARGUMENT,
-        wanted=", ".join(wanted) or "no argument",
-        got=repr(part),
-        fix=_example(required | dict(given), *names[:1])
-        if examples
-        else "Leave out the colon and what follows it.",
+        wanted=wanted,
+        got=repr(_join({name: given[name]})),
+        fix=f"Write e.g. {_join(fixed)} after the colon.",
     )
 
 
-def _example(given: Mapping[str, str], *names: str) -> str:
-    """A hint: the given argument, with the examples of `names` in place of theirs."""
-    fixed = dict(given) | {name: _NAMES.get(name, ("", ""))[1] for name in names}
-    parts = (f"{name}={value}" if value else name for name, value in fixed.items())
-    return f"Write e.g. {','.join(parts)} after the colon."
+def _join(given: Mapping[str, str]) -> str:
+    """The argument that `parse_argument` parses to `given`."""
+    parts = (f"{name}={value}" if value else name for name, value in given.items())
+    return ",".join(parts)
 
 
 def _data() -> ConfigDict:

@@ -1,21 +1,21 @@
-# Sourced by the scripts of this folder. `prepare_env [EXTRA...]` makes or mends the
-# virtual environment $venv, installs the package with those extras of setup.py at the
-# versions of requirements.lock, and goes to the repository root. When nothing has
-# changed since the last time, it only looks. Environment variables:
+# Sourced by the scripts of this folder. `prepare_env [EXTRA...]` creates or repairs the
+# virtual environment $venv, installs the package with these extras of setup.py at the
+# versions of requirements.lock, and changes to the repository root. It installs nothing
+# if nothing has changed since the last time. Environment variables:
 #
-#   PYTHON   the CPython >= 3.11 to build on (default: the first one found)
+#   PYTHON   a CPython >= 3.11 (default: the first one found)
 #   VENV     the environment's folder (default: .venv in the repository root)
 #   EXTRAS   more extras, for example EXTRAS=cuda or EXTRAS=cuda,caption
 #
-# Extras only add up, so scripts that want different ones share an environment. An
-# environment made here is cleared and made again when its Python or its place has
-# changed or an install was cut short; one made by hand is only installed into.
+# Extras are only ever added, so scripts with different ones can share an environment. An
+# environment created here is created again if its Python or its path has changed or an
+# installation was interrupted; one created by hand is only installed into.
 
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${VENV:-$root/.venv}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 if [ -d "$venv" ]; then venv=$(cd -P "$venv" && pwd -P); fi
-made=$venv/.mvc_jax_made    # written before all else into an environment made here
+made=$venv/.mvc_jax_made    # written first into an environment created here
 stamp=$venv/.mvc_jax_stamp  # written last: a fingerprint, then one extra a line
 
 fail() {
@@ -23,8 +23,8 @@ fail() {
   exit 1
 }
 
-# Prints two hashes: of interpreter $1 and the folders (a change means: make the
-# environment again) and of the requirements (a change means: install again).
+# Prints two hashes: of interpreter $1 and the folders (if it changes, the environment
+# is created again) and of the requirements (if it changes, they are installed again).
 fingerprint() {
   "$1" -I -S -c '
 import hashlib, os, sys
@@ -38,7 +38,7 @@ print(*(hashlib.sha256(repr(x).encode()).hexdigest() for x in (place, wanted)))
 ' "$root" "$venv" 2>/dev/null
 }
 
-# Prints the path of an interpreter that can make an environment.
+# Prints the path of an interpreter that can create an environment.
 find_python() {
   local candidate python version found=
   local candidates=(python3.{11..14} python3)  # the lock has wheels for 3.11 to 3.14
@@ -57,7 +57,7 @@ print(sys._base_executable)
     "${found:-none}; install one, or set PYTHON to its path."
 }
 
-# True if the environment is whole and holds the extras $1 (one a line).
+# True if the environment is complete and has the extras $1 (one per line).
 env_is_ready() {
   local now
   now=$(fingerprint "$venv/bin/python") || return 1
@@ -66,7 +66,7 @@ env_is_ready() {
   [ -z "$(echo "$1" | grep -vxF -f "$stamp")" ]
 }
 
-# True if what is there, whole or not, can be installed into.
+# True if the environment, complete or not, can be installed into.
 env_is_sound() {
   local now
   [ -e "$venv/pyvenv.cfg" ] && now=$(fingerprint "$venv/bin/python") || return 1
@@ -82,8 +82,8 @@ make_env() {
   local python
   if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$made" ] &&
     [ "$venv" != "$root/.venv" ]; then
-    fail "VENV: wanted a new folder or a virtual environment that works, got $venv;" \
-      "name another."
+    fail "VENV: wanted a new folder or a working virtual environment, got $venv;" \
+      "choose another."
   fi
   python=$(find_python)
   mkdir -p "$venv"

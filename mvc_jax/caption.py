@@ -30,6 +30,7 @@ from mvc_jax.data.gather import (
 from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
 from mvc_jax.errors import UserError
 from mvc_jax.stage import open_stage, read_manifest
+from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
 
 VERSION = "1"  # of the captioners in this file; raise it when their output changes
@@ -390,6 +391,7 @@ def _run_network(
         path = folder / "images.npy"
         yield from network.captions(path, rows, prompt=section.instruction, **options)
     else:
+        runtime.start()
         yield from network.captions(images, rows, **options)
 
 

@@ -1,10 +1,21 @@
-"""Strictness that no user is asked for: shapes, ranks, eight devices."""
+"""Shared fixtures, and strictness for tests only: shapes, ranks, eight devices."""
 
+import functools
 import importlib
 import importlib.util
 import os
 import pathlib
 import shutil
+from unittest import mock
+
+# These run first, so that parallel workers end at about the same time.
+SLOW_FILES = (
+    "test_pipeline.py",
+    "test_devices.py",
+    "test_finetune.py",
+    "test_companions.py",
+    "test_parity.py",
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
@@ -13,8 +24,23 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import _import_hook, install_import_hook  # noqa: E402
 
+
+def _exec_module(loader, module):
+    """Executes a module outside of the hook's patch of Python's bytecode cache.
+
+    Within it, as jaxtyping does it, the libraries that the module imports, thousands of
+    files, are compiled from source: 10 s of every process that writes no bytecode.
+    """
+    tag = loader._typechecker.get_hash()
+    named = functools.partial(_import_hook._optimized_cache_from_source, tag)
+    with mock.patch("importlib._bootstrap_external.cache_from_source", named):
+        code = loader.get_code(module.__name__)
+    exec(code, module.__dict__)
+
+
+_import_hook._JaxtypingLoader.exec_module = _exec_module
 install_import_hook("mvc_jax", "beartype.beartype")
 
 # The parity tests compare Flax with the PyTorch classes of the same libraries.
@@ -26,10 +52,16 @@ del os.environ["USE_TORCH"]  # not for subprocesses
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from fork_server import serving  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -107,13 +139,13 @@ def original(tiny, tmp_path_factory):
 
 @pytest.fixture
 def saved(original, tmp_path):
-    """A copy of `original`, to be spoilt."""
+    """A copy of `original`, to be modified."""
     return shutil.copytree(original, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")
 def write_shards():
-    """Writes an array as `encode` writes its own: `write_shards(folder, array)`."""
+    """A function `(folder, array)` that writes an array as `encode` does."""
     from mvc_jax.data import shards
 
     def write(folder, array):
@@ -126,23 +158,30 @@ def write_shards():
     return write
 
 
-def _import_or_say_why(name: str, extra: str):
-    """A package; its absence is an error, unless the environment says it is meant."""
+def _import_or_fail(name: str, extra: str):
+    """Imports a package; fails without it, or skips if a variable says so."""
     if importlib.util.find_spec(name) is not None:
         return importlib.import_module(name)
     variable = f"MVC_JAX_WITHOUT_{name.upper()}"
     if os.environ.get(variable) == "1":
-        pytest.skip(f"{variable}=1: no {name} here, and none wanted")
+        pytest.skip(f"{variable}=1, and {name} is not installed")
     pytest.fail(f"no {name}: install the extra `{extra}`, or set {variable}=1")
 
 
 @pytest.fixture(scope="session")
 def torch():
-    return _import_or_say_why("torch", "torch")
+    return _import_or_fail("torch", "torch")
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """Starts processes like a user's without the seconds of imports."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def tensorflow_is_there():
-    """For subprocesses alone: this process must never import it."""
+    """For subprocesses only: this process must never import it."""
     if importlib.util.find_spec("tensorflow") is None:
-        _import_or_say_why("tensorflow", "prepare")
+        _import_or_fail("tensorflow", "prepare")

@@ -12,8 +12,15 @@ M, L, D = 3, 16, 24  # maximum of partners, tokens, dims
 # Eight images: four of class 0 (the third has no caption), three of 1, one of 2. Tokens
 # are BOS, the caption's, a comma and five of the class prompt, EOS, padding.
 ROWS = [
-    {"id": f"i{i}", "label": label, "class_name": "abc"[label], "prompt": f"p{i}"}
-    | {"caption_start": 1, "caption_tokens": words, "tokens": words + 8}
+    {
+        "id": f"i{i}",
+        "label": label,
+        "class_name": "abc"[label],
+        "prompt": f"p{i}",
+        "caption_start": 1,
+        "caption_tokens": words,
+        "tokens": words + 8,
+    }
     for i, (label, words) in enumerate(
         [(0, 2), (1, 4), (0, 0), (0, 6), (2, 5), (1, 3), (0, 3), (1, 5)]
     )

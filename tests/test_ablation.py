@@ -1,4 +1,4 @@
-"""Every conditioning of the ablation, on a model as the demo's and on a real layout."""
+"""The conditionings of the ablation, with the demo's and with a real model layout."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ import pytest
 import sd_families
 from etils import epath
 from PIL import Image
+from shared_samplers import shared_programs
 from test_controlnet import base as two_levels
 
 from mvc_jax import files, generate, mix
@@ -26,12 +27,17 @@ from mvc_jax.models import clip
 from mvc_jax.pretraining import companions
 from mvc_jax.stage import open_stage
 
-NEW = ("image_embedding", "image_number", "embedding_difference", "controlnet")
 IMAGES = 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    with shared_programs():
+        yield
+
+
 def _real():
-    """77 tokens, an autoencoder of four levels, as Stable Diffusion 1.x has them."""
+    """77 tokens and an autoencoder of four levels, as in Stable Diffusion 1.x."""
     model, params = two_levels()
     _, whole = sd_families.checkpoint("pix2pix")
     return model, {**whole, **params}
@@ -48,7 +54,7 @@ def _finish(workdir, name, written, inputs=()):
 
 
 def _encoded(workdir, model, write_shards, draw):
-    """`caption` and `encode`, of random arrays that fit the model."""
+    """Writes `caption` and `encode`: random arrays of the model's shapes."""
     side, length, width = 2 * model.downsampling, model.context_length, model.text_width
     ids = [f"s/{i}" for i in range(IMAGES)]
     names, labels = ["one", "two"], [i % 2 for i in range(IMAGES)]
@@ -72,9 +78,16 @@ def _encoded(workdir, model, write_shards, draw):
     written = [*write_shards(folder / "text_states", states)]
     written += write_shards(folder / "moments", moments)
     prompts = [
-        {"id": id_, "label": label, "class_name": names[label], "state": i + 1}
-        | {"prompt": f"stroke {i}", "caption_start": 1, "caption_tokens": 5}
-        | {"tokens": 10}
+        {
+            "id": id_,
+            "label": label,
+            "class_name": names[label],
+            "state": i + 1,
+            "prompt": f"stroke {i}",
+            "caption_start": 1,
+            "caption_tokens": 5,
+            "tokens": 10,
+        }
         for i, (id_, label) in enumerate(zip(ids, labels, strict=True))
     ]
     files.write_jsonl(folder / "prompts.jsonl", prompts)
@@ -85,13 +98,13 @@ def _encoded(workdir, model, write_shards, draw):
 
 @pytest.fixture(scope="module", params=["demo", "real"])
 def run(request, tiny, write_shards, tmp_path_factory):
-    """(config, workdir) as `generate` finds it; the base has all that is needed."""
+    """(config, workdir) before `generate`; the base has all models of the ablation."""
     model, params = tiny if request.param == "demo" else _real()
     workdir = epath.Path(tmp_path_factory.mktemp(request.param))
     draw = np.random.default_rng(0)
     _encoded(workdir, model, write_shards, draw)
     network = companions.new_controlnet(model)
-    # As after training: zero convolutions that are not zero any more.
+    # As after training: the zero convolutions are no longer zero.
     control = _noisy(
         companions.initial_controlnet_params(network, params["unet"], draw), draw
     )
@@ -125,7 +138,7 @@ def run(request, tiny, write_shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(run):
-    """Pixels by set."""
+    """Pixels of each set."""
     config, workdir = run
     generate.check(config)
     generate.run(config, workdir)
@@ -136,7 +149,7 @@ def drawn(run):
     }
 
 
-def test_every_conditioning_is_drawn_and_is_another(run, drawn):
+def test_every_conditioning_draws_different_images(run, drawn):
     _, workdir = run
     for name, pixels in drawn.items():
         rows = files.read_jsonl(
@@ -149,7 +162,7 @@ def test_every_conditioning_is_drawn_and_is_another(run, drawn):
             assert name == other or (pixels != drawn[other]).any(), (name, other)
 
 
-def test_the_figures_show_every_conditioning_and_level(run, drawn):
+def test_figures_show_every_conditioning_and_level(run, drawn):
     _, workdir = run
     width, height = _size(workdir / "generate" / "conditionings.png")
     assert height > (1 + len(CONDITIONINGS)) * 128 and width > IMAGES * 128
@@ -162,8 +175,8 @@ def _size(path):
         return image.size
 
 
-def test_a_controlnet_is_guided_by_the_text_alone(run, drawn):
-    """The image scale means nothing to it, the text scale does."""
+def test_with_a_controlnet_only_the_text_is_guided(run, drawn):
+    """The text scale changes the images, the image scale does not."""
     config, workdir = run
     sampler, recipes, _ = _opened(config, workdir)
     sampler.load("controlnet")
@@ -182,7 +195,7 @@ def _opened(config, workdir):
     return generate.open_sampler(config, workdir, recipes, train), recipes, train
 
 
-def test_a_number_in_its_class():
+def test_images_are_numbered_within_their_class():
     rows = [{"label": label, "class_name": "ab"[label]} for label in (0, 1, 0, 0)]
     assert ablation.number_texts(rows, "digit") == [
         "a photo 1/3 of digit a",
@@ -194,25 +207,28 @@ def test_a_number_in_its_class():
 
 
 @pytest.mark.parametrize("run", ["demo"], indirect=True)
-def test_what_there_is_not_is_left_out_of_all_and_said_below(run, tmp_path):
-    """Without an image tower and a ControlNet, `all` draws the others."""
+def test_all_leaves_out_what_has_no_model_and_mentions_it(run, tmp_path):
+    """Without an image tower and a ControlNet, the others are drawn."""
     config, workdir = run
     config = config.copy_and_resolve_references()
     config.pretrain.image_encoder.steps = config.pretrain.controlnet.steps = 0
     config.generate.sets = ("mixed",)
-    bare = epath.Path(tmp_path) / "bare"
-    shutil.copytree(workdir, bare, ignore=shutil.ignore_patterns("generate"))
-    shutil.rmtree(bare / "pretrain" / "controlnet")
-    shutil.rmtree(bare / "pretrain" / "model" / "image_encoder")
+    plain = epath.Path(tmp_path) / "plain"
+    shutil.copytree(workdir, plain, ignore=shutil.ignore_patterns("generate"))
+    shutil.rmtree(plain / "pretrain" / "controlnet")
+    shutil.rmtree(plain / "pretrain" / "model" / "image_encoder")
     generate.check(config)
     sentences = preview.conditioning_figure(
-        bare / "some.png", *_opened(config, bare), names=[*CONDITIONINGS], optional=True
+        plain / "some.png",
+        *_opened(config, plain),
+        names=[*CONDITIONINGS],
+        optional=True,
     )
     assert len(sentences) == 3
     for field, count in (("image_encoder", 2), ("controlnet", 1)):
-        way_out = f"--config.pretrain.{field}.steps=500"
-        assert sum(way_out in sentence for sentence in sentences) == count
-    assert _size(bare / "some.png")[1] > (1 + len(CONDITIONINGS) - 3) * 128
+        fix = f"--config.pretrain.{field}.steps=500"
+        assert sum(fix in sentence for sentence in sentences) == count
+    assert _size(plain / "some.png")[1] > (1 + len(CONDITIONINGS) - 3) * 128
 
 
 def _config(**fields):
@@ -223,11 +239,11 @@ def _config(**fields):
 
 
 REFUSED = {
-    "a name that is none": (
+    "an unknown name": (
         {"conditioning": "caption,unmixed"},
         "config.generate.conditioning.*all, or some of mixed.*'caption,unmixed'",
     ),
-    "a name twice": ({"conditioning": "unmixed,unmixed"}, "each once"),
+    "a repeated name": ({"conditioning": "unmixed,unmixed"}, "each once"),
     "no image tower": (
         {"conditioning": "image_embedding"},
         "config.generate.clip.*pretrain.image_encoder.steps is 0",
@@ -244,13 +260,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_drawn_is_refused_before_any_work(case):
+def test_what_cannot_be_drawn_is_an_error_before_any_work(case):
     fields, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         generate.check(_config(**fields))
 
 
-def test_an_embedding_of_another_width_is_refused(tmp_path):
+def test_an_embedding_of_another_width_is_an_error(tmp_path):
     tower = clip.small_tower(side=8, patch=4, width=8, layers=1, heads=2, embedding=24)
     clip_checkpoint.save(tmp_path, tower, sd_families.random("tower", tower.shapes()))
     config = _config(sets=("image_embedding",), clip=str(tmp_path / "image_encoder"))
@@ -258,7 +274,7 @@ def test_an_embedding_of_another_width_is_refused(tmp_path):
         generate.check(config)
 
 
-def test_a_controlnet_of_another_base_is_refused(tmp_path):
+def test_a_controlnet_of_another_base_is_an_error(tmp_path):
     model, params = _real()
     diffusers_layout.save(tmp_path / "base", model, params)
     network = companions.new_controlnet(model)

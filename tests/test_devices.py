@@ -165,7 +165,7 @@ def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
     assert np.abs(one - reordered).max() <= 1
 
 
-def test_weights_of_zero_leave_loss_and_gradient_alone(tiny, opened):
+def test_examples_of_weight_zero_change_neither_loss_nor_gradient(tiny, opened):
     """A padded batch gives the same loss and update as the batch without padding."""
     model, params = tiny
     model, params = model.widened(params)

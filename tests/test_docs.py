@@ -1,46 +1,34 @@
-"""What the documents tell a reader to type is what the program takes."""
+"""The commands, links and configs of the documents are valid."""
 
-import pathlib
 import re
-import shlex
 import types
 
 import numpy as np
 import pytest
+from documented import DOCUMENTS, ROOT, commands, train_flags
 
 from mvc_jax import caption, train
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
 
-
-def commands():
-    for path in DOCUMENTS:
-        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words:
-                    yield pytest.param(words, id=" ".join(words)[:60])
-
-
-@pytest.mark.parametrize("words", list(commands()))
-def test_commands_in_the_documents(words):
+@pytest.mark.parametrize(
+    "words", list(commands()), ids=lambda words: " ".join(words)[:60]
+)
+def test_commands_in_the_documents_name_files_and_fields(words):
+    """`test_pipeline` also runs those that need no network and no GPU."""
     scripts = [word for word in words if word.endswith((".sh", ".py"))]
     for word in scripts:
         assert (ROOT / word.split("=")[-1].split(":")[0]).exists(), word
-    flags = [word for word in words if word.startswith("--config.")]
-    runs = "mvc_jax.train" in words or "mvc-jax" in words or "launch/demo.sh" in words
-    if runs and "--help" not in words:
-        given = [word for word in words if word.startswith("--")]
-        if not any(word.startswith("--workdir") for word in given):
-            given.append("--workdir=runs/digits")
-        config, _ = train.parse_flags(["train", *given])
+    flags = train_flags(words)
+    if flags is not None and "--help" not in words:
+        if not any(word.startswith("--workdir") for word in flags):
+            flags.append("--workdir=runs/digits")
+        config, _ = train.parse_flags(["train", *flags])
         assert train.select_stages(config)
     else:
-        assert not flags
+        assert not any(word.startswith("--config.") for word in words)
 
 
 def test_links_in_the_documents():
@@ -51,7 +39,7 @@ def test_links_in_the_documents():
 
 
 class Everything:
-    """A source of any classes, with a test part: what the datasets would be."""
+    """A source with many classes and a test part, in place of the real datasets."""
 
     def __init__(self, classes=200):
         self.class_names = tuple(f"class {k}" for k in range(classes))
@@ -64,7 +52,7 @@ class Everything:
         return len(self.labels)
 
     def __getitem__(self, index):
-        raise AssertionError("a check opens no image")
+        raise AssertionError("a check must not open an image")
 
 
 CONFIGS = sorted(path for path in ROOT.glob("configs/[a-z]*.py"))

@@ -1,4 +1,4 @@
-"""Files are whole or absent, and what is written is what is read."""
+"""Files are complete or absent, and are read as they were written."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from mvc_jax import files
 
 @pytest.fixture
 def old(tmp_path):
-    """A file that was written before."""
+    """An existing file."""
     path = tmp_path / "old.txt"
     files.write_text(path, "old")
     return path
@@ -35,10 +35,10 @@ def test_the_new_content_appears_only_at_the_end(old):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("begun", [True, False])
-def test_an_exception_leaves_the_old_file_and_nothing_else(old, error, begun):
+@pytest.mark.parametrize("started", [True, False])
+def test_an_exception_leaves_the_old_file_and_nothing_else(old, error, started):
     with pytest.raises(error), files.replacing(old) as temporary:
-        if begun:
+        if started:
             temporary.write_text("ne")
         raise error
     assert old.read_text() == "old"
@@ -55,9 +55,7 @@ def test_a_killed_process_leaves_the_old_file(old):
     done = subprocess.run([sys.executable, "-c", program, old], timeout=60)
     assert done.returncode == 9
     assert old.read_text() == "old"
-    assert (
-        len(names(old.parent)) == 2
-    )  # what it had begun lies there under its own name
+    assert len(names(old.parent)) == 2  # and the temporary one
     files.remove_temporaries(epath.Path(old.parent))
     assert names(old.parent) == ["old.txt"]
 
@@ -82,7 +80,7 @@ def test_object_arrays_are_refused(old):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32, np.float16, bool])
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3, 4)])
-def test_arrays_come_back(tmp_path, dtype, shape):
+def test_arrays_are_read_as_written(tmp_path, dtype, shape):
     array = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
     files.write_array(tmp_path / "below" / "a.npy", array)
     back = files.read_array(tmp_path / "below" / "a.npy")
@@ -106,14 +104,14 @@ def test_any_text_survives_json_lines(tmp_path_factory, rows):
     assert files.read_json(path) == rows
 
 
-def test_letters_are_written_as_they_are(tmp_path):
+def test_non_ascii_letters_are_not_escaped(tmp_path):
     files.write_jsonl(tmp_path / "rows.jsonl", [{"class": "naïve 数"}])
     assert (tmp_path / "rows.jsonl").read_bytes() == '{"class": "naïve 数"}\n'.encode()
 
 
 @pytest.mark.parametrize("size", [0, 3, (1 << 20) + 1])
-def test_the_hash_is_that_of_sha256sum(tmp_path, size):
+def test_the_hash_equals_sha256sum(tmp_path, size):
     (tmp_path / "f").write_bytes(bytes(size))
     ours = files.sha256(tmp_path / "f")
-    theirs = subprocess.run(["sha256sum", tmp_path / "f"], capture_output=True)
-    assert theirs.stdout.decode().split()[0] == ours
+    expected = subprocess.run(["sha256sum", tmp_path / "f"], capture_output=True)
+    assert expected.stdout.decode().split()[0] == ours

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from shared_samplers import shared_programs
 
 from mvc_jax import files, generate, mix
 from mvc_jax import train as command
@@ -77,9 +78,16 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     moments = draw.normal(size=(IMAGES, 2, 2, 8)).astype(np.float32)
     written = [*written, *write_shards(folder / "moments", moments)]
     prompts = [
-        {"id": id_, "label": label, "class_name": names[label], "state": i + 1}
-        | {"prompt": f"stroke {i}", "caption_start": 1, "caption_tokens": 5}
-        | {"tokens": 10}
+        {
+            "id": id_,
+            "label": label,
+            "class_name": names[label],
+            "state": i + 1,
+            "prompt": f"stroke {i}",
+            "caption_start": 1,
+            "caption_tokens": 5,
+            "tokens": 10,
+        }
         for i, (id_, label) in enumerate(zip(ids, labels, strict=True))
     ]
     files.write_jsonl(folder / "prompts.jsonl", prompts)
@@ -136,20 +144,7 @@ def pixels(workdir, name="mixed"):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Samplers with equal settings on the same devices share a compiled program."""
-    programs = {}
-    build = image_sampler.ImageSampler._compiled
-
-    def compiled(self, model, network):
-        if network is not None:
-            return build(self, model, network)
-        key = self.settings, self._mesh
-        if key not in programs:
-            programs[key] = build(self, model, network)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_sampler.ImageSampler, "_compiled", compiled)
+    with shared_programs():
         yield
 
 

@@ -1,10 +1,11 @@
-"""The shipped digits config, end to end as a user runs it: whole, killed, and again."""
+"""The digits config end to end, as a user runs it: whole, killed, rerun, documented."""
 
+import errno
 import hashlib
 import json
 import os
-import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,60 +13,41 @@ import time
 
 import numpy as np
 import pytest
+from documented import SHORT, commands, train_arguments
+from fork_server import ROOT, user_environment
+from PIL import Image
 
+from mvc_jax import files, train
 from mvc_jax.generation import synthetic
 from mvc_jax.train import STAGES
+from mvc_jax.training import runtime
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-# Fewer steps, nothing else: the stages, shapes and paths are the demo's.
-SHORT = (
-    "pretrain.vae.steps=30",
-    "pretrain.unet.steps=30",
-    "pretrain.checkpoint_every=10",
-    "finetune.steps=20",
-    "finetune.checkpoint_every=5",
-    "mix.per_image=2",
-    "generate.steps=4",
-    "generate.shard_size=40",
-    "generate.batch_size=20",
-    "classify.seeds=2",
-    "classify.steps=10",
-)
+CACHE = ROOT / ".pytest_cache" / "xla-one-device"
 
 
-def command(workdir, *more):
-    cache = ROOT / ".pytest_cache" / "xla-one-device"
+def arguments(workdir, *more):
     return [
-        sys.executable,
-        "-m",
-        "mvc_jax.train",
         "--config=configs/digits.py",
         f"--workdir={workdir}",
-        f"--config.compilation_cache={cache}",
+        f"--config.compilation_cache={CACHE}",
         *(f"--config.{setting}" for setting in SHORT),
         *more,
     ]
 
 
-def environment():
-    """As a user's: one device, none of the tests' switches."""
-    ours = ("XLA_FLAGS", "JAX_PLATFORMS")
-    return {key: value for key, value in os.environ.items() if key not in ours}
-
-
-def run(workdir, *more):
+def python(*words):
+    """Runs Python in a process like a user's."""
     return subprocess.run(
-        command(workdir, *more),
+        [sys.executable, *words],
         cwd=ROOT,
-        env=environment(),
+        env=user_environment(),
         capture_output=True,
         text=True,
     )
 
 
 def digests(folder):
-    """Hash of every file of a folder, by relative path."""
+    """Relative path of every file in a folder -> its hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -75,11 +57,19 @@ def digests(folder):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted: (workdir, what it printed)."""
+    """An uninterrupted run: (workdir, its finished process)."""
     workdir = tmp_path_factory.mktemp("runs") / "with a space"
-    done = run(workdir)
+    done = python("-m", "mvc_jax.train", *arguments(workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs a command in this process, which keeps its own settings of JAX."""
+    monkeypatch.setattr(runtime, "set_up", lambda _: None)
+    monkeypatch.chdir(ROOT)
+    return lambda workdir, *more: train.main(["train", *arguments(workdir, *more)])
 
 
 def read_jsonl(path):
@@ -96,6 +86,7 @@ def test_every_stage_ends_with_a_manifest_and_the_terminal_with_the_table(whole)
     assert lines[-1] == f"report: {workdir}/report/report.html"
     runs = json.loads((workdir / "config.json").read_text())["classify"]["runs"]
     assert sum("±" in line for line in lines) == len(runs) > 5
+    assert done.stderr.startswith("images: 0/1797 images\n")  # no library's warning
     assert "deprecated" not in done.stderr
     assert "Traceback" not in done.stderr
     timings = json.loads((workdir / "timings.json").read_text())
@@ -151,18 +142,24 @@ def test_sets_share_sources_and_noise_and_differ_in_what_they_control(whole):
     assert (read["unmixed"][0] != read["pretrained"][0]).any()
 
 
-def test_a_second_run_does_no_work_and_says_so(whole):
+def test_a_second_run_does_no_work_and_imports_nothing_heavy(whole):
     workdir, _ = whole
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-    began = time.monotonic()
-    done = run(workdir)
-    seconds = time.monotonic() - began
-    assert done.returncode == 0
-    assert "nothing to do: 10 stages were done before" in done.stderr
+    script = (
+        "import sys\n"
+        "from mvc_jax import train\n"
+        "code = train.main(sys.argv)\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'transformers', 'diffusers'}\n"
+        "heavy |= {'torch', 'tensorflow', 'scipy', 'sklearn', 'skimage', 'grain'}\n"
+        "heavy |= {'matplotlib', 'pyarrow', 'tensorboardX'}\n"
+        "sys.exit(code or ', '.join(sorted(heavy & {*sys.modules})) or 0)\n"
+    )
+    done = python("-c", script, *arguments(workdir))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "nothing to do: all 10 stages are complete\n"
     assert "±" in done.stdout
     after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     assert after == before
-    assert seconds < 60  # seconds, on a machine with its hands full
 
 
 @pytest.mark.parametrize(
@@ -173,109 +170,139 @@ def test_a_second_run_does_no_work_and_says_so(whole):
         ("--config.classify.steps=11", "classify.steps: 10 -> 11"),
     ],
 )
-def test_other_settings_in_a_finished_workdir_are_refused(whole, flag, difference):
+def test_other_settings_in_a_finished_workdir_are_refused(
+    whole, here, capsys, flag, difference
+):
     workdir, _ = whole
     before = digests(workdir)
-    done = run(workdir, flag)
-    assert done.returncode == 2
-    assert difference in done.stderr
-    assert "--workdir" in done.stderr and "delete" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert here(workdir, flag) == 2
+    errors = capsys.readouterr().err
+    assert difference in errors
+    assert "--workdir" in errors and "delete" in errors
     assert digests(workdir) == before
 
 
-def test_a_stage_without_its_input_is_refused(tmp_path):
-    done = run(tmp_path, "--config.stages=generate,classify")
-    assert done.returncode == 2
-    assert "stage generate: wanted the finished stage finetune" in done.stderr
+def test_a_stage_without_its_input_is_refused(here, capsys, tmp_path):
+    assert here(tmp_path, "--config.stages=generate,classify") == 2
+    errors = capsys.readouterr().err
+    assert "stage generate: wanted the finished stage finetune" in errors
 
 
-def killed_in(workdir, stage, marker, delay):
-    """Starts the run and kills it `delay` seconds after `marker` came to be."""
-    process = subprocess.Popen(
-        command(workdir),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def killed_in(server, workdir, stage, marker, delay):
+    """Starts the run and kills it `delay` seconds after the file `marker` appears."""
+    flags = ["train", *arguments(workdir)]
+    run = server.start("mvc_jax.train:main", flags, folder=workdir.parent / "killed")
     while not list((workdir / stage).glob(marker)):
-        assert process.poll() is None, f"ended before {stage}/{marker}"
+        assert not run.ended(), f"ended before {stage}/{marker}: {run.wait()}"
         time.sleep(0.02)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.wait()[0] == -signal.SIGKILL
 
 
-def test_a_run_killed_in_every_long_stage_ends_as_if_nothing_had_been(whole, tmp_path):
-    """SIGKILL at random moments; then the same command. The same bytes come out."""
+def test_a_run_killed_in_four_stages_ends_with_the_same_files(
+    whole, fork_server, tmp_path
+):
+    """SIGKILL at random moments, then the same command again."""
     seed = random.SystemRandom().randrange(1000)
     print(f"delays drawn from seed {seed}")
     draw = random.Random(seed)
+    workdir, expected = tmp_path / "run", whole[0]
     for stage, marker in (
-        ("caption", "*"),
-        ("pretrain", "checkpoints/vae/*"),
         ("pretrain", "checkpoints/unet/*"),
-        ("encode", "text_states/*.npy"),
         ("finetune", "checkpoints/*"),
         ("generate", "mixed/data/*"),
-        ("generate", "unmixed/train/*"),
         ("classify", "results/*"),
     ):
-        killed_in(tmp_path, stage, marker, draw.uniform(0, 0.5))
-    done = run(tmp_path)
-    assert done.returncode == 0, done.stderr
-    expected = whole[0]
+        killed_in(fork_server, workdir, stage, marker, draw.uniform(0, 0.5))
+    flags = ["train", *arguments(workdir)]
+    run = fork_server.start("mvc_jax.train:main", flags, folder=tmp_path / "last")
+    code, _, errors = run.wait()
+    assert code == 0, errors
     for part in ("mix", "pairs", "encode", "generate", "finetune/model"):
-        assert digests(tmp_path / part) == digests(expected / part), part
+        assert digests(workdir / part) == digests(expected / part), part
     for part in ("caption/captions.jsonl", "evaluate/metrics.json"):
-        assert (tmp_path / part).read_bytes() == (expected / part).read_bytes(), part
-    leftovers = [p for p in tmp_path.rglob("*") if p.name.startswith(".tmp-")]
+        assert (workdir / part).read_bytes() == (expected / part).read_bytes(), part
+    leftovers = [p for p in workdir.rglob("*") if p.name.startswith(".tmp-")]
     assert not leftovers
 
 
-def test_a_base_model_given_by_path_takes_the_place_of_pretrain(whole, tmp_path):
+def test_a_base_model_given_by_path_takes_the_place_of_pretrain(
+    whole, fork_server, tmp_path
+):
     """The folder that `pretrain` wrote, named as a user names a downloaded one."""
-    base = whole[0] / "pretrain" / "model"
+    workdir, expected = tmp_path / "run", whole[0]
+    base = f"--config.base.path={expected / 'pretrain' / 'model'}"
     stages = "--config.stages=caption,encode,pairs,finetune"
-    done = run(tmp_path, f"--config.base.path={base}", stages)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "pretrain").exists()
-    expected = whole[0]
+    flags = ["train", *arguments(workdir, base, stages)]
+    run = fork_server.start("mvc_jax.train:main", flags, folder=tmp_path / "output")
+    code, _, errors = run.wait()
+    assert code == 0, errors
+    assert not (workdir / "pretrain").exists()
     for part in ("encode/moments", "encode/text_states"):
-        assert digests(tmp_path / part) == digests(expected / part), part
-    assert (
-        digests(tmp_path / "pairs")["pairs.npy"]
-        == digests(expected / "pairs")["pairs.npy"]
-    )
-    model = "finetune/model/unet/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / model).read_bytes() == (expected / model).read_bytes()
+        assert digests(workdir / part) == digests(expected / part), part
+    for part in (
+        "pairs/pairs.npy",
+        "finetune/model/unet/diffusion_pytorch_model.safetensors",
+    ):
+        assert (workdir / part).read_bytes() == (expected / part).read_bytes(), part
 
 
-def test_a_disk_that_fills_up_is_one_sentence(whole, tmp_path):
-    """Every write past a limit fails as on a full disk; what is whole stays whole."""
-    script = (
-        "import errno, sys, mvc_jax.train as train\n"
-        "from mvc_jax import files\n"
-        "write = files.write_bytes\n"
-        "def full(path, content):\n"
-        "    if 'captions' in str(path):\n"
-        "        raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
-        "    write(path, content)\n"
-        "files.write_bytes = full\n"
-        "sys.exit(train.main(sys.argv))\n"
-    )
-    flags = command(tmp_path)[3:]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *flags],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+def test_a_full_disk_is_one_sentence(here, capsys, monkeypatch, tmp_path):
+    """Writes that fail as on a full disk; complete files stay."""
+    write = files.write_bytes
+
+    def full(path, content):
+        if "captions" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_bytes", full)
+    assert here(tmp_path) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and "captions.jsonl" in last
-    assert "a full disk" in last and "Traceback" not in done.stderr
+    assert "a full disk" in last
     assert (tmp_path / "caption" / "splits.json").exists()
     assert not (tmp_path / "caption" / "manifest.json").exists()
+
+
+@pytest.fixture(scope="session")
+def place(whole, tmp_path_factory):
+    """A working directory with what the documents assume: images and earlier runs."""
+    folder = tmp_path_factory.mktemp("documented")
+    shutil.copytree(whole[0], folder / "runs" / "digits")
+    for stage in ("caption", "pretrain", "encode", "pairs", "finetune"):
+        shutil.copytree(whole[0] / stage, folder / "runs" / "fine" / stage)
+    draw = np.random.default_rng(0)
+    for kind in ("bolt", "nut"):
+        (folder / "parts" / kind).mkdir(parents=True)
+        for i in range(6):
+            pixels = draw.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / "parts" / kind / f"{i}.png")
+    return folder
+
+
+def test_documented_commands_run(place, fork_server):
+    """In the order of the documents, shortened as `documented.py` says."""
+    done = []
+    for words in commands():
+        flags = train_arguments(words)
+        if flags is None:
+            continue
+        if any("captions.jsonl" in flag for flag in flags):
+            # The document says to copy this file.
+            captions = place / "runs" / "parts" / "caption" / "captions.jsonl"
+            shutil.copy(captions, place / "captions.jsonl")
+        flags = [flag.replace("/data/parts", f"{place}/parts") for flag in flags]
+        flags.append(f"--config.compilation_cache={CACHE}")
+        folder = place / f"output-{len(done)}"
+        run = fork_server.start(
+            "mvc_jax.train:main", ["train", *flags], folder=folder, cwd=place
+        )
+        code, _, errors = run.wait()
+        assert code == 0, f"{' '.join(words)}\n{errors}"
+        done.append(" ".join(words))
+    assert len(done) >= 9
+    assert (place / "runs/digits/generate/contact_sheet.png").exists()
+    modes = {row["mode"] for row in read_jsonl(place / "runs/fine/mix/recipes.jsonl")}
+    assert modes == {"fine"}

@@ -1,12 +1,8 @@
 """SIGTERM and SIGKILL: what a signal interrupts, and how the run ends and resumes."""
 
-import json
 import os
-import pathlib
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -16,8 +12,6 @@ import pytest
 from mvc_jax import train
 from mvc_jax.training import preemption
 from mvc_jax.training.preemption import Preempted
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def send():
@@ -135,57 +129,32 @@ def test_the_message_says_where_it_stopped_and_how_to_resume(
     assert where in line and line.endswith("rerun the same command to resume")
 
 
-# Processes that train the toy of test_training under the real `main`. They are forked
-# from one that has imported everything, because importing takes seconds.
+# Processes that train the toy of test_training under the real `main`.
 
 STEPS = 16
-SERVER = """
-import json, os, signal, sys
-sys.path.insert(0, "tests")
-import jax, numpy as np, orbax.checkpoint
-import test_training
-from mvc_jax import train
-
-def run(config, workdir):
-    state = test_training.run(workdir, steps, every=1)
-    np.savez(workdir / "end.npz", *test_training.leaves(state))
-
-train.run = run
-for line in sys.stdin:
-    steps, workdir = json.loads(line)
-    process = os.fork()
-    if not process:
-        os.dup2(os.open(workdir + ".err", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-        sys.exit(train.main(["train", f"--workdir={workdir}"]))
-    print(process, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
 
 
-@pytest.fixture(scope="module")
-def server():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SERVER],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield process
-        process.stdin.close()
+def train_toy(steps, workdir):
+    """Runs in a process of the fork server."""
+    import test_training
+
+    def run(config, workdir):
+        state = test_training.run(workdir, steps, every=1)
+        np.savez(workdir / "end.npz", *test_training.leaves(state))
+
+    train.run = run
+    return train.main(["train", f"--workdir={workdir}"])
 
 
 class Run:
     """One start of the program."""
 
     def __init__(self, server, steps, workdir):
-        self._server, self.checkpoints = server, workdir / "checkpoints"
-        self._errors = pathlib.Path(f"{workdir}.err")
-        server.stdin.write(json.dumps([steps, str(workdir)]) + "\n")
-        server.stdin.flush()
-        self.process = int(server.stdout.readline())
+        self.checkpoints = workdir / "checkpoints"
+        output = workdir.parent / "output"
+        function = "test_preemption:train_toy"
+        self._run = server.start(function, steps, str(workdir), folder=output)
+        self.process = self._run.pid
 
     def steps(self):
         names = [path.name for path in self.checkpoints.glob("*")]
@@ -193,7 +162,8 @@ class Run:
 
     def wait(self):
         """Returns (exit code, standard error)."""
-        return int(self._server.stdout.readline()), self._errors.read_text()
+        code, _, errors = self._run.wait()
+        return code, errors
 
 
 def ends(workdir):
@@ -202,17 +172,17 @@ def ends(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(server, tmp_path_factory):
+def whole(fork_server, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    code, errors = Run(server, STEPS, workdir).wait()
+    code, errors = Run(fork_server, STEPS, workdir).wait()
     assert code == 0, errors
     return ends(workdir)
 
 
 def test_sigterm_during_training_saves_the_step_and_the_same_command_resumes(
-    server, whole, tmp_path
+    fork_server, whole, tmp_path
 ):
-    run = Run(server, STEPS, tmp_path / "run")
+    run = Run(fork_server, STEPS, tmp_path / "run")
     while len(run.steps()) < 2:
         time.sleep(0.005)
     for _ in range(3):  # launchers repeat it
@@ -225,19 +195,19 @@ def test_sigterm_during_training_saves_the_step_and_the_same_command_resumes(
     assert last.startswith(f"stopped by SIGTERM in toy after step {newest};")
     assert newest < STEPS
     assert not list(run.checkpoints.glob("*tmp*"))
-    code, errors = Run(server, STEPS, tmp_path / "run").wait()
+    code, errors = Run(fork_server, STEPS, tmp_path / "run").wait()
     assert code == 0, errors
     assert ends(tmp_path / "run") == whole
 
 
-def test_a_run_killed_repeatedly_ends_with_the_same_state(server, whole, tmp_path):
+def test_a_run_killed_repeatedly_ends_with_the_same_state(fork_server, whole, tmp_path):
     """SIGKILL or SIGTERM at random moments; a save takes longer than a step."""
     seed = random.SystemRandom().randrange(1000)
     print(f"moments drawn from seed {seed}")
     draw = random.Random(seed)
     codes = []
     for stop in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        run = Run(server, STEPS, tmp_path / "run")
+        run = Run(fork_server, STEPS, tmp_path / "run")
         had = run.steps()
         while run.steps() == had:
             time.sleep(0.002)
@@ -246,7 +216,7 @@ def test_a_run_killed_repeatedly_ends_with_the_same_state(server, whole, tmp_pat
         codes.append(run.wait()[0])
     assert run.steps()[-1] < STEPS
     assert codes == [-signal.SIGKILL, 75, -signal.SIGKILL]
-    code, errors = Run(server, STEPS, tmp_path / "run").wait()
+    code, errors = Run(fork_server, STEPS, tmp_path / "run").wait()
     assert code == 0, errors
     assert "damaged" not in errors
     assert ends(tmp_path / "run") == whole

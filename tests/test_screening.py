@@ -6,6 +6,7 @@ import pytest
 import test_clip
 from etils import epath
 
+from mvc_jax.checkpoints import clip_checkpoint
 from mvc_jax.data import splits
 from mvc_jax.errors import UserError
 from mvc_jax.models import clip

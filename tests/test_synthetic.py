@@ -1,4 +1,4 @@
-"""The augmented dataset on disk: what other tools read is what was drawn."""
+"""A set of synthetic images on disk: other tools read what was drawn."""
 
 import json
 import os
@@ -18,13 +18,29 @@ from mvc_jax.generation import synthetic
 
 NAMES = ("brain tumor", "naïve class", "healthy")
 ROWS = [
-    {"index": k, "label": k % 3, "source": f"s/{k}", "partners": ["s/9", "s/8"]}
-    | {"mode": "both", "positions": [1, 5][: k % 3], "donors": [0, 1][: k % 3]}
-    | {"dims": [[2, 7], [0, 9]][: k % 3], "dim_donors": [0, 1][: 2 * (k % 3)]}
-    | {"dim_tokens": [1, 1 + k % 3], "prompt": "a cat", "seed": 1 << 40}
-    | {"noise_seed": k, "redraws": k % 2, "text_scale": 7.5, "image_scale": 1.5}
-    | {"steps": 3, "sampler": "ddim", "guidance_interval": [0.0, 0.5]}
-    | {"guidance_rescale": 0.5, "model": "0badf00d"}
+    {
+        "index": k,
+        "label": k % 3,
+        "source": f"s/{k}",
+        "partners": ["s/9", "s/8"],
+        "mode": "both",
+        "positions": [1, 5][: k % 3],
+        "donors": [0, 1][: k % 3],
+        "dims": [[2, 7], [0, 9]][: k % 3],
+        "dim_donors": [0, 1][: 2 * (k % 3)],
+        "dim_tokens": [1, 1 + k % 3],
+        "prompt": "a cat",
+        "seed": 1 << 40,
+        "noise_seed": k,
+        "redraws": k % 2,
+        "text_scale": 7.5,
+        "image_scale": 1.5,
+        "steps": 3,
+        "sampler": "ddim",
+        "guidance_interval": [0.0, 0.5],
+        "guidance_rescale": 0.5,
+        "model": "0badf00d",
+    }
     for k in range(7)
 ]
 NOTHING = dict.fromkeys(synthetic.PROVENANCE)
@@ -108,8 +124,8 @@ def test_the_same_images_make_the_same_bytes(tmp_path):
     assert len(first) == 2 + 7 + 3  # shards, pictures, metadata, list, card
 
 
-def test_the_folder_is_what_the_shards_are(tmp_path):
-    """As torchvision, Keras and TFDS see it: a folder a class."""
+def test_the_folder_has_the_images_of_the_shards(tmp_path):
+    """In the layout of torchvision, Keras and TFDS: a folder per class."""
     folder = write(tmp_path) / "train"
     samples, classes = image_folder(folder)
     assert sorted(classes) == sorted(NAMES)
@@ -132,10 +148,33 @@ def test_the_metadata_has_a_row_for_each_picture(tmp_path):
         assert row == expected | {"label": NAMES[expected["label"]]}
 
 
-# A name from a file system or from a label file, and a neighbour it may run into.
-AWKWARD = ("a/b", "a_b", "a\\b", "..", ".", "__", "_", "", "/", "/etc", "~", "-rf")
-AWKWARD += (" ", "naïve class", "nai\u0308ve class", "nai_ve class", "a\nb", "a\0b")
-AWKWARD += ("数", "A.B", "A B", "metadata.jsonl", "x" * 300, "é" * 200)
+# Class names that file systems, or other class names, may conflict with.
+AWKWARD = (
+    "a/b",
+    "a_b",
+    "a\\b",
+    "..",
+    ".",
+    "__",
+    "_",
+    "",
+    "/",
+    "/etc",
+    "~",
+    "-rf",
+    " ",
+    "naïve class",
+    "nai\u0308ve class",
+    "nai_ve class",
+    "a\nb",
+    "a\0b",
+    "数",
+    "A.B",
+    "A B",
+    "metadata.jsonl",
+    "x" * 300,
+    "é" * 200,
+)
 
 
 @pytest.mark.parametrize("name", AWKWARD, ids=lambda name: ascii(name)[:20])
@@ -151,7 +190,7 @@ def test_a_class_folder_stays_inside_and_is_one_level_deep(tmp_path, name):
     np.testing.assert_array_equal(Image.open(path), IMAGES[0])
 
 
-def test_two_classes_never_share_a_folder():
+def test_no_two_classes_share_a_folder():
     folder_of = {}
     for name in AWKWARD:
         folder_of.setdefault(synthetic.picture_name(name, 0), []).append(name)
@@ -163,10 +202,10 @@ def test_two_classes_never_share_a_folder():
 
 @pytest.fixture
 def datasets(monkeypatch, tmp_path):
-    """The library, offline and with its cache in a temporary folder."""
+    """The library, offline, with its cache in a temporary folder."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    import datasets  # reads the two when it is imported
+    import datasets  # reads both variables at import
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
@@ -194,8 +233,10 @@ def test_hugging_face_reads_the_shards(tmp_path, datasets, by, format):
         assert row == expected
 
 
-def test_hugging_face_reads_real_and_synthetic_together_and_apart(tmp_path, datasets):
-    """What `load_dataset` gives for the folder is settled by its card."""
+def test_hugging_face_reads_real_and_synthetic_together_or_separately(
+    tmp_path, datasets
+):
+    """By the configurations in the card."""
     folder = write(tmp_path / "set", real=True)
     for name, modes in (
         ("default", ["both"] * 7 + ["real"] * 3),
@@ -255,7 +296,7 @@ def test_tfds_reads_the_folder(tmp_path, tensorflow_is_there):
     np.testing.assert_array_equal([image for _, _, image in rows], IMAGES)
 
 
-def test_our_own_sources_read_both_forms(tmp_path):
+def test_our_sources_read_both_forms(tmp_path):
     folder = write(tmp_path / "set", real=True)
     for source in (f"parquet:{folder}/data/*.parquet", f"folder:{folder}/train"):
         found = open_source(source)
@@ -272,7 +313,7 @@ def test_our_own_sources_read_both_forms(tmp_path):
 # The card.
 
 
-def test_the_card_tells_what_is_there(tmp_path):
+def test_the_card_describes_the_set(tmp_path):
     text = (write(tmp_path, real=True) / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license_name"] == "unknown-see-the-base"

@@ -1,8 +1,9 @@
-"""The command line: every mistake is one sentence, and nothing was touched by then."""
+"""The command line: every mistake is one sentence, and changes nothing."""
 
 import errno
 import inspect
 import os
+import pathlib
 
 import pytest
 
@@ -15,8 +16,8 @@ DIGITS = inspect.getsourcefile(digits)
 
 
 @pytest.fixture
-def began(monkeypatch):
-    """Records (stage, config) in place of running the stage."""
+def started(monkeypatch):
+    """Records (stage, config) instead of running the stage."""
     calls = []
 
     def record(name, config, workdir):
@@ -30,7 +31,7 @@ def began(monkeypatch):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A run's folder with something in it."""
+    """A run's folder with some files."""
     folder = tmp_path / "run"
     (folder / "caption").mkdir(parents=True)
     (folder / "caption" / "splits.json").write_text("{}")
@@ -39,7 +40,7 @@ def workdir(tmp_path):
 
 
 def content(folder):
-    """Every path below a folder: (bytes, time of the last change) of the files."""
+    """Every path below a folder -> (bytes, modification time) if it is a file."""
     return {
         path: (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
         for path in folder.rglob("*")
@@ -47,7 +48,7 @@ def content(folder):
 
 
 def failure(capsys, *arguments):
-    """Runs a command that must fail; returns the one line that it has to say."""
+    """Runs a command that must fail with one line; returns the line."""
     assert train.main(["train", *map(str, arguments)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -57,7 +58,7 @@ def failure(capsys, *arguments):
     return line.removeprefix("error: ")
 
 
-# A flag, what the sentence starts with, and what it says after that.
+# A flag, the start of the message, and words that follow in it.
 MISTAKES = [
     ("--config.stages=nope", "config.stages", "'nope'", "caption,pretrain,encode"),
     ("--config.stages=", "config.stages", "''", "all, or some of"),
@@ -195,7 +196,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[0])
-def test_a_mistake_is_one_sentence_and_changes_nothing(mistake, began, workdir, capsys):
+def test_a_mistake_is_one_sentence_and_changes_nothing(
+    mistake, started, workdir, capsys
+):
     flag, start, *words = mistake
     before = content(workdir.parent)
     line = failure(capsys, f"--config={DIGITS}", f"--workdir={workdir}", flag)
@@ -203,16 +206,16 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(mistake, began, workdir, 
     for word in words:
         assert word in line
     assert content(workdir.parent) == before
-    assert began == []
+    assert started == []
 
 
 @pytest.mark.parametrize("flag", [(), ("--workdir=",), ("--workdir",)])
-def test_a_workdir_must_be_named(flag, began, capsys):
+def test_a_workdir_must_be_named(flag, started, capsys):
     assert "--workdir" in failure(capsys, f"--config={DIGITS}", *flag)
 
 
 @pytest.mark.parametrize("path", ["notes.txt", "notes.txt/run", "locked"])
-def test_a_workdir_must_be_writable(path, began, workdir, capsys, monkeypatch):
+def test_a_workdir_must_be_writable(path, started, workdir, capsys, monkeypatch):
     if path == "locked":
         (workdir / "locked").mkdir()
 
@@ -226,13 +229,13 @@ def test_a_workdir_must_be_writable(path, began, workdir, capsys, monkeypatch):
     assert content(workdir) == before
 
 
-def test_a_new_workdir_is_made_but_stays_empty(began, tmp_path, capsys):
+def test_a_new_workdir_is_made_but_stays_empty(started, tmp_path, capsys):
     new = tmp_path / "a" / "b"
     failure(capsys, f"--config={DIGITS}", f"--workdir={new}", "--config.mix.dims=-1")
     assert list(content(tmp_path)) == [tmp_path / "a", new]
 
 
-CONFIGS = {  # what is in the file: what the sentence says
+CONFIGS = {  # text of the file: a word of the message
     "def get_config(:": "SyntaxError",
     "import nothing_of_this_name": "ModuleNotFoundError",
     "config = 1": "get_config",
@@ -245,7 +248,7 @@ CONFIGS = {  # what is in the file: what the sentence says
 
 
 @pytest.mark.parametrize("text", CONFIGS, ids=CONFIGS.values())
-def test_a_config_that_is_none_is_named(text, began, workdir, capsys):
+def test_an_invalid_config_is_named(text, started, workdir, capsys):
     path = workdir / "mine.py"
     path.write_text(text)
     line = failure(capsys, f"--config={path}", f"--workdir={workdir}")
@@ -272,7 +275,7 @@ def test_a_shipped_config_is_found_from_anywhere(path, inside, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("argument", "title"), [("", "none"), (":", "none"), (":a=b:c", "a=b:c")]
 )
-def test_what_follows_the_colon_goes_to_get_config(argument, title, tmp_path):
+def test_text_after_the_colon_is_passed_to_get_config(argument, title, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from mvc_jax.configs import common\n"
         "def get_config(title='none'):\n"
@@ -324,7 +327,7 @@ def test_an_override_has_the_type_of_its_field_and_changes_no_other(
 
 
 @pytest.mark.parametrize("steps", [12, 50])
-def test_the_fast_preset_takes_no_more_steps_than_there_were(steps, tmp_path):
+def test_the_fast_preset_never_raises_the_number_of_steps(steps, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from mvc_jax.configs import common\n"
@@ -339,11 +342,11 @@ def test_the_fast_preset_takes_no_more_steps_than_there_were(steps, tmp_path):
     changed["guidance_interval"] = (0.2, 0.8)
     assert fast.generate.to_dict() == plain.generate.to_dict() | changed
     assert fast.finetune.to_dict() == plain.finetune.to_dict()
-    for argument, said in {
-        ":preset=slow": "fast, got 'slow'",
+    for argument, message in {
+        ":preset=slow": "fast, got 'preset=slow'",
         ":slow": "preset=",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             train.load_config(f"{path}{argument}")
 
 
@@ -372,7 +375,7 @@ def test_a_field_cannot_be_added_later():
 
 
 @pytest.mark.parametrize(
-    ("asked", "path", "stages"),
+    ("names", "path", "stages"),
     [
         ("all", "", list(train.STAGES)),
         ("all", "sd15", [name for name in train.STAGES if name != "pretrain"]),
@@ -381,27 +384,60 @@ def test_a_field_cannot_be_added_later():
         ("pretrain", "sd15", ["pretrain"]),
     ],
 )
-def test_stages_run_in_the_order_of_the_pipeline(asked, path, stages):
+def test_stages_run_in_the_order_of_the_pipeline(names, path, stages):
     config = common.get_config()
-    config.stages, config.base.path = asked, path
+    config.stages, config.base.path = names, path
     assert train.select_stages(config) == stages
 
 
-def test_a_good_command_runs_its_stages_with_its_config(began, workdir, capsys):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_captioning(
+    started, workdir, capsys
+):
+    """There are 8; another process counts them, so this one starts no backend."""
+    command = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.mesh.fsdp=3"]
+    line = failure(capsys, *command)
+    assert line.startswith("config.mesh: wanted data * fsdp = 8 devices, got data=2")
+    assert started == []
+    prepare = "--config.stages=caption,pairs"  # may run on another machine
+    assert train.main(["train", *command, prepare]) == 0
+    fitting = [flag.replace("fsdp=3", "fsdp=4") for flag in command]
+    assert train.main(["train", *fitting, "--config.stages=encode"]) == 0
+    assert [name for name, _ in started] == ["caption", "pairs", "encode"]
+
+
+def test_stages_that_use_the_mesh_are_known():
+    folder = pathlib.Path(train.__file__).parent
+    using = [
+        name
+        for name in train.STAGES
+        if "make_mesh(" in (folder / f"{name}.py").read_text()
+    ]
+    assert list(train._MESH_STAGES) == using
+
+
+def test_help_and_version_print_and_exit(capsys):
+    for flag, start in (("--help", "Command line"), ("--version", "mvc_jax 0.")):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["train", flag])
+        assert stop.value.code == 0
+        assert capsys.readouterr().out.startswith(start)
+
+
+def test_a_good_command_runs_its_stages_with_its_config(started, workdir, capsys):
     flags = ["--config.stages=mix,pairs", "--config.seed=5"]
     command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
     assert train.main(command) == 0
-    assert [name for name, _ in began] == ["pairs", "mix"]
-    assert {config.seed for _, config in began} == {5}
+    assert [name for name, _ in started] == ["pairs", "mix"]
+    assert {config.seed for _, config in started} == {5}
 
 
-def test_a_sheet_to_look_at_ends_the_run(began, workdir, capsys, monkeypatch):
+def test_a_contact_sheet_ends_the_run(started, workdir, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(generate, "run", lambda config, workdir: drawn.append(workdir))
     flags = ["--config.stages=mix,generate,classify", "--config.generate.limit=3"]
     command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
     assert train.main(command) == 0
-    assert [name for name, _ in began] == ["mix"]
+    assert [name for name, _ in started] == ["mix"]
     assert len(drawn) == 1
     sheet = workdir / "generate" / "contact_sheet.png"
     assert capsys.readouterr().out == f"contact sheet: {sheet}\n"
@@ -410,8 +446,8 @@ def test_a_sheet_to_look_at_ends_the_run(began, workdir, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flag", ["limit=-3", "batch_size=0", "dtype=float8", "guidance_interval=(0.5,)"]
 )
-def test_a_sheet_of_a_finished_run_is_checked_as_any(
-    began, workdir, capsys, monkeypatch, flag
+def test_a_contact_sheet_of_a_finished_run_is_checked(
+    started, workdir, capsys, monkeypatch, flag
 ):
     monkeypatch.setattr(train, "is_complete", lambda *_: True)
     flags = ["--config.stages=generate", "--config.generate.limit=3"]
@@ -430,8 +466,8 @@ def test_a_sheet_of_a_finished_run_is_checked_as_any(
     ],
     ids=["interrupted", "disk full", "user error"],
 )
-def test_the_end_of_a_run_is_told(
-    began, workdir, capsys, monkeypatch, raised, code, words
+def test_the_message_at_the_end_of_a_run(
+    started, workdir, capsys, monkeypatch, raised, code, words
 ):
     def run_stage(*_):
         raise raised
@@ -441,30 +477,30 @@ def test_the_end_of_a_run_is_told(
     assert words in capsys.readouterr().err
 
 
-def test_two_runs_do_not_share_a_workdir(began, workdir, capsys, monkeypatch):
-    """The second would take what the first has under way for leftovers of a kill."""
+def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeypatch):
+    """The second would delete the temporary files of the first."""
     command = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.stages=mix"]
-    under_way = workdir / ".tmp-1-metrics.jsonl"
-    said = []
+    temporary = workdir / ".tmp-1-metrics.jsonl"
+    messages = []
 
     def run_stage(*_):
-        under_way.write_text("half")
-        said.append(failure(capsys, *command))
-        return under_way.exists()
+        temporary.write_text("half")
+        messages.append(failure(capsys, *command))
+        return temporary.exists()
 
     monkeypatch.setattr(train, "run_stage", run_stage)
     assert train.main(["train", *command]) == 0
-    assert said == [
+    assert messages == [
         f"--workdir={workdir}: wanted a folder that no other run is using, got one in "
         "use by another process. Wait until it has ended, or choose another folder."
     ]
-    assert under_way.exists()
+    assert temporary.exists()
     capsys.readouterr()
-    monkeypatch.setattr(train, "run_stage", lambda *_: not under_way.exists())
-    assert train.main(["train", *command]) == 0  # given back; and cleared away
+    monkeypatch.setattr(train, "run_stage", lambda *_: not temporary.exists())
+    assert train.main(["train", *command]) == 0  # unlocked, and deleted
 
 
-def test_our_own_mistakes_keep_their_traceback(began, workdir, monkeypatch):
+def test_a_bug_keeps_its_traceback(started, workdir, monkeypatch):
     monkeypatch.setattr(train, "run_stage", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(["train", f"--config={DIGITS}", f"--workdir={workdir}"])

@@ -28,6 +28,7 @@ from mvc_jax.models.flax_classes import (
 )
 
 Params = dict[str, Any]
+_SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +227,12 @@ class StableDiffusion:
 
     def shapes(self, component: str) -> Any:
         """The parameter tree of a component as `jax.ShapeDtypeStruct`s."""
+        key = f"{component} {self.configs[component]}"
+        if key not in _SHAPES:
+            _SHAPES[key] = self._trace_shapes(component)
+        return jax.tree.map(lambda leaf: leaf, _SHAPES[key])  # a copy
+
+    def _trace_shapes(self, component: str) -> Any:
         if component == "text_encoder":
             ids = jnp.zeros((1, self.context_length), jnp.int32)
             init = functools.partial(self.text_encoder.init, input_ids=ids)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from mvc_jax.checkpoints import clip_checkpoint, diffusers_layout, pipeline_folder
 from mvc_jax.data import captions
 from mvc_jax.models import clip
-from mvc_jax.screening.settings import CLIP_FIELD
+from mvc_jax.screening.settings import CLIP_FIELD, has_image_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,3 @@ def load(workdir: epath.Path, clip_path: str, *, text: bool) -> ClipEmbedder | N
             return None
     model, params = clip_checkpoint.load(path, field=CLIP_FIELD, text=text)
     return ClipEmbedder(model, jax.device_put(params))
-
-
-def has_image_encoder(base: epath.Path) -> bool:
-    """Whether a local pipeline folder contains CLIP's image encoder."""
-    return (base.expanduser() / clip_checkpoint.IMAGE_ENCODER / "config.json").exists()

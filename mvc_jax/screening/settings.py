@@ -121,10 +121,8 @@ def check_filters(
     require_one_of(FIELD, values, _CHOICES)
     require_within(FIELD, values, _RANGES)
     settings.require_folds(partners)
-    if (
-        "clip" not in (settings.label, settings.features)
-        and not settings.use_embeddings
-    ):
+    names_clip = "clip" in (settings.label, settings.features)
+    if not names_clip and not settings.use_embeddings:
         return
     available = bool(clip_path) or (
         _may_have_image_encoder(base_path) if base_path else pretrain_image_encoder
@@ -142,19 +140,23 @@ def check_filters(
             f"--{FIELD}.label=folds.",
         )
     if clip_path or base_path:
-        from mvc_jax.checkpoints import (
-            clip_checkpoint,
-        )  # imports JAX, which other checks do not need
+        from mvc_jax.checkpoints import clip_checkpoint  # here: it imports JAX
 
         clip_checkpoint.check(clip_path or base_path, field=CLIP_FIELD, text=by_text)
 
 
 def _may_have_image_encoder(base_path: str) -> bool:
     """Whether a base model has an image encoder; true of a name on the hub."""
-    # Imported here for the same reason.
     from mvc_jax.checkpoints import pipeline_folder
-    from mvc_jax.screening import clip_embedder
 
     if pipeline_folder.is_hub_name(base_path):
         return True
-    return clip_embedder.has_image_encoder(epath.Path(base_path))
+    return has_image_encoder(epath.Path(base_path))
+
+
+def has_image_encoder(base: epath.Path) -> bool:
+    """Whether a local pipeline folder contains CLIP's image encoder."""
+    from mvc_jax.checkpoints import clip_checkpoint
+
+    folder = base.expanduser() / clip_checkpoint.IMAGE_ENCODER
+    return (folder / "config.json").exists()

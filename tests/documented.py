@@ -1,0 +1,77 @@
+"""The commands of the documents: where they are, and how they are shortened to run."""
+
+import pathlib
+import re
+import shlex
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+]
+
+# Fewer steps, images and seeds of the digits; the stages and shapes are the demo's.
+SHORT = (
+    "pretrain.vae.steps=30",
+    "pretrain.unet.steps=30",
+    "pretrain.checkpoint_every=10",
+    "finetune.steps=20",
+    "finetune.checkpoint_every=5",
+    "mix.per_image=2",
+    "generate.steps=4",
+    "generate.shard_size=40",
+    "generate.batch_size=20",
+    "classify.seeds=2",
+    "classify.steps=10",
+)
+
+# Part of a command -> the flags that shorten it further, with the reason; None: it
+# cannot run here. The first that matches is used.
+SHORTENED = (
+    # Another seed is another program for every stage: minutes of compilation.
+    ("--config.seed=1", ["--config.stages=caption,pairs"]),
+    # Its companions are trained in test_companions and drawn in test_ablation.
+    ("digits.py:ablation", ["--config.stages=caption"]),
+    # 4 GB of Stable Diffusion from the hub.
+    ("stable-diffusion-v1-5", ["--config.stages=caption"]),
+    # 15 GB of BLIP-2 from the hub, and Stable Diffusion.
+    ("captioner=blip2", None),
+    ("configs/folder.py", []),
+    # Two regimes with a set each.
+    (
+        "runs/fine",
+        ["--config.classify.runs=real,combined", "--config.classify.ratio=1"],
+    ),
+    ("configs/digits.py", []),
+)
+
+
+def commands() -> Iterator[list[str]]:
+    """The words of every shell command of the documents."""
+    for path in DOCUMENTS:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield words
+
+
+def train_flags(words: list[str]) -> list[str] | None:
+    """The flags that a command passes to `train`; None if it does not run it."""
+    runs = "mvc_jax.train" in words or "mvc-jax" in words or "launch/demo.sh" in words
+    return [word for word in words if word.startswith("--")] if runs else None
+
+
+def train_arguments(words: list[str]) -> list[str] | None:
+    """The flags of a command that can run here, shortened; else None."""
+    flags = train_flags(words)
+    if flags is None or "mvc_jax.train" not in words:  # demo.sh installs packages
+        return None
+    line = " ".join(words)
+    more = next(more for part, more in SHORTENED if part in line)
+    if more is None:
+        return None
+    short = [f"--config.{x}" for x in SHORT] if "configs/digits.py" in line else []
+    return [*flags, *short, *more]
