@@ -1,11 +1,11 @@
-"""How fast RandAugment is: on the device beside Pillow on the host.
+"""Throughput of RandAugment: ours on the device against Pillow on the host.
 
     python benchmarks/augment.py
 
 Ours: `augment.policy("randaugment")` without flip, crop and Cutout, vmapped over a
-batch that lies on the device. Pillow's: the same 14 operations at the same values, two
-for each image, in processes, from NumPy array to NumPy array, as a loader's workers
-do. Both in turns, of which the table shows the best of either side.
+batch on the device. Pillow's: the same 14 operations at the same values, two for each
+image, in processes, from NumPy array to NumPy array, like a data loader's workers. The
+two alternate; the table shows the best round of each.
 """
 
 import argparse
@@ -23,16 +23,16 @@ BATCHES = {32: 512, 224: 64}  # side: images
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2, help="of Pillow")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a round")
+    parser.add_argument("--workers", type=int, default=2, help="processes of Pillow")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per round")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.workers) as pool:
-        pool.map(rate_of_pillow, [(8, 0.1)] * arguments.workers)  # they have started
+        pool.map(rate_of_pillow, [(8, 0.1)] * arguments.workers)  # start them
         import jax
 
         print(f"{jax.devices()[0].device_kind}; load {os.getloadavg()[0]:.2f}\n")
-        print("| side | ours, images/s | Pillow, images/s | ratio, best | by turn |")
+        print("| side | ours, images/s | Pillow, images/s | ratio, best | by round |")
         print("|---:|---:|---:|---:|---|")
         for side, count in BATCHES.items():
             augment = ours(side, count)
@@ -42,12 +42,14 @@ def main() -> None:
                 work = [(side, arguments.seconds)] * arguments.workers
                 rates.append((our_rate, sum(pool.map(rate_of_pillow, work))))
             us, pillow = map(max, zip(*rates, strict=True))
-            turns = ", ".join(f"{a / b:.2f}" for a, b in rates)
-            print(f"| {side} | {us:.0f} | {pillow:.0f} | {us / pillow:.2f} | {turns} |")
+            ratios = ", ".join(f"{a / b:.2f}" for a, b in rates)
+            print(
+                f"| {side} | {us:.0f} | {pillow:.0f} | {us / pillow:.2f} | {ratios} |"
+            )
 
 
 def photos(side: int, count: int) -> np.ndarray:
-    """Smooth shapes with noise; uint8 [count, side, side, 3]."""
+    """Smooth random images with noise; uint8 [count, side, side, 3]."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
     box = (side, side)

@@ -4,13 +4,13 @@
     python benchmarks/classifier_step.py --model=resnet18
 
 Forward, backward and an SGD step (Nesterov momentum 0.9, weight decay 5e-4) on 32 px
-images, 10 classes, batch statistics over the examples of a mask; PyTorch's, which has
-no masks, over all. Both sides have the same precision, a process of their own with all
-cores, and take turns: what else the machine does hits both.
+images, 10 classes, batch statistics over the examples of a mask (over all examples in
+PyTorch, which has no masks). Both have the same precision and a process of their own
+with all cores, and alternate, so that other load on the machine affects both.
 
-On an accelerator it is ours alone: WRN-28-10 in bfloat16, with the share of the
-device's peak (MFU) by the FLOPs of its forward (WRN-28-10: 5.25 G multiply-adds, two
-FLOPs each) and twice that backward.
+On an accelerator only ours is measured: WRN-28-10 in bfloat16, with the fraction of the
+device's peak (MFU) from the FLOPs of the forward pass (WRN-28-10: 5.25 G multiply-adds,
+two FLOPs each) and twice that for the backward pass.
 """
 
 import argparse
@@ -30,7 +30,7 @@ FIELDS = {"resnet18": {"stem": "cifar"}}
 def main() -> None:
     fast = accelerator()
     arguments = parse(fast)
-    sides = {"ours": ours} if fast else {"ours": ours, "torch": torch_s}
+    sides = {"ours": ours} if fast else {"ours": ours, "torch": theirs}
     compiling, seconds, memory = in_turns(sides, arguments)
     print(results(arguments, compiling, seconds, memory))
     if fast:
@@ -48,20 +48,22 @@ def parse(fast: bool) -> argparse.Namespace:
         choices=("float32", "bfloat16"),
         default="bfloat16" if fast else "float32",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=20 if fast else 2, help="a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each side")
+    parser.add_argument(
+        "--steps", type=int, default=20 if fast else 2, help="per round"
+    )
     return parser.parse_args()
 
 
 def data(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Images [B, H, W, 3] and labels, drawn at random."""
+    """Random images [B, H, W, 3] and labels."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(arguments.batch, SIZE, SIZE, 3)).astype(np.float32)
     return images, rng.integers(0, CLASSES, arguments.batch).astype(np.int32)
 
 
 def network(arguments: argparse.Namespace):
-    """Our module."""
+    """Our network."""
     from mvc_jax.models.classifiers import VARIANTS
 
     fields = FIELDS.get(arguments.model, {}) | {"dtype": arguments.precision}
@@ -87,10 +89,10 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
     mask = jax.device_put(np.ones(arguments.batch, bool))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step_on(state, images, labels, mask):
+    def step_fn(state, images, labels, mask):
         variables, opt_state = state
 
-        def loss_of(params):
+        def loss_fn(params):
             logits, updated = model.apply(
                 {"params": params, "batch_stats": variables["batch_stats"]},
                 images,
@@ -102,25 +104,25 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
             return losses.mean(), updated["batch_stats"]
 
         params = variables["params"]
-        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         return ({"params": params, "batch_stats": stats}, opt_state), loss
 
-    state, loss = jax.block_until_ready(step_on(state, images, labels, mask))
+    state, loss = jax.block_until_ready(step_fn(state, images, labels, mask))
 
     def step(times: int) -> None:
         nonlocal state, loss
         for _ in range(times):
-            state, loss = step_on(state, images, labels, mask)
+            state, loss = step_fn(state, images, labels, mask)
         assert np.isfinite(float(loss))
         jax.block_until_ready(state)
 
     return step, peak
 
 
-def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
-    """The same of PyTorch."""
+def theirs(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
+    """The same for PyTorch."""
     import torch
 
     sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
@@ -162,14 +164,14 @@ def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
 
 
 def rate(arguments: argparse.Namespace, seconds: float) -> str:
-    """TFLOP/s and MFU of one device, counted in a process without it."""
+    """TFLOP/s and MFU of one device; FLOPs are counted in another process."""
     import multiprocessing
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         flops, peak = pool.apply(_flops_and_peak, (arguments,))
     tflops = 3 * flops * arguments.batch / seconds / 1e12
-    share = f", {tflops / peak:.1%} of its peak" if peak else ""
-    return f"\n{flops / 1e9:.2f} GFLOP forward an image: {tflops:.0f} TFLOP/s{share}"
+    mfu = f", {tflops / peak:.1%} of its peak" if peak else ""
+    return f"\n{flops / 1e9:.2f} GFLOP per image forward: {tflops:.0f} TFLOP/s{mfu}"
 
 
 def _flops_and_peak(arguments: argparse.Namespace) -> tuple[float, float | None]:

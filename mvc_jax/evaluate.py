@@ -105,7 +105,7 @@ def _accuracies(result: dict) -> Float[np.ndarray, " S"]:
 
 
 def _steps(results: dict[str, dict]) -> dict[str, int]:
-    """Returns the maximum and minimum of optimiser steps; early stopping makes two."""
+    """Returns the maximum and minimum number of optimiser steps over all fits."""
     steps = [seed["steps"] for result in results.values() for seed in result["seeds"]]
     return {"steps": max(steps), "least_steps": min(steps)}
 

@@ -1,4 +1,4 @@
-"""The random similarity: its identity, its exact cases, its range, its independence."""
+"""The random similarity: identity, exact cases, ranges, independence of images."""
 
 import functools
 
@@ -19,7 +19,7 @@ augment_batch = jax.jit(jax.vmap(affine.random_affine))
 
 @pytest.fixture
 def drawing(monkeypatch):
-    """`drawing(angle, scale, y, x, ...)`: the augmentation with these draws."""
+    """`drawing(angle, scale, y, x, ...)` augments with these draws."""
 
     def draw(*draws, image=IMAGE, **ranges):
         fixed = jnp.asarray(draws, jnp.float32)
@@ -39,14 +39,14 @@ def test_ranges_of_zero_are_the_identity(shape):
 
 
 @pytest.mark.parametrize(("y", "x"), [(2, 0), (0, -1), (-2, 2)])
-def test_whole_pixels_roll_and_the_border_is_repeated(drawing, y, x):
+def test_integer_shifts_roll_and_repeat_the_border(drawing, y, x):
     moved = drawing(0, 0, y / 2, x / 2, shift=0.25)  # 0.25 * 8 pixels
     padded = np.pad(IMAGE, ((2, 2), (2, 2), (0, 0)), mode="edge")
     expected = np.roll(padded, (y, x), axis=(0, 1))[2:-2, 2:-2]
     np.testing.assert_allclose(moved, expected, atol=1e-6)
 
 
-def test_a_shift_is_a_share_of_each_side(drawing):
+def test_a_shift_is_a_fraction_of_each_side(drawing):
     image = IMAGE[:4]  # 4 high, 8 wide
     moved = drawing(0, 0, 1, 1, image=image, shift=0.25)
     np.testing.assert_allclose(moved[1:, 2:], image[:-1, :-2], atol=1e-6)
@@ -72,7 +72,7 @@ def test_zooming_by_two_shows_the_middle_half(drawing):
 
 @given(st.integers(0, 2**31 - 1))
 @settings(deadline=None, max_examples=100)
-def test_no_value_leaves_the_range_of_its_channel(seed):
+def test_values_stay_in_the_range_of_their_channel(seed):
     moved = np.asarray(augment(jax.random.key(seed), IMAGE))
     assert moved.shape == IMAGE.shape
     assert (moved <= IMAGE.max((0, 1)) + 1e-6).all()
@@ -91,7 +91,7 @@ def test_each_image_of_a_batch_depends_on_its_own_key_and_pixels():
         assert jnp.abs(together[a] - together[b]).max() > 0.1
 
 
-MEASURES = {  # of an image whose value is y: its range, and how to tell the draw
+MEASURES = {  # of an image whose value is y: the range, and the draw by the result
     "shift": (2 / 8, lambda image: (4 - image[:, 4, 4]) / 8),
     "zoom": (0.25, lambda image: 1 / (image[:, 4, 4] - image[:, 3, 4]) - 1),
     "degrees": (30.0, lambda image: np.rad2deg(np.arcsin(np.diff(image)[:, 4, 3]))),
@@ -99,13 +99,13 @@ MEASURES = {  # of an image whose value is y: its range, and how to tell the dra
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_the_draws_fill_their_range_evenly(name):
+def test_draws_are_uniform_over_their_range(name):
     ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None, None], (8, 8, 1))
-    most, measure = MEASURES[name]
-    one = functools.partial(affine.random_affine, **STILL | {name: most})
+    limit, measure = MEASURES[name]
+    one = functools.partial(affine.random_affine, **STILL | {name: limit})
     keys = jax.random.split(jax.random.key(0), 2000)
     moved = jax.jit(jax.vmap(one, in_axes=(0, None)))(keys, ramp)
-    drawn = measure(np.asarray(moved)[..., 0]) / most
+    drawn = measure(np.asarray(moved)[..., 0]) / limit
     assert np.abs(drawn).max() < 1 + 1e-4
     quantiles = np.quantile(drawn, [0, 0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(quantiles, [-1, -0.5, 0, 0.5, 1], atol=0.1)

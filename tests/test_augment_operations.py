@@ -1,4 +1,4 @@
-"""Every operation is Pillow's, at every magnitude that a policy can ask for."""
+"""Every operation equals Pillow's, at every magnitude that a policy can have."""
 
 import functools
 
@@ -48,7 +48,7 @@ def digit() -> np.ndarray:
 
 
 def texture(height: int, width: int) -> np.ndarray:
-    """Waves and noise, each channel with other levels."""
+    """Waves and noise, with different levels in each channel."""
     y, x = np.mgrid[:height, :width]
     rng = np.random.default_rng(0)
     waves = [np.sin(x / 3 + c) * np.cos(y / (4 + c)) for c in range(3)]
@@ -93,7 +93,7 @@ def ours(image: np.ndarray, chosen: list, resampling: str = "nearest") -> np.nda
 
 
 def performed(table, rows, image, resampling):
-    """`rows` [images, steps] of a table on the same image; jitted once for a table."""
+    """Applies `rows` [images, steps] of a table to the same image, jitted."""
 
     def one(drawn, image):
         where = jnp.zeros((len(drawn), 2))
@@ -111,7 +111,7 @@ def all_of(kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", MAGNITUDES)
 @pytest.mark.parametrize("kind", IMAGES)
-def test_an_operation_is_pillows(kind, name):
+def test_an_operation_equals_pillows(kind, name):
     image, results = IMAGES[kind], all_of(kind)
     changed = 0
     for (other, value), result in zip(ALL, results, strict=True):
@@ -119,7 +119,7 @@ def test_an_operation_is_pillows(kind, name):
             continue
         expected = pillow(image, name, value, Image.Resampling.NEAREST)
         far = np.abs(result.astype(int) - expected.astype(int)).max()
-        # Pillow's double precision now and then cuts a whole number to the one below.
+        # Pillow's double precision sometimes truncates an integer to the one below.
         assert far <= (1 if name == "AutoContrast" else 0), (value, far)
         changed += (expected != image).any()
     # 256 pixels are too few for Pillow to equalize.
@@ -128,7 +128,7 @@ def test_an_operation_is_pillows(kind, name):
 
 
 @pytest.mark.parametrize("kind", ["digit", "wide"])
-def test_bilinear_is_pillows_within_one_level(kind):
+def test_bilinear_sampling_equals_pillows_within_one_level(kind):
     image = IMAGES[kind]
     chosen = [(n, v) for n, v in ALL if n in operations.GEOMETRIC][::3]
     for (name, value), result in zip(
@@ -139,14 +139,14 @@ def test_bilinear_is_pillows_within_one_level(kind):
         assert far <= 1, (name, value)
 
 
-def test_steps_are_pillows_one_after_the_other():
-    """Two maps are read at once, a colour between them is not jumped."""
+def test_several_steps_equal_pillows_one_after_the_other():
+    """Two maps are sampled at once, but not across a colour operation."""
     chosen = [("Rotate", 20.0), ("ShearX", -0.3), ("Equalize", 0.0), ("Color", 1.7),
               ("TranslateY", 5.0), ("Sharpness", 1.9), ("Solarize", 100.0)]  # fmt: skip
     image = IMAGES["wide"]
     rng = np.random.default_rng(0)
     table = operations.table(chosen, *image.shape[:2], "nearest")
-    rows = rng.integers(0, len(chosen) + 1, (120, 3))  # 0: one step less
+    rows = rng.integers(0, len(chosen) + 1, (120, 3))  # 0: no step
     results = performed(table, jnp.asarray(rows), jnp.asarray(image), "nearest")
     for drawn, result in zip(rows, results, strict=True):
         expected = image
@@ -161,16 +161,16 @@ def test_steps_are_pillows_one_after_the_other():
     ("Rotate", 0.0), ("Rotate", 360.0), ("Solarize", 256.0), ("Posterize", 8.0),
     *((name, 1.0) for name in operations.BLENDS), ("Cutout", 0.0),
 ])  # fmt: skip
-def test_nothing_is_exactly_nothing(operation):
-    """A row that changes nothing has the identity's numbers."""
+def test_neutral_values_are_the_identity(operation):
+    """Their rows have the numbers of the identity's."""
     row = operations.row(operation, 20, 31, "nearest")
     neutral = operations.row(("Identity", 0.0), 20, 31, "nearest")
     for field, value, expected in zip(row._fields, row, neutral, strict=True):
-        if field != "blend":  # with factor 1 it is of no account
+        if field != "blend":  # with factor 1 it has no effect
             np.testing.assert_array_equal(value, expected, err_msg=field)
 
 
-def test_cutout_is_pillows_rectangle():
+def test_cutout_equals_pillows_rectangle():
     image, side = jnp.asarray(IMAGES["wide"]), 6.2
     table = operations.table([("Cutout", side)], 20, 31, "nearest")
     points = np.random.default_rng(0).random((50, 2)).astype(np.float32)
@@ -190,21 +190,21 @@ def test_cutout_is_pillows_rectangle():
         np.testing.assert_array_equal(result, np.asarray(picture))
 
 
-def test_dear_operations_are_computed_for_those_that_want_them():
+def test_apply_where_changes_the_images_whose_condition_holds():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 3, 16, 17, 3)))
     images = images.astype(jnp.uint8)
-    wanted = jnp.array([[True, False, True], [False, False, True]])
-    seldom, equalize = color.seldom(color.equalize), jax.jit(color.equalize)
-    one = jax.jit(seldom)
-    results = jax.jit(jax.vmap(jax.vmap(seldom)))(wanted, images)
+    where = jnp.array([[True, False, True], [False, False, True]])
+    apply, equalize = color.apply_where(color.equalize), jax.jit(color.equalize)
+    one = jax.jit(apply)
+    results = jax.jit(jax.vmap(jax.vmap(apply)))(where, images)
     for i in np.ndindex(2, 3):
-        expected = equalize(images[i]) if wanted[i] else images[i]
+        expected = equalize(images[i]) if where[i] else images[i]
         np.testing.assert_array_equal(results[i], expected)
-        np.testing.assert_array_equal(one(wanted[i], images[i]), expected)
-        assert wanted[i] == (results[i] != images[i]).any()
+        np.testing.assert_array_equal(one(where[i], images[i]), expected)
+        assert where[i] == (results[i] != images[i]).any()
 
 
-def test_an_enlarged_part_is_pillows_within_one_level():
+def test_a_resized_crop_equals_pillows_within_one_level():
     image = IMAGES["wide"]
     enlarge = jax.jit(crops.enlarge)
     for top, left, height, width in [(0, 0, 20, 31), (3, 5, 9, 8), (19, 30, 1, 1)]:

@@ -1,4 +1,4 @@
-"""Policies by name: what they promise, what they draw and how often, MixUp, CutMix."""
+"""Policies: shapes and dtypes, what is drawn and how often; MixUp and CutMix."""
 
 import collections
 import dataclasses
@@ -17,6 +17,7 @@ from mvc_jax.augment import (
     magnitudes,
     mixup,
     operations,
+    policies,
     randaugment,
 )
 
@@ -24,7 +25,7 @@ IMAGES = np.random.default_rng(0).integers(1, 256, (6, 12, 9, 3), dtype=np.uint8
 IMAGE = jnp.asarray(IMAGES[0])
 KEYS = jax.random.split(jax.random.key(0), 6)
 CHEAP = ("none", "flip", "flip_crop", "affine", "cutout")
-DEAR = ("autoaugment_imagenet", "fast_autoaugment_cifar100", "randaugment")
+COSTLY = ("autoaugment_imagenet", "fast_autoaugment_cifar100", "randaugment")
 
 
 @functools.cache
@@ -37,12 +38,16 @@ def augmented(name: str) -> np.ndarray:
     return np.asarray(batched(name)(KEYS, IMAGES))
 
 
-@pytest.mark.parametrize("name", CHEAP + DEAR)
-def test_a_policy_keeps_shape_and_dtype_and_the_key_decides_alone(name):
+def test_names_are_those_of_the_policies():
+    assert tuple(policies._POLICIES) == augment.NAMES
+
+
+@pytest.mark.parametrize("name", CHEAP + COSTLY)
+def test_a_policy_keeps_shape_and_dtype_and_depends_on_its_key_alone(name):
     results = augmented(name)
     assert results.shape == IMAGES.shape and results.dtype == np.uint8
     assert (results != IMAGES).any() == (name != "none")
-    order = np.array([3, 5, 0, 1, 4, 2])  # each image with its key, in other company
+    order = np.array([3, 5, 0, 1, 4, 2])  # each image with its key, in another batch
     others = IMAGES[order].copy()
     others[0] = 7
     moved = batched(name)(KEYS[order], others)
@@ -52,14 +57,14 @@ def test_a_policy_keeps_shape_and_dtype_and_the_key_decides_alone(name):
         assert len(np.unique(batched(name)(KEYS, same), axis=0)) > 1
 
 
-def test_float_images_stay_float_and_hold_whole_levels():
+def test_float_images_stay_float_and_have_integer_levels():
     policy = jax.jit(jax.vmap(augment.policy("cutout")))
     results = np.asarray(policy(KEYS, IMAGES.astype(np.float32) + 0.25))
     assert results.dtype == np.float32
     np.testing.assert_array_equal(results, augmented("cutout"))
 
 
-def test_flipping_twice_changes_nothing_and_half_are_flipped():
+def test_half_are_flipped_and_two_flips_are_the_identity():
     keys = jax.random.split(jax.random.key(1), 1000)
     flip = jax.jit(jax.vmap(crops.flip, in_axes=(0, None)))
     results = np.asarray(flip(keys, IMAGES[0]))
@@ -70,7 +75,7 @@ def test_flipping_twice_changes_nothing_and_half_are_flipped():
     np.testing.assert_array_equal(crops.flip(key, crops.flip(key, IMAGE)), IMAGE)
 
 
-def test_every_crop_of_the_padded_image_comes_equally_often():
+def test_crops_of_the_padded_image_are_uniform():
     keys = jax.random.split(jax.random.key(1), 2500)
     crop = jax.vmap(functools.partial(crops.pad_crop, padding=2), in_axes=(0, None))
     padded = np.pad(IMAGES[0], ((2, 2), (2, 2), (0, 0)))
@@ -84,7 +89,7 @@ def test_every_crop_of_the_padded_image_comes_equally_often():
     assert min(found.values()) > 60 and max(found.values()) < 140  # 100 expected
 
 
-def test_cutout_is_a_square_about_any_pixel():
+def test_cutout_is_a_square_around_any_pixel():
     keys = jax.random.split(jax.random.key(1), 2000)
     cut = jax.vmap(functools.partial(crops.cutout, side=4, fill=0), in_axes=(0, None))
     holes = (np.asarray(jax.jit(cut)(keys, IMAGES[0])) == 0).all(-1)
@@ -96,9 +101,9 @@ def test_cutout_is_a_square_about_any_pixel():
     assert {hole.tobytes() for hole in holes} == expected
 
 
-def test_a_resized_crop_has_the_drawn_share_of_the_area():
+def test_a_resized_crop_has_the_drawn_fraction_of_the_area():
     def draw(key):
-        return crops.draw_part(key, 64, 64, (0.08, 1.0), (3 / 4, 4 / 3))
+        return crops.draw_crop(key, 64, 64, (0.08, 1.0), (3 / 4, 4 / 3))
 
     keys = jax.random.split(jax.random.key(1), 2000)
     starts, sizes = map(np.asarray, jax.jit(jax.vmap(draw))(keys))
@@ -109,26 +114,26 @@ def test_a_resized_crop_has_the_drawn_share_of_the_area():
     assert 0.72 < shape.min() < 0.8 and 1.25 < shape.max() < 1.4
 
 
-def test_sub_policies_come_equally_often_and_steps_by_their_probability():
-    count, policies = 40_000, autoaugment.parse(autoaugment.CIFAR10)
-    chances = np.array([[p for _, p, _ in steps] for steps in policies], np.float32)
+def test_sub_policies_are_uniform_and_steps_have_their_probability():
+    count, parsed = 40_000, autoaugment.parse(autoaugment.CIFAR10)
+    chances = np.array([[p for _, p, _ in steps] for steps in parsed], np.float32)
     draw = jax.jit(jax.vmap(autoaugment.draw, in_axes=(0, None)))
     rows, where = draw(jax.random.split(jax.random.key(2), count), chances)
     rows = np.asarray(rows)
     for step in range(2):
-        happened = rows[:, step][rows[:, step] > 0] - 1
-        assert (happened // 2 % 2 == step).all()
-        assert abs((happened % 2).mean() - 0.5) < 0.02  # heads and tails
-        shares = np.bincount(happened // 4, minlength=25) / (count / 25)
-        np.testing.assert_allclose(shares, chances[:, step], atol=0.1)
-        assert (shares[chances[:, step] == 0] == 0).all()
-    both = ((rows > 0).all(1)).mean()  # the steps are drawn apart
+        applied = rows[:, step][rows[:, step] > 0] - 1
+        assert (applied // 2 % 2 == step).all()
+        assert abs((applied % 2).mean() - 0.5) < 0.02  # both directions
+        frequency = np.bincount(applied // 4, minlength=25) / (count / 25)
+        np.testing.assert_allclose(frequency, chances[:, step], atol=0.1)
+        assert (frequency[chances[:, step] == 0] == 0).all()
+    both = ((rows > 0).all(1)).mean()  # steps are independent
     assert abs(both - chances.prod(1).mean()) < 0.02
     quantiles = np.quantile(np.asarray(where), [0, 0.5, 1], axis=0)
     np.testing.assert_allclose(quantiles[:, 0, 0], [0, 0.5, 1], atol=0.02)
 
 
-def test_rows_lie_where_the_draws_expect_them():
+def test_rows_have_the_indices_that_are_drawn():
     table, chances = autoaugment._tables("cifar10", 12, 9, "nearest")
     assert len(table.rows.factor) == 1 + 2 * chances.size
     for i, steps in enumerate(autoaugment.parse(autoaugment.CIFAR10)):
@@ -139,14 +144,14 @@ def test_rows_lie_where_the_draws_expect_them():
                 assert all(map(np.array_equal, row, expected))
 
 
-def test_every_operation_comes_equally_often():
+def test_operations_are_uniform():
     draw = jax.vmap(functools.partial(randaugment.draw, steps=2, rows=1 + 14 * 2))
     keys = jax.random.split(jax.random.key(2), 14_000)
     rows = np.asarray(jax.jit(draw)(keys))
     counts = np.bincount(rows.ravel(), minlength=29)
     assert counts[0] == 0
     np.testing.assert_allclose(counts[1:] / rows.size * 28, 1, atol=0.15)
-    assert abs(np.corrcoef(rows.T)[0, 1]) < 0.03  # the steps are drawn apart
+    assert abs(np.corrcoef(rows.T)[0, 1]) < 0.03  # steps are independent
 
 
 @pytest.mark.parametrize("name", autoaugment.POLICIES)
@@ -160,7 +165,7 @@ def test_the_papers_tables_have_25_sub_policies_of_two_steps(name):
             assert 0 <= chance <= 1 and level in range(10)
 
 
-def test_fast_autoaugments_list_is_the_authors():
+def test_fast_autoaugments_sub_policies_are_the_authors():
     """Counts and first and last rows of `fa_reduced_cifar10`."""
     policies = fast_autoaugment.sub_policies()
     assert len(policies) == 493
@@ -179,7 +184,7 @@ def test_fast_autoaugments_list_is_the_authors():
     assert fast_autoaugment.values("TranslateX", 1.0, 20, 40)[0] == ("TranslateX", 18.0)
 
 
-def test_levels_mean_what_the_papers_say():
+def test_values_of_levels_are_the_papers():
     released = autoaugment.RELEASED.values
     assert released("ShearX", 5, 32, 32) == (("ShearX", 0.15), ("ShearX", -0.15))
     assert released("TranslateY", 9, 32, 32) == (("TranslateY", 9), ("TranslateY", -9))
@@ -200,7 +205,7 @@ def test_levels_mean_what_the_papers_say():
     assert (up, down) == pytest.approx((1.3, 0.7))
 
 
-def test_magnitude_zero_is_the_identity_but_for_the_two_without_magnitude():
+def test_magnitude_zero_is_the_identity_for_operations_with_a_magnitude():
     table = randaugment._table(
         dataclasses.replace(randaugment.WIDE, factors=(1.0, 1.9), mirrored=True),
         (0,),
@@ -218,11 +223,11 @@ def test_magnitude_zero_is_the_identity_but_for_the_two_without_magnitude():
         assert all(same) == (name not in ("AutoContrast", "Equalize")), name
 
 
-def test_fields_change_a_policy_and_mistakes_name_what_is_known():
+def test_fields_change_a_policy_and_errors_list_the_known_ones():
     assert augment.fields("randaugment")["magnitude"] == 9
     assert "policy" not in augment.fields("autoaugment_svhn")
-    still = augment.policy("cutout", flip=False, crop=0, cutout=0)
-    np.testing.assert_array_equal(still(KEYS[0], IMAGE), IMAGES[0])
+    identity = augment.policy("cutout", flip=False, crop=0, cutout=0)
+    np.testing.assert_array_equal(identity(KEYS[0], IMAGE), IMAGES[0])
     assert augment.policy("flip") is augment.policy("flip")
     for arguments, message in (
         ({"name": "randaugmnet"}, "'randaugmnet'; known: none, flip, .*randaugment"),
@@ -250,7 +255,7 @@ def mixed(mix, count: int):
 
 
 @pytest.mark.parametrize("mix", [mixup.mixup, mixup.cutmix])
-def test_padding_is_neither_mixed_nor_felt(mix):
+def test_padding_is_not_mixed_and_has_no_effect(mix):
     images, labels = mixed(mix, 6)
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images[:, 4:], np.stack([IMAGES[4:]] * 40))
@@ -263,15 +268,15 @@ def test_padding_is_neither_mixed_nor_felt(mix):
     np.testing.assert_allclose(fewer_labels, labels[:, :4], atol=1e-6)
 
 
-def test_mixup_mixes_images_as_labels():
+def test_mixup_mixes_images_and_labels_by_the_same_ratio():
     images, labels = mixed(mixup.mixup, 6)
     expected = np.einsum("nbk,khwc->nbhwc", labels, IMAGES.astype(np.float32))
     assert np.abs(expected - images).max() < 0.51
-    shares = labels[:, np.arange(4), np.arange(4)].min(1)
-    assert shares.min() < 0.2 and shares.std() > 0.1  # alpha = 1: uniform
+    ratios = labels[:, np.arange(4), np.arange(4)].min(1)
+    assert ratios.min() < 0.2 and ratios.std() > 0.1  # alpha = 1: uniform
 
 
-def test_cutmixs_labels_are_areas_of_one_box():
+def test_cutmix_mixes_labels_by_the_area_of_one_box():
     images, labels = mixed(mixup.cutmix, 6)
     for image, label in zip(images, labels, strict=True):
         for row in range(4):
@@ -285,7 +290,7 @@ def test_cutmixs_labels_are_areas_of_one_box():
             assert other.mean() == pytest.approx(label[row, partner], abs=1e-5)
 
 
-def test_every_real_row_is_partner_once():
+def test_every_real_row_is_a_partner_once():
     partners = jax.jit(mixup.partners)
     weights = jnp.array([0.0, 1.0, 1.0, 0.0, 1.0])
     seen = set()

@@ -346,7 +346,7 @@ DAMAGED_FOLDERS = {
             if folder.mkdir is None
             else _nest(folder)
         ),
-        "around inner. Name .*/inner",
+        "around inner. Use .*/inner",
     ),
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "an empty one"),
     "gone": (shutil.rmtree, "no such folder"),
@@ -354,7 +354,7 @@ DAMAGED_FOLDERS = {
     "index": (_write("model_index.json", "[]"), "model_index.json.*not an object"),
     "config": (_write("unet/config.json", "nonsense"), "unet/config.json.*bad JSON"),
     "tokenizer": (_write("tokenizer/vocab.json", "{"), "tokenizer: wanted .* damaged"),
-    "half": (_without(VAE, TEXT), "2 missing.*Download the checkpoint again"),
+    "half": (_without(VAE, TEXT), "2 missing.*Download the whole checkpoint again"),
     "small files": (
         _without("tokenizer/merges.txt", "scheduler/scheduler_config.json"),
         "2 missing: scheduler/scheduler_config.json; tokenizer/merges.txt",

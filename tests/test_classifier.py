@@ -1,4 +1,4 @@
-"""A classifier's step: seeds that share nothing, slots that do not count, devices."""
+"""A classifier's step: independent seeds, slots without weight, devices."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from mvc_jax import augment
 from mvc_jax.classification import classifier
 from mvc_jax.models.layers import Layers, drop
 from mvc_jax.models.layers import head as last_layer
@@ -17,7 +18,7 @@ from mvc_jax.training import loop, memory, optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.train_logger import TrainLogger
 
-R, B, K, STEPS = 20, 6, 3, 40
+R, B, K, STEPS = 20, 6, 3, 120
 DRAW = np.random.default_rng(0)
 IMAGES = DRAW.integers(0, 256, (R, 8, 8, 3), dtype=np.uint8)
 LABELS = DRAW.integers(0, K, R).astype(np.int32)
@@ -26,7 +27,7 @@ WEIGHT = np.ones((B, 2), np.float32)
 
 
 class Tiny(nn.Module):
-    """What every classifier has, and compiles in no time."""
+    """Convolution, batch normalisation, dropout and a head; compiles quickly."""
 
     num_classes: int
 
@@ -41,12 +42,20 @@ class Tiny(nn.Module):
 
 
 MODEL = Tiny(K)
-PLAIN = classifier.Recipe(MODEL)
-# What a step can have at all: one program for most of the tests.
-RECIPE = dataclasses.replace(
-    PLAIN, policy="flip", ema_decay=0.9, class_weights=(1.0, 2.0, 1.0)
+# Everything that a step can have: one program for most of the tests.
+SPEC = classifier.ClassifierSpec(
+    MODEL,
+    policies=(("none", ()), ("flip", ()), ("cutout", (("flip", False),))),
+    ema_decay=0.9,
+    label_smoothing=0.1,
+    class_weights=(1.0, 2.0, 1.0),
 )
-TX = optim.optimizer("sgd", 1.0, momentum=0.9, weight_decay=1e-3)
+FLIP = 1
+# Like Adam it counts its steps, but small gradients make small updates.
+TX = optax.chain(
+    optim.optimizer("sgd", 1.0, momentum=0.9, weight_decay=1e-3),
+    optax.scale_by_schedule(lambda count: 1 / (1 + count / 20)),
+)
 RATES = np.full(STEPS, 0.1, np.float32)
 
 
@@ -54,18 +63,17 @@ def keys(purpose, seeds=(0, 1)):
     return rng.example_keys(rng.purpose_key(0, purpose), jnp.int32(seeds))
 
 
-@functools.cache
-def jitted(recipe=RECIPE):
-    return jax.jit(functools.partial(classifier.train_step, recipe=recipe, tx=TX))
+STEP = functools.partial(classifier.train_seeds, spec=SPEC, tx=TX)
+step = jax.jit(STEP)
 
 
 def mesh(devices=1):
     return sharding.make_mesh(devices=jax.devices()[:devices])
 
 
-def start(seeds=(0, 1), devices=1, recipe=RECIPE, pretrained=None):
+def start(seeds=(0, 1), devices=1, pretrained=None):
     return classifier.create_state(
-        recipe,
+        SPEC,
         TX,
         keys("init", seeds),
         mesh(devices),
@@ -74,18 +82,29 @@ def start(seeds=(0, 1), devices=1, recipe=RECIPE, pretrained=None):
     )
 
 
-def fixed(seeds=(0, 1)):
-    shared = {"images": IMAGES, "labels": LABELS, "rates": RATES}
-    return shared | {"keys": np.asarray(jax.random.key_data(keys("steps", seeds)))}
+def fixed(seeds=(0, 1), policy=FLIP):
+    return {
+        "images": IMAGES,
+        "labels": LABELS,
+        "rates": RATES,
+        "policy": np.int32(policy),
+        "key": np.asarray(jax.random.key_data(keys("steps", seeds))),
+    }
 
 
 def batch(seeds=(0, 1), index=INDEX, weight=WEIGHT):
     columns = list(seeds)
-    return fixed(seeds) | {"index": index[:, columns], "weight": weight[:, columns]}
+    return {
+        **fixed(seeds),
+        "index": index[:, columns],
+        "weight": weight[:, columns],
+    }
 
 
-def arrays(state):
-    return jax.tree.map(np.asarray, (state.params, state.ema_params, state.batch_stats))
+def per_seed(state):
+    """Everything that a seed has of its own, on the host."""
+    parts = (state.params, state.ema_params, state.batch_stats, state.opt_state)
+    return jax.tree.map(np.asarray, parts)
 
 
 def assert_equal(a, b):
@@ -96,66 +115,73 @@ def assert_close(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+def of_seed(state, seed):
+    return jax.tree.map(lambda leaf: leaf[seed], per_seed(state))
+
+
 @pytest.fixture(scope="module")
 def after():
     """Two seeds after two steps."""
     state = start()
     for _ in range(2):
-        state, metrics = jitted()(state, batch())
+        state, metrics = step(state, batch())
     return state, metrics
 
 
-def test_seeds_side_by_side_are_seeds_alone(after):
+def test_seeds_trained_together_equal_seeds_trained_alone(after):
     for seed in (0, 1):
         state = start([seed])
         for _ in range(2):
-            state, _ = jitted()(state, batch([seed]))
-        both = jax.tree.map(lambda leaf, s=seed: leaf[s : s + 1], arrays(after[0]))
-        assert_close(arrays(state), both)
-    first, second = (classifier.one_seed(after[0], i)["params"] for i in (0, 1))
-    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, second)
-    assert max(jax.tree.leaves(apart)) > 0.01
+            state, _ = step(state, batch([seed]))
+        assert_close(of_seed(state, 0), of_seed(after[0], seed))
+    first, second = (of_seed(after[0], seed)[0] for seed in (0, 1))
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, second)
+    assert max(jax.tree.leaves(differences)) > 0.01
 
 
-@pytest.mark.parametrize("spoilt", [0, 1])
-def test_a_seed_that_is_not_finite_stays_and_the_other_goes_on(after, spoilt):
-    state, sound = start(), 1 - spoilt
-
-    def spoil(leaf):
-        return leaf.at[(spoilt, *(0,) * (leaf.ndim - 1))].set(jnp.inf)
-
-    state = state.replace(params=jax.tree.map(spoil, state.params))
-    before = jax.tree.map(np.asarray, state)
-    for _ in range(2):
-        state, metrics = jitted()(state, batch())
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_seed_that_is_not_finite_changes_no_other(after, bad):
+    """One of its batches is NaN; the optimiser counts the steps of each seed."""
+    good, state = 1 - bad, start()
+    weight = WEIGHT.copy()
+    weight[0, bad] = np.nan
+    state, metrics = step(state, batch(weight=weight))
     assert not np.isfinite(metrics["loss"])
-    assert [int(state.skipped), int(state.skipped_in_a_row), int(state.step)] == [2] * 3
-    stacked = [
-        (s.params, s.ema_params, s.batch_stats, s.opt_state)
-        for s in (state, before, after[0])
+    assert [int(state.skipped), int(state.skipped_in_a_row), int(state.step)] == [1] * 3
+    assert_equal(of_seed(state, bad), of_seed(start(), bad))
+    state, _ = step(state, batch())
+    assert [int(state.skipped), int(state.skipped_in_a_row), int(state.step)] == [
+        1,
+        0,
+        2,
     ]
-    now, old, whole = ([x for x in jax.tree.leaves(t) if x.ndim] for t in stacked)
-    for a, b, c in zip(now, old, whole, strict=True):
-        assert np.asarray(a[spoilt]).tobytes() == b[spoilt].tobytes()
-        np.testing.assert_array_equal(a[sound], c[sound])
+    assert_equal(of_seed(state, good), of_seed(after[0], good))
+    alone = start([bad])
+    for rows in (weight, WEIGHT):
+        alone, _ = step(alone, batch([bad], weight=rows))
+    assert_close(of_seed(state, bad), of_seed(alone, 0))
 
 
 def test_a_stream_of_images_trains_as_the_whole_array_does(after):
     state = start()
-    read = batch() | {"images": IMAGES[INDEX], "labels": LABELS[INDEX]}
+    read = {**batch(), "images": IMAGES[INDEX], "labels": LABELS[INDEX]}
     del read["index"]
     for _ in range(2):
-        state, _ = jitted()(state, read)
-    assert_equal(arrays(state), arrays(after[0]))
+        state, _ = step(state, read)
+    assert_equal(per_seed(state), per_seed(after[0]))
 
 
-def test_slots_without_weight_change_nothing():
-    more = np.concatenate([INDEX, INDEX[::-1]]), np.concatenate([WEIGHT, 0 * WEIGHT])
-    other = np.concatenate([INDEX, (INDEX + 7) % R]), more[1]
-    states = [jitted()(start(), batch((0, 1), *rows))[0] for rows in (more, other)]
-    assert_equal(*map(arrays, states))
-    alone, _ = jitted()(start(), batch())
-    assert_close(arrays(states[0]), arrays(alone))
+def test_slots_without_weight_change_nothing(after):
+    padded = np.concatenate([WEIGHT, 0 * WEIGHT])
+    states = []
+    for rows in (INDEX[::-1], (INDEX + 7) % R):
+        state = start()
+        for _ in range(2):
+            index = np.concatenate([INDEX, rows])
+            state, _ = step(state, batch((0, 1), index, padded))
+        states.append(per_seed(state))
+    assert_equal(*states)
+    assert_close(states[0], per_seed(after[0]))
 
 
 def test_eight_devices_train_as_one_does():
@@ -164,17 +190,19 @@ def test_eight_devices_train_as_one_does():
     for devices in (1, 8):
         shared = jax.device_put(fixed(), sharding.replicated(mesh(devices)))
         placed = loop.place_batch(rows, mesh(devices))
-        state, _ = jitted()(start(devices=devices), shared | placed)
-        states.append(arrays(state))
+        state, _ = step(start(devices=devices), {**shared, **placed})
+        states.append(per_seed(state))
     assert_close(*states)
 
 
-def losses(recipe, images, labels, weight):
-    """What `train_step` should say of seed 0 at its start, without any policy."""
-    state = start([0], recipe=recipe)
+def loss_of(images, labels, weight):
+    """The loss of seed 0 at its start, computed without `train_step`."""
+    state = start([0])
     variables = jax.tree.map(lambda x: x[0], (state.params, state.batch_stats))
     step_key = jax.random.fold_in(keys("steps", [0])[0], 0)
-    dropout_key = jax.random.split(step_key, 3)[2]
+    image_key, _, dropout_key = jax.random.split(step_key, 3)
+    image_keys = rng.example_keys(image_key, jnp.arange(B))
+    images = jax.vmap(augment.policy("flip"))(image_keys, images)
     logits, _ = MODEL.apply(
         {"params": variables[0], "batch_stats": variables[1]},
         jnp.asarray(images / 127.5 - 1, jnp.float32),
@@ -189,15 +217,12 @@ def losses(recipe, images, labels, weight):
 
 def test_smoothing_and_class_weights_are_the_published_ones():
     """A class of weight 2 counts as if each of its examples were there twice."""
-    recipe = dataclasses.replace(
-        PLAIN, label_smoothing=0.1, class_weights=(1.0, 2.0, 1.0)
-    )
-    _, metrics = jitted(recipe)(start([0], recipe=recipe), batch([0]))
+    _, metrics = step(start([0]), batch([0]))
     rows = INDEX[:, 0]
     weight = np.where(LABELS[rows] == 1, 2.0, 1.0)
-    expected = losses(recipe, IMAGES[rows], LABELS[rows], weight)
+    expected = loss_of(IMAGES[rows], LABELS[rows], weight)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
-    equal = losses(recipe, IMAGES[rows], LABELS[rows], np.ones(B))
+    equal = loss_of(IMAGES[rows], LABELS[rows], np.ones(B))
     assert abs(metrics["loss"] - equal) > 1e-3
 
 
@@ -206,50 +231,48 @@ def test_predictions_do_not_depend_on_batches_or_devices(after):
     found = []
     for devices, size in ((1, 20), (8, 3)):
         moved = jax.device_put(state, sharding.replicated(mesh(devices)))
-        predict = classifier.predictor(RECIPE, mesh(devices), batch_size=size)
+        predict = classifier.predictor(SPEC, mesh(devices), batch_size=size)
         found.append(predict(moved, IMAGES))
     assert found[0].shape == (2, R, K)
     np.testing.assert_allclose(found[0].sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("most, level", [(1, 0), (2, None)])
-def test_many_kernels_are_drawn_by_a_program_that_compiles_quickly(
-    monkeypatch, most, level
+@pytest.mark.parametrize("many, level", [(1, 0), (2, 1)])
+def test_initialisation_compiles_quickly_and_draws_the_same_weights(
+    monkeypatch, many, level
 ):
-    """`Tiny` has two kernels. Quickly or not, the weights are the same."""
+    """`Tiny` has two kernels."""
     given = []
 
     def spy(function, *, compiler_options, jit=jax.jit):
         given.append(compiler_options)
         return jit(function, compiler_options=compiler_options)
 
-    usual = classifier._initialiser.__wrapped__(MODEL, (8, 8, 3))(keys("init"))
-    monkeypatch.setattr(classifier, "_MANY_KERNELS", most)
+    expected = jax.jit(jax.vmap(lambda key: MODEL.init(key, jnp.zeros((1, 8, 8, 3)))))
+    monkeypatch.setattr(classifier, "_MANY_KERNELS", many)
     monkeypatch.setattr(classifier.jax, "jit", spy)
-    init = classifier._initialiser.__wrapped__(MODEL, (8, 8, 3))
+    init = classifier._initializer.__wrapped__(MODEL, TX, (8, 8, 3))
     monkeypatch.undo()
-    found, (options,) = init(keys("init")), given
-    assert (options or {}).get("xla_backend_optimization_level") == level
-    assert_close(found, usual, atol=1e-6)
+    (options,) = given
+    assert options["xla_backend_optimization_level"] == level
+    variables, _ = init(keys("init"), None)
+    assert_close(variables, expected(keys("init")), atol=1e-6)
 
 
-def test_a_pretrained_start_keeps_all_but_the_head():
-    given = classifier.one_seed(start([5]), 0)
-    state = start(pretrained=given)
-    fresh = start()
-    for seed in (0, 1):
-        found = classifier.one_seed(state, seed)
-        head = found["params"].pop("fc")
-        body = {name: leaf for name, leaf in given["params"].items() if name != "fc"}
-        assert_equal(found, {"params": body, "batch_stats": given["batch_stats"]})
-        drawn = classifier.one_seed(fresh, seed)["params"]["fc"]
-        assert_equal(head, drawn)
-        assert (head["kernel"] != given["params"]["fc"]["kernel"]).any()
+def test_a_pretrained_start_keeps_everything_but_the_head(after):
+    (given, _), fresh = classifier.unstack(start()), classifier.unstack(start())
+    head = given["params"].pop("fc")
+    for found, drawn in zip(
+        classifier.unstack(start(pretrained=given)), fresh, strict=True
+    ):
+        assert_equal(found["params"].pop("fc"), drawn["params"]["fc"])
+        assert_equal(found, given)
+    assert (head["kernel"] != fresh[1]["params"]["fc"]["kernel"]).any()
 
 
 def fit(folder, steps, programs, stop_at=None):
-    """Six steps of two seeds, with a checkpoint after each second one."""
+    """Six steps of two seeds, with a checkpoint after every second one."""
 
     def read(step):
         index = np.random.default_rng(step).integers(0, R, (B, 2)).astype(np.int32)
@@ -274,9 +297,6 @@ def fit(folder, steps, programs, stop_at=None):
     )
 
 
-STEP = functools.partial(classifier.train_step, recipe=RECIPE, tx=TX)
-
-
 def test_a_fit_that_was_killed_ends_with_the_same_bits(tmp_path):
     programs = {}
     whole = fit(tmp_path / "whole", 6, programs)
@@ -290,10 +310,24 @@ def test_a_fit_that_was_killed_ends_with_the_same_bits(tmp_path):
 
 
 def test_it_learns():
-    """Its own twenty images, by heart."""
-    state = start([0], recipe=PLAIN)
-    for step in range(STEPS):
-        rows = np.random.default_rng(step).permutation(R)[:, None].astype(np.int32)
-        state, _ = jitted(PLAIN)(state, batch([0], rows, np.ones((R, 1), np.float32)))
-    predict = classifier.predictor(PLAIN, mesh(), batch_size=R)
+    """It memorises its own twenty images."""
+    state, weight = start([0]), np.ones((B, 1), np.float32)
+    for number in range(STEPS):
+        rows = np.random.default_rng(number).permutation(R)[:B, None].astype(np.int32)
+        state, _ = step(state, batch([0], rows, weight))
+    predict = classifier.predictor(SPEC, mesh(), batch_size=R)
     assert (predict(state, IMAGES)[0].argmax(-1) == LABELS).all()
+
+
+def test_policies_that_share_a_step_train_as_each_alone():
+    for index, policy in enumerate(SPEC.policies):
+        own = dataclasses.replace(SPEC, policies=(policy,))
+        images = jnp.asarray(IMAGES)
+        image_keys = rng.example_keys(jax.random.key(3), jnp.arange(R))
+        expected = jax.jit(own.augment)(np.int32(0), image_keys, images)
+        found = jax.jit(SPEC.augment)(np.int32(index), image_keys, images)
+        np.testing.assert_array_equal(found, expected)
+        assert (found != IMAGES).any() == (policy[0] != "none")
+    _, flipped = step(start([0]), batch([0]))
+    _, plain = step(start([0]), {**batch([0]), "policy": np.int32(0)})
+    assert flipped["loss"] != plain["loss"]

@@ -1,6 +1,6 @@
 """Classifiers against PyTorch's on random weights: logits, statistics, gradients.
 
-Ours see one image more than PyTorch's, which the mask leaves out.
+Ours get one more image than PyTorch's, which is masked.
 """
 
 import dataclasses
@@ -35,43 +35,43 @@ STAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A small network of ours, and how its PyTorch twin is made."""
+    """A small network, and how its PyTorch reference is made."""
 
     model: object
     size: int
-    twin: Callable  # (the module of references, draws) -> torch.nn.Module
+    reference: Callable  # (the module of references, draws) -> torch.nn.Module
 
 
 CASES = {
     "cifar_resnet": Case(
         ResNet(CLASSES, depths=(2, 2), width=8, stem="cifar"),
         size=9,
-        twin=lambda nets, draws: nets.CifarResNet(CLASSES, 8, 2, 2),
+        reference=lambda nets, draws: nets.CifarResNet(CLASSES, 8, 2, 2),
     ),
     "wide_bottlenecks": Case(
         ResNet(CLASSES, depths=(2, 1), width=8, inner=2),
         size=33,
-        twin=lambda nets, draws: nets.BottleneckResNet(CLASSES, 8, (2, 1), 2),
+        reference=lambda nets, draws: nets.BottleneckResNet(CLASSES, 8, (2, 1), 2),
     ),
     "wide_resnet": Case(
         WideResNet(CLASSES, depth=16, widen=2),
         size=8,
-        twin=lambda nets, draws: nets.WideResNet(CLASSES, 16, 2),
+        reference=lambda nets, draws: nets.WideResNet(CLASSES, 16, 2),
     ),
     "shake_shake": Case(
         ShakeShake(CLASSES, width=8, blocks=2),
         size=8,
-        twin=lambda nets, draws: nets.ShakeShake(CLASSES, 8, 2, draws),
+        reference=lambda nets, draws: nets.ShakeShake(CLASSES, 8, 2, draws),
     ),
     "pyramidnet": Case(
         PyramidNet(CLASSES, depth=20, alpha=31),
         size=9,
-        twin=lambda nets, draws: nets.PyramidNet(CLASSES, 20, 31, draws),
+        reference=lambda nets, draws: nets.PyramidNet(CLASSES, 20, 31, draws),
     ),
     "efficientnet": Case(
         EfficientNet(CLASSES, 0.5, dropout=0.0, drop_path=0.5, stages=STAGES),
         size=33,
-        twin=lambda nets, draws: nets.EfficientNet(
+        reference=lambda nets, draws: nets.EfficientNet(
             CLASSES,
             16,
             640,
@@ -84,7 +84,7 @@ CASES = {
 
 
 def random_variables(model):
-    """Variables that keep activations of order 1; nothing is at its initial value."""
+    """Variables that keep activations of order 1; none has its initial value."""
     rng = np.random.default_rng(0)
     shape = jax.ShapeDtypeStruct((1, 2 * model.stride, 2 * model.stride, 3), "float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), shape)
@@ -114,14 +114,14 @@ def networks(torch):
 
 @pytest.fixture(scope="module", params=CASES)
 def both(request, networks, torch, tmp_path_factory):
-    """What ours gives and what PyTorch's gives, by name."""
+    """The results of our network and of PyTorch's, by name."""
     case = CASES[request.param]
     variables, pictures = random_variables(case.model), images(case.size)
     cotangent = np.random.default_rng(2).normal(size=(BATCH, CLASSES))
     cotangent = cotangent.astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         ours = run_ours(case.model, variables, pictures, cotangent, patch)
-    path = tmp_path_factory.mktemp("twin") / "model.safetensors"
+    path = tmp_path_factory.mktemp("reference") / "model.safetensors"
     weights.write(path, variables, name_of=classifier_names.timm_name)
     drawn = iter([draw[:BATCH] for draw in ours.pop("draws")])
 
@@ -129,9 +129,9 @@ def both(request, networks, torch, tmp_path_factory):
         array = torch.from_numpy(np.array(next(drawn)))
         return array.unbind(1) if array.ndim == 5 else (array,)
 
-    twin = case.twin(networks, draws)
-    twin.load_state_dict(safetensors.torch.load_file(path))
-    theirs = run_torch(torch, twin, pictures[:BATCH], cotangent)
+    reference = case.reference(networks, draws)
+    reference.load_state_dict(safetensors.torch.load_file(path))
+    theirs = run_torch(torch, reference, pictures[:BATCH], cotangent)
     assert next(drawn, None) is None  # the same number of draws
     return ours, theirs
 
@@ -148,7 +148,7 @@ def run_ours(model, variables, pictures, cotangent, patch):
         patch.setattr(module, "uniform", record)
     mask = jnp.arange(BATCH + 1) < BATCH
 
-    # Compiled fast rather than to be fast.
+    # This compiles fast; speed does not matter.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(variables, pictures):
         def trained(params):
@@ -180,33 +180,33 @@ def run_ours(model, variables, pictures, cotangent, patch):
 
 
 def by_name(tree):
-    """Arrays in PyTorch's layout by PyTorch's names."""
+    """Arrays in PyTorch's layout, by PyTorch's names."""
     return {
         classifier_names.timm_name(path): weights._to_torch(path[-1], np.asarray(leaf))
         for path, leaf in flax.traverse_util.flatten_dict(tree).items()
     }
 
 
-def run_torch(torch, twin, pictures, cotangent):
-    """The same; running variances as if over n values, not n - 1."""
+def run_torch(torch, reference, pictures, cotangent):
+    """The same from PyTorch, with the biased running variances."""
     pictures = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
-    before = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in reference.named_buffers()}
     counts = {}
-    for name, module in twin.named_modules():
+    for name, module in reference.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_hook(
                 lambda module, inputs, output, name=name: counts.update(
                     {name: inputs[0].numel() / inputs[0].shape[1]}
                 )
             )
-    twin.eval()
+    reference.eval()
     with torch.no_grad():
-        evaluated = twin(pictures).numpy()
-    twin.train()
-    logits = twin(pictures)
+        evaluated = reference(pictures).numpy()
+    reference.train()
+    logits = reference(pictures)
     (logits * torch.from_numpy(cotangent)).sum().backward()
     statistics = {}
-    for name, buffer in twin.named_buffers():
+    for name, buffer in reference.named_buffers():
         if name.endswith("running_mean"):
             statistics[name] = buffer.numpy()
         elif name.endswith("running_var"):
@@ -217,7 +217,7 @@ def run_torch(torch, twin, pictures, cotangent):
         "eval": evaluated,
         "train": logits.detach().numpy(),
         "statistics": statistics,
-        "gradients": {n: p.grad.numpy() for n, p in twin.named_parameters()},
+        "gradients": {n: p.grad.numpy() for n, p in reference.named_parameters()},
     }
 
 

@@ -1,5 +1,6 @@
-"""Classifiers: published sizes, strides, masked examples, their own draws."""
+"""Classifiers: published sizes, strides, masked examples, randomness."""
 
+import dataclasses
 import functools
 import sys
 
@@ -31,7 +32,7 @@ PUBLISHED = {
     ("wrn40_2", 10): 2_243_546,
     ("wrn28_10", 10): 36_479_194,
 }
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiled fast rather than to be fast
+OPTIONS = {"xla_backend_optimization_level": 0}  # compiles fast; runs slowly
 
 
 @functools.cache
@@ -41,12 +42,12 @@ def shapes(module):
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     seen = []
 
-    def pooled(x):
+    def global_pool(x):
         seen.append(x.shape[1:3])
-        return layers.pooled(x)
+        return layers.global_pool(x)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[type(module).__module__], "pooled", pooled)
+        patch.setattr(sys.modules[type(module).__module__], "global_pool", global_pool)
         params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     assert seen[-1] == (2, 2)
     return params
@@ -72,14 +73,14 @@ def test_parameters_with_the_cifar_stem():
 
 
 def test_parameters_in_millions():
-    """Where papers say no more; PyramidNet's counts kernels, not normalisation."""
+    """Papers give no more digits; PyramidNet's count is of kernels alone."""
     assert round(count(made("shake_shake26_2x96d", 10)) / 1e6, 1) == 26.2
     leaves = jax.tree_util.tree_leaves_with_path(made("pyramidnet272", 10))
     kernels = sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
     assert round(kernels / 1e6, 1) == 26.0
 
 
-# He et al.: 0.27 M and 0.85 M, with shortcuts that have no parameters (their option A).
+# He et al.: 0.27 M and 0.85 M, with shortcuts without parameters (their option A).
 # Ours project twice, 16 -> 32 -> 64 channels, each with a normalisation.
 PROJECTIONS = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
 
@@ -87,16 +88,30 @@ PROJECTIONS = (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
 @pytest.mark.parametrize(
     ("variant", "published"), [("resnet20", 269_722), ("resnet56", 853_018)]
 )
-def test_parameters_are_the_published_ones_and_two_projections(variant, published):
+def test_parameters_are_the_published_ones_plus_two_projections(variant, published):
     assert count(made(variant, 10)) == published + PROJECTIONS
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("stem_stride", [1, 2])
-def test_the_stride_of_stems(stem, stem_stride):
+def test_strides_of_stems(stem, stem_stride):
     module = ResNet(3, depths=(1, 1), width=4, stem=stem, stem_stride=stem_stride)
     assert module.stride == {"imagenet": 8, "cifar": 2 * stem_stride}[stem]
     assert shapes(module)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_table_knows_the_smallest_image_and_the_options(variant):
+    """A config is checked by the table, without making the network."""
+    known = VARIANTS[variant]
+    fields = {field.name for field in dataclasses.fields(known.make(3))}
+    assert set(known.options) == fields & {"width", "stem", "stem_stride"}
+    choices = [("", 1)]
+    if known.stem:
+        choices += [("cifar", 1), ("cifar", 2), ("imagenet", 1)]
+    for stem, stride in choices:
+        given = {"stem": stem, "stem_stride": stride} if stem else {}
+        assert known.min_size(stem, stride) == known.make(3, **given).stride
 
 
 def test_every_variant_is_counted():
@@ -124,7 +139,7 @@ MASK = np.array([True, True, False, True, False, True])
 
 @functools.cache
 def variables(name):
-    """No bias or statistic is at its initial value."""
+    """Random variables; no bias or statistic has its initial value."""
     rng = np.random.default_rng(1)
     drawn = jax.eval_shape(SMALL[name].init, jax.random.key(0), jnp.asarray(IMAGES))
     return jax.tree.map(
@@ -138,7 +153,7 @@ def variables(name):
 
 @functools.cache
 def trained(name):
-    """A function: (images, mask, seed) -> logits, statistics, image gradients."""
+    """A function (images, mask, seed) -> logits, statistics, image gradients."""
 
     @functools.partial(jax.jit, compiler_options=OPTIONS)
     def run(images, mask, key):
@@ -163,7 +178,7 @@ def trained(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_examples_that_do_not_count_change_nothing(name):
+def test_masked_examples_change_nothing(name):
     others = np.where(MASK[:, None, None, None], IMAGES, 50 * IMAGES[::-1] - 7)
     logits, updated, gradient = trained(name)(IMAGES, MASK)
     logits_2, updated_2, gradient_2 = trained(name)(others, MASK)
@@ -180,7 +195,7 @@ def test_examples_that_do_not_count_change_nothing(name):
 
 
 def test_padding_equals_a_smaller_batch():
-    """Statistics and draws are those of the examples alone."""
+    """Statistics and random draws are those of the unpadded batch."""
     name, real = "shake_shake", np.arange(6) < 4
     padded, updated, gradient = trained(name)(IMAGES, real)
     alone, updated_alone, gradient_alone = trained(name)(IMAGES[:4], np.ones(4, bool))
@@ -191,7 +206,7 @@ def test_padding_equals_a_smaller_batch():
 
 
 @pytest.mark.parametrize("name", ["shake_shake", "pyramidnet", "efficientnet"])
-def test_the_key_decides_alone(name):
+def test_randomness_depends_on_the_key_alone(name):
     one, again, other = (
         trained(name)(IMAGES, MASK, seed)[0][MASK] for seed in (0, 0, 1)
     )
@@ -199,7 +214,7 @@ def test_the_key_decides_alone(name):
     assert np.abs(one - other).max() > 1e-3
 
 
-def test_draws_of_an_example_do_not_depend_on_the_batch():
+def test_an_examples_draws_do_not_depend_on_the_batch_size():
     key = jax.random.key(0)
     seven, three = (layers.uniform(key, (n, 2, 3)) for n in (7, 3))
     np.testing.assert_array_equal(seven[:3], three)
@@ -217,7 +232,7 @@ def test_drop_keeps_the_expectation(shape):
     assert ((dropped[:, 0] == dropped[:, 1]).all()) == (shape[1] == 1)
 
 
-def test_an_evaluation_neither_draws_nor_depends_on_the_rest_of_the_batch():
+def test_evaluation_is_deterministic_and_per_example():
     evaluate = jax.jit(SMALL["pyramidnet"].apply, compiler_options=OPTIONS)
     together = evaluate(variables("pyramidnet"), jnp.asarray(IMAGES))
     alone = evaluate(variables("pyramidnet"), jnp.asarray(IMAGES[:1]))
@@ -258,7 +273,7 @@ CONVOLUTIONS = [  # side, window, stride, padding
 ]
 
 
-def test_convolutions_have_the_library_s_gradients():
+def test_convolutions_have_the_gradients_of_lax():
     rng = np.random.default_rng(0)
 
     def gradients(conv, case, images, kernel):

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from base_folders import to_variant
+from sd_parity import jit_fast
 
 from mvc_jax import encode, errors, files, finetune
 from mvc_jax.checkpoints import diffusers_layout
@@ -358,7 +359,7 @@ def test_a_step_on_the_cache_is_the_step_on_the_fly(whole, tiny, on_the_fly):
     fly |= weight | {"text_states": states[:-1], "null_states": states[-1]}
     # SGD: Adam's first steps are the gradients' signs, which no tolerance forgives.
     tx = optax.sgd(0.01)
-    step = jax.jit(
+    step = jit_fast(
         functools.partial(
             finetune.train_step,
             model=model,

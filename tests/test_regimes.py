@@ -1,4 +1,4 @@
-"""Regimes are orders of indices: what each one shows, how often, at what rate."""
+"""Regimes are orders of indices: which images each one shows, and how often."""
 
 import numpy as np
 import pytest
@@ -15,10 +15,16 @@ LABELS = np.zeros(FIRST + M, np.int32)
 LABELS[:N] = REAL % 4
 LABELS[FIRST:] = LABELS[SOURCES]
 POOLS = regimes.Pools(REAL, DRAWN, SOURCES, LABELS)
-OPTIONS = {"seed": 3, "repeat": 1, "steps": 40, "batch_size": 12}
-OPTIONS |= {"probability": 0.8, "phase_two": 0.25}
+OPTIONS = {
+    "seed": 3,
+    "repeat": 1,
+    "steps": 40,
+    "batch_size": 12,
+    "probability": 0.8,
+    "phase_two": 0.25,
+}
 PHASE_TWO = slice(30, None)  # a quarter of 40 steps
-NO_MIXTURE = ("real", "synthetic_only")
+UNMIXED = ("real", "synthetic_only")
 
 
 def schedule(regime, pools=POOLS, **options):
@@ -33,21 +39,21 @@ def is_real(index):
 @given(
     steps=st.integers(1, 30),
     batch_size=st.integers(1, 40),
-    share=st.floats(0, 1),
+    fraction=st.floats(0, 1),
     repeat=st.integers(0, 3),
 )
 @settings(deadline=None, max_examples=25)
-def test_every_regime_takes_the_same_steps_over_its_own_images(
-    regime, steps, batch_size, share, repeat
+def test_every_regime_takes_the_same_steps_on_its_own_images(
+    regime, steps, batch_size, fraction, repeat
 ):
-    options = {"steps": steps, "batch_size": batch_size, "phase_two": share}
+    options = {"steps": steps, "batch_size": batch_size, "phase_two": fraction}
     rows = schedule(regime, repeat=repeat, **options)
     width = batch_size * (2 if regime == "probabilistic" else 1)
     assert rows["index"].shape == rows["weight"].shape == (steps, width)
     assert [rows[name].dtype for name in rows] == [np.int32, np.float32]
     drawn = np.isin(rows["index"], DRAWN)
     assert (is_real(rows["index"]) | drawn).all()
-    if regime in NO_MIXTURE:
+    if regime in UNMIXED:
         assert drawn.all() if regime == "synthetic_only" else not drawn.any()
     assert set(np.unique(rows["weight"])) <= {0, 1}
     again = schedule(regime, repeat=repeat, **options)
@@ -80,9 +86,9 @@ def test_two_phase_is_combined_then_real():
     assert regimes.first_phase(40, 0.25) == 30
 
 
-@pytest.mark.parametrize(("share", "same_as"), [(0.0, "combined"), (1.0, "real")])
-def test_two_phase_has_combined_and_real_at_its_ends(share, same_as):
-    index = schedule("two_phase", phase_two=share)["index"]
+@pytest.mark.parametrize(("fraction", "same_as"), [(0.0, "combined"), (1.0, "real")])
+def test_the_extremes_of_two_phase_are_combined_and_real(fraction, same_as):
+    index = schedule("two_phase", phase_two=fraction)["index"]
     np.testing.assert_array_equal(index, schedule(same_as)["index"])
 
 
@@ -93,46 +99,46 @@ def test_probabilistic_adds_a_synthetic_image_to_a_slot_with_probability_p(proba
     assert not is_real(beside).any()
     deviation = np.sqrt(probability * (1 - probability) / weight.size)
     assert abs(weight.mean() - probability) <= 5 * deviation
-    if 0 < probability < 1:  # slots are drawn one by one
+    if 0 < probability < 1:  # slots are drawn independently
         np.testing.assert_allclose(weight.mean(0), probability, atol=0.1)
         np.testing.assert_allclose(weight.mean(1).std(), deviation * 20, rtol=0.15)
 
 
-KIN = {
+MATCHES = {
     "replace_same_source": lambda real, drawn: SOURCES[drawn - FIRST] == real,
     "replace_same_class": lambda real, drawn: LABELS[drawn] == LABELS[real],
     "replace_any": lambda real, drawn: drawn >= FIRST,
 }
 
 
-@pytest.mark.parametrize("regime", KIN)
+@pytest.mark.parametrize("regime", MATCHES)
 @pytest.mark.parametrize("probability", [0.0, 0.8, 1.0])
-def test_a_slot_gives_way_to_a_synthetic_image_of_its_kin(regime, probability):
+def test_a_slot_is_replaced_by_a_matching_synthetic_image(regime, probability):
     index = schedule(regime, probability=probability, steps=400)["index"]
     real = schedule("real", steps=400)["index"]
     gone = ~is_real(index)
     np.testing.assert_array_equal(index[~gone], real[~gone])
-    assert KIN[regime](real[gone], index[gone]).all()
+    assert MATCHES[regime](real[gone], index[gone]).all()
     deviation = np.sqrt(probability * (1 - probability) / gone.size)
     assert abs(gone.mean() - probability) <= 5 * deviation
-    if probability:  # every synthetic image has its turn
+    if probability:  # every synthetic image is used
         assert set(index[gone]) == set(DRAWN)
 
 
-def test_a_slot_without_kin_keeps_its_own():
+def test_a_slot_without_a_match_keeps_its_own_image():
     """Only the images of source 7 are left; it is of class 3."""
     few = SOURCES == 7
     pools = regimes.Pools(REAL, DRAWN[few], SOURCES[few], LABELS)
     real = schedule("real")["index"]
-    for regime, has_kin in (
+    for regime, has_match in (
         ("replace_same_source", real == 7),
         ("replace_same_class", LABELS[real] == LABELS[7]),
     ):
         index = schedule(regime, pools, probability=1.0)["index"]
-        np.testing.assert_array_equal(~is_real(index), has_kin)
+        np.testing.assert_array_equal(~is_real(index), has_match)
 
 
-def test_real_needs_no_synthetic_images():
+def test_without_synthetic_images_regimes_are_real():
     none = regimes.Pools(REAL, DRAWN[:0], SOURCES[:0], LABELS)
     for regime in ("real", "replace_same_class"):
         without = schedule(regime, none)["index"]
@@ -148,9 +154,9 @@ def test_a_ratio_takes_the_first_synthetic_images(ratio, used):
 
 @pytest.mark.parametrize("gone", [0, 30], ids=["all", "filtered"])
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 1.35])
-def test_a_ratio_takes_of_every_class_alike(ratio, gone):
+def test_a_ratio_takes_evenly_from_all_classes(ratio, gone):
     real = np.arange(200, dtype=np.int32)
-    labels = np.tile(np.repeat(np.arange(10), 20), 5)  # class by class, as in folders
+    labels = np.tile(np.repeat(np.arange(10), 20), 5)  # sorted by class, as in folders
     drawn, sources = np.arange(200, 1000, dtype=np.int32), np.tile(real, 4)
     pools = regimes.Pools(real, drawn[gone:], sources[gone:], labels).per_real(ratio)
     np.testing.assert_array_equal(pools.sources, sources[pools.synthetic - 200])
@@ -163,7 +169,7 @@ def test_a_ratio_takes_of_every_class_alike(ratio, gone):
 
 @given(held=st.sets(st.integers(0, N - 1)))
 @settings(deadline=None, max_examples=25)
-def test_what_was_made_of_a_held_out_image_is_held_out_too(held):
+def test_images_made_from_a_held_out_image_are_held_out_too(held):
     partners = np.random.default_rng(0).integers(0, N, M)
     parents = [[s, p] for s, p in zip(SOURCES.tolist(), partners.tolist(), strict=True)]
     pools = POOLS.without(np.array(sorted(held), np.int32), parents)

@@ -1,8 +1,8 @@
-"""The classifiers in plain PyTorch, written from their papers: what ours must equal.
+"""Reference classifiers in plain PyTorch, written from their papers.
 
-Parameters have the names that ours are exported with. Where a network draws, `draws`
-gives the numbers, one call for each use in the order of the blocks: a reference that
-draws by itself could not be compared.
+Parameters have the names that ours are exported with. `draws` gives a network's random
+numbers, in the order of the blocks: a reference with its own randomness could not be
+compared.
 """
 
 import torch

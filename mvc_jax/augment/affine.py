@@ -1,4 +1,4 @@
-"""Classic augmentation for small images: a random rotation, zoom and shift."""
+"""Random rotation, zoom and shift, for small images."""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,17 @@ def random_affine(
     zoom: float = 0.1,
     shift: float = 0.1,
 ) -> Float[Array, "H W C"]:
-    """One image under a random similarity, bilinear; what comes in from outside is the
-    border's nearest pixel. vmap it over a batch.
+    """Transforms one image by a random similarity, with bilinear interpolation.
+
+    Pixels from outside the image take the value of the nearest border pixel. vmap it
+    over a batch.
 
     Args:
       key: of this image.
-      image: any range.
+      image: of any range.
       degrees: the rotation is uniform in [-degrees, degrees].
       zoom: the scale is uniform in [1 - zoom, 1 + zoom].
-      shift: uniform in [-shift, shift] times the side, along each axis.
+      shift: the shift along each axis is uniform in [-shift, shift] times the side.
     """
     height, width, _ = image.shape
     draws = jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)

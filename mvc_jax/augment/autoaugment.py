@@ -1,7 +1,7 @@
 """AutoAugment (Cubuk et al., arXiv 1805.09501): the policies of its appendix.
 
-An image draws one of 25 sub-policies: two operations, each with its probability and its
-level from 0 to 9, of a scale whose end would be 10.
+Each image draws one of 25 sub-policies: two operations, each with a probability and a
+level from 0 to 9 on a scale that ends at 10.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32, Int32, Key, UInt8
 
 from mvc_jax.augment import magnitudes, operations
 
-# Operation, probability, level; one sub-policy a line. Table 7.
+# Operation, probability, level; one sub-policy per line. Table 7.
 CIFAR10 = """
 Invert 0.1 7 Contrast 0.2 6
 Rotate 0.7 2 TranslateX 0.3 9
@@ -97,9 +97,9 @@ Invert 0.6 4 Equalize 1.0 8
 Color 0.6 4 Contrast 1.0 8
 Equalize 0.8 8 Equalize 0.6 3
 """
-# The released code (tensorflow/models, research/autoaugment): 10 of 32 pixels, and a
-# Posterize that keeps 4 bits at level 0 and fewer above. The paper's Table 6 has 150 of
-# ImageNet's 331 pixels and 8 to 4 bits.
+# The released code (tensorflow/models, research/autoaugment) translates by up to 10 of
+# 32 pixels, and its Posterize keeps 4 bits at level 0 and fewer above. The paper's
+# Table 6 has 150 of ImageNet's 331 pixels, and 8 to 4 bits.
 RELEASED = magnitudes.Magnitudes(levels=10, translate=10 / 32, bits=(4, 0))
 PAPER = magnitudes.Magnitudes(levels=10, translate=150 / 331)
 POLICIES = {
@@ -111,13 +111,15 @@ SubPolicies = tuple[tuple[tuple[str, float, float], ...], ...]
 
 
 def parse(text: str) -> SubPolicies:
-    """Lines of `operation probability level ...` -> their triples, line by line."""
+    """Parses lines of `operation probability level ...` into triples, line by line."""
     policies = []
     for line in text.split("\n"):
         words = line.split()
-        triples = zip(words[::3], words[1::3], words[2::3], strict=True)
-        steps = tuple((name, float(p), float(level)) for name, p, level in triples)
-        policies += [steps] if steps else []
+        if words:
+            triples = zip(words[::3], words[1::3], words[2::3], strict=True)
+            policies.append(
+                tuple((name, float(p), float(level)) for name, p, level in triples)
+            )
     return tuple(policies)
 
 
@@ -125,14 +127,14 @@ def parse(text: str) -> SubPolicies:
 def _tables(policy: str, height: int, width: int, resampling: str):
     text, scale = POLICIES[policy]
     policies = parse(text)
-    drawn = [
+    rows = [
         value
         for steps in policies
         for name, _, level in steps
         for value in scale.values(name, level, height, width)
     ]
     chances = np.array([[p for _, p, _ in steps] for steps in policies], np.float32)
-    return operations.table(drawn, height, width, resampling), chances
+    return operations.table(rows, height, width, resampling), chances
 
 
 def autoaugment(
@@ -143,12 +145,17 @@ def autoaugment(
     fill: int = 128,
     resampling: str = "nearest",
 ) -> UInt8[Array, "H W C"]:
-    """One image under a sub-policy drawn from 25.
+    """Applies to one image a sub-policy drawn from 25.
 
     Args:
-      policy: of POLICIES.
-      fill: the level of what comes in from outside; the released code's is the mean.
+      key: of this image.
+      image: in [0, 255].
+      policy: a key of `POLICIES`.
+      fill: level of pixels from outside the image; the released code's is the mean.
       resampling: "nearest", as in the released code, or "bilinear".
+
+    Raises:
+      ValueError: the policy is unknown.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r}; known: {', '.join(POLICIES)}")
@@ -169,19 +176,20 @@ def autoaugment(
 def draw(
     key: Key[Array, ""], chances: Float32[Array, "P S"]
 ) -> tuple[Int32[Array, " S"], Float32[Array, "S 2"]]:
-    """Draws a sub-policy, which of its steps happen, and their directions.
+    """Draws a sub-policy, which of its steps are applied, and their directions.
 
     Args:
-      chances: of step j of sub-policy i to happen.
+      key: of this image.
+      chances: probability that step j of sub-policy i is applied.
 
     Returns:
-      for each step its row, and a place in [0, 1)^2. Row 0: the step does not happen;
-      row 1 + 2 (i S + j) + k: it does, heads (k = 0) or tails.
+      for each step its row of the table, and a position in [0, 1)^2. Row 0 skips the
+      step; row 1 + 2 (i S + j) + k applies it in direction k, 0 or 1.
     """
     policies, steps = chances.shape
     choice_key, step_key = jax.random.split(key)
     choice = jax.random.randint(choice_key, (), 0, policies)
     draws = jax.random.uniform(step_key, (steps, 4))
-    tails = (draws[:, 1] < 0.5).astype(jnp.int32)
-    rows = 1 + 2 * (choice * steps + jnp.arange(steps)) + tails
+    direction = (draws[:, 1] < 0.5).astype(jnp.int32)
+    rows = 1 + 2 * (choice * steps + jnp.arange(steps)) + direction
     return jnp.where(draws[:, 0] < chances[choice], rows, 0), draws[:, 2:]

@@ -1,4 +1,4 @@
-"""Operations on colours, in the arithmetic of Pillow's ImageOps and ImageEnhance.
+"""Colour operations, in the arithmetic of Pillow's ImageOps and ImageEnhance.
 
 Images are uint8 [H, W, C] with C = 3 (RGB) or 1 (grey, Pillow's mode L).
 """
@@ -16,56 +16,57 @@ Whole = Int32[Array, ""] | int
 LEVELS = 256
 
 
-def seldom(function: Callable[[Image], Image]) -> Callable[..., Image]:
-    """`(wanted, image) -> function(image) if wanted else image`; dear, seldom wanted.
+def apply_where(function: Callable[[Image], Image]) -> Callable[..., Image]:
+    """Returns `(condition, image) -> function(image) if condition else image`.
 
-    A batch on a CPU is walked image by image, and only through those that want it; an
-    accelerator computes all at once and chooses.
+    It is meant for costly functions with conditions that are mostly False. On a CPU a
+    vmapped batch is a loop over the images whose condition is True; on an accelerator
+    `function` is computed for all, and the results are selected.
     """
 
     @jax.custom_batching.custom_vmap
-    def apply(wanted, image):
-        return jax.lax.cond(wanted, function, lambda x: x, image)
+    def apply(condition, image):
+        return jax.lax.cond(condition, function, lambda x: x, image)
 
-    def walk(wanted, images):
-        order = jnp.argsort(~wanted)  # stable: those that want it come first
+    def loop(condition, images):
+        order = jnp.argsort(~condition)  # stable: images with a True condition first
 
         def body(i, images):
             row = order[i]
             return images.at[row].set(function(images[row]))
 
-        return jax.lax.fori_loop(0, wanted.sum(), body, images)
+        return jax.lax.fori_loop(0, condition.sum(), body, images)
 
-    def choose(wanted, images):
-        done = jax.vmap(function)(images)
-        return jnp.where(wanted[:, None, None, None], done, images)
+    def select(condition, images):
+        changed = jax.vmap(function)(images)
+        return jnp.where(condition[:, None, None, None], changed, images)
 
     @jax.custom_batching.custom_vmap
-    def apply_batch(wanted, images):
-        return jax.lax.platform_dependent(wanted, images, cpu=walk, default=choose)
+    def apply_batch(condition, images):
+        return jax.lax.platform_dependent(condition, images, cpu=loop, default=select)
 
-    def spread(size, batched, *values):
+    def broadcast(size, batched, *values):
         return tuple(
             value if is_batched else jnp.broadcast_to(value, (size, *value.shape))
             for value, is_batched in zip(values, batched, strict=True)
         )
 
     @apply.def_vmap
-    def _(size, batched, wanted, image):
-        return apply_batch(*spread(size, batched, wanted, image)), True
+    def _(size, batched, condition, image):
+        return apply_batch(*broadcast(size, batched, condition, image)), True
 
     @apply_batch.def_vmap
-    def _(size, batched, wanted, images):  # a batch of batches is one batch
-        wanted, images = spread(size, batched, wanted, images)
+    def _(size, batched, condition, images):  # a batch of batches is one batch
+        condition, images = broadcast(size, batched, condition, images)
         shape = images.shape
         images = images.reshape(shape[0] * shape[1], *shape[2:])
-        return apply_batch(wanted.reshape(-1), images).reshape(shape), True
+        return apply_batch(condition.reshape(-1), images).reshape(shape), True
 
     return apply
 
 
 def grey(image: Image) -> Int32[Array, "H W 1"]:
-    """Luma of ITU-R BT.601 in Pillow's fixed point."""
+    """Luma by ITU-R BT.601, in Pillow's fixed point."""
     wide = image.astype(jnp.int32)
     if image.shape[-1] == 1:
         return wide
@@ -75,60 +76,36 @@ def grey(image: Image) -> Int32[Array, "H W 1"]:
 
 
 def smooth(image: Image) -> Image:
-    """`ImageFilter.SMOOTH`: nine pixels, the middle one five times; borders stay."""
+    """`ImageFilter.SMOOTH`: 3x3, weight 5 in the middle; border pixels are kept."""
     height, width, _ = image.shape
     if min(height, width) < 3:
         return image
     wide = image.astype(jnp.int32)
     rows = wide[:-2] + wide[1:-1] + wide[2:]
     total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]
-    rounded = (2 * total + 13) // 26  # the sum is 13
+    rounded = (2 * total + 13) // 26  # the weights sum to 13
     return image.at[1:-1, 1:-1].set(rounded.astype(jnp.uint8))
 
 
 def blend(degenerate: Int32[Array, "..."], image: Image, factor: Number) -> Image:
-    """`Image.blend`: 0 is the degenerate, 1 the image; fractions are cut."""
+    """`Image.blend`: factor 0 is `degenerate`, 1 is `image`; truncates fractions."""
     difference = (image - degenerate).astype(jnp.float32)
-    # The clip changes nothing: it keeps a compiler from fusing the product into the
-    # sum, which rounds once where Pillow rounds twice.
+    # The clip changes no value. It keeps the compiler from a fused multiply-add, which
+    # rounds once where Pillow rounds twice.
     product = jnp.clip(factor * difference, -1e6, 1e6)
     mixed = degenerate.astype(jnp.float32) + product
     return jnp.clip(mixed, 0.0, 255.0).astype(jnp.uint8)
 
 
-def brightness(image: Image, factor: Number) -> Image:
-    """Blends with black."""
-    return blend(jnp.zeros((1, 1, 1), jnp.int32), image, factor)
-
-
 def mean(levels: Int32[Array, "H W 1"]) -> Int32[Array, "1 1 1"]:
-    """Rounded to the nearest whole level."""
+    """Mean level, rounded to the nearest integer."""
     count = levels.shape[0] * levels.shape[1]
     return (levels.sum(axis=(0, 1), keepdims=True) + count // 2) // count
 
 
-def contrast(image: Image, factor: Number) -> Image:
-    """Blends with the mean grey."""
-    return blend(mean(grey(image)), image, factor)
-
-
-def color(image: Image, factor: Number) -> Image:
-    """Blends with the grey image."""
-    return blend(grey(image), image, factor)
-
-
-def sharpness(image: Image, factor: Number) -> Image:
-    """Blends with the smoothed image."""
-    return blend(smooth(image).astype(jnp.int32), image, factor)
-
-
 def solarize(image: Image, threshold: Whole) -> Image:
-    """Inverts every level from `threshold` on: all at 0, none at 256."""
+    """Inverts levels at or above `threshold`: all at 0, none at 256."""
     return jnp.where(image.astype(jnp.int32) < threshold, image, 255 - image)
-
-
-def invert(image: Image) -> Image:
-    return 255 - image
 
 
 def posterize(image: Image, mask: Whole) -> Image:
@@ -142,7 +119,7 @@ def posterize_mask(bits: int) -> int:
 
 
 def histogram(image: Image) -> Int32[Array, "C 256"]:
-    """How often each channel has each level."""
+    """Counts the pixels of each level, per channel."""
     channels = image.shape[-1]
     index = (
         image.astype(jnp.int32)
@@ -154,10 +131,10 @@ def histogram(image: Image) -> Int32[Array, "C 256"]:
 
 
 def autocontrast(image: Image) -> Image:
-    """Stretches each channel over all levels; one of a single level stays.
+    """Stretches each channel to all levels; a channel of a single level is kept.
 
-    Pillow's double precision cuts an exact whole number to the one below now and then
-    (12,094 of the 2,828,800 triples of lowest, highest and own level).
+    Pillow's double precision sometimes truncates an exact integer to the one below (for
+    12,094 of the 2,828,800 triples of lowest, highest and own level).
     """
     counts = histogram(image)
     levels = jnp.arange(256, dtype=jnp.int32)[None]
@@ -169,7 +146,7 @@ def autocontrast(image: Image) -> Image:
 
 
 def equalize(image: Image) -> Image:
-    """Spreads the levels of each channel evenly."""
+    """Equalises the histogram of each channel."""
     counts = histogram(image)
     levels = jnp.arange(256, dtype=jnp.int32)[None]
     highest = jnp.where(counts > 0, levels, -1).max(axis=1, keepdims=True)
@@ -182,6 +159,7 @@ def equalize(image: Image) -> Image:
 
 
 def look_up(table: Int32[Array, "C 256"], image: Image) -> Image:
+    """Maps each channel's levels by its row of `table`."""
     channels = image.shape[-1]
     index = (
         image.astype(jnp.int32)
@@ -197,7 +175,7 @@ def paint(
     end: Int32[Array, "2"],
     fill: Integer[Array, "1 1 C"] | int,
 ) -> Image:
-    """A rectangle of one colour from (y, x) `start` to `end`, which is not included."""
+    """Fills a rectangle, from (y, x) `start` to `end`, exclusive."""
     height, width, _ = image.shape
     y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
     rows, columns = (y >= start[0]) & (y < end[0]), (x >= start[1]) & (x < end[1])

@@ -1,4 +1,4 @@
-"""Flips, crops and Cutout; images are uint8 [H, W, C], and keep their size."""
+"""Flips, crops and Cutout; images are uint8 [H, W, C] and keep their size."""
 
 import math
 
@@ -13,14 +13,14 @@ ATTEMPTS = 10  # of random_resized_crop, as in torchvision
 
 
 def flip(key: Key[Array, ""], image: Image) -> Image:
-    """Left and right change places in half of all images."""
+    """Flips left and right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
 def pad_crop(
     key: Key[Array, ""], image: Image, *, padding: int, fill: int = 0
 ) -> Image:
-    """One of the (2 padding + 1)^2 crops of the image with a border of `padding`."""
+    """Pads by `padding` and crops at one of the (2 padding + 1)^2 positions."""
     height, width, _ = image.shape
     shift = jax.random.randint(key, (2,), -padding, padding + 1)
     y, x = geometry.grid(height, width)
@@ -35,79 +35,84 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Image:
-    """A part of the image, enlarged to all of it (bilinear).
+    """Crops a random part of the image and resizes it to the full size (bilinear).
 
-    As in Inception's training (arXiv 1409.4842) and torchvision: of ten draws the first
+    As in Inception's training (arXiv 1409.4842) and torchvision: the first of ten draws
     that fits, or else the whole image.
 
     Args:
-      scale: the part's share of the area, uniform.
-      ratio: its width by its height, log-uniform.
+      key: of this image.
+      image: in [0, 255].
+      scale: range of the crop's fraction of the area, uniform.
+      ratio: range of its width / height, log-uniform.
     """
-    return enlarge(image, *draw_part(key, *image.shape[:2], scale, ratio))
+    return enlarge(image, *draw_crop(key, *image.shape[:2], scale, ratio))
 
 
-def draw_part(
+def draw_crop(
     key: Key[Array, ""],
     height: int,
     width: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Int32[Array, "2"], Int32[Array, "2"]]:
-    """(y, x) where `random_resized_crop` starts, and its (height, width)."""
+    """Draws the crop of `random_resized_crop`: its (y, x) and (height, width)."""
     area_key, ratio_key, place_key = jax.random.split(key, 3)
-    shares = jax.random.uniform(area_key, (ATTEMPTS,), jnp.float32, *scale)
+    fraction = jax.random.uniform(area_key, (ATTEMPTS,), jnp.float32, *scale)
     low, high = (math.log(side) for side in ratio)
     aspect = jnp.exp(jax.random.uniform(ratio_key, (ATTEMPTS,), jnp.float32, low, high))
-    area, sides = height * width * shares, jnp.array([height, width])
+    area, sides = height * width * fraction, jnp.array([height, width])
     drawn = jnp.sqrt(jnp.stack([area / aspect, area * aspect], axis=1))
     drawn = jnp.round(drawn).astype(jnp.int32)
     fits = ((drawn > 0) & (drawn <= sides[None])).all(axis=1)
     sizes = jnp.where(fits.any(), drawn[jnp.argmax(fits)], sides)
-    most = sides - sizes + 1
-    return jax.random.randint(place_key, (2,), jnp.zeros_like(most), most), sizes
+    stop = sides - sizes + 1
+    return jax.random.randint(place_key, (2,), jnp.zeros_like(stop), stop), sizes
 
 
 def enlarge(image: Image, starts: Int32[Array, "2"], sizes: Int32[Array, "2"]) -> Image:
-    """The part of `sizes` (height, width) from `starts` (y, x), at the image's size.
+    """Resizes the crop of `sizes` (height, width) at `starts` (y, x) to the full size.
 
-    `Image.crop(...).resize(..., BILINEAR)` within one grey level: across, rounded, then
-    down.
+    Equals `Image.crop(...).resize(..., BILINEAR)` within one grey level: horizontally,
+    rounded, then vertically.
     """
     height, width, _ = image.shape
-    left, right, share = _between(starts[1], sizes[1], width)
+    left, right, weight = _neighbours(starts[1], sizes[1], width)
     wide = image.astype(jnp.float32)
-    across = jnp.round(_mix(wide[:, left], wide[:, right], share[None, :, None]))
-    above, below, share = _between(starts[0], sizes[0], height)
-    down = _mix(across[above], across[below], share[:, None, None])
+    across = jnp.round(
+        _interpolate(wide[:, left], wide[:, right], weight[None, :, None])
+    )
+    above, below, weight = _neighbours(starts[0], sizes[0], height)
+    down = _interpolate(across[above], across[below], weight[:, None, None])
     return jnp.round(down).astype(jnp.uint8)
 
 
-def _between(start, size, count: int):
-    """For each of `count` pixels its two neighbours in the part, the second's share."""
+def _neighbours(start, size, count: int):
+    """Of `count` pixels the two neighbours in the crop, and the second's weight."""
     centres = (jnp.arange(count) + 0.5) * (size / count) - 0.5
     before = jnp.floor(centres).astype(jnp.int32)
-    share = centres - before
+    weight = centres - before
     last = size - 1
     return (
         start + jnp.clip(before, 0, last),
         start + jnp.clip(before + 1, 0, last),
-        share,
+        weight,
     )
 
 
-def _mix(first, second, share):
-    return first + (second - first) * share
+def _interpolate(first, second, weight):
+    return first + (second - first) * weight
 
 
 def cutout(key: Key[Array, ""], image: Image, *, side: int, fill: int = 128) -> Image:
-    """A square of one colour about a pixel drawn from all, cut at the image's border
-    (arXiv 1708.04552).
+    """Fills a square around a random pixel, clipped at the border (arXiv 1708.04552).
 
     Args:
-      side: in pixels; an odd one loses a pixel, as in the authors' code.
-      fill: 128 is the nearest level to zero once images lie in [-1, 1], where the
-        authors' code writes a zero.
+      key: of this image.
+      image: in [0, 255].
+      side: in pixels; an odd side loses a pixel, as in the authors' code.
+      fill: level of the square. 128 is the level nearest to the zero that the authors
+        write into images in [-1, 1].
     """
     height, width, _ = image.shape
     centre = jax.random.randint(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key, UInt8
 from mvc_jax.augment import autoaugment, magnitudes, operations
 
 FILE = pathlib.Path(__file__).with_name("fast_autoaugment_cifar.csv")
-# What level 0 and level 1 mean (`augment_list` of the authors' augmentations.py).
+# Values at level 0 and level 1 (`augment_list` of the authors' augmentations.py).
 RANGES = {
     "ShearX": (-0.3, 0.3),
     "ShearY": (-0.3, 0.3),
@@ -27,7 +27,7 @@ RANGES = {
     "Invert": (0, 1),
     "Equalize": (0, 1),
     "Solarize": (0, 256),
-    "Posterize": (4, 8),  # cut to a whole number
+    "Posterize": (4, 8),  # truncated to an integer
     "Contrast": (0.1, 1.9),
     "Color": (0.1, 1.9),
     "Brightness": (0.1, 1.9),
@@ -39,7 +39,7 @@ GREY = (125, 123, 114)  # of Cutout
 
 @functools.cache
 def sub_policies() -> autoaugment.SubPolicies:
-    """((operation, probability, level), ...) of each; levels lie in [0, 1]."""
+    """Reads ((operation, probability, level), ...) of each; levels are in [0, 1]."""
     with FILE.open(newline="", encoding="utf-8") as file:
         _, *lines = csv.reader(file)
     return tuple(
@@ -51,7 +51,7 @@ def sub_policies() -> autoaugment.SubPolicies:
 def values(
     name: str, level: float, height: int, width: int
 ) -> tuple[operations.Operation, operations.Operation]:
-    """The operation at a level; a coin turns the direction of geometric ones."""
+    """The operation at a level, in both directions if it is geometric."""
     low, high = RANGES[name]
     value = level * (high - low) + low
     value *= {"TranslateX": width, "TranslateY": height, "Cutout": width}.get(name, 1)
@@ -60,14 +60,14 @@ def values(
 
 @functools.lru_cache
 def _tables(height: int, width: int, resampling: str):
-    drawn = [
+    rows = [
         value
         for steps in sub_policies()
         for name, _, level in steps
         for value in values(name, level, height, width)
     ]
     chances = [[chance for _, chance, _ in steps] for steps in sub_policies()]
-    table = operations.table(drawn, height, width, resampling)
+    table = operations.table(rows, height, width, resampling)
     return table, np.array(chances, np.float32)
 
 
@@ -78,10 +78,12 @@ def fast_autoaugment(
     fill: int = 0,
     resampling: str = "nearest",
 ) -> UInt8[Array, "H W C"]:
-    """One image under a sub-policy drawn from 493.
+    """Applies to one image a sub-policy drawn from 493.
 
     Args:
-      fill: the level of what comes in from outside; black in the authors' code.
+      key: of this image.
+      image: in [0, 255].
+      fill: level of pixels from outside the image; black in the authors' code.
       resampling: "nearest", as in the authors' code, or "bilinear".
     """
     height, width, _ = image.shape

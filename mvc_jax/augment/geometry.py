@@ -1,10 +1,10 @@
-"""Shear, translation and rotation, as Pillow's `Image.transform` samples them.
+"""Shear, translation and rotation, sampled as by Pillow's `Image.transform`.
 
-A map is six numbers (a, b, c, d, e, f): the output's pixel (x, y) shows what the input
-holds at (a x' + b y' + c, d x' + e y' + f), where x' = x + 1/2 and y' = y + 1/2 are the
-pixel's centre. The numbers are made on the host in double precision and rounded to
-Pillow's 16.16 fixed point, so that the device picks the very pixel that Pillow picks,
-on the border between two as well. Two sides together are below 16384 pixels.
+A map is six numbers (a, b, c, d, e, f): the output pixel (x, y) has the colour of the
+input at (a x' + b y' + c, d x' + e y' + f), where (x', y') = (x + 1/2, y + 1/2) is the
+pixel's centre. The host computes the numbers in double precision and rounds them to
+Pillow's 16.16 fixed point, so that the device samples exactly the pixel that Pillow
+samples, even on the border between two. Height and width sum to less than 16384.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float64, Int32, UInt8
 
-ONE = 1 << 16  # of the fixed point
+ONE = 1 << 16  # 1.0 in fixed point
 RESAMPLINGS = ("nearest", "bilinear")
 Grid = tuple[Int32[Array, "H W"], Int32[Array, "H W"]]
 
@@ -21,27 +21,27 @@ IDENTITY = np.array([1, 0, 0, 0, 1, 0], np.float64)
 
 
 def shear_x(amount: float | int) -> Float64[np.ndarray, "6"]:
-    """Pixels to the left for each pixel down."""
+    """Shifts each row to the left by `amount` pixels per pixel down."""
     return np.array([1, amount, 0, 0, 1, 0], np.float64)
 
 
 def shear_y(amount: float | int) -> Float64[np.ndarray, "6"]:
-    """Pixels up for each pixel to the right."""
+    """Shifts each column up by `amount` pixels per pixel to the right."""
     return np.array([1, 0, 0, amount, 1, 0], np.float64)
 
 
 def translate_x(pixels: float | int) -> Float64[np.ndarray, "6"]:
-    """To the left."""
+    """Shifts to the left."""
     return np.array([1, 0, pixels, 0, 1, 0], np.float64)
 
 
 def translate_y(pixels: float | int) -> Float64[np.ndarray, "6"]:
-    """Up."""
+    """Shifts up."""
     return np.array([1, 0, 0, 0, 1, pixels], np.float64)
 
 
 def rotate(degrees: float | int, height: int, width: int) -> Float64[np.ndarray, "6"]:
-    """Counterclockwise about the middle, by the arithmetic of `Image.rotate`."""
+    """Rotates counterclockwise about the centre, as `Image.rotate` computes it."""
     if degrees % 360.0 == 0:
         return IDENTITY
     angle = -math.radians(degrees % 360.0)
@@ -54,10 +54,10 @@ def rotate(degrees: float | int, height: int, width: int) -> Float64[np.ndarray,
 def fixed_point(
     matrix: Float64[np.ndarray, "6"], resampling: str = "nearest"
 ) -> Int32[np.ndarray, "6"]:
-    """The map at 16 binary places, `c` and `f` for the centre of the pixel (0, 0).
+    """The map in 16.16 fixed point, with `c` and `f` at the centre of pixel (0, 0).
 
-    Pillow takes the nearest pixel of an unsheared image in floating point: a
-    translation's 1/2 is rounded there and not in fixed point.
+    For a pure translation Pillow finds the nearest pixel in floating point: the 1/2 is
+    rounded there, not in fixed point.
     """
     a, b, c, d, e, f = matrix.tolist()
     start_x, start_y = c + a * 0.5 + b * 0.5, f + d * 0.5 + e * 0.5
@@ -70,18 +70,20 @@ def fixed_point(
 def spans(
     matrix: Float64[np.ndarray, "6"], height: int, width: int
 ) -> Int32[np.ndarray, "H 2"]:
-    """The pixels of each line, from the first to before the second, whose colours lie
-    inside the image; in double precision, as Pillow's filters decide it."""
+    """First and last (exclusive) pixel of each line that samples inside the image.
+
+    Computed in double precision, like Pillow's filters.
+    """
     a, b, c, d, e, f = matrix.tolist()
     y, x = np.mgrid[:height, :width] + 0.5
     from_x, from_y = a * x + b * y + c, d * x + e * y + f
-    kept = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
-    first = kept.argmax(axis=1)
-    return np.stack([first, first + kept.sum(axis=1)], axis=1).astype(np.int32)
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    first = inside.argmax(axis=1)
+    return np.stack([first, first + inside.sum(axis=1)], axis=1).astype(np.int32)
 
 
 def grid(height: int, width: int) -> Grid:
-    """(y, x) of every pixel."""
+    """Coordinates (y, x) of every pixel."""
     y, x = jnp.meshgrid(
         jnp.arange(height, dtype=jnp.int32),
         jnp.arange(width, dtype=jnp.int32),
@@ -91,41 +93,45 @@ def grid(height: int, width: int) -> Grid:
 
 
 def positions(coefficients: Int32[Array, "6"], pixels: Grid) -> Grid:
-    """Where the pixels' colours come from, (y, x) in fixed point."""
+    """Positions (y, x) in the input that `pixels` sample, in fixed point."""
     a, b, c, d, e, f = coefficients
     y, x = pixels
     return y * e + x * d + f, y * b + x * a + c
 
 
 def inside(pixels: Grid, height: int, width: int) -> Bool[Array, "H W"]:
+    """Whether each of `pixels` (y, x) is inside the image."""
     y, x = pixels
     return (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
 def pick(
-    image: UInt8[Array, "H W C"], pixels: Grid, kept: Bool[Array, "H W"], fill: int
+    image: UInt8[Array, "H W C"], pixels: Grid, valid: Bool[Array, "H W"], fill: int
 ) -> UInt8[Array, "H W C"]:
-    """The colours of `pixels` (y, x), which are inside where `kept`; else `fill`."""
+    """The colours of `pixels` (y, x) where `valid`, else `fill`."""
     height, width, channels = image.shape
     y, x = pixels
-    index = jnp.where(kept, y * width + x, 0)
+    index = jnp.where(valid, y * width + x, 0)
     flat = image.reshape(height * width, channels)
     found = flat.at[index].get(mode="promise_in_bounds")
-    return jnp.where(kept[..., None], found, jnp.uint8(fill))
+    return jnp.where(valid[..., None], found, jnp.uint8(fill))
 
 
 def nearest(
     image: UInt8[Array, "H W C"], maps: list[Int32[Array, "6"]], fill: int
 ) -> UInt8[Array, "H W C"]:
-    """The image after one map, then the next, sampled as Pillow would, one by one:
-    the maps of pixels are composed, the image is read once."""
+    """Applies `maps` in order with nearest-neighbour sampling.
+
+    Equals Pillow's result of one map after the other, but composes the pixel indices
+    and reads the image once.
+    """
     height, width, _ = image.shape
-    pixels, kept = grid(height, width), jnp.ones((height, width), bool)
+    pixels, valid = grid(height, width), jnp.ones((height, width), bool)
     for coefficients in reversed(maps):
         y, x = positions(coefficients, pixels)
         pixels = (y >> 16, x >> 16)
-        kept &= inside(pixels, height, width)
-    return pick(image, pixels, kept, fill)
+        valid &= inside(pixels, height, width)
+    return pick(image, pixels, valid, fill)
 
 
 def bilinear(
@@ -134,14 +140,14 @@ def bilinear(
     span: Int32[Array, "H 2"],
     fill: int,
 ) -> UInt8[Array, "H W C"]:
-    """The image after one map, between its pixels; fractions are cut, as in Pillow.
+    """Applies one map with bilinear sampling; fractions are truncated, as in Pillow.
 
-    Positions have 16 binary places, Pillow's more: up to some 256 pixels it makes no
-    more than one grey level.
+    Positions have 16 fractional bits, fewer than Pillow's: up to about 256 pixels the
+    difference is at most one grey level.
     """
     height, width, _ = image.shape
     columns = jnp.arange(width, dtype=jnp.int32)[None]
-    kept = (columns >= span[:, :1]) & (columns < span[:, 1:])
+    valid = (columns >= span[:, :1]) & (columns < span[:, 1:])
     y, x = positions(coefficients, grid(height, width))
     y, x = y - ONE // 2, x - ONE // 2
     right, down = (((v & (ONE - 1)) / ONE)[..., None] for v in (x, y))
@@ -149,10 +155,10 @@ def bilinear(
     def at(dy: int, dx: int):
         rows = jnp.clip((y >> 16) + dy, 0, height - 1)
         columns = jnp.clip((x >> 16) + dx, 0, width - 1)
-        found = pick(image, (rows, columns), jnp.ones_like(kept), 0)
+        found = pick(image, (rows, columns), jnp.ones_like(valid), 0)
         return found.astype(jnp.float32)
 
     above = at(0, 0) + (at(0, 1) - at(0, 0)) * right
     below = at(1, 0) + (at(1, 1) - at(1, 0)) * right
     mixed = (above + (below - above) * down).astype(jnp.uint8)
-    return jnp.where(kept[..., None], mixed, jnp.uint8(fill))
+    return jnp.where(valid[..., None], mixed, jnp.uint8(fill))

@@ -1,33 +1,43 @@
-"""What a level means to each operation: the one thing published policies differ in."""
+"""The value of each operation at a level: what the published policies differ in."""
 
 import dataclasses
 
 from mvc_jax.augment import color, operations
 
-SIGNED = (*operations.GEOMETRIC,)  # a coin decides the direction
+SIGNED = operations.GEOMETRIC  # their direction is drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Magnitudes:
-    """Values at the highest level; lower ones lie evenly between none and that.
+    """Values at the highest level; lower levels scale linearly.
 
-    Whole numbers (pixels, degrees, bits, levels of Solarize) are cut, as in
+    Integers (pixels, degrees, bits, levels of Solarize) are truncated, as in
     AutoAugment's released code.
+
+    Attributes:
+      levels: the highest level.
+      translate: fraction of the side.
+      translate_pixels: maximum translation in pixels.
+      shear: pixels per pixel.
+      rotate: degrees.
+      bits: of Posterize, at level 0 and at the highest level.
+      factors: of ImageEnhance, likewise.
+      mirrored: whether the second direction of a blend mirrors its factor about 1.
     """
 
-    levels: int  # the highest level
-    translate: float  # share of the side
-    translate_pixels: float = float("inf")  # and at most so many
+    levels: int
+    translate: float
+    translate_pixels: float = float("inf")
     shear: float = 0.3
-    rotate: float = 30.0  # degrees
-    bits: tuple[int, int] = (8, 4)  # of Posterize, at level 0 and at the highest
-    factors: tuple[float, float] = (0.1, 1.9)  # of ImageEnhance, likewise
-    mirrored: bool = False  # a coin mirrors the factor about 1
+    rotate: float = 30.0
+    bits: tuple[int, int] = (8, 4)
+    factors: tuple[float, float] = (0.1, 1.9)
+    mirrored: bool = False
 
     def values(
         self, name: str, level: float | int, height: int, width: int
     ) -> tuple[operations.Operation, operations.Operation]:
-        """The operation at a level, for either face of the coin."""
+        """The operation at a level, in its two directions."""
         low, high = self.factors
         first, last = self.bits
         pixels = {"TranslateX": width, "TranslateY": height}.get(name, 0)

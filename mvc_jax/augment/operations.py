@@ -1,9 +1,9 @@
 """The operations of AutoAugment's search space, as rows of numbers.
 
-A policy is a table whose rows are operations at fixed values, made on the host; the
-device draws rows. Every row says what each part of one fixed program does, and most of
-its numbers are neutral, so that a batch in which every image draws another operation
-costs one sampling of pixels and one pass over colours for each step.
+A policy is a table whose rows are operations at fixed values, computed on the host; the
+device draws rows. A row holds the parameters of every part of one fixed program, most
+of them neutral. A batch whose images all draw different operations therefore costs one
+sampling of pixels and one pass over colours per step.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int32, UInt8
 from mvc_jax.augment import color, geometry
 
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-BLENDS = ("Brightness", "Contrast", "Color", "Sharpness")  # with what, by `Row.blend`
+BLENDS = ("Brightness", "Contrast", "Color", "Sharpness")  # indexed by `Row.blend`
 OPERATIONS = (
     "Identity",
     *GEOMETRIC,
@@ -50,20 +50,23 @@ class Table(NamedTuple):
     """Operations that can be drawn; row 0 is the identity."""
 
     rows: Row  # NumPy, [R, ...]
-    names: frozenset[str]  # what its rows use: nothing else is compiled
+    names: frozenset[str]  # operations of its rows; no others are compiled
 
 
 def row(operation: Operation, height: int, width: int, resampling: str) -> Row:
-    """One operation at one value, as Pillow defines it.
+    """Encodes one operation at one value, as Pillow defines it.
 
     Args:
-      operation: (name of OPERATIONS, value). The value is the matrix's number for
-        ShearX and ShearY, pixels to the left or up for TranslateX and TranslateY,
-        degrees counterclockwise for Rotate, the first level inverted for Solarize, bits
-        kept for Posterize, ImageEnhance's factor for Brightness, Contrast, Color and
-        Sharpness, the side in pixels for Cutout; of no meaning for the others.
+      operation: (name of OPERATIONS, value). The value is the matrix's entry for ShearX
+        and ShearY, pixels to the left or up for TranslateX and TranslateY, degrees
+        counterclockwise for Rotate, the lowest inverted level for Solarize, bits kept
+        for Posterize, ImageEnhance's factor for Brightness, Contrast, Color and
+        Sharpness, the side in pixels for Cutout; the others ignore it.
       height, width: of the image.
       resampling: "nearest" or "bilinear".
+
+    Raises:
+      ValueError: the operation is unknown.
     """
     name, value = operation
     if name not in OPERATIONS:
@@ -93,7 +96,11 @@ def row(operation: Operation, height: int, width: int, resampling: str) -> Row:
 def table(
     operations: Sequence[Operation], height: int, width: int, resampling: str
 ) -> Table:
-    """The identity as row 0, operation i as row i + 1."""
+    """Encodes operations: the identity as row 0, operation i as row i + 1.
+
+    Raises:
+      ValueError: an operation or the resampling is unknown.
+    """
     if resampling not in geometry.RESAMPLINGS:
         known = ", ".join(geometry.RESAMPLINGS)
         raise ValueError(f"resampling {resampling!r}; known: {known}")
@@ -113,18 +120,18 @@ def perform(
     paint: tuple[int, int, int],
     resampling: str,
 ) -> UInt8[Array, "H W C"]:
-    """Rows `drawn`, one after the other.
+    """Applies rows `drawn` to an image, in order.
 
-    Nearest pixels of two operations are read at once where no colour changes between
-    them: a step either moves pixels or changes colours, hence N steps are N passes over
-    colours with N - 1 samplings (one, if N is 1) in between.
+    A step either moves pixels or changes colours. With nearest-neighbour sampling the
+    maps of two steps with no colour change in between are sampled at once: N steps are
+    N passes over colours with N - 1 samplings (one if N is 1) in between.
 
     Args:
-      table: of `table`, for this image's height and width.
-      drawn: indices of rows.
-      where: in [0, 1), the place of Cutout (y, x) of each step.
-      image: [0, 255].
-      fill: the level of what comes in from outside.
+      table: from `table`, for this image's height and width.
+      drawn: indices of rows, one per step.
+      where: position (y, x) of each step's Cutout, in [0, 1).
+      image: in [0, 255].
+      fill: level of pixels from outside the image.
       paint: the colour of Cutout.
       resampling: that of `table`.
     """
@@ -150,7 +157,7 @@ def recolor(
     names: frozenset[str],
     paint: tuple[int, int, int],
 ) -> UInt8[Array, "H W C"]:
-    """What a row says about colours; `names` are those that can occur."""
+    """Applies the colour part of a row; `names` are the operations that can occur."""
     if names.intersection(BLENDS):
         image = color.blend(_degenerate(image, step, names), image, step.factor)
     if names.intersection(("Solarize", "Invert")):
@@ -158,22 +165,22 @@ def recolor(
     if "Posterize" in names:
         image = color.posterize(image, step.mask)
     if "AutoContrast" in names:
-        image = color.seldom(color.autocontrast)(step.autocontrast, image)
+        image = color.apply_where(color.autocontrast)(step.autocontrast, image)
     if "Equalize" in names:
-        image = color.seldom(color.equalize)(step.equalize, image)
+        image = color.apply_where(color.equalize)(step.equalize, image)
     if "Cutout" in names:
         image = _cut(image, step.cutout, where, paint)
     return image
 
 
 def _degenerate(image, step: Row, names) -> Int32[Array, "H W C"]:
-    """What a row blends with; the choice is by number, the product does not branch."""
+    """The image that a row blends with, selected by its index: nothing branches."""
     index = {name: i for i, name in enumerate(BLENDS)}
     chosen = jnp.zeros(image.shape, jnp.int32)
     if "Sharpness" in names:
-        wanted = step.blend == index["Sharpness"]
-        smoothed = color.seldom(color.smooth)(wanted, image)
-        chosen = jnp.where(wanted, smoothed.astype(jnp.int32), chosen)
+        sharpen = step.blend == index["Sharpness"]
+        smoothed = color.apply_where(color.smooth)(sharpen, image)
+        chosen = jnp.where(sharpen, smoothed.astype(jnp.int32), chosen)
     if names.intersection(("Contrast", "Color")):
         grey = color.grey(image)
         chosen = jnp.where(step.blend == index["Color"], grey, chosen)
@@ -184,8 +191,11 @@ def _degenerate(image, step: Row, names) -> Int32[Array, "H W C"]:
 
 
 def _cut(image, side: Float32[Array, ""], where, paint) -> UInt8[Array, "H W C"]:
-    """Fast AutoAugment's Cutout: its corner is `side / 2` above and left of a point of
-    the image, and cut at the border; Pillow's rectangle has its last pixel inside."""
+    """Fast AutoAugment's Cutout.
+
+    Its corner is `side / 2` above and left of a point of the image, clipped at the
+    border; Pillow's rectangle includes its last pixel.
+    """
     height, width, channels = image.shape
     sides = jnp.array([height, width], jnp.float32)
     corner = jnp.maximum(where * sides - side / 2, 0).astype(jnp.int32)

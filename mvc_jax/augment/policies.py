@@ -1,13 +1,13 @@
-"""Policies by name: `policy("randaugment", magnitude=5)` -> (key, image) -> image.
+"""Policies by name: `policy("randaugment", magnitude=5)` is a function of (key, image).
 
-The order is that of the papers: flip and crop first, then the policy's operations, then
-Cutout. (The released codes of Fast AutoAugment and TrivialAugment, and AutoAugment's,
-crop and flip after the operations.)
+The order is that of the papers: flip and crop, then the policy's operations, then
+Cutout. (The released codes of AutoAugment, Fast AutoAugment and TrivialAugment crop and
+flip after the operations.)
 
-| name | what it does, and whose defaults these are |
+| name | what it does, and where its defaults come from |
 |---|---|
 | none | nothing |
-| flip | left and right, in half of the images |
+| flip | left and right, with probability 1/2 |
 | flip_crop | flip; a crop after padding by 1/8 of the side: 4 of 32 pixels (ResNet, arXiv 1512.03385) |
 | affine | a small rotation, zoom and shift (`affine.py`) |
 | cutout | flip_crop; Cutout of half the side: 16 of 32 pixels (arXiv 1708.04552) |
@@ -18,8 +18,8 @@ crop and flip after the operations.)
 | randaugment | flip_crop, N = 2 operations at M = 9 of 30, Cutout of half the side (arXiv 1909.13719) |
 | trivialaugment | flip_crop, one operation of the wide space, Cutout of half the side (arXiv 2103.10158) |
 
-Every name takes the fields of `Frame`, and those of its operations' function. Pictures
-in which left and right matter (digits, text, some scans) want `flip=False`.
+Every policy takes the fields of `Frame` and those of its operations' function. Use
+`flip=False` for images in which left and right matter (digits, text, some scans).
 """  # noqa: E501
 
 import dataclasses
@@ -43,14 +43,23 @@ Policy = Callable[[Key[Array, ""], Real[Array, "H W C"]], Real[Array, "H W C"]]
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What happens before the operations and after; shares are of the shorter side."""
+    """What is done before and after a policy's operations.
+
+    Attributes:
+      flip: whether half of the images are flipped left and right.
+      crop: padding on each side before a crop, as a fraction of the shorter side.
+      crop_fill: level of the padding; black, as for images padded by Pillow.
+      resized_crop: range of a resized crop's fraction of the area; None for no crop.
+      cutout: side of the square, as a fraction of the shorter side.
+      cutout_fill: its level; 128 is zero for images in [-1, 1].
+    """
 
     flip: bool = False
-    crop: float | int = 0.0  # padding, on each side
-    crop_fill: int = 0  # its level: black, as for images padded by Pillow
-    resized_crop: tuple[float, float] | None = None  # share of the area, from to
-    cutout: float | int = 0.0  # side of the square
-    cutout_fill: int = 128  # zero once images lie in [-1, 1]
+    crop: float | int = 0.0
+    crop_fill: int = 0
+    resized_crop: tuple[float, float] | None = None
+    cutout: float | int = 0.0
+    cutout_fill: int = 128
 
 
 def affine(
@@ -61,7 +70,7 @@ def affine(
     zoom: float = 0.1,
     shift: float = 0.1,
 ) -> UInt8[Array, "H W C"]:
-    """`affine.random_affine` on grey levels."""
+    """`affine.random_affine` of images with levels in [0, 255]."""
     moved = random_affine(
         key, image.astype(jnp.float32), degrees=degrees, zoom=zoom, shift=shift
     )
@@ -91,55 +100,47 @@ _POLICIES: dict[str, tuple[Operations | None, Frame]] = {
 }
 
 
-def names() -> tuple[str, ...]:
-    return tuple(_POLICIES)
-
-
 def fields(name: str) -> dict[str, object]:
-    """The fields that `policy(name, ...)` takes, and their defaults.
+    """The fields that `policy(name, ...)` takes, with their defaults.
 
     Raises:
-      ValueError: no such policy.
+      ValueError: there is no such policy.
     """
     if name not in _POLICIES:
         raise ValueError(f"policy {name!r}; known: {', '.join(_POLICIES)}")
     operations, frame = _POLICIES[name]
-    known = dataclasses.asdict(frame)
+    found = dataclasses.asdict(frame)
     if operations is not None:
         bound = getattr(operations, "keywords", {})
-        known |= {
-            parameter.name: parameter.default
-            for parameter in inspect.signature(operations).parameters.values()
-            if parameter.kind == parameter.KEYWORD_ONLY and parameter.name not in bound
-        }
-    return known
+        for parameter in inspect.signature(operations).parameters.values():
+            if parameter.kind == parameter.KEYWORD_ONLY and parameter.name not in bound:
+                found[parameter.name] = parameter.default
+    return found
 
 
 @functools.lru_cache
 def policy(name: str, **values) -> Policy:
-    """The policy of a name, with some of its fields changed.
+    """Returns the policy of a name, with some of its fields changed.
 
     Args:
-      name: of `names()`.
-      values: of `fields(name)`.
+      name: one of `augment.NAMES`.
+      **values: of `fields(name)`.
 
     Returns:
       a pure function of a key and one image [H, W, C] with levels in [0, 255], C = 1 or
-      3, uint8 or float; its result has the same shape and dtype, and whole levels
-      (float images are rounded first). vmap it over a batch, a key for each image.
+      3, uint8 or float. Its result has the same shape and dtype, and integer levels
+      (float images are rounded first). vmap it over a batch, with a key per image.
 
     Raises:
-      ValueError: no such policy, field or value.
+      ValueError: there is no such policy, field or value.
     """
     known = fields(name)
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{name}: no field {unknown[0]!r}; known: {', '.join(known)}")
     operations, frame = _POLICIES[name]
-    framed = {
-        key: values.pop(key) for key in dataclasses.asdict(frame) if key in values
-    }
-    frame = dataclasses.replace(frame, **framed)
+    in_frame = {field.name for field in dataclasses.fields(frame)} & values.keys()
+    frame = dataclasses.replace(frame, **{key: values.pop(key) for key in in_frame})
     for field in ("crop", "cutout"):
         if not 0 <= getattr(frame, field) <= 1:
             raise ValueError(f"{field}: in [0, 1], not {getattr(frame, field)}")

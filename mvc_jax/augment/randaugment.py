@@ -1,5 +1,8 @@
-"""RandAugment (Cubuk et al., arXiv 1909.13719) and TrivialAugment (Müller and Hutter,
-arXiv 2103.10158): operations drawn evenly, and nothing searched."""
+"""RandAugment and TrivialAugment: operations drawn uniformly, without a search.
+
+RandAugment: Cubuk et al., arXiv 1909.13719. TrivialAugment: Müller and Hutter,
+arXiv 2103.10158.
+"""
 
 import functools
 
@@ -25,7 +28,7 @@ DRAWN = (  # both papers' 14 operations
     "TranslateX",
     "TranslateY",
 )
-# TrivialAugment's wide space, of the authors' aug_lib.py.
+# TrivialAugment's wide space, from the authors' aug_lib.py.
 WIDE = magnitudes.Magnitudes(
     levels=30,
     translate=1.0,
@@ -45,18 +48,18 @@ def _table(
     width: int,
     resampling: str,
 ) -> operations.Table:
-    """Row 1 + 2 (i L + l) + k: operation i of DRAWN at level l, heads or tails."""
-    drawn = [
+    """Row 1 + 2 (i L + l) + k is operation i of DRAWN at level l in direction k."""
+    rows = [
         value
         for name in DRAWN
         for level in levels
         for value in scale.values(name, level, height, width)
     ]
-    return operations.table(drawn, height, width, resampling)
+    return operations.table(rows, height, width, resampling)
 
 
 def draw(key: Key[Array, ""], steps: int, rows: int) -> Int32[Array, " S"]:
-    """A row for each step; all but the identity's, 0, are as likely."""
+    """Draws a row for each step, uniformly from all but row 0."""
     return jax.random.randint(key, (steps,), 1, rows)
 
 
@@ -64,7 +67,7 @@ def _perform(key, image, table, steps: int, fill: int, resampling: str):
     return operations.perform(
         table,
         draw(key, steps, len(table.rows.factor)),
-        jnp.zeros((steps, 2)),  # no Cutout among them
+        jnp.zeros((steps, 2)),  # Cutout is not among them
         image,
         fill=fill,
         paint=(fill, fill, fill),
@@ -82,19 +85,25 @@ def randaugment(
     fill: int = 128,
     resampling: str = "nearest",
 ) -> UInt8[Array, "H W C"]:
-    """One image under `count` (the paper's N) draws of 14, at one magnitude (M).
+    """Applies to one image `count` of 14 operations, at one magnitude.
 
-    A greater magnitude is a stronger change of every kind: levels are inverted from
-    further down, fewer bits are kept (down to 4), factors of blends lie further from 1,
-    to either side (up to 0.9), as in torchvision; pixels move by up to 150/331 of the
-    side. The paper's ResNet-50 has N = 2, M = 9.
+    The paper calls these N and M; its ResNet-50 has N = 2, M = 9. A larger magnitude is
+    a stronger change for every operation: a lower threshold of inversion, fewer bits
+    (down to 4), blend factors further from 1 in either direction (up to 0.9), as in
+    torchvision; and translations of up to 150/331 of the side.
 
     Args:
-      magnitude: from 0 to `highest`.
+      key: of this image.
+      image: in [0, 255].
+      count: N, at least 1.
+      magnitude: M, from 0 to `highest`.
       highest: the magnitude at which AutoAugment's ranges end: 30 in torchvision and in
         most results, 10 in the paper's text.
-      fill: the level of what comes in from outside.
+      fill: level of pixels from outside the image.
       resampling: "nearest" or "bilinear".
+
+    Raises:
+      ValueError: a value is out of range.
     """
     if count < 1 or highest < 1:
         raise ValueError(f"count and highest: at least 1, not {count} and {highest}")
@@ -115,12 +124,14 @@ def trivialaugment(
     fill: int = 0,
     resampling: str = "nearest",
 ) -> UInt8[Array, "H W C"]:
-    """One image under one of 14 operations at one of 31 levels of the wide space.
+    """Applies to one image one of 14 operations at one of 31 levels of the wide space.
 
-    Pixels move by up to 32, as published, or by the side where that is shorter.
+    Translations are up to 32 pixels, as published, or the side if that is shorter.
 
     Args:
-      fill: the level of what comes in from outside; black in the authors' code.
+      key: of this image.
+      image: in [0, 255].
+      fill: level of pixels from outside the image; black in the authors' code.
       resampling: "nearest" or "bilinear".
     """
     height, width, _ = image.shape

@@ -1,8 +1,8 @@
-"""Classifier checkpoints: found in a folder or on the hub, and recognised.
+"""Finds classifier checkpoints in a folder or on the Hugging Face hub.
 
-A checkpoint is `model.safetensors` with a `config.json`, as the hub has it, or a single
-file with torchvision's names. Whose names they are is told by the names, what network
-it is by the shapes; the config says how pixels were normalised.
+A checkpoint is `model.safetensors` with a `config.json`, as on the hub, or a single
+file with torchvision's names. The library is recognised by the tensors' names, the
+network by their shapes; the config says how pixels were normalised.
 """
 
 import dataclasses
@@ -14,31 +14,32 @@ from etils import epath
 
 from mvc_jax.checkpoints import classifier_names as names
 from mvc_jax.checkpoints import hub, pipeline_folder, tensor_file
-from mvc_jax.errors import UserError, require
+from mvc_jax.errors import UserError
 from mvc_jax.models.classifiers import VARIANTS
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of torchvision
-OURS = "mvc_jax_"  # before the names of architectures that timm does not have
-TENSORFLOW = {"padding": "same", "epsilon": 1e-3}  # of `tf_efficientnet_*`
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, ImageNet
+OURS = "mvc_jax_"  # prefix of architectures that timm does not have
+TENSORFLOW = {"padding": "same", "epsilon": 1e-3}  # fields of `tf_efficientnet_*`
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint is, by its names, shapes and config; no tensor was read.
+    """A checkpoint as described by its names, shapes and config; no tensor is read.
 
     Attributes:
-      name: as it was given.
-      field: the setting that holds the name.
-      weights: the file.
-      naming: whose names its tensors have; None: ours, of a network that no library
-        has.
-      variant: a key of `VARIANTS`, or "" where it is none of them.
-      fields: what `VARIANTS[variant].make` must be given besides the classes.
-      num_classes: of its head; 0: it has none.
-      mean, std: of pixels in [0, 1], which the network wants as (pixel - mean) / std.
-      size: pixels of the images that it was made for.
+      name: as configured.
+      field: the setting that holds the name, for errors.
+      weights: path of the tensors.
+      naming: the library's naming of its tensors; None for our own naming, of a network
+        that no library has.
+      variant: a key of `VARIANTS`, or "" if it is none of them.
+      fields: what `VARIANTS[variant].make` takes besides the number of classes.
+      num_classes: of its head; 0 if it has no head.
+      mean, std: per channel, of pixels in [0, 1]; the network's input is
+        (pixel - mean) / std.
+      size: image size that it was made for, in pixels.
     """
 
     name: str
@@ -54,16 +55,16 @@ class Checkpoint:
 
 
 def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
-    """Finds a checkpoint and says what it is; one on the hub is downloaded first.
+    """Finds and describes a checkpoint; one on the hub is downloaded first.
 
     Args:
       name: a folder, a `.safetensors` file, or a name on the Hugging Face hub.
-      field: the setting that holds it, for errors.
-      revision: of a hub name; "": its default branch.
+      field: the setting that holds the name, for errors.
+      revision: of a hub name; "" for its default branch.
 
     Raises:
       UserError: there is none, it is damaged, or it is of another kind of network; the
-        error says what it looks like.
+        error says which.
     """
     path, folder = _locate(name, field, revision)
     config = _read_json(folder / CONFIG) if folder is not None else {}
@@ -75,7 +76,7 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
         naming, variant = _ours(naming, architecture.removeprefix(OURS), name, field)
         fields = _hashable(config.get("model_args", {}))
     elif naming is None:
-        raise _another_kind(field, name, config, shapes)
+        raise _unknown_network(field, name, config, shapes)
     else:
         variant = variant_of(naming.family, names.structure_of(shapes, naming))
         fields = _fields(naming, variant, config, name, field)
@@ -90,7 +91,7 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
 
 
 def variant_of(family: str, parts: Mapping[str, Any]) -> str:
-    """The variant of this structure with an ImageNet stem; "": there is none."""
+    """The variant with this structure, whatever its stem; "" if there is none."""
     for name, variant in VARIANTS.items():
         model = variant.make(num_classes=1)
         if names.family_of(model) == family and names.structure(model) == parts:
@@ -98,49 +99,55 @@ def variant_of(family: str, parts: Mapping[str, Any]) -> str:
     return ""
 
 
-def _locate(name: str, field: str, revision: str) -> tuple[epath.Path, Any]:
+def _locate(
+    name: str, field: str, revision: str
+) -> tuple[epath.Path, epath.Path | None]:
     """The weights, and the folder that may hold their config (None: a single file)."""
-    wanted = (WEIGHTS, f"{WEIGHTS}.index.json", "model-?????-of-?????.safetensors")
-    wanted += (CONFIG, PROCESSOR)
+    index = f"{WEIGHTS}.index.json"
+    wanted = (WEIGHTS, index, "model-?????-of-?????.safetensors", CONFIG, PROCESSOR)
     path = hub.locate(name, wanted, field=field, revision=revision)
     if path.suffix == ".safetensors" and not path.is_dir():
         return path, path.parent if path.name == WEIGHTS else None
     there = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    found = [x for x in (WEIGHTS, f"{WEIGHTS}.index.json") if x in there]
+    for found in (WEIGHTS, index):
+        if found in there:
+            return path / found, path
     pickles = [x for x in there if x.endswith((".bin", ".pth", ".pt"))]
-    require(
-        bool(found),
+    is_pickle = bool(pickles) or path.suffix in (".bin", ".pth", ".pt")
+    raise UserError(
         f"{field} {name!r}",
         wanted=f"a folder or a hub name with {WEIGHTS}, or a .safetensors file",
         got=f"{', '.join(pickles) or ', '.join(there[:3]) or 'nothing there'}",
         fix="A pickle is never opened: convert it once, with PyTorch, by "
         "`safetensors.torch.save_file(torch.load(path, weights_only=True), ...)`."
-        if pickles or path.suffix in (".bin", ".pth", ".pt")
+        if is_pickle
         else "Check the path.",
     )
-    return path / found[0], path
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-    """An optional file of a folder."""
+    """Reads an optional file; {} if there is none."""
     return pipeline_folder.read_json(path) if path.exists() else {}
 
 
 def _hashable(value: Any) -> Any:
-    """JSON as a module's fields: the lists in it as tuples."""
+    """Converts lists in JSON to tuples, so that a module can have them as fields."""
     if isinstance(value, dict):
         return {key: _hashable(inner) for key, inner in value.items()}
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def _ours(naming, variant: str, name: str, field: str) -> tuple[Any, str]:
-    require(
-        variant in VARIANTS,
-        f"{field} {name!r}",
-        wanted=f"an architecture of ours: {', '.join(VARIANTS)}",
-        got=repr(variant),
-        fix="Take the version of mvc_jax that wrote it.",
-    )
+def _ours(
+    naming: names.Naming | None, variant: str, name: str, field: str
+) -> tuple[names.Naming | None, str]:
+    """The naming and variant of a checkpoint that `classifier_export` wrote."""
+    if variant not in VARIANTS:
+        raise UserError(
+            f"{field} {name!r}",
+            wanted=f"an architecture of mvc_jax: {', '.join(VARIANTS)}",
+            got=repr(variant),
+            fix="Use the version of mvc_jax that wrote it.",
+        )
     family = names.family_of(VARIANTS[variant].make(num_classes=1))
     return (naming if family else None), variant
 
@@ -148,47 +155,60 @@ def _ours(naming, variant: str, name: str, field: str) -> tuple[Any, str]:
 def _fields(
     naming: names.Naming, variant: str, config: Mapping, name: str, field: str
 ) -> dict[str, Any]:
-    """Fields of the network that only its config tells; refuses what ours cannot be."""
+    """The network's fields that only its config tells.
+
+    Raises:
+      UserError: the config describes a network that ours cannot be.
+    """
     architecture = config.get("architecture", "")
-    wanted: dict[str, Any] = {}
     if naming.library == "transformers":
-        wanted = {"model_type": naming.family.lower(), "hidden_act": "relu"}
-        if naming.family == "EfficientNet":
-            wanted |= {"hidden_act": "swish", "pooling_type": "mean"}
-        else:
-            wanted |= dict.fromkeys(
-                ("downsample_in_first_stage", "downsample_in_bottleneck"), False
-            )
-        differ = {k: config[k] for k, v in wanted.items() if config.get(k, v) != v}
-        require(
-            not differ,
-            f"{field} {name!r}",
-            wanted=", ".join(f"{key} {wanted[key]!r}" for key in differ),
-            got=", ".join(f"{key} {value!r}" for key, value in differ.items()),
-            fix="Name another checkpoint.",
-        )
+        _check_transformers(naming.family, config, name, field)
     elif architecture and variant:
         known = [variant] + [f"tf_{variant}"] * (naming.family == "EfficientNet")
-        require(
-            architecture in known,
-            f"{field} {name!r}",
-            wanted=f"the architecture {' or '.join(known)}, by its tensors",
-            got=repr(architecture),
-            fix="Name another checkpoint.",
-        )
+        if architecture not in known:
+            raise UserError(
+                f"{field} {name!r}",
+                wanted=f"the architecture of its tensors, {' or '.join(known)}",
+                got=repr(architecture),
+                fix="Name another checkpoint.",
+            )
     if naming.family == "ResNet" or naming.library == "torchvision":
         return {}
     if naming.library == "transformers":
-        return TENSORFLOW | {"epsilon": config.get("batch_norm_eps", 1e-3)}
-    require(
-        bool(architecture),
-        f"{field} {name!r}",
-        wanted=f"timm's {CONFIG} beside its tensors: efficientnet and tf_efficientnet "
-        "have the same ones and compute differently",
-        got="none, or one without an architecture",
-        fix=f"Download {CONFIG} too, and name the folder.",
-    )
+        return {**TENSORFLOW, "epsilon": config.get("batch_norm_eps", 1e-3)}
+    if not architecture:
+        raise UserError(
+            f"{field} {name!r}",
+            wanted=f"timm's {CONFIG} beside its tensors: efficientnet and "
+            "tf_efficientnet have the same tensors but compute differently",
+            got="none, or one without an architecture",
+            fix=f"Download {CONFIG} too, and name the folder.",
+        )
     return dict(TENSORFLOW) if architecture.startswith("tf_") else {}
+
+
+def _check_transformers(family: str, config: Mapping, name: str, field: str) -> None:
+    wanted: dict[str, Any] = {
+        "ResNet": {
+            "model_type": "resnet",
+            "hidden_act": "relu",
+            "downsample_in_first_stage": False,
+            "downsample_in_bottleneck": False,
+        },
+        "EfficientNet": {
+            "model_type": "efficientnet",
+            "hidden_act": "swish",
+            "pooling_type": "mean",
+        },
+    }[family]
+    differing = {k: config[k] for k, v in wanted.items() if config.get(k, v) != v}
+    if differing:
+        raise UserError(
+            f"{field} {name!r}",
+            wanted=", ".join(f"{key} {wanted[key]!r}" for key in differing),
+            got=", ".join(f"{key} {value!r}" for key, value in differing.items()),
+            fix="Name another checkpoint.",
+        )
 
 
 def _input(
@@ -198,19 +218,20 @@ def _input(
     name: str,
     field: str,
 ) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and deviation of pixels in [0, 1], and the size of images (0: not said)."""
+    """Mean and deviation of pixels in [0, 1], and the image size (0: unknown)."""
     if naming is None or naming.library != "transformers":
         cfg = {**config, **config.get("pretrained_cfg", {})}
         size = cfg.get("input_size", (3, 0, 0))[-1]
         return tuple(cfg.get("mean", MEAN)), tuple(cfg.get("std", STD)), size
     processor = _read_json(folder / PROCESSOR) if folder is not None else {}
-    require(
-        bool(processor),
-        f"{field} {name!r}",
-        wanted=f"{PROCESSOR} beside the weights, which says how pixels are normalised",
-        got="none",
-        fix="Download it too, and name the folder.",
-    )
+    if not processor:
+        raise UserError(
+            f"{field} {name!r}",
+            wanted=f"{PROCESSOR} beside the weights, which says how pixels are "
+            "normalised",
+            got="none",
+            fix="Download it too, and name the folder.",
+        )
     # The library computes (pixel * factor - offset - mean) / std, pixel up to 255.
     factor = 255.0 * processor.get("rescale_factor", 1 / 255)
     factor = factor if processor.get("do_rescale", True) else 255.0
@@ -229,7 +250,9 @@ def _input(
     return tuple(mean.tolist()), tuple(std.tolist()), config.get("image_size") or size
 
 
-def _another_kind(field: str, name: str, config: Mapping, shapes: Mapping) -> UserError:
+def _unknown_network(
+    field: str, name: str, config: Mapping, shapes: Mapping
+) -> UserError:
     kind = config.get("architecture") or config.get("model_type")
     first = ", ".join(sorted(shapes)[:3]) or "none"
     return UserError(

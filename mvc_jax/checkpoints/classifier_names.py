@@ -1,7 +1,7 @@
-"""What timm, torchvision and transformers call the tensors of a classifier.
+"""Names of a classifier's tensors in timm, torchvision and transformers.
 
-Our modules have timm's names, which for ResNets are torchvision's; the others follow
-from these. A network is told by its names and shapes: `structure`.
+Our modules have timm's names, which for ResNets are torchvision's too; the other
+libraries' names are derived from them. `structure` identifies a network by its shapes.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _LEAVES = {
 
 
 def timm_name(path: Sequence[str]) -> str:
-    """Of a leaf of our variables.
+    """timm's name of one of our variables.
 
     `("params", "layer1_0", "conv1", "kernel")` -> `"layer1.0.conv1.weight"`.
     """
@@ -38,9 +38,9 @@ class Naming:
     Attributes:
       library: one of `LIBRARIES`.
       family: "ResNet" or "EfficientNet".
-      rename: timm's name without its last part -> the library's; given the number of
-        blocks in each stage besides.
-      prefix: of every name but the head's, left out where the head is.
+      rename: maps timm's name without its last part, and the number of blocks in each
+        stage, to the library's name.
+      prefix: of every name but the head's; files without a head leave it out.
     """
 
     library: str
@@ -50,11 +50,12 @@ class Naming:
 
     @property
     def head(self) -> str:
-        """The module of the last layer."""
+        """Name of the last layer."""
         timm = "fc" if self.family == "ResNet" else "classifier"
         return self.rename(timm, ())
 
     def name(self, timm: str, depths: Sequence[int] = ()) -> str:
+        """Maps timm's name of a tensor to the library's."""
         module, _, leaf = timm.rpartition(".")
         return f"{self.rename(module, depths)}.{leaf}"
 
@@ -69,19 +70,27 @@ def _transformers_resnet(module: str, depths: Sequence[int]) -> str:
     if module in ("conv1", "bn1"):
         return f"resnet.embedder.embedder.{_part(module)}"
     stage, block, *rest = module.split(".")
-    place = f"resnet.encoder.stages.{int(stage[-1]) - 1}.layers.{block}"
+    prefix = f"resnet.encoder.stages.{int(stage[-1]) - 1}.layers.{block}"
     if rest[0] == "downsample":
-        return f"{place}.shortcut.{('convolution', 'normalization')[int(rest[1])]}"
-    return f"{place}.layer.{int(rest[0][-1]) - 1}.{_part(rest[0])}"
+        return f"{prefix}.shortcut.{('convolution', 'normalization')[int(rest[1])]}"
+    return f"{prefix}.layer.{int(rest[0][-1]) - 1}.{_part(rest[0])}"
 
 
 def _part(module: str) -> str:
     return "convolution" if module.startswith("conv") else "normalization"
 
 
-# By timm's names in a block that expands, and in one that does not.
-_EXPANDING = ("conv_pw", "bn1", "conv_dw", "bn2", "se.conv_reduce", "se.conv_expand")
-_EXPANDING += ("conv_pwl", "bn3")
+# timm's names in an EfficientNet block with expansion, and in one without.
+_EXPANDING = (
+    "conv_pw",
+    "bn1",
+    "conv_dw",
+    "bn2",
+    "se.conv_reduce",
+    "se.conv_expand",
+    "conv_pwl",
+    "bn3",
+)
 _PLAIN = ("conv_dw", "bn1", "se.conv_reduce", "se.conv_expand", "conv_pw", "bn2")
 
 _TORCHVISION_BLOCK = {
@@ -95,13 +104,16 @@ _TORCHVISION_ENDS = {
     "bn2": "features.8.1",
     "classifier": "classifier.1",
 }
-_TRANSFORMERS_BLOCK = ("expansion.expand_conv", "expansion.expand_bn")
-_TRANSFORMERS_BLOCK += (
+_TRANSFORMERS_BLOCK = (
+    "expansion.expand_conv",
+    "expansion.expand_bn",
     "depthwise_conv.depthwise_conv",
     "depthwise_conv.depthwise_norm",
+    "squeeze_excite.reduce",
+    "squeeze_excite.expand",
+    "projection.project_conv",
+    "projection.project_bn",
 )
-_TRANSFORMERS_BLOCK += ("squeeze_excite.reduce", "squeeze_excite.expand")
-_TRANSFORMERS_BLOCK += ("projection.project_conv", "projection.project_bn")
 _TRANSFORMERS_ENDS = {
     "conv_stem": "efficientnet.embeddings.convolution",
     "bn1": "efficientnet.embeddings.batchnorm",
@@ -142,14 +154,14 @@ NAMINGS = (
 
 
 def family_of(model: Any) -> str:
-    """ "ResNet", "EfficientNet", or "" for those that no library has."""
+    """The family of a network: "ResNet", "EfficientNet", or "" for other networks."""
     if isinstance(model, efficientnet.EfficientNet):
         return "EfficientNet"
     return "ResNet" if isinstance(model, resnet.ResNet) else ""
 
 
 def naming(library: str, family: str) -> Naming | None:
-    """How a library names a family; None where it does not have it."""
+    """How a library names a family's tensors; None if it does not have the family."""
     library = "timm" if (library, family) == ("torchvision", "ResNet") else library
     return next(
         (n for n in NAMINGS if (n.library, n.family) == (library, family)), None
@@ -157,20 +169,21 @@ def naming(library: str, family: str) -> Naming | None:
 
 
 def recognise(names: Mapping[str, Any]) -> Naming | None:
-    """Whose names these are, by those of the stem and of the first block."""
-    first = {"ResNet": "conv1 layer1.0.conv1", "EfficientNet": "conv_stem"}
-    first["EfficientNet"] += " blocks.0.0.conv_dw"
+    """Recognises a naming by the tensors of the stem and of the first block."""
+    first = {
+        "ResNet": ("conv1.weight", "layer1.0.conv1.weight"),
+        "EfficientNet": ("conv_stem.weight", "blocks.0.0.conv_dw.weight"),
+    }
     for candidate in NAMINGS:
-        wanted = [f"{part}.weight" for part in first[candidate.family].split()]
-        wanted = [candidate.name(part) for part in wanted]
-        bare = [part.removeprefix(candidate.prefix) for part in wanted]
-        if all(x in names for x in wanted) or all(x in names for x in bare):
+        wanted = [candidate.name(timm) for timm in first[candidate.family]]
+        headless = [name.removeprefix(candidate.prefix) for name in wanted]
+        if names.keys() >= {*wanted} or names.keys() >= {*headless}:
             return candidate
     return None
 
 
 def structure(model: Any) -> dict[str, Any]:
-    """What tells one network of a family from another, of one of our modules."""
+    """The numbers that distinguish one network of a family from another."""
     if family_of(model) == "ResNet":
         return {"depths": model.depths, "width": model.width, "inner": model.inner}
     depths = model.depths()
@@ -178,7 +191,7 @@ def structure(model: Any) -> dict[str, Any]:
 
 
 def structure_of(shapes: Mapping[str, Sequence[int]], found: Naming) -> dict[str, Any]:
-    """The same of a file, from the shapes of its tensors by name."""
+    """The `structure` of the network in a file, from its tensors' shapes by name."""
 
     def shape(timm: str) -> Sequence[int]:
         name = found.name(timm)
@@ -196,8 +209,10 @@ def structure_of(shapes: Mapping[str, Sequence[int]], found: Naming) -> dict[str
         if shape("layer1.0.conv3.weight"):
             middle = shape("layer1.0.conv2.weight")
             inner, grouped = middle[0] // width, middle[0] != middle[1]
-        found_here = {"depths": tuple(depths), "width": width, "inner": inner}
-        return found_here | ({"groups": middle[0] // middle[1]} if grouped else {})
+        structure = {"depths": tuple(depths), "width": width, "inner": inner}
+        if grouped:
+            structure["groups"] = middle[0] // middle[1]
+        return structure
     pattern = {
         "timm": r"^blocks\.(\d+\.\d+)\.",
         "torchvision": r"^features\.(\d+\.\d+)\.block\.",
@@ -212,16 +227,18 @@ def structure_of(shapes: Mapping[str, Sequence[int]], found: Naming) -> dict[str
     }
 
 
-def in_words(family: str, parts: Mapping[str, Any]) -> str:
-    """A sentence part for a structure."""
+def describe(family: str, structure: Mapping[str, Any]) -> str:
+    """Describes a structure, for errors."""
     if family == "EfficientNet":
         return (
-            f"an EfficientNet of {parts['blocks']} blocks, {parts['stem']} channels in "
-            f"its stem and {parts['top']} at its end"
+            f"an EfficientNet of {structure['blocks']} blocks, {structure['stem']} "
+            f"channels in its stem and {structure['top']} at its end"
         )
-    kind = "bottlenecks" if parts["inner"] else "basic blocks"
-    counts = ", ".join(map(str, parts["depths"]))
-    words = f"a ResNet of {counts} {kind}, {parts['width']} channels wide"
-    if parts["inner"] > 1:
-        words += f" and {parts['inner']} times that inside"
-    return words + (f", {parts['groups']} groups" if "groups" in parts else "")
+    kind = "bottlenecks" if structure["inner"] else "basic blocks"
+    counts = ", ".join(map(str, structure["depths"]))
+    text = f"a ResNet of {counts} {kind}, {structure['width']} channels wide"
+    if structure["inner"] > 1:
+        text += f" and {structure['inner']} times that inside"
+    if "groups" in structure:
+        text += f", {structure['groups']} groups"
+    return text

@@ -1,124 +1,100 @@
-"""Pretrained classifiers: tensors of timm, torchvision and transformers, in.
+"""Reads pretrained classifiers: tensors of timm, torchvision and transformers.
 
-ResNet-18/34/50, WRN-50-2 and EfficientNet-B0..B3, and what `classifier_export` wrote of
-the other networks. `classifier_checkpoint.find` says what there is.
+Supported are ResNet-18/34/50, WRN-50-2, EfficientNet-B0..B3, and what
+`classifier_export` writes of the other networks. `classifier_checkpoint.find` finds and
+describes a checkpoint.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
 
 from mvc_jax.checkpoints import classifier_names as names
 from mvc_jax.checkpoints import tensor_file, weights
 from mvc_jax.checkpoints.classifier_checkpoint import OURS, Checkpoint, variant_of
-from mvc_jax.errors import require
+from mvc_jax.errors import UserError
 from mvc_jax.models.classifiers import VARIANTS
 
-HEADS = ("keep", "zero", "fresh")
 _COUNTERS = r"(^|\.)num_batches_tracked$"
 
 
 def check(checkpoint: Checkpoint, model: Any) -> None:
-    """Requires that a checkpoint is one of `model`'s network, whatever its head.
+    """Checks that a checkpoint is of `model`'s network, whatever its head.
 
     Raises:
-      UserError: it is another; the error says which it looks like.
+      UserError: it is of another network; the error says which it looks like.
     """
     family = checkpoint.naming.family if checkpoint.naming else ""
     same = family == names.family_of(model)
     if family:
         shapes = tensor_file.entries(checkpoint.weights)
         shapes = {key: entry.shape for key, entry in shapes.items()}
-        parts = names.structure_of(shapes, checkpoint.naming)
-        same = same and parts == names.structure(model)
-        looks = names.in_words(family, parts)
-        looks += f" ({checkpoint.variant})" if checkpoint.variant else ""
+        found = names.structure_of(shapes, checkpoint.naming)
+        same = same and found == names.structure(model)
+        looks_like = names.describe(family, found)
+        looks_like += f" ({checkpoint.variant})" if checkpoint.variant else ""
     else:
-        looks = f"{OURS}{checkpoint.variant}"
+        looks_like = f"{OURS}{checkpoint.variant}"
         same = type(model) is type(VARIANTS[checkpoint.variant].make(num_classes=1))
+    if same:
+        return
     wanted = type(model).__name__
     if names.family_of(model):
-        wanted = names.in_words(names.family_of(model), names.structure(model))
+        wanted = names.describe(names.family_of(model), names.structure(model))
         known = variant_of(names.family_of(model), names.structure(model))
         wanted += f" ({known})" if known else ""
-    require(
-        same,
+    raise UserError(
         f"{checkpoint.field} {checkpoint.name!r}",
         wanted=wanted,
-        got=f"one that looks like {looks}",
-        fix="Name a checkpoint of the network, or the network of the checkpoint.",
+        got=f"one that looks like {looks_like}",
+        fix="Name a checkpoint of this network, or the network of this checkpoint.",
     )
 
 
-def read(
-    checkpoint: Checkpoint,
-    model: Any,
-    *,
-    head: str = "zero",
-    key: Key[Array, ""] | None = None,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Reads a checkpoint into variables of `model`.
+def read(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Reads a checkpoint into variables of `model`, without those of the head.
 
     Args:
-      checkpoint: of `find`.
-      model: a module of `VARIANTS`, made with the checkpoint's `fields`.
-      head: of the last layer: "keep" the checkpoint's, whose number of classes must be
-        the model's; "zero"; or "fresh", drawn as in a new network.
-      key: for "fresh".
+      checkpoint: from `find`.
+      model: a network of `VARIANTS`, made with the checkpoint's `fields`.
 
     Returns:
-      fp32 variables (`params` and `batch_stats`) on the host; and the names of tensors
-      in the file that nothing was made of: the replaced head, other modules.
+      fp32 variables (`params` and `batch_stats`) on the host, and the names of the
+      tensors that were not used: the head, and modules that the network does not have.
 
     Raises:
-      UserError: it is another network, or tensors are missing, of another shape, or
-        unexpected inside the network; all are named.
+      UserError: it is of another network, or tensors are missing, have another shape,
+        or are unexpected inside the network; all are listed.
     """
-    assert head in HEADS, head
     check(checkpoint, model)
-    require(
-        head != "keep" or checkpoint.num_classes == model.num_classes,
-        f"{checkpoint.field} {checkpoint.name!r}",
-        wanted=f"a head of {model.num_classes} classes",
-        got=checkpoint.num_classes or "none",
-        fix="Replace the head.",
-    )
     shapes = flax.traverse_util.flatten_dict(variable_shapes(model))
-    head_name = head_of(model)
-    replaced = {path: leaf for path, leaf in shapes.items() if path[1] == head_name}
-    body = (
-        shapes if head == "keep" else {p: shapes[p] for p in shapes.keys() - replaced}
-    )
+    head = head_name(model)
+    body = {path: leaf for path, leaf in shapes.items() if path[1] != head}
     stored = set(tensor_file.entries(checkpoint.weights))
     name_of = _stored_name(checkpoint.naming, model, stored)
-    left = _leftovers(stored, {name_of(path) for path in shapes}, map(name_of, body))
+    unused = _unused(stored, {name_of(path) for path in shapes}, map(name_of, body))
     tree = weights.read(
         checkpoint.weights,
         flax.traverse_util.unflatten_dict(body),
-        "|".join([_COUNTERS, *(f"^{re.escape(name)}$" for name in left)]),
+        "|".join([_COUNTERS, *(f"^{re.escape(name)}$" for name in unused)]),
         name_of=name_of,
     )
-    tree = flax.traverse_util.flatten_dict(tree)
-    if head != "keep":
-        tree |= _new_head(replaced, head, key)
-    tree = {path: np.asarray(leaf, np.float32) for path, leaf in tree.items()}
-    return flax.traverse_util.unflatten_dict(tree), left
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), unused
 
 
 def variable_shapes(model: Any) -> dict[str, Any]:
-    """The variables of a classifier as shapes."""
+    """The variables of a classifier as shapes and dtypes."""
     side = 2 * model.stride
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-def head_of(model: Any) -> str:
+def head_name(model: Any) -> str:
     """The name of the last layer among a classifier's variables."""
     return "classifier" if names.family_of(model) == "EfficientNet" else "fc"
 
@@ -126,13 +102,13 @@ def head_of(model: Any) -> str:
 def _stored_name(
     naming: names.Naming | None, model: Any, stored: set[str]
 ) -> Callable[[weights.Path], str]:
-    """A function: path of a variable -> its name in the file."""
+    """Returns a function from the path of a variable to its name in the file."""
     if naming is None:
         return names.timm_name
     depths = model.depths() if naming.family == "EfficientNet" else ()
     prefix = naming.prefix
     if any(name.startswith(prefix) for name in stored):
-        prefix = ""  # none to take away
+        prefix = ""  # the file has the prefix, so it is not removed
 
     def name_of(path):
         return naming.name(names.timm_name(path), depths).removeprefix(prefix)
@@ -140,14 +116,11 @@ def _stored_name(
     return name_of
 
 
-def _leftovers(
-    stored: set[str], network: set[str], read: Iterable[str]
-) -> tuple[str, ...]:
-    """Names that are no part of the network: its head, where replaced, and strangers.
+def _unused(stored: set[str], network: set[str], read: Iterable[str]) -> tuple:
+    """Names of tensors that can be left unread: the head, and unknown modules.
 
-    A stranger is in a module of which the network has nothing: what has no place inside
-    one of the network's own modules computes something else, and `weights.read` says
-    so.
+    An unknown tensor inside one of the network's own modules is not among them: the
+    file then computes something else, and `weights.read` raises.
     """
     read = set(read)
     modules = {name.split(".")[0] for name in network}
@@ -159,13 +132,3 @@ def _leftovers(
             and (name in network or name.split(".")[0] not in modules)
         )
     )
-
-
-def _new_head(leaves: Mapping[tuple, Any], head: str, key) -> dict[tuple, np.ndarray]:
-    new = {path: np.zeros(leaf.shape, np.float32) for path, leaf in leaves.items()}
-    if head == "fresh":
-        draw = jax.nn.initializers.lecun_normal()
-        for path, leaf in leaves.items():
-            if path[-1] == "kernel":
-                new[path] = np.asarray(draw(key, leaf.shape, jnp.float32))
-    return new

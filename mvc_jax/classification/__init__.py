@@ -1,1 +1,1 @@
-"""Classifiers trained on real and synthetic images."""
+"""Classifiers: their runs, batches, training step and fits."""

@@ -1,8 +1,8 @@
-"""A classifier in training: its state, its step, its predictions.
+"""A classifier's training step, initial state and predictions.
 
-Not a stage but a part of one, `classify`: what it composes of models, augmentation and
-training. Seeds are trained side by side, stacked on the first axis of the state: they
-share the images and nothing else.
+`train_step` is the step of one seed. `train_seeds` is `jax.vmap` of it: several seeds
+are trained side by side, stacked on the first axis of the state; they share the images
+and nothing else.
 
 Legend: S seeds, B batch, R rows of the image array, K classes, T images to predict.
 """
@@ -19,56 +19,76 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Real, UInt8
 
 from mvc_jax import augment
 from mvc_jax.augment.mixup import cutmix, mixup
-from mvc_jax.checkpoints.classifier_weights import head_of
+from mvc_jax.checkpoints.classifier_weights import head_name
 from mvc_jax.training import loop, rng, sharding
 
 _MIXES = {"mixup": mixup, "cutmix": cutmix}
-_WHOLE: sharding.Rules = ((r".*", "replicate"),)  # classifiers fit on one device
+_REPLICATED: sharding.Rules = ((r".*", "replicate"),)  # classifiers fit on one device
 _HALF = (0.5, 0.5, 0.5)
-# Initialisation runs once and may compile for minutes: PyramidNet-272's on two cores
-# for more than 8, and with these for a minute and a half. It is level 0 that helps, and
-# it may change a weight's last bits: fewer kernels are drawn with XLA's usual options.
-_QUICKLY = {
+# Initialisation runs once but compiles for long: ResNet-8's takes 10 s of a core, and
+# 2.4 at level 1, which draws the same bits.
+FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 1}
+# PyramidNet-272's takes more than 8 minutes on two cores, and 1.5 with these options,
+# which may change the last bits of a weight.
+FASTEST_COMPILE_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
 _MANY_KERNELS = 100
-Fields = tuple[tuple[str, Any], ...]
+Policy = tuple[str, tuple[tuple[str, Any], ...]]  # name; fields and their values
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a classifier is trained; hashable, so that a step is compiled once for it.
+class ClassifierSpec:
+    """A network with its preprocessing, augmentation and loss.
+
+    It is hashable: a step is compiled once for each spec.
 
     Attributes:
-      model: takes images [B, H, W, 3], `train`, `mask` [B]; gives logits [B, K].
-      mean, std: of the colours of images in [0, 1], which it wants as 0 and 1.
-      policy: of each image, of `augment.names()`.
-      policy_fields: pairs (name, value) of the policy's fields.
-      mix: of a batch, `mixup` or `cutmix`; "": none.
-      alpha: of the mix.
-      label_smoothing: share of the label that is spread over all classes.
-      class_weights: K weights of the loss; (): all weigh alike.
-      ema_decay: of the averaged parameters; 0: none are kept.
+      model: maps images [B, H, W, 3], `train` and `mask` [B] to logits [B, K].
+      mean, std: per channel, of pixels in [0, 1]; the network's input is
+        (pixel - mean) / std.
+      policies: augmentation policies of each image; a batch says which one is used.
+        Each is a name of `augment.NAMES`, with (field, value) pairs that override its
+        defaults.
+      mix: augmentation of a whole batch, `mixup` or `cutmix`; "" for none.
+      alpha: parameter of the mix's Beta distribution.
+      label_smoothing: probability mass that is spread over all classes, in [0, 1].
+      class_weights: K weights of the loss; () for equal weights.
+      ema_decay: decay of the averaged parameters; 0 keeps no average.
     """
 
     model: nn.Module
     mean: tuple[float, ...] = _HALF
     std: tuple[float, ...] = _HALF
-    policy: str = "none"
-    policy_fields: Fields = ()
+    policies: tuple[Policy, ...] = (("none", ()),)
     mix: str = ""
     alpha: float = 1.0
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
     ema_decay: float = 0.0
 
-    def normalised(self, images: Float[Array, "... 3"]) -> Float[Array, "... 3"]:
-        """What the model wants of images in [0, 255]."""
+    def augment(
+        self,
+        index: Int[Array, ""],
+        keys: Key[Array, " B"],
+        images: Real[Array, "B H W 3"],
+    ) -> Real[Array, "B H W 3"]:
+        """Applies the policy of this index, with a key per image."""
+        branches = [
+            jax.vmap(augment.policy(name, **dict(fields)))
+            for name, fields in self.policies
+        ]
+        if len(branches) == 1:
+            return branches[0](keys, images)
+        return jax.lax.switch(index, branches, keys, images)
+
+    def normalize(self, images: Float[Array, "... 3"]) -> Float[Array, "... 3"]:
+        """Maps images in [0, 255] to the network's input."""
         mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
         shape = (1,) * (images.ndim - 1) + (-1,)
         return (images / 255.0 - mean.reshape(shape)) / std.reshape(shape)
@@ -78,14 +98,15 @@ class Recipe:
 class ClassifierState(loop.TrainState):
     """`loop.TrainState` with the running statistics of batch normalisation.
 
-    Parameters, statistics and moments of the S seeds are stacked on axis 0.
+    Of S stacked seeds, every leaf but `step` and the counts of skipped steps has a
+    leading axis [S].
     """
 
     batch_stats: Any = None
 
 
 def create_state(
-    recipe: Recipe,
+    spec: ClassifierSpec,
     tx: optax.GradientTransformation,
     keys: Key[Array, " S"],
     mesh: Mesh,
@@ -93,159 +114,215 @@ def create_state(
     image_shape: tuple[int, int, int],
     pretrained: Mapping[str, Any] | None = None,
 ) -> ClassifierState:
-    """S classifiers at step 0, replicated on `mesh`.
+    """Initialises S classifiers at step 0, replicated on `mesh`.
 
     Args:
-      recipe: of all of them.
+      spec: of all S classifiers.
       tx: the optimiser.
-      keys: of the initialisation, one a classifier.
-      image_shape: H, W, 3.
-      pretrained: `{"params", "batch_stats"}` to start from, all but the last layer,
-        which is always drawn; None: everything is.
+      keys: initialisation keys, one per classifier.
+      image_shape: (H, W, 3).
+      pretrained: `{"params", "batch_stats"}` of the network without its head, to start
+        from; the head is always initialised at random. None: so is the network.
     """
-    variables = _initialiser(recipe.model, image_shape)(keys)
-    if pretrained is not None:
-        head = head_of(recipe.model)
-        heads = {head: variables["params"][head]}
-        variables = jax.tree.map(
-            lambda leaf: jnp.repeat(leaf[None], len(keys), axis=0), dict(pretrained)
-        )
-        variables["params"] = {**variables["params"], **heads}
+    init = _initializer(spec.model, tx, image_shape)
+    variables, opt_state = init(keys, pretrained)
     params, zero = variables["params"], np.zeros((), np.int32)
-    ema = params if recipe.ema_decay else None
-    stats = variables.get("batch_stats", {})
-    opt_state = jax.jit(tx.init)(params)
-    state = ClassifierState(zero, params, opt_state, zero, zero, ema, stats)
-    shardings = sharding.tree_shardings(state, mesh, _WHOLE)
-    # No two leaves may share a buffer: they are donated.
+    state = ClassifierState(
+        step=zero,
+        params=params,
+        opt_state=opt_state,
+        skipped=zero,
+        skipped_in_a_row=zero,
+        ema_params=params if spec.ema_decay else None,
+        batch_stats=variables.get("batch_stats", {}),
+    )
+    shardings = sharding.tree_shardings(state, mesh, _REPLICATED)
+    # Leaves are donated, so no two of them may share a buffer.
     return jax.device_put(state, shardings, may_alias=False)
 
 
 @functools.cache
-def _initialiser(model: nn.Module, image_shape: tuple[int, int, int]) -> Callable:
-    """From keys [S] to the variables that they draw, stacked."""
+def _initializer(
+    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...]
+) -> Callable:
+    """Returns a jitted function: keys [S], pretrained -> stacked variables, moments."""
     images = jnp.zeros((1, *image_shape))
+    head = head_name(model)
+
+    def init(key, pretrained):
+        variables = model.init(key, images)
+        if pretrained is not None:
+            heads = {head: variables["params"][head]}
+            variables = {**pretrained, "params": {**pretrained["params"], **heads}}
+        return variables, tx.init(variables["params"])
+
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     kernels = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes["params"]))
-    options = _QUICKLY if kernels > _MANY_KERNELS else None
-    init = jax.vmap(lambda key: model.init(key, images))
-    return jax.jit(init, compiler_options=options)
+    many = kernels > _MANY_KERNELS
+    options = FASTEST_COMPILE_OPTIONS if many else FAST_COMPILE_OPTIONS
+    return jax.jit(jax.vmap(init, in_axes=(0, None)), compiler_options=options)
 
 
 def train_step(
     state: ClassifierState,
     batch: dict[str, Array],
     *,
-    recipe: Recipe,
+    spec: ClassifierSpec,
     tx: optax.GradientTransformation,
 ) -> tuple[ClassifierState, dict[str, Array]]:
-    """One step of each seed on batches of its own.
-
-    A seed whose loss or gradient is not finite stays as it is, and the others go on;
-    the step counts as skipped.
+    """Trains one classifier for one step.
 
     Args:
-      state: of S seeds.
-      batch: `keys` uint32 [S, 2], of which slot b of step n draws by (key, n, b);
-        `weight` [B, S], 0 for slots that do not count; and either the whole dataset,
-        `images` uint8 [R, H, W, 3] and `labels` int32 [R], with `index` int32 [B, S]
-        into it; or what a stream has read of it, `images` [B, S, H, W, 3] and `labels`
-        [B, S]. `rates` [steps] are the learning rates.
-      recipe: of the classifier.
-      tx: the optimiser, its own learning rate 1.
+      state: of one seed. If its loss or gradient is not finite, the step is skipped.
+      batch: `key` uint32 [2], a key's data, from which slot b of step n draws by
+        (key, n, b); `weight` [B], 0 for slots that do not count; `rates` [steps], the
+        learning rates; `policy` int32 [], an index into `spec.policies`; and either the
+        whole dataset, `images` uint8 [R, H, W, 3] and `labels` int32 [R], with `index`
+        int32 [B] into it, or the batch itself, `images` [B, H, W, 3] and `labels` [B].
+      spec: the classifier.
+      tx: the optimiser, whose own learning rate is 1.
 
     Returns:
-      the next state; the `loss`, a mean over seeds.
+      the next state, and metrics: `loss`.
     """
     images, labels = batch["images"], batch["labels"]
     if "index" in batch:
         images, labels = images[batch["index"]], labels[batch["index"]]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(
-        jax.random.wrap_key_data(batch["keys"]), state.step
-    )
-    losses = jax.vmap(
-        functools.partial(_loss, recipe=recipe), in_axes=(0, 0, 1, 1, 1, 0)
-    )
+    key = jax.random.fold_in(jax.random.wrap_key_data(batch["key"]), state.step)
 
-    def total(params):
-        parts = (images, labels, batch["weight"], keys)
-        values, stats = losses(params, state.batch_stats, *parts)
-        return values.sum(), (values, stats)  # each seed's gradient is its own
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        return _loss(
+            variables,
+            images,
+            labels,
+            batch["weight"],
+            batch["policy"],
+            key,
+            spec=spec,
+        )
 
-    grads, (values, stats) = jax.grad(total, has_aux=True)(state.params)
+    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    metrics = {"loss": loss}
     new = state.update(
         grads,
         tx,
-        {"loss": values},
-        ema_decay=recipe.ema_decay,
+        metrics,
+        ema_decay=spec.ema_decay,
         rate=batch["rates"][state.step],
-        apart=True,
         batch_stats=stats,
     )
-    return new, {"loss": values.mean()}
+    return new, metrics
 
 
-def _loss(params, batch_stats, images, labels, weight, key, *, recipe: Recipe):
-    """Cross entropy of one seed's batch, and the statistics after it."""
+def train_seeds(
+    state: ClassifierState,
+    batch: dict[str, Array],
+    *,
+    spec: ClassifierSpec,
+    tx: optax.GradientTransformation,
+) -> tuple[ClassifierState, dict[str, Array]]:
+    """Trains S classifiers for one step: `jax.vmap` of `train_step` over seeds.
+
+    Args:
+      state: of S seeds.
+      batch: as for `train_step`, with `key` [S, 2], `index` and `weight` [B, S], and
+        `images` and `labels` [B, S, ...] if there is no `index`.
+      spec: of all S classifiers.
+      tx: the optimiser, whose own learning rate is 1.
+
+    Returns:
+      the next state, in which the step counts as skipped if any seed skipped it; and
+      metrics averaged over seeds.
+    """
+    step = functools.partial(train_step, spec=spec, tx=tx)
+    stacked = {"key": 0, "index": 1, "weight": 1}
+    if "index" not in batch:
+        stacked |= {"images": 1, "labels": 1}
+    axes = {name: stacked.get(name) for name in batch}
+    if len(batch["key"]) == 1:
+        # Without vmap, which turns the condition of `update` into a selection between
+        # the old state and the new one, and so keeps both.
+        alone = jax.tree.map(lambda leaf: leaf[0] if leaf.ndim else leaf, state)
+        rows = {
+            name: array if axes[name] is None else jnp.squeeze(array, axes[name])
+            for name, array in batch.items()
+        }
+        new, metrics = step(alone, rows)
+        return jax.tree.map(lambda x, old: x.reshape(old.shape), new, state), metrics
+    shared = {"step": None, "skipped": None, "skipped_in_a_row": None}
+    seeds = jax.tree.map(lambda _: 0, state).replace(**shared)
+    counted = seeds.replace(skipped=0, skipped_in_a_row=0)
+    new, metrics = jax.vmap(step, in_axes=(seeds, axes), out_axes=(counted, 0))(
+        state, batch
+    )
+    new = new.replace(
+        skipped=new.skipped.max(), skipped_in_a_row=new.skipped_in_a_row.max()
+    )
+    return new, jax.tree.map(jnp.mean, metrics)
+
+
+def _loss(variables, images, labels, weight, policy, key, *, spec: ClassifierSpec):
+    """Weighted mean cross entropy of a batch, and the batch statistics after it."""
     image_key, mix_key, model_key = jax.random.split(key, 3)
-    if recipe.policy != "none":
-        policy = augment.policy(recipe.policy, **dict(recipe.policy_fields))
-        keys = rng.example_keys(image_key, jnp.arange(len(labels)))
-        images = jax.vmap(policy)(keys, images)
-    images = images.astype(jnp.float32)
-    targets = jax.nn.one_hot(labels, recipe.model.num_classes)
-    if recipe.mix:
-        images, targets = _MIXES[recipe.mix](
-            mix_key, images, targets, weight, alpha=recipe.alpha
+    keys = rng.example_keys(image_key, jnp.arange(len(labels)))
+    images = spec.augment(policy, keys, images).astype(jnp.float32)
+    targets = jax.nn.one_hot(labels, spec.model.num_classes)
+    if spec.mix:
+        images, targets = _MIXES[spec.mix](
+            mix_key, images, targets, weight, alpha=spec.alpha
         )
-    logits, updated = recipe.model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        recipe.normalised(images),
+    logits, updated = spec.model.apply(
+        variables,
+        spec.normalize(images),
         train=True,
         mask=weight > 0,
         rngs={"dropout": model_key},
         mutable=["batch_stats"],
     )
-    if recipe.class_weights:
-        weight = weight * (targets @ jnp.asarray(recipe.class_weights))
-    targets = optax.smooth_labels(targets, recipe.label_smoothing)
+    if spec.class_weights:
+        weight = weight * (targets @ jnp.asarray(spec.class_weights))
+    targets = optax.smooth_labels(targets, spec.label_smoothing)
     losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
     return loop.weighted_mean(losses, weight), updated.get("batch_stats", {})
 
 
 def predictor(
-    recipe: Recipe, mesh: Mesh, *, batch_size: int
+    spec: ClassifierSpec, mesh: Mesh, *, batch_size: int
 ) -> Callable[[ClassifierState, UInt8[np.ndarray, "T H W 3"]], np.ndarray]:
-    """A function from state and images to class probabilities [S, T, K], fp32.
+    """Returns a function from state and images to class probabilities [S, T, K], fp32.
 
-    It is compiled once, and takes the averaged parameters where there are any.
+    It is compiled once, and uses the averaged parameters if there are any.
     """
     size = sharding.padded_size(batch_size, mesh)
-    function = jax.jit(functools.partial(_probabilities, recipe=recipe))
+    function = jax.jit(functools.partial(_probabilities, spec=spec))
 
     def predict(state: ClassifierState, images: np.ndarray) -> np.ndarray:
         variables = {"params": state.averaged, "batch_stats": state.batch_stats}
         found = []
         for start in range(0, len(images), size):
             part = np.asarray(images[start : start + size])
-            placed = jax.device_put(
+            batch = jax.device_put(
                 sharding.pad_rows(part, size), sharding.batch_sharding(mesh)
             )
-            found.append((function(variables, placed), len(part)))
+            found.append((function(variables, batch), len(part)))
         return np.concatenate([np.asarray(p)[:, :n] for p, n in found], axis=1)
 
     return predict
 
 
 def _probabilities(
-    variables: Any, images: UInt8[Array, "B H W 3"], *, recipe: Recipe
+    variables: Any, images: UInt8[Array, "B H W 3"], *, spec: ClassifierSpec
 ) -> Float[Array, "S B K"]:
-    images = recipe.normalised(images.astype(jnp.float32))
-    logits = jax.vmap(lambda v: recipe.model.apply(v, images))(variables)
+    images = spec.normalize(images.astype(jnp.float32))
+    logits = jax.vmap(lambda v: spec.model.apply(v, images))(variables)
     return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
 
 
-def one_seed(state: ClassifierState, index: int) -> dict[str, Any]:
-    """`{"params", "batch_stats"}` of one of the stacked classifiers, on the host."""
-    kept = {"params": state.averaged, "batch_stats": state.batch_stats}
-    return jax.tree.map(lambda leaf: np.asarray(leaf[index]), kept)
+def unstack(state: ClassifierState) -> list[dict[str, Any]]:
+    """`{"params", "batch_stats"}` of each of the stacked classifiers, on the host."""
+    stacked = jax.device_get(
+        {"params": state.averaged, "batch_stats": state.batch_stats}
+    )
+    seeds = len(jax.tree.leaves(stacked)[0])
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(seeds)]

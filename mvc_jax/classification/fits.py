@@ -1,7 +1,7 @@
-"""Fits classifiers, one after another or side by side, on the same images and devices.
+"""Trains classifiers, one seed at a time or several side by side, on shared images.
 
-A part of the stage `classify`: it knows batches, optimisers and checkpoints; results
-and exports are the stage's.
+This file knows batches, optimisers and checkpoints; the stage `classify` knows results
+and exports.
 """
 
 import contextlib
@@ -32,14 +32,17 @@ _MEMORY_HINT = (
     "Lower config.classify.batch_size, config.classify.seeds_at_once or "
     "config.classify.size."
 )
-_PREDICTED_PIXELS = 2_000_000  # at once
-_SMALL = 5_000_000  # parameters
+_PREDICTION_PIXELS = 2_000_000  # per batch
+_SMALL_NETWORK = 5_000_000  # parameters
 _STEPS_AT_ONCE = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Plain values of the fields of `config.classify` of the same names."""
+class FitOptions:
+    """How every classifier is trained: the fields of `config.classify` of these names.
+
+    `configs/common.py` says what each one means, and in which unit.
+    """
 
     seeds: int
     seeds_at_once: int
@@ -66,7 +69,7 @@ class Plan:
     checkpoint_minutes: float
 
     def rates(self, steps: int, *, two_phases: bool) -> Float[np.ndarray, " steps"]:
-        """Learning rates; in the second of two phases they start anew, and lower."""
+        """Learning rate of each step; a second phase restarts the schedule, lower."""
 
         def phase(peak: float, steps: int, warmup: int) -> optax.Schedule:
             return optim.schedule(
@@ -78,22 +81,24 @@ class Plan:
                 gamma=self.gamma,
             )
 
-        turn = regimes.first_phase(steps, self.phase_two) if two_phases else steps
+        first = regimes.first_phase(steps, self.phase_two) if two_phases else steps
         lower = self.learning_rate * self.phase_two_rate
-        phases = [phase(self.learning_rate, turn, self.warmup)]
-        phases.append(phase(lower, steps - turn, 0))
-        rates = optax.join_schedules(phases, [turn])(np.arange(steps))
+        phases = [
+            phase(self.learning_rate, first, self.warmup),
+            phase(lower, steps - first, 0),
+        ]
+        rates = optax.join_schedules(phases, [first])(np.arange(steps))
         return np.asarray(rates, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class FitResult:
     """Classifiers that were trained side by side.
 
     Attributes:
-      state: at the end, or where it was best on the held-out images.
-      facts: of each seed, `steps` taken, `best_step` (the state's), `real_seen` and
-        `synthetic_seen` examples.
+      state: at the end, or at the best step on the held-out images.
+      facts: for each seed `steps` taken, `best_step` (of `state`), and the numbers of
+        examples seen, `real_seen` and `synthetic_seen`.
     """
 
     state: classifier.ClassifierState
@@ -101,104 +106,137 @@ class Fit:
 
 
 class Trainer:
-    """Fits and predicts; programs are compiled once for all fits of a kind."""
+    """Trains the classifiers of all runs, and predicts with them.
+
+    On a CPU, runs that differ only in their policy share one compiled step, in which a
+    branch selects the policy: to compile the network again takes longer than many fits.
+    An accelerator would wait for the host at every branch.
+    """
 
     def __init__(
         self,
-        plan: Plan,
-        recipe: classifier.Recipe,
+        options: FitOptions,
+        spec: classifier.ClassifierSpec,
         data: TrainingSet,
         *,
         seed: int,
-        runs: int,
+        runs: Sequence[Run],
         mesh: Mesh,
         workdir: epath.Path,
         folder: epath.Path,
-        policy_fields: Mapping[str, classifier.Fields],
+        policy_fields: Mapping[str, Mapping[str, Any]],
         pretrained: Mapping[str, Any] | None = None,
     ):
         """
         Args:
-          plan: of every fit.
-          recipe: of every fit, but for what the run bends.
+          options: of every fit.
+          spec: of every classifier, except for its augmentation, which the run names.
           data: real and synthetic images.
-          seed: of the whole.
-          runs: how many there are, for the progress.
+          seed: `config.seed`.
+          runs: all runs that will be trained.
           mesh: the devices.
-          workdir: for metrics.
-          folder: for checkpoints.
-          policy_fields: what is not as usual, by policy.
-          pretrained: variables to start from; None: at random.
+          workdir: where metrics are written.
+          folder: where checkpoints are written.
+          policy_fields: for each augmentation policy the fields that override its
+            defaults.
+          pretrained: variables to start from; None starts at random.
         """
-        self._plan, self._recipe, self._data = plan, recipe, data
+        self._options, self._spec, self._data = options, spec, data
         self._seed, self._mesh, self._pretrained = seed, mesh, pretrained
-        self._policy_fields = policy_fields
+        self._runs, self._policy_fields = runs, policy_fields
         self._workdir, self._folder = workdir, folder
+        # Its learning rate is 1: rates are data, so that runs share programs.
+        self._tx = optim.optimizer(
+            options.optimizer,
+            1.0,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+        )
         self._programs: dict = {}
-        self._kinds: dict = {}
+        self._steps: dict = {}
         self._image_shape = data.rows.parts[0].shape[1:]
-        self._fixed = self._placed(memory.device_bytes(jax.devices()[0]))
+        self._fixed = self._images_on_device(memory.device_bytes(jax.devices()[0]))
         real = len(data.pools[""].real)
-        self.steps = math.ceil(plan.epochs * real / plan.batch_size) or plan.steps
-        self.progress = Progress("classify", runs * plan.seeds * self.steps)
+        self.steps = (
+            math.ceil(options.epochs * real / options.batch_size) or options.steps
+        )
+        self.progress = Progress("classify", len(runs) * options.seeds * self.steps)
 
-    def groups(self) -> list[list[int]]:
-        """Which seeds are trained side by side."""
-        size = self._plan.seeds_at_once or self._usual_group()
+    def seed_groups(self) -> list[list[int]]:
+        """The seeds, in groups that are trained side by side."""
+        size = self._options.seeds_at_once or self._default_group_size()
         if len(self._data.validation):
-            size = 1  # each stops by itself
-        seeds = list(range(self._plan.seeds))
+            size = 1  # each seed has its own early stopping
+        seeds = list(range(self._options.seeds))
         return [seeds[i : i + size] for i in range(0, len(seeds), size)]
 
-    def fit(self, run_: Run, seeds: Sequence[int]) -> Fit:
-        """Trains a run's classifiers of these seeds, or goes on with them."""
-        batches = [self._batches(run_, seed) for seed in seeds]
-        recipe, tx, step = self._kind(run_)
+    def fit(self, run: Run, seeds: Sequence[int]) -> FitResult:
+        """Trains a run's classifiers of these seeds, from their newest checkpoint."""
+        options = self._options
+        schedules = [self._schedule(run, seed) for seed in seeds]
+        spec, step = self._step(run)
+        policy = spec.policies.index(self._policy(run))
         state = classifier.create_state(
-            recipe,
-            tx,
+            spec,
+            self._tx,
             self._keys("classify", seeds),
             self._mesh,
             image_shape=self._image_shape,
             pretrained=self._pretrained,
         )
-        name = f"{run_.slug}/seed-{'-'.join(map(str, seeds))}"
-        every, validation = self._plan.validate_every or self.steps, None
+        name = f"{run.slug}/seed-{'-'.join(map(str, seeds))}"
+        every, validation = options.validate_every or self.steps, None
         if len(self._data.validation):
-            validation = Validation(self._measure, every, self._plan.patience)
-        kept = {"every": every, "minutes": self._plan.checkpoint_minutes, "keep": 1}
-        kept["best"] = "validation_loss" if validation else None
-        rates = self._plan.rates(self.steps, two_phases=run_.regime == "two_phase")
-        keys = jax.random.key_data(self._keys("classify/steps", seeds))
+            validation = Validation(self._measure, every, options.patience)
+        checkpoints = functools.partial(
+            Checkpoints,
+            self._folder / name,
+            every=every,
+            minutes=options.checkpoint_minutes,
+            keep=1,
+            best="validation_loss" if validation else None,
+        )
         state = loop.fit(
             step,
             state,
-            read=self._data.reader(batches, pixels=not self._fixed),
-            constants=self._fixed | {"keys": keys, "rates": rates},
+            read=self._data.reader(schedules, pixels=not self._fixed),
+            constants={
+                **self._fixed,
+                "key": jax.random.key_data(self._keys("classify/steps", seeds)),
+                "policy": np.int32(policy),
+                "rates": options.rates(
+                    self.steps, two_phases=run.regime == "two_phase"
+                ),
+            },
             mesh=self._mesh,
             steps=self.steps,
-            checkpoints=Checkpoints(self._folder / name, **kept),
+            checkpoints=checkpoints(),
             logger=TrainLogger(
                 self._workdir,
                 f"classify/{name}",
-                log_every=min(self._plan.log_every, every),
+                log_every=min(options.log_every, every),
                 progress=self.progress,
             ),
             memory_budget=memory.MemoryBudget(
-                int(self._plan.memory_gib * 2**30), _MEMORY_HINT
+                int(options.memory_gib * 2**30), _MEMORY_HINT
             ),
             steps_per_dispatch=self._stride(every),
             validation=validation,
             programs=self._programs,
         )
-        taken = int(state.step)
+        steps = int(state.step)
         if validation:
-            checkpoints = Checkpoints(self._folder / name, **kept)
-            with contextlib.closing(checkpoints):
-                state = checkpoints.restore_best(state)
-        steps = {"steps": taken, "best_step": int(state.step)}
-        seen = [self._data.examples_seen(each, taken) for each in batches]
-        return Fit(state, [steps | each for each in seen])
+            with contextlib.closing(checkpoints()) as saved:
+                state = saved.restore_best(state)
+        facts = [
+            {
+                "steps": steps,
+                "best_step": int(state.step),
+                **self._data.examples_seen(schedule, steps),
+            }
+            for schedule in schedules
+        ]
+        return FitResult(state, facts)
 
     def predict(
         self, state: classifier.ClassifierState, images: UInt8[np.ndarray, "T H W 3"]
@@ -210,44 +248,45 @@ class Trainer:
         key = rng.purpose_key(self._seed, purpose)
         return rng.example_keys(key, jnp.asarray(seeds, jnp.int32))
 
-    def _kind(self, run_: Run):
-        """The recipe, the optimiser and the step of all runs of one kind."""
-        kind = (run_.policy, run_.mix)
-        if kind not in self._kinds:
-            recipe = dataclasses.replace(
-                self._recipe,
-                policy=run_.policy,
-                policy_fields=self._policy_fields.get(run_.policy, ()),
-                mix=run_.mix,
+    def _step(self, run: Run) -> tuple[classifier.ClassifierSpec, Callable]:
+        """The spec and the training step of a run, shared with other runs."""
+        policies = {self._policy(run): None}
+        if jax.default_backend() == "cpu":
+            # A branch that a run cannot take would be compiled for nothing.
+            shape = regimes.doubles_batch(run.regime), run.mix
+            policies = {
+                self._policy(other): None
+                for other in self._runs
+                if (regimes.doubles_batch(other.regime), other.mix) == shape
+            }
+        spec = dataclasses.replace(self._spec, policies=tuple(policies), mix=run.mix)
+        if spec not in self._steps:
+            self._steps[spec] = functools.partial(
+                classifier.train_seeds, spec=spec, tx=self._tx
             )
-            tx = optim.optimizer(
-                self._plan.optimizer,
-                1.0,
-                weight_decay=self._plan.weight_decay,
-                momentum=self._plan.momentum,
-            )
-            step = functools.partial(classifier.train_step, recipe=recipe, tx=tx)
-            self._kinds[kind] = recipe, tx, step
-        return self._kinds[kind]
+        return spec, self._steps[spec]
 
-    def _batches(self, run_: Run, seed: int) -> dict[str, np.ndarray]:
+    def _policy(self, run: Run) -> classifier.Policy:
+        return run.policy, tuple(self._policy_fields.get(run.policy, {}).items())
+
+    def _schedule(self, run: Run, seed: int) -> dict[str, np.ndarray]:
         """Every batch of one fit, by the run's regime."""
         return regimes.schedule(
-            run_.regime,
-            self._data.pools[run_.set],
+            run.regime,
+            self._data.pools[run.set],
             seed=self._seed,
             repeat=seed,
             steps=self.steps,
-            batch_size=self._plan.batch_size,
-            probability=self._plan.probability,
-            phase_two=self._plan.phase_two,
+            batch_size=self._options.batch_size,
+            probability=self._options.probability,
+            phase_two=self._options.phase_two,
         )
 
     @functools.cached_property
     def _predictor(self) -> Callable:
         height, width, _ = self._image_shape
-        size = min(max(_PREDICTED_PIXELS // (height * width), 1), 500)
-        return classifier.predictor(self._recipe, self._mesh, batch_size=size)
+        size = min(max(_PREDICTION_PIXELS // (height * width), 1), 500)
+        return classifier.predictor(self._spec, self._mesh, batch_size=size)
 
     def _measure(self, state: classifier.ClassifierState) -> dict[str, float]:
         """Cross entropy and accuracy on the held-out images."""
@@ -260,27 +299,27 @@ class Trainer:
             "validation_accuracy": float((found.argmax(-1) == labels).mean()),
         }
 
-    def _usual_group(self) -> int:
-        """All, where an accelerator would idle between the steps of one."""
+    def _default_group_size(self) -> int:
+        """All seeds, if one of them alone would leave an accelerator idle."""
         if jax.default_backend() == "cpu":
             return 1
         images = jax.ShapeDtypeStruct((1, *self._image_shape), "float32")
-        shapes = jax.eval_shape(self._recipe.model.init, jax.random.key(0), images)
+        shapes = jax.eval_shape(self._spec.model.init, jax.random.key(0), images)
         count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-        return self._plan.seeds if count < _SMALL else 1
+        return self._options.seeds if count < _SMALL_NETWORK else 1
 
-    def _placed(self, room: int) -> dict[str, jax.Array]:
-        """All images on every device, where they take less than half of one."""
+    def _images_on_device(self, limit: int) -> dict[str, jax.Array]:
+        """All images on every device if they take at most half of `limit` bytes."""
         rows = self._data.rows
-        if rows.nbytes > (self._plan.images_gib * 2**30 or room / 2):
+        if rows.nbytes > (self._options.images_gib * 2**30 or limit / 2):
             return {}
-        whole = {"images": rows.all(), "labels": self._data.labels}
-        return jax.device_put(whole, sharding.replicated(self._mesh))
+        arrays = {"images": rows.all(), "labels": self._data.labels}
+        return jax.device_put(arrays, sharding.replicated(self._mesh))
 
     def _stride(self, every: int) -> int:
-        """Steps of one dispatch: many small ones on an accelerator, one on a CPU."""
-        most = self._plan.steps_at_once or (
+        """Steps per dispatch: one on a CPU, many small ones on an accelerator."""
+        limit = self._options.steps_at_once or (
             1 if jax.default_backend() == "cpu" else _STEPS_AT_ONCE
         )
-        both = math.gcd(self.steps, every, min(self._plan.log_every, every))
-        return max(n for n in range(1, min(most, both) + 1) if both % n == 0)
+        common = math.gcd(self.steps, every, min(self._options.log_every, every))
+        return max(n for n in range(1, min(limit, common) + 1) if common % n == 0)

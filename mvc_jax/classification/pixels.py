@@ -1,6 +1,6 @@
-"""The images of a classifier, real and synthetic, as rows of one array.
+"""A classifier's images, real and synthetic, as rows of one array.
 
-In memory where they fit; else mapped from the disk, and read ahead by threads.
+The rows are memory-mapped files or arrays; threads prefetch batches of them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mvc_jax import files
 
 @dataclasses.dataclass(frozen=True)
 class ConcatArray:
-    """Parts of images [n_i, H, W, 3] uint8, numbered on through all of them."""
+    """Arrays of images [n_i, H, W, 3] uint8, indexed as if they were concatenated."""
 
     parts: tuple[np.ndarray, ...]
 
@@ -28,11 +28,11 @@ class ConcatArray:
         return sum(part.nbytes for part in self.parts)
 
     def all(self) -> UInt8[np.ndarray, "R H W 3"]:
-        """Every row, in memory."""
+        """Returns all rows as one array in memory."""
         return np.concatenate(self.parts)
 
     def take(self, index: Int[np.ndarray, "..."]) -> UInt8[np.ndarray, "... H W 3"]:
-        """The rows at `index`, of any shape; only these leave the disk."""
+        """Returns the rows at `index`, of any shape; reads no others from the disk."""
         flat = np.asarray(index).reshape(-1)
         taken = np.empty((len(flat), *self.parts[0].shape[1:]), np.uint8)
         first = 0
@@ -46,7 +46,7 @@ class ConcatArray:
 def store(
     path: epath.PathLike, images: Iterable[np.ndarray], count: int, size: int
 ) -> UInt8[np.ndarray, "N S S 3"]:
-    """Writes `count` images as one `.npy` file, unless it is there, and maps it."""
+    """Writes `count` images to an `.npy` file, unless it exists, and memory-maps it."""
     path = epath.Path(path)
     if not path.exists():
         with files.replacing(path) as temporary, temporary.open("wb") as file:
@@ -57,7 +57,7 @@ def store(
 
 
 class Prefetcher:
-    """`read(step)` for steps in their order, by threads that are a few steps ahead."""
+    """Calls `read(step)` in threads, a few steps ahead of consecutive requests."""
 
     def __init__(
         self, read: Callable[[int], dict[str, Any]], steps: int, *, threads: int = 8
@@ -72,7 +72,7 @@ class Prefetcher:
         return next(self._batches)
 
     def _from(self, step: int) -> Iterator[dict[str, Any]]:
-        import grain  # takes 3 s, and most datasets fit in memory
+        import grain  # takes 3 s to import, and most datasets fit in memory
 
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=16)
         steps = grain.MapDataset.source(range(step, self._steps))

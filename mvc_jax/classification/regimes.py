@@ -1,7 +1,7 @@
 """How real and synthetic images meet in a classifier's batches (supplement, section 2).
 
-A regime is nothing but an order of indices and weights, so that every regime runs the
-same training step for the same number of steps. Learning rates are in `rates.py`.
+A regime is only an order of indices and weights: every regime runs the same training
+step for the same number of steps. Learning rates are `fits.FitOptions.rates`.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ class Pools:
 
     Attributes:
       real: rows of real images, int32 [N].
-      synthetic: rows of synthetic ones in the order they were drawn, int32 [M]; M may
-        be 0 where the regime is `real`.
-      sources: int32 [M], the row of the real image that each was made from.
-      labels: int32, of every row of the array.
+      synthetic: rows of synthetic images in the order they were drawn, int32 [M]; may
+        be empty for the regime `real`.
+      sources: for each synthetic image the row of its source, a real image, int32 [M].
+      labels: class of every row of the array, int32 [R].
     """
 
     real: Int[np.ndarray, " N"]
@@ -43,31 +43,30 @@ class Pools:
     labels: Int[np.ndarray, " R"]
 
     def per_real(self, ratio: float) -> "Pools":
-        """With the first `ratio` synthetic images of each real one; 0: with all.
+        """Keeps the first `ratio` synthetic images per real one; 0 keeps all.
 
-        What a ratio has above a whole number is taken from all classes alike, of real
-        images drawn at random: rows often lie class by class.
+        The fractional part is taken evenly from all classes, from real images drawn at
+        random, because rows are often sorted by class.
         """
         if not ratio:
             return self
         labels = self.labels[self.real]
         shuffled = order.generator(0, "classify/ratio").permutation(len(labels))
-        place = np.zeros(len(self.labels))  # in (0, 1), of each real one in its class
-        place[self.real[shuffled]] = _earlier(labels[shuffled]) + 0.5
-        place[self.real] /= np.bincount(labels)[labels]
-        ordered = np.lexsort((place[self.sources], _earlier(self.sources)))
+        rank = np.zeros(len(self.labels))  # of each real image in its class, in (0, 1)
+        rank[self.real[shuffled]] = _occurrence(labels[shuffled]) + 0.5
+        rank[self.real] /= np.bincount(labels)[labels]
+        ordered = np.lexsort((rank[self.sources], _occurrence(self.sources)))
         chosen = np.sort(ordered[: round(ratio * len(self.real))])
         return dataclasses.replace(
             self, synthetic=self.synthetic[chosen], sources=self.sources[chosen]
         )
 
     def without(self, held_out: Int[np.ndarray, " V"], parents: list) -> "Pools":
-        """Without the real rows `held_out`, and without what was made of them.
+        """Removes real images and every synthetic image that was made from one of them.
 
         Args:
-          held_out: of `real`.
-          parents: for each synthetic image the rows of all real images that went into
-            it, source and partners.
+          held_out: rows of `real` to remove.
+          parents: for each synthetic image the rows of its source and its partners.
         """
         held = set(held_out.tolist())
         keep = np.array([held.isdisjoint(rows) for rows in parents], bool)
@@ -79,13 +78,13 @@ class Pools:
         )
 
 
-def _earlier(kinds: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """How many of its own kind stand before each."""
-    by_kind = np.argsort(kinds, kind="stable")
-    before = np.empty(len(kinds), np.int64)
-    ordered = kinds[by_kind]
-    before[by_kind] = np.arange(len(kinds)) - np.searchsorted(ordered, ordered)
-    return before
+def _occurrence(values: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Numbers the occurrences of each value: [7, 5, 7, 7] -> [0, 0, 1, 2]."""
+    by_value = np.argsort(values, kind="stable")
+    ordered = values[by_value]
+    occurrence = np.empty(len(values), np.int64)
+    occurrence[by_value] = np.arange(len(values)) - np.searchsorted(ordered, ordered)
+    return occurrence
 
 
 def schedule(
@@ -99,28 +98,36 @@ def schedule(
     probability: float,
     phase_two: float,
 ) -> dict[str, np.ndarray]:
-    """Every batch of one fit.
+    """Draws every batch of one fit.
 
-    `real`: real images. `combined`: real and synthetic as one dataset. `two_phase`:
-    `combined`, then real only, with fewer steps. `probabilistic`: a real batch, and
-    beside each slot a synthetic image with probability p. `replace_*`: a real batch, of
-    which each slot gives way with probability p to a synthetic image made from that
-    very image, of its class, or of any; a slot that has no such image keeps its own.
-    `synthetic_only`: synthetic images, for the classification accuracy score
-    (arXiv 1905.10887).
+    - `real`: real images.
+    - `combined`: real and synthetic images as one dataset.
+    - `two_phase`: `combined`, then real images only for fewer steps.
+    - `probabilistic`: a real batch; each slot adds a synthetic image with probability
+      p.
+    - `replace_*`: a real batch; each slot is replaced with probability p by a synthetic
+      image made from the same source, of the same class, or by any. A slot without such
+      an image keeps its own.
+    - `synthetic_only`: synthetic images, for the classification accuracy score
+      (arXiv 1905.10887).
 
     Args:
       regime: one of `REGIMES`.
       pools: the images.
-      seed: of the run.
-      repeat: which classifier. The real stream of a repeat is the same in all regimes.
-      steps, batch_size: of the fit.
+      seed: `config.seed`.
+      repeat: number of the classifier. Its stream of real images is the same in all
+        regimes.
+      steps: number of steps.
+      batch_size: B.
       probability: p, in [0, 1].
-      phase_two: share of `two_phase`'s steps that its second phase takes.
+      phase_two: fraction of the steps in the second phase of `two_phase`.
 
     Returns:
-      `index` int32 and `weight` float32, [steps, B] ([steps, 2B] if probabilistic,
-      where a slot without an image weighs 0).
+      `index` int32 and `weight` float32, [steps, B]; [steps, 2B] for `probabilistic`,
+      with weight 0 in a slot without an image.
+
+    Raises:
+      ValueError: the regime is unknown.
     """
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}; known: {', '.join(REGIMES)}")
@@ -130,37 +137,42 @@ def schedule(
     if regime == "synthetic_only":
         index = batches(pools.synthetic, "synthetic", 0, steps)
     elif regime in ("combined", "two_phase"):
-        turn = first_phase(steps, phase_two) if regime == "two_phase" else steps
-        everything = np.concatenate([pools.real, pools.synthetic])
-        together = batches(everything, "combined", 0, turn)
-        index = np.concatenate([together, batches(pools.real, "real", turn, steps)])
+        first = first_phase(steps, phase_two) if regime == "two_phase" else steps
+        both = np.concatenate([pools.real, pools.synthetic])
+        combined = batches(both, "combined", 0, first)
+        index = np.concatenate([combined, batches(pools.real, "real", first, steps)])
     else:
         index = batches(pools.real, "real", 0, steps)
     if regime.startswith("replace"):
-        index = _replaced(regime, index, pools, draw, probability)
+        index = _replace(regime, index, pools, draw, probability)
     weight = np.ones(index.shape, np.float32)
-    if regime == "probabilistic":
-        extra = draw.random(index.shape) < probability
-        beside = batches(pools.synthetic, "synthetic", 0, steps)
-        index = np.concatenate([index, beside], axis=1)
-        weight = np.concatenate([weight, extra.astype(np.float32)], axis=1)
+    if doubles_batch(regime):
+        added = draw.random(index.shape) < probability
+        extra = batches(pools.synthetic, "synthetic", 0, steps)
+        index = np.concatenate([index, extra], axis=1)
+        weight = np.concatenate([weight, added.astype(np.float32)], axis=1)
     return {"index": index, "weight": weight}
 
 
+def doubles_batch(regime: str) -> bool:
+    """Whether batches of a regime have 2B slots."""
+    return regime == "probabilistic"
+
+
 def first_phase(steps: int, phase_two: float) -> int:
-    """Steps of `two_phase` before its second phase."""
+    """Number of steps of `two_phase` before its second phase."""
     return steps - round(steps * phase_two)
 
 
-def _replaced(
+def _replace(
     regime: str,
     index: Int[np.ndarray, "S B"],
     pools: Pools,
     draw: np.random.Generator,
     probability: float,
 ) -> Int[np.ndarray, "S B"]:
-    """`index` with synthetic images in place of some."""
-    kin = {
+    """Replaces some real rows of `index` by synthetic ones with the same match key."""
+    match_keys = {  # of the synthetic images; of real rows
         "replace_same_source": (pools.sources, lambda rows: rows),
         "replace_same_class": (
             pools.labels[pools.synthetic],
@@ -168,16 +180,18 @@ def _replaced(
         ),
         "replace_any": (np.zeros_like(pools.synthetic), np.zeros_like),
     }
-    kinds, kind_of = kin[regime]
-    by_kind = np.argsort(kinds, kind="stable")
-    wanted = kind_of(index)
-    first = np.searchsorted(kinds[by_kind], wanted, "left")
-    count = np.searchsorted(kinds[by_kind], wanted, "right") - first
+    keys, key_of = match_keys[regime]
+    by_key = np.argsort(keys, kind="stable")
+    wanted = key_of(index)
+    first = np.searchsorted(keys[by_key], wanted, "left")
+    count = np.searchsorted(keys[by_key], wanted, "right") - first
     chance, which = draw.random(index.shape), draw.random(index.shape)
     chosen = first + (which * count).astype(np.int64)
-    swap = (chance < probability) & (count > 0)
-    instead = pools.synthetic[by_kind][np.where(swap, chosen, 0)] if swap.any() else 0
-    return np.where(swap, instead, index).astype(np.int32)
+    replaced = (chance < probability) & (count > 0)
+    if not replaced.any():
+        return index
+    synthetic = pools.synthetic[by_key][np.where(replaced, chosen, 0)]
+    return np.where(replaced, synthetic, index).astype(np.int32)
 
 
 def _batches(
@@ -190,7 +204,7 @@ def _batches(
     repeat: int,
     batch_size: int,
 ) -> np.ndarray:
-    """Batches of steps [first, last) of a stream over `pool`, int32 [steps, B]."""
+    """Draws the batches of steps [first, last) from `pool`, int32 [steps, B]."""
     draw = functools.partial(
         order.batch_indices,
         seed,

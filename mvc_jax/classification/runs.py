@@ -1,16 +1,16 @@
 """Runs by name: `<regime>[:<set>][+<policy>][+<mix>]`, e.g. `combined:unmixed+affine`.
 
-A part beside the stages: `classify` trains them, `evaluate` puts them into words.
+`classify` trains them, `evaluate` names them in its tables.
 """
 
 import dataclasses
 
 from mvc_jax import augment
 from mvc_jax.classification.regimes import REGIMES
-from mvc_jax.errors import require
+from mvc_jax.errors import UserError
 
 MIXES = ("mixup", "cutmix")
-_WORDS = {
+_TITLES = {
     "real": "real only",
     "combined": "real + synthetic",
     "two_phase": "two-phase",
@@ -39,14 +39,14 @@ _WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row of the table: how real and synthetic images meet, and what bends them.
+    """One row of the results: how classifiers are trained.
 
     Attributes:
-      name: as it was written.
-      regime: of `regimes.REGIMES`.
-      set: of synthetic images; "" for `real`.
-      policy: of each image, of `augment.names()`.
-      mix: of a batch, of `MIXES`; "" for none.
+      name: as written in the config.
+      regime: how real and synthetic images meet, one of `regimes.REGIMES`.
+      set: name of the synthetic set; "" for `real`.
+      policy: augmentation policy of each image, one of `augment.NAMES`.
+      mix: augmentation of a whole batch, one of `MIXES`; "" for none.
     """
 
     name: str
@@ -57,44 +57,50 @@ class Run:
 
     @property
     def slug(self) -> str:
-        """Its name as a file's name and a TensorBoard tag."""
+        """Its name as a file name and a TensorBoard tag."""
         return self.name.replace(":", "-").replace("+", "_")
 
     @property
     def title(self) -> str:
-        """What a reader would call it: "Real + synthetic + RandAugment"."""
-        words = _WORDS[self.regime]
+        """Its name in a table, e.g. "Real + synthetic + RandAugment"."""
+        title = _TITLES[self.regime]
         if self.set not in ("", "mixed"):
-            words += f", {_WORDS.get(self.set, self.set.replace('_', ' '))}"
+            title += f", {_TITLES.get(self.set, self.set.replace('_', ' '))}"
         for name in (self.policy, self.mix):
             if name not in ("none", ""):
-                words += f" + {_WORDS.get(name, name)}"
-        return words[0].upper() + words[1:]
+                title += f" + {_TITLES.get(name, name)}"
+        return title[0].upper() + title[1:]
 
 
 def parse(name: str) -> Run:
-    """`"two_phase:unmixed+affine"` -> its parts; the set defaults to `mixed`.
+    """Splits a name: `"two_phase:unmixed+affine"`; the set defaults to `mixed`.
 
-    What stands behind a `+` may come in any order.
+    Policy and mix may come in either order.
 
     Raises:
-      UserError: a part is unknown, or there are two of a kind.
+      UserError: a part is unknown, or there are two policies or two mixes.
     """
-    head, *bends = name.split("+")
+    head, *augmentations = name.split("+")
     regime, colon, set_ = head.partition(":")
-    policies = [bend for bend in bends if bend not in MIXES]
-    mixes = [bend for bend in bends if bend in MIXES]
-    good = regime in REGIMES and bool(colon) == bool(set_)
-    good = good and not (regime == "real" and set_)
-    good = good and all(policy in augment.names() for policy in policies)
-    require(
-        good and len(policies) <= 1 and len(mixes) <= 1,
-        "config.classify.runs",
-        wanted="<regime>[:<set>][+<policy>][+<mix>] with a regime of "
-        f"{', '.join(REGIMES)} (real takes no set), at most one policy of "
-        f"{', '.join(augment.names())} and at most one mix of {', '.join(MIXES)}",
-        got=repr(name),
-        fix="Mend this run's name.",
-    )
+    policies = [part for part in augmentations if part not in MIXES]
+    mixes = [part for part in augmentations if part in MIXES]
+    if (
+        regime not in REGIMES
+        or bool(colon) != bool(set_)
+        or (regime == "real" and set_)
+        or any(policy not in augment.NAMES for policy in policies)
+        or len(policies) > 1
+        or len(mixes) > 1
+    ):
+        raise UserError(
+            "config.classify.runs",
+            wanted="<regime>[:<set>][+<policy>][+<mix>] with a regime of "
+            f"{', '.join(REGIMES)} (real takes no set), at most one policy of "
+            f"{', '.join(augment.NAMES)} and at most one mix of {', '.join(MIXES)}",
+            got=repr(name),
+            fix="Fix this run's name.",
+        )
     set_ = "" if regime == "real" else set_ or "mixed"
-    return Run(name, regime, set_, *(policies or ["none"]), *(mixes or [""]))
+    policy = policies[0] if policies else "none"
+    mix = mixes[0] if mixes else ""
+    return Run(name, regime, set_, policy, mix)

@@ -1,9 +1,9 @@
-"""Convolutions whose gradients are fast on a CPU, too.
+"""Convolutions with a fast kernel gradient on CPUs.
 
 XLA's CPU backend convolves as fast as PyTorch, but takes two to four times as long for
-the gradient with respect to the kernel. That gradient is one matrix product for each
-position in the kernel, which is what it becomes here; on other platforms it stays
-XLA's. A 1x1 convolution is a matrix product anyway.
+the gradient with respect to the kernel. Here that gradient is one matrix product per
+position in the kernel; on other platforms it is XLA's own. A 1x1 convolution is a
+matrix product.
 """
 
 import jax
@@ -13,22 +13,22 @@ from jaxtyping import Array
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-_CACHED = 1 << 18  # numbers, of an array that a processor's cache holds beside others
+_CACHED = 1 << 18  # elements of an array that fits a processor's cache, with others
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def convolve(
     inputs: Array, kernel: Array, strides, padding, *, feature_group_count=1, **options
 ) -> Array:
-    """`jax.lax.conv_general_dilated` as `flax.linen.Conv` calls it for images.
+    """Replaces `jax.lax.conv_general_dilated` in `flax.linen.Conv`, for images.
 
     Args:
       inputs: [B, H, W, C].
       kernel: [h, w, C / groups, D].
       strides: two numbers.
-      padding: pairs before and after each axis, or "SAME" or "VALID".
+      padding: (before, after) for each axis, or "SAME" or "VALID".
       feature_group_count: groups of channels.
-      options: what linen passes besides; no dilation.
+      options: other arguments of linen; dilation is not supported.
     """
     assert not any(d != 1 for d in (*options["lhs_dilation"], *options["rhs_dilation"]))
     strides = tuple(strides)
@@ -56,16 +56,16 @@ def _convolve(x: Array, kernel: Array, strides, padding: Pads, groups=1) -> Arra
 
 
 def _by_convolution(x: Array, kernel: Array, gradient: Array, strides, padding: Pads):
-    """The kernel's gradient as XLA has it."""
-    of_kernel = jax.linear_transpose(lambda k: _plain(x, k, strides, padding), kernel)
-    return of_kernel(gradient)[0]
+    """The kernel's gradient by XLA's own convolution."""
+    transpose = jax.linear_transpose(lambda k: _plain(x, k, strides, padding), kernel)
+    return transpose(gradient)[0]
 
 
 def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pads):
-    """The kernel's: at each of its positions, inputs there times output gradients.
+    """The kernel's gradient: per position in it, the inputs there times `gradient`.
 
-    A few examples at a time, so that what is cut out for a product is still in the
-    processor's cache when it is multiplied, which halves the time of large images.
+    It takes a few examples at a time, so that the slice for a product is still in the
+    processor's cache when it is multiplied: this halves the time for large images.
     """
     batch, rows, columns, features = gradient.shape
     height, width, channels, _ = kernel.shape
@@ -77,14 +77,13 @@ def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pad
 
         def product(i: int, j: int) -> Array:
             stop = (len(x), i + last[0] + 1, j + last[1] + 1, channels)
-            seen = lax.slice(x, (0, i, j, 0), stop, (1, *strides, 1))
-            return seen.reshape(-1, channels).T @ gradient
+            window = lax.slice(x, (0, i, j, 0), stop, (1, *strides, 1))
+            return window.reshape(-1, channels).T @ gradient
 
-        places = [(i, j) for i in range(height) for j in range(width)]
-        return jnp.stack([product(*place) for place in places])
+        return jnp.stack([product(i, j) for i in range(height) for j in range(width)])
 
-    most = max(1, _CACHED // (rows * columns * max(channels, features)))
-    part = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
+    limit = max(1, _CACHED // (rows * columns * max(channels, features)))
+    part = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
     if part == batch:
         return products(x, gradient).reshape(kernel.shape)
     parts = [y.reshape(batch // part, part, *y.shape[1:]) for y in (x, gradient)]
@@ -103,7 +102,7 @@ def _forward(x, kernel, strides, padding):
 
 def _backward(strides, padding, inputs, gradient):
     x, kernel = inputs
-    of_x = jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)
+    transpose = jax.linear_transpose(lambda x: _plain(x, kernel, strides, padding), x)
     kernel_gradient = lax.platform_dependent(
         x,
         kernel,
@@ -111,7 +110,7 @@ def _backward(strides, padding, inputs, gradient):
         cpu=lambda *arrays: _by_products(*arrays, strides, padding),
         default=lambda *arrays: _by_convolution(*arrays, strides, padding),
     )
-    return of_x(gradient)[0], kernel_gradient
+    return transpose(gradient)[0], kernel_gradient
 
 
 _with_fast_gradient = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))

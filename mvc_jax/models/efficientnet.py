@@ -1,8 +1,8 @@
 """EfficientNets: Tan & Le, arXiv 1905.11946; blocks of MobileNetV2 and MnasNet.
 
-Two traditions share the architecture: timm's `efficientnet_b0` and torchvision pad as
-PyTorch does and have epsilon 1e-5, the fields' defaults; transformers and timm's
-`tf_efficientnet_b0` are TensorFlow's, padding "same" and epsilon 1e-3. Parameters have
+There are two variants of the architecture. timm's `efficientnet_b0` and torchvision's
+use PyTorch's padding and epsilon 1e-5, the defaults here; timm's `tf_efficientnet_b0`
+and transformers' use TensorFlow's padding "same" and epsilon 1e-3. Parameters have
 timm's names.
 """
 
@@ -14,11 +14,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, drop, head, pooled
+from mvc_jax.models.layers import Layers, drop, global_pool, head
 
 
 class Stage(NamedTuple):
-    """A row of table 1, before it is scaled."""
+    """A row of table 1, before scaling."""
 
     expand: int
     size: int
@@ -39,22 +39,22 @@ STAGES = (
 
 
 class SqueezeExcite(nn.Module):
-    """Channels scaled by what their means say: Hu et al., arXiv 1709.01507."""
+    """Squeeze-and-excitation: Hu et al., arXiv 1709.01507."""
 
     squeezed: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], layers: Layers) -> Array:
-        y = pooled(x)[:, None, None]
+        y = global_pool(x)[:, None, None]
         y = layers.conv(y, self.squeezed, 1, bias=True, name="conv_reduce")
         y = layers.conv(nn.silu(y), x.shape[-1], 1, bias=True, name="conv_expand")
         return x * nn.sigmoid(y)
 
 
 class MBConv(nn.Module):
-    """Expand by 1x1, a depthwise convolution, squeeze and excite, project by 1x1.
+    """1x1 expansion, depthwise convolution, squeeze-and-excitation, 1x1 projection.
 
-    `drop_path` is the share of examples whose residual is left out in training.
+    `drop_path` is the probability that training drops an example's residual.
     """
 
     stage: Stage
@@ -86,16 +86,19 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Logits [B, num_classes].
+    """An EfficientNet; returns logits [B, K].
 
-    In training, examples whose `mask` [B] is False stay out of the batch statistics,
-    and `rngs={"dropout": key}` is wanted unless both rates are 0.
+    In training, examples whose `mask` [B] is False are left out of the batch
+    statistics, and `rngs={"dropout": key}` is required unless both rates are 0.
 
     Attributes:
-      width, depth: factors of table 1's channels and layers.
-      dropout: before the head.
-      drop_path: of the last block; grows linearly from 0 at the first.
+      num_classes: K.
+      width, depth: factors of the channels and layers of table 1.
+      dropout: rate before the head.
+      drop_path: rate of the last block; it grows linearly from 0 at the first.
       padding, epsilon: see the top of this file.
+      stages: the rows of table 1.
+      dtype: of the activations.
     """
 
     num_classes: int
@@ -110,7 +113,7 @@ class EfficientNet(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels of the image for one of the last features."""
+        """Pixels per feature of the last feature map."""
         return 2 * math.prod(row.stride for row in self.rows())
 
     @nn.compact
@@ -135,24 +138,24 @@ class EfficientNet(nn.Module):
                 )(x, layers)
                 number += 1
         x = layers.conv(x, self.scaled(1280), 1, name="conv_head")
-        x = pooled(nn.silu(layers.norm(x, name="bn2")))
+        x = global_pool(nn.silu(layers.norm(x, name="bn2")))
         if train and self.dropout:
             x = drop(x, x.shape, self.dropout, self.make_rng("dropout"))
         return head(x, self.num_classes, name="classifier")
 
     def rows(self) -> list[Stage]:
-        """Table 1, whether `stages` was given as rows or, read from JSON, as tuples."""
+        """`stages` as `Stage`s; plain tuples, as read from JSON, are converted."""
         return [Stage(*row) for row in self.stages]
 
     def depths(self) -> list[int]:
-        """Blocks of each stage."""
+        """Number of blocks in each stage."""
         return [math.ceil(self.depth * stage.depth) for stage in self.rows()]
 
     def scaled(self, channels: int) -> int:
-        """Channels times `width`, as a multiple of 8 that is not below nine tenths."""
-        wanted = channels * self.width
-        rounded = max(8, int(wanted + 4) // 8 * 8)
-        return rounded if rounded >= 0.9 * wanted else rounded + 8
+        """Channels times `width`, to a multiple of 8; loses at most a tenth."""
+        exact = channels * self.width
+        rounded = max(8, int(exact + 4) // 8 * 8)
+        return rounded if rounded >= 0.9 * exact else rounded + 8
 
 
 B0 = functools.partial(EfficientNet)

@@ -1,8 +1,8 @@
-"""What the classifiers are made of: convolutions, batch normalisation, randomness.
+"""The classifiers' layers: convolution, batch normalisation, pooling, head, dropout.
 
-Activations have the network's `dtype`; batch statistics, the pooled features, the head
-and its logits are always fp32. Randomness is drawn example by example: what happens to
-row i of a batch depends on the key and on i, never on how many rows there are.
+Activations have the network's `dtype`; batch statistics, pooled features and logits are
+always fp32. Randomness is drawn per example: what happens to row i of a batch depends
+on the key and on i, not on the batch size.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ _HE_DEPTHWISE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """How one call of a network computes; makes layers of the module that it is in.
+    """Settings of one call of a network; its methods add layers to the calling module.
 
     Args:
-      train: whether batch normalisation takes the batch's own statistics, which then
-        move the running ones by a tenth. The running variance is Flax's, over n values;
-        PyTorch's is n / (n - 1) times that.
-      mask: [B], the examples that count in these statistics; None: all.
+      train: whether batch normalisation uses the batch's own statistics and updates the
+        running ones, with momentum 0.9. The running variance is the biased one, as in
+        Flax; PyTorch's is n / (n - 1) times as large.
+      mask: [B], True for the examples that count in the statistics; None for all.
       dtype: of the activations.
-      padding: "symmetric" (half the kernel on all sides, as PyTorch pads) or "same"
-        (TensorFlow's: what a stride needs, the odd pixel behind).
+      padding: "symmetric" (half the kernel on all sides, as in PyTorch) or "same" (as
+        in TensorFlow, where an odd pixel of padding goes to the end).
       epsilon: of batch normalisation.
     """
 
@@ -69,7 +69,7 @@ class Layers:
         return layer(x)
 
     def norm(self, x: Float[Array, "B H W C"], *, name: str) -> Array:
-        """Batch normalisation over the examples that count."""
+        """Batch normalisation over the examples of `mask`."""
         layer = nn.BatchNorm(
             use_running_average=not self.train,
             momentum=0.9,
@@ -81,8 +81,8 @@ class Layers:
         return layer(x, mask=None if mask is None else mask[:, None, None, None])
 
 
-def pooled(x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
-    """The mean of each channel over the image, fp32."""
+def global_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+    """Global average pooling: the mean of each channel, in fp32."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
 
 
@@ -92,22 +92,22 @@ def head(x: Float[Array, "B C"], classes: int, name: str = "fc") -> Array:
 
 
 def uniform(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
-    """Draws in [0, 1); row i is a function of (key, i) alone."""
+    """Draws uniform numbers in [0, 1); row i depends only on (key, i)."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape[0]))
     return jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(keys)
 
 
 def drop(x: Array, shape: tuple[int, ...], rate: float, key: Key[Array, ""]) -> Array:
-    """Zeroes with probability `rate`, and keeps the expectation.
+    """Dropout: zeroes with probability `rate` and rescales the rest by 1 / (1 - rate).
 
-    One draw for each entry of `shape`, which broadcasts over `x`: `x.shape` is dropout,
-    (B, 1, 1, 1) drop path (stochastic depth, arXiv 1603.09382).
+    There is one draw per entry of `shape`, which broadcasts to `x`: `x.shape` is
+    dropout, (B, 1, 1, 1) is drop path (stochastic depth, arXiv 1603.09382).
     """
     keep = jnp.floor(uniform(key, shape) + (1 - rate))
     return x * (keep / (1 - rate)).astype(x.dtype)
 
 
 def shake(x: Array, forward: Array, backward: Array) -> Array:
-    """`forward * x`, whose gradient is `backward` times that of the output."""
+    """Returns `forward * x`; its gradient is multiplied by `backward` instead."""
     forward, backward = (factor.astype(x.dtype) for factor in (forward, backward))
     return backward * x + jax.lax.stop_gradient((forward - backward) * x)

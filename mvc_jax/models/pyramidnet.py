@@ -1,7 +1,7 @@
 """PyramidNets: Han et al., arXiv 1610.02915; with ShakeDrop: Yamada et al., 1802.02375.
 
-Every block is a little wider than the one before it. Parameters have the names of the
-authors' PyTorch code.
+The width grows with every block. Parameters have the names of the authors' PyTorch
+code.
 """
 
 import functools
@@ -11,16 +11,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, head, pooled, shake, uniform
+from mvc_jax.models.layers import Layers, global_pool, head, shake, uniform
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions between normalisations; the shortcut has no weights.
+    """1x1, 3x3, 1x1 convolutions with normalisation; the shortcut has no weights.
 
-    In training, the residual is multiplied by b + a - b a, b = 1 with probability
-    `keep`, a uniform in [-1, 1] on the way forward and in [0, 1] on the way back
-    (ShakeDrop, equation 6), drawn for each example, as in AutoAugment's code. Outside
-    training by the expectation, `keep`.
+    In training, the residual of each example is multiplied by b + a - b a, where b = 1
+    with probability `keep`, and a is uniform in [-1, 1] in the forward pass and in
+    [0, 1] in the backward pass (ShakeDrop, equation 6; per example as in AutoAugment's
+    code). At evaluation it is multiplied by the expectation, `keep`.
     """
 
     width: int
@@ -50,16 +50,18 @@ class Bottleneck(nn.Module):
 
 
 class PyramidNet(nn.Module):
-    """PyramidNet-`depth` for small images; logits [B, num_classes].
+    """PyramidNet-`depth` for small images; returns logits [B, K].
 
-    In training, examples whose `mask` [B] is False stay out of the batch statistics,
-    and `rngs={"dropout": key}` is wanted.
+    In training, examples whose `mask` [B] is False are left out of the batch
+    statistics, and `rngs={"dropout": key}` is required.
 
     Attributes:
-      depth: 9n + 2.
-      alpha: channels by which the bottlenecks have grown at the end (equation 2).
-      keep: the probability that the last block is left as it is (P_L); of the others it
-        grows linearly towards 1 at the first.
+      num_classes: K.
+      depth: 9n + 2 layers.
+      alpha: channels that are added from the first bottleneck to the last (equation 2).
+      keep: probability that ShakeDrop leaves the last block unchanged (P_L); it falls
+        linearly from 1 at the first block.
+      dtype: of the activations.
     """
 
     num_classes: int
@@ -68,7 +70,7 @@ class PyramidNet(nn.Module):
     keep: float = 0.5
     dtype: Any = jnp.float32
 
-    stride = 4  # pixels of the image for one of the last features
+    stride = 4  # pixels per feature of the last feature map
 
     @nn.compact
     def __call__(
@@ -90,7 +92,7 @@ class PyramidNet(nn.Module):
                 name=f"layer{stage + 1}_{block}",
             )(x, layers)
         x = nn.relu(layers.norm(x, name="bn_final"))
-        return head(pooled(x), self.num_classes)
+        return head(global_pool(x), self.num_classes)
 
 
 PyramidNet272 = functools.partial(PyramidNet, depth=272, alpha=200)

@@ -1,7 +1,7 @@
-"""ResNets: He et al., arXiv 1512.03385; wide ones of Zagoruyko & Komodakis, 1605.07146.
+"""ResNets: He et al., arXiv 1512.03385; wide: Zagoruyko & Komodakis, arXiv 1605.07146.
 
-Bottlenecks stride in their 3x3 convolution ("v1.5"), as torchvision, timm and
-transformers do. Parameters have torchvision's names.
+The stride of a bottleneck is in its 3x3 convolution ("v1.5"), as in torchvision, timm
+and transformers. Parameters have torchvision's names.
 """
 
 import functools
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, head, pooled
+from mvc_jax.models.layers import Layers, global_pool, head
 
 
 class BasicBlock(nn.Module):
@@ -30,9 +30,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last to 4 * `width` channels.
+    """1x1, 3x3 and 1x1 convolutions and a shortcut.
 
-    The others have `inner` * `width`.
+    The first two have `inner` * `width` channels, the last 4 * `width`.
     """
 
     width: int
@@ -58,16 +58,21 @@ def _shortcut(x: Array, features: int, stride: int, layers: Layers) -> Array:
 
 
 class ResNet(nn.Module):
-    """Stages of `depths` blocks, each twice as wide as the last; logits [B, classes].
+    """A residual network; returns logits [B, K].
 
-    In training, examples whose `mask` [B] is False stay out of the batch statistics.
+    In training, examples whose `mask` [B] is False are left out of the batch
+    statistics.
 
     Attributes:
-      width: of the first stage.
-      inner: the bottlenecks' inner width, as a multiple of a stage's; 0: basic blocks.
-      stem: "imagenet" (7x7 by stride 2, then a 3x3 maximum by stride 2) or "cifar"
-        (3x3, section 4.2).
+      num_classes: K.
+      depths: blocks in each stage; each stage has twice the width of the one before.
+      width: channels of the first stage.
+      inner: inner width of the bottlenecks, as a multiple of the stage's width; 0 for
+        basic blocks.
+      stem: "imagenet" (7x7 convolution and 3x3 max pooling, each with stride 2) or
+        "cifar" (3x3 convolution, section 4.2).
       stem_stride: of the CIFAR stem; 2 is for images enlarged from fewer pixels.
+      dtype: of the activations.
     """
 
     num_classes: int
@@ -80,7 +85,7 @@ class ResNet(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels of the image for one of the last features."""
+        """Pixels per feature of the last feature map."""
         stem = {"imagenet": 4, "cifar": self.stem_stride}[self.stem]
         return stem * 2 ** (len(self.depths) - 1)
 
@@ -105,10 +110,10 @@ class ResNet(nn.Module):
                     x = Bottleneck(width, stride, self.inner, name=name)(x, layers)
                 else:
                     x = BasicBlock(width, stride, name=name)(x, layers)
-        return head(pooled(x), self.num_classes)
+        return head(global_pool(x), self.num_classes)
 
 
-# Of section 4.2: 6n + 2 layers.
+# Section 4.2: 6n + 2 layers.
 _Small = functools.partial(ResNet, width=16, stem="cifar")
 ResNet8 = functools.partial(_Small, depths=(1, 1, 1))
 ResNet20 = functools.partial(_Small, depths=(3, 3, 3))

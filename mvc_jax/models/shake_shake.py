@@ -1,7 +1,7 @@
 """Shake-Shake regularisation: Gastaldi, arXiv 1705.07485.
 
-"Shake-Shake-Image": each example and block has its own mixture of the two branches, one
-on the way forward and another on the way back.
+"Shake-Shake-Image": each example has its own mixture of the two branches in each block,
+one in the forward pass and another in the backward pass.
 """
 
 import functools
@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, head, pooled, shake, uniform
+from mvc_jax.models.layers import Layers, global_pool, head, shake, uniform
 
 
 class Branch(nn.Module):
-    """Twice ReLU, a 3x3 convolution and normalisation."""
+    """ReLU, a 3x3 convolution and normalisation, twice."""
 
     width: int
     stride: int
@@ -28,7 +28,7 @@ class Branch(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """Two projections to half the channels, of pixels diagonally next to each other."""
+    """Two projections to half the channels each, one of them shifted by a pixel."""
 
     width: int
     stride: int
@@ -47,7 +47,7 @@ class Shortcut(nn.Module):
 class Block(nn.Module):
     """x + a * branch1(x) + (1 - a) * branch2(x), a uniform in [0, 1] (equation 2).
 
-    The gradients of the branches are mixed by another draw; a is 1/2 outside training.
+    The backward pass mixes the gradients by another draw; at evaluation a is 1/2.
     """
 
     width: int
@@ -68,10 +68,16 @@ class Block(nn.Module):
 
 
 class ShakeShake(nn.Module):
-    """26 2xWd for small images where `blocks` is 4; logits [B, num_classes].
+    """Shake-Shake-26 2x`width`d for small images; returns logits [B, K].
 
-    In training, examples whose `mask` [B] is False stay out of the batch statistics,
-    and `rngs={"dropout": key}` is wanted.
+    In training, examples whose `mask` [B] is False are left out of the batch
+    statistics, and `rngs={"dropout": key}` is required.
+
+    Attributes:
+      num_classes: K.
+      width: channels of the first stage.
+      blocks: in each stage; 4 make 26 layers.
+      dtype: of the activations.
     """
 
     num_classes: int
@@ -79,7 +85,7 @@ class ShakeShake(nn.Module):
     blocks: int = 4
     dtype: Any = jnp.float32
 
-    stride = 4  # pixels of the image for one of the last features
+    stride = 4  # pixels per feature of the last feature map
 
     @nn.compact
     def __call__(
@@ -95,7 +101,7 @@ class ShakeShake(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 width, name = self.width * 2**stage, f"layer{stage + 1}_{block}"
                 x = Block(width, stride, name=name)(x, layers)
-        return head(pooled(nn.relu(x)), self.num_classes)
+        return head(global_pool(nn.relu(x)), self.num_classes)
 
 
 ShakeShake26x96 = functools.partial(ShakeShake, width=96)

@@ -1,7 +1,7 @@
 """Wide residual networks: Zagoruyko & Komodakis, arXiv 1605.07146, table 1.
 
-WRN-d-k has d layers and k times a small ResNet's channels; it normalises before it
-convolves. No dropout, as in AutoAugment's protocol.
+WRN-d-k has d layers and k times the channels of a small ResNet, with pre-activation
+blocks. No dropout, as in AutoAugment's protocol.
 """
 
 import functools
@@ -11,14 +11,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mvc_jax.models.layers import Layers, head, pooled
+from mvc_jax.models.layers import Layers, global_pool, head
 
 
 class Block(nn.Module):
-    """Twice normalisation, ReLU and a 3x3 convolution.
+    """Normalisation, ReLU and a 3x3 convolution, twice, and a shortcut.
 
-    Where the number of channels changes, the shortcut is a projection of what the first
-    ReLU gives.
+    If the number of channels changes, the shortcut is a projection of the first ReLU's
+    output.
     """
 
     width: int
@@ -35,10 +35,16 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-`depth`-`widen` for small images; logits [B, num_classes].
+    """WRN-`depth`-`widen` for small images; returns logits [B, K].
 
-    In training, examples whose `mask` [B] is False stay out of the batch statistics.
-    `depth` is 6n + 4; `widen` is at least 2.
+    In training, examples whose `mask` [B] is False are left out of the batch
+    statistics.
+
+    Attributes:
+      num_classes: K.
+      depth: 6n + 4 layers.
+      widen: width factor, at least 2.
+      dtype: of the activations.
     """
 
     num_classes: int
@@ -46,7 +52,7 @@ class WideResNet(nn.Module):
     widen: int
     dtype: Any = jnp.float32
 
-    stride = 4  # pixels of the image for one of the last features
+    stride = 4  # pixels per feature of the last feature map
 
     @nn.compact
     def __call__(
@@ -63,7 +69,7 @@ class WideResNet(nn.Module):
                 width, name = 16 * self.widen * 2**stage, f"layer{stage + 1}_{block}"
                 x = Block(width, stride, name=name)(x, layers)
         x = nn.relu(layers.norm(x, name="bn1"))
-        return head(pooled(x), self.num_classes)
+        return head(global_pool(x), self.num_classes)
 
 
 WRN16x4 = functools.partial(WideResNet, depth=16, widen=4)

@@ -52,34 +52,30 @@ class TrainState:
         *,
         ema_decay: float = 0.0,
         rate: jax.Array | None = None,
-        apart: bool = False,
         **more: Any,
     ) -> "TrainState":
-        """The state after one optimiser step along `grads`.
+        """Takes one optimiser step along `grads`.
 
-        Where a metric or the norm of `grads` is not finite, nothing but the number of
-        the step and the counts of skipped ones changes. That is decided before the
-        update: to choose between its result and the old state, XLA would keep both.
+        If a metric or the norm of `grads` is not finite, the step is skipped: only the
+        step number and the counts of skipped steps change. The decision comes before
+        the update: XLA would otherwise keep both the old state and the new one.
 
-        `rate` is the learning rate where `tx` has one of 1: fits that differ in nothing
-        but their schedules then share a program.
+        Args:
+          grads: gradients, in the structure of `params`.
+          tx: the optimiser.
+          metrics: scalars of this step, by name.
+          ema_decay: decay of `ema_params`, if they are kept.
+          rate: learning rate, for a `tx` whose own is 1: fits that differ only in their
+            schedules then share a compiled program.
+          **more: other fields of the state after the step; unchanged if it is skipped.
 
-        `apart`: metrics are [S] and leaves [S, ...], of S fits side by side, of which
-        each is judged alone; the step counts as skipped if one of them was. What they
-        have in common (scalars, as Adam's number of steps) changes if one of them does.
-
-        `more` are further fields of the state after the step, where it is taken.
+        Returns:
+          the next state.
         """
-        norm = jax.vmap(optax.tree.norm) if apart else optax.tree.norm
-        finite = [jnp.isfinite(x) for x in (*metrics.values(), norm(grads))]
-        good = jnp.stack(finite).all(0)
+        values = (*metrics.values(), optax.tree.norm(grads))
+        finite = jnp.stack([jnp.isfinite(value) for value in values]).all()
 
-        def chosen(new, old):
-            if not new.ndim:
-                return new
-            return jnp.where(jnp.expand_dims(good, range(1, new.ndim)), new, old)
-
-        def taken(state, grads):
+        def take(state, grads):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             if rate is not None:
                 updates = jax.tree.map(lambda update: rate * update, updates)
@@ -88,15 +84,14 @@ class TrainState:
             if ema is not None:
                 ema = ema_update(ema, params, state.step, ema_decay)
             changed = {"params": params, "opt_state": opt_state, "ema_params": ema}
-            new = state.replace(**changed, **more)
-            return jax.tree.map(chosen, new, state) if apart else new
+            return state.replace(**changed, **more)
 
-        state = jax.lax.cond(good.any(), taken, lambda state, grads: state, self, grads)
-        bad = 1 - good.all().astype(jnp.int32)
+        state = jax.lax.cond(finite, take, lambda state, grads: state, self, grads)
+        skipped = 1 - finite.astype(jnp.int32)
         return state.replace(
             step=self.step + 1,
-            skipped=self.skipped + bad,
-            skipped_in_a_row=(self.skipped_in_a_row + 1) * bad,
+            skipped=self.skipped + skipped,
+            skipped_in_a_row=(self.skipped_in_a_row + 1) * skipped,
         )
 
     @property
