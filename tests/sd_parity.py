@@ -1,4 +1,4 @@
-"""What is compared with PyTorch: for each comparison our arrays, and PyTorch's.
+"""Comparisons with PyTorch: for each one our arrays, and PyTorch's.
 
 `COMPARISONS` maps a name to a pair of functions that return arrays of the same names.
 Ours takes a family; PyTorch's takes the family and its pipelines, which it reads from
@@ -61,7 +61,7 @@ def read_golden(family: str, name: str) -> Arrays:
 
 
 def thin(arrays: Arrays) -> Arrays:
-    """Every seventh number of large arrays, in their order: what golden files hold."""
+    """Every seventh number of large arrays, in order, as golden files hold them."""
     return {
         key: array.reshape(-1)[::7] if array.size > 4096 else array
         for key, array in arrays.items()
@@ -74,7 +74,7 @@ def jit_fast(function: Callable) -> Callable:
 
 
 def write_folders(family: str, root: pathlib.Path) -> None:
-    """Our `save` of the base, and of its fine-tuned child."""
+    """Writes the base and its fine-tuned model by our `save`."""
     diffusers_layout.save(root / "base", *sd_families.checkpoint(family))
     diffusers_layout.save(root / "fine_tuned", *sd_families.fine_tuned(family))
 

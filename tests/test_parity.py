@@ -62,21 +62,21 @@ def test_the_golden_file_is_up_to_date(family, name, pytorch):
 @families
 @comparisons
 def test_what_is_compared_is_of_order_one(family, name):
-    """Else an absolute bar would mean nothing; gradients have a relative one."""
+    """Else an absolute tolerance would mean nothing; that of gradients is relative."""
     for key, array in sd_parity.read_golden(family, name).items():
         if array.dtype.kind == "f" and key not in ("kernel", "bias"):
             assert 0.1 < np.abs(array).mean() < 10, key
 
 
-def test_the_bar_sees_gelu_and_epsilon_of_the_library(monkeypatch):
+def test_the_tolerance_detects_gelu_and_epsilon_of_the_library(monkeypatch):
     monkeypatch.setattr(attention, "exact", contextlib.nullcontext)
-    bare = sd_parity.unet("pix2pix")["prediction"]
+    plain = sd_parity.unet("pix2pix")["prediction"]
     expected = sd_parity.read_golden("pix2pix", "unet")["prediction"]
-    assert np.abs(bare - expected).max() > 10 * sd_parity.bar("unet", expected)
+    assert np.abs(plain - expected).max() > 10 * sd_parity.bar("unet", expected)
 
 
 def test_attention_by_parts_equals_the_golden_file():
-    """What `auto` takes for more tokens than tiny latents have."""
+    """What `auto` chooses for more tokens than tiny latents have."""
     model, params = sd_families.checkpoint("pix2pix")
     model = dataclasses.replace(model, attention="mapped")
     inputs = sd_parity.unet_inputs(model, "pix2pix")
@@ -118,7 +118,7 @@ def test_an_instruct_pix2pix_checkpoint_is_not_widened():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights_equal_pytorch(torch, prediction_type):
-    """As the training examples of diffusers have them."""
+    """As in the training examples of diffusers."""
     import diffusers
     from diffusers.training_utils import compute_snr
 

@@ -1,10 +1,10 @@
-"""Writes the golden files beside it: what PyTorch says of the tiny checkpoints.
+"""Writes the golden files in this folder: PyTorch's outputs for tiny checkpoints.
 
     python tests/golden/make.py
 
 Needs PyTorch (the extra `torch`). Checkpoints and inputs are drawn from their names by
 `tests/sd_families.py`, the comparisons are those of `tests/sd_parity.py`; the files
-hold outputs only, of large arrays every seventh number.
+hold outputs only, and every seventh number of large arrays.
 """
 
 import pathlib
