@@ -55,7 +55,8 @@ class Toy(StableDiffusion):
     def denoise(self, params, latents, timesteps, text_states):
         layer = params["unet"]["layer"]
         text = text_states.mean((1, 2))[:, None, None, None]
-        return jnp.tanh(latents @ layer["kernel"] + layer["bias"] + text)
+        bias = layer["bias"][None, None, None]
+        return jnp.tanh(latents @ layer["kernel"] + bias + text)
 
 
 @pytest.fixture(scope="module")
