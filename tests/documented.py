@@ -31,7 +31,7 @@ SHORT = (
 # cannot run here. The first that matches is used.
 SHORTENED = (
     # Another seed is another program for every stage: minutes of compilation.
-    ("--config.seed=1", ["--config.stages=caption,pairs"]),
+    ("--config.seed=1", ["--config.stages=caption"]),
     # Its companions are trained in test_companions and drawn in test_ablation.
     ("digits.py:ablation", ["--config.stages=caption"]),
     # 4 GB of Stable Diffusion from the hub.

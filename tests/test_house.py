@@ -1,4 +1,4 @@
-"""The rules of the house, held from the syntax tree of every file.
+"""The rules for imports and files, checked in the syntax tree of every file.
 
 Imports run one way: train -> stages -> rooms -> libraries. A checker takes a file's
 path, counted from the repository root, and its source, and yields a sentence for every
@@ -61,8 +61,8 @@ MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "leaf": set(),
     "configs": {"configs"},
 }
-HOMELESS = re.compile(r"(^|_)(utils?|helpers?|misc)$")
-KNOW_DIFFUSERS = ("flax_classes", "solvers")
+VAGUE = re.compile(r"(^|_)(utils?|helpers?|misc)$")
+KNOW_DIFFUSERS = ("flax_classes",)
 KNOW_TRANSFORMERS = ("flax_classes", "blip2")
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
 
@@ -233,7 +233,7 @@ def nothing_is_unpickled(path: str, source: str) -> Iterator[str]:
 def every_file_has_a_telling_name(path: str, source: str) -> Iterator[str]:
     del source
     for part in pathlib.PurePosixPath(path).with_suffix("").parts:
-        if HOMELESS.search(part):
+        if VAGUE.search(part):
             yield f"{path}:1: no utils, helpers or misc: the house lacks a room"
 
 
