@@ -46,8 +46,6 @@ _LOGGERS = (
     "diffusers.models.unets.unet_2d_blocks_flax",
     "diffusers.models.unets.unet_2d_condition_flax",
     "diffusers.models.vae_flax",
-    "diffusers.schedulers.scheduling_ddim_flax",
-    "diffusers.schedulers.scheduling_euler_discrete_flax",
     "transformers.modeling_flax_utils",
 )
 for _logger in _LOGGERS:  # before the import below, which logs some of them
