@@ -29,7 +29,7 @@ __all__ = [
     "transformers",
 ]
 
-# The pinned releases log these lines with every Flax class.
+# The pinned releases log these lines with every Flax class, by these loggers.
 _DEPRECATIONS = (
     "Flax classes are deprecated and will be removed in Diffusers v0.40.0. We "
     "recommend migrating to PyTorch classes or pinning your version of Diffusers.",
@@ -37,13 +37,21 @@ _DEPRECATIONS = (
     "We recommend migrating to PyTorch classes or pinning your version of "
     "Transformers.",
 )
-
-
-def _silence_deprecations() -> None:
-    for library in ("diffusers", "transformers"):
-        for handler in logging.getLogger(library).handlers:
-            handler.addFilter(lambda record: record.getMessage() not in _DEPRECATIONS)
-
+_LOGGERS = (
+    "diffusers.models.attention_flax",
+    "diffusers.models.controlnets.controlnet_flax",
+    "diffusers.models.embeddings_flax",
+    "diffusers.models.modeling_flax_utils",
+    "diffusers.models.resnet_flax",
+    "diffusers.models.unets.unet_2d_blocks_flax",
+    "diffusers.models.unets.unet_2d_condition_flax",
+    "diffusers.models.vae_flax",
+    "transformers.modeling_flax_utils",
+)
+for _logger in _LOGGERS:  # before the import below, which logs some of them
+    logging.getLogger(_logger).addFilter(
+        lambda record: record.getMessage() not in _DEPRECATIONS
+    )
 
 _TORCH = ("torch", "torchvision")
 if os.environ.get("USE_TORCH", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -52,10 +60,7 @@ if os.environ.get("USE_TORCH", "").upper() in ("1", "ON", "YES", "TRUE"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 with hidden("tensorflow", *_TORCH):
-    import diffusers  # noqa: F401
     import transformers
-
-    _silence_deprecations()  # before the modules below log them
     from diffusers.models.attention_flax import (
         FlaxAttention,
         FlaxGEGLU,
