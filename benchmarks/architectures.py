@@ -1,4 +1,4 @@
-"""Stable Diffusion's architectures that the benchmarks fill with random weights."""
+"""Stable Diffusion's architectures, which the benchmarks fill with random weights."""
 
 import pathlib
 from collections.abc import Mapping
@@ -60,24 +60,28 @@ SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
 }
 
 
 def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
-    """A checkpoint from NumPy's generator, with a tokenizer of a few words.
+    """Writes a checkpoint of random weights, with a tokenizer of a few words.
 
     Args:
       folder: in the diffusers layout.
       size: `small` or `sd15`.
-      unet: fields that differ.
+      unet: fields of the UNet's config to change.
     """
-    from mvc_jax.checkpoints import diffusers_layout
+    from mvc_jax.checkpoints import diffusers_layout, scheduler_config
     from mvc_jax.models import stable_diffusion
     from mvc_jax.pretraining import tokenizer
-    from mvc_jax.pretraining.small import SCHEDULER
 
-    configs = {"unet": UNETS[size] | (unet or {}), "vae": VAES[size]}
-    configs |= {"text_encoder": TEXTS[size], "scheduler": dict(SCHEDULER)}
+    configs = {
+        "unet": {**UNETS[size], **(unet or {})},
+        "vae": VAES[size],
+        "text_encoder": TEXTS[size],
+        "scheduler": scheduler_config.ddim_config(SCHEDULE),
+    }
     tokenizer.train(
         folder / "tokenizer", ["a photo of a part"], vocab_size=520, max_length=77
     )

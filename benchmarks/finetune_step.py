@@ -4,11 +4,11 @@
 
 The whole InstructPix2Pix step from cached moments: posterior sample, noise, dropped
 conditions, the source on the channel axis, UNet forward and backward, clipping by the
-global norm, Adam. Both sides have the same architecture, shapes and precision, a
-process of their own with all cores, and take turns: what else the machine does hits
-both.
+global norm, Adam. Both sides have the same architecture, shapes and precision. Each
+runs in a process of its own with all cores, and they take turns, so that other load on
+the machine affects both.
 
-On an accelerator it is ours alone: Stable Diffusion 1.5's architecture with random
+On an accelerator only ours runs: Stable Diffusion 1.5's architecture with random
 weights in bfloat16 at 64x64 latents, with TFLOP/s by 0.803 TFLOP per example forward
 and twice that backward.
 """
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 
 def cache(arguments: argparse.Namespace, *, channels_last: bool) -> dict:
-    """What `encode` would have written for one batch, drawn at random."""
+    """A random batch of the arrays that `encode` caches."""
     rng = np.random.default_rng(0)
     side, batch = arguments.latents, arguments.batch
     shape = (batch, side, side, 8) if channels_last else (batch, 8, side, side)
@@ -98,7 +98,7 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
     mesh = sharding.make_mesh()
     state = create_state(random_params(model.shapes("unet")), tx, mesh)
     batch = cache(arguments, channels_last=True)
-    batch |= {"weight": np.ones(arguments.batch, np.float32)}
+    batch["weight"] = np.ones(arguments.batch, np.float32)
     batch = {
         key: jax.device_put(
             value,
@@ -108,7 +108,7 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
         )
         for key, value in batch.items()
     }
-    step_on = jax.jit(
+    step_fn = jax.jit(
         functools.partial(
             train_step,
             model=model,
@@ -119,12 +119,12 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
         ),
         donate_argnums=0,
     )
-    state, metrics = jax.block_until_ready(step_on(state, batch))
+    state, metrics = jax.block_until_ready(step_fn(state, batch))
 
     def step(times: int) -> None:
         nonlocal state, metrics
         for _ in range(times):
-            state, metrics = step_on(state, batch)
+            state, metrics = step_fn(state, batch)
         assert np.isfinite(float(metrics["loss"]))
         jax.block_until_ready(state)
 
@@ -132,7 +132,7 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
 
 
 def random_params(shapes):
-    """Normal weights (0.02) for a tree of shapes, born on the device."""
+    """Normal weights (0.02) for a tree of shapes, created on the device."""
     import jax
 
     draw = jax.jit(

@@ -3,10 +3,10 @@
     python benchmarks/full_size.py --folder=/tmp/sd15
 
 The architecture is that of the public checkpoint, the weights are random. It is written
-in the diffusers layout (a folder that is there already is used), loaded, its UNet
-widened, and takes steps of fine-tuning, sharded over 8 devices that share the memory of
-this machine, or over its accelerators. Printed is what each part took: seconds, and the
-most memory that the process has held until then.
+in the diffusers layout (an existing folder is used), loaded, its UNet widened, and
+fine-tuned for some steps, sharded over 8 devices that share the memory of this machine,
+or over its accelerators. For each part it prints the seconds, and the peak memory of
+the process so far.
 """
 
 import argparse
@@ -22,8 +22,12 @@ DEVICES = 8
 if "XLA_FLAGS" not in os.environ:  # before JAX looks for devices
     # XLA's CPU backend, unlike those for accelerators, would sum all gradients at once
     # and keep them whole on every device.
-    passes = "all-reduce-combiner", "cpu-all-reduce-combiner"
-    passes += "optimization-barrier-expander", "cse_barrier_expander"
+    passes = (
+        "all-reduce-combiner",
+        "cpu-all-reduce-combiner",
+        "optimization-barrier-expander",
+        "cse_barrier_expander",
+    )
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={DEVICES} "
         f"--xla_disable_hlo_passes={','.join(passes)}"
@@ -56,24 +60,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         workdir = pathlib.Path(temporary)
         base = arguments.folder or workdir / "base"
-        told("start")
+        report("start")
         if not (base / "model_index.json").exists():
             write(base, "sd15", {"in_channels": 4})
-            told("written")
+            report("written")
         train(base, workdir, arguments)
 
 
-def told(what: str) -> None:
-    """Prints the seconds since the last call, and the peak of memory so far."""
+def report(part: str) -> None:
+    """Prints the seconds since the last call, and the peak memory so far."""
     seconds, _BEGAN[0] = time.monotonic() - _BEGAN[0], time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    print(f"{what:32s} {seconds:8.1f} s   peak {peak:6.2f} GiB", flush=True)
+    print(f"{part:32s} {seconds:8.1f} s   peak {peak:6.2f} GiB", flush=True)
 
 
 def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     model, params = diffusers_layout.load(folder)
-    told(f"loaded {size / GIB:.2f} GiB")
+    report(f"loaded {size / GIB:.2f} GiB")
     model, params = model.widened(params)
     mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
     model = model.with_compute_options(remat=arguments.remat)
@@ -85,7 +89,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
     del params
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     jax.block_until_ready(state)
-    told(f"widened, placed: {count / 1e6:.0f}M on {mesh.size}")
+    report(f"widened, placed: {count / 1e6:.0f}M on {mesh.size}")
     draw = np.random.default_rng(1)
     side = arguments.latents
 
@@ -121,7 +125,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
             flops=finetune.step_flops(model, "full", side, side),
         ),
     )
-    told(f"compiled, {arguments.steps} steps, saved")
+    report(f"compiled, {arguments.steps} steps, saved")
     moved = np.abs(np.asarray(state.params["conv_in"]["kernel"])[:, :, 4:]).max()
     print((workdir / "metrics.jsonl").read_text(), end="")
     assert int(state.step) == arguments.steps and moved > 0

@@ -4,12 +4,12 @@
 
 Both sides load the same checkpoint of random weights and draw the same images, from the
 same noise, source latents and text states, by DDIM with three branches of guidance, the
-decoder included; that the pixels agree is checked first. `fast` is ours with the preset
-of that name: DPM-Solver++ 2M, 20 steps at most, guided in an interval. Each side has a
-process of its own with all cores, and they take turns: what else the machine does hits
-both.
+decoder included; the benchmark first checks that the pixels agree. `fast` is ours with
+the preset of that name: DPM-Solver++ 2M, at most 20 steps, guided in an interval. Each
+side runs in a process of its own with all cores, and they take turns, so that other
+load on the machine affects both.
 
-On an accelerator it is ours alone: Stable Diffusion 1.5's architecture in bfloat16 at
+On an accelerator only ours runs: Stable Diffusion 1.5's architecture in bfloat16 at
 512 pixels, 50 steps.
 """
 
@@ -74,13 +74,37 @@ def count(arguments: argparse.Namespace, settings: dict) -> int:
 
 
 def rows(arguments: argparse.Namespace, settings: dict) -> int:
-    """Of the UNet's batches, for one image."""
+    """Counts the rows of the UNet's batches that one image takes."""
+    import jax
+    import jax.numpy as jnp
+
     from mvc_jax.checkpoints import diffusers_layout
-    from mvc_jax.diffusion import samplers
 
     model, _ = diffusers_layout.load(arguments.folder, ())
-    solver = model.solver(settings["sampler"], count(arguments, settings))
-    return samplers.network_rows(solver, settings["guidance_interval"])
+    calls = []
+
+    def predict(rows: int) -> Callable:
+        return lambda latents, timesteps: calls.append(rows) or latents
+
+    with jax.disable_jit():  # a scan is then a loop in Python
+        sampler(arguments, settings, model)(
+            predict(3),
+            jnp.zeros((1, 1, 1, 1)),
+            unguided=predict(1),
+            guidance_interval=settings["guidance_interval"],
+        )
+    return sum(calls)
+
+
+def sampler(arguments: argparse.Namespace, settings: dict, model) -> Callable:
+    from mvc_jax.diffusion import samplers
+
+    return samplers.make(
+        settings["sampler"],
+        count(arguments, settings),
+        alphas_cumprod=model.alphas_cumprod,
+        prediction_type=model.prediction_type,
+    )
 
 
 def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
@@ -107,7 +131,6 @@ def _ours(arguments: argparse.Namespace, settings: dict):
     model = model.with_compute_options(
         attention=arguments.attention, field="--attention"
     )
-    solver = model.solver(settings["sampler"], count(arguments, settings))
 
     @jax.jit
     def draw(params, batch):
@@ -118,7 +141,7 @@ def _ours(arguments: argparse.Namespace, settings: dict):
             jnp.concatenate([source, jnp.zeros_like(source)], axis=-1),  # its mode
             batch["states"],
             batch["null"],
-            solver=solver,
+            sampler=sampler(arguments, settings, model),
             text_scale=TEXT_SCALE,
             image_scale=IMAGE_SCALE,
             guidance_interval=settings["guidance_interval"],
@@ -139,7 +162,7 @@ def _ours(arguments: argparse.Namespace, settings: dict):
 
 
 def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
-    """PyTorch's pipeline, given what ours is given."""
+    """The same of PyTorch's pipeline, with the same inputs."""
     import diffusers
     import torch
 
@@ -173,7 +196,7 @@ def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Stops where the two sides did not draw the same images."""
+    """Fails if the two sides did not draw the same images."""
     if not (arguments.folder / "torch.npy").exists():
         return
     mine, theirs = (

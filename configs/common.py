@@ -92,7 +92,7 @@ _NAMES = {  # of arguments -> (placeholder, example)
     "preset": ("NAME", "fast"),
 }
 _OTHER = ("VALUE", "VALUE")  # for names of a user's own config
-_WITH_COMMAS = ("path", "class_type")  # whose values may contain commas
+_WITHOUT_COMMAS = ("size", "per_class", "model", "preset")
 
 
 def parse_argument(
@@ -104,7 +104,7 @@ def parse_argument(
 ) -> dict[str, str]:
     """Parses `"path=/data/a,b,size=256"` to `{"path": "/data/a,b", "size": "256"}`.
 
-    In a path or class type, only a comma before a known name separates.
+    In a text, such as a path, only a comma before a known name separates.
 
     Args:
       argument: what follows the colon of `--config=FILE:ARGUMENT`.
@@ -116,13 +116,14 @@ def parse_argument(
       UserError: a part is unknown, has no value or is repeated, or one is missing.
     """
     given: dict[str, str] = {}
-    last = ""
+    last = ""  # the name whose value a comma may continue
     for part in argument.split(",") if argument else []:
         name, equals, value = part.partition("=")
         is_ours = part in flags or (name in known and equals)
         if is_ours and name not in given and (value or part in flags):
-            given[name], last = value, name
-        elif last in _WITH_COMMAS and not is_ours:
+            given[name] = value
+            last = "" if name in flags or name in _WITHOUT_COMMAS else name
+        elif last and not is_ours:
             given[last] += f",{part}"
         else:
             raise _bad_part(part, given, known, needed, flags)
@@ -311,7 +312,7 @@ def _finetune() -> ConfigDict:
     config.samples = 8  # pairs per grid
     config.checkpoint_every = 500  # steps
     config.checkpoint_minutes = 20.0  # or after this time; 0: by steps only
-    config.keep = 2  # the newest, besides the one with the lowest loss
+    config.keep = 2  # of the newest
     return config
 
 

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.checkpoints import dataset_card, model_card
 from mvc_jax.data import cache, splits
+from mvc_jax.diffusion import guidance_interval
 from mvc_jax.errors import UserError, require_one_of, require_within
 from mvc_jax.generation import conditionings, synthetic
 from mvc_jax.mixing import recipe_file
@@ -38,7 +39,6 @@ from mvc_jax.training.console import Progress
 
 with epy.lazy_imports():
     from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
-    from mvc_jax.diffusion import samplers
     from mvc_jax.generation import (
         ablation,
         image_sampler,
@@ -52,7 +52,7 @@ with epy.lazy_imports():
     from mvc_jax.training import sharding
 
 SETS = tuple(conditionings.CONDITIONINGS)
-SAMPLERS = ("ddim", "dpmpp_2m", "euler")
+SAMPLERS = ("ddim", "euler", "dpmpp_2m")
 CONTACT_SHEET = "contact_sheet.png"
 CONDITIONING_FIGURE = "conditionings.png"
 LEVEL_FIGURE = "levels.png"
@@ -91,7 +91,7 @@ def check(config: ConfigDict) -> None:
         )
     require_within("config.generate", section.to_dict(), _RANGES)
     require_one_of("config.generate", section.to_dict(), _CHOICES)
-    samplers.check_interval(section.guidance_interval)
+    guidance_interval.check(section.guidance_interval)
     names = {*section.sets}
     if section.conditioning != "all":  # which leaves out what cannot be drawn
         names |= {*conditionings.parse_names(section.conditioning)}

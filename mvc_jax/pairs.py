@@ -4,6 +4,8 @@ Reads: `encode/prompts.jsonl` for the labels. Writes: `pairs.npy` [P, 2] int32, 
 into the training images. Only indices are stored, as in the supplement.
 """
 
+from __future__ import annotations
+
 import numpy as np
 from absl import logging
 from etils import epath
@@ -12,19 +14,19 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import order
-from mvc_jax.errors import require
+from mvc_jax.errors import UserError
 from mvc_jax.stage import open_stage
 
 
 def check(config: ConfigDict) -> None:
     """Checks the section `pairs`."""
-    require(
-        config.pairs.rounds > 0,
-        "config.pairs.rounds",
-        wanted="at least 1",
-        got=config.pairs.rounds,
-        fix="Raise it.",
-    )
+    if config.pairs.rounds < 1:
+        raise UserError(
+            "config.pairs.rounds",
+            wanted="at least 1",
+            got=f"{config.pairs.rounds}",
+            fix="Raise it.",
+        )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -35,8 +37,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     rows = files.read_jsonl(epath.Path(workdir) / "encode" / "prompts.jsonl")
     labels = np.asarray([row["label"] for row in rows], np.int32)
-    drawn = [make_pairs(labels, config.seed, r) for r in range(config.pairs.rounds)]
-    pairs = np.concatenate(drawn)
+    rounds = range(config.pairs.rounds)
+    pairs = np.concatenate([make_pairs(labels, config.seed, r) for r in rounds])
     files.write_array(stage.folder / "pairs.npy", pairs)
     logging.info("%d pairs of %d images", len(pairs), len(labels))
     stage.finish(["pairs.npy"], pairs=len(pairs))
@@ -45,19 +47,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def make_pairs(
     labels: Int[np.ndarray, " N"], seed: int, round_: int
 ) -> Int[np.ndarray, "N 2"]:
-    """One round of pairs, class by class.
+    """Draws one round of pairs, class by class.
 
     Per class two independent index lists, each as long as the class, are drawn with
-    replacement and zipped (supplement, Dataset Preparation): an image may meet itself,
-    and a class of one image can only do that.
+    replacement and zipped (supplement, Dataset Preparation). An image may be paired
+    with itself; the only image of a class always is.
 
     Args:
       labels: class of each image.
       seed: of the run.
-      round_: which round; rounds are independent.
+      round_: index of the round; rounds are independent.
 
     Returns:
-      rows (source, target), of one class each, int32.
+      rows (source, target), both of one class, int32.
     """
     rng = order.generator(seed, "pairs", round_)
     pairs = []

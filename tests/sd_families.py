@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mvc_jax.checkpoints import diffusers_layout, weights
+from mvc_jax.checkpoints import diffusers_layout, scheduler_config, weights
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 from mvc_jax.pretraining import tokenizer
 
@@ -92,7 +92,7 @@ def checkpoint(family: str) -> tuple[StableDiffusion, Params]:
         "unet": unet,
         "vae": _VAE,
         "text_encoder": _text(family, read, unet["cross_attention_dim"]),
-        "scheduler": SCHEDULERS[family],
+        "scheduler": scheduler_config.ddim_config(SCHEDULERS[family]),
     }
     model = StableDiffusion(configs, read)
     params = {

@@ -17,7 +17,7 @@ import sd_families
 from sd_families import LATENTS, PROMPTS, normal
 
 from mvc_jax.checkpoints import diffusers_layout
-from mvc_jax.diffusion import instruct_pix2pix, loss
+from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 Arrays = dict[str, np.ndarray]
@@ -30,7 +30,7 @@ TEXT_SCALE, IMAGE_SCALE, STEPS = 7.5, 1.5, 4
 
 
 def bar(name: str, reference: np.ndarray) -> float:
-    """The largest difference allowed: 1e-5, or 1e-4 after a whole walk of sampling.
+    """The largest difference allowed: 1e-5, or 1e-4 after all steps of sampling.
 
     Absolute for arrays of order 1, relative to the largest number in smaller ones.
     """
@@ -69,7 +69,7 @@ def thin(arrays: Arrays) -> Arrays:
 
 
 def jit_fast(function: Callable) -> Callable:
-    """Compiled in half the time: what is tested runs once."""
+    """Compiles in half the time, to a slower program: it runs once."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -172,15 +172,52 @@ def schedule(family: str) -> Arrays:
         "alphas_cumprod": alphas,
         "noisy": np.asarray(loss.add_noise(*arguments, alphas)),
         "velocity": np.asarray(velocity),
-        "timesteps_50": model.solver("ddim", 50).timesteps,
-        "timesteps_7": model.solver("ddim", 7).timesteps,
+        "timesteps_50": samplers.leading_timesteps(len(alphas), 50),
+        "timesteps_7": samplers.leading_timesteps(len(alphas), 7),
     }
-    solver = model.solver("ddim", len(predictions))
-    steps = [
-        solver.step(jnp.asarray(latents), jnp.asarray(prediction), i)
-        for i, prediction in enumerate(predictions)
-    ]
-    return arrays | {"steps": np.stack([np.asarray(latents) for latents in steps])}
+    return arrays | {"steps": single_steps(model, latents, predictions)}
+
+
+def single_steps(
+    model: StableDiffusion, latents: np.ndarray, predictions: list[np.ndarray]
+) -> np.ndarray:
+    """DDIM's step from the same latents at each timestep.
+
+    A step for a prediction of 0 only scales the latents, so the steps before the one in
+    question are undone in advance.
+    """
+    sampler = make_sampler(model, len(predictions))
+    latents = jnp.asarray(latents)
+
+    def states(start, given):
+        """The latents before every step, and after the last."""
+        seen = []
+
+        def predict(latents, timesteps):
+            seen.append(latents)
+            return given.get(len(seen) - 1, jnp.zeros_like(latents))
+
+        with jax.disable_jit():  # a scan is then a loop in Python
+            end = sampler(predict, start)
+        return [*seen, end]
+
+    made = []
+    for i, (scaled, prediction) in enumerate(
+        zip(states(latents, {})[:-1], predictions, strict=True)
+    ):
+        scale = (scaled / latents).mean()
+        after = states(latents / scale, {i: jnp.asarray(prediction)})[i + 1]
+        made.append(np.asarray(after))
+    return np.stack(made)
+
+
+def make_sampler(model: StableDiffusion, steps: int) -> samplers.Sampler:
+    return samplers.make(
+        "ddim",
+        steps,
+        alphas_cumprod=model.alphas_cumprod,
+        prediction_type=model.prediction_type,
+    )
 
 
 def schedule_torch(family: str, pipelines: Pipelines) -> Arrays:
@@ -313,7 +350,7 @@ def whole_sample(family: str) -> Arrays:
     model, params = sd_families.fine_tuned(family)
     source, prompt, noise = sample_inputs(family)
     ids = jnp.asarray(model.tokenize(["", prompt]))
-    solver = model.solver("ddim", STEPS)
+    sampler = make_sampler(model, STEPS)
 
     @jit_fast
     def draw(params, source, ids, noise):
@@ -324,7 +361,7 @@ def whole_sample(family: str) -> Arrays:
             model.moments(params, source),
             text_states[None],
             null_states,
-            solver=solver,
+            sampler=sampler,
             text_scale=TEXT_SCALE,
             image_scale=IMAGE_SCALE,
         )

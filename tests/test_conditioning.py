@@ -1,4 +1,4 @@
-"""Image embeddings as text states, edges as shapes."""
+"""Image embeddings as text states, and the edges of images."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from mvc_jax.diffusion import conditioning
 
 
 @pytest.mark.parametrize("tokens", [2, 7])
-def test_an_embedding_takes_the_place_of_every_token_but_bos(tokens):
+def test_an_embedding_replaces_the_state_of_every_token_but_bos(tokens):
     states = jnp.asarray(normal("states", 3, tokens, 8))
     embeddings = jnp.asarray(5 * normal("embeddings", 3, 8))
     made = np.asarray(conditioning.embedding_states(embeddings, states))
@@ -33,7 +33,7 @@ def test_a_difference_is_a_direction():
     np.testing.assert_array_equal(there, expected)
 
 
-def test_of_two_equal_images_nothing_is_left_but_bos():
+def test_equal_images_have_a_difference_of_0():
     states = jnp.asarray(normal("states", 2, 5, 8))
     same = jnp.asarray(normal("one", 2, 8))
     made = np.asarray(conditioning.difference_states(same, same, states))

@@ -11,6 +11,7 @@ import pytest
 from mvc_jax import files, finetune
 from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
+from mvc_jax.diffusion import samplers
 from mvc_jax.generation import image_sampler
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
@@ -124,7 +125,12 @@ def sample(tiny, cache, mesh, index, batch_size):
             image_sampler.sample_images,
             model=model,
             network=None,
-            solver=model.solver("ddim", 3),
+            sampler=samplers.make(
+                "ddim",
+                3,
+                alphas_cumprod=model.alphas_cumprod,
+                prediction_type=model.prediction_type,
+            ),
             guidance_interval=(0.0, 1.0),
             guidance_rescale=0.0,
             grey=False,

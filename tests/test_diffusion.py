@@ -1,4 +1,4 @@
-"""The mathematics of diffusion, by properties that only the right formulas have."""
+"""Losses and guidance, by properties that only the right formulas have."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from mvc_jax.diffusion import loss
 from mvc_jax.diffusion.guidance import image_text_guidance
-from mvc_jax.diffusion.samplers import sample
 
 ALPHAS = jnp.cumprod(1 - jnp.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
@@ -18,8 +17,8 @@ def _normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def test_noise_and_v_rotate_the_latents():
-    """(x_t, v) is (x_0, noise) turned by an angle, so the norms and x_0 come back."""
+def test_noisy_latents_and_v_are_a_rotation_of_latents_and_noise():
+    """Norms are kept, and x_0 comes back by the inverse rotation."""
     latents, noise = _normal(0, 5, 2, 2, 4), _normal(1, 5, 2, 2, 4)
     timesteps = jnp.array([0, 1, 500, 998, 999])
     noisy = loss.add_noise(latents, noise, timesteps, ALPHAS)
@@ -30,7 +29,7 @@ def test_noise_and_v_rotate_the_latents():
     np.testing.assert_allclose(signal * noisy - sigma * v, latents, atol=1e-4)
 
 
-def test_epsilon_target_is_the_noise_and_others_are_refused():
+def test_the_epsilon_target_is_the_noise_and_other_types_are_refused():
     noise = _normal(1, 2, 2, 2, 4)
     steps = jnp.array([3, 900])
     target = loss.prediction_target(noise * 2, noise, steps, ALPHAS, "epsilon")
@@ -71,8 +70,8 @@ def test_conditions_are_dropped_by_the_published_rule(uniform, rate):
 
 def test_each_condition_and_both_are_dropped_with_rate_p():
     text, image = loss.drop_conditions(jnp.linspace(0, 1, 10_000, endpoint=False), 0.1)
-    shares = [(text & ~image), (image & ~text), (text & image)]
-    np.testing.assert_allclose([s.mean() for s in shares], 0.1, atol=2e-4)
+    dropped = [(text & ~image), (image & ~text), (text & image)]
+    np.testing.assert_allclose([d.mean() for d in dropped], 0.1, atol=2e-4)
 
 
 def _guided(text_scale: float, image_scale: float):
@@ -97,32 +96,13 @@ def _guided(text_scale: float, image_scale: float):
     "scales, expected",
     [((0, 0), 0), ((0, 1), 20), ((1, 1), 120), ((7.5, 1.5), 780), ((2, 0), 200)],
 )
-def test_guidance_scales_weigh_image_and_text_apart(scales, expected):
+def test_guidance_scales_weight_image_and_text_separately(scales, expected):
     np.testing.assert_allclose(_guided(*scales), expected, rtol=1e-6)
 
 
-def test_a_perfect_denoiser_returns_the_latents(tiny):
-    """DDIM walks to x_0 from any noise when the predicted noise is the true one."""
-    model, _ = tiny
-    target = _normal(3, 2, 2, 2, 4)
-    alphas = jnp.asarray(model.alphas_cumprod)
-    solver = model.solver("ddim", 20)
-
-    def denoise(latents, timesteps):
-        alpha = alphas[timesteps][:, None, None, None]
-        return (latents - jnp.sqrt(alpha) * target) / jnp.sqrt(1 - alpha)
-
-    drawn = sample(denoise, solver, _normal(4, 2, 2, 2, 4))
-    last = np.sqrt(1 - alphas[0])  # the schedule's own end: noise of its first step
-    np.testing.assert_allclose(drawn, target, atol=4 * last)
-    timesteps = list(solver.timesteps)
-    assert timesteps == sorted(timesteps, reverse=True)
-    assert len(timesteps) == 20
-
-
 @pytest.mark.parametrize("gamma", [0.5, 5.0, 20.0])
-def test_min_snr_weighs_the_error_of_x0_by_the_clipped_snr(gamma):
-    """An error of x_0 is one of the noise times SNR, of v times SNR + 1."""
+def test_min_snr_weights_the_error_of_x0_by_the_clipped_snr(gamma):
+    """An error of the noise is SNR times the error of x_0; of v, SNR + 1 times."""
     timesteps = jnp.arange(1000)
     snr = ALPHAS / (1 - ALPHAS)
     of_noise = loss.loss_weights(timesteps, ALPHAS, "epsilon", gamma)
@@ -136,6 +116,6 @@ def test_min_snr_weighs_the_error_of_x0_by_the_clipped_snr(gamma):
     assert (jnp.diff(of_noise[~noisy]) > 0).all()
 
 
-def test_min_snr_knows_epsilon_and_v_only():
+def test_min_snr_supports_epsilon_and_v_only():
     with pytest.raises(ValueError, match="sample"):
         loss.loss_weights(jnp.arange(3), ALPHAS, "sample", 5.0)

@@ -130,6 +130,14 @@ def test_a_wrong_argument_is_named_and_the_proposed_one_works(config, argument, 
         train.load_config(f"configs/{config}.py:{proposed}")
 
 
+def test_names_of_a_user_s_own_config():
+    known = ("colours", "preset")
+    given = common.parse_argument("colours=red,blue,preset=fast", known=known)
+    assert given == {"colours": "red,blue", "preset": "fast"}
+    with pytest.raises(UserError, match="colours=VALUE, preset=NAME, got 'colour=red'"):
+        common.parse_argument("colour=red", known=known)
+
+
 def test_the_ablation_and_a_preset_of_the_digits_combine():
     both, ablation, fast = (
         train.load_config(f"configs/digits.py:{argument}").to_dict()

@@ -105,7 +105,12 @@ def start():
 
 def draw(model, params):
     """Our image in [0, 1]."""
-    solver = model.solver("ddim", STEPS)
+    sampler = samplers.make(
+        "ddim",
+        STEPS,
+        alphas_cumprod=model.alphas_cumprod,
+        prediction_type=model.prediction_type,
+    )
 
     @jax.jit
     def run(params, ids, noise, source):
@@ -118,7 +123,7 @@ def draw(model, params):
             text_scale=TEXT_SCALE,
             image_scale=IMAGE_SCALE,
         )
-        latents = samplers.sample(guided, solver, noise)
+        latents = sampler(guided, noise)
         return jnp.clip(model.decode(params, latents) / 2 + 0.5, 0, 1)
 
     image = run(params, jnp.asarray(model.tokenize([PROMPT, ""])), *start())

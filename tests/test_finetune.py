@@ -1,4 +1,4 @@
-"""Fine-tuning: the step and its parts, adapters, pictures, the stage as one runs it."""
+"""Fine-tuning: the step and its parts, adapters, samples, the whole stage."""
 
 import dataclasses
 import functools
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import CACHE
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
+from sd_parity import jit_fast
 
 from mvc_jax import finetune, generate, train
 from mvc_jax.checkpoints import diffusers_layout, lora_file
@@ -21,6 +23,7 @@ from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
 from mvc_jax.models import attention, lora, remat
+from mvc_jax.models.stable_diffusion import StableDiffusion
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.loop import create_state
 
@@ -45,6 +48,25 @@ def make_batch(size, *, seed=0):
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Toy(StableDiffusion):
+    """A model whose UNet has one layer, and compiles fast."""
+
+    def denoise(self, params, latents, timesteps, text_states):
+        layer = params["unet"]["layer"]
+        text = text_states.mean((1, 2))[:, None, None, None]
+        return jnp.tanh(latents @ layer["kernel"] + layer["bias"] + text)
+
+
+@pytest.fixture(scope="module")
+def toy(wide):
+    """It, and the parameters of its UNet."""
+    model, draw = wide[0], np.random.default_rng(0)
+    kernel = draw.normal(size=(8, 4)).astype(np.float32)
+    layer = {"kernel": kernel, "bias": np.zeros(4, np.float32)}
+    return Toy(model.configs, model.tokenizer), {"layer": layer}
+
+
 def one_step(model, trained, batch, **settings):
     tx = optax.sgd(0.1)
     step = functools.partial(
@@ -57,16 +79,16 @@ def one_step(model, trained, batch, **settings):
         **settings,
     )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state, metrics = jax.jit(step)(create_state(trained, tx, mesh), batch)
+    state, metrics = jit_fast(step)(create_state(trained, tx, mesh), batch)
     return jax.device_get((state.params, metrics))
 
 
-def test_micro_batches_train_as_the_whole_batch_does(wide):
-    model, params = wide
+def test_micro_batches_train_as_the_whole_batch_does(toy):
+    model, unet = toy
     batch = make_batch(12)
     batch["weight"][10:] = 0
-    whole = one_step(model, params["unet"], batch)
-    parts = one_step(model, params["unet"], batch, accumulate=3)
+    whole = one_step(model, unet, batch)
+    parts = one_step(model, unet, batch, accumulate=3)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-4),
         whole,
@@ -111,14 +133,14 @@ def test_adapters_start_as_the_base_and_train_alone(wide):
     assert moved["conv_in"]["b"]  # how it learns to look at the source
 
 
-def test_the_rate_in_the_log_is_the_one_applied_behind_skipped_steps(wide):
-    model, params = wide
+def test_the_logged_rate_is_the_one_applied_after_skipped_steps(toy):
+    model, unet = toy
     schedule = optax.linear_schedule(0.1, 0.0, 4)
     tx = optax.sgd(schedule)
     settings = {"model": model, "tx": tx, "schedule": schedule, "key": KEY}
     step = jax.jit(functools.partial(finetune.train_step, **settings, drop_rate=0.05))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    state = create_state(params["unet"], tx, mesh)
+    state = create_state(unet, tx, mesh)
     batch = make_batch(6)
     bad = batch | {"text_states": np.full_like(batch["text_states"], np.nan)}
     for given, rate in ((bad, 0.1), (bad, 0.1), (batch, 0.1), (batch, 0.075)):
@@ -131,18 +153,18 @@ def test_the_rate_in_the_log_is_the_one_applied_behind_skipped_steps(wide):
     )
 
 
-def test_min_snr_weighs_the_loss_by_timestep(wide):
-    model, params = wide
+def test_min_snr_weights_the_loss_by_timestep(toy):
+    model, unet = toy
     batch = make_batch(6)
-    plain = one_step(model, params["unet"], batch)[1]["loss"]
-    weighed = one_step(model, params["unet"], batch, min_snr=5.0)[1]["loss"]
-    all_alike = one_step(model, params["unet"], batch, min_snr=1e-12)[1]["loss"]
-    assert 0 < weighed < plain
-    assert all_alike < 1e-6 * plain
+    plain = one_step(model, unet, batch)[1]["loss"]
+    weighted = one_step(model, unet, batch, min_snr=5.0)[1]["loss"]
+    tiny_weights = one_step(model, unet, batch, min_snr=1e-12)[1]["loss"]
+    assert 0 < weighted < plain
+    assert tiny_weights < 1e-6 * plain
 
 
-def test_a_v_prediction_base_is_trained_on_v(wide):
-    model, params = wide
+def test_a_v_prediction_base_is_trained_on_v(toy):
+    model, unet = toy
     scheduler = model.configs["scheduler"] | {"prediction_type": "v_prediction"}
     other = dataclasses.replace(model, configs=model.configs | {"scheduler": scheduler})
     batch = make_batch(6)
@@ -160,7 +182,7 @@ def test_a_v_prediction_base_is_trained_on_v(wide):
     # v = (noise - sigma x_t) / signal, whatever the clean latents were.
     expected = (noise - np.sqrt(1 - alphas) * noisy) / np.sqrt(alphas)
     np.testing.assert_allclose(v, expected, rtol=1e-3, atol=1e-3)
-    assert one_step(other, params["unet"], batch)[1]["loss"] > 0
+    assert one_step(other, unet, batch)[1]["loss"] > 0
 
 
 LAST = {"constant": 1e-3, "cosine": 0.0, "multistep": 1e-5}
@@ -183,8 +205,8 @@ def test_learning_rates_warm_up_and_stay_or_fall(name, warmup):
         np.testing.assert_allclose(rates[9::2][:4], [1e-3, 1e-4, 1e-4, 1e-5], rtol=1e-5)
 
 
-def test_the_settings_as_they_are_by_default_train():
-    """By the schedule that every run without flags has, from its first step on."""
+def test_the_default_settings_train():
+    """By the default schedule, from the first step on."""
     section = common.get_config().finetune
     times = {"warmup": section.warmup, "steps": section.steps}
     rate = optim.schedule(section.schedule, section.learning_rate, **times)
@@ -192,7 +214,7 @@ def test_the_settings_as_they_are_by_default_train():
     assert float(rate(section.steps - 1)) == pytest.approx(section.learning_rate)
 
 
-def test_pictures_show_one_pair_of_each_class_first():
+def test_samples_show_one_pair_of_each_class_first():
     labels = np.array([0, 0, 1, 2])
     pairs = np.array([[0, 1], [1, 0], [2, 2], [0, 0], [3, 3]])
     chosen = pairs_of_all_classes(pairs, labels, 4)
@@ -222,7 +244,7 @@ def test_the_flops_of_stable_diffusion_are_the_published_ones(tiny):
     )
 
 
-def test_a_config_may_choose_all_that_the_networks_can_do():
+def test_the_choices_of_the_config_are_those_of_the_networks():
     assert finetune._CHOICES["attention"] == attention.CHOICES
     assert finetune._CHOICES["remat"] == tuple(remat.MODES)
 
@@ -245,7 +267,7 @@ def test_a_config_may_choose_all_that_the_networks_can_do():
         ("lora.rank", 0),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused_by_name(field, value):
+def test_an_invalid_setting_is_refused_by_name(field, value):
     config = common.get_config()
     config.finetune.update(ConfigDict({field: value}) if "." not in field else {})
     if "." in field:
@@ -255,7 +277,7 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize("interval", [(0.5,), (3.0, 2.0)])
-def test_an_interval_of_guidance_is_checked_where_pictures_are_drawn(interval):
+def test_the_guidance_interval_is_checked_if_samples_are_drawn(interval):
     config = common.get_config()
     config.generate.guidance_interval = interval
     with pytest.raises(UserError, match=r"config.generate.guidance_interval: wanted"):
@@ -281,7 +303,7 @@ def run(base, workdir, *flags):
         f"--config.base.path={base}",
         "--config.data.size=8",
         "--config.data.per_class=2",
-        "--config.compilation_cache=",
+        f"--config.compilation_cache={CACHE}",
         "--config.data.pool=0",
         "--config.stages=caption,encode,pairs,finetune",
         "--config.finetune.steps=4",
@@ -301,7 +323,7 @@ def finished(base, tmp_path_factory):
     return workdir
 
 
-def test_pictures_are_drawn_while_it_trains(finished):
+def test_samples_are_drawn_during_training(finished):
     folder = finished / "finetune" / "samples"
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["step_000002.png", "step_000004.png"]
@@ -310,7 +332,7 @@ def test_pictures_are_drawn_while_it_trains(finished):
     assert list((finished / "tensorboard" / "finetune").iterdir())
 
 
-def test_a_row_of_metrics_has_what_one_watches(finished):
+def test_a_row_of_metrics_has_loss_speed_and_memory(finished):
     text = (finished / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     row = next(row for row in rows if row["stage"] == "finetune")
@@ -326,7 +348,7 @@ def test_a_row_of_metrics_has_what_one_watches(finished):
     } <= set(row)
 
 
-def test_the_card_tells_the_steps_taken_and_where_a_local_base_is(
+def test_the_card_has_the_steps_taken_and_the_path_of_a_local_base(
     base, finished, wide, tmp_path, monkeypatch
 ):
     shutil.copytree(finished, tmp_path / "run")
@@ -341,16 +363,24 @@ def test_the_card_tells_the_steps_taken_and_where_a_local_base_is(
     assert "| steps | `3` |" in card and f"| base | `{base}` |" in card
 
 
-def test_what_is_kept_or_shown_may_change_in_a_finished_workdir(base, finished, capsys):
+def test_settings_without_influence_on_the_result_may_change(base, finished, capsys):
     assert run(base, finished, "--config.finetune.checkpoint_every=3") == 0
     assert run(base, finished, "--config.finetune.remat=blocks") == 0
     assert run(base, finished, "--config.finetune.learning_rate=0.5") == 2
     assert "finetune.learning_rate: 0.0002 -> 0.5" in capsys.readouterr().err
 
 
-def test_adapters_are_written_beside_the_merged_pipeline(base, finished, tmp_path):
-    assert run(base, tmp_path, "--config.finetune.mode=lora") == 0
-    folder = tmp_path / "finetune"
+@pytest.fixture
+def encoded(finished, tmp_path):
+    """A workdir whose next stage is `finetune`."""
+    for name in ("caption", "encode", "pairs"):
+        shutil.copytree(finished / name, tmp_path / name)
+    return tmp_path
+
+
+def test_adapters_are_written_beside_the_merged_pipeline(base, encoded):
+    assert run(base, encoded, "--config.finetune.mode=lora") == 0
+    folder = encoded / "finetune"
     assert (folder / "lora" / lora_file.FILE).exists()
     model, merged = diffusers_layout.load(folder / "model", ("unet",))
     assert model.conditioned
@@ -362,17 +392,20 @@ def test_adapters_are_written_beside_the_merged_pipeline(base, finished, tmp_pat
     )
 
 
-def test_too_little_memory_is_an_error_before_the_first_step(base, tmp_path, capsys):
-    assert run(base, tmp_path, "--config.finetune.memory_gib=0.0001") == 2
+def test_too_little_memory_is_an_error_before_the_first_step(base, encoded, capsys):
+    flags = ("--config.finetune.memory_gib=0.0001", "--config.finetune.batch_size=9")
+    assert run(base, encoded, *flags) == 2
     error = capsys.readouterr().err
-    assert "config.finetune.batch_size (6)" in error
+    assert "config.finetune.batch_size (9)" in error
     assert "mode=lora (full)" in error
-    assert not (tmp_path / "finetune" / "samples").exists()
-    # Another way out may be taken in the same workdir.
-    assert run(base, tmp_path, "--config.finetune.batch_size=4") == 0
+    assert not (encoded / "finetune" / "samples").exists()
+    # Another fix may be tried in the same workdir.
+    assert run(base, encoded) == 0
 
 
-def test_an_unknown_target_of_adapters_names_those_there_are(base, tmp_path, capsys):
+def test_an_unknown_target_of_adapters_is_refused_with_the_known_ones(
+    base, encoded, capsys
+):
     flags = ("--config.finetune.mode=lora", "--config.finetune.lora.targets=to_x")
-    assert run(base, tmp_path, *flags) == 2
+    assert run(base, encoded, *flags) == 2
     assert "to_out.0" in capsys.readouterr().err

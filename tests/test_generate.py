@@ -19,12 +19,12 @@ from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
+from mvc_jax.diffusion import samplers
 from mvc_jax.errors import UserError
 from mvc_jax.generation import image_sampler, image_status, preview, synthetic
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.mixing import operations
-from mvc_jax.models import solvers
 from mvc_jax.screening import distances
 from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
@@ -149,7 +149,7 @@ def compiled_once():
 
 
 def test_the_choices_of_the_stage_are_those_of_the_rooms():
-    assert set(generate.SAMPLERS) == set(solvers.SOLVERS)
+    assert tuple(samplers.SAMPLERS) == generate.SAMPLERS
     texts = {conditioning.text for conditioning in CONDITIONINGS.values()}
     assert texts == set(TEXT_STATES)
     assert set(preview.TITLES) == set(CONDITIONINGS)
@@ -403,8 +403,8 @@ def test_filtered_images_are_left_out_shown_and_counted(make):
     gone = expected["copies"] | expected["outliers"]
     assert 0 < len(expected["outliers"]) < len(gone) < len(images)
 
-    asked = {"copies": "source", "outliers": True, "outliers_quantile": 0.0}
-    workdir = make(per_image=3, filter=asked, shard_size=5)
+    filters = {"copies": "source", "outliers": True, "outliers_quantile": 0.0}
+    workdir = make(per_image=3, filter=filters, shard_size=5)
     folder = workdir / "generate" / "mixed"
     kept = [k for k in range(15) if k not in gone]
     assert [row["index"] for row in rows_of(workdir)] == kept
@@ -428,10 +428,10 @@ def test_filtered_images_are_left_out_shown_and_counted(make):
     whole = digests(workdir / "generate")
     (folder / "data" / "train-00001.parquet").unlink()
     (folder / "removed.png").unlink()
-    make(workdir, per_image=3, filter=asked, shard_size=5)
+    make(workdir, per_image=3, filter=filters, shard_size=5)
     assert digests(workdir / "generate") == whole
-    grown = make(filter=asked, shard_size=5)
-    make(grown, per_image=3, filter=asked, shard_size=5)
+    grown = make(filter=filters, shard_size=5)
+    make(grown, per_image=3, filter=filters, shard_size=5)
     without = ["manifest.json"]
     assert digests(grown / "generate", without=without) == digests(
         workdir / "generate", without=without
@@ -439,17 +439,17 @@ def test_filtered_images_are_left_out_shown_and_counted(make):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("filters", "message"),
     [
         ({"copies": "any"}, "mixed: .*none of 5 .*copies 5.*removed.png"),
         ({"label": "folds"}, "label_folds: .*5 different.*2 in class 'two'"),
     ],
 )
-def test_impossible_filters_are_an_error(make, tmp_path, asked, words):
-    with pytest.raises(UserError, match=words):
-        make(filter=asked)
+def test_impossible_filters_are_an_error(make, tmp_path, filters, message):
+    with pytest.raises(UserError, match=message):
+        make(filter=filters)
     (workdir,) = tmp_path.iterdir()
-    if "label" in asked:  # nothing was drawn: other settings are allowed
+    if "label" in filters:  # nothing was drawn: other settings are allowed
         make(workdir)
         assert len(rows_of(workdir)) == 5
     else:

@@ -1,4 +1,6 @@
-"""Guidance: in an interval, rescaled, with scales of each image's own."""
+"""Guidance: in an interval, rescaled, with a scale for each image, on any devices."""
+
+import re
 
 import jax
 import jax.extend
@@ -7,32 +9,25 @@ import numpy as np
 import pytest
 from sd_families import normal
 
-from mvc_jax.diffusion import guidance, instruct_pix2pix, samplers
+from mvc_jax.diffusion import (
+    guidance,
+    guidance_interval,
+    instruct_pix2pix,
+    samplers,
+)
+from mvc_jax.errors import UserError
+from mvc_jax.training import sharding
+
+ALPHAS = np.linspace(0.9, 0.1, 10, dtype=np.float32)  # at the 10 timesteps of training
 
 
-class Passing:
-    """A solver that passes the prediction on; its timesteps are of 10."""
-
-    num_train_timesteps = 10
-
-    def __init__(self, *timesteps):
-        self.timesteps = np.array(timesteps, np.int32)
-
-    def start(self, noise):
-        return noise
-
-    def inputs(self, carry, i):
-        return carry
-
-    def step(self, carry, prediction, i):
-        return prediction
-
-    def latents(self, carry):
-        return carry
+def make(name):
+    """A sampler of five steps: at the timesteps 9, 7, 5, 3 and 1."""
+    return samplers.make(name, 5, alphas_cumprod=ALPHAS, prediction_type="epsilon")
 
 
-FIVE = Passing(9, 7, 5, 3, 1)
-INTERVALS = {  # which steps are guided
+FIVE = make("ddim")
+INTERVALS = {  # which of them are guided
     (0.0, 1.0): "ggggg",
     (0.2, 0.8): "-ggg-",
     (0.3, 0.7): "-ggg-",  # both ends belong to it
@@ -44,23 +39,45 @@ INTERVALS = {  # which steps are guided
 
 
 @pytest.mark.parametrize("interval", INTERVALS)
-def test_guidance_acts_where_the_noise_level_is_in_the_interval(interval):
-    marks = INTERVALS[interval]
-    # The guided prediction appends a 1 to the number in the latents, the other a 0.
-    drawn = samplers.sample(
-        lambda latents, timesteps: 2 * latents + 1,
-        FIVE,
-        jnp.ones((1, 1, 1, 1)),
-        unguided=lambda latents, timesteps: 2 * latents,
-        guidance_interval=interval,
-    )
-    expected = int("1" + marks.replace("g", "1").replace("-", "0"), 2)
-    assert drawn.item() == expected
-    stretches = samplers.stretches(FIVE, interval)
-    assert "".join("-g"[g] * (b - a) for a, b, g in stretches) == marks
-    guided = marks.count("g")
-    assert samplers.network_rows(FIVE, interval) == 3 * guided + (5 - guided)
-    assert samplers.network_rows(FIVE, interval, branches=2) == 5 + guided
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_guidance_acts_where_the_noise_level_is_in_the_interval(name, interval):
+    marks = []
+
+    def predict(mark):
+        def predicted(latents, timesteps):
+            marks.append((mark, int(timesteps[0])))
+            return latents
+
+        return predicted
+
+    with jax.disable_jit():  # a scan is then a loop in Python
+        make(name)(
+            predict("g"),
+            jnp.ones((1, 1, 1, 1)),
+            unguided=predict("-"),
+            guidance_interval=interval,
+        )
+    expected = zip(INTERVALS[interval], (9, 7, 5, 3, 1), strict=True)
+    assert marks == list(expected)
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_segments_are_as_long_as_they_can_be(interval):
+    """Each is a program of its own."""
+    timesteps = np.array([9, 7, 5, 3, 1])
+    segments = guidance_interval.segments(timesteps, 10, interval)
+    marks = "".join("-g"[guided] * (stop - start) for start, stop, guided in segments)
+    assert marks == INTERVALS[interval]
+    kinds = [guided for _, _, guided in segments]
+    assert all(a != b for a, b in zip(kinds[:-1], kinds[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "interval", [(), (0.5,), (0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 2.0)]
+)
+def test_an_interval_that_is_none_is_refused(interval):
+    with pytest.raises(UserError, match=r"config.generate.guidance_interval: wanted"):
+        guidance_interval.check(interval)
 
 
 def conditions(batch=2):
@@ -79,11 +96,9 @@ def denoise(latents, timesteps, states):
     return jnp.sin(noisy + 2 * cond * text + 0.1 * timesteps[:, None, None, None])
 
 
-def draw(denoise=denoise, batch=2, solver=FIVE, **settings):
+def draw(denoise=denoise, batch=2, **settings):
     settings = {"text_scale": 3.0, "image_scale": 1.5} | settings
-    return instruct_pix2pix.draw(
-        denoise, **conditions(batch), solver=solver, **settings
-    )
+    return instruct_pix2pix.draw(denoise, **conditions(batch), sampler=FIVE, **settings)
 
 
 def executed_rows(jaxpr, times=1):
@@ -114,20 +129,69 @@ def test_outside_the_interval_both_conditions_still_hold():
     assert np.abs(none - draw()).max() > 0.1
 
 
-def test_the_whole_interval_is_the_plain_walk():
-    whole = draw(guidance_interval=(0.0, 1.0))
-    guided = guidance.image_text_guidance(
+def guide(denoise, **scales):
+    return guidance.image_text_guidance(
         denoise,
         text_states=conditions()["text_states"],
         null_states=conditions()["null_states"],
         cond_latents=conditions()["source_moments"][..., :4],
-        text_scale=3.0,
-        image_scale=1.5,
+        **{"text_scale": 3.0, "image_scale": 1.5} | scales,
     )
-    latents = conditions()["noise"]
-    for timestep in FIVE.timesteps:
-        latents = guided(latents, jnp.full(2, timestep))
-    np.testing.assert_allclose(whole, latents, atol=1e-5)
+
+
+def test_the_whole_interval_guides_every_step():
+    guided = FIVE(guide(denoise), conditions()["noise"])
+    np.testing.assert_allclose(draw(guidance_interval=(0.0, 1.0)), guided, atol=1e-5)
+
+
+def test_a_guided_prediction_is_equation_3():
+    """Branch by branch, each with a batch of its own."""
+    latents, timesteps = conditions()["noise"], jnp.array([3, 7])
+    text, source = conditions()["text_states"], conditions()["source_moments"][..., :4]
+    null = jnp.broadcast_to(conditions()["null_states"], text.shape)
+
+    def branch(text, source):
+        return denoise(jnp.concatenate([latents, source], -1), timesteps, text)
+
+    none, image, both = (
+        branch(null, jnp.zeros_like(source)),
+        branch(null, source),
+        branch(text, source),
+    )
+    expected = none + 1.5 * (image - none) + 3.0 * (both - image)
+    np.testing.assert_allclose(guide(denoise)(latents, timesteps), expected, atol=1e-6)
+
+
+COLLECTIVES = "all-to-all|collective-permute|all-gather|all-reduce|reduce-scatter"
+
+
+def test_no_device_needs_the_rows_of_another():
+    """Where the batch is split over eight devices, in every branch of guidance."""
+    mesh = sharding.make_mesh()
+    split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    given = conditions(16)
+    null_states = jax.device_put(given.pop("null_states"), whole)
+    given = jax.device_put(given, split)
+
+    @jax.jit
+    def sample(given, null_states):
+        return instruct_pix2pix.draw(
+            denoise,
+            **given,
+            null_states=null_states,
+            sampler=FIVE,
+            text_scale=3.0,
+            image_scale=jnp.full(16, 1.5),
+            guidance_interval=(0.2, 0.8),
+            guidance_rescale=0.5,
+        )
+
+    compiled = sample.lower(given, null_states).compile()
+    assert mesh.size == 8
+    assert re.findall(COLLECTIVES, compiled.as_text()) == []
+    drawn = sample(given, null_states)
+    alone = sample(jax.device_get(given), jax.device_get(null_states))
+    np.testing.assert_allclose(drawn, alone, atol=1e-5)
 
 
 def test_scales_of_each_image_are_its_own():
@@ -143,12 +207,12 @@ def test_scales_of_each_image_are_its_own():
 
 def test_rescale_brings_the_contrast_of_the_conditional_back():
     guided = jnp.asarray(3 * normal("guided", 4, 2, 3, 4) + 1)
-    bare = jnp.asarray(normal("bare", 4, 2, 3, 4))
-    np.testing.assert_array_equal(guidance.rescaled(guided, bare, 0.0), guided)
-    full = guidance.rescaled(guided, bare, 1.0)
+    plain = jnp.asarray(normal("plain", 4, 2, 3, 4))
+    np.testing.assert_array_equal(guidance.rescaled(guided, plain, 0.0), guided)
+    full = guidance.rescaled(guided, plain, 1.0)
     axes = (1, 2, 3)
-    np.testing.assert_allclose(full.std(axes), bare.std(axes), rtol=1e-5)
-    half = guidance.rescaled(guided, bare, 0.5)
+    np.testing.assert_allclose(full.std(axes), plain.std(axes), rtol=1e-5)
+    half = guidance.rescaled(guided, plain, 0.5)
     np.testing.assert_allclose(half, (full + guided) / 2, atol=1e-5)
     assert np.abs(draw(guidance_rescale=0.7) - draw()).max() > 0.01
     np.testing.assert_array_equal(draw(guidance_rescale=0.0), draw())
@@ -158,11 +222,11 @@ def test_rescale_brings_the_contrast_of_the_conditional_back():
 def test_rescale_equals_pytorch(torch, phi):
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 
-    guided, bare = normal("guided", 4, 2, 3, 4), normal("bare", 4, 2, 3, 4)
+    guided, plain = normal("guided", 4, 2, 3, 4), normal("plain", 4, 2, 3, 4)
     theirs = pipeline_stable_diffusion.rescale_noise_cfg(
-        torch.from_numpy(guided), torch.from_numpy(bare), phi
+        torch.from_numpy(guided), torch.from_numpy(plain), phi
     )
-    ours = guidance.rescaled(jnp.asarray(guided), jnp.asarray(bare), phi)
+    ours = guidance.rescaled(jnp.asarray(guided), jnp.asarray(plain), phi)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
 
 
@@ -175,5 +239,7 @@ def test_guidance_is_computed_as_precisely_as_the_latents_are():
     def rounded(*inputs):
         return half(*inputs).astype(jnp.float32)
 
-    one = Passing(5)
-    np.testing.assert_array_equal(draw(half, solver=one), draw(rounded, solver=one))
+    latents, timesteps = conditions()["noise"], jnp.array([5, 5])
+    np.testing.assert_array_equal(
+        guide(half)(latents, timesteps), guide(rounded)(latents, timesteps)
+    )

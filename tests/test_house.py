@@ -62,7 +62,7 @@ MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "configs": {"configs"},
 }
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|misc)$")
-KNOW_DIFFUSERS = ("flax_classes", "solvers")
+KNOW_DIFFUSERS = ("flax_classes",)
 KNOW_TRANSFORMERS = ("flax_classes", "blip2")
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
 

@@ -233,7 +233,7 @@ def test_rows_that_would_change_are_refused(encoded, monkeypatch):
     workdir = encoded()
     few = run(workdir, per_image=2)
     monkeypatch.setattr(recipes.order, "generator", lambda *_: np.random.default_rng(7))
-    with pytest.raises(UserError, match="other rows for what was there already"):
+    with pytest.raises(UserError, match="different rows where the earlier ones were"):
         run(workdir, per_image=3)
     assert run(workdir, per_image=2) == few
 

@@ -1,4 +1,4 @@
-"""Same-class pairs: as many as images, source and target drawn independently."""
+"""Same-class pairs: one per image, source and target drawn independently."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ labels_of_images = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.a
 
 @given(labels_of_images, st.integers(0, 99), st.integers(0, 99))
 @settings(deadline=None, max_examples=100)
-def test_each_class_gets_as_many_pairs_as_images_and_keeps_them(labels, seed, round_):
+def test_each_class_has_as_many_pairs_as_images_in_every_draw(labels, seed, round_):
     made = pairs.make_pairs(labels, seed, round_)
     source, target = made.T
     np.testing.assert_array_equal(labels[source], labels[target])
@@ -22,7 +22,7 @@ def test_each_class_gets_as_many_pairs_as_images_and_keeps_them(labels, seed, ro
     np.testing.assert_array_equal(made, pairs.make_pairs(labels, seed, round_))
 
 
-def test_a_lone_image_pairs_with_itself():
+def test_the_only_image_of_a_class_is_paired_with_itself():
     made = pairs.make_pairs(np.array([2, 7, 2]), seed=0, round_=5)
     assert [1, 1] in made.tolist()
 
@@ -34,7 +34,7 @@ def test_seeds_and_rounds_differ():
 
 
 def test_source_and_target_are_independent_and_uniform():
-    """All nine ways to pair three images come equally often, self-pairs too."""
+    """All nine pairs of three images are equally frequent, self-pairs included."""
     labels, rounds = np.array([1, 0, 1, 0, 1]), 400
     made = np.concatenate([pairs.make_pairs(labels, 0, r) for r in range(rounds)])
     seen = made[labels[made[:, 0]] == 1]
@@ -45,7 +45,7 @@ def test_source_and_target_are_independent_and_uniform():
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_the_stage_writes_its_rounds_one_after_the_other(tmp_path, rounds):
+def test_the_stage_writes_its_rounds_in_order(tmp_path, rounds):
     labels = [0, 1, 1, 0, 1]
     encode = open_stage(tmp_path, "encode", {})
     rows = [{"label": label} for label in labels]

@@ -14,7 +14,13 @@ from absl import logging
 from etils import epath
 
 from mvc_jax import files
-from mvc_jax.checkpoints import families, hub, pipeline_folder, weights
+from mvc_jax.checkpoints import (
+    families,
+    hub,
+    pipeline_folder,
+    scheduler_config,
+    weights,
+)
 from mvc_jax.errors import UserError
 from mvc_jax.models.flax_classes import transformers
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
@@ -213,6 +219,7 @@ def _read_architecture(folder: epath.Path) -> StableDiffusion:
         config = pipeline_folder.read_json(folder / file)
         configs[name] = families.completed(name, config)
         families.check_config(name, configs[name], str(folder / file))
+    configs["scheduler"] = scheduler_config.ddim_config(configs["scheduler"])
     model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
     families.check_fit(
         configs,

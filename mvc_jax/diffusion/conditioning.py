@@ -1,7 +1,7 @@
-"""What takes the place of a caption's text states in the ablation (supplement, 2).
+"""Text states made of image embeddings, for the ablation (supplement, section 2).
 
-A text-to-image UNet attends to L states of width D. An image embedding is one vector:
-how it becomes states is not in the supplement, and ours.
+A text-to-image UNet attends to L states of width D, while an image embedding is one
+vector. How the vector becomes states is not in the supplement; what is here is ours.
 
 Legend: B batch, L text tokens, D their width.
 """
@@ -13,14 +13,14 @@ from jaxtyping import Array, Float
 def embedding_states(
     embeddings: Float[Array, "B D"], states: Float[Array, "B L D"]
 ) -> Float[Array, "B L D"]:
-    """An embedding as the state of every token but BOS.
+    """Replaces the state of every token but BOS by an embedding.
 
     BOS keeps its state, which is the same for every text. The embedding is scaled to
     the mean norm of the caption's other states: a text encoder's last layer norm gives
     states of one size, a projection gives embeddings of another.
 
     Args:
-      embeddings: of images; a zero stays zero.
+      embeddings: of images; an embedding of 0 stays 0.
       states: of the images' captions.
     """
     length = jnp.linalg.norm(states[:, 1:], axis=-1).mean(axis=1)[:, None]
@@ -35,10 +35,10 @@ def difference_states(
     others: Float[Array, "B D"],
     states: Float[Array, "B L D"],
 ) -> Float[Array, "B L D"]:
-    """An editing direction, E(I1) - E(I2) (supplement, section 2), as states.
+    """An editing direction, E(I1) - E(I2) (supplement, section 2), as text states.
 
-    Made of the difference as `embedding_states` makes them; of two equal images nothing
-    is left but BOS.
+    The `embedding_states` of the difference. For two equal images every state but that
+    of BOS is 0.
 
     Args:
       embeddings: E(I1), of the sources.

@@ -1,4 +1,9 @@
-"""Classifier-free guidance; all branches of a step are one batch."""
+"""Classifier-free guidance; all branches of a step are one batch.
+
+The branches of an image are neighbours in that batch. Where the batch is split over
+devices, every image so stays on its device; with one branch after the other, XLA would
+exchange rows between the devices at each step.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Denoise = Callable[[Array, Array, Array], Array]  # (latents, timesteps, text) -> pred
-Scale = float | Float[Array, " B"]  # one for all, or one for each image
+Scale = float | Float[Array, " B"]  # one for all images, or one for each
 
 
 def image_text_guidance(
@@ -24,7 +29,7 @@ def image_text_guidance(
     e = e(0,0) + s_I (e(0,I) - e(0,0)) + s_T (e(T,I) - e(0,I))
 
     Args:
-      denoise: takes latents [3B, h, w, 2c]: noisy ones, then source latents.
+      denoise: takes latents [3B, h, w, 2c]: noisy latents and source latents.
       text_states: T.
       null_states: text states of the empty prompt.
       cond_latents: I, the unscaled mode of the source's posterior.
@@ -37,16 +42,16 @@ def image_text_guidance(
       precision of the latents whatever that of the network is.
     """
     null = jnp.broadcast_to(null_states, text_states.shape)
-    states = jnp.concatenate([null, null, text_states])
-    zeros = jnp.zeros_like(cond_latents)
-    images = jnp.concatenate([zeros, cond_latents, cond_latents])
+    states = _interleaved(null, null, text_states)
+    images = _interleaved(jnp.zeros_like(cond_latents), cond_latents, cond_latents)
     text_scale, image_scale = _per_image(text_scale), _per_image(image_scale)
 
     def guided(latents, timesteps):
-        noisy = jnp.concatenate([latents] * 3)
-        stacked = jnp.concatenate([noisy, images], axis=-1)
-        out = denoise(stacked, jnp.concatenate([timesteps] * 3), states)
-        none, image, both = jnp.split(out.astype(latents.dtype), 3)
+        noisy = _interleaved(latents, latents, latents)
+        timesteps = _interleaved(timesteps, timesteps, timesteps)
+        out = denoise(jnp.concatenate([noisy, images], axis=-1), timesteps, states)
+        out = out.astype(latents.dtype).reshape(-1, 3, *out.shape[1:])
+        none, image, both = out[:, 0], out[:, 1], out[:, 2]
         mixed = none + image_scale * (image - none) + text_scale * (both - image)
         return rescaled(mixed, both, rescale) if rescale else mixed
 
@@ -59,7 +64,7 @@ def conditional(
     text_states: Float[Array, "B L D"],
     cond_latents: Float[Array, "B h w c"],
 ) -> Callable[[Array, Array], Array]:
-    """e(T,I) alone, which guidance with scales of 1 would give: a third of its rows."""
+    """e(T,I): what guidance with scales of 1 gives, for a third of its computation."""
 
     def predict(latents, timesteps):
         stacked = jnp.concatenate([latents, cond_latents], axis=-1)
@@ -81,6 +86,12 @@ def rescaled(
     axes = (1, 2, 3)
     factor = conditional.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
     return phi * (guided * factor) + (1.0 - phi) * guided
+
+
+def _interleaved(*branches: Array) -> Array:
+    """Arrays [B, ...] as one [K B, ...], the K rows of an image beside each other."""
+    stacked = jnp.stack(branches, axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
 
 
 def _per_image(scale: Scale) -> Scale | Float[Array, "B 1 1 1"]:

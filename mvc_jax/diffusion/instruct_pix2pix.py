@@ -1,4 +1,4 @@
-"""InstructPix2Pix (arXiv 2211.09800): what its UNet is trained on, how it draws.
+"""InstructPix2Pix (arXiv 2211.09800): its training examples, and sampling.
 
 Legend: B batch, h w latent grid, c latent channels, L text tokens, D their width.
 """
@@ -16,7 +16,8 @@ from mvc_jax.diffusion.guidance import (
     conditional,
     image_text_guidance,
 )
-from mvc_jax.diffusion.samplers import WHOLE, Solver, sample
+from mvc_jax.diffusion.guidance_interval import ALWAYS
+from mvc_jax.diffusion.samplers import Sampler
 
 
 def examples(
@@ -28,11 +29,11 @@ def examples(
     scaling_factor: float,
     drop_rate: float,
 ) -> dict[str, Array]:
-    """What the UNet sees of a batch of pairs, and what it should say.
+    """Makes the UNet's inputs and targets from a batch of pairs.
 
-    The noisy scaled *sample* of the target's posterior, with the unscaled *mode* of the
-    source's on the channel axis (section 3.2); text and source dropped as in section
-    3.2.1.
+    The inputs are the noisy scaled *sample* of the target's posterior and, on the
+    channel axis, the unscaled *mode* of the source's (section 3.2); text and source are
+    dropped as in section 3.2.1.
 
     Args:
       batch: `source_moments` and `target_moments` [B, h, w, 2c], `text_states`
@@ -74,13 +75,13 @@ def draw(
     text_states: Float[Array, "B L D"],
     null_states: Float[Array, "L D"],
     *,
-    solver: Solver,
+    sampler: Sampler,
     text_scale: Scale,
     image_scale: Scale,
-    guidance_interval: tuple[float, float] = WHOLE,
+    guidance_interval: tuple[float, float] = ALWAYS,
     guidance_rescale: float = 0.0,
 ) -> Float[Array, "B h w c"]:
-    """Scaled latents from noise, guided by texts and source images.
+    """Samples scaled latents, guided by texts and source images.
 
     Args:
       denoise: the UNet's prediction, as `guidance.image_text_guidance` takes it.
@@ -88,29 +89,24 @@ def draw(
       source_moments: of the source images; zeros where an image has no source.
       text_states: of their texts.
       null_states: of the empty prompt.
-      solver: as `samplers.sample` takes it.
+      sampler: of `samplers.make`.
       text_scale: s_T, one for all images or one for each.
       image_scale: s_I.
-      guidance_interval: of `samplers.stretches`; outside it the text and the image
-        condition as in training, and are not guided.
+      guidance_interval: as `guidance_interval.segments` takes it. Outside it the UNet
+        sees text and source image, but their effect is not amplified.
       guidance_rescale: phi of `guidance.rescaled`.
     """
-    conditions = {
-        "text_states": text_states,
-        "cond_latents": loss.posterior_mode(source_moments),
-    }
+    cond_latents = loss.posterior_mode(source_moments)
     guided = image_text_guidance(
         denoise,
-        **conditions,
+        text_states=text_states,
         null_states=null_states,
+        cond_latents=cond_latents,
         text_scale=text_scale,
         image_scale=image_scale,
         rescale=guidance_rescale,
     )
-    return sample(
-        guided,
-        solver,
-        noise,
-        unguided=conditional(denoise, **conditions),
-        guidance_interval=guidance_interval,
+    unguided = conditional(denoise, text_states=text_states, cond_latents=cond_latents)
+    return sampler(
+        guided, noise, unguided=unguided, guidance_interval=guidance_interval
     )

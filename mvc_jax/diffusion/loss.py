@@ -1,4 +1,4 @@
-"""What a diffusion model is trained on: noisy latents, targets, dropped conditions.
+"""Training of a diffusion model: noisy latents, targets, errors, dropped conditions.
 
 Legend: B batch, h w latent grid, c latent channels, T training timesteps.
 """
@@ -18,7 +18,7 @@ def posterior_mode(moments: Float[Array, "B h w c2"]) -> Float[Array, "B h w c"]
 def posterior_sample(
     moments: Float[Array, "B h w c2"], noise: Float[Array, "B h w c"]
 ) -> Float[Array, "B h w c"]:
-    """A draw from the VAE's diagonal Gaussian, unscaled."""
+    """A sample of the VAE's diagonal Gaussian, unscaled."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean + jnp.exp(0.5 * jnp.clip(log_variance, *_CLIP)) * noise
 
@@ -49,7 +49,7 @@ def prediction_target(
     alphas_cumprod: Float[Array | np.ndarray, " T"],
     prediction_type: str,
 ) -> Float[Array, "B h w c"]:
-    """What the network should predict: the noise, or v (arXiv 2202.00512, eq. 9).
+    """The network's target: the noise, or v (arXiv 2202.00512, section 4).
 
     Raises:
       ValueError: `prediction_type` is neither `epsilon` nor `v_prediction`.
@@ -77,9 +77,9 @@ def loss_weights(
 ) -> Float[Array, " B"]:
     """Min-SNR-gamma weights of the squared error (arXiv 2303.09556, section 3.4).
 
-    With SNR = alpha / (1 - alpha): min(SNR, gamma) / SNR where the network predicts the
-    noise, min(SNR, gamma) / (SNR + 1) where it predicts v; both weigh the implied error
-    of x_0 by min(SNR, gamma).
+    With SNR = alpha / (1 - alpha), alpha being `alphas_cumprod`: min(SNR, gamma) / SNR
+    if the network predicts the noise, min(SNR, gamma) / (SNR + 1) if it predicts v.
+    Both weight the implied error of x_0 by min(SNR, gamma).
 
     Args:
       gamma: above 0; the paper's is 5.
@@ -99,10 +99,14 @@ def loss_weights(
 def drop_conditions(
     uniform: Float[Array, " B"], rate: float
 ) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
-    """Which examples lose their text, and which their source image.
+    """Selects the examples whose text, and those whose source image is dropped.
 
-    InstructPix2Pix: with r uniform in [0, 1), text is dropped if r < 2p and the image
-    if p <= r < 3p, so that each condition and both together are dropped with rate p.
+    InstructPix2Pix (arXiv 2211.09800, section 3.2.1): text is dropped if r < 2p, the
+    image if p <= r < 3p, so that each alone and both together are dropped with rate p.
+
+    Args:
+      uniform: r, uniform in [0, 1).
+      rate: p.
 
     Returns:
       (drop_text, drop_image).

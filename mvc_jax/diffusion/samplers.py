@@ -1,122 +1,258 @@
-"""Sampling: scans over the steps of a solver, guided in an interval of noise levels."""
+"""Samplers: from noise to latents by S predictions of the network.
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+Each one integrates the probability-flow ODE of a diffusion model from its noisiest
+timestep down, and is a function of `predict`, as in k-diffusion's `sampling.py`. The
+timesteps are known before compilation, so each segment of guided or of unguided steps
+is a `lax.scan` of its own, and guidance costs nothing outside its interval.
+
+PyTorch's diffusers draws the same from an exported folder with its own scheduler, which
+is DDIM, and with two others made `from_config(scheduler.config)`:
+`EulerDiscreteScheduler`, and `DPMSolverMultistepScheduler` with
+`timestep_spacing="linspace"`.
+
+UniPC (arXiv 2302.04867) is not here: its paper claims most at 5 to 10 steps, fewer than
+guidance with large scales leaves room for.
+
+Legend: B batch, h w latent grid, c latent channels, S steps, T training timesteps;
+alpha = sqrt(alphas_cumprod) and sigma = sqrt(1 - alphas_cumprod), so that noisy latents
+are x_t = alpha x_0 + sigma noise.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mvc_jax.errors import require
+from mvc_jax.diffusion.guidance_interval import ALWAYS, segments
+from mvc_jax.errors import UserError
 
 Predict = Callable[[Array, Array], Array]  # (latents, timesteps [B]) -> prediction
-WHOLE = (0.0, 1.0)
+Sampler = Callable[..., Array]  # what `make` returns
 
 
-@runtime_checkable
-class Solver(Protocol):
-    """A walk of S steps from noise to latents; i is an index into `timesteps`.
-
-    Attributes:
-      timesteps: int32 or float32, what the network is told, noisiest first.
-      num_train_timesteps: T.
-    """
-
-    timesteps: Int[np.ndarray, " S"] | Float[np.ndarray, " S"]
-    num_train_timesteps: int
-
-    def start(self, noise: Float[Array, "B h w c"]) -> Any:
-        """The carry of the walk from standard normal noise."""
-
-    def inputs(self, carry: Any, i: Int[Array, ""]) -> Float[Array, "B h w c"]:
-        """The latents that the network sees at step i."""
-
-    def step(
-        self, carry: Any, prediction: Float[Array, "B h w c"], i: Int[Array, ""]
-    ) -> Any:
-        """The carry after step i."""
-
-    def latents(self, carry: Any) -> Float[Array, "B h w c"]:
-        """The latents that the walk ended at."""
-
-
-def sample(
-    guided: Predict,
-    solver: Solver,
+def ddim(
+    predict: Predict,
     noise: Float[Array, "B h w c"],
     *,
+    alphas_cumprod: Float[np.ndarray, " T"],
+    prediction_type: str,
+    steps: int,
     unguided: Predict | None = None,
-    guidance_interval: tuple[float, float] = WHOLE,
+    guidance_interval: tuple[float, float] = ALWAYS,
 ) -> Float[Array, "B h w c"]:
-    """Walks from noise to latents.
+    """DDIM with eta = 0: Song et al., arXiv 2010.02502, equations 12 and 16.
 
-    The timesteps are known before it is compiled, so that each stretch of the walk is a
-    scan of its own, and what guidance would cost outside its interval is not computed.
+    Ends at the first noise level of training instead of at 0, as Stable Diffusion does
+    (diffusers' `set_alpha_to_one=False`).
 
     Args:
-      guided: the prediction, guidance included.
-      solver: of the walk.
+      predict: the network, guidance included.
       noise: standard normal.
-      unguided: the prediction outside the interval; needed unless that is all.
-      guidance_interval: as `stretches` takes it.
+      alphas_cumprod: of the noise schedule.
+      prediction_type: of the network, `epsilon` or `v_prediction`.
+      steps: S, from 1 to T - 1.
+      unguided: the network without guidance, for the steps outside the interval.
+      guidance_interval: as `guidance_interval.segments` takes it.
     """
-    timesteps = jnp.asarray(solver.timesteps)
-    carry = solver.start(noise)
-    for first, behind, inside in stretches(solver, guidance_interval):
-        predict = guided if inside else unguided
+    trained = len(alphas_cumprod)
+    alphas = jnp.asarray(alphas_cumprod)
 
-        def body(carry, i, predict=predict):
-            latents = solver.inputs(carry, i)
-            told = jnp.broadcast_to(timesteps[i], latents.shape[:1])
-            return solver.step(carry, predict(latents, told), i), None
+    def step(predict, latents, t):
+        prediction = predict(latents, t)
+        next_t = t - trained // steps
+        squared = alphas[t]
+        next_squared = jnp.where(next_t >= 0, alphas[next_t], alphas[0])
+        alpha, sigma = squared**0.5, (1 - squared) ** 0.5
+        x_0, e = _split(latents, prediction, alpha, sigma, prediction_type)
+        return next_squared**0.5 * x_0 + (1 - next_squared) ** 0.5 * e
 
-        carry, _ = jax.lax.scan(body, carry, jnp.arange(first, behind))
-    return solver.latents(carry)
+    timesteps = leading_timesteps(trained, steps)
+    parts = segments(timesteps, trained, guidance_interval)
+    return _scan(step, noise, (timesteps,), parts, predict, unguided)
 
 
-def stretches(
-    solver: Solver, guidance_interval: tuple[float, float]
-) -> list[tuple[int, int, bool]]:
-    """The walk cut where it enters and where it leaves the interval of guidance.
+def euler(
+    predict: Predict,
+    noise: Float[Array, "B h w c"],
+    *,
+    alphas_cumprod: Float[np.ndarray, " T"],
+    prediction_type: str,
+    steps: int,
+    unguided: Predict | None = None,
+    guidance_interval: tuple[float, float] = ALWAYS,
+) -> Float[Array, "B h w c"]:
+    """Euler's method: Karras et al., arXiv 2206.00364, algorithm 1.
 
-    Guidance in a limited interval is of arXiv 2404.07724; that interval is one of noise
-    levels sigma, this one of their order t / T.
+    Without lines 6 to 8, the second-order correction. Integrates x = x_0 + s noise,
+    s = sigma / alpha, from the largest s down to 0; the network sees alpha x. The steps
+    equal DDIM's, but the last one ends without noise.
+
+    The arguments are those of `ddim`.
+    """
+    trained = len(alphas_cumprod)
+    timesteps = leading_timesteps(trained, steps)
+    squared = alphas_cumprod[timesteps]
+    alpha, sigma = np.sqrt(squared), np.sqrt(1 - squared)
+    ds = np.diff(sigma / alpha, append=np.float32(0))
+
+    def step(predict, x, t, alpha, sigma, ds):
+        latents = alpha * x
+        _, e = _split(latents, predict(latents, t), alpha, sigma, prediction_type)
+        return x + ds * e  # e is dx/ds: line 4's (x - x_0) / s
+
+    coefficients = (timesteps, alpha, sigma, ds)
+    parts = segments(timesteps, trained, guidance_interval)
+    return _scan(step, noise / alpha[0], coefficients, parts, predict, unguided)
+
+
+def dpmpp_2m(
+    predict: Predict,
+    noise: Float[Array, "B h w c"],
+    *,
+    alphas_cumprod: Float[np.ndarray, " T"],
+    prediction_type: str,
+    steps: int,
+    unguided: Predict | None = None,
+    guidance_interval: tuple[float, float] = ALWAYS,
+) -> Float[Array, "B h w c"]:
+    """DPM-Solver++(2M): Lu et al., arXiv 2211.01095, algorithm 2.
+
+    With the predicted x_0, m_i at step i, lambda = log(alpha / sigma),
+    h_i = lambda_(i+1) - lambda_i and r_i = h_(i-1) / h_i,
+
+        D_i = m_i + (m_i - m_(i-1)) / (2 r_i)
+        x_(i+1) = sigma_(i+1) / sigma_i x_i - alpha_(i+1) (exp(-h_i) - 1) D_i
+
+    where the first and the last step take D_i = m_i. The last one ends at sigma = 0.
+
+    The arguments are those of `ddim`.
+    """
+    trained = len(alphas_cumprod)
+    timesteps = linspace_timesteps(trained, steps)
+    squared = alphas_cumprod[timesteps].astype(np.float64)
+    alpha = np.append(np.sqrt(squared), 1.0)
+    sigma = np.append(np.sqrt(1.0 - squared), 0.0)
+    shrink = sigma[1:] / sigma[:-1]  # alpha_(i+1) / alpha_i exp(-h_i)
+    gain = alpha[1:] - alpha[:-1] * shrink
+    h = np.diff(np.log(alpha[:-1] / sigma[:-1]))  # of all steps but the last
+    weight = np.zeros(steps)  # 1 / (2 r_i)
+    weight[1:-1] = h[1:] / (2.0 * h[:-1])
+    table = np.stack([alpha[:-1], sigma[:-1], shrink, gain, weight])
+    coefficients = (timesteps, *table.astype(np.float32))
+
+    def step(predict, carry, t, alpha, sigma, shrink, gain, weight):
+        latents, earlier = carry
+        x_0, _ = _split(latents, predict(latents, t), alpha, sigma, prediction_type)
+        return shrink * latents + gain * (x_0 + weight * (x_0 - earlier)), x_0
+
+    parts = segments(timesteps, trained, guidance_interval)
+    start = noise, jnp.zeros_like(noise)
+    return _scan(step, start, coefficients, parts, predict, unguided)[0]
+
+
+SAMPLERS = {"ddim": ddim, "euler": euler, "dpmpp_2m": dpmpp_2m}
+
+
+def make(
+    name: str,
+    steps: int,
+    *,
+    alphas_cumprod: Float[np.ndarray, " T"],
+    prediction_type: str,
+) -> Sampler:
+    """The sampler of a config and a model.
 
     Args:
-      solver: of the walk.
-      guidance_interval: (low, high); guided where low <= t / T <= high.
+      name: one of `SAMPLERS`.
+      steps: S.
+      alphas_cumprod: of the model's noise schedule.
+      prediction_type: of the model.
 
     Returns:
-      (first step, step behind the last, guided or not), one after the other.
+      `(predict, noise, *, unguided=None, guidance_interval=ALWAYS) -> latents`.
+
+    Raises:
+      UserError: no sampler has that name, or the model was trained on too few timesteps
+        for so many steps.
     """
-    low, high = guidance_interval
-    level = np.asarray(solver.timesteps, np.float64) / solver.num_train_timesteps
-    inside = (low <= level) & (level <= high)
-    cuts = [0, *np.flatnonzero(np.diff(inside)) + 1, len(inside)]
-    return [
-        (int(first), int(behind), bool(inside[first]))
-        for first, behind in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
-
-
-def check_interval(guidance_interval: Sequence[float]) -> None:
-    """Refuses a `config.generate.guidance_interval` that `stretches` cannot take."""
-    interval = tuple(guidance_interval)
-    require(
-        len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
-        "config.generate.guidance_interval",
-        wanted="two shares of the noise levels, ascending, from 0 to 1",
-        got=interval,
-        fix="(0.0, 1.0) guides at every step.",
+    if name not in SAMPLERS:
+        raise UserError(
+            "config.generate.sampler",
+            wanted=f"one of {', '.join(SAMPLERS)}",
+            got=repr(name),
+            fix="Choose one of these.",
+        )
+    trained = len(alphas_cumprod)
+    if not 0 < steps < trained:
+        raise UserError(
+            "config.generate.steps",
+            wanted=f"1 to {trained - 1}; the base was trained on {trained} timesteps",
+            got=f"{steps}",
+            fix="Typical are 50, or 20 with dpmpp_2m.",
+        )
+    return functools.partial(
+        SAMPLERS[name],
+        alphas_cumprod=alphas_cumprod,
+        prediction_type=prediction_type,
+        steps=steps,
     )
 
 
-def network_rows(
-    solver: Solver, guidance_interval: tuple[float, float] = WHOLE, branches: int = 3
-) -> int:
-    """Rows of network batches for one image: `branches` a guided step, 1 another."""
-    return sum(
-        (behind - first) * (branches if inside else 1)
-        for first, behind, inside in stretches(solver, guidance_interval)
-    )
+def leading_timesteps(num_train_timesteps: int, steps: int) -> Int[np.ndarray, " S"]:
+    """From (S - 1) (T // S) + 1 down to 1: diffusers' `leading`, with offset 1."""
+    spacing = num_train_timesteps // steps
+    return (np.arange(steps) * spacing)[::-1].astype(np.int32) + np.int32(1)
+
+
+def linspace_timesteps(num_train_timesteps: int, steps: int) -> Int[np.ndarray, " S"]:
+    """Evenly spaced from T - 1 down, without the final 0: diffusers' `linspace`."""
+    timesteps = np.linspace(0, num_train_timesteps - 1, steps + 1).round()
+    return timesteps[:0:-1].astype(np.int32)
+
+
+def _split(
+    latents: Array, prediction: Array, alpha: Array, sigma: Array, prediction_type: str
+) -> tuple[Array, Array]:
+    """The x_0 and the noise of which `latents` consist, by the network's prediction."""
+    if prediction_type == "epsilon":
+        return (latents - sigma * prediction) / alpha, prediction
+    if prediction_type == "v_prediction":  # arXiv 2202.00512, appendix D
+        x_0 = alpha * latents - sigma * prediction
+        return x_0, alpha * prediction + sigma * latents
+    raise ValueError(f"unknown prediction_type {prediction_type!r}")
+
+
+def _scan(
+    step: Callable[..., Any],
+    carry: Any,
+    coefficients: tuple[np.ndarray, ...],
+    parts: list[tuple[int, int, bool]],
+    guided: Predict,
+    unguided: Predict | None,
+) -> Any:
+    """Takes every step: `step(predict, carry, *coefficients) -> carry`.
+
+    Args:
+      step: of the sampler.
+      carry: before the first step.
+      coefficients: of the sampler, each [S]; a step gets its own scalars.
+      parts: of `guidance_interval.segments`, each a scan.
+      guided: predicts in the guided ones.
+      unguided: predicts in the others.
+    """
+    for start, stop, is_guided in parts:
+        rows = tuple(values[start:stop] for values in coefficients)
+        body = functools.partial(_body, step, guided if is_guided else unguided)
+        carry, _ = jax.lax.scan(body, carry, rows)
+    return carry
+
+
+def _body(step: Callable, network: Predict, carry: Any, row: tuple) -> tuple[Any, None]:
+    def predict(latents, t):
+        return network(latents, jnp.broadcast_to(t, latents.shape[:1]))
+
+    return step(predict, carry, *row), None

@@ -201,12 +201,13 @@ def denoise_with_controlnet(
       params: `unet` and `controlnet`.
       model: the base, its `conv_in` widened by zeros.
       network: the ControlNet; it is given the noisy latents only.
-      pictures: in [0, 1]; K is a multiple of B.
+      pictures: in [0, 1]; K is a multiple of B, the branches of an image being next to
+        each other as in `guidance`.
       latents: noisy latents, then source latents, on the channel axis.
       timesteps: [K].
       text_states: of the branches.
     """
-    pictures = jnp.concatenate([pictures] * (len(latents) // len(pictures)))
+    pictures = jnp.repeat(pictures, len(latents) // len(pictures), axis=0)
     noisy = latents[..., : model.latent_channels]
     residuals = network.residuals(
         params["controlnet"], noisy, timesteps, text_states, pictures

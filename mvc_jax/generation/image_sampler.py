@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mvc_jax import files
 from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
-from mvc_jax.diffusion import instruct_pix2pix
+from mvc_jax.diffusion import instruct_pix2pix, samplers
 from mvc_jax.generation import ablation
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.image_status import Drawn, image_status
@@ -209,7 +209,12 @@ class ImageSampler:
             sample_images,
             model=model,
             network=network,
-            solver=model.solver(settings.sampler, settings.steps),
+            sampler=samplers.make(
+                settings.sampler,
+                settings.steps,
+                alphas_cumprod=model.alphas_cumprod,
+                prediction_type=model.prediction_type,
+            ),
             guidance_interval=settings.guidance_interval,
             guidance_rescale=settings.guidance_rescale,
             grey=settings.grey,
@@ -225,7 +230,7 @@ def sample_images(
     *,
     model: stable_diffusion.StableDiffusion,
     network: controlnet.ControlNet | None,
-    solver: Any,
+    sampler: samplers.Sampler,
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
     grey: bool,
@@ -241,7 +246,7 @@ def sample_images(
       key: root of the noise.
       model: the architecture.
       network: a ControlNet that is given the edges; None: there is none.
-      solver: see `instruct_pix2pix.draw`.
+      sampler: of `samplers.make`.
       guidance_interval: see `instruct_pix2pix.draw`.
       guidance_rescale: see `instruct_pix2pix.draw`.
       grey: whether the colour channels are averaged.
@@ -263,7 +268,7 @@ def sample_images(
         batch["moments"],
         batch["states"],
         null_states,
-        solver=solver,
+        sampler=sampler,
         text_scale=batch["text_scale"],
         image_scale=batch["image_scale"],
         guidance_interval=guidance_interval,

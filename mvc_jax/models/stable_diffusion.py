@@ -18,8 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
-from mvc_jax.checkpoints.scheduler_config import ddim_config
-from mvc_jax.models import attention, lora, remat, solvers
+from mvc_jax.models import attention, lora, noise_schedule, remat
 from mvc_jax.models.flax_classes import (
     FlaxAutoencoderKL,
     FlaxCLIPTextModule,
@@ -40,7 +39,7 @@ class StableDiffusion:
 
     Attributes:
       configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`; the last is
-        converted to DDIM's.
+        DDIM's, with the noise and the `prediction_type` of the model.
       tokenizer: CLIP's.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: implementation in the UNet, one of `attention.CHOICES`.
@@ -54,11 +53,6 @@ class StableDiffusion:
     attention: str = "auto"
     remat: str = "none"
     batch_sharding: NamedSharding | None = None
-
-    def __post_init__(self):
-        scheduler = ddim_config(self.configs["scheduler"])
-        configs = {**self.configs, "scheduler": scheduler}
-        object.__setattr__(self, "configs", configs)
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -210,20 +204,7 @@ class StableDiffusion:
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
         """The noise schedule: the product of 1 - beta up to each training timestep."""
-        return solvers.alphas_cumprod(self.configs["scheduler"])
-
-    def solver(self, name: str, steps: int) -> solvers.Solver:
-        """What walks from noise to latents, for `diffusion/samplers.py`.
-
-        Args:
-          name: one of `solvers.SOLVERS`.
-          steps: of the walk.
-
-        Raises:
-          UserError: no solver has that name, or there are not enough training timesteps
-            for as many steps.
-        """
-        return solvers.make(name, self.configs["scheduler"], steps)
+        return noise_schedule.alphas_cumprod(self.configs["scheduler"])
 
     def shapes(self, component: str) -> Any:
         """The parameter tree of a component as `jax.ShapeDtypeStruct`s."""

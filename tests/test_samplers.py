@@ -1,0 +1,190 @@
+"""Samplers against PyTorch's: the same noise and predictions, the same latents."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sd_families import SCHEDULERS, normal
+
+from mvc_jax.checkpoints.scheduler_config import ddim_config
+from mvc_jax.diffusion import samplers
+from mvc_jax.errors import UserError
+from mvc_jax.models import noise_schedule
+
+THEIRS = {  # on the config of an exported folder
+    "ddim": ("DDIMScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+}
+TIMESTEPS = {
+    "ddim": samplers.leading_timesteps,
+    "dpmpp_2m": samplers.linspace_timesteps,
+    "euler": samplers.leading_timesteps,
+}
+ALPHAS = noise_schedule.alphas_cumprod(SCHEDULERS["sd1"])
+SHAPE = (2, 2, 3, 4)
+names = pytest.mark.parametrize("name", samplers.SAMPLERS)
+prediction_types = pytest.mark.parametrize(
+    "prediction_type", ["epsilon", "v_prediction"]
+)
+# PyTorch's schedulers turn tensors into arrays in NumPy's old way.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+def make(name, steps, prediction_type="epsilon", alphas_cumprod=ALPHAS):
+    return samplers.make(
+        name, steps, alphas_cumprod=alphas_cumprod, prediction_type=prediction_type
+    )
+
+
+def scheduler(name, steps, prediction_type="epsilon"):
+    import diffusers
+
+    class_, fields = THEIRS[name]
+    config = SCHEDULERS["sd1"] | {"prediction_type": prediction_type}
+    made = getattr(diffusers, class_).from_config(ddim_config(config), **fields)
+    made.set_timesteps(steps)
+    return made
+
+
+@names
+@prediction_types
+@pytest.mark.parametrize("steps", [1, 2, 7, 15, 20])
+def test_every_step_equals_pytorch(torch, name, prediction_type, steps):
+    """What the network sees at each step, and the latents at the end."""
+    theirs = scheduler(name, steps, prediction_type)
+    noise = normal(f"{name} start", *SHAPE)
+    predictions = normal(f"{name} predictions", steps, *SHAPE)
+    seen = []
+
+    def predict(latents, timesteps):
+        seen.append((np.asarray(latents), int(timesteps[0])))
+        return jnp.asarray(predictions[len(seen) - 1])
+
+    with jax.disable_jit():  # a scan is then a loop in Python
+        drawn = make(name, steps, prediction_type)(predict, jnp.asarray(noise))
+    latents = torch.from_numpy(noise) * theirs.init_noise_sigma
+    for prediction, (inputs, t), timestep in zip(
+        predictions, seen, theirs.timesteps, strict=True
+    ):
+        assert t == timestep
+        expected = theirs.scale_model_input(latents, timestep).numpy()
+        scale = scale_of(expected)
+        np.testing.assert_allclose(inputs, expected, rtol=0, atol=1e-5 * scale)
+        prediction = torch.from_numpy(prediction)
+        latents = theirs.step(prediction, timestep, latents).prev_sample
+    expected = latents.numpy()
+    np.testing.assert_allclose(drawn, expected, rtol=0, atol=1e-5 * scale_of(expected))
+
+
+@names
+@prediction_types
+def test_a_whole_sample_equals_pytorch(torch, name, prediction_type):
+    """Where what is predicted depends on the latents, as a network's does."""
+    theirs = scheduler(name, 20, prediction_type)
+
+    def denoise(latents, timesteps):
+        return jnp.tanh(1.5 * latents + timesteps[:, None, None, None] / 1000)
+
+    noise = normal(f"{name} start", *SHAPE)
+    sampler = make(name, 20, prediction_type)
+    drawn = jax.jit(lambda noise: sampler(denoise, noise))(noise)
+    latents = torch.from_numpy(noise) * theirs.init_noise_sigma
+    for timestep in theirs.timesteps:
+        seen = theirs.scale_model_input(latents, timestep)
+        prediction = torch.tanh(1.5 * seen + timestep / 1000)
+        latents = theirs.step(prediction, timestep, latents).prev_sample
+    assert 0.1 < latents.std() < 10
+    np.testing.assert_allclose(drawn, latents.numpy(), rtol=0, atol=1e-4)
+
+
+def scale_of(array):
+    """Random predictions let the latents grow to some tens."""
+    return max(1.0, np.abs(array).max())
+
+
+@names
+@pytest.mark.parametrize("steps", [3, 26, 50, 333, 501, 999])
+def test_timesteps_equal_pytorch_for_any_number_of_steps(torch, name, steps):
+    """At 26 steps diffusers' own Flax DPM-Solver differed."""
+    del torch
+    timesteps = TIMESTEPS[name](1000, steps)
+    np.testing.assert_array_equal(timesteps, scheduler(name, steps).timesteps.numpy())
+    assert len(set(timesteps.tolist())) == steps
+    assert 0 <= timesteps.min() <= timesteps.max() < 1000
+
+
+@names
+@prediction_types
+def test_a_perfect_denoiser_returns_the_latents(name, prediction_type):
+    """Whatever is predicted: the noise that is there, or v."""
+    alphas = jnp.asarray(ALPHAS)
+    target = jnp.asarray(normal("target", *SHAPE))
+
+    def denoise(latents, timesteps):
+        alpha = alphas[timesteps][:, None, None, None]
+        signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+        noise = (latents - signal * target) / sigma
+        v = signal * noise - sigma * target
+        return noise if prediction_type == "epsilon" else v
+
+    sampler = make(name, 20, prediction_type)
+    drawn = jax.jit(lambda noise: sampler(denoise, noise))(normal("start", *SHAPE))
+    left = np.sqrt(1 - ALPHAS[0]) if name == "ddim" else 0.0  # DDIM ends with noise
+    np.testing.assert_allclose(drawn, target, atol=4 * left + 1e-4)
+
+
+def test_each_converges_and_the_second_order_is_better_than_the_first():
+    """On an ODE with a known solution: of data with a standard deviation of 0.5."""
+    alphas = jnp.asarray(ALPHAS)
+    noise = jnp.asarray(normal("start", *SHAPE))
+
+    def denoise(latents, timesteps):
+        alpha = alphas[timesteps][:, None, None, None]
+        spread = 0.25 * alpha + 1 - alpha
+        return jnp.sqrt(1 - alpha) * latents / spread
+
+    def error(name, steps):
+        """Of x_t / spread_t, which the exact flow keeps."""
+        sampler = make(name, steps)
+        drawn = jax.jit(lambda noise: sampler(denoise, noise))(noise)
+        first = ALPHAS[TIMESTEPS[name](1000, steps)[0]]
+        start = noise / np.sqrt(0.25 * first + 1 - first)
+        return float(np.abs(drawn / 0.5 - start).mean())
+
+    few, many = ({name: error(name, n) for name in samplers.SAMPLERS} for n in (10, 40))
+    assert all(many[name] < 0.4 * few[name] for name in few)
+    assert many["dpmpp_2m"] < 0.8 * min(many["ddim"], many["euler"])
+
+
+def test_ddim_ends_at_the_first_noise_level_of_training():
+    """Where no noise is predicted, latents are only rescaled from level to level."""
+    timesteps = samplers.leading_timesteps(1000, 4)
+    assert timesteps.tolist() == [751, 501, 251, 1]
+    noise = jnp.asarray(normal("start", *SHAPE))
+    drawn = make("ddim", 4)(lambda latents, _: jnp.zeros_like(latents), noise)
+    expected = noise * np.sqrt(ALPHAS[0] / ALPHAS[751])
+    np.testing.assert_allclose(drawn, expected, rtol=1e-6)
+
+
+def test_an_unknown_sampler_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="ddim, euler, dpmpp_2m, got 'pndm'"):
+        make("pndm", 5)
+
+
+@names
+@pytest.mark.parametrize("trained", [20, 1000])
+def test_steps_are_fewer_than_the_timesteps_of_training(name, trained):
+    alphas = ALPHAS[:trained]
+    make(name, trained - 1, alphas_cumprod=alphas)
+    for steps in (0, -1, trained):
+        with pytest.raises(UserError, match=f"1 to {trained - 1}; .* got {steps}"):
+            make(name, steps, alphas_cumprod=alphas)
+    assert TIMESTEPS[name](trained, trained - 1).max() <= trained - 1
+
+
+def test_other_predictions_are_refused():
+    with pytest.raises(ValueError, match="sample"):
+        make("ddim", 5, "sample")(lambda latents, _: latents, jnp.ones(SHAPE))
