@@ -103,7 +103,7 @@ def test_no_backend_exists_when_captioning_starts(checked, original, tmp_path):
     if checked == "networks":
         flags += [f"--config.base.path={original}", "--config.classify.model=wrn16_4"]
         flags += ["--config.classify.width=0", "--config.data.size=8"]
-        flags += ["--config.classify.size=8"]
+        flags += ["--config.classify.size=8", "--config.classify.stem_stride=1"]
     elif checked == "mesh":
         flags.append("--config.mesh.data=1")
     output, errors = python(PROBE, *flags)
