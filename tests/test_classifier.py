@@ -292,7 +292,7 @@ def fit(folder, steps, programs, stop_at=None):
         steps=steps,
         checkpoints=Checkpoints(folder / "fit", every=2),
         logger=TrainLogger(folder, "test", log_every=2),
-        memory_budget=memory.DEVICE,
+        memory_budget=memory.WHOLE_DEVICE,
         programs=programs,
     )
 

@@ -419,7 +419,7 @@ def test_the_cifar_stem_is_kept_as_a_field(tmp_path):
     export(tmp_path, model)
     found = find(tmp_path)
     assert found.fields["stem"] == "cifar"
-    with pytest.raises(UserError, match=r"conv1.weight makes \[3, 3, 3, 8\]"):
+    with pytest.raises(UserError, match=r"conv1.weight has shape \[3, 3, 3, 8\]"):
         classifier_weights.read(found, RESNET)
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's diffusers loads what we write, in silence, and draws our images."""
+"""PyTorch's diffusers loads our exports without a warning and draws our images."""
 
 import ast
 import dataclasses
@@ -42,7 +42,7 @@ def torch(torch):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tiny):
-    """A widened model of two blocks, its parameters, and adapters that do something."""
+    """A widened model of two blocks, its parameters, and adapters that are not zero."""
     model, params = tiny
     rng = np.random.default_rng(3)
     unet = model.configs["unet"] | {
@@ -72,7 +72,7 @@ def new_adapters(unet, rng, targets=lora.ATTENTION):
 
 @pytest.fixture(scope="module")
 def folders(family, tmp_path_factory):
-    """`base`, `lora`, and `merged`, which stands for any fine-tuned model."""
+    """`base`, `lora`, and `merged`, an example of a fine-tuned model."""
     model, params, adapters = family
     folder = tmp_path_factory.mktemp("exported")
     merged = {**params, "unet": lora.merge(params["unet"], adapters)}
@@ -83,8 +83,8 @@ def folders(family, tmp_path_factory):
 
 
 @pytest.fixture
-def complaints():
-    """What diffusers and transformers say at the level of warnings and above."""
+def logged_warnings():
+    """Log messages of diffusers and transformers, of level warning and above."""
     records = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: records.append(record.getMessage())
@@ -127,7 +127,7 @@ def draw(model, params):
         return jnp.clip(model.decode(params, latents) / 2 + 0.5, 0, 1)
 
     image = run(params, jnp.asarray(model.tokenize([PROMPT, ""])), *start())
-    assert np.std(image) > 0.05  # a picture, and not of black and white alone
+    assert np.std(image) > 0.05  # not a constant image, nor only black and white
     assert np.mean((image > 0.01) & (image < 0.99)) > 0.5
     return image
 
@@ -146,7 +146,7 @@ def draw_in_torch(torch, pipe):
     ).images
 
 
-def test_an_exported_folder_draws_our_image(folders, torch, complaints):
+def test_an_exported_folder_draws_our_image(folders, torch, logged_warnings):
     import diffusers
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(folders / "merged")
@@ -154,12 +154,14 @@ def test_an_exported_folder_draws_our_image(folders, torch, complaints):
     for name in ("safety_checker", "feature_extractor", "image_encoder"):
         assert getattr(pipe, name) is None
     theirs = draw_in_torch(torch, pipe)
-    assert complaints == []
+    assert logged_warnings == []
     ours = draw(*diffusers_layout.load(folders / "merged"))
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
-def test_a_stray_field_or_tensor_would_be_heard(tiny, torch, complaints, tmp_path):
+def test_an_unknown_field_or_tensor_would_cause_a_warning(
+    tiny, torch, logged_warnings, tmp_path
+):
     import diffusers
 
     model, params = tiny
@@ -169,11 +171,11 @@ def test_a_stray_field_or_tensor_would_be_heard(tiny, torch, complaints, tmp_pat
     diffusers_layout.save(tmp_path, model, params)
     diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
     for stray in ("stray_field", "stray.weight"):
-        assert any(stray in complaint for complaint in complaints)
+        assert any(stray in warning for warning in logged_warnings)
 
 
 def test_adapters_loaded_onto_the_base_draw_our_image(
-    family, folders, torch, complaints
+    family, folders, torch, logged_warnings
 ):
     import diffusers
 
@@ -184,9 +186,9 @@ def test_adapters_loaded_onto_the_base_draw_our_image(
     )
     assert np.abs(draw_in_torch(torch, base) - ours).max() > 0.01
     base.load_lora_weights(folders / "lora")
-    # An adapter of the UNet alone is told so, by its library, whoever wrote it.
-    complaints = [text for text in complaints if "CLIPTextModel" not in text]
-    assert complaints == []
+    # peft warns about every adapter of the UNet alone.
+    logged_warnings = [text for text in logged_warnings if "CLIPTextModel" not in text]
+    assert logged_warnings == []
     np.testing.assert_allclose(draw_in_torch(torch, base), ours, atol=1e-4)
     merged = type(base).from_pretrained(folders / "merged")
     np.testing.assert_allclose(draw_in_torch(torch, merged), ours, atol=1e-4)
@@ -223,7 +225,7 @@ def code_blocks(text):
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_card_tells_all_it_was_given():
+def test_the_card_contains_every_fact():
     text = model_card.text(FACTS)
     assert front_matter(text) == {
         "license": "creativeml-openrail-m",
@@ -255,7 +257,7 @@ def test_the_card_tells_all_it_was_given():
     assert "lora" not in model_card.text(FACTS).lower()
 
 
-def test_a_local_base_is_no_model_of_the_hub():
+def test_a_local_base_is_not_named_as_a_hub_model():
     text = model_card.text(dataclasses.replace(FACTS, base="/data/x", revision=None))
     assert "base_model" not in front_matter(text)
     assert "/data/x" in text and "revision" not in text
@@ -280,7 +282,7 @@ ODD = [
 @hypothesis.settings(deadline=None, max_examples=50, derandomize=True)
 @hypothesis.given(st.lists(st.one_of(st.text(), st.sampled_from(ODD)), min_size=1))
 @hypothesis.example(ODD)
-def test_odd_names_come_back_from_the_front_matter(names):
+def test_unusual_names_survive_the_front_matter(names):
     odd = names[0]
     text = model_card.text(
         dataclasses.replace(
@@ -311,7 +313,7 @@ def test_odd_names_come_back_from_the_front_matter(names):
         (None, None),
     ],
 )
-def test_the_licence_is_the_base_s_or_unknown(card, wanted, tmp_path):
+def test_the_licence_is_that_of_the_base_or_unknown(card, wanted, tmp_path):
     if card is not None:
         (tmp_path / "README.md").write_bytes(card.encode())
     license = model_card.base_license(tmp_path)
@@ -325,7 +327,7 @@ def test_the_licence_is_the_base_s_or_unknown(card, wanted, tmp_path):
 
 @pytest.mark.parametrize("variant", ["", "fp16"])
 def test_the_code_in_the_card_runs(
-    tiny, tmp_path, torch, complaints, monkeypatch, variant
+    tiny, tmp_path, torch, logged_warnings, monkeypatch, variant
 ):
     """Both ways to load, from a folder that holds the whole model and the adapters."""
     base, folder = tmp_path / "base", tmp_path / "export"
@@ -353,4 +355,4 @@ def test_the_code_in_the_card_runs(
         drawn.append(np.asarray(Image.open("drawn.png"), np.float32))
     assert drawn[0].shape == (16, 16, 3) and np.std(drawn[0]) > 5
     np.testing.assert_allclose(drawn[0], drawn[1], atol=1)  # of 255
-    assert [text for text in complaints if "CLIPTextModel" not in text] == []
+    assert [text for text in logged_warnings if "CLIPTextModel" not in text] == []
