@@ -179,7 +179,12 @@ MISTAKES = [
     ),
     ("--config.pairs.rounds=0", "config.pairs.rounds", "at least 1", "got 0"),
     ("--config.encode.batch_size=0", "config.encode.batch_size", "at least 1"),
-    ("--config.finetune.drop_rate=0.5", "config.finetune.drop_rate", "1/3", "0.5"),
+    (
+        "--config.finetune.drop_rate=0.5",
+        "config.finetune.drop_rate",
+        "0 to 0.333",
+        "0.5",
+    ),
     ("--config.evaluate.confidence=1", "config.evaluate.confidence", "0 and 1"),
     ("--config.report.grid_scale=9", "config.report.grid_scale", "16 to 256", "got 9"),
     ("--config.caption.captioner=x", "config.caption.captioner", "attributes", "'x'"),
