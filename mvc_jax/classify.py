@@ -228,7 +228,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         spec,
         data,
         seed=config.seed,
-        runs=parsed,
+        runs=len(parsed),
         mesh=sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
         workdir=workdir,
         folder=stage.folder / "fits",
@@ -365,7 +365,7 @@ def _network(
     return classifiers.make(section.model, num_classes=classes, dtype=dtype, **fields)
 
 
-def _policy_fields(section: ConfigDict, policy: str) -> dict[str, Any]:
+def _policy_fields(section: ConfigDict, policy: str) -> tuple[tuple[str, Any], ...]:
     """The fields in which the section overrides a policy's defaults."""
     fields: dict[str, Any] = {}
     if augment.fields(policy)["flip"] and not section.flip:
@@ -373,4 +373,4 @@ def _policy_fields(section: ConfigDict, policy: str) -> dict[str, Any]:
     if policy == "randaugment":
         fields["count"] = section.randaugment_count
         fields["magnitude"] = section.randaugment_magnitude
-    return fields
+    return tuple(fields.items())

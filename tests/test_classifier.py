@@ -1,6 +1,5 @@
 """A classifier's step: independent seeds, slots without weight, devices."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -45,12 +44,11 @@ MODEL = Tiny(K)
 # Everything that a step can have: one program for most of the tests.
 SPEC = classifier.ClassifierSpec(
     MODEL,
-    policies=(("none", ()), ("flip", ()), ("cutout", (("flip", False),))),
+    policy="flip",
     ema_decay=0.9,
     label_smoothing=0.1,
     class_weights=(1.0, 2.0, 1.0),
 )
-FLIP = 1
 # Like Adam it counts its steps, but small gradients make small updates.
 TX = optax.chain(
     optim.optimizer("sgd", 1.0, momentum=0.9, weight_decay=1e-3),
@@ -82,12 +80,11 @@ def start(seeds=(0, 1), devices=1, pretrained=None):
     )
 
 
-def fixed(seeds=(0, 1), policy=FLIP):
+def fixed(seeds=(0, 1)):
     return {
         "images": IMAGES,
         "labels": LABELS,
         "rates": RATES,
-        "policy": np.int32(policy),
         "key": np.asarray(jax.random.key_data(keys("steps", seeds))),
     }
 
@@ -317,17 +314,3 @@ def test_it_learns():
         state, _ = step(state, batch([0], rows, weight))
     predict = classifier.predictor(SPEC, mesh(), batch_size=R)
     assert (predict(state, IMAGES)[0].argmax(-1) == LABELS).all()
-
-
-def test_policies_that_share_a_step_train_as_each_alone():
-    for index, policy in enumerate(SPEC.policies):
-        own = dataclasses.replace(SPEC, policies=(policy,))
-        images = jnp.asarray(IMAGES)
-        image_keys = rng.example_keys(jax.random.key(3), jnp.arange(R))
-        expected = jax.jit(own.augment)(np.int32(0), image_keys, images)
-        found = jax.jit(SPEC.augment)(np.int32(index), image_keys, images)
-        np.testing.assert_array_equal(found, expected)
-        assert (found != IMAGES).any() == (policy[0] != "none")
-    _, flipped = step(start([0]), batch([0]))
-    _, plain = step(start([0]), {**batch([0]), "policy": np.int32(0)})
-    assert flipped["loss"] != plain["loss"]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, Real, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from mvc_jax import augment
 from mvc_jax.augment.mixup import cutmix, mixup
@@ -39,7 +39,7 @@ FASTEST_COMPILE_OPTIONS = {
     "xla_llvm_disable_expensive_passes": True,
 }
 _MANY_KERNELS = 100
-Policy = tuple[str, tuple[tuple[str, Any], ...]]  # name; fields and their values
+Fields = tuple[tuple[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,8 @@ class ClassifierSpec:
       model: maps images [B, H, W, 3], `train` and `mask` [B] to logits [B, K].
       mean, std: per channel, of pixels in [0, 1]; the network's input is
         (pixel - mean) / std.
-      policies: augmentation policies of each image; a batch says which one is used.
-        Each is a name of `augment.NAMES`, with (field, value) pairs that override its
-        defaults.
+      policy: augmentation policy of each image, one of `augment.NAMES`.
+      policy_fields: (name, value) pairs that override the policy's defaults.
       mix: augmentation of a whole batch, `mixup` or `cutmix`; "" for none.
       alpha: parameter of the mix's Beta distribution.
       label_smoothing: probability mass that is spread over all classes, in [0, 1].
@@ -65,27 +64,13 @@ class ClassifierSpec:
     model: nn.Module
     mean: tuple[float, ...] = _HALF
     std: tuple[float, ...] = _HALF
-    policies: tuple[Policy, ...] = (("none", ()),)
+    policy: str = "none"
+    policy_fields: Fields = ()
     mix: str = ""
     alpha: float = 1.0
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
     ema_decay: float = 0.0
-
-    def augment(
-        self,
-        index: Int[Array, ""],
-        keys: Key[Array, " B"],
-        images: Real[Array, "B H W 3"],
-    ) -> Real[Array, "B H W 3"]:
-        """Applies the policy of this index, with a key per image."""
-        branches = [
-            jax.vmap(augment.policy(name, **dict(fields)))
-            for name, fields in self.policies
-        ]
-        if len(branches) == 1:
-            return branches[0](keys, images)
-        return jax.lax.switch(index, branches, keys, images)
 
     def normalize(self, images: Float[Array, "... 3"]) -> Float[Array, "... 3"]:
         """Maps images in [0, 255] to the network's input."""
@@ -176,9 +161,9 @@ def train_step(
       state: of one seed. If its loss or gradient is not finite, the step is skipped.
       batch: `key` uint32 [2], a key's data, from which slot b of step n draws by
         (key, n, b); `weight` [B], 0 for slots that do not count; `rates` [steps], the
-        learning rates; `policy` int32 [], an index into `spec.policies`; and either the
-        whole dataset, `images` uint8 [R, H, W, 3] and `labels` int32 [R], with `index`
-        int32 [B] into it, or the batch itself, `images` [B, H, W, 3] and `labels` [B].
+        learning rates; and either the whole dataset, `images` uint8 [R, H, W, 3] and
+        `labels` int32 [R], with `index` int32 [B] into it, or the batch itself,
+        `images` [B, H, W, 3] and `labels` [B].
       spec: the classifier.
       tx: the optimiser, whose own learning rate is 1.
 
@@ -192,15 +177,7 @@ def train_step(
 
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        return _loss(
-            variables,
-            images,
-            labels,
-            batch["weight"],
-            batch["policy"],
-            key,
-            spec=spec,
-        )
+        return _loss(variables, images, labels, batch["weight"], key, spec=spec)
 
     (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     metrics = {"loss": loss}
@@ -262,11 +239,14 @@ def train_seeds(
     return new, jax.tree.map(jnp.mean, metrics)
 
 
-def _loss(variables, images, labels, weight, policy, key, *, spec: ClassifierSpec):
+def _loss(variables, images, labels, weight, key, *, spec: ClassifierSpec):
     """Weighted mean cross entropy of a batch, and the batch statistics after it."""
     image_key, mix_key, model_key = jax.random.split(key, 3)
-    keys = rng.example_keys(image_key, jnp.arange(len(labels)))
-    images = spec.augment(policy, keys, images).astype(jnp.float32)
+    if spec.policy != "none":
+        policy = augment.policy(spec.policy, **dict(spec.policy_fields))
+        keys = rng.example_keys(image_key, jnp.arange(len(labels)))
+        images = jax.vmap(policy)(keys, images)
+    images = images.astype(jnp.float32)
     targets = jax.nn.one_hot(labels, spec.model.num_classes)
     if spec.mix:
         images, targets = _MIXES[spec.mix](

@@ -108,9 +108,7 @@ class FitResult:
 class Trainer:
     """Trains the classifiers of all runs, and predicts with them.
 
-    On a CPU, runs that differ only in their policy share one compiled step, in which a
-    branch selects the policy: to compile the network again takes longer than many fits.
-    An accelerator would wait for the host at every branch.
+    Runs with the same augmentation share one compiled step.
     """
 
     def __init__(
@@ -120,11 +118,11 @@ class Trainer:
         data: TrainingSet,
         *,
         seed: int,
-        runs: Sequence[Run],
+        runs: int,
         mesh: Mesh,
         workdir: epath.Path,
         folder: epath.Path,
-        policy_fields: Mapping[str, Mapping[str, Any]],
+        policy_fields: Mapping[str, classifier.Fields],
         pretrained: Mapping[str, Any] | None = None,
     ):
         """
@@ -133,7 +131,7 @@ class Trainer:
           spec: of every classifier, except for its augmentation, which the run names.
           data: real and synthetic images.
           seed: `config.seed`.
-          runs: all runs that will be trained.
+          runs: how many runs will be trained, for the progress bar.
           mesh: the devices.
           workdir: where metrics are written.
           folder: where checkpoints are written.
@@ -143,7 +141,7 @@ class Trainer:
         """
         self._options, self._spec, self._data = options, spec, data
         self._seed, self._mesh, self._pretrained = seed, mesh, pretrained
-        self._runs, self._policy_fields = runs, policy_fields
+        self._policy_fields = policy_fields
         self._workdir, self._folder = workdir, folder
         # Its learning rate is 1: rates are data, so that runs share programs.
         self._tx = optim.optimizer(
@@ -160,7 +158,7 @@ class Trainer:
         self.steps = (
             math.ceil(options.epochs * real / options.batch_size) or options.steps
         )
-        self.progress = Progress("classify", len(runs) * options.seeds * self.steps)
+        self.progress = Progress("classify", runs * options.seeds * self.steps)
 
     def seed_groups(self) -> list[list[int]]:
         """The seeds, in groups that are trained side by side."""
@@ -175,7 +173,6 @@ class Trainer:
         options = self._options
         schedules = [self._schedule(run, seed) for seed in seeds]
         spec, step = self._step(run)
-        policy = spec.policies.index(self._policy(run))
         state = classifier.create_state(
             spec,
             self._tx,
@@ -203,7 +200,6 @@ class Trainer:
             constants={
                 **self._fixed,
                 "key": jax.random.key_data(self._keys("classify/steps", seeds)),
-                "policy": np.int32(policy),
                 "rates": options.rates(
                     self.steps, two_phases=run.regime == "two_phase"
                 ),
@@ -249,25 +245,18 @@ class Trainer:
         return rng.example_keys(key, jnp.asarray(seeds, jnp.int32))
 
     def _step(self, run: Run) -> tuple[classifier.ClassifierSpec, Callable]:
-        """The spec and the training step of a run, shared with other runs."""
-        policies = {self._policy(run): None}
-        if jax.default_backend() == "cpu":
-            # A branch that a run cannot take would be compiled for nothing.
-            shape = regimes.doubles_batch(run.regime), run.mix
-            policies = {
-                self._policy(other): None
-                for other in self._runs
-                if (regimes.doubles_batch(other.regime), other.mix) == shape
-            }
-        spec = dataclasses.replace(self._spec, policies=tuple(policies), mix=run.mix)
-        if spec not in self._steps:
-            self._steps[spec] = functools.partial(
-                classifier.train_seeds, spec=spec, tx=self._tx
+        """The spec and the training step of all runs with this run's augmentation."""
+        augmentation = (run.policy, run.mix)
+        if augmentation not in self._steps:
+            spec = dataclasses.replace(
+                self._spec,
+                policy=run.policy,
+                policy_fields=self._policy_fields.get(run.policy, ()),
+                mix=run.mix,
             )
-        return spec, self._steps[spec]
-
-    def _policy(self, run: Run) -> classifier.Policy:
-        return run.policy, tuple(self._policy_fields.get(run.policy, {}).items())
+            step = functools.partial(classifier.train_seeds, spec=spec, tx=self._tx)
+            self._steps[augmentation] = spec, step
+        return self._steps[augmentation]
 
     def _schedule(self, run: Run, seed: int) -> dict[str, np.ndarray]:
         """Every batch of one fit, by the run's regime."""

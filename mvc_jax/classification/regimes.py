@@ -146,17 +146,12 @@ def schedule(
     if regime.startswith("replace"):
         index = _replace(regime, index, pools, draw, probability)
     weight = np.ones(index.shape, np.float32)
-    if doubles_batch(regime):
+    if regime == "probabilistic":
         added = draw.random(index.shape) < probability
         extra = batches(pools.synthetic, "synthetic", 0, steps)
         index = np.concatenate([index, extra], axis=1)
         weight = np.concatenate([weight, added.astype(np.float32)], axis=1)
     return {"index": index, "weight": weight}
-
-
-def doubles_batch(regime: str) -> bool:
-    """Whether batches of a regime have 2B slots."""
-    return regime == "probabilistic"
 
 
 def first_phase(steps: int, phase_two: float) -> int:
