@@ -34,15 +34,6 @@ class UserError(Exception):
         self.details = tuple(details)
 
 
-def require(condition: bool, name: str, *, wanted: str, got: object, fix: str) -> None:
-    """Raises a `UserError` unless `condition` holds.
-
-    The strings are formatted in any case: where that is costly, write an `if`.
-    """
-    if not condition:
-        raise UserError(name, wanted=wanted, got=f"{got}", fix=fix)
-
-
 def require_within(prefix: str, fields: Mapping, ranges: Mapping[str, tuple]) -> None:
     """Raises a `UserError` for the first field outside its range.
 

@@ -26,7 +26,7 @@ from etils import epath, epy
 from ml_collections import ConfigDict, config_flags
 
 from mvc_jax import __version__, configs, files
-from mvc_jax.errors import UserError, is_full_disk, require
+from mvc_jax.errors import UserError, is_full_disk
 from mvc_jax.stage import is_complete, require_made_by
 from mvc_jax.training import console, preemption, runtime
 
@@ -146,21 +146,21 @@ def check_stages(
 
 def check_shared(config: ConfigDict) -> None:
     """Checks the fields that belong to no stage: `seed` and `mesh`."""
-    require(
-        config.seed >= 0,
-        "config.seed",
-        wanted="an integer of at least 0",
-        got=config.seed,
-        fix="Use 0, 1, 2, ...",
-    )
+    if config.seed < 0:
+        raise UserError(
+            "config.seed",
+            wanted="an integer of at least 0",
+            got=f"{config.seed}",
+            fix="Use 0, 1, 2, ...",
+        )
     data, fsdp = config.mesh.data, config.mesh.fsdp
-    require(
-        (data == -1 or data > 0) and fsdp > 0,
-        "config.mesh",
-        wanted="data of -1 or more than 0, fsdp of more than 0",
-        got=f"data={data}, fsdp={fsdp}",
-        fix="data=-1 and fsdp=1 use every device.",
-    )
+    if (data != -1 and data < 1) or fsdp < 1:
+        raise UserError(
+            "config.mesh",
+            wanted="data of -1 or more than 0, fsdp of more than 0",
+            got=f"data={data}, fsdp={fsdp}",
+            fix="data=-1 and fsdp=1 use every device.",
+        )
 
 
 def check_mesh(data: int, fsdp: int) -> None:
@@ -225,13 +225,13 @@ def select_stages(config: ConfigDict) -> list[str]:
     if names == ["all"]:
         return [name for name in STAGES if name != "pretrain" or not config.base.path]
     unknown = [name for name in names if name not in STAGES]
-    require(
-        bool(names) and not unknown,
-        "config.stages",
-        wanted=f"all, or some of {','.join(STAGES)}",
-        got=repr(",".join(unknown) or config.stages),
-        fix="Correct the list, e.g. --config.stages=generate,classify.",
-    )
+    if not names or unknown:
+        raise UserError(
+            "config.stages",
+            wanted=f"all, or some of {','.join(STAGES)}",
+            got=repr(",".join(unknown) or config.stages),
+            fix="Correct the list, e.g. --config.stages=generate,classify.",
+        )
     return [name for name in STAGES if name in names]
 
 
@@ -275,20 +275,20 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
     if values["version"].value:
         print(f"mvc_jax {__version__}")
         raise SystemExit(0)
-    require(
-        not positional,
-        "command line",
-        wanted="only flags",
-        got=repr(" ".join(positional)),
-        fix="Write --config.field=value, with the equals sign.",
-    )
-    require(
-        bool(values["workdir"].value),
-        "--workdir",
-        wanted="a folder for this run",
-        got="none",
-        fix="Add e.g. --workdir=runs/digits.",
-    )
+    if positional:
+        raise UserError(
+            "command line",
+            wanted="only flags",
+            got=repr(" ".join(positional)),
+            fix="Write --config.field=value, with the equals sign.",
+        )
+    if not values["workdir"].value:
+        raise UserError(
+            "--workdir",
+            wanted="a folder for this run",
+            got="none",
+            fix="Add e.g. --workdir=runs/digits.",
+        )
     workdir = values["workdir"].value
     try:
         return values["config"].value, epath.Path(workdir).expanduser()
@@ -314,13 +314,13 @@ def load_config(path_and_argument: str) -> ConfigDict:
     if not found.exists() and found.parts[:1] == ("configs",):
         for folder in configs.__path__:
             found = epath.Path(folder).joinpath(*epath.Path(path).parts[1:])
-    require(
-        found.is_file() and found.suffix == ".py",
-        f"--config={path}",
-        wanted="a Python file with get_config()",
-        got="a folder" if found.is_dir() else "no such file",
-        fix=f"Try --config={_DEFAULT_CONFIG}.",
-    )
+    if not found.is_file() or found.suffix != ".py":
+        raise UserError(
+            f"--config={path}",
+            wanted="a Python file with get_config()",
+            got="a folder" if found.is_dir() else "no such file",
+            fix=f"Try --config={_DEFAULT_CONFIG}.",
+        )
     try:
         spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found)
         module = importlib.util.module_from_spec(spec)
@@ -405,13 +405,13 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
     if not _is_local(workdir):
         return
     free = shutil.disk_usage(workdir).free / 2**30
-    require(
-        free >= min_free_gib,
-        f"--workdir={workdir}",
-        wanted=f"{min_free_gib:g} GiB of free disk (config.min_free_disk_gib)",
-        got=f"{free:.2f} GiB",
-        fix="Free some, or choose a folder on another disk.",
-    )
+    if free < min_free_gib:
+        raise UserError(
+            f"--workdir={workdir}",
+            wanted=f"{min_free_gib:g} GiB of free disk (config.min_free_disk_gib)",
+            got=f"{free:.2f} GiB",
+            fix="Free some, or choose a folder on another disk.",
+        )
 
 
 @contextlib.contextmanager

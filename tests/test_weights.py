@@ -436,7 +436,7 @@ def memory(field):
     return int(status.split(field + ":")[1].split()[0]) * 1024
 
 def growth(function):
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory("VmRSS")
     result = function()
     return memory("VmHWM") - before, result
