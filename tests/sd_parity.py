@@ -5,6 +5,7 @@ Ours takes a family; PyTorch's takes the family and its pipelines, which it read
 the folders that our `save` wrote. `golden/make.py` stores what PyTorch's return.
 """
 
+import copy
 import functools
 import pathlib
 from collections.abc import Callable
@@ -329,15 +330,18 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     target = inputs["noise"]
     if scheduler.config.prediction_type == "v_prediction":
         target = scheduler.get_velocity(latents, inputs["noise"], timesteps)
-    unet = pipeline.unet
+    # In double precision: the gradient of the bias is a sum that cancels, and PyTorch's
+    # float32 kernels round it by as much as is allowed, on some processors by more.
+    unet = copy.deepcopy(pipeline.unet).double()
+    inputs = torch.cat([noisy, source], dim=1).double()
     with torch.enable_grad():
-        prediction = unet(torch.cat([noisy, source], dim=1), timesteps, states).sample
-        value = torch.nn.functional.mse_loss(prediction, target)
+        prediction = unet(inputs, timesteps, states.double()).sample
+        value = torch.nn.functional.mse_loss(prediction, target.double())
         weight, bias = torch.autograd.grad(value, list(unet.conv_in.parameters()))
     return {
-        "loss": value.detach().numpy(),
-        "kernel": weight.permute(2, 3, 1, 0).numpy(),
-        "bias": bias.numpy(),
+        "loss": value.detach().float().numpy(),
+        "kernel": weight.permute(2, 3, 1, 0).float().numpy(),
+        "bias": bias.float().numpy(),
     }
 
 

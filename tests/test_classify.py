@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from mvc_jax import classify
-from mvc_jax.checkpoints import classifier_export, classifier_weights
+from mvc_jax.checkpoints import classifier_export, classifier_weights, hub
 from mvc_jax.classification import classifier, runs, training_set
 from mvc_jax.configs import digits, folder
 from mvc_jax.data import splits
@@ -195,7 +195,7 @@ def test_an_unknown_hub_name_is_refused_before_any_work(monkeypatch):
     def check_name(name, *, field, revision):
         raise UserError(field, wanted="a model", got=f"none, at {revision}", fix=".")
 
-    monkeypatch.setattr(classify.hub, "check_name", check_name)
+    monkeypatch.setattr(hub, "check_name", check_name)
     config = config_with("nobody/nothing", model="resnet8")
     config.classify.pretrained_revision = "v1"
     with pytest.raises(UserError, match="pretrained 'nobody/nothing'.*none, at v1"):
