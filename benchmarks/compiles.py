@@ -13,6 +13,7 @@ import sys
 import time
 
 from mvc_jax import train
+from mvc_jax.training import console
 
 FINISHED = re.compile(r"Finished XLA compilation of (?:jit\()?(.*?)\)? in ([\d.]+) sec")
 
@@ -31,6 +32,7 @@ class Compilations(logging.Handler):
 
 
 def main() -> None:
+    console.be_quiet()
     config, workdir = train.parse_flags(sys.argv)
     config.compilation_cache = ""
     compilations = Compilations()
