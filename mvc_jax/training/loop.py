@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from mvc_jax.training import memory, preemption, sharding
@@ -86,7 +87,12 @@ class TrainState:
             changed = {"params": params, "opt_state": opt_state, "ema_params": ema}
             return state.replace(**changed, **more)
 
-        state = jax.lax.cond(finite, take, lambda state, grads: state, self, grads)
+        state = jax.lax.platform_dependent(
+            self,
+            grads,
+            cpu=functools.partial(take_by_branch, take, finite),
+            default=functools.partial(take_by_selection, take, finite),
+        )
         skipped = 1 - finite.astype(jnp.int32)
         return state.replace(
             step=self.step + 1,
@@ -98,6 +104,38 @@ class TrainState:
     def averaged(self) -> Any:
         """The averaged parameters where there are any, else the parameters."""
         return self.params if self.ema_params is None else self.ema_params
+
+
+Take = Callable[[TrainState, Any], TrainState]
+
+
+def take_by_branch(
+    take: Take, finite: jax.Array, state: TrainState, grads: Any
+) -> TrainState:
+    """`take(state, grads)` where `finite`, else `state`, for a CPU.
+
+    There each new array is a loop of its own. Those of a moment and of its parameter
+    both read the old moment: were both selections, XLA would copy it first.
+    """
+    return jax.lax.cond(finite, take, lambda state, grads: state, state, grads)
+
+
+def take_by_selection(
+    take: Take, finite: jax.Array, state: TrainState, grads: Any
+) -> TrainState:
+    """`take(state, grads)` where `finite`, else `state`, for accelerators.
+
+    A parameter and its moments are updated in place by one kernel, which selects. A
+    branch would copy the state into itself and out again on a GPU. There gradients of
+    convolutions also have a layout of their own, in which XLA would update the whole
+    state, with transposes of it before and after; so they get the state's layout first.
+    """
+    grads = jax.tree.map(
+        lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim)))),
+        grads,
+    )
+    new = take(state, grads)
+    return jax.tree.map(functools.partial(jnp.where, finite), new, state)
 
 
 def create_state(
