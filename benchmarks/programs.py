@@ -232,7 +232,8 @@ def _classify(options: Options, mesh: jax.sharding.Mesh) -> Program:
     )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), options.seeds))
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    state = _placed(jax.eval_shape(create, keys), whole)
+    with jax.disable_jit():  # its compiler options are refused inside of a trace
+        state = _placed(jax.eval_shape(create, keys), whole)
     constants = {
         "images": _shape((images, side, side, 3), "uint8", whole),
         "labels": _shape((images,), "int32", whole),
