@@ -124,7 +124,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     try:
         written, skipped = train(config, workdir, stage.folder)
     except UserError:
-        if not any((stage.folder / "checkpoints").glob("[0-9]*")):
+        if not files.matching(stage.folder, "checkpoints/[0-9]*"):
             stage.abandon()  # nothing is kept: the settings may be changed
         raise
     stage.finish(written, steps=config.finetune.steps, skipped_steps=skipped)

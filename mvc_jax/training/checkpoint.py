@@ -27,6 +27,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mvc_jax import files
 from mvc_jax.errors import UserError, is_full_disk, require_disk_space
 from mvc_jax.training.checksums import checksums
 
@@ -79,7 +80,9 @@ class Checkpoints:
         if jax.process_index() == 0 and self._folder.exists():
             # Orbax does so too, but in the background, maybe after `save` measured the
             # free disk space.
-            for leftover in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            for leftover in files.matching(
+                self._folder, f"*{ocp.utils.TMP_DIR_SUFFIX}*"
+            ):
                 leftover.rmtree()
         self._saving, self._size = self._folder, 0  # the last save, for its errors
         self._manager = ocp.CheckpointManager(self._folder, options=options)
