@@ -299,14 +299,15 @@ def test_an_update_is_in_place():
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_accelerators_select_and_do_not_branch(platform):
-    """A branch would copy the state in and out; gradients have the state's layout."""
+    """A branch would copy the state in and out, as gradients in another layout would."""
     state = create_state({"kernel": np.ones((8, 3))}, TX, sharding.make_mesh(1, 8))
     step = jax.jit(lambda state: state.update(state.params, TX, {}))
     text = step.trace(state).lower(lowering_platforms=(platform,)).as_text()
     assert not re.search(r"\}, \{", text), "a conditional with two branches"
     selected = re.findall(r"stablehlo.select .*tensor<8x3xf32>", text)
     assert len(selected) == 3  # the parameter and its moments
-    assert text.count("@LayoutConstraint(") == 1
+    # A TPU has layouts of its own for its parameters, too.
+    assert text.count("@LayoutConstraint(") == (platform == "cuda")
 
 
 def test_too_many_consecutive_bad_steps_end_the_run_with_the_last_good_state(tmp_path):

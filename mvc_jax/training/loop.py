@@ -92,7 +92,10 @@ class TrainState:
             self,
             grads,
             cpu=functools.partial(take_by_branch, take, finite),
-            default=functools.partial(take_by_selection, take, finite),
+            tpu=functools.partial(take_by_selection, take, finite),
+            default=lambda state, grads: take_by_selection(
+                take, finite, state, _row_major(grads)
+            ),
         )
         skipped = 1 - finite.astype(jnp.int32)
         return state.replace(
@@ -126,17 +129,24 @@ def take_by_selection(
 ) -> TrainState:
     """`take(state, grads)` where `finite`, else `state`, for accelerators.
 
-    A parameter and its moments are updated in place by one kernel, which selects. A
-    branch would copy the state into itself and out again on a GPU. There gradients of
-    convolutions also have a layout of their own, in which XLA would update the whole
-    state, with transposes of it before and after; so they get the state's layout first.
+    A parameter and its moments are updated in place by one kernel, which selects. On a
+    GPU a branch would copy the state into itself and out again.
     """
-    grads = jax.tree.map(
-        lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim)))),
-        grads,
-    )
     new = take(state, grads)
     return jax.tree.map(functools.partial(jnp.where, finite), new, state)
+
+
+def _row_major(grads: Any) -> Any:
+    """Lays gradients out in memory as a GPU's parameters are.
+
+    Gradients of convolutions come in a layout of their own, in which XLA would update
+    the whole state, with transposes of it before and after.
+    """
+
+    def one(leaf):
+        return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
+
+    return jax.tree.map(one, grads)
 
 
 def create_state(
