@@ -299,7 +299,7 @@ def test_an_update_is_in_place():
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_accelerators_select_and_do_not_branch(platform):
-    """A branch would copy the state in and out, as gradients in another layout would."""
+    """Branches, and gradients in a layout of their own, would copy the state."""
     state = create_state({"kernel": np.ones((8, 3))}, TX, sharding.make_mesh(1, 8))
     step = jax.jit(lambda state: state.update(state.params, TX, {}))
     text = step.trace(state).lower(lowering_platforms=(platform,)).as_text()
