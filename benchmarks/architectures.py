@@ -22,13 +22,19 @@ SMALL = SD15 | {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
     "block_out_channels": [64, 128, 256],
 }
+TINY = SD15 | {
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "block_out_channels": [32],
+    "layers_per_block": 1,
+}
 SD21_TEXT_WIDTH = 1024
 SD21 = SD15 | {
     "attention_head_dim": [5, 10, 20, 20],
     "cross_attention_dim": SD21_TEXT_WIDTH,
     "use_linear_projection": True,
 }
-UNETS = {"small": SMALL, "sd15": SD15, "sd21": SD21}
+UNETS = {"tiny": TINY, "small": SMALL, "sd15": SD15, "sd21": SD21}
 SD15_VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -42,6 +48,7 @@ SD15_VAE = {
     "scaling_factor": 0.18215,
 }
 VAES = {
+    "tiny": SD15_VAE | {"block_out_channels": [32] * 4, "layers_per_block": 1},
     "small": SD15_VAE | {"block_out_channels": [32, 32, 64, 64]},
     "sd15": SD15_VAE,
     "sd21": SD15_VAE,
@@ -58,8 +65,10 @@ SD15_TEXT = {
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
 }
+SMALL_TEXT = SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1}
 TEXTS = {
-    "small": SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1},
+    "tiny": SMALL_TEXT,
+    "small": SMALL_TEXT,
     "sd15": SD15_TEXT,
     "sd21": SD15_TEXT
     | {
