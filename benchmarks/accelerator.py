@@ -58,6 +58,7 @@ class Run:
       toy: arguments of a rehearsal that differ; None: it is not rehearsed, because only
         numbers distinguish it from a run that is.
       fresh: whether the process shares no imports with the others.
+      seconds: of a measurement, about.
     """
 
     part: str
@@ -66,6 +67,7 @@ class Run:
     arguments: dict[str, Any]
     toy: dict[str, Any] | None = None
     fresh: bool = False
+    seconds: float = 3.0
 
     @property
     def setting(self) -> str:
@@ -81,8 +83,8 @@ CARD = Run(
     {"matrix": 16384, "copy_mib": 4096},
     toy={"matrix": 128, "copy_mib": 8, "on_cpu": True},
 )
-TOY_UNET = {"family": "tiny", "batch": 8, "size": 64}
-TOY_CLASSIFIER = {"classifier": "resnet8", "batch": 8}
+TOY_UNET = {"family": "tiny", "batch": 8, "size": 32}
+TOY_CLASSIFIER = {"classifier": "resnet8", "batch": 8, "policy": "none"}
 
 
 def finetune(
@@ -230,7 +232,12 @@ def selected(flags: argparse.Namespace) -> list[Run]:
     """The runs of the chosen parts, as they are measured, rehearsed or lowered."""
     runs = [run for run in RUNS if run.part in flags.parts.split(",")]
     if flags.lower:
-        return [lowered(run) for run in runs if run.function in LOWERED]
+        programs = {}  # of one batch each
+        for run in runs:
+            if run.function in LOWERED:
+                rest = {**run.arguments, "batch": None}
+                programs.setdefault(f"{run.function} {rest}", lowered(run))
+        return [*programs.values()]
     runs = [CARD, *runs]
     if flags.rehearse:
         return [rehearsed(run) for run in runs if run.toy is not None]
@@ -238,7 +245,7 @@ def selected(flags: argparse.Namespace) -> list[Run]:
 
 
 def rehearsed(run: Run) -> Run:
-    return dataclasses.replace(run, arguments=run.arguments | run.toy)
+    return dataclasses.replace(run, arguments=run.arguments | run.toy, seconds=0.01)
 
 
 def lowered(run: Run) -> Run:
@@ -378,8 +385,11 @@ def serve(rows: Any, run: Run, log: str, cache: str) -> None:
         stream.flush()
         os.dup2(file, stream.fileno())
     try:
+        import turns
+
         from mvc_jax.training import runtime
 
+        turns.SECONDS = run.seconds
         runtime.set_up(cache)
         if not run.fresh:
             runtime.start()

@@ -22,9 +22,9 @@ SMALL = SD15 | {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
     "block_out_channels": [64, 128, 256],
 }
-TINY = SD15 | {
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
+TINY = SD15 | {  # its only attention is in the middle
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
     "block_out_channels": [32],
     "layers_per_block": 1,
 }
