@@ -5,8 +5,8 @@
 Each run of the table below has a process of its own and a time limit, so that a crash,
 a lack of memory or a slow compilation costs its row and no other. Rows are printed as
 they are known, as Markdown, and appended to `accelerator.jsonl` in the folder `--out`.
-Beside it are the logs of the processes, and a compilation cache with which a second
-call gets further in the same time.
+Beside it are the logs of the processes, and a compilation cache (or it is where
+JAX_COMPILATION_CACHE_DIR says) with which a second call gets further in the same time.
 
 Exit codes: 1 if a row failed, or there is no accelerator; 2 if a flag is wrong. A lack
 of memory or time is a failure in a rehearsal only.
@@ -109,8 +109,8 @@ RUNS = (  # the main settings of every part, then the others
         "right",
         "correctness:block",
         75,
-        {"batch": 8, "latents": 64},
-        toy={"latents": 8, "width": 32},
+        {"batch": 8, "family": "block", "latents": 64},
+        toy={"family": "tiny", "latents": 4},
     ),
     Run(
         "attention",
@@ -152,10 +152,10 @@ RUNS = (  # the main settings of every part, then the others
         "classifier_step:seeds",
         90,
         {"at_once": 3, "classifier": "resnet20", "batch": 128, "steps_at_once": 10},
-        toy=TOY_CLASSIFIER | {"at_once": 2, "steps_at_once": 2},
+        toy=TOY_CLASSIFIER | {"at_once": 2, "steps_at_once": 1},
     ),
     finetune(50, "blocks"),
-    finetune(64, "blocks", toy=TOY_UNET),
+    finetune(64, "blocks"),
     classifier(1024),
     finetune(64),
     finetune(16),
@@ -245,7 +245,9 @@ def selected(flags: argparse.Namespace) -> list[Run]:
 
 
 def rehearsed(run: Run) -> Run:
-    return dataclasses.replace(run, arguments=run.arguments | run.toy, seconds=0.01)
+    """The run at its toy size; on a slow machine only its compilation takes time."""
+    toy = run.arguments | run.toy
+    return dataclasses.replace(run, arguments=toy, seconds=0.01, limit=1e4)
 
 
 def lowered(run: Run) -> Run:
@@ -317,6 +319,7 @@ def measure_all(runs: Sequence[Run], flags: argparse.Namespace, table: Table) ->
     ends = time.monotonic() + 60 * flags.minutes
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload(["preloaded"])
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(flags.out / "xla"))
     for number, run in enumerate(runs):
         left = ends - time.monotonic()
         if left < SHORTEST:
@@ -325,7 +328,7 @@ def measure_all(runs: Sequence[Run], flags: argparse.Namespace, table: Table) ->
         context = multiprocessing.get_context("spawn") if run.fresh else forked
         log = flags.out / f"{number:02}-{run.part}.log"
         limit = min(run.limit, left)
-        for row in rows_of(run, context, log, str(flags.out / "xla"), limit):
+        for row in rows_of(run, context, log, cache, limit):
             table.add(run, row)
         if run.function == CARD.function and table.rows[-1].get("status"):
             print("\nWithout this nothing else is run.", file=sys.stderr)

@@ -22,11 +22,16 @@ SMALL = SD15 | {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
     "block_out_channels": [64, 128, 256],
 }
-TINY = SD15 | {  # its only attention is in the middle
+BLOCK = SD15 | {  # one block each way, in their true width
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "block_out_channels": [320],
+    "layers_per_block": 1,
+}
+TINY = BLOCK | {  # its only attention is in the middle
     "down_block_types": ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"],
     "block_out_channels": [32],
-    "layers_per_block": 1,
 }
 SD21_TEXT_WIDTH = 1024
 SD21 = SD15 | {
@@ -34,7 +39,7 @@ SD21 = SD15 | {
     "cross_attention_dim": SD21_TEXT_WIDTH,
     "use_linear_projection": True,
 }
-UNETS = {"tiny": TINY, "small": SMALL, "sd15": SD15, "sd21": SD21}
+UNETS = {"tiny": TINY, "block": BLOCK, "small": SMALL, "sd15": SD15, "sd21": SD21}
 SD15_VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -48,6 +53,7 @@ SD15_VAE = {
     "scaling_factor": 0.18215,
 }
 VAES = {
+    "block": SD15_VAE,
     "tiny": SD15_VAE | {"block_out_channels": [32] * 4, "layers_per_block": 1},
     "small": SD15_VAE | {"block_out_channels": [32, 32, 64, 64]},
     "sd15": SD15_VAE,
@@ -67,6 +73,7 @@ SD15_TEXT = {
 }
 SMALL_TEXT = SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1}
 TEXTS = {
+    "block": SD15_TEXT,
     "tiny": SMALL_TEXT,
     "small": SMALL_TEXT,
     "sd15": SD15_TEXT,

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-from architectures import SCHEDULE, SD15, SD15_VAE, TEXT_WIDTH
+import programs
+from architectures import TEXT_WIDTH
 
 from mvc_jax.models import attention
-from mvc_jax.models.stable_diffusion import StableDiffusion
 from mvc_jax.training import sharding
 
 HEADS, PROMPT = 8, 77
@@ -25,22 +25,15 @@ LEVELS = ((4096, 40), (1024, 80), (256, 160), (64, 160))
 LARGEST_ERROR = 0.1  # bfloat16 has 8 bits; some layers of it are off by a hundredth
 
 
-def block(*, batch: int, latents: int, width: int = 320) -> Iterator[dict]:
-    """The error of a UNet with one block of Stable Diffusion 1.5 down and one up.
+def block(*, batch: int, family: str, latents: int) -> Iterator[dict]:
+    """The error of a UNet: its prediction, and a gradient.
 
     Args:
       batch: examples.
+      family: a key of `architectures.UNETS`.
       latents: their side.
-      width: channels.
     """
-    one = {
-        "down_block_types": ["CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D"],
-        "block_out_channels": [width],
-        "layers_per_block": 1,
-    }
-    configs = {"unet": SD15 | one, "vae": SD15_VAE, "scheduler": SCHEDULE}
-    model = StableDiffusion(configs, tokenizer=None)
+    model = programs.architecture(programs.Options(family=family))
     shapes = {
         "unet": model.shapes("unet"),
         "latents": jax.ShapeDtypeStruct((batch, latents, latents, 8), jnp.float32),
