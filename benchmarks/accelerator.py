@@ -2,8 +2,8 @@
 
     bash benchmarks/accelerator.sh --minutes=9 --out=runs/accelerator
 
-Each run of the table below has a process of its own and a time limit, so that a crash,
-a lack of memory or a slow compilation costs its row and no other. Rows are printed as
+Each row or few have a process of their own and a time limit, so that a crash,
+a lack of memory or a slow compilation costs no other row. Rows are printed as
 they are known, as Markdown, and appended to `accelerator.jsonl` in the folder `--out`.
 Beside it are the logs of the processes, and a compilation cache (or it is where
 JAX_COMPILATION_CACHE_DIR says) with which a second call gets further in the same time.
@@ -168,7 +168,7 @@ RUNS = (  # the main settings of every part, then the others
     finetune(16, "blocks"),
     finetune(8, "blocks"),
 )
-PARTS = tuple(dict.fromkeys(run.part for run in RUNS))
+PARTS = tuple(dict.fromkeys(run.part for run in (CARD, *RUNS)))
 LOWERED = {  # functions of programs -> the function that traces their program instead
     "measure:rate": {},
     "sample:rates": {"name": "generate"},
@@ -184,11 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         flags.out.mkdir(parents=True, exist_ok=True)
-        with (flags.out / "accelerator.jsonl").open("a") as file:
-            return measure_all(selected(flags), flags, Table(file))
+        file = (flags.out / "accelerator.jsonl").open("a")
     except OSError as error:
         print(f"--out: wanted a folder to write into, got {error}", file=sys.stderr)
         return 2
+    with file, contextlib.suppress(KeyboardInterrupt):
+        return measure_all(selected(flags), flags, Table(file))
+    return 128 + signal.SIGINT
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -284,9 +286,12 @@ class Table:
         self.rows.append(row)
         print(f"| {' | '.join(cell(row, field) for field in COLUMNS.values())} |")
         sys.stdout.flush()
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # the time of the machine is worth more
+            print(f"{self._file.name}: {error}", file=sys.stderr)
 
     def _ratio_to_ours(self, run: Run, theirs: float) -> dict[str, Any]:
         """Of PyTorch's row: our rate at the same batch over theirs."""
@@ -330,7 +335,7 @@ def measure_all(runs: Sequence[Run], flags: argparse.Namespace, table: Table) ->
         limit = min(run.limit, left)
         for row in rows_of(run, context, log, cache, limit):
             table.add(run, row)
-        if run.function == CARD.function and table.rows[-1].get("status"):
+        if run.function == CARD.function and table.rows[-1].get("status") == FAILED:
             print("\nWithout this nothing else is run.", file=sys.stderr)
             return 1
     bad = {FAILED, MEMORY, TIME} if flags.rehearse or flags.lower else {FAILED}
@@ -353,7 +358,7 @@ def rows_of(
                 yield {"status": TIME, "note": note}
                 return
             yield here.recv()
-    except EOFError:  # the process has ended
+    except (EOFError, OSError):  # the process has ended, perhaps within a row
         process.join(10)
         if process.exitcode:
             yield {"status": FAILED, "note": ending(process.exitcode, log)}
