@@ -22,7 +22,13 @@ SMALL = SD15 | {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
     "block_out_channels": [64, 128, 256],
 }
-UNETS = {"small": SMALL, "sd15": SD15}
+SD21_TEXT_WIDTH = 1024
+SD21 = SD15 | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": SD21_TEXT_WIDTH,
+    "use_linear_projection": True,
+}
+UNETS = {"small": SMALL, "sd15": SD15, "sd21": SD21}
 SD15_VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -38,6 +44,7 @@ SD15_VAE = {
 VAES = {
     "small": SD15_VAE | {"block_out_channels": [32, 32, 64, 64]},
     "sd15": SD15_VAE,
+    "sd21": SD15_VAE,
 }
 SD15_TEXT = {
     "architectures": ["CLIPTextModel"],
@@ -54,6 +61,14 @@ SD15_TEXT = {
 TEXTS = {
     "small": SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1},
     "sd15": SD15_TEXT,
+    "sd21": SD15_TEXT
+    | {
+        "hidden_size": SD21_TEXT_WIDTH,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    },
 }
 SCHEDULE = {
     "num_train_timesteps": 1000,

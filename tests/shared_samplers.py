@@ -4,21 +4,21 @@ import contextlib
 
 import pytest
 
-from mvc_jax.generation.image_sampler import ImageSampler
+from mvc_jax.generation import image_sampler
 
 
 @contextlib.contextmanager
 def shared_programs():
-    """Samplers with equal settings, models and devices compile once in the block."""
+    """Samplers with equal settings and models compile once in the block."""
     programs = {}
-    compiled = ImageSampler._compiled
+    jit_sample_images = image_sampler.jit_sample_images
 
-    def cached(self, model, network):
-        key = (self.settings, self._mesh, repr(model.configs), repr(network))
+    def cached(model, network, settings, mesh):
+        key = (settings, repr(model.configs), repr(network), mesh)
         if key not in programs:
-            programs[key] = compiled(self, model, network)
+            programs[key] = jit_sample_images(model, network, settings, mesh)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImageSampler, "_compiled", cached)
+        patch.setattr(image_sampler, "jit_sample_images", cached)
         yield

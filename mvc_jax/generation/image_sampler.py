@@ -116,7 +116,9 @@ class ImageSampler:
         if self._controlled:
             network, params["controlnet"] = self._texts.ablation.load_controlnet()
         if self._controlled not in self._programs:
-            self._programs[self._controlled] = self._compiled(model, network)
+            self._programs[self._controlled] = jit_sample_images(
+                model, network, self.settings, self._mesh
+            )
         shardings = sharding.tree_shardings(params, self._mesh)
         self._params = jax.device_put(params, shardings)
         self._loaded = folder, self._controlled
@@ -190,36 +192,43 @@ class ImageSampler:
             batch["edges"] = self._texts.ablation.edges(sources)
         return batch
 
-    def _compiled(
-        self,
-        model: stable_diffusion.StableDiffusion,
-        network: controlnet.ControlNet | None,
-    ) -> Callable:
-        settings = self.settings
-        model = model.with_compute_options(
-            dtype=settings.dtype,
-            attention=settings.attention,
-            field="config.generate.attention",
+
+def jit_sample_images(
+    model: stable_diffusion.StableDiffusion,
+    network: controlnet.ControlNet | None,
+    settings: Settings,
+    mesh: Mesh,
+) -> Callable:
+    """Jits `sample_images` for a model, settings and devices; see there.
+
+    Raises:
+      UserError: the devices do not support this attention.
+    """
+    model = model.with_compute_options(
+        dtype=settings.dtype,
+        mesh=mesh,
+        attention=settings.attention,
+        field="config.generate.attention",
+    )
+    if network is not None:
+        network = dataclasses.replace(
+            network, dtype=model.dtype, attention=model.attention, mesh=mesh
         )
-        if network is not None:
-            network = dataclasses.replace(
-                network, dtype=model.dtype, attention=model.attention
-            )
-        draw = functools.partial(
-            sample_images,
-            model=model,
-            network=network,
-            sampler=samplers.make(
-                settings.sampler,
-                settings.steps,
-                alphas_cumprod=model.alphas_cumprod,
-                prediction_type=model.prediction_type,
-            ),
-            guidance_interval=settings.guidance_interval,
-            guidance_rescale=settings.guidance_rescale,
-            grey=settings.grey,
-        )
-        return jax.jit(draw)
+    draw = functools.partial(
+        sample_images,
+        model=model,
+        network=network,
+        sampler=samplers.make(
+            settings.sampler,
+            settings.steps,
+            alphas_cumprod=model.alphas_cumprod,
+            prediction_type=model.prediction_type,
+        ),
+        guidance_interval=settings.guidance_interval,
+        guidance_rescale=settings.guidance_rescale,
+        grey=settings.grey,
+    )
+    return jax.jit(draw)
 
 
 def sample_images(

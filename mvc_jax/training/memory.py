@@ -44,14 +44,7 @@ class MemoryBudget:
         device = next(iter(jax.tree.leaves(arguments)[0].devices()))
         with self._explain_out_of_memory(name):
             compiled = step.lower(*arguments).compile()
-        analysis = compiled.memory_analysis()
-        held = analysis.argument_size_in_bytes
-        new = (
-            analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-            + analysis.temp_size_in_bytes
-            + analysis.generated_code_size_in_bytes
-        )
+        held, new = program_bytes(compiled)
         size = self.size or device_bytes(device, held)
         if held + new > size:
             raise UserError(
@@ -87,6 +80,23 @@ class MemoryBudget:
 
 
 WHOLE_DEVICE = MemoryBudget(0, "Lower the batch size.")
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Memory of a compiled program on one device, by XLA's analysis, in bytes.
+
+    Returns:
+      what its arguments take, and what it takes in addition: results that are not
+      written over arguments, temporary arrays and its code.
+    """
+    analysis = compiled.memory_analysis()
+    new = (
+        analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.generated_code_size_in_bytes
+    )
+    return analysis.argument_size_in_bytes, new
 
 
 def device_bytes(device: jax.Device, held: int = 0) -> int:

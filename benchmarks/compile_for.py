@@ -1,0 +1,242 @@
+"""Compiles the programs of the stages for accelerators that are not here.
+
+    python benchmarks/compile_for.py --target=h100 --program=finetune --batch=32
+    python benchmarks/compile_for.py --target=v5e --devices=8 --program=generate
+    python benchmarks/compile_for.py --all --target=h100,v5e --out=runs/compiled
+
+XLA compiles for a device from its description, and the compiled program tells what it
+will hold, move and call. Nothing runs: seconds are those of the roofline, the larger of
+FLOPs over the peak in bfloat16 and bytes over the bandwidth of memory, and no program
+reaches them. A row is printed as soon as it is known, and with `--out` appended to
+`compiled.jsonl`; the text of each program can be kept beside it by `--text`.
+
+The compilers are packages, in an environment of their own:
+
+    pip install -e '.[aot-tpu]'    # v5e, v5p, v6e
+    pip install -e '.[aot-gpu]'    # h100, h200, a100, l4; 5 GB
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import targets
+
+from mvc_jax.errors import UserError
+
+GIB = 2**30
+_PROGRAMS = ("finetune", "lora", "generate", "encode", "classify", "pretrain")
+_FAMILIES = ("sd15", "sd21", "small")
+_COLUMNS = (
+    "program",
+    "devices",
+    "settings",
+    "compiled in, s",
+    "memory, GiB: arguments",
+    "+ temporary",
+    "= peak",
+    "of",
+    "TFLOP",
+    "GB accessed",
+    "roofline, ms",
+    "bound by",
+    "kernels",
+    "collectives",
+    "copies and transposes, GB",
+)
+
+
+def main() -> None:
+    arguments = parse()
+    try:
+        chosen = [targets.find(name) for name in arguments.target.split(",")]
+        if arguments.all:
+            sheet(arguments, chosen)
+            return
+        print(header(), flush=True)
+        row = compile_one(arguments, chosen[0])
+    except UserError as error:
+        sys.exit(str(error))
+    print(line(row), flush=True)
+    record(arguments, row)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", default="h100", help="of devices.toml")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--fsdp", type=int, default=1, help="devices a copy of weights")
+    parser.add_argument("--program", choices=_PROGRAMS, default="finetune")
+    parser.add_argument("--family", choices=_FAMILIES, default="sd15")
+    parser.add_argument("--batch", type=int, default=0, help="on all devices")
+    parser.add_argument("--size", type=int, default=512, help="pixels")
+    parser.add_argument("--remat", default="none", help="none, blocks, full")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--preset", default="", help="of generate: fast")
+    parser.add_argument("--classifier", default="wrn28_10")
+    parser.add_argument("--policy", default="randaugment", help="of the classifier")
+    parser.add_argument("--seeds", type=int, default=1, help="side by side")
+    parser.add_argument("--all", action="store_true", help="the sheet of the targets")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of compiled.jsonl")
+    parser.add_argument("--text", type=pathlib.Path, help="file for the program's text")
+    return parser.parse_args()
+
+
+def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
+    """Compiles one program; returns its row."""
+    targets.set_environment()
+    import hlo
+    import programs
+
+    from mvc_jax.training import memory
+
+    names = [field.name for field in dataclasses.fields(programs.Options)]
+    options = programs.Options(**{name: getattr(arguments, name) for name in names})
+    mesh = targets.mesh(target, arguments.devices, arguments.fsdp)
+    program = programs.build(arguments.program, options, mesh)
+    lowered = program.function.lower(*program.arguments)
+    began = time.monotonic()
+    compiled = lowered.compile()
+    seconds = time.monotonic() - began
+    text = compiled.as_text()
+    if arguments.text:
+        arguments.text.write_text(text)
+    held, new = memory.program_bytes(compiled)
+    plain = dataclasses.replace(options, attention="xla")
+    flops = programs.build(arguments.program, plain, mesh).flops() / mesh.size
+    found = hlo.summary(hlo.Module(text))
+    moved = sum(size for _, size in found["collectives"].values())
+    times = {
+        "FLOPs": flops / target.peak,
+        "memory": found["bytes"] / target.bandwidth,
+        "interconnect": moved / target.interconnect,
+    }
+    return {
+        "target": target.name,
+        "program": arguments.program,
+        "devices": arguments.devices,
+        "settings": settings(arguments, program.examples),
+        "compile_seconds": seconds,
+        "arguments": held,
+        "temporary": new,
+        "memory": target.memory,
+        "fits": held + new <= target.memory,
+        "flops": flops,
+        "roofline_seconds": max(times.values()),
+        "bound": max(times, key=times.get),
+        **found,
+    }
+
+
+def settings(arguments: argparse.Namespace, examples: int) -> str:
+    """What differs from the defaults, and the batch."""
+    shown = [f"batch {examples}"]
+    if arguments.program == "classify":
+        shown += [arguments.classifier, arguments.policy, "32 px"]
+        shown += [f"{arguments.seeds} seeds"] if arguments.seeds > 1 else []
+    else:
+        shown += [arguments.family, f"{arguments.size} px"]
+    if arguments.fsdp > 1:
+        shown.append(f"fsdp {arguments.fsdp}")
+    defaults = {"remat": "none", "accumulate": 1, "attention": "auto", "preset": ""}
+    for name, default in defaults.items():
+        if getattr(arguments, name) != default:
+            shown.append(f"{name} {getattr(arguments, name)}")
+    return ", ".join(shown)
+
+
+# What the sheet holds for every target, most important first: the sizes that the stages
+# take by default, and the largest that fit.
+_SHEET = (
+    {"program": "finetune", "batch": 8},
+    {"program": "finetune", "batch": 50, "remat": "blocks"},
+    {"program": "lora", "batch": 8, "remat": "blocks"},
+    {"program": "generate"},
+    {"program": "encode"},
+    {"program": "classify", "batch": 128},
+)
+
+
+def sheet(arguments: argparse.Namespace, chosen: list[targets.Target]) -> None:
+    """Compiles the sheet, each program in a process of its own: compilers crash."""
+    print(header(), flush=True)
+    for target in chosen:
+        for options in _SHEET:
+            flags = [f"--{key}={value}" for key, value in options.items()]
+            command = [sys.executable, __file__, f"--target={target.name}", *flags]
+            if arguments.out:
+                command.append(f"--out={arguments.out}")
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                print(done.stdout.splitlines()[-1], flush=True)
+                continue
+            row = {"target": target.name, "devices": 1, **options}
+            row |= {"settings": " ".join(flags[1:]), "error": _reason(done)}
+            print(line(row), flush=True)
+            record(arguments, row)
+
+
+def _reason(done: subprocess.CompletedProcess) -> str:
+    """Why a process failed, in one line."""
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"does not compile: the compiler crashed ({name})"
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    return f"does not compile: {lines[-1][:200]}"
+
+
+def header() -> str:
+    return f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the Markdown table."""
+    cells = [row["program"], f"{row['devices']} {row['target']}", row["settings"]]
+    if "error" in row:
+        cells += [row["error"]]
+        return f"| {' | '.join(cells + [''] * (len(_COLUMNS) - len(cells)))} |"
+    held, new = row["arguments"] / GIB, row["temporary"] / GIB
+    fits = "" if row["fits"] else ": does not fit"
+    cells += [
+        f"{row['compile_seconds']:.0f}",
+        f"{held:.1f}",
+        f"{new:.1f}",
+        f"{held + new:.1f}{fits}",
+        f"{row['memory'] / GIB:.1f}",
+        f"{row['flops'] / 1e12:.2f}",
+        f"{row['bytes'] / 1e9:.0f}",
+        f"{1e3 * row['roofline_seconds']:.0f}",
+        row["bound"],
+        ", ".join(f"{count:.0f} {name}" for name, count in row["kernels"].items()),
+        ", ".join(
+            f"{count:.0f} {name} {size / 1e9:.2f} GB"
+            for name, (count, size) in row["collectives"].items()
+        ),
+        ", ".join(
+            f"{name} {size / 1e9:.1f}"
+            for name, size in row["moves"].items()
+            if size > 5e7
+        ),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def record(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Appends a row to `compiled.jsonl` in `--out`, if it is given."""
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with (arguments.out / "compiled.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

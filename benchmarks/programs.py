@@ -1,0 +1,294 @@
+"""The programs of the stages, ready to be lowered from shapes alone.
+
+Each is the very function that its stage compiles, with the shardings that the stage
+uses and, where no option says otherwise, the sizes of `configs/common.py`. No array is
+made: arguments are shapes with shardings.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from architectures import SCHEDULE, TEXTS, UNETS, VAES
+
+from configs import common
+from mvc_jax import devices
+from mvc_jax import finetune as finetune_stage
+from mvc_jax.checkpoints import scheduler_config
+from mvc_jax.classification import classifier
+from mvc_jax.errors import UserError
+from mvc_jax.generation import image_sampler
+from mvc_jax.models import classifiers
+from mvc_jax.models.stable_diffusion import StableDiffusion
+from mvc_jax.pretraining import base
+from mvc_jax.training import loop, optim, rng, sharding, throughput
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compiled.
+
+    Attributes:
+      family: of Stable Diffusion, a key of `architectures.UNETS`.
+      batch: examples of a call on all devices; 0: the config's default.
+      size: of the images in pixels along a side.
+      remat: of the UNet's backward pass.
+      accumulate: micro-batches of a step.
+      attention: implementation in the UNet.
+      preset: of `generate`: "" or `fast`.
+      classifier: its name.
+      policy: its augmentation.
+      seeds: classifiers side by side.
+    """
+
+    family: str = "sd15"
+    batch: int = 0
+    size: int = 512
+    remat: str = "none"
+    accumulate: int = 1
+    attention: str = "auto"
+    preset: str = ""
+    classifier: str = "wrn28_10"
+    policy: str = "randaugment"
+    seeds: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and the shapes of its arguments.
+
+    Attributes:
+      function: from `jax.jit`.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings.
+      examples: of one call, on all devices.
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    examples: int
+
+    def flops(self) -> float:
+        """FLOPs of the matrix products and convolutions of a call, on all devices.
+
+        Recomputed activations count. Build the program with `attention="xla"`: the
+        products inside of kernels are not counted.
+        """
+        return throughput.count_flops(self.function, *self.arguments)
+
+
+def build(name: str, options: Options, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a name in `PROGRAMS`.
+
+    Raises:
+      UserError: the devices do not divide the batch.
+    """
+    program = PROGRAMS[name](options, mesh)
+    parts = mesh.size * options.accumulate
+    if program.examples % parts:
+        raise UserError(
+            "--batch",
+            wanted=f"a multiple of {parts}: {mesh.size} devices x "
+            f"{options.accumulate} micro-batches",
+            got=f"{program.examples}",
+            fix=f"Try --batch={-(-program.examples // parts) * parts}.",
+        )
+    return program
+
+
+def _model(options: Options, *, conditioned: bool = True) -> StableDiffusion:
+    unet = UNETS[options.family] | {"in_channels": 8 if conditioned else 4}
+    configs = {
+        "unet": unet,
+        "vae": VAES[options.family],
+        "text_encoder": TEXTS[options.family],
+        "scheduler": scheduler_config.ddim_config(SCHEDULE),
+    }
+    return StableDiffusion(configs, tokenizer=None)
+
+
+def _shape(shape: tuple[int, ...], dtype: str, placed: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=placed)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with shardings: a tree of them, or one for all leaves."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=placed
+        ),
+        shapes,
+        shardings,
+    )
+
+
+def _finetune(options: Options, mesh: jax.sharding.Mesh, *, mode: str) -> Program:
+    config = common.get_config()
+    section = config.finetune
+    section.mode, section.accumulate = mode, options.accumulate
+    model = _model(options).with_compute_options(
+        dtype=section.dtype,
+        mesh=mesh,
+        attention=options.attention,
+        remat=options.remat,
+    )
+    model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
+    unet = model.shapes("unet")
+    trained, fixed = unet, {}
+    if mode == "lora":
+        split = functools.partial(
+            finetune_stage.trained_and_frozen, config, dtype=model.dtype
+        )
+        trained, fixed = jax.eval_shape(split, unet)
+    shardings = sharding.tree_shardings(trained, mesh)
+    step, tx = finetune_stage.make_step(config, model, shardings)
+    state = _state(trained, tx, mesh, ema=section.ema_decay > 0)
+    size = options.batch or section.batch_size
+    side = options.size // model.downsampling
+    text = (model.context_length, model.text_width)
+    rows = sharding.batch_sharding(mesh)
+    moments = _shape((size, side, side, 2 * model.latent_channels), "float32", rows)
+    batch = {
+        "source_moments": moments,
+        "target_moments": moments,
+        "text_states": _shape((size, *text), "float32", rows),
+        "weight": _shape((size,), "float32", rows),
+    }
+    fixed["null_states"] = jax.ShapeDtypeStruct(text, jnp.float32)
+    constants = _placed(fixed, sharding.tree_shardings(fixed, mesh))
+    return Program(loop.jit_step(step, state), (state, constants, batch), size)
+
+
+def _state(
+    params: Any, tx: Any, mesh: jax.sharding.Mesh, *, ema: bool
+) -> loop.TrainState:
+    """The shapes and shardings of `loop.create_state`."""
+    create = functools.partial(loop.create_state, tx=tx, mesh=mesh, ema=ema)
+    shapes = jax.eval_shape(create, params)
+    return _placed(shapes, sharding.tree_shardings(shapes, mesh))
+
+
+def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
+    config = common.get_config()
+    if options.preset:
+        common.PRESETS[options.preset](config)
+    section = config.generate
+    size = options.batch or section.batch_size
+    settings = image_sampler.Settings(
+        sampler=section.sampler,
+        steps=section.steps,
+        guidance_interval=section.guidance_interval,
+        batch_size=size,
+        attention=options.attention,
+    )
+    model = _model(options)
+    params = {name: model.shapes(name) for name in ("unet", "vae")}
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    side = options.size // model.downsampling
+    text = (model.context_length, model.text_width)
+    batch = {
+        "moments": _shape(
+            (size, side, side, 2 * model.latent_channels), "float32", rows
+        ),
+        "states": _shape((size, *text), "float32", rows),
+        "noise_seed": _shape((size,), "int32", rows),
+        "redraws": _shape((size,), "int32", rows),
+        "text_scale": _shape((size,), "float32", rows),
+        "image_scale": _shape((size,), "float32", rows),
+    }
+    arguments = (
+        _placed(params, sharding.tree_shardings(params, mesh)),
+        batch,
+        _shape(text, "float32", whole),
+        _placed(jax.eval_shape(jax.random.key, 0), whole),
+    )
+    draw = image_sampler.jit_sample_images(model, None, settings, mesh)
+    return Program(draw, arguments, size)
+
+
+def _encode(options: Options, mesh: jax.sharding.Mesh) -> Program:
+    size = options.batch or common.get_config().encode.batch_size
+    model = _model(options, conditioned=False)
+    params = _placed({"vae": model.shapes("vae")}, sharding.replicated(mesh))
+    shape = (size, options.size, options.size, 3)
+    images = _shape(shape, "uint8", sharding.batch_sharding(mesh))
+    return Program(jax.jit(model.encode_pixels), (params, images), size)
+
+
+def _classify(options: Options, mesh: jax.sharding.Mesh) -> Program:
+    section = common.get_config().classify
+    size = options.batch or section.batch_size
+    side, classes, images = 32, 10, 10_000
+    network = classifiers.make(
+        options.classifier,
+        num_classes=classes,
+        dtype=devices.activations_dtype("auto", mesh),
+    )
+    spec = classifier.ClassifierSpec(network, policy=options.policy)
+    tx = optim.optimizer(
+        section.optimizer,
+        1.0,
+        weight_decay=section.weight_decay,
+        momentum=section.momentum,
+    )
+    create = functools.partial(
+        classifier.create_state, spec, tx, mesh=mesh, image_shape=(side, side, 3)
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), options.seeds))
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    with jax.disable_jit():  # its compiler options are refused inside of a trace
+        state = _placed(jax.eval_shape(create, keys), whole)
+    constants = {
+        "images": _shape((images, side, side, 3), "uint8", whole),
+        "labels": _shape((images,), "int32", whole),
+        "key": _shape((options.seeds, 2), "uint32", whole),
+        "rates": _shape((section.steps,), "float32", whole),
+    }
+    batch = {
+        "index": _shape((size, options.seeds), "int32", rows),
+        "weight": _shape((size, options.seeds), "float32", rows),
+    }
+    step = functools.partial(classifier.train_seeds, spec=spec, tx=tx)
+    return Program(loop.jit_step(step, state), (state, constants, batch), size)
+
+
+def _pretrain(options: Options, mesh: jax.sharding.Mesh) -> Program:
+    section = common.get_config().pretrain.unet
+    model = _model(options, conditioned=False)
+    tx = optim.adam(optim.warmup_cosine(section.learning_rate, warmup=100, steps=1000))
+    step = functools.partial(
+        base.unet_step,
+        model=dataclasses.replace(model, mesh=mesh),
+        tx=tx,
+        key=rng.purpose_key(0, "pretrain/unet"),
+        drop_rate=section.drop_rate,
+        ema_decay=section.ema_decay,
+    )
+    params = {name: model.shapes(name) for name in ("text_encoder", "unet")}
+    state = _state(params, tx, mesh, ema=True)
+    size = options.batch or section.batch_size
+    side = options.size // model.downsampling
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    batch = {
+        "moments": _shape(
+            (size, side, side, 2 * model.latent_channels), "float32", rows
+        ),
+        "ids": _shape((size, model.context_length), "int32", rows),
+        "weight": _shape((size,), "float32", rows),
+    }
+    constants = {"null_ids": _shape((1, model.context_length), "int32", whole)}
+    return Program(loop.jit_step(step, state), (state, constants, batch), size)
+
+
+PROGRAMS: dict[str, Callable[[Options, jax.sharding.Mesh], Program]] = {
+    "finetune": functools.partial(_finetune, mode="full"),
+    "lora": functools.partial(_finetune, mode="lora"),
+    "generate": _generate,
+    "encode": _encode,
+    "classify": _classify,
+    "pretrain": _pretrain,
+}
