@@ -63,7 +63,7 @@ _CHOICES = {
     "format": tuple(synthetic.SUFFIXES),
     "sampler": SAMPLERS,
     "dtype": ("auto", "float32", "bfloat16"),
-    "attention": ("auto", "xla", "mapped", "cudnn"),
+    "attention": ("auto", "xla", "mapped", "cudnn", "pallas"),
 }
 _COUNT = "The default is in configs/common.py."
 _RANGES = {

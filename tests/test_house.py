@@ -53,7 +53,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "training",
     },
 }
-LEAVES = {"errors", "files", "imports", "pictures"}
+LEAVES = {"devices", "errors", "files", "imports", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
