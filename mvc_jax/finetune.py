@@ -424,7 +424,7 @@ def make_gallery(
             guidance_interval=options.guidance_interval,
             guidance_rescale=options.guidance_rescale,
         )
-        images = model.decode(fixed, latents)
+        images = model.decode_in_parts(fixed, latents)
         return stable_diffusion.to_pixels(images, grey=train.grey)
 
     fixed = fixed | {"vae": params["vae"]}

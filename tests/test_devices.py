@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
 from mvc_jax.diffusion import samplers
 from mvc_jax.generation import image_sampler
+from mvc_jax.models import stable_diffusion
 from mvc_jax.training import rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state, fit, jit_step, place_batch
@@ -169,6 +171,37 @@ def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
         assert np.abs(one - other).max() <= 1, (mesh, batch_size)
     reordered = sample(tiny, cache, make_mesh("1"), index[::-1], 4)[::-1]
     assert np.abs(one - reordered).max() <= 1
+
+
+def test_large_images_are_decoded_in_parts_on_their_devices(tiny, monkeypatch):
+    model, params = tiny
+    params = {"vae": params["vae"]}
+    latents = np.random.default_rng(0).normal(size=(40, 2, 2, 4)).astype(np.float32)
+    whole = jax.jit(model.decode)(params, latents)
+    monkeypatch.setattr(stable_diffusion, "_DECODED", 3 * 8**2)  # 5 rows are 5 parts
+    mesh = make_mesh("8")
+    model = dataclasses.replace(model, mesh=mesh)
+    placed = jax.device_put(latents, sharding.batch_sharding(mesh))
+    params = jax.device_put(params, sharding.replicated(mesh))
+    decode = jax.jit(model.decode_in_parts).lower(params, placed).compile()
+    text = decode.as_text()
+    assert "while(" in text
+    assert not re.search(r"all-(gather|reduce|to-all)|collective-permute", text)
+    images = decode(params, placed)
+    assert images.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
+    np.testing.assert_allclose(images, whole, atol=1e-6)
+
+    rows = np.arange(12, dtype=np.float32)
+    sizes = []
+
+    def count(part):
+        sizes.append(len(part))
+        return -part
+
+    for size, devices in ((4, 1), (5, 2), (0, 3), (99, 1)):
+        done = stable_diffusion._map_parts(count, rows, size=size, devices=devices)
+        np.testing.assert_array_equal(done, -rows)
+    assert sizes == [4, 2 * 3, 3 * 1, 12]
 
 
 def test_examples_of_weight_zero_change_neither_loss_nor_gradient(tiny, opened):

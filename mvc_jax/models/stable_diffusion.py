@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,8 @@ from mvc_jax.models.flax_classes import (
 
 Params = dict[str, Any]
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
+_DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
+_DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,22 @@ class StableDiffusion:
         )
         return output.sample.transpose(0, 2, 3, 1)
 
+    def decode_in_parts(
+        self, params: Params, latents: Float[Array, "B h w c"]
+    ) -> Array:
+        """`decode`, of large images a few at a time.
+
+        The activations of the last layers are the largest of all while images are
+        drawn: 0.6 GiB for each of 512 pixels a side.
+        """
+        pixels = np.prod(latents.shape[1:3]) * self.downsampling**2
+        return _map_parts(
+            lambda part: self.decode(params, part),
+            latents,
+            size=int(_DECODED // pixels),
+            devices=1 if self.mesh is None else self.mesh.size,
+        )
+
     def denoise(
         self,
         params: Params,
@@ -285,6 +304,29 @@ def _constrain_batch_sharding(
         return jax.lax.with_sharding_constraint(output, sharding)
 
     return nn.intercept_methods(intercept)
+
+
+def _map_parts(
+    function: Callable[[Array], Array], rows: Array, *, size: int, devices: int
+) -> Array:
+    """Maps `function` over parts of `rows` [B, ...], one part after another.
+
+    A part has up to `size` rows, and at least one, of each device: none is exchanged.
+    If that is all of them, nothing is mapped.
+    """
+    devices = math.gcd(len(rows), devices)
+    own = len(rows) // devices
+    size = max(n for n in range(1, own + 1) if own % n == 0 and n <= max(size, 1))
+    if size == own:
+        return function(rows)
+
+    def part(own_rows):
+        done = function(own_rows.reshape(-1, *rows.shape[1:]))
+        return done.reshape(devices, size, *done.shape[1:])
+
+    parts = rows.reshape(devices, -1, size, *rows.shape[1:]).swapaxes(0, 1)
+    done = jax.lax.map(part, parts).swapaxes(0, 1)
+    return done.reshape(len(rows), *done.shape[3:])
 
 
 def to_pixels(
