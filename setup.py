@@ -43,6 +43,9 @@ REQUIRED = [
 EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
+    # To compile for devices that are absent, by benchmarks/compile_for.py.
+    "aot-gpu": ["jax[cuda12]"],
+    "aot-tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],

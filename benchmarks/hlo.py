@@ -28,7 +28,7 @@ _ARRAY = re.compile(r"(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|called_computations|branch_computations|"
-    r"true_computation|false_computation)=\{?([%\w.\-, ]+)\}?"
+    r"true_computation|false_computation)=(%[\w.\-]+|\{[^}]*\})"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
@@ -81,6 +81,14 @@ class Buffer:
         return math.prod(sizes) * bits // 8
 
     @property
+    def order(self) -> list[int]:
+        """Its dimensions, the fastest first, without those of size 1."""
+        layout = self.layout.split(":")[0]
+        default = reversed(range(len(self.shape)))
+        order = [int(d) for d in layout.split(",")] if layout else default
+        return [dimension for dimension in order if self.shape[dimension] > 1]
+
+    @property
     def on_chip(self) -> bool:
         """Whether it is in a memory of the chip, such as a TPU's VMEM."""
         return bool(re.search(r"S\([1-9]\d*\)", self.layout))
@@ -126,8 +134,7 @@ class Instruction:
     def called(self) -> list[str]:
         """Names of the computations that it calls."""
         groups = _CALLED.findall(self.text)
-        names = [name.strip(" %") for group in groups for name in group.split(",")]
-        return [name for name in names if name]
+        return [name for group in groups for name in re.findall(r"%([\w.\-]+)", group)]
 
 
 class Module:
@@ -175,19 +182,22 @@ class Module:
         visit(self.entry, 1)
         return dict(counts)
 
-    def kernels(self) -> Iterator[tuple[Instruction, float]]:
-        """Instructions that access memory, and how often each runs."""
-        for name, times in self.runs.items():
-            for instruction in self.computations[name].values():
-                done = instruction.op.endswith("-done")
-                if instruction.op not in _FREE and not done:
-                    yield instruction, times
+    def kernels(self) -> Iterator[tuple[Instruction, float, dict]]:
+        """Those that access memory: instruction, how often, its computation."""
+        for instruction, times, computation in self._running(self.runs):
+            done = instruction.op.endswith("-done")
+            if instruction.op not in _FREE and not done:
+                yield instruction, times, computation
 
     def instructions(self) -> Iterator[tuple[Instruction, float, dict]]:
-        """All that runs, also in fusions: instruction, how often, its computation."""
-        for name, times in self.all_runs.items():
-            for instruction in self.computations[name].values():
-                yield instruction, times, self.computations[name]
+        """All that run, also in fusions: instruction, how often, its computation."""
+        return self._running(self.all_runs)
+
+    def _running(self, runs: dict[str, float]) -> Iterator[tuple]:
+        for name, times in runs.items():
+            computation = self.computations[name]
+            for instruction in computation.values():
+                yield instruction, times, computation
 
     def bytes_accessed(self) -> float:
         """Bytes that all kernels read from memory and write to it.
@@ -195,21 +205,20 @@ class Module:
         A kernel's operands count once, however often it reads them, and of those that
         a fusion only slices, the slices count. Loops are multiplied.
         """
-        total = 0.0
-        for name, times in self.runs.items():
-            computation = self.computations[name]
-            for instruction in computation.values():
-                if instruction.op in _FREE or instruction.op.endswith("-done"):
-                    continue
-                total += times * self._bytes_of(instruction, computation)
-        return total
+        return sum(
+            times * self._bytes_of(instruction, computation)
+            for instruction, times, computation in self.kernels()
+        )
 
     def _bytes_of(self, instruction: Instruction, computation: dict) -> float:
         if instruction.op == "async-start":
             return 0.0  # its computation is visited
-        written = [buffer for buffer in instruction.buffers if not buffer.on_chip]
-        if instruction.op.endswith("-start"):
-            written = written[-1:] if instruction.op != "copy-start" else written[:1]
+        written = instruction.buffers
+        if instruction.op == "copy-start":
+            written = written[:1]  # then the operand, and a context
+        elif instruction.op.endswith("-start"):
+            written = written[-1:]
+        written = [buffer for buffer in written if not buffer.on_chip]
         if instruction.op in ("dynamic-slice", "slice", "gather"):
             return 2.0 * sum(buffer.bytes for buffer in written)
         slices: dict[int, float] = {}
@@ -352,7 +361,8 @@ def moves(module: Module) -> dict[tuple[str, str], float]:
     """
     found: dict[tuple[str, str], float] = collections.Counter()
     for instruction, size in _moves(module):
-        found[instruction.op.removesuffix("-start"), _dtype(instruction)] += size
+        dtype = instruction.buffers[0].dtype
+        found[instruction.op.removesuffix("-start"), dtype] += size
     return dict(sorted(found.items()))
 
 
@@ -373,11 +383,12 @@ def _moves(module: Module) -> Iterator[tuple[Instruction, float]]:
         start = instruction.op == "copy-start"
         if start and (result.on_chip or (source and source.buffers[0].on_chip)):
             continue
+        if instruction.op == "transpose" and source:
+            found = re.search(r"dimensions=\{([\d,]*)\}", instruction.text)
+            axes = [int(axis) for axis in found[1].split(",") if axis]
+            if [axes[axis] for axis in result.order] == source.buffers[0].order:
+                continue  # another name for the same bytes
         yield instruction, times * result.bytes
-
-
-def _dtype(instruction: Instruction) -> str:
-    return instruction.buffers[0].dtype
 
 
 def _layer(origin: str) -> str:
