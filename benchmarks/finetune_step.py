@@ -87,15 +87,16 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
         "vae": {"latent_channels": 4, "scaling_factor": SCALING_FACTOR},
         "scheduler": SCHEDULE,
     }
+    mesh = sharding.make_mesh()
     model = StableDiffusion(
         configs,
         tokenizer=None,
         dtype=arguments.precision,
         attention=arguments.attention,
         remat=arguments.remat,
+        mesh=mesh,
     )
     tx = optim.adam(LEARNING_RATE, max_norm=MAX_NORM)
-    mesh = sharding.make_mesh()
     state = create_state(random_params(model.shapes("unet")), tx, mesh)
     batch = cache(arguments, channels_last=True)
     batch["weight"] = np.ones(arguments.batch, np.float32)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from architectures import SCHEDULE, TEXTS, UNETS, VAES
 
 from configs import common
+from mvc_jax import devices
 from mvc_jax import finetune as finetune_stage
 from mvc_jax.checkpoints import scheduler_config
 from mvc_jax.classification import classifier
@@ -130,7 +131,10 @@ def _finetune(options: Options, mesh: jax.sharding.Mesh, *, mode: str) -> Progra
     section = config.finetune
     section.mode, section.accumulate = mode, options.accumulate
     model = _model(options).with_compute_options(
-        dtype=section.dtype, attention=options.attention, remat=options.remat
+        dtype=section.dtype,
+        mesh=mesh,
+        attention=options.attention,
+        remat=options.remat,
     )
     unet = model.shapes("unet")
     model = dataclasses.replace(
@@ -206,7 +210,7 @@ def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
         _shape(text, "float32", whole),
         _placed(jax.eval_shape(jax.random.key, 0), whole),
     )
-    draw = image_sampler.jit_sample_images(model, None, settings)
+    draw = image_sampler.jit_sample_images(model, None, settings, mesh)
     return Program(draw, arguments, size)
 
 
@@ -223,7 +227,11 @@ def _classify(options: Options, mesh: jax.sharding.Mesh) -> Program:
     section = common.get_config().classify
     size = options.batch or section.batch_size
     side, classes, images = 32, 10, 10_000
-    network = classifiers.make(options.classifier, num_classes=classes)
+    network = classifiers.make(
+        options.classifier,
+        num_classes=classes,
+        dtype=devices.activations_dtype("auto", mesh),
+    )
     spec = classifier.ClassifierSpec(network, policy=options.policy)
     tx = optim.optimizer(
         section.optimizer,
@@ -258,7 +266,7 @@ def _pretrain(options: Options, mesh: jax.sharding.Mesh) -> Program:
     tx = optim.adam(optim.warmup_cosine(section.learning_rate, warmup=100, steps=1000))
     step = functools.partial(
         base.unet_step,
-        model=model,
+        model=dataclasses.replace(model, mesh=mesh),
         tx=tx,
         key=rng.purpose_key(0, "pretrain/unet"),
         drop_rate=section.drop_rate,

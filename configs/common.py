@@ -304,7 +304,7 @@ def _finetune() -> ConfigDict:
     config.drop_rate = 0.05  # p of InstructPix2Pix's conditioning dropout
     config.max_skipped = 10  # consecutive steps without a finite loss before it stops
     config.dtype = "auto"  # of activations: bfloat16 on an accelerator
-    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn
+    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn, pallas (for TPUs)
     config.remat = "none"  # or blocks, full: less memory, more time
     config.memory_gib = 0.0  # budget per device; 0: the device's limit
     config.log_every = 20  # steps per row of metrics
@@ -343,7 +343,7 @@ def _generate() -> ConfigDict:
     config.noise_scale = 0.1  # for `noised`, in standard deviations of the text states
     config.interpolation = 0.5  # for `interpolated`: weight of the partner
     config.dtype = "auto"  # of the UNet's activations: bfloat16 on an accelerator
-    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn
+    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn, pallas (for TPUs)
     config.batch_size = 16
     config.max_redraws = 3  # of an image that is NaN, black or of a single colour
     config.shard_size = 1000  # images per Parquet file

@@ -405,4 +405,4 @@ def _network(captioner: str) -> ModuleType:
 
 def _partial_captions(folder: epath.Path) -> list[epath.Path]:
     """Files of captions that an interrupted run saved."""
-    return sorted((folder / "captions.partial").glob("*.jsonl"))
+    return files.matching(folder, "captions.partial/*.jsonl")

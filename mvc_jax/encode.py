@@ -90,7 +90,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     try:
         written, counts = encode(config, workdir, stage.folder)
     except UserError:
-        if fresh and not any(stage.folder.glob("*/*.npy")):
+        if fresh and not files.matching(stage.folder, "*/*.npy"):
             stage.abandon()  # nothing was written, so other settings may follow
             (stage.folder / "base.json").unlink(missing_ok=True)
         raise

@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def _read_results(folder: epath.Path, names: list[str]) -> dict[str, dict]:
     """Reads the results of the runs `names`, in this order."""
-    found = map(files.read_json, folder.glob("*.json"))
+    found = map(files.read_json, files.matching(folder, "*.json"))
     by_name = {result["name"]: result for result in found}
     return {name: by_name[name] for name in names}
 

@@ -1,6 +1,7 @@
 """Files that are complete or absent: written to a temporary name, then renamed."""
 
 import contextlib
+import fnmatch
 import hashlib
 import io
 import json
@@ -93,6 +94,27 @@ def sha256(*paths: epath.PathLike) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def matching(folder: epath.PathLike, pattern: str) -> list[epath.Path]:
+    """Sorted paths below `folder` that match `pattern`; [] without such a folder.
+
+    Unlike `Path.glob`, which `epath` hands to `glob.glob` with the folder in front,
+    only `pattern` is one: a workdir may be called `lr[1e-4]`.
+
+    Args:
+      folder: to look in; its name is taken literally.
+      pattern: names with `*`, `?` and `[...]`, one for each level, separated by "/". As
+        in a shell, names with a leading dot need one in the pattern. Backup files,
+        whose names end in `~`, are left out.
+    """
+    found = [epath.Path(folder)]
+    for part in pattern.split("/"):
+        children = [x for parent in found if parent.is_dir() for x in parent.iterdir()]
+        found = [x for x in children if fnmatch.fnmatchcase(x.name, part)]
+        if not part.startswith("."):
+            found = [x for x in found if not x.name.startswith(".")]
+    return sorted(found)
 
 
 def remove_temporaries(folder: epath.Path) -> None:

@@ -67,7 +67,7 @@ _CHOICES = {
     "mode": ("full", "lora"),
     "schedule": ("constant", "cosine"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "attention": ("auto", "xla", "mapped", "cudnn"),
+    "attention": ("auto", "xla", "mapped", "cudnn", "pallas"),
     "remat": ("none", "blocks", "full"),
 }
 _COUNT = (1, 1e9, "configs/common.py has values that work.")
@@ -124,7 +124,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     try:
         written, skipped = train(config, workdir, stage.folder)
     except UserError:
-        if not any((stage.folder / "checkpoints").glob("[0-9]*")):
+        if not files.matching(stage.folder, "checkpoints/[0-9]*"):
             stage.abandon()  # nothing is kept: the settings may be changed
         raise
     stage.finish(written, steps=config.finetune.steps, skipped_steps=skipped)
@@ -147,7 +147,10 @@ def train(
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     model, params = load_base(workdir)
     model = model.with_compute_options(
-        dtype=section.dtype, attention=section.attention, remat=section.remat
+        dtype=section.dtype,
+        mesh=mesh,
+        attention=section.attention,
+        remat=section.remat,
     )
     cache = pair_cache.open_cache(workdir / "encode")
     cache.verify()

@@ -63,7 +63,7 @@ _CHOICES = {
     "format": tuple(synthetic.SUFFIXES),
     "sampler": SAMPLERS,
     "dtype": ("auto", "float32", "bfloat16"),
-    "attention": ("auto", "xla", "mapped", "cudnn"),
+    "attention": ("auto", "xla", "mapped", "cudnn", "pallas"),
 }
 _COUNT = "The default is in configs/common.py."
 _RANGES = {
@@ -180,7 +180,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             counts["left_out"] += len(recipes) - counted["images"]
     except UserError:
         nothing_added = was_complete and not drawing
-        if nothing_added or not any(stage.folder.glob("*/data/*")):
+        if nothing_added or not files.matching(stage.folder, "*/data/*"):
             stage.abandon()  # other settings are allowed
         raise
     draw_figures(config, workdir, figures, sampler, recipes, train)

@@ -157,7 +157,7 @@ def _read_set(
 
     keep = None if indices is None else pc.field("index").isin(sorted(indices))
     rows = []
-    for path in sorted((folder / "data").glob("train-*.parquet")):
+    for path in files.matching(folder, "data/train-*.parquet"):
         with path.open("rb") as file:
             rows += pq.read_table(file, columns=columns, filters=keep).to_pylist()
     return sorted(rows, key=lambda row: row["index"])
@@ -357,7 +357,9 @@ def _splits(workdir: epath.Path, captions: dict[str, dict]) -> dict[str, Any]:
 
 def _manifests(workdir: epath.Path) -> dict[str, dict]:
     """Reads the manifests of the other finished stages, by name."""
-    paths = {path.parent.name: path for path in workdir.glob("*/manifest.json")}
+    paths = {
+        path.parent.name: path for path in files.matching(workdir, "*/manifest.json")
+    }
     return {
         name: files.read_json(paths[name]) for name in sorted({*paths} - {"report"})
     }

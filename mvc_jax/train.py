@@ -98,7 +98,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     check_workdir(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with _locked(workdir):
-        for leftover in workdir.glob(".tmp-*"):  # of a killed run
+        for leftover in files.matching(workdir, ".tmp-*"):  # of a killed run
             leftover.unlink()
         check_stages(stages, config, workdir)
         worked = []

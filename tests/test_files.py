@@ -115,3 +115,40 @@ def test_the_hash_equals_sha256sum(tmp_path, size):
     ours = files.sha256(tmp_path / "f")
     expected = subprocess.run(["sha256sum", tmp_path / "f"], capture_output=True)
     assert expected.stdout.decode().split()[0] == ours
+
+
+_NAMES = st.text(
+    st.sampled_from("a[]*?!.~ -\u00e9'\"{}"), min_size=1, max_size=6
+).filter(lambda name: name not in (".", ".."))
+
+
+@settings(max_examples=60)
+@given(folder=_NAMES, children=st.sets(_NAMES, max_size=4))
+@example(folder="lr[1e-4]", children={"a**b", "x?"})
+def test_the_name_of_a_folder_is_never_a_pattern(tmp_path_factory, folder, children):
+    folder = tmp_path_factory.mktemp("folder") / folder
+    for child in children:
+        (folder / child).mkdir(parents=True)
+        (folder / child / "data.json").write_text("{}")
+    hidden = {child for child in children if child[0] == "." or child[-1] == "~"}
+    visible = sorted(children - hidden)
+    assert [path.name for path in files.matching(folder, "*")] == visible
+    found = files.matching(folder, "*/*.json")
+    assert [path.parent.name for path in found] == visible
+    assert files.matching(folder, "*/*.npy") == []
+
+
+def test_a_pattern_selects_as_in_a_shell(tmp_path):
+    for name in (
+        "train-1.parquet",
+        "train-0.parquet",
+        "real-0.parquet",
+        ".tmp-train-2",
+    ):
+        (tmp_path / name).touch()
+    found = [path.name for path in files.matching(tmp_path, "train-*")]
+    assert found == ["train-0.parquet", "train-1.parquet"]
+    assert [path.name for path in files.matching(tmp_path, ".tmp-*")] == [
+        ".tmp-train-2"
+    ]
+    assert files.matching(tmp_path / "none", "*") == []

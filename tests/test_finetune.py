@@ -247,6 +247,7 @@ def test_the_flops_of_stable_diffusion_are_the_published_ones(tiny):
 
 def test_the_choices_of_the_config_are_those_of_the_networks():
     assert finetune._CHOICES["attention"] == attention.CHOICES
+    assert generate._CHOICES["attention"] == attention.CHOICES
     assert finetune._CHOICES["remat"] == tuple(remat.MODES)
 
 

@@ -53,7 +53,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "training",
     },
 }
-LEAVES = {"errors", "files", "imports", "pictures"}
+LEAVES = {"devices", "errors", "files", "imports", "pictures"}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
@@ -244,6 +244,17 @@ def nothing_is_unpacked_in_place(path: str, source: str) -> Iterator[str]:
             yield f"{path}:{node.lineno}: write the items of *(...) by themselves"
 
 
+@checker
+def names_are_not_patterns(path: str, source: str) -> Iterator[str]:
+    """`Path.glob` of epath takes the folder's own name for a part of the pattern."""
+    if path == "mvc_jax/data/parquet.py":  # whose user writes a pattern
+        return
+    for node in ast.walk(ast.parse(source)):
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and called.attr in {"glob", "rglob"}:
+            yield f"{path}:{node.lineno}: files.matching() lists a folder"
+
+
 def house() -> dict[str, str]:
     paths = [p for top in ("mvc_jax", "configs") for p in (ROOT / top).rglob("*.py")]
     return {p.relative_to(ROOT).as_posix(): p.read_text("utf-8") for p in sorted(paths)}
@@ -313,6 +324,7 @@ BAD = [
     (every_file_has_a_telling_name, "mvc_jax/data/image_utils.py", ""),
     (every_file_has_a_telling_name, "mvc_jax/helpers/text.py", ""),
     (nothing_is_unpacked_in_place, "mvc_jax/mix.py", "x = (*(1, 2), 3)"),
+    (names_are_not_patterns, "mvc_jax/mix.py", 'sorted(folder.glob("*.json"))'),
 ]
 
 

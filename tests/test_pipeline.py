@@ -55,10 +55,14 @@ def digests(folder):
     }
 
 
+# Names are never patterns, and need no quotes.
+_NAME = "-lr [1e-4] a**b x? ~ {y} 'z' \"\u00e9%s$HOME"
+
+
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """An uninterrupted run: (workdir, its finished process)."""
-    workdir = tmp_path_factory.mktemp("runs") / "with a space"
+    workdir = tmp_path_factory.mktemp("runs") / _NAME
     done = python("-m", "mvc_jax.train", *arguments(workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done

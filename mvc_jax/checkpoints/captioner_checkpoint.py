@@ -123,7 +123,7 @@ def _read_json(path: epath.Path, model: str) -> dict[str, Any]:
 def _check_weights(folder: epath.Path, layout: Layout, model: str) -> None:
     """Requires one of the weight files and, for an index, all shards in it."""
     found = [name for name in layout.weights if (folder / name).exists()]
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    pickles = [path.name for path in files.matching(folder, "*.bin")]
     if not found:
         raise UserError(
             field(model),

@@ -119,7 +119,7 @@ def _find(path: epath.PathLike, field: str) -> epath.Path:
     pickles = sorted(
         file.name
         for end in ("bin", "pt", "msgpack")
-        for file in folder.glob(f"*.{end}")
+        for file in files.matching(folder, f"*.{end}")
     )
     convert = (
         "Pickles are never opened. If you trust it, convert it once, with PyTorch: "

@@ -82,7 +82,7 @@ def _find(path: epath.PathLike, field: str) -> tuple[epath.Path, epath.Path]:
     name = str(path)
     field = f"{field} {name!r}"
     folder = hub.locate(name, _PATTERNS, field=field)
-    names = sorted(x.name for x in folder.glob("*")) if folder.is_dir() else []
+    names = [x.name for x in files.matching(folder, "*")]
     found = next((file for file in _WEIGHTS if file in names), None)
     if "config.json" not in names or found is None:
         raise UserError(

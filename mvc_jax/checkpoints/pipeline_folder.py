@@ -177,7 +177,7 @@ def check_files(folder: epath.Path, name: str, variant: str) -> None:
     others: set[str] = set()
     for part in WEIGHTS:
         if _find(folder, part, variant) is None:
-            present = sorted(path.name for path in (folder / part).glob("*model*.*"))
+            present = [x.name for x in files.matching(folder / part, "*model*.*")]
             instead = f" (there is {', '.join(present)})" if present else ""
             missing.append(f"{part}/{_file_name(part, variant)}{instead}")
             others |= set(present)

@@ -172,7 +172,7 @@ class Store:
     def labels(self, *, real: bool = False) -> Int[np.ndarray, " N"]:
         """Labels of the synthetic images, or of the real ones."""
         found = [np.zeros(0, np.int64)]
-        for path in self.folder.glob(f"data/{'real' if real else 'train'}-*"):
+        for path in _shards(self.folder, ("real" if real else "train",)):
             with path.open("rb") as file:
                 found.append(pq.read_table(file, columns=["label"])["label"].to_numpy())
         return np.concatenate(found)
@@ -318,8 +318,7 @@ def real_row(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shards(folder: epath.Path, kinds: Sequence[str]) -> list[epath.Path]:
-    data = folder / "data"
-    return [path for kind in kinds for path in sorted(data.glob(f"{kind}-*"))]
+    return [x for kind in kinds for x in files.matching(folder, f"data/{kind}-*")]
 
 
 def shard_path(folder: epath.Path, shard: int, kind: str = "train") -> epath.Path:
@@ -352,7 +351,7 @@ def read_rows(
       folder: of the set.
       columns: `label`, columns of `PROVENANCE`, or `image`, uint8 [H, W, 3].
     """
-    for path in sorted((epath.Path(folder) / "data").glob("train-*.parquet")):
+    for path in files.matching(folder, "data/train-*.parquet"):
         with path.open("rb") as file:
             table = pq.read_table(file, columns=list(columns))
         for row in table.to_pylist():

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from mvc_jax import devices
 from mvc_jax.training import memory, preemption, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.optim import ema_update
@@ -379,7 +380,8 @@ def gradients(
 
     zeros = jax.tree.map(jnp.zeros_like, (total, params))
     # Gradients of convolutions are slow inside a loop on a CPU (see the module's top).
-    unroll = jax.default_backend() == "cpu"
+    mesh = next((leaf.mesh for leaf in jax.tree.leaves(shardings)), None)
+    unroll = devices.platform(mesh) == "cpu"
     return jax.lax.scan(add, zeros, micro_batches, unroll=unroll)[0]
 
 
