@@ -30,7 +30,6 @@ from mvc_jax.models.flax_classes import (
 Params = dict[str, Any]
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
 _DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
-_DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 
 
 @dataclasses.dataclass(frozen=True)
