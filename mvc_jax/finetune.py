@@ -161,7 +161,11 @@ def train(
     if section.sample_every:
         shown = make_gallery(config, workdir, model, mesh, cache, params, fixed)
         draw_hook = train_logger.DrawHook(section.sample_every, shown.draw)
-    model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
+    model = dataclasses.replace(
+        model,
+        batch_sharding=sharding.batch_sharding(mesh),
+        weight_shardings=sharding.tree_shardings(fixed.get("base", trained), mesh),
+    )
     step, tx = make_step(config, model, sharding.tree_shardings(trained, mesh))
     state = loop.create_state(trained, tx, mesh, ema=section.ema_decay > 0)
     del trained  # gigabytes on the host

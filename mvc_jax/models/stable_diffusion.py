@@ -4,7 +4,6 @@ Images and latents are channels-last here, whatever the library's layout is;
 `checkpoints/diffusers_layout.py` reads and writes the folders.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -20,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from mvc_jax import devices
-from mvc_jax.models import attention, lora, noise_schedule, remat
+from mvc_jax.models import attention, lora, noise_schedule, remat, sharded_layers
 from mvc_jax.models.flax_classes import (
     FlaxAutoencoderKL,
     FlaxCLIPTextModule,
@@ -30,7 +29,6 @@ from mvc_jax.models.flax_classes import (
 
 Params = dict[str, Any]
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
-_DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 _DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 
 
@@ -50,6 +48,7 @@ class StableDiffusion:
       remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
       mesh: the devices that the UNet is compiled for; None: one default device.
       batch_sharding: of the first axis of the UNet's activations; None lets XLA choose.
+      weight_shardings: of the UNet's parameters; None: whole on each device.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -59,6 +58,7 @@ class StableDiffusion:
     remat: str = "none"
     mesh: Mesh | None = None
     batch_sharding: NamedSharding | None = None
+    weight_shardings: Any = None
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -197,11 +197,15 @@ class StableDiffusion:
         """
         down, middle = (None, None) if residuals is None else residuals
         with (
+            sharded_layers.mapped(
+                self.batch_sharding,
+                self.weight_shardings,
+                functools.partial(remat.recomputes, self.remat),
+            ),
             attention.match_pytorch(),
             attention.implemented_by(self.attention, self.mesh),
             lora.adapted(params.get("lora", {})),
             remat.checkpointing(self.remat),
-            _constrain_batch_sharding(self.batch_sharding),
         ):
             output = self.unet.apply(
                 {"params": params["unet"]},
@@ -284,26 +288,6 @@ class StableDiffusion:
         unet_config = {**self.configs["unet"], "in_channels": kernel.shape[2]}
         configs = {**self.configs, "unet": unet_config}
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
-
-
-def _constrain_batch_sharding(
-    sharding: NamedSharding | None,
-) -> contextlib.AbstractContextManager:
-    """Context in which every layer's output is sharded over the devices by its batch.
-
-    Where weights are sharded too, XLA may choose to gather the activations of all
-    examples on each device instead of the weights. This constraint makes it gather the
-    weights, one layer at a time (FSDP, arXiv 2304.11277).
-    """
-
-    def intercept(next_call, args, kwargs, context):
-        output = next_call(*args, **kwargs)
-        layer = isinstance(context.module, nn.Dense | nn.Conv | nn.GroupNorm)
-        if sharding is None or not layer or context.method_name != "__call__":
-            return output
-        return jax.lax.with_sharding_constraint(output, sharding)
-
-    return nn.intercept_methods(intercept)
 
 
 def _map_parts(
