@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 import os
-import re
 import signal
 
 import flax
@@ -295,19 +294,6 @@ def test_an_update_is_in_place():
     shard = 4 * 12 * 256 * 256 / 8  # bytes of the parameters on one device
     assert analysis.alias_size_in_bytes > 4 * shard
     assert analysis.temp_size_in_bytes < 0.2 * shard
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_select_and_do_not_branch(platform):
-    """Branches, and gradients in a layout of their own, would copy the state."""
-    state = create_state({"kernel": np.ones((8, 3))}, TX, sharding.make_mesh(1, 8))
-    step = jax.jit(lambda state: state.update(state.params, TX, {}))
-    text = step.trace(state).lower(lowering_platforms=(platform,)).as_text()
-    assert not re.search(r"\}, \{", text), "a conditional with two branches"
-    selected = re.findall(r"stablehlo.select .*tensor<8x3xf32>", text)
-    assert len(selected) == 3  # the parameter and its moments
-    # A TPU has layouts of its own for its parameters, too.
-    assert text.count("@LayoutConstraint(") == (platform == "cuda")
 
 
 def test_too_many_consecutive_bad_steps_end_the_run_with_the_last_good_state(tmp_path):
