@@ -29,8 +29,8 @@ def mapped(
 ) -> contextlib.AbstractContextManager:
     """Context in which each layer works on the examples of its device.
 
-    It has to be entered before others that intercept methods: the layer is then the
-    innermost call.
+    It has to be entered after others that intercept methods, which then see the whole
+    layer and not its part of the batch.
 
     Args:
       batch: sharding of the first axis of activations; None changes nothing.

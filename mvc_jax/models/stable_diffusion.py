@@ -197,15 +197,15 @@ class StableDiffusion:
         """
         down, middle = (None, None) if residuals is None else residuals
         with (
+            attention.match_pytorch(),
+            attention.implemented_by(self.attention, self.mesh),
+            lora.adapted(params.get("lora", {})),
+            remat.checkpointing(self.remat),
             sharded_layers.mapped(
                 self.batch_sharding,
                 self.weight_shardings,
                 functools.partial(remat.recomputes, self.remat),
             ),
-            attention.match_pytorch(),
-            attention.implemented_by(self.attention, self.mesh),
-            lora.adapted(params.get("lora", {})),
-            remat.checkpointing(self.remat),
         ):
             output = self.unet.apply(
                 {"params": params["unet"]},
