@@ -81,6 +81,7 @@ def test_every_config_loads_and_passes_its_own_checks(
         monkeypatch.setattr(caption, "_network", lambda name: network)
         diffusers_layout.save(tmp_path, *tiny)
         config.base.path = str(tmp_path)
+    common.FIELDS.check(config)
     for name in train.select_stages(config):
         train._stage(name).check(config)
     if path.stem != "digits":
