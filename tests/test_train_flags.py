@@ -587,3 +587,20 @@ def test_a_bug_keeps_its_traceback(started, workdir, monkeypatch):
     monkeypatch.setattr(train, "run_stage", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(["train", f"--config={DIGITS}", f"--workdir={workdir}"])
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_compilation_cache_that_cannot_be_written_is_a_warning(
+    usable, tmp_path, monkeypatch, caplog
+):
+    options = {}
+    monkeypatch.setattr(runtime, "_set_jax", options.__setitem__)
+    monkeypatch.setattr(runtime, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(runtime, "_schedule_depth_first", lambda: None)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / ("new" if usable else "file") / "xla"
+    runtime.set_up(str(folder))
+    assert ("compilation_cache_dir" in options) == usable
+    assert (f"config.compilation_cache={folder} cannot" in caplog.text) == (not usable)
+    assert not usable or list(folder.iterdir()) == []
