@@ -22,13 +22,24 @@ SMALL = SD15 | {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
     "block_out_channels": [64, 128, 256],
 }
+BLOCK = SD15 | {  # one block each way, in their true width
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "block_out_channels": [320],
+    "layers_per_block": 1,
+}
+TINY = BLOCK | {  # its only attention is in the middle
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "block_out_channels": [32],
+}
 SD21_TEXT_WIDTH = 1024
 SD21 = SD15 | {
     "attention_head_dim": [5, 10, 20, 20],
     "cross_attention_dim": SD21_TEXT_WIDTH,
     "use_linear_projection": True,
 }
-UNETS = {"small": SMALL, "sd15": SD15, "sd21": SD21}
+UNETS = {"tiny": TINY, "block": BLOCK, "small": SMALL, "sd15": SD15, "sd21": SD21}
 SD15_VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -42,6 +53,8 @@ SD15_VAE = {
     "scaling_factor": 0.18215,
 }
 VAES = {
+    "block": SD15_VAE,
+    "tiny": SD15_VAE | {"block_out_channels": [32] * 4, "layers_per_block": 1},
     "small": SD15_VAE | {"block_out_channels": [32, 32, 64, 64]},
     "sd15": SD15_VAE,
     "sd21": SD15_VAE,
@@ -58,8 +71,11 @@ SD15_TEXT = {
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
 }
+SMALL_TEXT = SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1}
 TEXTS = {
-    "small": SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1},
+    "block": SD15_TEXT,
+    "tiny": SMALL_TEXT,
+    "small": SMALL_TEXT,
     "sd15": SD15_TEXT,
     "sd21": SD15_TEXT
     | {

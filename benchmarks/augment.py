@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -46,6 +47,25 @@ def main() -> None:
             print(
                 f"| {side} | {us:.0f} | {pillow:.0f} | {us / pillow:.2f} | {ratios} |"
             )
+
+
+def rates(*, batches: Mapping[int, int]) -> Iterator[dict]:
+    """Rows of `accelerator.py`: ours alone.
+
+    Args:
+      batches: side in pixels -> number of images.
+    """
+    import measure
+
+    for side, count in batches.items():
+        augment = ours(side, count)
+        augment()
+        seconds = measure.seconds_per_call(
+            lambda times, augment=augment: [augment() for _ in range(times)]
+        )
+        yield measure.row(
+            f"RandAugment, {side} px, batch {count}", count / seconds, "images/s"
+        )
 
 
 def photos(side: int, count: int) -> np.ndarray:

@@ -14,17 +14,15 @@ two FLOPs each) and twice that for the backward pass.
 """
 
 import argparse
-import functools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from turns import accelerator, in_turns, peak, resident, results
 
 SIZE, CLASSES = 32, 10
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
-FIELDS = {"resnet18": {"stem": "cifar"}}
 
 
 def main() -> None:
@@ -62,12 +60,18 @@ def data(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, CLASSES, arguments.batch).astype(np.int32)
 
 
-def network(arguments: argparse.Namespace):
-    """Our network."""
-    from mvc_jax.models.classifiers import VARIANTS
+def options_of(arguments: argparse.Namespace):
+    """Our program."""
+    import programs
 
-    fields = FIELDS.get(arguments.model, {}) | {"dtype": arguments.precision}
-    return VARIANTS[arguments.model].make(num_classes=CLASSES, **fields)
+    return programs.Options(
+        classifier=arguments.model,
+        stem="cifar" if arguments.model == "resnet18" else "",
+        dtype=arguments.precision,
+        batch=arguments.batch,
+        policy="none",
+        optimizer="sgd",
+    )
 
 
 def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
@@ -75,50 +79,11 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
     from mvc_jax.training import runtime
 
     runtime.set_up("")
-    import jax
-    import optax
+    import measure
+    import programs
 
-    model = network(arguments)
-    tx = optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY),
-        optax.sgd(LEARNING_RATE, MOMENTUM, nesterov=True),
-    )
-    images, labels = map(jax.device_put, data(arguments))
-    variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-    state = (variables, jax.jit(tx.init)(variables["params"]))
-    mask = jax.device_put(np.ones(arguments.batch, bool))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step_fn(state, images, labels, mask):
-        variables, opt_state = state
-
-        def loss_fn(params):
-            logits, updated = model.apply(
-                {"params": params, "batch_stats": variables["batch_stats"]},
-                images,
-                train=True,
-                mask=mask,
-                mutable=["batch_stats"],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updated["batch_stats"]
-
-        params = variables["params"]
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return ({"params": params, "batch_stats": stats}, opt_state), loss
-
-    state, loss = jax.block_until_ready(step_fn(state, images, labels, mask))
-
-    def step(times: int) -> None:
-        nonlocal state, loss
-        for _ in range(times):
-            state, loss = step_fn(state, images, labels, mask)
-        assert np.isfinite(float(loss))
-        jax.block_until_ready(state)
-
-    return step, peak
+    built = programs.build("classify", options_of(arguments), measure.mesh())
+    return measure.repeated(*measure.compiled("classify", built)), peak
 
 
 def theirs(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
@@ -177,13 +142,46 @@ def rate(arguments: argparse.Namespace, seconds: float) -> str:
 def _flops_and_peak(arguments: argparse.Namespace) -> tuple[float, float | None]:
     import jax
 
-    from mvc_jax.training.throughput import count_flops, peak_tflops
+    from mvc_jax.training.throughput import peak_tflops
 
-    model = network(arguments)
+    kind = jax.devices()[0].device_kind
+    return forward_flops(options_of(arguments)), peak_tflops(kind)
+
+
+def forward_flops(options) -> float:
+    """FLOPs of one image in the forward pass of a classifier of `programs.Options`."""
+    import jax
+
+    from mvc_jax.models import classifiers
+    from mvc_jax.training.throughput import count_flops
+
+    model = classifiers.make(options.classifier, num_classes=CLASSES, stem=options.stem)
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    flops = count_flops(model.apply, variables, image)
-    return flops, peak_tflops(jax.devices()[0].device_kind)
+    return count_flops(model.apply, variables, image)
+
+
+def seeds(*, at_once: int, **options) -> Iterator[dict]:
+    """Rows of `accelerator.py`: seeds one after another, and side by side.
+
+    Args:
+      at_once: how many seeds are trained side by side.
+      **options: fields of `programs.Options`.
+    """
+    import measure
+    import programs
+
+    rates, name = {}, options["classifier"]
+    for count, how in ((1, "one seed after another"), (at_once, "seeds side by side")):
+        given = programs.Options(seeds=count, **options)
+        built = programs.build("classify", given, measure.mesh())
+        run = measure.repeated(*measure.compiled("classify", built))
+        rates[count] = count * built.examples / measure.seconds_per_call(run)
+        row = measure.rate_row(rates[count], "classify", given)
+        row["setting"] = f"{name}, batch {given.batch}, {how}"
+        if count > 1:
+            row |= {"ratio": rates[count] / rates[1], "ratio_to": "one after another"}
+        yield row
 
 
 if __name__ == "__main__":

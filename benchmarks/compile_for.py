@@ -97,10 +97,8 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
     import hlo
     import programs
 
-    from mvc_jax.models import attention
     from mvc_jax.training import memory
 
-    attention.backend = lambda: "cuda" if target.gpu else "tpu"
     names = [field.name for field in dataclasses.fields(programs.Options)]
     options = programs.Options(**{name: getattr(arguments, name) for name in names})
     mesh = targets.mesh(target, arguments.devices, arguments.fsdp)

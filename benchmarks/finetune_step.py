@@ -14,12 +14,12 @@ and twice that backward.
 """
 
 import argparse
-import functools
+import time
 from collections.abc import Callable
 
 import numpy as np
 from architectures import SCHEDULE, TEXT_WIDTH, UNETS
-from turns import accelerator, in_turns, peak, resident, results
+from turns import accelerator, in_turns, peak, resident, results, seconds_per_call
 
 TOKENS = 77
 FORWARD_TFLOP = {64: 0.803, 32: 0.180}  # an example, SD 1.5, by side of its latents
@@ -75,73 +75,19 @@ def ours(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
     from mvc_jax.training import runtime
 
     runtime.set_up("")
-    import jax
+    import measure
+    import programs
 
-    from mvc_jax.finetune import train_step
-    from mvc_jax.models.stable_diffusion import StableDiffusion
-    from mvc_jax.training import optim, sharding
-    from mvc_jax.training.loop import create_state
-
-    configs = {
-        "unet": UNETS[arguments.model],
-        "vae": {"latent_channels": 4, "scaling_factor": SCALING_FACTOR},
-        "scheduler": SCHEDULE,
-    }
-    model = StableDiffusion(
-        configs,
-        tokenizer=None,
-        dtype=arguments.precision,
-        attention=arguments.attention,
+    options = programs.Options(
+        family=arguments.model,
+        batch=arguments.batch,
+        size=8 * arguments.latents,
         remat=arguments.remat,
+        attention=arguments.attention,
+        dtype=arguments.precision,
     )
-    tx = optim.adam(LEARNING_RATE, max_norm=MAX_NORM)
-    mesh = sharding.make_mesh()
-    state = create_state(random_params(model.shapes("unet")), tx, mesh)
-    batch = cache(arguments, channels_last=True)
-    batch["weight"] = np.ones(arguments.batch, np.float32)
-    batch = {
-        key: jax.device_put(
-            value,
-            sharding.replicated(mesh)
-            if key == "null_states"
-            else sharding.batch_sharding(mesh),
-        )
-        for key, value in batch.items()
-    }
-    step_fn = jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            tx=tx,
-            key=jax.random.key(0),
-            schedule=optim.schedule("constant", LEARNING_RATE, warmup=0, steps=1),
-            drop_rate=DROP_RATE,
-        ),
-        donate_argnums=0,
-    )
-    state, metrics = jax.block_until_ready(step_fn(state, batch))
-
-    def step(times: int) -> None:
-        nonlocal state, metrics
-        for _ in range(times):
-            state, metrics = step_fn(state, batch)
-        assert np.isfinite(float(metrics["loss"]))
-        jax.block_until_ready(state)
-
-    return step, peak
-
-
-def random_params(shapes):
-    """Normal weights (0.02) for a tree of shapes, created on the device."""
-    import jax
-
-    draw = jax.jit(
-        lambda key, shape: 0.02 * jax.random.normal(key, shape), static_argnums=1
-    )
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    drawn = [draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
+    built = programs.build("finetune", options, measure.mesh())
+    return measure.repeated(*measure.compiled("finetune", built)), peak
 
 
 def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
@@ -150,13 +96,14 @@ def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**UNETS[arguments.model])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet = UNet2DConditionModel(**UNETS[arguments.model]).to(device)
     scheduler = DDPMScheduler(**SCHEDULE)
     optimizer = torch.optim.Adam(unet.parameters(), lr=LEARNING_RATE)
     batch = cache(arguments, channels_last=False)
-    batch = {key: torch.from_numpy(value) for key, value in batch.items()}
+    batch = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
     half = torch.autocast(
-        "cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"
+        device, torch.bfloat16, enabled=arguments.precision == "bfloat16"
     )
 
     def step(times: int) -> None:
@@ -169,7 +116,40 @@ def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
         assert np.isfinite(loss.item())
 
     step(1)
-    return step, resident
+    return step, torch.cuda.max_memory_allocated if device == "cuda" else resident
+
+
+def theirs(*, batch: int, family: str, size: int, on_cpu: bool = False):
+    """The row of `accelerator.py`: PyTorch's rate, for the ratio to ours.
+
+    Args:
+      batch: examples.
+      family: of the UNet.
+      size: of the images in pixels.
+      on_cpu: whether a CPU will do.
+
+    Raises:
+      ModuleNotFoundError: PyTorch is not installed, or not for this accelerator.
+    """
+    import torch
+
+    if not torch.cuda.is_available() and not on_cpu:
+        raise ModuleNotFoundError("PyTorch finds no GPU", name="torch")
+    began = time.perf_counter()
+    arguments = argparse.Namespace(
+        model=family, batch=batch, latents=size // 8, precision="bfloat16"
+    )
+    step, memory = torch_s(arguments)
+    first = time.perf_counter() - began
+    seconds = seconds_per_call(step)
+    yield {
+        "setting": f"diffusers {batch}",
+        "figure": batch / seconds,
+        "unit": "examples/s",
+        "memory_gib": memory() / 2**30,
+        "note": f"PyTorch {torch.__version__}, without torch.compile; the first step "
+        f"ended after {first:.0f} s",
+    }
 
 
 def torch_loss(unet, scheduler, batch: dict, half):
@@ -181,9 +161,11 @@ def torch_loss(unet, scheduler, batch: dict, half):
     latents = (mean + deviation * torch.randn_like(mean)) * SCALING_FACTOR
     noise = torch.randn_like(latents)
     size = len(latents)
-    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (size,))
+    device = latents.device
+    high = scheduler.config.num_train_timesteps
+    timesteps = torch.randint(0, high, (size,), device=device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    uniform = torch.rand(size)
+    uniform = torch.rand(size, device=device)
     states = torch.where(
         (uniform < 2 * DROP_RATE)[:, None, None],
         batch["null_states"],

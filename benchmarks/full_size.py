@@ -80,7 +80,7 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
     report(f"loaded {size / GIB:.2f} GiB")
     model, params = model.widened(params)
     mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
-    model = model.with_compute_options(remat=arguments.remat)
+    model = model.with_compute_options(mesh=mesh, remat=arguments.remat)
     model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
     schedule = optim.schedule("constant", 1e-4, warmup=0, steps=arguments.steps)
     tx = optim.adam(schedule, max_norm=1.0)

@@ -26,40 +26,42 @@ CLASSES, CAPTION, CLASS_PROMPT = 8, 9, 6  # the last two in tokens, as of BLIP-2
 
 def main() -> None:
     arguments = parse()
-    rows, states = prompts(arguments.prompts)
-    row_of = {row["id"]: i for i, row in enumerate(rows)}
-    classes, drawing = recipes.classes_of(rows), recipes.Drawing()
-    began = time.perf_counter()
-    made = [
-        recipes.make_recipe(k, rows, classes, drawing, seed=0, **SHAPE)
-        for k in range(arguments.turn)
-    ]
-    drawing_rate = len(made) / (time.perf_counter() - began)
-
-    table, widths = jnp.asarray(states), operations.widths_of(made)
-    batches = [
-        made[start : start + arguments.batch]
-        for start in range(0, len(made), arguments.batch)
-    ]
-    began = time.perf_counter()
-    arrays = arrays_of(batches[0], row_of, widths)
-    mixed = jax.jit(mix_batch).lower(table, arrays).compile()
-    compiling = time.perf_counter() - began
-    both = zip(on_device(mixed, table, batches, row_of, widths), batches, strict=True)
-    for ours, batch in both:
-        np.testing.assert_array_equal(ours, [*loop(states, batch, row_of)])
+    turn = Turn(arguments.prompts, arguments.turn, arguments.batch)
+    for ours, batch in zip(turn.on_device(), turn.batches, strict=True):
+        np.testing.assert_array_equal(ours, [*loop(turn.states, batch, turn.row_of)])
 
     seconds: dict[str, list[float]] = {"ours": [], "loop": []}
-    for _ in range(max(arguments.count // len(made), 1)):
+    for _ in range(max(arguments.count // len(turn.made), 1)):
         began = time.perf_counter()
-        for ours in on_device(mixed, table, batches, row_of, widths):
-            ours.block_until_ready()
+        turn.run()
         seconds["ours"].append(time.perf_counter() - began)
         began = time.perf_counter()
-        for one in loop(states, made, row_of):
+        for one in loop(turn.states, turn.made, turn.row_of):
             one[-1, -1]  # noqa: B018
         seconds["loop"].append(time.perf_counter() - began)
-    report(seconds, len(made), compiling, drawing_rate)
+    report(seconds, turn)
+
+
+def rates(*, count: int, prompts: int, turn: int, batch: int) -> Iterator[dict]:
+    """The row of `accelerator.py`: ours alone.
+
+    Args:
+      count: embeddings whose seconds are reported, from the rate of some turns.
+      prompts: P.
+      turn: recipes per turn.
+      batch: embeddings per program.
+    """
+    import measure
+
+    work = Turn(prompts, turn, batch)
+    work.run()
+    seconds = measure.seconds_per_call(lambda times: [work.run() for _ in range(times)])
+    yield measure.row(
+        f"{count:,} text states of 77 x 768, batch {batch}",
+        count * seconds / turn,
+        "s",
+        note=f"{turn / seconds:,.0f}/s; recipes drawn: {work.drawing_rate:,.0f}/s",
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -71,7 +73,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prompts(count: int) -> tuple[list[dict], np.ndarray]:
+def random_prompts(count: int) -> tuple[list[dict], np.ndarray]:
     """Rows as of `encode`, with captions of several lengths, and random text states."""
     rng = np.random.default_rng(0)
     rows = []
@@ -106,27 +108,45 @@ def mix_batch(table: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
     )
 
 
-def arrays_of(
-    batch: list[dict], row_of: dict[str, int], widths: operations.Widths
-) -> dict[str, np.ndarray]:
-    return operations.as_arrays(batch, row_of, **SHAPE, widths=widths)
+class Turn:
+    """The recipes of a turn in batches, and the compiled program that mixes a batch."""
 
+    def __init__(self, prompts: int, count: int, batch: int):
+        """Draws `count` recipes over this many prompts, and compiles."""
+        rows, self.states = random_prompts(prompts)
+        self.row_of = {row["id"]: i for i, row in enumerate(rows)}
+        classes, drawing = recipes.classes_of(rows), recipes.Drawing()
+        began = time.perf_counter()
+        self.made = [
+            recipes.make_recipe(k, rows, classes, drawing, seed=0, **SHAPE)
+            for k in range(count)
+        ]
+        self.drawing_rate = count / (time.perf_counter() - began)
+        self.batches = [self.made[i : i + batch] for i in range(0, count, batch)]
+        self._widths = operations.widths_of(self.made)
+        self._table = jnp.asarray(self.states)
+        began = time.perf_counter()
+        arrays = self._arrays(self.batches[0])
+        self._mixed = jax.jit(mix_batch).lower(self._table, arrays).compile()
+        self.compiling = time.perf_counter() - began
 
-def on_device(
-    mixed,
-    table: jax.Array,
-    batches: list[list[dict]],
-    row_of,
-    widths: operations.Widths,
-) -> Iterator[jax.Array]:
-    """Yields each mixed batch after the next one was dispatched."""
-    previous = None
-    for batch in batches:
-        current = mixed(table, arrays_of(batch, row_of, widths))
-        if previous is not None:
-            yield previous
-        previous = current
-    yield previous
+    def run(self) -> None:
+        """Mixes all batches, and waits for each."""
+        for mixed in self.on_device():
+            mixed.block_until_ready()
+
+    def on_device(self) -> Iterator[jax.Array]:
+        """Yields each mixed batch after the next one was dispatched."""
+        previous = None
+        for batch in self.batches:
+            current = self._mixed(self._table, self._arrays(batch))
+            if previous is not None:
+                yield previous
+            previous = current
+        yield previous
+
+    def _arrays(self, batch: list[dict]) -> dict[str, np.ndarray]:
+        return operations.as_arrays(batch, self.row_of, **SHAPE, widths=self._widths)
 
 
 def loop(
@@ -143,17 +163,16 @@ def loop(
         yield mixed
 
 
-def report(
-    seconds: dict[str, list[float]], turn: int, compiling: float, drawing_rate: float
-) -> None:
+def report(seconds: dict[str, list[float]], turn: Turn) -> None:
     device = jax.devices()[0].device_kind
     total = {name: sum(values) for name, values in seconds.items()}
-    count = turn * len(seconds["ours"])
+    count = len(turn.made) * len(seconds["ours"])
     ratios = sorted(
         b / a for a, b in zip(seconds["ours"], seconds["loop"], strict=True)
     )
     gigabytes = SHAPE["length"] * SHAPE["width"] * 4 / 1e9
-    print(f"{count} embeddings of 77 x 768 on {device}, {turn} per turn, bit-identical")
+    print(f"{count} embeddings of 77 x 768 on {device}, {len(turn.made)} per turn")
+    print("bit-identical")
     for name, value in total.items():
         rate = count / value
         print(f"{name}: {rate:,.0f} embeddings/s, {rate * gigabytes:.1f} GB/s written")
@@ -162,7 +181,9 @@ def report(
         f"ours / loop: {total['loop'] / total['ours']:.2f}x; by turn: median "
         f"{median:.2f}x, from {ratios[0]:.2f} to {ratios[-1]:.2f}"
     )
-    print(f"compiled in {compiling:.2f} s; recipes drawn: {drawing_rate:,.0f}/s")
+    print(
+        f"compiled in {turn.compiling:.2f} s; recipes drawn: {turn.drawing_rate:,.0f}/s"
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from architectures import SCHEDULE, TEXTS, UNETS, VAES
 
 from configs import common
+from mvc_jax import devices
 from mvc_jax import finetune as finetune_stage
 from mvc_jax.checkpoints import scheduler_config
 from mvc_jax.classification import classifier
@@ -37,10 +38,14 @@ class Options:
       remat: of the UNet's backward pass.
       accumulate: micro-batches of a step.
       attention: implementation in the UNet.
+      dtype: of activations while training, as in the config.
       preset: of `generate`: "" or `fast`.
       classifier: its name.
       policy: its augmentation.
+      stem: of a ResNet; "" for its own.
+      optimizer: of a classifier; "" for the config's.
       seeds: classifiers side by side.
+      steps_at_once: steps of a classifier in one call.
     """
 
     family: str = "sd15"
@@ -49,10 +54,14 @@ class Options:
     remat: str = "none"
     accumulate: int = 1
     attention: str = "auto"
+    dtype: str = "auto"
     preset: str = ""
     classifier: str = "wrn28_10"
     policy: str = "randaugment"
+    stem: str = ""
+    optimizer: str = ""
     seeds: int = 1
+    steps_at_once: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +106,8 @@ def build(name: str, options: Options, mesh: jax.sharding.Mesh) -> Program:
     return program
 
 
-def _model(options: Options, *, conditioned: bool = True) -> StableDiffusion:
+def architecture(options: Options, *, conditioned: bool = True) -> StableDiffusion:
+    """Stable Diffusion of the family, without weights and tokenizer."""
     unet = UNETS[options.family] | {"in_channels": 8 if conditioned else 4}
     configs = {
         "unet": unet,
@@ -129,8 +139,11 @@ def _finetune(options: Options, mesh: jax.sharding.Mesh, *, mode: str) -> Progra
     config = common.get_config()
     section = config.finetune
     section.mode, section.accumulate = mode, options.accumulate
-    model = _model(options).with_compute_options(
-        dtype=section.dtype, attention=options.attention, remat=options.remat
+    model = architecture(options).with_compute_options(
+        dtype=options.dtype,
+        mesh=mesh,
+        attention=options.attention,
+        remat=options.remat,
     )
     model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
     unet = model.shapes("unet")
@@ -181,7 +194,7 @@ def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
         batch_size=size,
         attention=options.attention,
     )
-    model = _model(options)
+    model = architecture(options)
     params = {name: model.shapes(name) for name in ("unet", "vae")}
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     side = options.size // model.downsampling
@@ -202,13 +215,13 @@ def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
         _shape(text, "float32", whole),
         _placed(jax.eval_shape(jax.random.key, 0), whole),
     )
-    draw = image_sampler.jit_sample_images(model, None, settings)
+    draw = image_sampler.jit_sample_images(model, None, settings, mesh)
     return Program(draw, arguments, size)
 
 
 def _encode(options: Options, mesh: jax.sharding.Mesh) -> Program:
     size = options.batch or common.get_config().encode.batch_size
-    model = _model(options, conditioned=False)
+    model = architecture(options, conditioned=False)
     params = _placed({"vae": model.shapes("vae")}, sharding.replicated(mesh))
     shape = (size, options.size, options.size, 3)
     images = _shape(shape, "uint8", sharding.batch_sharding(mesh))
@@ -219,10 +232,15 @@ def _classify(options: Options, mesh: jax.sharding.Mesh) -> Program:
     section = common.get_config().classify
     size = options.batch or section.batch_size
     side, classes, images = 32, 10, 10_000
-    network = classifiers.make(options.classifier, num_classes=classes)
+    network = classifiers.make(
+        options.classifier,
+        num_classes=classes,
+        dtype=devices.activations_dtype(options.dtype, mesh),
+        stem=options.stem,
+    )
     spec = classifier.ClassifierSpec(network, policy=options.policy)
     tx = optim.optimizer(
-        section.optimizer,
+        options.optimizer or section.optimizer,
         1.0,
         weight_decay=section.weight_decay,
         momentum=section.momentum,
@@ -240,21 +258,24 @@ def _classify(options: Options, mesh: jax.sharding.Mesh) -> Program:
         "key": _shape((options.seeds, 2), "uint32", whole),
         "rates": _shape((section.steps,), "float32", whole),
     }
+    stride = options.steps_at_once
+    shape = (size, *([stride] if stride > 1 else []), options.seeds)
     batch = {
-        "index": _shape((size, options.seeds), "int32", rows),
-        "weight": _shape((size, options.seeds), "float32", rows),
+        "index": _shape(shape, "int32", rows),
+        "weight": _shape(shape, "float32", rows),
     }
     step = functools.partial(classifier.train_seeds, spec=spec, tx=tx)
-    return Program(loop.jit_step(step, state), (state, constants, batch), size)
+    function = loop.jit_step(step, state, stride)
+    return Program(function, (state, constants, batch), size * stride)
 
 
 def _pretrain(options: Options, mesh: jax.sharding.Mesh) -> Program:
     section = common.get_config().pretrain.unet
-    model = _model(options, conditioned=False)
+    model = architecture(options, conditioned=False)
     tx = optim.adam(optim.warmup_cosine(section.learning_rate, warmup=100, steps=1000))
     step = functools.partial(
         base.unet_step,
-        model=model,
+        model=dataclasses.replace(model, mesh=mesh),
         tx=tx,
         key=rng.purpose_key(0, "pretrain/unet"),
         drop_rate=section.drop_rate,

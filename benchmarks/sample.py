@@ -17,7 +17,8 @@ import argparse
 import functools
 import pathlib
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from architectures import TEXT_WIDTH, UNETS, write
@@ -159,6 +160,95 @@ def _ours(arguments: argparse.Namespace, settings: dict):
         assert np.isfinite(np.asarray(found)).all()
 
     return step, peak
+
+
+def rates(*, record: float, batches: int, **options) -> Iterator[dict]:
+    """Rows of `accelerator.py`: the compiled program alone, and as `generate` runs it.
+
+    Args:
+      record: images/s to compare with.
+      batches: that `generate` draws.
+      **options: fields of `programs.Options`.
+    """
+    import measure
+    import programs
+
+    given = programs.Options(**options)
+    built = programs.build("generate", given, measure.mesh())
+    call, arguments = measure.compiled("generate", built)
+    seconds = measure.seconds_per_call(measure.repeated(call, arguments))
+    setting = f"batch {given.batch}, {given.preset or '50 steps of DDIM'}"
+    alone = built.examples / seconds
+    yield measure.rate_row(alone, "generate", given, record=record, setting=setting)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        write_set(pathlib.Path(folder), call, arguments, built.examples, batches)
+        written = batches * built.examples / (time.perf_counter() - began)
+    yield measure.row(
+        f"{setting}, PNG and Parquet written meanwhile",
+        written,
+        "images/s",
+        record=record,
+        note=f"{written / alone:.2f} of the program alone; {batches} batches and the "
+        "last one's writing",
+    )
+
+
+def write_set(
+    folder: pathlib.Path, call: Callable, arguments: tuple, size: int, batches: int
+) -> None:
+    """Draws and writes a set as `generate` does, with the same inputs every batch."""
+    import mix
+    from etils import epath
+
+    from mvc_jax import generate
+    from mvc_jax.generation import image_sampler, image_status, set_writer, synthetic
+    from mvc_jax.mixing import recipes
+    from mvc_jax.screening import screener
+
+    class Sampler:
+        """In place of `image_sampler.ImageSampler`, whose model is on disk."""
+
+        def load(self, name: str) -> None:
+            pass
+
+        def stream(self, groups):
+            """Dispatches each batch before the previous one is fetched."""
+            pending = []
+            for _ in groups:
+                pending.append(call(*arguments))
+                if len(pending) > 1:
+                    yield self.fetch(pending.pop(0))
+            yield self.fetch(pending.pop())
+
+        def fetch(self, found) -> image_status.Drawn:
+            return image_status.Drawn(*map(np.asarray, found))
+
+        draw = None  # nothing is redrawn
+
+    rows, _ = mix.random_prompts(2 * mix.CLASSES)
+    classes = recipes.classes_of(rows)
+    made = [
+        recipes.make_recipe(k, rows, classes, recipes.Drawing(), seed=0, **mix.SHAPE)
+        for k in range(batches * size)
+    ]
+    writer = set_writer.SetWriter(
+        store=synthetic.Store(
+            folder=epath.Path(folder) / "mixed",
+            class_names=[f"class {k}" for k in range(mix.CLASSES)],
+            model="random",
+            shard_size=size,
+        ),
+        train=None,
+        prompts={row["id"]: row | {"prompt": "a photo"} for row in rows},
+        source_sizes={},
+        size=0,
+        resize="stretch",
+        seed=0,
+        settings=image_sampler.Settings(sampler="ddim", steps=50),
+    )
+    off = screener.Screener(None, train=None)
+    generate.draw_set("mixed", made, Sampler(), writer, off, max_redraws=0)
 
 
 def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:

@@ -145,8 +145,14 @@ def _chips(target: Target, count: int) -> list[Any]:
 
 
 def _gpus(target: Target, count: int) -> list[Any]:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.experimental import topologies
 
+    capability = tuple(target.gpu["capability"])
+    # JAX asks the default backend, which is a CPU here.
+    cudnn.check_compute_capability = lambda least: (
+        capability >= tuple(map(int, least.split(".")))
+    )
     hosts = max(count // _PER_HOST, 1)
     if count < 1 or count % hosts:
         raise UserError(

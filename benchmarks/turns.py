@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+SECONDS, ROUNDS = 3.0, 5  # of `seconds_per_call`
+
 
 def in_turns(
     sides: Mapping[str, Callable], arguments: argparse.Namespace
@@ -86,6 +88,25 @@ def _serve(pipe, side: Callable, arguments: argparse.Namespace) -> None:
             pipe.send(time.perf_counter() - start)
         pipe.recv()
         pipe.send(peak())
+
+
+def seconds_per_call(run: Callable[[int], None]) -> float:
+    """Median over some rounds, of about three seconds in all, of a call's seconds.
+
+    Args:
+      run: makes so many calls, and waits for them; it has been called before, so that
+        nothing compiles.
+    """
+
+    def seconds(times: int) -> float:
+        began = time.perf_counter()
+        run(times)
+        return (time.perf_counter() - began) / times
+
+    first = seconds(1)
+    rounds = min(max(round(SECONDS / first), 1), ROUNDS)
+    times = max(round(SECONDS / rounds / first), 1)
+    return float(np.median([seconds(times) for _ in range(rounds)]))
 
 
 def peak() -> float:

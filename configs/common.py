@@ -24,7 +24,7 @@ __all__ = ["FIELDS", "apply_preset", "fast", "get_config"]
 __all__ += ["parse_argument", "whole_number", "choice"]  # for the other configs
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
-ATTENTION = ("auto", "xla", "mapped", "cudnn")  # those of models/attention.py
+ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")  # those of models/attention.py
 DTYPES = ("auto", "float32", "bfloat16")
 _MAX_BATCH = 10**6
 _MAX_SIDE = 16_384  # pixels
@@ -70,8 +70,8 @@ def _attention() -> Field:
     return one_of(
         "auto",
         ATTENTION,
-        "implementation of attention; mapped is for CPUs; auto: the best that supports "
-        "a layer",
+        "implementation of attention; mapped is for CPUs, pallas for TPUs; auto: by "
+        "device and shape of each layer",
     )
 
 

@@ -26,6 +26,9 @@ from mvc_jax.models import classifiers
 from mvc_jax.stage import open_stage
 
 with epy.lazy_imports():
+    from jax.sharding import Mesh
+
+    from mvc_jax import devices
     from mvc_jax.checkpoints import (
         classifier_checkpoint,
         classifier_export,
@@ -171,7 +174,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         validation=config.classify.validation,
         seed=config.seed,
     )
-    spec, pretrained = _spec(config.classify, data)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    spec, pretrained = _spec(config.classify, data, mesh)
     fields = [field.name for field in dataclasses.fields(fits.FitOptions)]
     trainer = fits.Trainer(
         fits.FitOptions(**{name: section[name] for name in fields}),
@@ -179,7 +183,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         data,
         seed=config.seed,
         runs=len(parsed),
-        mesh=sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
+        mesh=mesh,
         workdir=workdir,
         folder=stage.folder / "fits",
         policy_fields={
@@ -262,12 +266,13 @@ def _result(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def _spec(
-    section: ConfigDict, data: training_set.TrainingSet
+    section: ConfigDict, data: training_set.TrainingSet, mesh: Mesh
 ) -> tuple[classifier.ClassifierSpec, dict[str, Any] | None]:
     """The spec of every run, except for its augmentation, and pretrained variables."""
     classes = len(data.class_names)
     checkpoint = _checkpoint(section) if section.pretrained else None
-    network = _network(section, classes, checkpoint, dtype=section.dtype)
+    dtype = devices.activations_dtype(section.dtype, mesh)
+    network = _network(section, classes, checkpoint, dtype=dtype)
     weights: tuple[float, ...] = ()
     if section.class_weights == "balanced":
         counts = np.bincount(data.labels[data.pools[""].real], minlength=classes)

@@ -113,7 +113,10 @@ def train(
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     model, params = load_base(workdir)
     model = model.with_compute_options(
-        dtype=section.dtype, attention=section.attention, remat=section.remat
+        dtype=section.dtype,
+        mesh=mesh,
+        attention=section.attention,
+        remat=section.remat,
     )
     cache = pair_cache.open_cache(workdir / "encode")
     cache.verify()

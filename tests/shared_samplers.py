@@ -13,10 +13,10 @@ def shared_programs():
     programs = {}
     jit_sample_images = image_sampler.jit_sample_images
 
-    def cached(model, network, settings):
-        key = (settings, repr(model.configs), repr(network))
+    def cached(model, network, settings, mesh):
+        key = (settings, repr(model.configs), repr(network), mesh)
         if key not in programs:
-            programs[key] = jit_sample_images(model, network, settings)
+            programs[key] = jit_sample_images(model, network, settings, mesh)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import os
+import pathlib
+import re
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -15,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_parity import jit_fast
 
+from mvc_jax import devices
 from mvc_jax.errors import UserError
 from mvc_jax.models import attention, remat
+from mvc_jax.training import sharding
 
 
 def inputs(seed=0):
@@ -44,46 +49,71 @@ def denoise(model, params, **changes):
     return jit_fast(model.denoise)({"unet": params["unet"]}, *inputs())
 
 
-def layer(choice="auto", **changes):
+def layer(**changes):
+    """A layer of Stable Diffusion 1.x on an NVIDIA GPU, but for the changes."""
     of_sd = {"backend": "cuda", "dtype": "bfloat16", "width": 40}
-    return of_sd | {"choice": choice, "q_tokens": 4096, "kv_tokens": 4096} | changes
+    return attention.Layer(**of_sd | {"queries": 4096, "keys": 4096} | changes)
 
 
 @pytest.mark.parametrize(
-    "given, chosen",
+    "choice, layer, chosen",
     [
-        (layer(), "cudnn"),
-        (layer(dtype="float16"), "cudnn"),
-        (layer(width=80, q_tokens=1024, kv_tokens=1024), "cudnn"),
-        (layer(width=160, q_tokens=256, kv_tokens=256), "xla"),
-        (layer(width=36), "xla"),
-        (layer(kv_tokens=77), "xla"),
-        (layer(dtype="float32"), "xla"),
-        (layer(backend="gpu"), "xla"),
-        (layer(backend="tpu"), "xla"),
-        (layer(backend="cpu", dtype="float32"), "mapped"),
-        (layer(backend="cpu"), "mapped"),
-        (layer(backend="cpu", kv_tokens=77), "mapped"),
-        (layer(backend="cpu", q_tokens=64, kv_tokens=64), "xla"),
-        (layer("cudnn"), "cudnn"),
-        (layer("cudnn", width=160), "xla"),
-        (layer("cudnn", kv_tokens=77), "xla"),
-        (layer("xla"), "xla"),
-        (layer("xla", backend="cpu"), "xla"),
-        (layer("mapped", q_tokens=64), "mapped"),
+        ("auto", layer(), "cudnn"),
+        ("auto", layer(dtype="float16"), "cudnn"),
+        ("auto", layer(width=80, queries=1024, keys=1024), "cudnn"),
+        ("auto", layer(keys=77), "cudnn"),
+        ("auto", layer(queries=4100), "xla"),
+        ("auto", layer(width=36), "xla"),
+        ("auto", layer(dtype="float32"), "xla"),
+        ("auto", layer(width=160, queries=256, keys=256), "xla"),
+        ("auto", layer(backend="hopper", width=160, queries=64, keys=77), "cudnn"),
+        ("auto", layer(backend="hopper", width=264), "xla"),
+        ("auto", layer(backend="gpu"), "xla"),
+        ("auto", layer(backend="tpu"), "pallas"),
+        ("auto", layer(backend="tpu", dtype="float32"), "pallas"),
+        ("auto", layer(backend="tpu", queries=1024, keys=1024, width=160), "pallas"),
+        ("auto", layer(backend="tpu", queries=9216, keys=9216, width=64), "pallas"),
+        ("auto", layer(backend="tpu", queries=256, keys=256), "xla"),
+        ("auto", layer(backend="tpu", queries=1296, keys=1296), "xla"),
+        ("auto", layer(backend="tpu", keys=77), "xla"),
+        ("auto", layer(backend="cpu", dtype="float32"), "mapped"),
+        ("auto", layer(backend="cpu"), "mapped"),
+        ("auto", layer(backend="cpu", keys=77), "mapped"),
+        ("auto", layer(backend="cpu", queries=64, keys=64), "xla"),
+        ("cudnn", layer(), "cudnn"),
+        ("cudnn", layer(width=160), "xla"),
+        ("pallas", layer(backend="tpu"), "pallas"),
+        ("pallas", layer(backend="tpu", keys=77), "xla"),
+        ("xla", layer(), "xla"),
+        ("xla", layer(backend="cpu"), "xla"),
+        ("mapped", layer(queries=64), "mapped"),
     ],
 )
-def test_each_layer_runs_what_its_shape_and_dtype_allow(given, chosen):
-    assert attention.implementation(**given) == chosen
+def test_each_layer_runs_what_its_shape_and_dtype_allow(choice, layer, chosen):
+    assert attention.implementation(choice, layer) == chosen
+
+
+def test_every_rule_names_a_choice_and_its_reason():
+    assert {rule.implementation for rule in attention.RULES} < set(attention.CHOICES)
+    assert all(rule.reason for rule in attention.RULES)
+
+
+def test_the_docs_name_every_choice():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    docs = (root / "docs" / "fine-tuning.md").read_text("utf-8").splitlines()
+    [line] = [line for line in docs if line.startswith("| `attention` |")]
+    assert {*re.findall(r"\w+", line)} >= {*attention.CHOICES}
 
 
 @pytest.mark.parametrize(
     "choice, backend, dtype, message",
     [
-        ("flash", "cpu", "float32", "one of auto, xla, mapped, cudnn"),
+        ("flash", "cpu", "float32", "one of auto, xla, mapped, cudnn, pallas"),
         ("cudnn", "cpu", "bfloat16", "NVIDIA GPU"),
         ("cudnn", "gpu", "bfloat16", "NVIDIA GPU"),
         ("cudnn", "cuda", "float32", "bfloat16"),
+        ("pallas", "cpu", "float32", "a TPU for pallas"),
+        ("pallas", "hopper", "bfloat16", "a TPU for pallas"),
     ],
 )
 def test_unsupported_choices_are_errors_before_compiling(
@@ -94,7 +124,44 @@ def test_unsupported_choices_are_errors_before_compiling(
         attention.check(choice, field=field, backend=backend, dtype=dtype)
     assert error.value.name == field
     attention.check("cudnn", field=field, backend="cuda", dtype="bfloat16")
+    attention.check("pallas", field=field, backend="tpu", dtype="float32")
     attention.check("auto", field=field, backend=backend, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "platform, capability, backend, dtype",
+    [
+        ("cpu", None, "cpu", "float32"),
+        ("tpu", None, "tpu", "bfloat16"),
+        ("gpu", "7.5", "gpu", "bfloat16"),
+        ("gpu", "gfx942", "gpu", "bfloat16"),
+        ("gpu", "8.0", "cuda", "bfloat16"),
+        ("gpu", "9.0", "hopper", "bfloat16"),
+        ("gpu", "12.0", "cuda", "bfloat16"),
+    ],
+)
+def test_the_backend_and_auto_follow_the_devices(
+    monkeypatch, platform, capability, backend, dtype
+):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(devices, "_first", lambda mesh: device)
+    assert devices.backend() == backend
+    assert devices.activations_dtype("auto") == dtype
+    assert devices.activations_dtype("float16") == "float16"
+
+
+def test_a_model_s_options_follow_the_mesh(tiny, monkeypatch):
+    """For a mesh of TPUs, though the default devices are CPUs."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    tpu = types.SimpleNamespace(platform="tpu")
+    first = devices._first
+    monkeypatch.setattr(
+        devices, "_first", lambda given: first(given) if given is None else tpu
+    )
+    model = tiny[0].with_compute_options(mesh=mesh, attention="pallas")
+    assert (model.dtype, model.attention, model.mesh) == ("bfloat16", "pallas", mesh)
+    with pytest.raises(UserError, match="a TPU"):
+        tiny[0].with_compute_options(attention="pallas")
 
 
 shapes = st.fixed_dictionaries(
@@ -127,6 +194,55 @@ def test_mapped_attention_and_its_gradients_are_the_plain_ones(shape, seed):
 
     for mapped, plain in zip(both("mapped"), both("xla"), strict=True):
         np.testing.assert_allclose(mapped, plain, atol=2e-5, rtol=1e-5)
+
+
+def value_and_gradients(attend, inputs, cotangent):
+    @jax.jit
+    def run(inputs, cotangent):
+        value, backward = jax.vjp(attend, *inputs)
+        return value, *backward(cotangent)
+
+    return run(inputs, cotangent)
+
+
+def draw(rows, tokens, others, heads, width, dtype):
+    rng = np.random.default_rng(0)
+    shapes = [(rows, t, heads, width) for t in (tokens, others, others, tokens)]
+    *inputs, cotangent = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
+    return inputs, cotangent
+
+
+def test_padded_keys_get_no_weight_and_no_gradient():
+    """cuDNN's padding, with XLA's attention in its place."""
+    inputs, cotangent = draw(2, 8, 77, 2, 8, "float32")
+    padded = functools.partial(attention._cudnn, implementation="xla")
+    ours = value_and_gradients(padded, inputs, cotangent)
+    plain = value_and_gradients(attention._plain, inputs, cotangent)
+    for a, b in zip(ours, plain, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, width, dtype, tolerance",
+    [
+        (8, 256, 40, "float32", 1e-5),  # heads narrower than the lanes of a TPU
+        (8, 384, 160, "bfloat16", 2**-5),  # and wider; gradients are sums of 384
+        (3, 128, 8, "float32", 1e-5),  # rows that the mesh does not divide
+    ],
+)
+def test_the_kernel_for_tpus_and_its_gradients_are_plain_attention(
+    rows, tokens, width, dtype, tolerance
+):
+    """By Pallas's interpreter, on eight devices with a share of the rows each."""
+    mesh = sharding.make_mesh(4, 2)
+    inputs, cotangent = draw(rows, tokens, tokens, 2, width, dtype)
+    wide = [x.astype(jnp.float32) for x in inputs], cotangent.astype(jnp.float32)
+    kernel = functools.partial(attention._pallas, mesh=mesh)
+    ours = value_and_gradients(kernel, inputs, cotangent)
+    for a, b in zip(ours, value_and_gradients(attention._plain, *wide), strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=tolerance)
 
 
 @pytest.mark.parametrize("choice", ["xla", "mapped"])
@@ -224,9 +340,10 @@ def test_the_layers_that_qualify_are_lowered_to_cudnn(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(attention, "backend", lambda: "cuda")
+    monkeypatch.setattr(fused, "check_compute_capability", lambda least: hopper)
 
-    def calls(width, others):
+    def calls(backend, width, others):
+        monkeypatch.setattr(devices, "backend", lambda mesh: backend)
         size = jnp.zeros((2, 64, 2, width), jnp.bfloat16)
         others = jnp.zeros((2, others, 2, width), jnp.bfloat16)
 
@@ -237,26 +354,49 @@ def test_the_layers_that_qualify_are_lowered_to_cudnn(monkeypatch):
         lowered = step.trace(size, others, others).lower(lowering_platforms=("cuda",))
         return lowered.as_text().count("__cudnn$fmhaSoftmax")
 
-    assert calls(40, 64) == 2  # forward and backward
-    assert calls(160, 64) == calls(40, 77) == 0
+    hopper = False
+    assert calls("cuda", 40, 64) == calls("cuda", 40, 77) == 2  # forward and backward
+    assert calls("cuda", 160, 64) == 0
+    hopper = True
+    assert calls("hopper", 160, 64) == calls("hopper", 160, 77) == 2
 
 
-def test_remat_changes_no_gradient(tiny):
-    def loss(params, mode):
-        model = dataclasses.replace(tiny[0], remat=mode)
+def gradient(tiny, **changes):
+    """Of the mean square of the prediction on 1,024 tokens, for the UNet."""
+    model = dataclasses.replace(tiny[0], **changes)
+
+    def loss(params):
         return (model.denoise({"unet": params}, *inputs()) ** 2).mean()
 
-    found = {
-        mode: jit_fast(jax.grad(functools.partial(loss, mode=mode)))(tiny[1]["unet"])
-        for mode in remat.MODES
-    }
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(found["none"]))
-    for mode in ("blocks", "full"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
-            found[mode],
-            found["none"],
-        )
+    return jit_fast(jax.grad(loss))(tiny[1]["unet"])
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return gradient(tiny)
+
+
+def assert_same(found, expected):
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("mode", ["blocks", "full"])
+def test_remat_changes_no_gradient(tiny, expected, mode):
+    assert_same(gradient(tiny, remat=mode), expected)
+
+
+def test_the_kernel_for_tpus_gives_the_same_gradient_with_remat(
+    tiny, expected, monkeypatch
+):
+    """By Pallas's interpreter, on two devices."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    monkeypatch.setattr(devices, "backend", lambda mesh: "tpu")
+    assert_same(gradient(tiny, mesh=mesh, remat="blocks"), expected)
 
 
 MEMORY = """

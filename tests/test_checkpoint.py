@@ -127,6 +127,14 @@ def test_buffers_may_be_deleted_while_a_save_is_running(tmp_path):
 # When to save, and which to keep.
 
 
+@pytest.mark.parametrize("name", ["lr[1e-4]", "a**b x?", "-~ {y} 'z' %s"])
+def test_the_name_of_a_folder_is_no_pattern(tmp_path, name):
+    folder = tmp_path / name / "checkpoints"
+    save(folder, 1, 2)
+    assert steps_in(folder) == [1, 2] and not folder.is_symlink()
+    assert bits(restore(folder)) == bits(make_state(2))
+
+
 def test_a_save_is_due_by_step_and_by_time(tmp_path):
     now = [100.0]
     checkpoints = Checkpoints(tmp_path, every=10, minutes=2.0, clock=lambda: now[0])

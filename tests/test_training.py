@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 
 import flax
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
-from mvc_jax.training import memory, optim, preemption, rng, sharding
+from mvc_jax.training import loop, memory, optim, preemption, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import (
     create_state,
@@ -246,8 +247,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("poison", [np.nan, -np.inf])
 @pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 4)])
-def test_a_bad_step_changes_nothing_but_its_counts(what, poison, data, fsdp):
+@pytest.mark.parametrize("taken", [loop.take_by_branch, loop.take_by_selection])
+def test_a_bad_step_changes_nothing_but_its_counts(
+    what, poison, data, fsdp, taken, monkeypatch
+):
     """Bit for bit, including negative zeros, and on every device."""
+    monkeypatch.setattr(loop, "take_by_branch", taken)  # a CPU's
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     params = {"kernel": np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)}
     tx = optim.adam(0.1, max_norm=1.0)
@@ -290,6 +295,19 @@ def test_an_update_is_in_place():
     shard = 4 * 12 * 256 * 256 / 8  # bytes of the parameters on one device
     assert analysis.alias_size_in_bytes > 4 * shard
     assert analysis.temp_size_in_bytes < 0.2 * shard
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_select_and_do_not_branch(platform):
+    """Branches, and gradients in a layout of their own, would copy the state."""
+    state = create_state({"kernel": np.ones((8, 3))}, TX, sharding.make_mesh(1, 8))
+    step = jax.jit(lambda state: state.update(state.params, TX, {}))
+    text = step.trace(state).lower(lowering_platforms=(platform,)).as_text()
+    assert not re.search(r"\}, \{", text), "a conditional with two branches"
+    selected = re.findall(r"stablehlo.select .*tensor<8x3xf32>", text)
+    assert len(selected) == 3  # the parameter and its moments
+    # A TPU has layouts of its own for its parameters, too.
+    assert text.count("@LayoutConstraint(") == (platform == "cuda")
 
 
 def test_too_many_consecutive_bad_steps_end_the_run_with_the_last_good_state(tmp_path):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key, UInt8
 
-from mvc_jax.augment import color, geometry
+from mvc_jax.augment import color, gathers, geometry
 
 Image = UInt8[Array, "H W C"]
 ATTEMPTS = 10  # of random_resized_crop, as in torchvision
@@ -23,9 +23,10 @@ def pad_crop(
     """Pads by `padding` and crops at one of the (2 padding + 1)^2 positions."""
     height, width, _ = image.shape
     shift = jax.random.randint(key, (2,), -padding, padding + 1)
-    y, x = geometry.grid(height, width)
-    pixels = (y + shift[0], x + shift[1])
-    return geometry.pick(image, pixels, geometry.inside(pixels, height, width), fill)
+    y, x = jnp.arange(height) + shift[0], jnp.arange(width) + shift[1]
+    valid = geometry.inside((y[:, None], x[None]), height, width)
+    y, x = jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)
+    return jnp.where(valid[..., None], gathers.crop(image, y, x), jnp.uint8(fill))
 
 
 def random_resized_crop(
@@ -79,11 +80,9 @@ def enlarge(image: Image, starts: Int32[Array, "2"], sizes: Int32[Array, "2"]) -
     height, width, _ = image.shape
     left, right, weight = _neighbours(starts[1], sizes[1], width)
     wide = image.astype(jnp.float32)
-    across = jnp.round(
-        _interpolate(wide[:, left], wide[:, right], weight[None, :, None])
-    )
+    across = _interpolate(wide, left, right, weight[None, :, None], axis=1)
     above, below, weight = _neighbours(starts[0], sizes[0], height)
-    down = _interpolate(across[above], across[below], weight[:, None, None])
+    down = _interpolate(jnp.round(across), above, below, weight[:, None, None], axis=0)
     return jnp.round(down).astype(jnp.uint8)
 
 
@@ -100,8 +99,9 @@ def _neighbours(start, size, count: int):
     )
 
 
-def _interpolate(first, second, weight):
-    return first + (second - first) * weight
+def _interpolate(image, first, second, weight, *, axis: int):
+    near, far = (gathers.along(image, index, axis) for index in (first, second))
+    return near + (far - near) * weight
 
 
 def cutout(key: Key[Array, ""], image: Image, *, side: int, fill: int = 128) -> Image:

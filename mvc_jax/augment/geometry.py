@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float64, Int32, UInt8
 
+from mvc_jax.augment import gathers
+
 ONE = 1 << 16  # 1.0 in fixed point
 RESAMPLINGS = ("nearest", "bilinear")
 Grid = tuple[Int32[Array, "H W"], Int32[Array, "H W"]]
@@ -109,11 +111,8 @@ def pick(
     image: UInt8[Array, "H W C"], pixels: Grid, valid: Bool[Array, "H W"], fill: int
 ) -> UInt8[Array, "H W C"]:
     """The colours of `pixels` (y, x) where `valid`, else `fill`."""
-    height, width, channels = image.shape
-    y, x = pixels
-    index = jnp.where(valid, y * width + x, 0)
-    flat = image.reshape(height * width, channels)
-    found = flat.at[index].get(mode="promise_in_bounds")
+    y, x = (jnp.where(valid, position, 0) for position in pixels)
+    found = gathers.pixels(image, y, x)
     return jnp.where(valid[..., None], found, jnp.uint8(fill))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from mvc_jax import files
+from mvc_jax import devices, files
 from mvc_jax.checkpoints import captioner_checkpoint, weights
 from mvc_jax.errors import UserError
 from mvc_jax.models import vit_gpt2
@@ -204,6 +204,4 @@ def _dtype(name: str) -> Any:
             got=repr(name),
             fix="Use one of these; 'int8' is for blip2.",
         )
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+    return jnp.dtype(devices.activations_dtype(name))

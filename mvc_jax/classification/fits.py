@@ -19,6 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from mvc_jax import devices
 from mvc_jax.classification import classifier, regimes
 from mvc_jax.classification.runs import Run
 from mvc_jax.classification.training_set import TrainingSet
@@ -154,7 +155,7 @@ class Trainer:
         self._programs: dict = {}
         self._steps: dict = {}
         self._image_shape = data.rows.parts[0].shape[1:]
-        self._fixed = self._images_on_device(memory.device_bytes(jax.devices()[0]))
+        self._fixed = self._images_on_device(memory.device_bytes(mesh.local_devices[0]))
         real = len(data.pools[""].real)
         self.steps = (
             math.ceil(options.epochs * real / options.batch_size) or options.steps
@@ -298,7 +299,7 @@ class Trainer:
 
     def _default_group_size(self) -> int:
         """All seeds, if one of them alone would leave an accelerator idle."""
-        if jax.default_backend() == "cpu":
+        if devices.platform(self._mesh) == "cpu":
             return 1
         images = jax.ShapeDtypeStruct((1, *self._image_shape), "float32")
         shapes = jax.eval_shape(self._spec.model.init, jax.random.key(0), images)
@@ -316,7 +317,7 @@ class Trainer:
     def _stride(self, every: int) -> int:
         """Steps per dispatch: one on a CPU, many small ones on an accelerator."""
         limit = self._options.steps_at_once or (
-            1 if jax.default_backend() == "cpu" else _STEPS_AT_ONCE
+            1 if devices.platform(self._mesh) == "cpu" else _STEPS_AT_ONCE
         )
         common = math.gcd(self.steps, every, min(self._options.log_every, every))
         return max(n for n in range(1, min(limit, common) + 1) if common % n == 0)

@@ -117,7 +117,7 @@ class ImageSampler:
             network, params["controlnet"] = self._texts.ablation.load_controlnet()
         if self._controlled not in self._programs:
             self._programs[self._controlled] = jit_sample_images(
-                model, network, self.settings
+                model, network, self.settings, self._mesh
             )
         shardings = sharding.tree_shardings(params, self._mesh)
         self._params = jax.device_put(params, shardings)
@@ -197,20 +197,22 @@ def jit_sample_images(
     model: stable_diffusion.StableDiffusion,
     network: controlnet.ControlNet | None,
     settings: Settings,
+    mesh: Mesh,
 ) -> Callable:
-    """Jits `sample_images` for a model and settings; see there for its arguments.
+    """Jits `sample_images` for a model, settings and devices; see there.
 
     Raises:
       UserError: the devices do not support this attention.
     """
     model = model.with_compute_options(
         dtype=settings.dtype,
+        mesh=mesh,
         attention=settings.attention,
         field="config.generate.attention",
     )
     if network is not None:
         network = dataclasses.replace(
-            network, dtype=model.dtype, attention=model.attention
+            network, dtype=model.dtype, attention=model.attention, mesh=mesh
         )
     draw = functools.partial(
         sample_images,

@@ -122,12 +122,12 @@ def make(name: str, *, num_classes: int, dtype: str = "auto", **fields: Any) -> 
     Raises:
       UserError: the network has no such field, or its stem has no such stride.
     """
-    import jax
     import jax.numpy as jnp
 
+    from mvc_jax import devices
+
     given = {key: value for key, value in fields.items() if value}
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = devices.activations_dtype(dtype)
     network = VARIANTS[name].make(num_classes, dtype=jnp.dtype(dtype))
     known = {field.name for field in dataclasses.fields(network)}
     for field, value in given.items():

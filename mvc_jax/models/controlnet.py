@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mvc_jax.models import attention, stable_diffusion
@@ -31,11 +32,13 @@ class ControlNet:
       config: content of config.json.
       dtype: of the activations, `float32` or `bfloat16`.
       attention: implementation, one of `attention.CHOICES`.
+      mesh: the devices that it is compiled for; None: one default device.
     """
 
     config: dict[str, Any]
     dtype: str = "float32"
     attention: str = "auto"
+    mesh: Mesh | None = None
 
     @functools.cached_property
     def network(self) -> nn.Module:
@@ -61,7 +64,10 @@ class ControlNet:
           text_states: as for the UNet.
           pictures: in [0, 1], e.g. white edges on black.
         """
-        with attention.match_pytorch(), attention.implemented_by(self.attention):
+        with (
+            attention.match_pytorch(),
+            attention.implemented_by(self.attention, self.mesh),
+        ):
             output = self.network.apply(
                 {"params": params},
                 latents.transpose(0, 3, 1, 2),

@@ -122,7 +122,11 @@ def adapted(adapters: Adapters) -> Iterator[None]:
             features=down.shape[-1], use_bias=False, parent=None, name=None
         )
         hidden = to_rank.apply({"params": {"kernel": down}}, *args, **kwargs)
-        return output + hidden @ up.reshape(up.shape[-2:]).astype(hidden.dtype)
+        from_rank = nn.Dense(
+            up.shape[-1], use_bias=False, dtype=hidden.dtype, parent=None
+        )
+        kernel = up.reshape(up.shape[-2:])
+        return output + from_rank.apply({"params": {"kernel": kernel}}, hidden)
 
     with nn.intercept_methods(add):
         yield

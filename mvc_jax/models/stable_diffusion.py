@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
+from mvc_jax import devices
 from mvc_jax.models import attention, lora, noise_schedule, remat
 from mvc_jax.models.flax_classes import (
     FlaxAutoencoderKL,
@@ -44,6 +45,7 @@ class StableDiffusion:
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: implementation in the UNet, one of `attention.CHOICES`.
       remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
+      mesh: the devices that the UNet is compiled for; None: one default device.
       batch_sharding: of the first axis of the UNet's activations; None lets XLA choose.
     """
 
@@ -52,6 +54,7 @@ class StableDiffusion:
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
+    mesh: Mesh | None = None
     batch_sharding: NamedSharding | None = None
 
     @functools.cached_property
@@ -176,7 +179,7 @@ class StableDiffusion:
         down, middle = (None, None) if residuals is None else residuals
         with (
             attention.match_pytorch(),
-            attention.implemented_by(self.attention),
+            attention.implemented_by(self.attention, self.mesh),
             lora.adapted(params.get("lora", {})),
             remat.checkpointing(self.remat),
             _constrain_batch_sharding(self.batch_sharding),
@@ -225,6 +228,7 @@ class StableDiffusion:
         self,
         *,
         dtype: str = "auto",
+        mesh: Mesh | None = None,
         field: str = "config.finetune.attention",
         **options: str,
     ) -> "StableDiffusion":
@@ -232,18 +236,18 @@ class StableDiffusion:
 
         Args:
           dtype: of activations; `auto` is bfloat16 on an accelerator, else float32.
+          mesh: the devices; None: one default device.
           field: config field that holds the attention, for errors.
           **options: `attention` and `remat`, see the attributes.
 
         Raises:
           UserError: the devices do not support this attention.
         """
-        backend = attention.backend()
-        if dtype == "auto":
-            dtype = "float32" if backend == "cpu" else "bfloat16"
+        dtype = devices.activations_dtype(dtype, mesh)
         choice = options.get("attention", self.attention)
+        backend = devices.backend(mesh)
         attention.check(choice, field=field, backend=backend, dtype=dtype)
-        return dataclasses.replace(self, dtype=dtype, **options)
+        return dataclasses.replace(self, dtype=dtype, mesh=mesh, **options)
 
     def widened(self, params: Params) -> tuple["StableDiffusion", Params]:
         """Adds source latents to the UNet's input; at first its output is unchanged.

@@ -196,7 +196,7 @@ def train_unet(
     }
     train_step = functools.partial(
         unet_step,
-        model=model,
+        model=dataclasses.replace(model, mesh=loop.mesh),
         tx=tx,
         key=rng.purpose_key(seed, purpose),
         drop_rate=drop_rate,

@@ -193,8 +193,8 @@ def train_controlnet(
     base = {name: params[name] for name in ("text_encoder", "unet")}
     train_step = functools.partial(
         control_step,
-        model=model,
-        network=network,
+        model=dataclasses.replace(model, mesh=loop.mesh),
+        network=dataclasses.replace(network, mesh=loop.mesh),
         tx=tx,
         key=rng.purpose_key(seed, purpose),
         drop_rate=drop_rate,

@@ -12,9 +12,12 @@ Resume rules:
 """
 
 import contextlib
+import glob
 import itertools
 import json
 import math
+import pathlib
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +88,9 @@ class Checkpoints:
             ):
                 leftover.rmtree()
         self._saving, self._size = self._folder, 0  # the last save, for its errors
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._link = _link_for_orbax(self._folder)
+        opened = epath.Path(self._link.name) / "folder" if self._link else self._folder
+        self._manager = ocp.CheckpointManager(opened, options=options)
         for step in self._manager.all_steps():
             with contextlib.suppress(Exception):  # damage is reported by `restore`
                 self._lowest.add(step, self._read_record(step)["metrics"])
@@ -213,6 +218,8 @@ class Checkpoints:
             self._finish()
         finally:
             self._manager.close()
+            if self._link:
+                self._link.cleanup()
 
     def _finish(self) -> None:
         with self._explain_full_disk():
@@ -335,6 +342,20 @@ def _leaves(tree: Any) -> dict[str, list]:
         jax.tree_util.keystr(path): [str(leaf.dtype), list(leaf.shape)]
         for path, leaf in leaves
     }
+
+
+def _link_for_orbax(folder: epath.Path) -> tempfile.TemporaryDirectory | None:
+    """A temporary folder with a link, `folder`, to one whose path is a pattern.
+
+    Orbax lists folders by `glob`, to which the whole path is one: below `lr[1e-4]` it
+    would find no files of a save and write an empty checkpoint. None for other paths.
+    """
+    if "://" in str(folder) or glob.escape(str(folder)) == str(folder):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    link = tempfile.TemporaryDirectory(prefix="mvc_jax-")
+    (pathlib.Path(link.name) / "folder").symlink_to(folder, target_is_directory=True)
+    return link
 
 
 def _one_line(error: Exception) -> str:

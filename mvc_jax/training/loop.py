@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
+from mvc_jax import devices
 from mvc_jax.training import memory, preemption, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.optim import ema_update
@@ -86,7 +88,15 @@ class TrainState:
             changed = {"params": params, "opt_state": opt_state, "ema_params": ema}
             return state.replace(**changed, **more)
 
-        state = jax.lax.cond(finite, take, lambda state, grads: state, self, grads)
+        state = jax.lax.platform_dependent(
+            self,
+            grads,
+            cpu=functools.partial(take_by_branch, take, finite),
+            tpu=functools.partial(take_by_selection, take, finite),
+            default=lambda state, grads: take_by_selection(
+                take, finite, state, _row_major(grads)
+            ),
+        )
         skipped = 1 - finite.astype(jnp.int32)
         return state.replace(
             step=self.step + 1,
@@ -98,6 +108,45 @@ class TrainState:
     def averaged(self) -> Any:
         """The averaged parameters where there are any, else the parameters."""
         return self.params if self.ema_params is None else self.ema_params
+
+
+Take = Callable[[TrainState, Any], TrainState]
+
+
+def take_by_branch(
+    take: Take, finite: jax.Array, state: TrainState, grads: Any
+) -> TrainState:
+    """`take(state, grads)` where `finite`, else `state`, for a CPU.
+
+    There each new array is a loop of its own. Those of a moment and of its parameter
+    both read the old moment: were both selections, XLA would copy it first.
+    """
+    return jax.lax.cond(finite, take, lambda state, grads: state, state, grads)
+
+
+def take_by_selection(
+    take: Take, finite: jax.Array, state: TrainState, grads: Any
+) -> TrainState:
+    """`take(state, grads)` where `finite`, else `state`, for accelerators.
+
+    A parameter and its moments are updated in place by one kernel, which selects. On a
+    GPU a branch would copy the state into itself and out again.
+    """
+    new = take(state, grads)
+    return jax.tree.map(functools.partial(jnp.where, finite), new, state)
+
+
+def _row_major(grads: Any) -> Any:
+    """Lays gradients out in memory as a GPU's parameters are.
+
+    Gradients of convolutions come in a layout of their own, in which XLA would update
+    the whole state, with transposes of it before and after.
+    """
+
+    def one(leaf):
+        return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
+
+    return jax.tree.map(one, grads)
 
 
 def create_state(
@@ -379,7 +428,8 @@ def gradients(
 
     zeros = jax.tree.map(jnp.zeros_like, (total, params))
     # Gradients of convolutions are slow inside a loop on a CPU (see the module's top).
-    unroll = jax.default_backend() == "cpu"
+    mesh = next((leaf.mesh for leaf in jax.tree.leaves(shardings)), None)
+    unroll = devices.platform(mesh) == "cpu"
     return jax.lax.scan(add, zeros, micro_batches, unroll=unroll)[0]
 
 
