@@ -81,10 +81,14 @@ def train(folder: pathlib.Path, workdir: pathlib.Path, arguments) -> None:
     model, params = model.widened(params)
     mesh = sharding.make_mesh(data=1, fsdp=jax.device_count())
     model = model.with_compute_options(mesh=mesh, remat=arguments.remat)
-    model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
     schedule = optim.schedule("constant", 1e-4, warmup=0, steps=arguments.steps)
     tx = optim.adam(schedule, max_norm=1.0)
     shardings = sharding.tree_shardings(params["unet"], mesh)
+    model = dataclasses.replace(
+        model,
+        batch_sharding=sharding.batch_sharding(mesh),
+        weight_shardings=shardings,
+    )
     state = create_state(params.pop("unet"), tx, mesh)
     del params
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))

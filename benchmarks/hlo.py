@@ -294,13 +294,20 @@ def _matching(text: str) -> int:
 def collectives(module: Module) -> dict[tuple[str, str], tuple[float, float]]:
     """Collectives by kind and dtype: how many run, and their bytes on a device.
 
-    The bytes are those of the operand or of the result, whichever is larger.
+    The bytes are those of the operand or of the result, whichever is larger. On a TPU a
+    collective that runs beside computation is in each fusion that it spans, always with
+    the same `channel_id` and `chain_id`; it counts once.
     """
     found: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0])
+    chains: set[tuple[str, ...]] = set()
     for instruction, times, computation in module.instructions():
         kind = instruction.op.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        if chain := re.search(r'channel_id=(\d+).*chain_id="(\d+)"', instruction.text):
+            if (kind, *chain.groups()) in chains:
+                continue
+            chains.add((kind, *chain.groups()))
         results = instruction.buffers
         operands = [
             buffer

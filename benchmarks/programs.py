@@ -145,8 +145,12 @@ def _finetune(options: Options, mesh: jax.sharding.Mesh, *, mode: str) -> Progra
         attention=options.attention,
         remat=options.remat,
     )
-    model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
     unet = model.shapes("unet")
+    model = dataclasses.replace(
+        model,
+        batch_sharding=sharding.batch_sharding(mesh),
+        weight_shardings=sharding.tree_shardings(unet, mesh),
+    )
     trained, fixed = unet, {}
     if mode == "lora":
         split = functools.partial(

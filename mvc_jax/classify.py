@@ -26,8 +26,6 @@ from mvc_jax.models import classifiers
 from mvc_jax.stage import open_stage
 
 with epy.lazy_imports():
-    from jax.sharding import Mesh
-
     from mvc_jax import devices
     from mvc_jax.checkpoints import (
         classifier_checkpoint,
@@ -175,7 +173,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         seed=config.seed,
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    spec, pretrained = _spec(config.classify, data, mesh)
+    dtype = devices.activations_dtype(config.classify.dtype, mesh)
+    spec, pretrained = _spec(config.classify, data, dtype)
     fields = [field.name for field in dataclasses.fields(fits.FitOptions)]
     trainer = fits.Trainer(
         fits.FitOptions(**{name: section[name] for name in fields}),
@@ -266,12 +265,11 @@ def _result(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def _spec(
-    section: ConfigDict, data: training_set.TrainingSet, mesh: Mesh
+    section: ConfigDict, data: training_set.TrainingSet, dtype: str
 ) -> tuple[classifier.ClassifierSpec, dict[str, Any] | None]:
     """The spec of every run, except for its augmentation, and pretrained variables."""
     classes = len(data.class_names)
     checkpoint = _checkpoint(section) if section.pretrained else None
-    dtype = devices.activations_dtype(section.dtype, mesh)
     network = _network(section, classes, checkpoint, dtype=dtype)
     weights: tuple[float, ...] = ()
     if section.class_weights == "balanced":

@@ -127,7 +127,11 @@ def train(
     if section.sample_every:
         shown = make_gallery(config, workdir, model, mesh, cache, params, fixed)
         draw_hook = train_logger.DrawHook(section.sample_every, shown.draw)
-    model = dataclasses.replace(model, batch_sharding=sharding.batch_sharding(mesh))
+    model = dataclasses.replace(
+        model,
+        batch_sharding=sharding.batch_sharding(mesh),
+        weight_shardings=sharding.tree_shardings(fixed.get("base", trained), mesh),
+    )
     step, tx = make_step(config, model, sharding.tree_shardings(trained, mesh))
     state = loop.create_state(trained, tx, mesh, ema=section.ema_decay > 0)
     del trained  # gigabytes on the host
@@ -390,7 +394,7 @@ def make_gallery(
             guidance_interval=options.guidance_interval,
             guidance_rescale=options.guidance_rescale,
         )
-        images = model.decode(fixed, latents)
+        images = model.decode_in_parts(fixed, latents)
         return stable_diffusion.to_pixels(images, grey=train.grey)
 
     fixed = fixed | {"vae": params["vae"]}

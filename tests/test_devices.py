@@ -1,7 +1,10 @@
 """Fine-tuning and sampling give equal results on 1 and 8 devices, in any batch."""
 
+import collections
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -13,7 +16,8 @@ from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
 from mvc_jax.diffusion import samplers
 from mvc_jax.generation import image_sampler
-from mvc_jax.training import rng, sharding
+from mvc_jax.models import stable_diffusion
+from mvc_jax.training import memory, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state, fit, jit_step, place_batch
 from mvc_jax.training.train_logger import TrainLogger
@@ -36,6 +40,29 @@ def train_step(model, tx):
         schedule=optax.constant_schedule(0.01),
         drop_rate=0.05,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder(memory.MemoryBudget):
+    """Keeps the texts of compiled programs."""
+
+    texts: list[str] = dataclasses.field(default_factory=list)
+
+    def compile(self, step, *arguments, name):
+        program = step.lower(*arguments).compile()
+        self.texts.append(program.as_text())
+        return program
+
+
+def sharded_step(model, tx, unet, mesh):
+    """The step as `finetune` makes it for a mesh."""
+    shardings = sharding.tree_shardings(unet, mesh)
+    model = dataclasses.replace(
+        model,
+        batch_sharding=sharding.batch_sharding(mesh),
+        weight_shardings=shardings,
+    )
+    return functools.partial(train_step(model, tx), shardings=shardings)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +88,7 @@ def opened(cache, write_shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finetuned(tiny, opened, tmp_path_factory):
-    """Losses and parameters after two steps of batch 6, by mesh."""
+    """Parameters after two steps of batch 6, and the compiled step, by mesh."""
     model, params = tiny
     model, params = model.widened(params)
     # SGD, as the first steps of Adam are signs of gradients, which a tolerance cannot
@@ -71,14 +98,9 @@ def finetuned(tiny, opened, tmp_path_factory):
     results = {}
     for name in MESHES:
         mesh, folder = make_mesh(name), tmp_path_factory.mktemp("finetune")
-        step = train_step(model, tx)
-        if mesh.shape["fsdp"] > 1:
-            batch_sharding = sharding.batch_sharding(mesh)
-            split = dataclasses.replace(model, batch_sharding=batch_sharding)
-            shardings = sharding.tree_shardings(params["unet"], mesh)
-            step = functools.partial(train_step(split, tx), shardings=shardings)
+        budget = Recorder(0, "")
         state = fit(
-            step,
+            sharded_step(model, tx, params["unet"], mesh),
             create_state(params["unet"], tx, mesh),
             read=functools.partial(read_pairs, opened, pairs, seed=0, batch_size=6),
             constants={"null_states": opened.null_states},
@@ -86,9 +108,9 @@ def finetuned(tiny, opened, tmp_path_factory):
             steps=2,
             checkpoints=Checkpoints(folder / "checkpoints", every=2),
             logger=TrainLogger(folder, "finetune", log_every=1),
+            memory_budget=budget,
         )
-        text = (folder / "metrics.jsonl").read_text()
-        results[name] = jax.device_get(state.params), text
+        results[name] = jax.device_get(state.params), budget.texts[0]
     return params["unet"], results
 
 
@@ -107,6 +129,66 @@ def test_batch_6_on_eight_devices_trains_as_on_one(finetuned, name):
     # Sums in another order, normalised over groups of four numbers, differ by 0.15 %.
     # If the 2 padding examples of 8 counted, every gradient would change by a quarter.
     assert max_difference(one, other) < 0.01 * moved
+
+
+@pytest.mark.parametrize("name", ["8", "2x4"])
+def test_only_weights_and_gradients_are_sent(finetuned, name):
+    """The compiled step gathers no activations, and a kernel once for each pass."""
+    unet, results = finetuned
+    sizes = collective_sizes(results[name][1])
+    assert not sizes["all-to-all"] and not sizes["collective-permute"]
+    shardings = sharding.tree_shardings(unet, make_mesh(name))
+    sharded = [
+        leaf.size
+        for leaf, placed in zip(
+            jax.tree.leaves(unet), jax.tree.leaves(shardings), strict=True
+        )
+        if not placed.is_fully_replicated
+    ]
+    assert (name == "2x4") == bool(sharded)
+    left = collections.Counter(sharded + sharded)
+    left.subtract(sizes["all-gather"])
+    assert min(left.values(), default=0) >= 0
+    assert sum(sizes["reduce-scatter"]) * 4 == sum(sharded)
+
+
+@pytest.mark.parametrize("mode", ["none", "blocks", "full"])
+def test_kernels_are_gathered_in_bfloat16_and_their_gradients_summed_in_float32(
+    tiny, mode
+):
+    model, params = tiny
+    model, params = model.widened(params)
+    model = dataclasses.replace(model, dtype="bfloat16", remat=mode)
+    mesh, tx = sharding.make_mesh(1, 8), optax.sgd(0.01)
+    state = create_state(params["unet"], tx, mesh)
+    batch = {
+        "source_moments": np.zeros((8, 2, 2, 8), np.float32),
+        "target_moments": np.zeros((8, 2, 2, 8), np.float32),
+        "text_states": np.zeros((8, 12, 16), np.float32),
+    }
+    null = {"null_states": jax.device_put(np.zeros((12, 16), np.float32))}
+    step = jit_step(sharded_step(model, tx, params["unet"], mesh), state)
+    text = step.lower(state, null, place_batch(batch, mesh)).as_text()
+    gathered = re.findall(r'"stablehlo.all_gather".*-> tensor<[\dx]*(\w+)>', text)
+    scattered = re.findall(
+        r'"stablehlo.reduce_scatter"(?:.*\n){4}.*-> tensor<[\dx]*(\w+)>', text
+    )
+    kernels = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
+    passes = 3 if mode == "full" else 2
+    assert set(gathered) == {"bf16"} and set(scattered) == {"f32"}
+    assert kernels < len(gathered) <= passes * kernels
+    assert len(scattered) == kernels
+
+
+def collective_sizes(text):
+    """Numbers in the result of each collective of a compiled program, by kind."""
+    sizes = collections.defaultdict(list)
+    for result, kind in re.findall(
+        r" = (.*?) (all-gather|reduce-scatter|all-to-all|collective-permute)\(", text
+    ):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", result):
+            sizes[kind].append(math.prod(int(n) for n in shape.split(",") if n))
+    return sizes
 
 
 def test_the_conditioning_channels_learn(finetuned):
@@ -169,6 +251,37 @@ def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
         assert np.abs(one - other).max() <= 1, (mesh, batch_size)
     reordered = sample(tiny, cache, make_mesh("1"), index[::-1], 4)[::-1]
     assert np.abs(one - reordered).max() <= 1
+
+
+def test_large_images_are_decoded_in_parts_on_their_devices(tiny, monkeypatch):
+    model, params = tiny
+    params = {"vae": params["vae"]}
+    latents = np.random.default_rng(0).normal(size=(40, 2, 2, 4)).astype(np.float32)
+    whole = jax.jit(model.decode)(params, latents)
+    monkeypatch.setattr(stable_diffusion, "_DECODED", 3 * 8**2)  # 5 rows are 5 parts
+    mesh = make_mesh("8")
+    model = dataclasses.replace(model, mesh=mesh)
+    placed = jax.device_put(latents, sharding.batch_sharding(mesh))
+    params = jax.device_put(params, sharding.replicated(mesh))
+    decode = jax.jit(model.decode_in_parts).lower(params, placed).compile()
+    text = decode.as_text()
+    assert "while(" in text
+    assert not re.search(r"all-(gather|reduce|to-all)|collective-permute", text)
+    images = decode(params, placed)
+    assert images.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
+    np.testing.assert_allclose(images, whole, atol=1e-6)
+
+    rows = np.arange(12, dtype=np.float32)
+    sizes = []
+
+    def count(part):
+        sizes.append(len(part))
+        return -part
+
+    for size, devices in ((4, 1), (5, 2), (0, 3), (99, 1)):
+        done = stable_diffusion._map_parts(count, rows, size=size, devices=devices)
+        np.testing.assert_array_equal(done, -rows)
+    assert sizes == [4, 2 * 3, 3 * 1, 12]
 
 
 def test_examples_of_weight_zero_change_neither_loss_nor_gradient(tiny, opened):

@@ -51,6 +51,30 @@ backend_config={"known_trip_count":{"n":"5"}}
 }
 """
 
+# One gather beside two fusions, as a TPU compiler prints it, and another one.
+_BESIDE = """
+HloModule jit_f
+
+%start (p: bf16[16,8]) -> bf16[128,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  ROOT %g = bf16[128,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}, \
+frontend_attributes={chain_id="4"}
+}
+
+%middle (p: bf16[16,8]) -> bf16[128,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  ROOT %g = bf16[128,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}, \
+frontend_attributes={chain_id="4"}
+}
+
+ENTRY %main (a: bf16[16,8]) -> bf16[128,8] {
+  %a = bf16[16,8]{1,0} parameter(0)
+  %b = bf16[128,8]{1,0} fusion(%a), kind=kCustom, calls=%start
+  %c = bf16[128,8]{1,0} fusion(%a), kind=kCustom, calls=%middle
+  ROOT %d = bf16[128,8]{1,0} all-gather(%a), channel_id=1, dimensions={0}
+}
+"""
+
 
 def compiled(function, *arguments, **options):
     text = jax.jit(function, **options).lower(*arguments).compile().as_text()
@@ -104,6 +128,11 @@ def test_a_gather_is_counted_by_its_result():
     whole = NamedSharding(on_devices(), PartitionSpec())
     module = compiled(lambda x: x, x, out_shardings=whole)
     assert hlo.collectives(module) == {("all-gather", "f32"): (1, 4 * 64 * 32)}
+
+
+def test_a_collective_beside_computation_counts_once():
+    found = hlo.collectives(hlo.Module(_BESIDE))
+    assert found == {("all-gather", "bf16"): (2, 2 * 2 * 128 * 8)}
 
 
 def test_an_elementwise_program_reads_and_writes_each_array_once():

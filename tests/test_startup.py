@@ -78,6 +78,8 @@ def run(config, workdir):
     import os
     flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     assert flag in os.environ["XLA_FLAGS"]
+    flag = "--fibers_default_thread_stack_size=1048576"
+    assert flag in os.environ["LIBTPU_INIT_ARGS"]
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
     import jax
     from jax._src import xla_bridge

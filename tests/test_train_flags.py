@@ -595,8 +595,12 @@ def test_a_compilation_cache_that_cannot_be_written_is_a_warning(
 ):
     options = {}
     monkeypatch.setattr(runtime, "_set_jax", options.__setitem__)
-    monkeypatch.setattr(runtime, "_keep_freed_memory", lambda: None)
-    monkeypatch.setattr(runtime, "_schedule_depth_first", lambda: None)
+    for name in (
+        "keep_freed_memory",
+        "schedule_depth_first",
+        "enlarge_compiler_stacks",
+    ):
+        monkeypatch.setattr(runtime, f"_{name}", lambda: None)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     (tmp_path / "file").write_text("mine")
     folder = tmp_path / ("new" if usable else "file") / "xla"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key, UInt8
 
-from mvc_jax.augment import color, gathers, geometry
+from mvc_jax.augment import color, gathers
 
 Image = UInt8[Array, "H W C"]
 ATTEMPTS = 10  # of random_resized_crop, as in torchvision
@@ -24,9 +24,10 @@ def pad_crop(
     height, width, _ = image.shape
     shift = jax.random.randint(key, (2,), -padding, padding + 1)
     y, x = jnp.arange(height) + shift[0], jnp.arange(width) + shift[1]
-    valid = geometry.inside((y[:, None], x[None]), height, width)
+    rows, columns = (y >= 0) & (y < height), (x >= 0) & (x < width)
     y, x = jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)
-    return jnp.where(valid[..., None], gathers.crop(image, y, x), jnp.uint8(fill))
+    valid = (rows[:, None] & columns[None])[..., None]
+    return jnp.where(valid, gathers.crop(image, y, x), jnp.uint8(fill))
 
 
 def random_resized_crop(

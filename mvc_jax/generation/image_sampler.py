@@ -283,7 +283,7 @@ def sample_images(
         guidance_interval=guidance_interval,
         guidance_rescale=guidance_rescale,
     )
-    images = model.decode(params, latents)
+    images = model.decode_in_parts(params, latents)
     pixels = stable_diffusion.to_pixels(images, grey=grey)
     return pixels, image_status(latents, images, pixels)
 

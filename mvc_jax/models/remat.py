@@ -17,6 +17,11 @@ _BLOCK = rf"{_STAGE}/(resnets|attentions)_\d+"
 MODES = {"none": (), "blocks": (_BLOCK,), "full": (_STAGE, _BLOCK)}
 
 
+def recomputes(mode: str, path: tuple[str, ...]) -> bool:
+    """Whether the layer at `path` is within a module that `mode` selects."""
+    return any(re.match(f"{rule}/", "/".join(path)) for rule in MODES[mode])
+
+
 def checkpointing(mode: str) -> contextlib.AbstractContextManager:
     """Context in which the UNet is rematerialised according to `mode`, one of `MODES`.
 

@@ -4,11 +4,11 @@ Images and latents are channels-last here, whatever the library's layout is;
 `checkpoints/diffusers_layout.py` reads and writes the folders.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from mvc_jax import devices
-from mvc_jax.models import attention, lora, noise_schedule, remat
+from mvc_jax.models import attention, lora, noise_schedule, remat, sharded_layers
 from mvc_jax.models.flax_classes import (
     FlaxAutoencoderKL,
     FlaxCLIPTextModule,
@@ -29,6 +29,7 @@ from mvc_jax.models.flax_classes import (
 
 Params = dict[str, Any]
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
+_DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class StableDiffusion:
       remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
       mesh: the devices that the UNet is compiled for; None: one default device.
       batch_sharding: of the first axis of the UNet's activations; None lets XLA choose.
+      weight_shardings: of the UNet's parameters; None: whole on each device.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -56,6 +58,7 @@ class StableDiffusion:
     remat: str = "none"
     mesh: Mesh | None = None
     batch_sharding: NamedSharding | None = None
+    weight_shardings: Any = None
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -162,6 +165,22 @@ class StableDiffusion:
         )
         return output.sample.transpose(0, 2, 3, 1)
 
+    def decode_in_parts(
+        self, params: Params, latents: Float[Array, "B h w c"]
+    ) -> Array:
+        """`decode`, of large images a few at a time.
+
+        The activations of the last layers are the largest of all while images are
+        drawn: 0.6 GiB for each of 512 pixels a side.
+        """
+        pixels = np.prod(latents.shape[1:3]) * self.downsampling**2
+        return _map_parts(
+            lambda part: self.decode(params, part),
+            latents,
+            size=int(_DECODED // pixels),
+            devices=1 if self.mesh is None else self.mesh.size,
+        )
+
     def denoise(
         self,
         params: Params,
@@ -178,11 +197,15 @@ class StableDiffusion:
         """
         down, middle = (None, None) if residuals is None else residuals
         with (
+            sharded_layers.mapped(
+                self.batch_sharding,
+                self.weight_shardings,
+                functools.partial(remat.recomputes, self.remat),
+            ),
             attention.match_pytorch(),
             attention.implemented_by(self.attention, self.mesh),
             lora.adapted(params.get("lora", {})),
             remat.checkpointing(self.remat),
-            _constrain_batch_sharding(self.batch_sharding),
         ):
             output = self.unet.apply(
                 {"params": params["unet"]},
@@ -267,24 +290,27 @@ class StableDiffusion:
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
 
 
-def _constrain_batch_sharding(
-    sharding: NamedSharding | None,
-) -> contextlib.AbstractContextManager:
-    """Context in which every layer's output is sharded over the devices by its batch.
+def _map_parts(
+    function: Callable[[Array], Array], rows: Array, *, size: int, devices: int
+) -> Array:
+    """Maps `function` over parts of `rows` [B, ...], one part after another.
 
-    Where weights are sharded too, XLA may choose to gather the activations of all
-    examples on each device instead of the weights. This constraint makes it gather the
-    weights, one layer at a time (FSDP, arXiv 2304.11277).
+    A part has up to `size` rows, and at least one, of each device: none is exchanged.
+    If that is all of them, nothing is mapped.
     """
+    devices = math.gcd(len(rows), devices)
+    own = len(rows) // devices
+    size = max(n for n in range(1, own + 1) if own % n == 0 and n <= max(size, 1))
+    if size == own:
+        return function(rows)
 
-    def intercept(next_call, args, kwargs, context):
-        output = next_call(*args, **kwargs)
-        layer = isinstance(context.module, nn.Dense | nn.Conv | nn.GroupNorm)
-        if sharding is None or not layer or context.method_name != "__call__":
-            return output
-        return jax.lax.with_sharding_constraint(output, sharding)
+    def part(own_rows):
+        done = function(own_rows.reshape(-1, *rows.shape[1:]))
+        return done.reshape(devices, size, *done.shape[1:])
 
-    return nn.intercept_methods(intercept)
+    parts = rows.reshape(devices, -1, size, *rows.shape[1:]).swapaxes(0, 1)
+    done = jax.lax.map(part, parts).swapaxes(0, 1)
+    return done.reshape(len(rows), *done.shape[3:])
 
 
 def to_pixels(

@@ -1,0 +1,125 @@
+"""Layers on several devices: whole weights, on each device's part of the batch.
+
+XLA chooses for each layer anew what to send where weights are sharded: weights, the
+activations of all examples, or parts of either in rings of permutations; and it sums
+gradients in the dtype of the layer, on all devices. Here each layer with a kernel is a
+`shard_map` that says what is sent (FSDP, arXiv 2304.11277): a kernel is gathered in the
+dtype of the layer, once in a pass; its gradient is summed in the dtype of the
+parameter, each device receiving its shard.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+_WHOLE = PartitionSpec()
+
+
+def mapped(
+    batch: NamedSharding | None,
+    weights: Any,
+    recomputed: Callable[[tuple[str, ...]], bool],
+) -> contextlib.AbstractContextManager:
+    """Context in which each layer works on the examples of its device.
+
+    It has to be entered before others that intercept methods: the layer is then the
+    innermost call.
+
+    Args:
+      batch: sharding of the first axis of activations; None changes nothing.
+      weights: shardings of the network's parameters; None: whole on each device.
+      recomputed: whether the backward pass recomputes the layer of a path. It then
+        gathers its kernel anyway; other layers drop theirs and gather them again.
+    """
+    shardings = flax.traverse_util.flatten_dict(weights or {})
+    within = False  # a layer: its copy is intercepted again
+
+    def intercept(next_call, args, kwargs, context):
+        nonlocal within
+        layer = context.module
+        alone = batch is None or batch.mesh.size == 1
+        if alone or within or context.method_name != "__call__":
+            return next_call(*args, **kwargs)
+        if isinstance(layer, nn.GroupNorm):
+            output = next_call(*args, **kwargs)
+            return jax.lax.with_sharding_constraint(output, batch)
+        if not isinstance(layer, nn.Dense | nn.Conv):
+            return next_call(*args, **kwargs)
+        params = layer.variables["params"]
+        specs = {name: _spec(shardings.get((*layer.path, name))) for name in params}
+        call = functools.partial(_call, layer.clone(parent=None, name=None), specs)
+        if specs["kernel"] != _WHOLE and not recomputed(layer.path):
+            call = jax.checkpoint(call)
+        within = True
+        try:
+            return jax.shard_map(
+                call,
+                mesh=batch.mesh,
+                in_specs=(specs, batch.spec),
+                out_specs=batch.spec,
+            )(params, *args)
+        finally:
+            within = False
+
+    return nn.intercept_methods(intercept)
+
+
+def _spec(sharding: NamedSharding | None) -> PartitionSpec:
+    return _WHOLE if sharding is None else sharding.spec
+
+
+def _call(layer, specs, shards, inputs):
+    dtype = layer.dtype or inputs.dtype
+    params = {name: gather(leaf, specs[name], dtype) for name, leaf in shards.items()}
+    return layer.apply({"params": params}, inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(shard: Array, spec: PartitionSpec, dtype: Any) -> Array:
+    """The whole parameter in `dtype`, of which each device of a `shard_map` has a part.
+
+    Its gradient is the sum over all devices, in the dtype of the shard.
+
+    Args:
+      shard: the part of this device.
+      spec: how the parameter is sharded: one axis at most, over one of the mesh's.
+      dtype: of the result.
+    """
+    whole = shard.astype(dtype)
+    for place, name in _sharded(spec):
+        whole = jax.lax.all_gather(whole, name, axis=place, tiled=True)
+    return jax.lax.pcast(whole, _others(spec), to="varying")
+
+
+def _gather_forward(shard, spec, dtype):
+    return gather(shard, spec, dtype), shard.dtype.type(0)
+
+
+def _gather_backward(spec, dtype, like, gradient):
+    gradient = gradient.astype(like.dtype)
+    for place, name in _sharded(spec):
+        gradient = jax.lax.psum_scatter(
+            gradient, name, scatter_dimension=place, tiled=True
+        )
+    return (jax.lax.psum(gradient, _others(spec)),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _sharded(spec: PartitionSpec) -> list[tuple[int, str]]:
+    """The array's axes that are sharded, and over which axis of the mesh."""
+    return [(place, name) for place, name in enumerate(spec) if name is not None]
+
+
+def _others(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes of the mesh over which the array is not sharded."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(name for name in names if name not in spec)
