@@ -1,71 +1,815 @@
-"""Every field with its default; all other configs start from these.
+"""Every field: its default, what it may be and what it is; all configs start here.
 
 Not a lab note: the defaults follow the supplement where it gives a number, and have not
 been measured as a whole. A section belongs to the stage of the same name; `data`,
-`base` and `mesh` are shared.
+`base` and `mesh` are shared. `--help=SECTION` prints a section of this file.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from mvc_jax.errors import UserError
+from mvc_jax.configs.arguments import choice, parse_argument, whole_number
+from mvc_jax.configs.fields import (
+    Field,
+    Section,
+    count,
+    fraction,
+    one_of,
+    optional,
+    word,
+)
+
+__all__ = ["FIELDS", "apply_preset", "fast", "get_config"]
+__all__ += ["parse_argument", "whole_number", "choice"]  # for the other configs
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
+ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")  # those of models/attention.py
+DTYPES = ("auto", "float32", "bfloat16")
+_MAX_BATCH = 10**6
+_MAX_SIDE = 16_384  # pixels
+_MAX_GIB = 10**6
+
+
+def _batch(default: int, help: str = "images per batch") -> Field:
+    return count(default, help, _MAX_BATCH)
+
+
+def _rate(default: float, help: str = "learning rate of Adam") -> Field:
+    return Field(default, help, at_least=1e-12, at_most=1000)
+
+
+def _average(default: float) -> Field:
+    about = "decay of the moving average of the weights, which is then used; 0: none"
+    return Field(
+        default,
+        about,
+        at_least=0,
+        below=1,
+        hint="0.999 is typical; 0 keeps no average.",
+    )
+
+
+def _memory() -> Field:
+    return optional(
+        0.0, "memory budget per device, in GiB; 0: the device's limit", _MAX_GIB
+    )
+
+
+def _minutes(at_zero: str) -> Field:
+    return optional(20.0, f"minutes until a checkpoint is due; 0: {at_zero}")
+
+
+def _dtype() -> Field:
+    return one_of(
+        "auto", DTYPES, "type of activations; auto: bfloat16 on an accelerator"
+    )
+
+
+def _attention() -> Field:
+    return one_of(
+        "auto",
+        ATTENTION,
+        "implementation of attention; mapped is for CPUs, pallas for TPUs; auto: by "
+        "device and shape of each layer",
+    )
+
+
+_DATA = Section(
+    "images, classes and splits (shared by all stages)",
+    {
+        "source": word(
+            "digits", "where images are: digits, folder:PATH, parquet:PATH, tfds:NAME"
+        ),
+        "image_column": word("image", "of a Parquet file or TFDS dataset"),
+        "label_column": word("label", "of a Parquet file or TFDS dataset"),
+        "dir": Field("", "data directory of TFDS; empty: its default"),
+        "classes": Field(
+            (),
+            "names of the classes to use, in this order; empty: all",
+            word=True,
+            distinct=True,
+            hint="Name each class once, e.g. --config.data.classes=cat,dog.",
+        ),
+        "pool": Field(0, "images reserved for `pretrain`", at_least=0, at_most=10**9),
+        "per_class": optional(
+            0,
+            "training images per class; 0: use fraction",
+            hint="0 uses config.data.fraction.",
+        ),
+        "fraction": Field(
+            1.0,
+            "of the training images of each class to use",
+            above=0,
+            at_most=1,
+        ),
+        "test_fraction": Field(
+            0.2,
+            "fraction of each class for test, where the dataset has no test split of "
+            "its own; 0: all images that are left after training",
+            at_least=0,
+            below=1,
+        ),
+        "size": count(512, "pixels along one side, as the models see them", _MAX_SIDE),
+        "resize": one_of(
+            "stretch",
+            ("stretch", "crop", "pad"),
+            "how an image becomes square: crop around the centre, pad with black",
+        ),
+        "resample": one_of(
+            "lanczos", ("lanczos", "area"), "filter of resizing; both antialias"
+        ),
+        "window": word(
+            "image",
+            "for more than 8 bits per channel: the range of each image, or LOW,HIGH",
+        ),
+        "max_pixels": Field(
+            89_478_485,
+            "per image; larger ones are decompression bombs",
+            at_least=1024,
+            at_most=10**10,
+        ),
+        "on_bad_image": one_of(
+            "fail",
+            ("fail", "skip"),
+            "skip: continue without bad images, and list them",
+        ),
+        "duplicates": one_of(
+            "keep",
+            ("keep", "remove"),
+            "remove: training images that are also in test are not used",
+        ),
+        "class_type": Field("", 'as in "a photo of {class_type} {label}"'),
+        "prompt": word(
+            "{caption}, a photo of {class_type} {label}",
+            "template of the prompts; the default is the supplement's",
+        ),
+    },
+)
+
+_BASE = Section(
+    "the Stable Diffusion to start from (shared)",
+    {
+        "path": Field(
+            "",
+            "a Stable Diffusion folder or hub name; empty: the model of the stage "
+            "`pretrain`",
+        ),
+        "variant": Field("", "of the weights, e.g. fp16; empty: no variant"),
+        "revision": Field(
+            "", "of a hub name: branch, tag or commit; empty: the default"
+        ),
+        "finetuned": Field(False, "True: accept a base that is already fine-tuned"),
+    },
+)
+
+_CAPTION = Section(
+    "images -> captions and splits",
+    {
+        "captioner": one_of(
+            "blip2",
+            ("blip2", "flax", "file", "template", "attributes"),
+            "what writes the captions; blip2 is the supplement's",
+        ),
+        "model": Field(
+            "", "folder or hub name for blip2 and flax; empty: the default model"
+        ),
+        "file": Field("", "captions.jsonl for the captioner `file`"),
+        "template": word(
+            "{class_type} {label}", "of the captions of the captioner `template`"
+        ),
+        "instruction": Field(
+            "", 'text that BLIP-2 continues, e.g. "a photo of"; empty: none'
+        ),
+        "max_new_tokens": count(30, "tokens of a caption at most", 10_000),
+        "num_beams": count(3, "beams of the search; 1: greedy", 1000),
+        "dtype": one_of(
+            "auto",
+            (*DTYPES, "int8"),
+            "type of weights and activations; auto: bfloat16 on an accelerator",
+        ),
+        "batch_size": _batch(8),
+    },
+)
+
+_PRETRAIN = Section(
+    "a small Stable Diffusion from scratch, if base.path is empty",
+    {
+        "context_length": Field(
+            16, "tokens of a prompt, BOS and EOS included", at_least=4, at_most=1024
+        ),
+        "vocab_size": Field(
+            640, "tokens of the tokenizer", at_least=514, at_most=10**6
+        ),
+        "vae": Section(
+            "the autoencoder",
+            {
+                "channels": Field(
+                    (8, 16, 16),
+                    "of each level",
+                    item=int,
+                    at_least=1,
+                    at_most=10**5,
+                    length=(1, 8),
+                ),
+                "groups": count(8, "of its group norms", 10**5),
+                "steps": count(1000, "optimiser steps"),
+                "batch_size": _batch(64),
+                "learning_rate": _rate(2e-3),
+                "kl_weight": Field(
+                    1e-6,
+                    "weight of the KL divergence in the loss",
+                    at_least=0,
+                    at_most=1000,
+                ),
+            },
+        ),
+        "text": Section(
+            "the text encoder",
+            {
+                "layers": count(2, "its transformer layers", 1000),
+                "width": count(64, "dims of a text state", 10**5),
+                "heads": count(4, "attention heads, a divisor of the width", 10**5),
+            },
+        ),
+        "unet": Section(
+            "the text-to-image UNet",
+            {
+                "channels": Field(
+                    (64,),
+                    "of each level",
+                    item=int,
+                    at_least=1,
+                    at_most=10**5,
+                    length=(1, 8),
+                ),
+                "heads": count(4, "attention heads, a divisor of the channels", 10**5),
+                "layers": count(1, "residual blocks per level", 1000),
+                "steps": count(2500, "optimiser steps"),
+                "batch_size": _batch(32),
+                "learning_rate": _rate(1e-3),
+                "warmup": optional(100, "steps of linear warm-up"),
+                "ema_decay": _average(0.999),
+                "drop_rate": fraction(0.1, "of the text, for classifier-free guidance"),
+            },
+        ),
+        "image_encoder": Section(
+            "for the ablations that condition on image embeddings",
+            {
+                "steps": optional(0, "optimiser steps; 0: do not train one"),
+                "batch_size": _batch(64),
+                "learning_rate": _rate(1e-3),
+                "patch": count(4, "pixels along a side of a patch", _MAX_SIDE),
+                "width": count(64, "dims of a token", 10**5),
+                "layers": count(2, "its transformer layers", 1000),
+                "heads": count(4, "attention heads, a divisor of the width", 10**5),
+            },
+        ),
+        "controlnet": Section(
+            "for the ablation that conditions on edges",
+            {
+                "steps": optional(0, "optimiser steps; 0: do not train one"),
+                "batch_size": _batch(32),
+                "learning_rate": _rate(5e-4),
+                "drop_rate": fraction(0.5, "of the text, as in the ControlNet paper"),
+            },
+        ),
+        "log_every": count(50, "steps per row of metrics"),
+        "checkpoint_every": count(500, "steps between checkpoints"),
+    },
+)
+
+_ENCODE = Section(
+    "images and prompts -> VAE moments and text states, cached",
+    {
+        "batch_size": _batch(16, "images, or prompts, per batch"),
+        "flip": Field(
+            False,
+            "True: also encode mirror images, for `finetune` to draw from; not for "
+            "images where left and right matter: digits, text, a heart",
+        ),
+        "dtype": one_of(
+            "float32", ("float32", "float16"), "on disk; float16 takes half the space"
+        ),
+    },
+)
+
+_PAIRS = Section(
+    "pairs of images of one class, for `finetune`",
+    {"rounds": count(1, "pairs per training image", 100_000)},
+)
+
+_FINETUNE = Section(
+    "the base's UNet, conditioned on a source image",
+    {
+        "mode": one_of(
+            "full", ("full", "lora"), "lora: adapters only, for smaller GPUs"
+        ),
+        "lora": Section(
+            "adapters, with the mode `lora`",
+            {
+                "rank": count(16, "of the adapters", 4096, hint="Typical are 4 to 64."),
+                "targets": Field(
+                    ("to_q", "to_k", "to_v", "to_out.0"),
+                    "layers that get adapters, as in diffusers' scripts",
+                    word=True,
+                    length=(1, 1000),
+                    distinct=True,
+                ),
+            },
+        ),
+        "steps": count(1000, "optimiser steps"),
+        "batch_size": _batch(50, "pairs per batch; the supplement's is 50"),
+        "accumulate": count(1, "micro-batches per step, for less memory", _MAX_BATCH),
+        "learning_rate": _rate(1e-4, "learning rate of Adam; the supplement's is 1e-4"),
+        "schedule": one_of(
+            "constant", ("constant", "cosine"), "of the learning rate; cosine: to 0"
+        ),
+        "warmup": optional(0, "steps of linear warm-up"),
+        "max_norm": optional(1.0, "of the gradient; 0: no clipping"),
+        "ema_decay": _average(0.0),
+        "min_snr": optional(
+            0.0, "gamma of min-SNR weighting, typically 5; 0: off", 1000
+        ),
+        "drop_rate": Field(
+            0.05,
+            "p of InstructPix2Pix's conditioning dropout",
+            at_least=0,
+            at_most=1 / 3,
+            hint="Text, image and both are dropped at this rate.",
+        ),
+        "max_skipped": count(
+            10, "consecutive steps without a finite loss before it stops"
+        ),
+        "dtype": _dtype(),
+        "attention": _attention(),
+        "remat": one_of(
+            "none",
+            ("none", "blocks", "full"),
+            "what is computed again in the backward pass: less memory, more time",
+        ),
+        "memory_gib": _memory(),
+        "log_every": count(20, "steps per row of metrics"),
+        "sample_every": optional(500, "steps between grids of samples; 0: none"),
+        "samples": count(8, "pairs per grid of samples", 1000),
+        "checkpoint_every": count(500, "steps between checkpoints"),
+        "checkpoint_minutes": _minutes("by steps only"),
+        "keep": count(2, "checkpoints, the newest", 10**6),
+    },
+)
+
+_MIX = Section(
+    "captions -> recipes, which say what is mixed",
+    {
+        "per_image": count(
+            4,
+            "synthetic images per training image; can be raised later",
+            100_000,
+            hint="The paper makes 3 to 4.",
+        ),
+        "modes": Field(
+            ("coarse", "fine"),
+            "of mixing, in turn; both: both in one image",
+            choices=("coarse", "fine", "both"),
+            length=(1, 1000),
+            hint="Choose some of these.",
+        ),
+        "tokens": Field(
+            4,
+            "k: token positions that coarse mixing replaces",
+            at_least=0,
+            at_most=1024,
+            hint="0 mixes none; the default is 4.",
+        ),
+        "tokens_most": optional(
+            0,
+            "above `tokens`: k is drawn per image, up to this maximum",
+            1024,
+            hint="0 always uses config.mix.tokens.",
+        ),
+        "positions": one_of(
+            "caption",
+            ("caption", "first", "span", "all"),
+            "which tokens: k of the words of the caption, its first k, a span of k "
+            "consecutive ones, or any k of all 77 but BOS",
+        ),
+        "class_prompt": Field(False, 'True: also the words of "a photo of ..."'),
+        "partner": one_of(
+            "class", ("class", "any"), "whether partners are of the same class"
+        ),
+        "partners": count(1, "m: partners per image", 10_000, hint="The paper uses 1."),
+        "dims": Field(
+            8,
+            "d: text dims that fine mixing replaces; supplement: below 10",
+            at_least=0,
+            at_most=10**5,
+            hint="The paper replaces fewer than 10 of 768.",
+        ),
+        "dims_per_token": Field(False, "True: different dims for each token"),
+        "dims_on": one_of(
+            "all",
+            ("all", "words"),
+            "tokens whose dims are mixed: all, or only the words of the caption",
+        ),
+        "file": Field("", "edited recipes.jsonl to use; empty: draw the recipes"),
+        "levels": Field(
+            False, "True: also levels.jsonl, for Figure 5 of the supplement"
+        ),
+    },
+)
+
+_SCALE_HINT = "InstructPix2Pix uses 7.5 for text and 1.5 for the image."
+
+
+def _scale(default: float, help: str) -> Field:
+    return Field(default, help, at_least=0, at_most=1000, hint=_SCALE_HINT)
+
+
+def _scale_most(of: str) -> Field:
+    about = f"above 0: `mix` draws each image's scale uniformly from {of} to this"
+    hint = f"0 always uses config.generate.{of}."
+    return optional(0.0, about, 1000, hint=hint)
+
+
+_FILTER = Section(
+    "removes synthetic images; by default all are kept",
+    {
+        "label": one_of(
+            "",
+            ("", "folds", "clip"),
+            "what must predict an image's label: a classifier trained on real images "
+            "other than its source and partners (folds), or CLIP; empty: off",
+        ),
+        "label_folds": Field(
+            5, "folds of the real images for `folds`", at_least=2, at_most=1000
+        ),
+        "label_threshold": fraction(
+            0.5, "accept the label from this probability on, or", hint="A probability."
+        ),
+        "label_top": Field(
+            1,
+            "if it is among so many most probable ones; 0: never",
+            at_least=0,
+            at_most=10**6,
+            hint="0 switches it off.",
+        ),
+        "copies": one_of(
+            "",
+            ("", "any", "source"),
+            "remove images too close to any real training image, or to their own "
+            "source; empty: off",
+        ),
+        "copies_quantile": fraction(
+            0.0,
+            "too close is less than this quantile of the distances from each real "
+            "image to its nearest neighbour; 0: less than their minimum",
+            hint="0 is the minimum, 1 the maximum.",
+        ),
+        "outliers": Field(False, "True: remove images too far from real ones"),
+        "outliers_quantile": fraction(
+            0.99,
+            "too far is above this quantile of the real images' own distances within "
+            "the class",
+            hint="0 is the minimum, 1 the maximum.",
+        ),
+        "features": one_of(
+            "auto",
+            ("auto", "pixels", "clip"),
+            "of outliers and folds: distances in [0, 1] between pixels, at no more "
+            "than 32 a side, or in [0, 2] between CLIP embeddings; auto: clip if any",
+        ),
+    },
+)
+
+_SETS = (
+    "mixed",
+    "unmixed",
+    "pretrained",
+    "caption_only",
+    "noised",
+    "interpolated",
+    "image_embedding",
+    "image_number",
+    "embedding_difference",
+    "controlnet",
+)
+
+_GENERATE = Section(
+    "recipes -> synthetic images",
+    {
+        "sets": Field(
+            ("mixed", "unmixed"),
+            "datasets to draw (docs/mixing.md)",
+            choices=_SETS,
+            length=(1, len(_SETS)),
+            distinct=True,
+            hint="Choose some of these.",
+        ),
+        "conditioning": Field(
+            "", '"all", or some sets to show in conditionings.png; empty: none'
+        ),
+        "clip": Field(
+            "",
+            "CLIP for image_embedding and embedding_difference: a folder or hub name "
+            "whose embeddings have the width of the base's text states; empty: the "
+            "base's image_encoder",
+        ),
+        "controlnet": Field(
+            "",
+            "ControlNet for Canny edges: a folder or hub name; empty: the one of "
+            "`pretrain`",
+        ),
+        "limit": Field(
+            0,
+            "above 0: stop after a contact sheet of this many images",
+            at_least=0,
+            at_most=1000,
+            hint="0 draws the dataset; 16 images make a contact sheet.",
+        ),
+        "sampler": one_of("ddim", ("ddim", "euler", "dpmpp_2m"), "of the images"),
+        "steps": count(
+            50,
+            "of the sampler",
+            999,
+            hint="The model has 1000 training timesteps; the default is 50.",
+        ),
+        "text_scale": _scale(7.5, "s_T of InstructPix2Pix, guidance by the text"),
+        "text_scale_most": _scale_most("text_scale"),
+        "image_scale": _scale(1.5, "s_I of InstructPix2Pix, guidance by the image"),
+        "image_scale_most": _scale_most("image_scale"),
+        "guidance_interval": Field(
+            (0.0, 1.0),
+            "guidance acts between these timesteps, as fractions of the training "
+            "timesteps; 0 is without noise",
+            item=float,
+            at_least=0,
+            at_most=1,
+            length=(2, 2),
+            ascending=True,
+            hint="(0.0, 1.0) guides at every step.",
+        ),
+        "guidance_rescale": fraction(
+            0.0,
+            "phi; 1: the contrast of an unguided prediction",
+            hint="0 switches it off; 0.7 is a typical value.",
+        ),
+        "noise_scale": Field(
+            0.1,
+            "for `noised`, in standard deviations of the text states",
+            at_least=0,
+            at_most=1000,
+            hint="0.1 is a tenth of the states' standard deviation.",
+        ),
+        "interpolation": fraction(
+            0.5,
+            "for `interpolated`: weight of the partner",
+            hint="It is the weight of the partner.",
+        ),
+        "dtype": _dtype(),
+        "attention": _attention(),
+        "batch_size": _batch(16),
+        "max_redraws": Field(
+            3,
+            "of an image that is NaN, black or of a single colour",
+            at_least=0,
+            at_most=100,
+        ),
+        "shard_size": count(1000, "images per Parquet file"),
+        "folder": Field(True, "also write train/<class>/*.png"),
+        "format": one_of("png", ("png", "jpeg"), "in Parquet files and folder"),
+        "size": Field(
+            0,
+            "pixels of the written images, resized by area; 0: as generated; -1: the "
+            "size of the source, if smaller",
+            at_least=-1,
+            at_most=_MAX_SIDE,
+            hint="0: as drawn, -1: as the source image, else in pixels.",
+        ),
+        "include_real": Field(False, "True: also write the training images"),
+        "filter": _FILTER,
+    },
+)
+
+_CLASSIFIERS = (
+    "resnet8",
+    "resnet20",
+    "resnet56",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "wide_resnet50_2",
+    "wrn16_4",
+    "wrn40_2",
+    "wrn28_10",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "shake_shake26_2x96d",
+    "pyramidnet272",
+)
+
+_CLASSIFY = Section(
+    "classifiers on real and synthetic images",
+    {
+        "runs": Field(
+            ("real", "real+affine", "combined", "combined:unmixed"),
+            "regime[:set][+policy][+mix] of each (docs/classifiers.md)",
+            word=True,
+            length=(1, 1000),
+            distinct=True,
+            hint="Name at least one run, and no run twice.",
+        ),
+        "model": one_of("resnet20", _CLASSIFIERS, "the network"),
+        "width": optional(
+            0, "of a ResNet's first stage; 0: the model's default", 10**5
+        ),
+        "stem": one_of(
+            "",
+            ("", "cifar", "imagenet"),
+            "of a ResNet: cifar for small images; empty: the model's default",
+        ),
+        "stem_stride": count(1, "of the CIFAR stem", 100),
+        "pretrained": Field(
+            "", "folder, file or hub name of weights; empty: from scratch"
+        ),
+        "pretrained_revision": Field(
+            "", "of a hub name: branch, tag or commit; empty: the default"
+        ),
+        "size": optional(
+            0,
+            "pixels of its input, downscaled by area; 0: data.size",
+            _MAX_SIDE,
+            hint="0 is config.data.size.",
+        ),
+        "seeds": count(3, "classifiers per run", 10_000),
+        "seeds_at_once": optional(
+            0,
+            "trained together by vmap; 0: all, if the model is small and on an "
+            "accelerator",
+            10_000,
+            hint="0 chooses by model and device.",
+        ),
+        "steps": count(1000, "optimiser steps, the same for every run"),
+        "epochs": optional(
+            0.0, "over the real images, instead of `steps`; 0: use steps", 10**6
+        ),
+        "batch_size": _batch(50),
+        "optimizer": one_of("adam", ("adam", "sgd"), "sgd: with Nesterov's momentum"),
+        "learning_rate": _rate(1e-3, "learning rate, at its highest"),
+        "schedule": one_of(
+            "cosine", ("constant", "cosine", "multistep"), "of the learning rate"
+        ),
+        "warmup": optional(0, "steps of linear warm-up"),
+        "milestones": Field(
+            (0.5, 0.75),
+            "fractions of the steps, for the schedule `multistep`",
+            item=float,
+            above=0,
+            below=1,
+            ascending=True,
+            hint="Write e.g. 0.5,0.75.",
+        ),
+        "gamma": fraction(0.1, "factor of the learning rate at each milestone"),
+        "momentum": Field(0.9, "for sgd", at_least=0, below=1, hint="0.9 is typical."),
+        "weight_decay": fraction(
+            1e-4, "of the kernels", hint="0.0005 is typical with SGD."
+        ),
+        "flip": Field(True, "False: policies do not flip, where left and right matter"),
+        "randaugment_count": count(2, "N of RandAugment", 14, hint="The paper has 2."),
+        "randaugment_magnitude": Field(
+            9.0, "M of RandAugment", at_least=0, at_most=30, hint="9 is typical."
+        ),
+        "alpha": Field(
+            1.0,
+            "of Beta(alpha, alpha) in MixUp and CutMix",
+            at_least=1e-3,
+            at_most=1000,
+            hint="1 is CutMix's value, and MixUp's for CIFAR.",
+        ),
+        "label_smoothing": fraction(0.0, "0: none"),
+        "class_weights": one_of(
+            "none", ("none", "balanced"), "balanced: for imbalanced classes"
+        ),
+        "ema_decay": _average(0.0),
+        "validation": Field(
+            0.0,
+            "fraction of train held out to select the best state",
+            at_least=0,
+            at_most=0.9,
+            hint="0.1 to 0.2 is typical; 0 holds nothing out.",
+        ),
+        "validate_every": optional(
+            0, "steps; 0: at the end only", hint="0 validates at the end only."
+        ),
+        "patience": optional(
+            0, "steps without improvement before stopping early; 0: never"
+        ),
+        "probability": fraction(
+            0.8,
+            "p of `probabilistic` and `replace_*`",
+            hint="The paper's probability is 0.8.",
+        ),
+        "ratio": optional(
+            0.0,
+            "synthetic images to use per real image; 0: all",
+            hint="0 uses all of them.",
+        ),
+        "phase_two": fraction(
+            0.25, "fraction of `two_phase`'s steps on real images only"
+        ),
+        "phase_two_rate": fraction(0.1, "factor of the learning rate in these steps"),
+        "dtype": _dtype(),
+        "images_gib": optional(
+            0.0,
+            "images up to this size stay on the device, else they are read from disk; "
+            "0: half of the device's memory",
+            _MAX_GIB,
+            hint="0 is half of the device's memory.",
+        ),
+        "memory_gib": _memory(),
+        "steps_at_once": optional(
+            0,
+            "per dispatch; 0: 1 on CPUs, else up to 50",
+            hint="0 chooses by device.",
+        ),
+        "log_every": count(50, "steps per row of metrics"),
+        "checkpoint_minutes": _minutes("at the end, and at validations"),
+    },
+)
+
+_EVALUATE = Section(
+    "metrics of all classifiers and sets",
+    {
+        "confidence": Field(
+            0.95,
+            "level of the intervals",
+            above=0,
+            below=1,
+            hint="A common value is 0.95.",
+        )
+    },
+)
+
+_REPORT = Section(
+    "an HTML page and a picture",
+    {
+        "title": Field("Mixing Visual Concepts", "of the page"),
+        "grid_columns": count(2, "synthetic images per mode and class", 8),
+        "grid_scale": Field(
+            64, "display pixels along one side of an image", at_least=16, at_most=256
+        ),
+    },
+)
+
+FIELDS = Section(
+    "the whole config",
+    {
+        "seed": Field(0, "of every draw", at_least=0, at_most=2**32 - 1),
+        "stages": Field(
+            "all", "or a comma-separated list, run in the order of the pipeline"
+        ),
+        "min_free_disk_gib": Field(
+            0.5,
+            "free space on the workdir's disk, checked before any work",
+            at_least=0,
+            at_most=10**9,
+        ),
+        "compilation_cache": Field(
+            "~/.cache/mvc_jax/xla", "folder of compiled programs; empty: none"
+        ),
+        "mesh": Section(
+            "devices and how they share the work (shared)",
+            {
+                "data": count(
+                    -1,
+                    "devices that shard the batch; -1: all that fsdp leaves",
+                    10**6,
+                    also=(-1,),
+                    hint="-1 uses every device.",
+                ),
+                "fsdp": count(1, "devices that also shard the parameters", 10**6),
+            },
+        ),
+        "data": _DATA,
+        "base": _BASE,
+        "caption": _CAPTION,
+        "pretrain": _PRETRAIN,
+        "encode": _ENCODE,
+        "pairs": _PAIRS,
+        "finetune": _FINETUNE,
+        "mix": _MIX,
+        "generate": _GENERATE,
+        "classify": _CLASSIFY,
+        "evaluate": _EVALUATE,
+        "report": _REPORT,
+    },
+)
 
 
 def get_config(argument: str = "") -> ConfigDict:
     parse_argument(argument)
-    config = ConfigDict()
-    config.seed = 0
-    config.stages = "all"  # or a comma-separated list, run in the order of the pipeline
-    config.min_free_disk_gib = 0.5  # on the workdir's disk, checked before any work
-    config.compilation_cache = "~/.cache/mvc_jax/xla"  # "": off
-
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that shard the batch; -1: all that fsdp leaves
-    config.mesh.fsdp = 1  # devices that also shard the parameters
-
-    config.data = _data()
-
-    config.base = ConfigDict()
-    # A Stable Diffusion folder or hub name; "": the model of the stage `pretrain`.
-    config.base.path = ""
-    config.base.variant = ""  # of the weights, e.g. fp16; "": no variant
-    config.base.revision = ""  # of a hub name: branch, tag or commit; "": the default
-    config.base.finetuned = False  # True: accept a base that is already fine-tuned
-
-    config.caption = _caption()
-
-    config.pretrain = _pretrain()
-
-    config.encode = ConfigDict()
-    config.encode.batch_size = 16  # images, or prompts
-    # True: also encode mirror images, for `finetune` to draw from. Not for images where
-    # left and right matter: digits, text, a heart.
-    config.encode.flip = False
-    config.encode.dtype = "float32"  # on disk; float16 takes half the space
-
-    config.pairs = ConfigDict()
-    config.pairs.rounds = 1  # pairs per training image
-
-    config.finetune = _finetune()
-
-    config.mix = _mix()
-
-    config.generate = _generate()
-
-    config.classify = _classify()
-
-    config.evaluate = ConfigDict()
-    config.evaluate.confidence = 0.95  # level of the intervals
-
-    config.report = ConfigDict()
-    config.report.title = "Mixing Visual Concepts"
-    config.report.grid_columns = 2  # synthetic images per mode and class
-    config.report.grid_scale = 64  # display pixels along one side of an image
-    return config
+    return FIELDS.defaults()
 
 
 def fast(config: ConfigDict) -> None:
@@ -82,82 +826,6 @@ def fast(config: ConfigDict) -> None:
 
 
 PRESETS = {"fast": fast}
-_ARGUMENT = "--config=FILE:ARGUMENT"
-_NAMES = {  # of arguments -> (placeholder, example)
-    "path": ("FOLDER", "/data/parts"),
-    "class_type": ("WORDS", "part"),
-    "size": ("PIXELS", "256"),
-    "per_class": ("COUNT", "50"),
-    "model": ("NAME", "wrn50_2"),
-    "preset": ("NAME", "fast"),
-}
-_OTHER = ("VALUE", "VALUE")  # for names of a user's own config
-_WITHOUT_COMMAS = ("size", "per_class", "model", "preset")
-
-
-def parse_argument(
-    argument: str,
-    *,
-    known: Sequence[str] = (),
-    needed: Sequence[str] = (),
-    flags: Sequence[str] = (),
-) -> dict[str, str]:
-    """Parses `"path=/data/a,b,size=256"` to `{"path": "/data/a,b", "size": "256"}`.
-
-    In a text, such as a path, only a comma before a known name separates.
-
-    Args:
-      argument: what follows the colon of `--config=FILE:ARGUMENT`.
-      known: names that take a value.
-      needed: those of them that are required.
-      flags: names without a value; given flags have the value "".
-
-    Raises:
-      UserError: a part is unknown, has no value or is repeated, or one is missing.
-    """
-    given: dict[str, str] = {}
-    last = ""  # the name whose value a comma may continue
-    for part in argument.split(",") if argument else []:
-        name, equals, value = part.partition("=")
-        is_ours = part in flags or (name in known and equals)
-        if is_ours and name not in given and (value or part in flags):
-            given[name] = value
-            last = "" if name in flags or name in _WITHOUT_COMMAS else name
-        elif last and not is_ours:
-            given[last] += f",{part}"
-        else:
-            raise _bad_part(part, given, known, needed, flags)
-    if any(name not in given for name in needed):
-        raise _bad_part(argument, given, known, needed, flags)
-    return given
-
-
-def whole_number(
-    given: Mapping[str, str], name: str, default: int, *, minimum: int = 0
-) -> int:
-    """The value of a parsed argument as a whole number.
-
-    Raises:
-      UserError: it is not one, or below `minimum`.
-    """
-    text = given.get(name, str(default))
-    if not text.isdecimal() or int(text) < minimum:
-        wanted = f"a whole number of at least {minimum} as {name}"
-        raise _bad_value(given, name, wanted)
-    return int(text)
-
-
-def choice(
-    given: Mapping[str, str], name: str, choices: Sequence[str], default: str = ""
-) -> str:
-    """The value of a parsed argument, which must be one of `choices` or absent.
-
-    Raises:
-      UserError: it is something else.
-    """
-    if name in given and given[name] not in choices:
-        raise _bad_value(given, name, f"{name}={' or '.join(choices)}")
-    return given.get(name, default)
 
 
 def apply_preset(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
@@ -168,304 +836,4 @@ def apply_preset(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
     """
     if name := choice(given, "preset", tuple(PRESETS)):
         PRESETS[name](config)
-    return config
-
-
-def _bad_part(
-    part: str,
-    given: Mapping[str, str],
-    known: Sequence[str],
-    needed: Sequence[str],
-    flags: Sequence[str],
-) -> UserError:
-    """The error for a part of an argument, with an argument that works."""
-    forms = {name: f"{name}={_NAMES.get(name, _OTHER)[0]}" for name in known}
-    wanted = [forms[name] for name in needed]
-    optional = [*flags, *(forms[name] for name in known if name not in needed)]
-    if optional:
-        wanted.append(f"optionally {', '.join(optional)}")
-    fix = "Leave out the colon and what follows it."
-    if flags or known:
-        values = {name: "" for name in flags}
-        for name in known:
-            values[name] = _NAMES.get(name, _OTHER)[1]
-        examples = {_join({name: value}): name for name, value in values.items()}
-        close = difflib.get_close_matches(part, examples, n=1, cutoff=0.5)
-        names = [examples[example] for example in close]
-        names += [name for name in [*needed, *flags, *known] if name not in given]
-        fixed = {name: values[name] for name in needed} | dict(given)
-        for name in names[:1]:
-            fixed[name] = values[name]
-        fix = f"Write e.g. {_join(fixed)} after the colon."
-    wanted = ", ".join(wanted) or "no argument"
-    return UserError(_ARGUMENT, wanted=wanted, got=repr(part), fix=fix)
-
-
-def _bad_value(given: Mapping[str, str], name: str, wanted: str) -> UserError:
-    """The error for the value of one name, with an argument that works."""
-    fixed = dict(given) | {name: _NAMES.get(name, _OTHER)[1]}
-    return UserError(
-        _ARGUMENT,
-        wanted=wanted,
-        got=repr(_join({name: given[name]})),
-        fix=f"Write e.g. {_join(fixed)} after the colon.",
-    )
-
-
-def _join(given: Mapping[str, str]) -> str:
-    """The argument that `parse_argument` parses to `given`."""
-    parts = (f"{name}={value}" if value else name for name, value in given.items())
-    return ",".join(parts)
-
-
-def _data() -> ConfigDict:
-    config = ConfigDict()
-    config.source = "digits"  # or folder:PATH, parquet:PATH/*.parquet, tfds:NAME
-    config.image_column = "image"  # of a Parquet file or TFDS dataset
-    config.label_column = "label"
-    config.dir = ""  # data directory of TFDS; "": its default
-    config.classes = ()  # names of the classes to use, in this order; (): all
-    config.pool = 0  # images reserved for `pretrain`
-    config.per_class = 0  # training images per class; 0: use fraction
-    config.fraction = 1.0  # of the training images of each class to use
-    # Fraction of each class for test, where the dataset has no test split of its own;
-    # 0: all images that are left after training.
-    config.test_fraction = 0.2
-    config.size = 512  # pixels along one side, as the models see them
-    config.resize = "stretch"  # or "crop" around the centre, or "pad" with black
-    config.resample = "lanczos"  # or "area"; both antialiased
-    # For more than 8 bits per channel: the range of each image, or "LOW,HIGH".
-    config.window = "image"
-    config.max_pixels = 89_478_485  # per image; larger ones are decompression bombs
-    config.on_bad_image = "fail"  # or "skip": continue without bad images, list them
-    config.duplicates = "keep"  # or "remove" from train images that are also in test
-    config.class_type = ""  # as in "a photo of {class_type} {label}"
-    config.prompt = "{caption}, a photo of {class_type} {label}"  # supplement
-    return config
-
-
-def _caption() -> ConfigDict:
-    config = ConfigDict()
-    config.captioner = "blip2"  # supplement; or flax, file, template, attributes
-    config.model = ""  # folder or hub name for blip2 and flax; "": the default model
-    config.file = ""  # captions.jsonl for `file`
-    config.template = "{class_type} {label}"  # for `template`
-    config.instruction = ""  # text that BLIP-2 continues, e.g. "a photo of"
-    config.max_new_tokens = 30
-    config.num_beams = 3  # 1: greedy
-    config.dtype = "auto"  # bfloat16 on an accelerator; or float32, bfloat16, int8
-    config.batch_size = 8
-    return config
-
-
-def _filter() -> ConfigDict:
-    """Filters of synthetic images; by default all are off.
-
-    Distances are in [0, 1] between pixels, at no more than 32 a side, and in [0, 2]
-    between CLIP embeddings.
-    """
-    config = ConfigDict()
-    # "folds": a classifier trained on real images, without the source and the partners
-    # of the synthetic image, must predict its label; "clip": CLIP must; "": off.
-    config.label = ""
-    config.label_folds = 5  # folds of the real images for "folds"
-    config.label_threshold = 0.5  # accept the label from this probability on, or
-    config.label_top = 1  # if it is among so many most probable ones; 0: never
-    # "any": remove images too close to any real training image; "source": to their own
-    # source; "": off.
-    config.copies = ""
-    # Too close is less than this quantile of the distances from each real image to its
-    # nearest neighbour; 0: less than their minimum.
-    config.copies_quantile = 0.0
-    config.outliers = False  # True: remove images too far from real ones of the class
-    config.outliers_quantile = 0.99  # too far: above this quantile within the class
-    config.features = (
-        "auto"  # of outliers and folds: "pixels", "clip"; auto: clip if any
-    )
-    return config
-
-
-def _finetune() -> ConfigDict:
-    config = ConfigDict()
-    config.mode = "full"  # or "lora": adapters only, for smaller GPUs
-    config.lora = ConfigDict()
-    config.lora.rank = 16
-    # As in diffusers' scripts.
-    config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")
-    config.steps = 1000
-    config.batch_size = 50  # supplement
-    config.accumulate = 1  # micro-batches per step, for less memory
-    config.learning_rate = 1e-4  # supplement
-    config.schedule = "constant"  # or "cosine", down to 0
-    config.warmup = 0
-    config.max_norm = 1.0  # of the gradient; 0: no clipping
-    config.ema_decay = 0.0  # 0: no EMA
-    config.min_snr = 0.0  # gamma of min-SNR weighting, typically 5; 0: off
-    config.drop_rate = 0.05  # p of InstructPix2Pix's conditioning dropout
-    config.max_skipped = 10  # consecutive steps without a finite loss before it stops
-    config.dtype = "auto"  # of activations: bfloat16 on an accelerator
-    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn, pallas (for TPUs)
-    config.remat = "none"  # or blocks, full: less memory, more time
-    config.memory_gib = 0.0  # budget per device; 0: the device's limit
-    config.log_every = 20  # steps per row of metrics
-    config.sample_every = 500  # steps between grids of samples; 0: none
-    config.samples = 8  # pairs per grid
-    config.checkpoint_every = 500  # steps
-    config.checkpoint_minutes = 20.0  # or after this time; 0: by steps only
-    config.keep = 2  # of the newest
-    return config
-
-
-def _generate() -> ConfigDict:
-    config = ConfigDict()
-    # Others: pretrained, caption_only, noised, interpolated, image_embedding,
-    # image_number, embedding_difference, controlnet (docs/mixing.md).
-    config.sets = ("mixed", "unmixed")
-    config.conditioning = ""  # "all", or some sets to show in conditionings.png
-    # CLIP for image_embedding and embedding_difference: a folder or hub name whose
-    # embeddings have the width of the base's text states; "": the base's image_encoder.
-    config.clip = ""
-    # ControlNet for Canny edges: a folder or hub name; "": the one of `pretrain`.
-    config.controlnet = ""
-    config.limit = 0  # above 0: stop after a contact sheet of this many images
-    config.sampler = "ddim"  # or "dpmpp_2m", "euler"
-    config.steps = 50
-    # s_T and s_I of InstructPix2Pix. If the maximum `*_most` is above 0, `mix` draws
-    # the scale of each image uniformly between the two.
-    config.text_scale = 7.5
-    config.text_scale_most = 0.0
-    config.image_scale = 1.5
-    config.image_scale_most = 0.0
-    # Guidance acts between these timesteps, as fractions of the training timesteps; 0
-    # is without noise.
-    config.guidance_interval = (0.0, 1.0)
-    config.guidance_rescale = 0.0  # phi; 1: the contrast of an unguided prediction
-    config.noise_scale = 0.1  # for `noised`, in standard deviations of the text states
-    config.interpolation = 0.5  # for `interpolated`: weight of the partner
-    config.dtype = "auto"  # of the UNet's activations: bfloat16 on an accelerator
-    config.attention = "auto"  # or xla, mapped (for CPUs), cudnn, pallas (for TPUs)
-    config.batch_size = 16
-    config.max_redraws = 3  # of an image that is NaN, black or of a single colour
-    config.shard_size = 1000  # images per Parquet file
-    config.folder = True  # also write train/<class>/*.png
-    config.format = "png"  # or "jpeg", in Parquet files and folder
-    # Pixels of the written images, resized by area; 0: as generated; -1: the size of
-    # the source, if smaller.
-    config.size = 0
-    config.include_real = False  # True: also write the training images
-    config.filter = _filter()
-    return config
-
-
-def _mix() -> ConfigDict:
-    config = ConfigDict()
-    config.per_image = 4  # synthetic images per training image; can be raised later
-    config.modes = ("coarse", "fine")  # in turn; or "both" in one image
-    config.tokens = 4  # k: token positions that coarse mixing replaces
-    config.tokens_most = 0  # above `tokens`: k is drawn per image, up to this maximum
-    # Which: k of the words of the "caption", its "first" k, a "span" of k consecutive
-    # ones, or any k of "all" 77 but BOS.
-    config.positions = "caption"
-    config.class_prompt = False  # True: also the words of "a photo of ..."
-    config.partner = "class"  # partners are of the same class, or of "any"
-    config.partners = 1  # m: partners per image
-    config.dims = 8  # d: text dims that fine mixing replaces; supplement: below 10
-    config.dims_per_token = False  # True: different dims for each token
-    config.dims_on = "all"  # tokens; or only the "words" of the caption
-    config.file = ""  # edited recipes.jsonl to use; "": draw the recipes
-    config.levels = False  # True: also levels.jsonl, for Figure 5 of the supplement
-    return config
-
-
-def _classify() -> ConfigDict:
-    config = ConfigDict()
-    config.runs = ("real", "real+affine", "combined", "combined:unmixed")
-    config.model = "resnet20"  # a key of models/classifiers.py
-    config.width = 0  # of a ResNet's first stage; 0: the model's default
-    # Stem of a ResNet: "cifar" for small images, "imagenet"; "": the model's default.
-    config.stem = ""
-    config.stem_stride = 1  # of the CIFAR stem
-    config.pretrained = ""  # folder, file or hub name of weights; "": from scratch
-    config.pretrained_revision = ""
-    config.size = 0  # pixels of its input, downscaled by area; 0: data.size
-    config.seeds = 3
-    # Trained together by vmap; 0: all, if the model is small and on an accelerator.
-    config.seeds_at_once = 0
-    config.steps = 1000  # the same for every run
-    config.epochs = 0.0  # over the real images, instead of `steps`; 0: use steps
-    config.batch_size = 50
-    config.optimizer = "adam"  # or "sgd", with Nesterov's momentum
-    config.learning_rate = 1e-3
-    config.schedule = "cosine"  # or "constant", "multistep"
-    config.warmup = 0
-    config.milestones = (0.5, 0.75)  # fractions of the steps, for "multistep"
-    config.gamma = 0.1  # factor of the learning rate at each milestone
-    config.momentum = 0.9  # for sgd
-    config.weight_decay = 1e-4
-    config.flip = True  # False: policies do not flip, where left and right matter
-    config.randaugment_count = 2  # N
-    config.randaugment_magnitude = 9.0  # M, of 30
-    config.alpha = 1.0  # of Beta(alpha, alpha) in MixUp and CutMix
-    config.label_smoothing = 0.0
-    config.class_weights = "none"  # or "balanced", for imbalanced classes
-    config.ema_decay = 0.0  # 0: no EMA
-    config.validation = 0.0  # fraction of train held out to select the best state
-    config.validate_every = 0  # steps; 0: at the end only
-    config.patience = 0  # steps without improvement before stopping early; 0: never
-    config.probability = 0.8  # p of `probabilistic` and `replace_*`
-    config.ratio = 0.0  # synthetic images to use per real image; 0: all
-    config.phase_two = 0.25  # fraction of `two_phase`'s steps on real images only
-    config.phase_two_rate = 0.1  # factor of the learning rate in these steps
-    config.dtype = "auto"  # of activations: bfloat16 on an accelerator
-    # Images up to this size stay on the device, else they are read from disk; 0: half
-    # of the device's memory.
-    config.images_gib = 0.0
-    config.memory_gib = 0.0  # budget per device; 0: the device's limit
-    config.steps_at_once = 0  # per dispatch; 0: 1 on CPUs, else up to 50
-    config.log_every = 50  # steps
-    config.checkpoint_minutes = 20.0  # 0: at the end, and at validations
-    return config
-
-
-def _pretrain() -> ConfigDict:
-    config = ConfigDict()
-    config.context_length = 16  # tokens of a prompt, BOS and EOS included
-    config.vocab_size = 640
-    config.vae = ConfigDict()
-    config.vae.channels = (8, 16, 16)
-    config.vae.groups = 8
-    config.vae.steps = 1000
-    config.vae.batch_size = 64
-    config.vae.learning_rate = 2e-3
-    config.vae.kl_weight = 1e-6
-    config.text = ConfigDict()
-    config.text.layers = 2
-    config.text.width = 64
-    config.text.heads = 4
-    config.unet = ConfigDict()
-    config.unet.channels = (64,)
-    config.unet.heads = 4
-    config.unet.layers = 1  # residual blocks per level
-    config.unet.steps = 2500
-    config.unet.batch_size = 32
-    config.unet.learning_rate = 1e-3
-    config.unet.warmup = 100
-    config.unet.ema_decay = 0.999
-    config.unet.drop_rate = 0.1  # of the text, for classifier-free guidance
-    # For the ablations that condition on image embeddings and on edges.
-    config.image_encoder = ConfigDict()
-    config.image_encoder.steps = 0  # 0: do not train one
-    config.image_encoder.batch_size = 64
-    config.image_encoder.learning_rate = 1e-3
-    config.image_encoder.patch = 4  # pixels
-    config.image_encoder.width = 64
-    config.image_encoder.layers = 2
-    config.image_encoder.heads = 4
-    config.controlnet = ConfigDict()
-    config.controlnet.steps = 0  # 0: do not train one
-    config.controlnet.batch_size = 32
-    config.controlnet.learning_rate = 5e-4
-    config.controlnet.drop_rate = 0.5  # of the text, as in the ControlNet paper
-    config.log_every = 50
-    config.checkpoint_every = 500
     return config

@@ -5,6 +5,7 @@ and for the user `contact_sheet.png`, `bad_images.jsonl` and `duplicates.jsonl`.
 later stage opens the source. Test images are never captioned.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import captions, duplicates, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
-from mvc_jax.data.decode import RESAMPLING, RESIZING, Decoder
+from mvc_jax.data.decode import Decoder
 from mvc_jax.data.example import Source
 from mvc_jax.data.gather import (
     Gathered,
@@ -28,13 +29,13 @@ from mvc_jax.data.gather import (
     write_rows,
 )
 from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
-from mvc_jax.errors import UserError
+from mvc_jax.errors import UserError, require_one_of
+from mvc_jax.screening.settings import FilterSettings
 from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
 
 VERSION = "1"  # of the captioners in this file; raise it when their output changes
-CAPTIONERS = ("blip2", "flax", "file", "template", "attributes")
 _DEFAULT_MODEL = {
     "blip2": "Salesforce/blip2-opt-2.7b",
     "flax": "ydshieh/vit-gpt2-coco-en",
@@ -43,7 +44,10 @@ _SAVE_SECONDS = 2.0  # of captioning that a kill may cost
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the sections `data` and `caption`; opens the source, decodes no image."""
+    """Checks `data` and `caption`, and what else depends on the number of classes.
+
+    Opens the source, but decodes no image.
+    """
     _check_fields(config.data, config.caption)
     source = _open(config.data)
     try:
@@ -52,6 +56,7 @@ def check(config: ConfigDict) -> None:
         error.details += _bad_lines(source.defects)
         raise
     _check_captioner(config.caption, source, chosen)
+    FilterSettings(**config.generate.filter).require_top(len(source.class_names))
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -116,25 +121,6 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
-    _check_choice(section.captioner, "config.caption.captioner", CAPTIONERS)
-    for field, choices in (
-        ("resize", RESIZING),
-        ("resample", tuple(RESAMPLING)),
-        ("on_bad_image", ("fail", "skip")),
-        ("duplicates", ("keep", "remove")),
-    ):
-        _check_choice(data[field], f"config.data.{field}", choices)
-    for name, value in (
-        ("data.size", data.size),
-        ("data.max_pixels", data.max_pixels),
-        ("caption.max_new_tokens", section.max_new_tokens),
-        ("caption.num_beams", section.num_beams),
-        ("caption.batch_size", section.batch_size),
-    ):
-        if value < 1:
-            raise UserError(
-                f"config.{name}", wanted="at least 1", got=f"{value}", fix="Raise it."
-            )
     _sizes(data).check()
     _decoder(data)
     known = ("caption", "class_type", "label")
@@ -142,16 +128,6 @@ def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
     if section.captioner == "template":
         name = "config.caption.template"
         captions.check_template(section.template, name, known[1:])
-
-
-def _check_choice(value: str, name: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(
-            name,
-            wanted=f"one of {', '.join(choices)}",
-            got=repr(value),
-            fix="Name one of these.",
-        )
 
 
 def _check_captioner(section: ConfigDict, source: Source, chosen: SplitIndices) -> None:
@@ -163,7 +139,7 @@ def _check_captioner(section: ConfigDict, source: Source, chosen: SplitIndices) 
         captions.read_user_captions(section.file, ids, known)
     elif section.captioner in _DEFAULT_MODEL:
         network = _network(section.captioner)
-        _check_choice(section.dtype, "config.caption.dtype", network.DTYPES)
+        require_one_of("config.caption", section.to_dict(), {"dtype": network.DTYPES})
         network.check_model(_model(section))
 
 
@@ -193,10 +169,10 @@ def _decoder(data: ConfigDict) -> Decoder:
         low, high = (float(number) for number in data.window.split(","))
     except ValueError:
         low = high = 0.0
-    if not low < high:  # nor NaN
+    if not -math.inf < low < high < math.inf:  # nor NaN
         raise UserError(
             "config.data.window",
-            wanted='"image" or two numbers, the lower one first',
+            wanted='"image" or two finite numbers, the lower one first',
             got=repr(data.window),
             fix="Write e.g. --config.data.window=0,4095 for 12 bits.",
         )

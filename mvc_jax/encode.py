@@ -33,26 +33,10 @@ with epy.lazy_imports():
     from mvc_jax.models import stable_diffusion
     from mvc_jax.training import sharding
 
-DTYPES = ("float32", "float16")
-
 
 def check(config: ConfigDict) -> None:
-    """Checks the sections `encode` and `base`."""
-    section, base = config.encode, config.base
-    if section.batch_size <= 0:
-        raise UserError(
-            "config.encode.batch_size",
-            wanted="at least 1",
-            got=f"{section.batch_size}",
-            fix="Raise it.",
-        )
-    if section.dtype not in DTYPES:
-        raise UserError(
-            "config.encode.dtype",
-            wanted=f"one of {', '.join(DTYPES)}",
-            got=repr(section.dtype),
-            fix="Use one of these.",
-        )
+    """Checks the section `base`."""
+    base = config.base
     if base.path:  # reads files, so it comes last
         diffusers_layout.check_base(
             base.path,

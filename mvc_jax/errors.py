@@ -34,22 +34,22 @@ class UserError(Exception):
         self.details = tuple(details)
 
 
-def require_within(prefix: str, fields: Mapping, ranges: Mapping[str, tuple]) -> None:
-    """Raises a `UserError` for the first field outside its range.
+def require_at_most(prefix: str, fields: Mapping, name: str, limit: str) -> None:
+    """Raises a `UserError` if one field is above another one.
 
     Args:
       prefix: of the field names, e.g. `"config.finetune"`.
       fields: name -> value.
-      ranges: name -> (minimum, maximum, the error's `fix`); both ends are allowed.
+      name: of the field that may be as large as the other.
+      limit: of the other field.
     """
-    for name, (low, high, fix) in ranges.items():
-        if not low <= fields[name] <= high:
-            raise UserError(
-                f"{prefix}.{name}",
-                wanted=f"a number from {low:g} to {high:g}",
-                got=f"{fields[name]}",
-                fix=fix,
-            )
+    if fields[name] > fields[limit]:
+        raise UserError(
+            f"{prefix}.{name}",
+            wanted=f"at most {prefix}.{limit}={fields[limit]}",
+            got=f"{fields[name]}",
+            fix=f"Lower it, or raise {prefix}.{limit}.",
+        )
 
 
 def require_one_of(

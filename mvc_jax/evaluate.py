@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import splits
-from mvc_jax.errors import UserError
 from mvc_jax.metrics import statistics
 from mvc_jax.screening import distances, removed
 from mvc_jax.stage import open_stage, read_manifest
@@ -38,14 +37,7 @@ _WITH_AUGMENTATION = "Do they help on top of augmentation, {}?"
 
 
 def check(config: ConfigDict) -> None:
-    """Checks the section `evaluate`."""
-    if not 0 < config.evaluate.confidence < 1:
-        raise UserError(
-            "config.evaluate.confidence",
-            wanted="a number between 0 and 1",
-            got=f"{config.evaluate.confidence}",
-            fix="A common value is 0.95.",
-        )
+    """Nothing: no field depends on another one, or on a file."""
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

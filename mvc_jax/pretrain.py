@@ -8,11 +8,13 @@ companions for the ablation: `model/image_encoder/` and `controlnet/`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax.data import captions, splits
-from mvc_jax.errors import UserError
+from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import open_stage
 
 with epy.lazy_imports():
@@ -25,30 +27,20 @@ with epy.lazy_imports():
     from mvc_jax.pretraining import base, companions, small, tokenizer
     from mvc_jax.training import checkpoint, sharding, train_logger
 
-_COMPANIONS = ("image_encoder", "controlnet")  # sections of `config.pretrain`
-_MINIMUM = {"context_length": 4, "vocab_size": 514}
-_MAY_BE_ZERO = ("ema_decay", "drop_rate")
-_ANY_NUMBER = ("warmup", "kl_weight")
-
 
 def check(config: ConfigDict) -> None:
     """Checks the section `pretrain`."""
     section = config.pretrain
-    _check_numbers(section)
     vae, unet, tower = section.vae, section.unet, section.image_encoder
-    if section.text.width % section.text.heads:
-        raise UserError(
-            "config.pretrain.text.heads",
-            wanted=f"a divisor of the width {section.text.width}",
-            got=f"{section.text.heads}",
-            fix="4 is typical.",
-        )
-    halvings = len(vae.channels) - 1
+    require_at_most("config.pretrain.unet", unet.to_dict(), "warmup", "steps")
+    _check_heads("text", (section.text.width,), section.text.heads)
+    _check_heads("unet", unet.channels, unet.heads)
+    halvings = len(vae.channels) - 1 + len(unet.channels) - 1
     if config.data.size % 2**halvings:
         raise UserError(
             "config.data.size",
-            wanted=f"a multiple of {2**halvings} (the autoencoder halves it {halvings} "
-            "times)",
+            wanted=f"a multiple of {2**halvings} (autoencoder and UNet halve it "
+            f"{halvings} times)",
             got=f"{config.data.size}",
             fix="Round it.",
         )
@@ -80,31 +72,15 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _check_numbers(section: ConfigDict) -> None:
-    """Requires positive numbers, but for fields that 0 switches off."""
-    parts = ("vae", "unet", "text", *_COMPANIONS)
-    for part in ("", *parts):
-        fields = section[part] if part else section
-        for field, value in fields.items():
-            if isinstance(value, ConfigDict) or field in _ANY_NUMBER:
-                continue
-            optional = field in _MAY_BE_ZERO or (
-                field == "steps" and part in _COMPANIONS
-            )
-            low = _MINIMUM.get(field, 0 if optional else 1e-9)
-            numbers = value if isinstance(value, tuple) else (value,)
-            if numbers and all(
-                isinstance(n, int | float) and low <= n < 1e9 for n in numbers
-            ):
-                continue
-            raise UserError(
-                ".".join(filter(None, ("config.pretrain", part, field))),
-                wanted=f"a number of at least {low:g}"
-                if low >= 1
-                else "numbers above 0",
-                got=f"{value}",
-                fix="configs/digits.py has values that work.",
-            )
+def _check_heads(name: str, widths: Sequence[int], heads: int) -> None:
+    """Checks that attention of every width can be split into heads."""
+    if any(width % heads for width in widths):
+        raise UserError(
+            f"config.pretrain.{name}.heads",
+            wanted=f"a divisor of the width {', '.join(map(str, widths))}",
+            got=f"{heads}",
+            fix="4 is typical.",
+        )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

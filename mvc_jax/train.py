@@ -1,14 +1,29 @@
 """Command line: reads flags, checks the config, then runs the stages in order.
 
+The digits, from scratch to a report (configs/*.py has other datasets):
     python -m mvc_jax.train --config=configs/digits.py --workdir=runs/digits
+A summary of your own images, in a folder (docs/your-own-images.md goes on from there):
+    python -m mvc_jax.train --config=configs/folder.py:path=/data/parts \\
+      --workdir=runs/parts --config.stages=caption
+A preview of 16 synthetic images, and some stages only:
+    python -m mvc_jax.train --workdir=runs/digits --config.generate.limit=16
+    python -m mvc_jax.train --workdir=runs/digits --config.stages=generate,classify
+A run that was stopped is resumed by the same command.
 
-`--config=file.py:arg` passes `arg` to the file's get_config(),
-`--config.section.field=value` sets one field, `--version` prints the version.
-Exit codes: 0 success; 2 an error, whose message says how to fix it; 75 stopped by
-SIGTERM (launchers retry on it, and the same command resumes); 130 stopped by Ctrl-C.
+Flags:
+  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT
+  --config.SECTION.FIELD=VALUE     sets one field
+  --workdir=FOLDER                 of this run's files
+  --help, --help=SECTION           prints this, or every field of a section
+  --version                        prints the version
+
+Exit codes:
+  0    success
+  2    an error, whose message says how to fix it
+  75   stopped by SIGTERM: launchers retry on it, and the same command resumes
+  130  stopped by Ctrl-C
 """
 
-import ast
 import contextlib
 import fcntl
 import importlib.util
@@ -19,13 +34,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from etils import epath, epy
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mvc_jax import __version__, configs, files
+from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError, is_full_disk
 from mvc_jax.stage import is_complete, require_made_by
 from mvc_jax.training import console, preemption, runtime
@@ -92,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Checks everything that needs no device, then runs the selected stages."""
+    common.FIELDS.check(config)
     stages = select_stages(config)
-    check_shared(config)
     began = time.monotonic()
     check_workdir(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
@@ -142,25 +158,6 @@ def check_stages(
         require_made_by(workdir, "mix", settings, reader="generate")
     if any(name in _MESH_STAGES for name in checked):
         check_mesh(config.mesh.data, config.mesh.fsdp)
-
-
-def check_shared(config: ConfigDict) -> None:
-    """Checks the fields that belong to no stage: `seed` and `mesh`."""
-    if config.seed < 0:
-        raise UserError(
-            "config.seed",
-            wanted="an integer of at least 0",
-            got=f"{config.seed}",
-            fix="Use 0, 1, 2, ...",
-        )
-    data, fsdp = config.mesh.data, config.mesh.fsdp
-    if (data != -1 and data < 1) or fsdp < 1:
-        raise UserError(
-            "config.mesh",
-            wanted="data of -1 or more than 0, fsdp of more than 0",
-            got=f"data={data}, fsdp={fsdp}",
-            fix="data=-1 and fsdp=1 use every device.",
-        )
 
 
 def check_mesh(data: int, fsdp: int) -> None:
@@ -242,36 +239,108 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
       UserError: the config cannot be read, or a flag or field is unknown or mistyped.
       SystemExit: --help or --version was given.
     """
+    path, overrides, rest = _DEFAULT_CONFIG, {}, [argv[0]]
+    words = iter(argv[1:])
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name in ("help", "h"):
+            print_help(value)
+        elif word.startswith("-") and name == "config":
+            path = value if equals else next(words, "")
+        elif word.startswith("-") and name.removeprefix("no").startswith("config."):
+            field, value = _parse_override(word, words)
+            overrides[field] = value
+        else:
+            rest.append(word)
+    workdir = _parse_workdir(rest)
+    config = load_config(path)
+    for name, value in overrides.items():
+        *sections, field = name.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    return config, workdir
+
+
+def print_help(name: str) -> NoReturn:
+    """Prints the help, or the fields of a section, and exits.
+
+    Raises:
+      UserError: there is no such section or field.
+      SystemExit: always else.
+    """
+    if name:
+        name = name.removeprefix("config.")
+        print(fields.help_of(common.FIELDS.find(name), name))
+        raise SystemExit(0)
+    own, sections = [], []
+    for key, part in common.FIELDS.fields.items():
+        if isinstance(part, fields.Section):
+            sections.append(f"  {key:<10} {part.help}")
+        else:
+            own.append(fields.help_of(part, key))
+    print(__doc__)
+    print("Sections of fields, in detail by --help=SECTION:", *sections, sep="\n")
+    print("\nFields of no section:", *own, sep="\n")
+    raise SystemExit(0)
+
+
+def _parse_override(word: str, words: Iterator[str]) -> tuple[str, Any]:
+    """Parses `--config.section.field=value` into ("section.field", value).
+
+    Args:
+      word: the flag.
+      words: those behind it, of which the first may be the value.
+
+    Raises:
+      UserError: there is no such field, no value, or one of another type.
+    """
+    flag, equals, text = word.lstrip("-").partition("=")
+    name = flag.removeprefix("no").removeprefix("config.")
+    field = common.FIELDS.find(name)
+    if isinstance(field, fields.Section):
+        raise field.error(f"config.{name}", text or "no field")
+    if field.kind is bool and not equals:
+        return name, not flag.startswith("no")
+    if flag.startswith("no"):
+        raise UserError(
+            f"--{flag}",
+            wanted="a field that is True or False, without a value",
+            got=word,
+            fix=f"Write --config.{name}={fields.as_flag(field.default)}.",
+        )
+    if not equals:
+        text = next(words, "--")
+        if text.startswith("--"):
+            raise field.error(f"--{flag}", "no value")
+    try:
+        return name, field.parse(text)
+    except ValueError as error:
+        raise field.error(f"config.{name}", repr(text)) from error
+
+
+def _parse_workdir(argv: list[str]) -> epath.Path:
+    """Parses the flags that are not of the config.
+
+    Raises:
+      UserError: a flag is unknown, or there is no workdir.
+      SystemExit: --version was given.
+    """
     values = flags.FlagValues()
     flags.DEFINE_string(
         "workdir", None, "the folder of this run's files", flag_values=values
     )
-    flags.DEFINE_boolean("help", False, "print this help", flag_values=values)
     flags.DEFINE_boolean("version", False, "print the version", flag_values=values)
-    path, rest = _DEFAULT_CONFIG, []
-    words = iter(argv[1:])
-    for word in words:
-        if word.startswith(("--config=", "-config=")):
-            path = word.partition("=")[2]
-        elif word in ("--config", "-config"):
-            path = next(words, "")
-        else:
-            rest.append(word)
-    config = load_config(path)
-    rest = [argv[0], *(_check_override(config, word) for word in rest)]
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
     try:
-        positional = values(rest)[1:]
+        positional = values(argv)[1:]
     except flags.Error as error:
         raise UserError(
             "command line",
             wanted="--config=FILE, --workdir=DIR and --config.FIELD=VALUE",
             got=str(error),
-            fix="Correct that flag.",
+            fix="Correct that flag; --help lists all.",
         ) from error
-    if values["help"].value:
-        print(f"{__doc__}\nEvery field and its default: configs/common.py")
-        raise SystemExit(0)
     if values["version"].value:
         print(f"mvc_jax {__version__}")
         raise SystemExit(0)
@@ -282,16 +351,16 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
             got=repr(" ".join(positional)),
             fix="Write --config.field=value, with the equals sign.",
         )
-    if not values["workdir"].value:
+    workdir = values["workdir"].value
+    if not workdir:
         raise UserError(
             "--workdir",
             wanted="a folder for this run",
             got="none",
             fix="Add e.g. --workdir=runs/digits.",
         )
-    workdir = values["workdir"].value
     try:
-        return values["config"].value, epath.Path(workdir).expanduser()
+        return epath.Path(workdir).expanduser()
     except (ImportError, KeyError) as error:  # no library for its scheme
         raise UserError(
             f"--workdir={workdir}",
@@ -330,6 +399,7 @@ def load_config(path_and_argument: str) -> ConfigDict:
             raise TypeError(
                 f"get_config() returned {type(config).__name__} without stages"
             )
+        common.FIELDS.check_names(config)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -340,51 +410,6 @@ def load_config(path_and_argument: str) -> ConfigDict:
             fix="Correct the file; configs/digits.py is an example.",
         ) from error
     return config.lock()
-
-
-def _check_override(config: ConfigDict, word: str) -> str:
-    """Checks that the field of `--config.x.y=v` exists.
-
-    Args:
-      config: the config without overrides.
-      word: any word of the command line.
-
-    Returns:
-      `word`; where the field is a tuple, with its value in Python's syntax for one.
-
-    Raises:
-      UserError: there is no such field, or the value is not a tuple.
-    """
-    name, equals, value = word.lstrip("-").partition("=")
-    if not word.startswith("-") or not name.removeprefix("no").startswith("config."):
-        return word
-    section, *parts = config, *name.removeprefix("no").split(".")[1:]
-    for depth, part in enumerate(parts):
-        where = ".".join(["config", *parts[:depth]])
-        if not isinstance(section, ConfigDict) or part not in section:
-            known = sorted(section) if isinstance(section, ConfigDict) else []
-            raise UserError(
-                f"{where}.{part}",
-                wanted=f"a field of {where}: {', '.join(known) or '(it has none)'}",
-                got=repr(part),
-                fix="Choose one of these.",
-            )
-        section = section[part]
-    strings = isinstance(section, tuple) and all(isinstance(x, str) for x in section)
-    if equals and strings and not value.startswith(("(", "[")):
-        items = tuple(item.strip() for item in value.split(",") if item.strip())
-        return f"--{name}={items!r}"
-    if equals and isinstance(section, tuple) and value.startswith(("(", "[")):
-        try:
-            return f"--{name}={tuple(ast.literal_eval(value))!r}"
-        except (ValueError, SyntaxError, TypeError) as error:
-            raise UserError(
-                name,
-                wanted="values separated by commas, or a Python tuple",
-                got=value,
-                fix=f"Write e.g. --{name}={','.join(map(str, section))}.",
-            ) from error
-    return word
 
 
 def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:

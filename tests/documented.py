@@ -16,6 +16,7 @@ DOCUMENTS = [
 SHORT = (
     "pretrain.vae.steps=30",
     "pretrain.unet.steps=30",
+    "pretrain.unet.warmup=30",
     "pretrain.checkpoint_every=10",
     "finetune.steps=20",
     "finetune.checkpoint_every=5",

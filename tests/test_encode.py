@@ -313,16 +313,6 @@ def test_what_float16_cannot_hold_is_refused(workdir):
         encode.fill(part, params, size=8, mesh=sharding.make_mesh())
 
 
-@pytest.mark.parametrize(
-    "field, value", [("batch_size", 0), ("dtype", "bfloat16"), ("dtype", "")]
-)
-def test_bad_settings_are_named(base, field, value):
-    config = make_config(base)
-    config.encode[field] = value
-    with pytest.raises(UserError, match=f"config.encode.{field}: wanted"):
-        encode.check(config)
-
-
 def test_another_size_of_image_is_refused(workdir, base):
     config = make_config(base)
     config.data.size = 10

@@ -332,14 +332,6 @@ def check(fields):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"label": "nope"}, ["filter.label", "folds", "'nope'"]),
-        ({"copies": "all"}, ["filter.copies", "any or source", "'all'"]),
-        ({"features": "dino"}, ["filter.features", "pixels", "'dino'"]),
-        ({"label_threshold": 1.1}, ["filter.label_threshold", "from 0 to 1", "1.1"]),
-        ({"copies_quantile": -0.1}, ["filter.copies_quantile", "from 0 to 1", "-0.1"]),
-        ({"outliers_quantile": 99.0}, ["filter.outliers_quantile", "0 to 1", "99"]),
-        ({"outliers_quantile": float("nan")}, ["filter.outliers_quantile", "nan"]),
-        ({"label_top": -1}, ["filter.label_top", "from 0", "-1"]),
         ({"label": "folds", "label_folds": 2}, ["label_folds", "at least 3", "got 2"]),
         ({"label": "clip"}, ["filter.label", "config.generate.clip", "image_encoder"]),
         ({"features": "clip"}, ["filter.features", "config.generate.clip"]),
@@ -350,6 +342,14 @@ def test_a_wrong_field_is_rejected(options, words):
         check(FilterSettings(**options))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_more_probable_labels_than_classes_are_rejected():
+    top = FilterSettings(label="folds", label_top=3)
+    top.require_top(3)
+    with pytest.raises(UserError, match="label_top: wanted at most 2, .* got 3"):
+        top.require_top(2)
+    FilterSettings(label_top=3).require_top(2)  # is not used
 
 
 def test_valid_settings_pass():

@@ -19,7 +19,6 @@ from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
-from mvc_jax.diffusion import samplers
 from mvc_jax.errors import UserError
 from mvc_jax.generation import image_sampler, image_status, preview, synthetic
 from mvc_jax.generation.conditionings import CONDITIONINGS
@@ -149,7 +148,6 @@ def compiled_once():
 
 
 def test_the_choices_of_the_stage_are_those_of_the_rooms():
-    assert tuple(samplers.SAMPLERS) == generate.SAMPLERS
     texts = {conditioning.text for conditioning in CONDITIONINGS.values()}
     assert texts == set(TEXT_STATES)
     assert set(preview.TITLES) == set(CONDITIONINGS)

@@ -15,7 +15,6 @@ from mvc_jax.diffusion import (
     instruct_pix2pix,
     samplers,
 )
-from mvc_jax.errors import UserError
 from mvc_jax.training import sharding
 
 ALPHAS = np.linspace(0.9, 0.1, 10, dtype=np.float32)  # at the 10 timesteps of training
@@ -70,14 +69,6 @@ def test_segments_are_as_long_as_they_can_be(interval):
     assert marks == INTERVALS[interval]
     kinds = [guided for _, _, guided in segments]
     assert all(a != b for a, b in zip(kinds[:-1], kinds[1:], strict=True))
-
-
-@pytest.mark.parametrize(
-    "interval", [(), (0.5,), (0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 2.0)]
-)
-def test_an_interval_that_is_none_is_refused(interval):
-    with pytest.raises(UserError, match=r"config.generate.guidance_interval: wanted"):
-        guidance_interval.check(interval)
 
 
 def conditions(batch=2):

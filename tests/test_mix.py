@@ -260,6 +260,17 @@ def test_recipes_can_be_read_from_an_edited_file(encoded, tmp_path, made):
         run(workdir, file=str(written(path, made)))
 
 
+def test_scales_of_a_file_that_are_not_those_of_the_config_are_a_warning(
+    encoded, tmp_path, made, caplog
+):
+    workdir = encoded()
+    rows = [made[0], made[1] | {"text_scale": 3.0}, made[2] | {"text_scale": 4.0}]
+    run(workdir, file=str(written(tmp_path / "mine.jsonl", rows)))
+    assert "config.generate.text_scale=7.5 is not used" in caplog.text
+    assert "from 3 to 4" in caplog.text
+    assert "image_scale" not in caplog.text
+
+
 def test_an_invalid_file_leaves_the_stage_empty(encoded, tmp_path, made):
     workdir = encoded()
     path = written(tmp_path / "mine.jsonl", [made[0] | {"source": "x"}])

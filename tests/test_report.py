@@ -20,7 +20,6 @@ from PIL import Image
 from mvc_jax import files, pictures, report
 from mvc_jax.data import duplicates, gather
 from mvc_jax.data.digits import NAMES, Digits
-from mvc_jax.errors import UserError
 from mvc_jax.stage import open_stage
 
 EVIL = "<script>alert(1)</script>"
@@ -500,18 +499,6 @@ def test_only_the_first_of_many_classes_are_shown(tmp_path, monkeypatch):
     page = run_page(make_workdir(tmp_path))
     assert "The first 4 of 10 classes" in page.text
     assert len(page.images(", real image")) == 4
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("grid_columns", 0), ("grid_scale", 8), ("grid_scale", "big")]
-)
-def test_check_names_the_field(field, value):
-    config = make_config()
-    report.check(config)
-    with config.ignore_type():
-        config.report[field] = value
-    with pytest.raises(UserError, match=f"config.report.{field}"):
-        report.check(config)
 
 
 def test_figures_are_shown_if_they_exist(page, tmp_path):

@@ -55,7 +55,7 @@ def test_checks_of_the_digits_import_nothing_heavy(tmp_path):
 from mvc_jax import train
 flags = ["train", "--config=configs/digits.py", f"--workdir={sys.argv[1]}"]
 config, workdir = train.parse_flags(flags)
-train.check_shared(config)
+train.common.FIELDS.check(config)
 train.check_stages(train.STAGES, config, workdir)
 assert all(f"mvc_jax.{name}" in sys.modules for name in train.STAGES)
 """

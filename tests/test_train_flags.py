@@ -70,14 +70,14 @@ MISTAKES = [
     ("--config.data.size.x=1", "config.data.size.x", "it has none"),
     ("--noconfig.generate.nope", "config.generate.nope", "folder, format"),
     ("--config.=1", "config.", "base, caption"),
-    ("--config.seed=abc", "command line", "--config.seed=abc"),
-    ("--config.seed=1.5", "command line", "--config.seed=1.5"),
-    ("--config.seed=", "command line", "--config.seed="),
-    ("--config.seed", "command line", "Missing value", "--config.seed"),
-    ("--config.generate.text_scale=high", "command line", "text_scale", "high"),
-    ("--config.generate.folder=maybe", "command line", "folder", "maybe"),
-    ("--config.data=3", "command line", "--config.data=3"),
-    ("--noconfig.seed", "command line", "noconfig.seed"),
+    ("--config.seed=abc", "config.seed", "a whole number from 0", "'abc'"),
+    ("--config.seed=1.5", "config.seed", "whole number", "'1.5'"),
+    ("--config.seed=", "config.seed", "got ''"),
+    ("--config.seed", "--config.seed", "got no value"),
+    ("--config.generate.text_scale=high", "config.generate.text_scale", "'high'"),
+    ("--config.generate.folder=maybe", "config.generate.folder", "False", "maybe"),
+    ("--config.data=3", "config.data", "classes, dir", "got 3"),
+    ("--noconfig.seed", "--noconfig.seed", "--config.seed=0"),
     ("--nope=1", "command line", "'nope'"),
     ("junk", "command line", "'junk'", "equals sign"),
     ("--config.generate.sets=nope", "config.generate.sets", "mixed, unmixed", "'nope'"),
@@ -135,7 +135,7 @@ MISTAKES = [
     ("--config.mix.positions=nope", "config.mix.positions", "first or span or all"),
     ("--config.mix.partner=nope", "config.mix.partner", "class or any", "'nope'"),
     ("--config.mix.dims_on=nope", "config.mix.dims_on", "all or words", "'nope'"),
-    ("--config.mix.per_image=0", "config.mix.per_image", "at least 1", "got 0"),
+    ("--config.mix.per_image=0", "config.mix.per_image", "from 1", "got 0"),
     ("--config.mix.partners=0", "config.mix.partners", "from 1", "got 0"),
     ("--config.mix.tokens=-1", "config.mix.tokens", "from 0", "got -1"),
     ("--config.mix.tokens=16", "config.mix.tokens", "fewer than the 16", "got 16"),
@@ -143,7 +143,7 @@ MISTAKES = [
     ("--config.mix.dims=-1", "config.mix.dims", "from 0", "-1"),
     ("--config.mix.dims=65", "config.mix.dims", "at most the 64 dims", "got 65"),
     ("--config.mix.file=nope.jsonl", "nope.jsonl", "a file of recipes", "no such"),
-    ("--config.generate.text_scale=-1", "config.generate.text_scale", "at least 0"),
+    ("--config.generate.text_scale=-1", "config.generate.text_scale", "from 0"),
     ("--config.generate.text_scale=nan", "config.generate.text_scale", "got nan"),
     ("--config.generate.image_scale_most=1", "config.generate.image_scale_most", "1.5"),
     ("--config.generate.sets=mixed,mixed", "config.generate.sets", "each once"),
@@ -177,8 +177,8 @@ MISTAKES = [
         "--config.generate.guidance_interval=(0.5,0.5)",
         "config.generate.guidance_interval",
     ),
-    ("--config.pairs.rounds=0", "config.pairs.rounds", "at least 1", "got 0"),
-    ("--config.encode.batch_size=0", "config.encode.batch_size", "at least 1"),
+    ("--config.pairs.rounds=0", "config.pairs.rounds", "from 1", "got 0"),
+    ("--config.encode.batch_size=0", "config.encode.batch_size", "from 1"),
     (
         "--config.finetune.drop_rate=0.5",
         "config.finetune.drop_rate",
@@ -194,7 +194,30 @@ MISTAKES = [
     ("--config.data.pool=9999", "class 'zero'", "pool", "lower config.data.pool"),
     ("--config.data.per_class=999", "config.data.per_class", "'zero'", "999", "Lower"),
     ("--config.data.per_class=0", "config.data.test_fraction", "above 0", "got 0"),
-    ("--config.data.per_class=-1", "config.data.per_class", "at least 0", "got -1"),
+    ("--config.data.per_class=-1", "config.data.per_class", "from 0", "got -1"),
+    ("--config.data.window=-inf,inf", "config.data.window", "two finite", "inf,inf"),
+    ("--config.data.max_pixels=1", "config.data.max_pixels", "from 1,024", "got 1"),
+    ("--config.data.pool=1e20", "config.data.pool", "whole number", "'1e20'"),
+    ("--config.data.classes=one,one", "config.data.classes", "each once"),
+    ("--config.mesh={}", "config.mesh", "data, fsdp", "got {}"),
+    ("--config.mesh.data=0", "config.mesh.data", "-1, or a whole number", "got 0"),
+    ("--config.finetune=3", "config.finetune", "accumulate", "got 3"),
+    ("--config.generate.guidance_interval=(0.2,'0.8')", "config.generate.guid", "0.8'"),
+    ("--config.classify.milestones=(0.5,'x')", "config.classify.milestones", "'x'"),
+    ("--config.classify.milestones=0.5,x", "config.classify.milestones", "0.5,x"),
+    ("--config.classify.runs=(1,2)", "config.classify.runs", "got (1, 2)"),
+    ("--config.classify.warmup=251", "config.classify.warmup", "steps=250, got 251"),
+    ("--config.finetune.warmup=301", "config.finetune.warmup", "steps=300, got 301"),
+    ("--config.pretrain.unet.warmup=1501", "config.pretrain.unet.warmup", "steps=1500"),
+    ("--config.pretrain.unet.warmup=-1", "config.pretrain.unet.warmup", "got -1"),
+    ("--config.pretrain.unet.heads=7", "config.pretrain.unet.heads", "width 64"),
+    ("--config.pretrain.text.heads=7", "config.pretrain.text.heads", "width 64"),
+    ("--config.pretrain.image_encoder.heads=7", "config.pretrain.image_en", "heads=7"),
+    ("--config.pretrain.unet.ema_decay=2", "config.pretrain.unet.ema_decay", "below 1"),
+    ("--config.pretrain.unet.drop_rate=2", "config.pretrain.unet.drop_rate", "0 to 1"),
+    ("--config.pretrain.vae.kl_weight=-1", "config.pretrain.vae.kl_weight", "from 0"),
+    ("--config.seed=4294967296", "config.seed", "to 4,294,967,295", "got 4294967296"),
+    ("--config.seed=9223372036854775808", "config.seed", "got 9223372036854775808"),
     ("--config.seed=-1", "config.seed", "-1"),
     ("--config.min_free_disk_gib=1e9", "--workdir=", "min_free_disk_gib", "Free some"),
 ]
@@ -236,7 +259,7 @@ def test_a_workdir_must_be_writable(path, started, workdir, capsys, monkeypatch)
 
 def test_a_new_workdir_is_made_but_stays_empty(started, tmp_path, capsys):
     new = tmp_path / "a" / "b"
-    failure(capsys, f"--config={DIGITS}", f"--workdir={new}", "--config.mix.dims=-1")
+    failure(capsys, f"--config={DIGITS}", f"--workdir={new}", "--config.mix.dims=65")
     assert list(content(tmp_path)) == [tmp_path / "a", new]
 
 
@@ -310,6 +333,17 @@ def config_of(*flags):
         (["--config.seed", "7"], "seed", 7),
         (["-config.seed=7"], "seed", 7),
         (["--config.seed=6", "--config.seed=7"], "seed", 7),
+        (
+            ["--config.generate.sets=mixed", "--config.generate.sets=unmixed"],
+            "generate.sets",
+            ("unmixed",),
+        ),
+        (["--config.classify.milestones="], "classify.milestones", ()),
+        (
+            ["--config.generate.guidance_interval=0,1"],
+            "generate.guidance_interval",
+            (0.0, 1.0),
+        ),
         (["--config.generate.text_scale=2"], "generate.text_scale", 2.0),
         (["--config.finetune.learning_rate=1e-5"], "finetune.learning_rate", 1e-5),
         (["--config.generate.folder=false"], "generate.folder", False),
@@ -420,12 +454,56 @@ def test_stages_that_use_the_mesh_are_known():
     assert list(train._MESH_STAGES) == using
 
 
-def test_help_and_version_print_and_exit(capsys):
-    for flag, start in (("--help", "Command line"), ("--version", "mvc_jax 0.")):
-        with pytest.raises(SystemExit) as stop:
-            train.main(["train", flag])
-        assert stop.value.code == 0
-        assert capsys.readouterr().out.startswith(start)
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--version", ["mvc_jax 0."]),
+        ("--help", ["--config=configs/digits.py --workdir=runs/digits", "--version"]),
+        ("--help", ["  75   stopped by SIGTERM", "  finetune ", "--config.seed=0"]),
+        ("-h", ["Exit codes"]),
+        (
+            "--help=finetune",
+            ["--config.finetune.steps=1000", "[full or lora]", "rank="],
+        ),
+        ("--help=generate.filter", ["--config.generate.filter.label_top=1\n"]),
+        ("--help=config.seed", ["--config.seed=0\n", "4,294,967,295]"]),
+    ],
+)
+def test_help_and_version_print_and_exit(flag, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["train", "--config=nope.py", flag])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for word in words:
+        assert word in printed
+
+
+def test_help_names_every_stage_and_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in train.STAGES)
+    assert "base, caption, classify" in failure(capsys, "--help=nope")
+
+
+@pytest.mark.parametrize("flag", ["--config.finetune=3", "--config.mesh={}"])
+def test_a_section_is_refused_after_another_override_too(flag, started, capsys):
+    for flags in (["--config.finetune.steps=5", flag], [flag, "--config.mesh.data=1"]):
+        line = failure(capsys, f"--config={DIGITS}", "--workdir=w", *flags)
+        assert "wanted a section of the fields" in line
+
+
+def test_a_field_of_a_config_that_is_not_declared_is_refused(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from mvc_jax.configs import common\n"
+        "def get_config():\n"
+        "    config = common.get_config()\n"
+        "    config.data.sise = 16\n"
+        "    return config\n"
+    )
+    line = failure(capsys, f"--config={path}", f"--workdir={tmp_path}")
+    assert line.startswith("config.data.sise: wanted a field of config.data: class")
 
 
 def test_a_good_command_runs_its_stages_with_its_config(started, workdir, capsys):
@@ -509,3 +587,24 @@ def test_a_bug_keeps_its_traceback(started, workdir, monkeypatch):
     monkeypatch.setattr(train, "run_stage", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(["train", f"--config={DIGITS}", f"--workdir={workdir}"])
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_compilation_cache_that_cannot_be_written_is_a_warning(
+    usable, tmp_path, monkeypatch, caplog
+):
+    options = {}
+    monkeypatch.setattr(runtime, "_set_jax", options.__setitem__)
+    for name in (
+        "keep_freed_memory",
+        "schedule_depth_first",
+        "enlarge_compiler_stacks",
+    ):
+        monkeypatch.setattr(runtime, f"_{name}", lambda: None)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / ("new" if usable else "file") / "xla"
+    runtime.set_up(str(folder))
+    assert ("compilation_cache_dir" in options) == usable
+    assert (f"config.compilation_cache={folder} cannot" in caplog.text) == (not usable)
+    assert not usable or list(folder.iterdir()) == []

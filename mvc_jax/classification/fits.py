@@ -23,6 +23,7 @@ from mvc_jax import devices
 from mvc_jax.classification import classifier, regimes
 from mvc_jax.classification.runs import Run
 from mvc_jax.classification.training_set import TrainingSet
+from mvc_jax.errors import UserError
 from mvc_jax.training import loop, memory, optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.console import Progress
@@ -159,6 +160,13 @@ class Trainer:
         self.steps = (
             math.ceil(options.epochs * real / options.batch_size) or options.steps
         )
+        if options.warmup > self.steps:
+            raise UserError(
+                "config.classify.warmup",
+                wanted=f"at most the {self.steps} steps that are trained",
+                got=f"{options.warmup}",
+                fix="Lower it, after deleting the folder of the stage classify.",
+            )
         self.progress = Progress("classify", runs * options.seeds * self.steps)
 
     def seed_groups(self) -> list[list[int]]:

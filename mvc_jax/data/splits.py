@@ -61,20 +61,7 @@ class SplitSizes:
     test: float = 0.2
 
     def check(self) -> None:
-        """Raises a `UserError` if a field is out of range or two are in conflict."""
-        for field, value, good, wanted in (
-            ("pool", self.pool, self.pool >= 0, "at least 0"),
-            ("per_class", self.per_class, self.per_class >= 0, "at least 0 (0: all)"),
-            ("fraction", self.fraction, 0 < self.fraction <= 1, "a number in (0, 1]"),
-            ("test_fraction", self.test, 0 <= self.test < 1, "a number in [0, 1)"),
-        ):
-            if not good:
-                raise UserError(
-                    f"config.data.{field}",
-                    wanted=wanted,
-                    got=f"{value}",
-                    fix="configs/common.py explains the field.",
-                )
+        """Raises a `UserError` if two fields are in conflict."""
         if self.per_class and self.fraction != 1:
             raise UserError(
                 "config.data.fraction",

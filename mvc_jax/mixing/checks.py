@@ -104,6 +104,27 @@ def warn_of_few_partners(
         )
 
 
+def warn_of_other_scales(recipes: Sequence[Mapping], drawing: Drawing) -> None:
+    """Warns of a user's recipes whose scales are not those of the config.
+
+    Args:
+      recipes: of a file.
+      drawing: how they would have been drawn.
+    """
+    for name in ("text_scale", "image_scale"):
+        low, high = getattr(drawing, name)
+        other = [r[name] for r in recipes if not low <= r[name] <= high]
+        if other:
+            logging.warning(
+                "config.generate.%s=%g is not used: config.mix.file has its own in "
+                "each recipe, from %g to %g",
+                name,
+                low,
+                min(other),
+                max(other),
+            )
+
+
 def _listed(names: Sequence[str]) -> str:
     rest = len(names) - _MAX_NAMES
     return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

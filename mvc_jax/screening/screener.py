@@ -151,6 +151,7 @@ def open_screener(
     """
     if not settings.enabled:
         return Screener(None, train)
+    settings.require_top(len(train.class_names))
     settings.require_folds(
         max(len({*recipe["partners"]} - {recipe["source"]}) for recipe in recipes)
     )

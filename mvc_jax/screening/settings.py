@@ -2,25 +2,13 @@
 
 import dataclasses
 
-import numpy as np
 from etils import epath
 
-from mvc_jax.errors import UserError, require_one_of, require_within
+from mvc_jax.errors import UserError
 
 FIELD = "config.generate.filter"
 CLIP_FIELD = "config.generate.clip"
 FILTERS = ("label", "copies", "outliers")
-_CHOICES = {
-    "label": ("", "folds", "clip"),
-    "copies": ("", "any", "source"),
-    "features": ("auto", "pixels", "clip"),
-}
-_RANGES = {
-    "label_threshold": (0, 1, "It is a probability."),
-    "label_top": (0, np.inf, "0 switches it off."),
-    "copies_quantile": (0, 1, "0 is the minimum, 1 the maximum."),
-    "outliers_quantile": (0, 1, "0 is the minimum, 1 the maximum."),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +69,16 @@ class FilterSettings:
                 fix=f"Name a CLIP checkpoint by {CLIP_FIELD}.",
             )
 
+    def require_top(self, classes: int) -> None:
+        """Raises a `UserError` if every label is among the most probable ones."""
+        if self.label and self.label_top > classes:
+            raise UserError(
+                f"{FIELD}.label_top",
+                wanted=f"at most {classes}, the number of classes",
+                got=f"{self.label_top}",
+                fix="Lower it; the default is 1.",
+            )
+
     def require_folds(self, partners: int) -> None:
         """Raises a `UserError` if no fold would be left to train on.
 
@@ -115,11 +113,8 @@ def check_filters(
       pretrain_image_encoder: whether `pretrain` would train an image encoder.
 
     Raises:
-      UserError: a field is out of range or unknown, or a CLIP is missing or unusable.
+      UserError: there are too few folds, or a CLIP is missing or unusable.
     """
-    values = dataclasses.asdict(settings)
-    require_one_of(FIELD, values, _CHOICES)
-    require_within(FIELD, values, _RANGES)
     settings.require_folds(partners)
     names_clip = "clip" in (settings.label, settings.features)
     if not names_clip and not settings.use_embeddings:

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 import sys
+import tempfile
 
 from absl import logging
 from etils import epath
@@ -17,16 +18,30 @@ def set_up(compilation_cache: str) -> None:
 
     Args:
       compilation_cache: the folder of the persistent compilation cache; "" leaves
-        JAX's own setting.
+        JAX's own setting, and so does, with a warning, one that cannot be written.
     """
     _keep_freed_memory()
     # JAX reserves 75 % of a GPU's memory by default, and the rest would stay unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     _schedule_depth_first()
     _enlarge_compiler_stacks()
-    if compilation_cache:
-        _set_jax("compilation_cache_dir", epath.Path(compilation_cache).expanduser())
-        _set_jax("persistent_cache_min_compile_time_secs", 0.05)
+    if not compilation_cache:
+        return
+    try:
+        folder = epath.Path(compilation_cache).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        if "://" not in str(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ImportError, KeyError) as error:
+        logging.warning(
+            "config.compilation_cache=%s cannot be written (%s): every run compiles "
+            "its programs again",
+            compilation_cache,
+            getattr(error, "strerror", None) or error,
+        )
+        return
+    _set_jax("compilation_cache_dir", folder)
+    _set_jax("persistent_cache_min_compile_time_secs", 0.05)
 
 
 def _set_jax(name: str, value: epath.Path | float) -> None:
