@@ -13,6 +13,7 @@ import tomllib
 from typing import Any
 
 from mvc_jax.errors import UserError
+from mvc_jax.training import runtime
 
 _FILE = pathlib.Path(__file__).with_name("devices.toml")
 _CUDA, _CUDNN = (12, 9), (9, 12)  # of the pinned wheels; kernels are chosen for them
@@ -112,6 +113,7 @@ def _installed(module: str) -> bool:
 
 def set_environment() -> None:
     """Sets what the compilers read, before JAX is imported."""
+    runtime.set_up("")
     os.environ.update(_ENVIRONMENT)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_GPU_FLAGS}".strip()
 
