@@ -150,7 +150,7 @@ RUNS = (  # the main settings of every part, then the others
     Run(
         "seeds",
         "classifier_step:seeds",
-        90,
+        120,
         {"at_once": 3, "classifier": "resnet20", "batch": 128, "steps_at_once": 10},
         toy=TOY_CLASSIFIER | {"at_once": 2, "steps_at_once": 1},
     ),

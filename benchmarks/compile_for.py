@@ -32,7 +32,9 @@ from mvc_jax.errors import UserError
 
 GIB = 2**30
 _PROGRAMS = ("finetune", "lora", "generate", "encode", "classify", "pretrain")
-_FAMILIES = ("sd15", "sd21", "small")
+_FAMILIES = ("sd15", "sd21", "small", "tiny")
+_REMAT = ("none", "blocks", "full")
+_ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")
 _COLUMNS = (
     "program",
     "devices",
@@ -78,10 +80,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--family", choices=_FAMILIES, default="sd15")
     parser.add_argument("--batch", type=int, default=0, help="on all devices")
     parser.add_argument("--size", type=int, default=512, help="pixels")
-    parser.add_argument("--remat", default="none", help="none, blocks, full")
+    parser.add_argument("--remat", choices=_REMAT, default="none")
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--attention", default="auto")
-    parser.add_argument("--preset", default="", help="of generate: fast")
+    parser.add_argument("--attention", choices=_ATTENTION, default="auto")
+    parser.add_argument("--preset", choices=("", "fast"), default="")
     parser.add_argument("--classifier", default="wrn28_10")
     parser.add_argument("--policy", default="randaugment", help="of the classifier")
     parser.add_argument("--seeds", type=int, default=1, help="side by side")
@@ -99,8 +101,9 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
 
     from mvc_jax.training import memory
 
-    names = [field.name for field in dataclasses.fields(programs.Options)]
-    options = programs.Options(**{name: getattr(arguments, name) for name in names})
+    known = {field.name for field in dataclasses.fields(programs.Options)}
+    given = {name: value for name, value in vars(arguments).items() if name in known}
+    options = programs.Options(**given)
     mesh = targets.mesh(target, arguments.devices, arguments.fsdp)
     program = programs.build(arguments.program, options, mesh)
     lowered = program.function.lower(*program.arguments)
@@ -113,7 +116,9 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
     held, new = memory.program_bytes(compiled)
     plain = dataclasses.replace(options, attention="xla")
     flops = programs.build(arguments.program, plain, mesh).flops() / mesh.size
-    found = hlo.summary(hlo.Module(text))
+    module = hlo.Module(text)
+    found = hlo.summary(module)
+    analysis = compiled.memory_analysis()
     moved = sum(size for _, size in found["collectives"].values())
     times = {
         "FLOPs": flops / target.peak,
@@ -130,6 +135,8 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
         "temporary": new,
         "memory": target.memory,
         "fits": held + new <= target.memory,
+        "results": analysis.output_size_in_bytes,
+        "in_place": analysis.alias_size_in_bytes,
         "flops": flops,
         "roofline_seconds": max(times.values()),
         "bound": max(times, key=times.get),

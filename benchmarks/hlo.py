@@ -397,6 +397,15 @@ def _layer(origin: str) -> str:
     return re.sub(r"_?\d+", "", "/".join(names[-2:])) or "not recorded"
 
 
+def branches(module: Module) -> float:
+    """How many conditionals run."""
+    return sum(
+        times
+        for instruction, times, _ in module.instructions()
+        if instruction.op == "conditional"
+    )
+
+
 def summary(module: Module) -> dict[str, Any]:
     """All of the above, with keys that JSON can hold."""
 
@@ -405,6 +414,7 @@ def summary(module: Module) -> dict[str, Any]:
 
     return {
         "bytes": module.bytes_accessed(),
+        "branches": branches(module),
         "collectives": keyed(collectives(module)),
         "kernels": keyed(library_calls(module)),
         "moves": keyed(moves(module)),

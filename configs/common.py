@@ -645,10 +645,9 @@ _CLASSIFY = Section(
         "seeds": count(3, "classifiers per run", 10_000),
         "seeds_at_once": optional(
             0,
-            "trained together by vmap; 0: all, if the model is small and on an "
-            "accelerator",
+            "trained together by vmap; 0: one after another",
             10_000,
-            hint="0 chooses by model and device.",
+            hint="0 trains one after another.",
         ),
         "steps": count(1000, "optimiser steps, the same for every run"),
         "epochs": optional(

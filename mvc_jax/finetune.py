@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,8 @@ _NO_RESULT = (
     "remat",
     "accumulate",
 )
+# Activations of Stable Diffusion 1.5's step, relative to those without `remat`.
+_ACTIVATIONS = {"none": 1.0, "blocks": 0.25, "full": 0.2}
 _MEMORY_HINT = (
     "Lower config.finetune.batch_size ({batch_size}) or raise "
     "config.finetune.accumulate ({accumulate}); set config.finetune.remat ({remat}) to "
@@ -164,10 +167,63 @@ def train(
         ),
         accumulate=section.accumulate,
         memory_budget=memory.MemoryBudget(
-            int(section.memory_gib * 2**30), _MEMORY_HINT.format(**section)
+            int(section.memory_gib * 2**30),
+            _MEMORY_HINT.format(**section),
+            functools.partial(
+                what_fits,
+                mode=section.mode,
+                remat=section.remat,
+                batch_size=section.batch_size,
+                accumulate=section.accumulate,
+            ),
         ),
     )
     return export(config, workdir, model, params, state), int(state.skipped)
+
+
+def what_fits(
+    held: int,
+    new: int,
+    size: int,
+    *,
+    mode: str,
+    remat: str,
+    batch_size: int,
+    accumulate: int,
+) -> str:
+    """Estimates what would make a step fit that takes `held` + `new` > `size` bytes.
+
+    By the compiled programs of Stable Diffusion 1.5 (docs/scaling.md): the gradients of
+    a full fine-tuning take a third of what the state takes, and the rest of `new` are
+    activations, in proportion to the examples that are alive at once.
+
+    Args:
+      held: bytes of state and batch on a device.
+      new: further bytes of the step.
+      size: bytes that there are.
+      mode: `full` or `lora`.
+      remat: what is recomputed now.
+      batch_size: examples of a step.
+      accumulate: its micro-batches.
+    """
+    gradients = held // 3 if mode == "full" else 0
+    activations = max(new - gradients, 1)
+    room = size - held - gradients
+    if room <= 0:
+        return "Its state and gradients alone do not fit."
+    now = _ACTIVATIONS[remat]
+    found = []
+    for choice, fraction in _ACTIVATIONS.items():
+        if fraction < now and activations * fraction / now <= room:
+            gib = (held + gradients + activations * fraction / now) / 2**30
+            found.append(f"remat={choice} ({gib:.1f} GiB)")
+    micro = int(batch_size / accumulate * room / activations)
+    if micro > 0:
+        found.append(f"accumulate={math.ceil(batch_size / micro)}")
+        found.append(f"batch_size={micro * accumulate}")
+    if not found:
+        return "None of these alone will do."
+    return f"By the memory of Stable Diffusion 1.5 would fit: {', '.join(found)}."
 
 
 def load_base(

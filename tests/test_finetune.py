@@ -370,6 +370,24 @@ def test_too_little_memory_is_an_error_before_the_first_step(base, encoded, caps
     assert run(base, encoded) == 0
 
 
+def test_a_lack_of_memory_is_answered_with_what_would_fit():
+    gib = 2**30
+    full = {"mode": "full", "batch_size": 50, "accumulate": 1}
+    words = finetune.what_fits(9 * gib, 53 * gib, 37 * gib, remat="none", **full)
+    # 3 GiB of gradients, 25 for activations of which 50 examples take 50.
+    assert "remat=blocks" in words and "remat=full" in words
+    assert "accumulate=2, batch_size=25" in words
+    words = finetune.what_fits(9 * gib, 53 * gib, 37 * gib, remat="full", **full)
+    assert "remat" not in words and "accumulate=2" in words
+    assert "do not fit" in finetune.what_fits(
+        9 * gib, 53 * gib, 12 * gib, remat="none", **full
+    )
+    lora = {**full, "mode": "lora", "batch_size": 1}
+    assert "None of these" in finetune.what_fits(
+        2 * gib, 30 * gib, 3 * gib, remat="none", **lora
+    )
+
+
 def test_an_unknown_target_of_adapters_is_refused_with_the_known_ones(
     base, encoded, capsys
 ):

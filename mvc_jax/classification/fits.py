@@ -35,7 +35,6 @@ _MEMORY_HINT = (
     "config.classify.size."
 )
 _PREDICTION_PIXELS = 2_000_000  # per batch
-_SMALL_NETWORK = 5_000_000  # parameters
 _STEPS_AT_ONCE = 50
 
 
@@ -171,7 +170,9 @@ class Trainer:
 
     def seed_groups(self) -> list[list[int]]:
         """The seeds, in groups that are trained side by side."""
-        size = self._options.seeds_at_once or self._default_group_size()
+        # Side by side, convolutions become grouped ones, which no device was measured
+        # to compute faster than one seed after another.
+        size = self._options.seeds_at_once or 1
         if len(self._data.validation):
             size = 1  # each seed has its own early stopping
         seeds = list(range(self._options.seeds))
@@ -296,15 +297,6 @@ class Trainer:
             "validation_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()),
             "validation_accuracy": float((found.argmax(-1) == labels).mean()),
         }
-
-    def _default_group_size(self) -> int:
-        """All seeds, if one of them alone would leave an accelerator idle."""
-        if devices.platform(self._mesh) == "cpu":
-            return 1
-        images = jax.ShapeDtypeStruct((1, *self._image_shape), "float32")
-        shapes = jax.eval_shape(self._spec.model.init, jax.random.key(0), images)
-        count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-        return self._options.seeds if count < _SMALL_NETWORK else 1
 
     def _images_on_device(self, limit: int) -> dict[str, jax.Array]:
         """All images on every device if they take at most half of `limit` bytes."""

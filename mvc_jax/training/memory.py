@@ -22,10 +22,13 @@ class MemoryBudget:
     Attributes:
       size: in bytes; 0: the device's limit.
       hint: how to reduce the memory, for the error.
+      estimate: (bytes of the arguments, further bytes, bytes of the budget) -> what
+        would fit, in a sentence that is added to the hint.
     """
 
     size: int
     hint: str
+    estimate: Callable[[int, int, int], str] = lambda held, new, size: ""
 
     def compile(self, step: Any, *arguments: Any, name: str) -> Callable:
         """Compiles a jitted step for `arguments`, if it fits the budget.
@@ -54,7 +57,7 @@ class MemoryBudget:
                 got=f"{(held + new) / _GIB:.2f} GiB: {held / _GIB:.2f} for "
                 f"parameters, optimiser and batch, {new / _GIB:.2f} for activations "
                 "and gradients",
-                fix=self.hint,
+                fix=" ".join((self.hint, self.estimate(held, new, size))).strip(),
             )
 
         def call(*arguments):
