@@ -178,7 +178,7 @@ LOWERED = {  # functions of programs -> the function that traces their program i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
-    # Of processes that import everything anew, and of the one that the others fork.
+    # For spawned processes, and for the server from which the others are forked.
     path = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -2,7 +2,7 @@
 
 The digits, from scratch to a report (configs/*.py has other datasets):
     python -m mvc_jax.train --config=configs/digits.py --workdir=runs/digits
-A summary of your own images, in a folder (docs/your-own-images.md goes on from there):
+A summary of your own images, in a folder (docs/your-own-images.md has the rest):
     python -m mvc_jax.train --config=configs/folder.py:path=/data/parts \\
       --workdir=runs/parts --config.stages=caption
 A preview of 16 synthetic images, and some stages only:

@@ -1,6 +1,6 @@
 """Layers on several devices: whole weights, on each device's part of the batch.
 
-XLA chooses for each layer anew what to send where weights are sharded: weights, the
+Where weights are sharded, XLA chooses for each layer what to send: weights, the
 activations of all examples, or parts of either in rings of permutations; and it sums
 gradients in the dtype of the layer, on all devices. Here each layer with a kernel is a
 `shard_map` that says what is sent (FSDP, arXiv 2304.11277): a kernel is gathered in the
