@@ -294,7 +294,8 @@ def _matching(text: str) -> int:
 def collectives(module: Module) -> dict[tuple[str, str], tuple[float, float]]:
     """Collectives by kind and dtype: how many run, and their bytes on a device.
 
-    The bytes are those of the operand or of the result, whichever is larger. On a TPU a
+    The bytes are those of the operand or of the result, whichever is larger; the dtype
+    is the result's, in which XLA sums operands that were to be cast to it. On a TPU a
     collective that runs beside computation is in each fusion that it spans, always with
     the same `channel_id` and `chain_id`; it counts once.
     """
@@ -315,14 +316,14 @@ def collectives(module: Module) -> dict[tuple[str, str], tuple[float, float]]:
             if name in computation
             for buffer in computation[name].buffers
         ]
-        for dtype in {buffer.dtype for buffer in operands}:
-            read = sum(b.bytes for b in operands if b.dtype == dtype)
-            wrote = sum(b.bytes for b in results if b.dtype == dtype)
-            if instruction.op.endswith("-start") and kind != "all-reduce":
-                wrote -= read  # a started collective returns its operands too
-            entry = found[kind, dtype]
-            entry[0] += times * (read > 0)
-            entry[1] += times * max(read, wrote)
+        if instruction.op.endswith("-start") and kind != "all-reduce":
+            results = results[len(operands) :]  # it returns its operands too
+        sizes: dict[str, float] = collections.Counter()
+        for read, wrote in zip(operands, results, strict=False):
+            sizes[wrote.dtype] += max(read.bytes, wrote.bytes)
+        for dtype, size in sizes.items():
+            found[kind, dtype][0] += times
+            found[kind, dtype][1] += times * size
     return {key: (count, size) for key, (count, size) in sorted(found.items())}
 
 

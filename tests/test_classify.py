@@ -175,7 +175,7 @@ def test_a_pretrained_network_brings_its_weights_and_its_normalisation(
     folder, variables = pretrained
     config = config_with(folder)
     classify.check(config)
-    spec, found = classify._spec(config.classify, read()[0])
+    spec, found = classify._spec(config.classify, read()[0], "float32")
     assert spec.model.num_classes == 3 and spec.model.width == 4
     assert (spec.mean, spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     for kind in ("params", "batch_stats"):
