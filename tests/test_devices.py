@@ -7,6 +7,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -271,7 +272,7 @@ def test_large_images_are_decoded_in_parts_on_their_devices(tiny, monkeypatch):
     assert images.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
     np.testing.assert_allclose(images, whole, rtol=1e-5, atol=1e-5)
 
-    rows = np.arange(12, dtype=np.float32)
+    rows = jnp.arange(12.0)
     sizes = []
 
     def count(part):
