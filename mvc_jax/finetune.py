@@ -63,8 +63,9 @@ _NO_RESULT = (
     "remat",
     "accumulate",
 )
-# Activations of Stable Diffusion 1.5's step, relative to those without `remat`.
-_ACTIVATIONS = {"none": 1.0, "blocks": 0.25, "full": 0.2}
+# Activations of Stable Diffusion 1.5's step as compiled for an H100, relative to those
+# without `remat` (docs/scaling.md).
+_ACTIVATIONS = {"none": 1.0, "blocks": 0.18, "full": 0.16}
 _MEMORY_HINT = (
     "Lower config.finetune.batch_size ({batch_size}) or raise "
     "config.finetune.accumulate ({accumulate}); set config.finetune.remat ({remat}) to "
