@@ -115,7 +115,9 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
         arguments.text.write_text(text)
     held, new = memory.program_bytes(compiled)
     plain = dataclasses.replace(options, attention="xla")
-    flops = programs.build(arguments.program, plain, mesh).flops() / mesh.size
+    # On one device: what a `shard_map` computes would count once, not on each device.
+    alone = programs.build(arguments.program, plain, targets.mesh(target, 1))
+    flops = alone.flops() / mesh.size
     module = hlo.Module(text)
     found = hlo.summary(module)
     analysis = compiled.memory_analysis()
