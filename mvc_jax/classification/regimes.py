@@ -22,7 +22,6 @@ REGIMES = (
     "replace_same_class",
     "replace_any",
 )
-WITH_PROBABILITY = ("probabilistic", *(r for r in REGIMES if r.startswith("replace")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -348,7 +348,8 @@ def _link_for_orbax(folder: epath.Path) -> tempfile.TemporaryDirectory | None:
     """A temporary folder with a link, `folder`, to one whose path is a pattern.
 
     Orbax lists folders by `glob`, to which the whole path is one: below `lr[1e-4]` it
-    would find no files of a save and write an empty checkpoint. None for other paths.
+    would find no files of a save, and the checkpoint could not be restored. None for
+    other paths.
     """
     if "://" in str(folder) or glob.escape(str(folder)) == str(folder):
         return None
