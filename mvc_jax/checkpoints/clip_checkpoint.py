@@ -58,9 +58,7 @@ def load(
     model = _read_architecture(folder, field, text)
     file = next(folder / name for name in _WEIGHTS if (folder / name).exists())
     weights.check(file)
-    return model, weights.read(
-        file, model.shapes(), unused=r"(?!)" if text else _TEXT_TOWER
-    )
+    return model, weights.read(file, model.shapes(), _unused(text))
 
 
 def check(path: epath.PathLike, *, field: str, text: bool = False) -> Clip | None:
@@ -73,11 +71,11 @@ def check(path: epath.PathLike, *, field: str, text: bool = False) -> Clip | Non
         hub.check_name(str(path), field=f"{field} {str(path)!r}")
         return None
     folder = _find(path, field)
-    for name in _WEIGHTS:
-        if (folder / name).exists():
-            weights.check(folder / name)
-            break
-    return _read_architecture(folder, field, text)
+    model = _read_architecture(folder, field, text)
+    file = next(folder / name for name in _WEIGHTS if (folder / name).exists())
+    weights.check(file)
+    weights.check_tensors(file, model.shapes(), _unused(text))
+    return model
 
 
 def save(folder: epath.PathLike, model: Clip, params: Params) -> list[str]:
@@ -132,6 +130,10 @@ def _find(path: epath.PathLike, field: str) -> epath.Path:
         got=", ".join(pickles) or "none",
         fix=convert if pickles else "Download the whole checkpoint again.",
     )
+
+
+def _unused(text: bool) -> str:
+    return r"(?!)" if text else _TEXT_TOWER
 
 
 def _read_architecture(folder: epath.Path, field: str, text: bool) -> Clip:

@@ -36,15 +36,7 @@ def load(
     """
     folder, file = _find(path, field)
     network = _read_architecture(folder, base)
-    try:
-        shapes = network.shapes()
-    except Exception as error:  # of Flax, JAX or the library, depending on the options
-        raise UserError(
-            str(folder / "config.json"),
-            wanted="the options of a ControlNet",
-            got=f"some that cannot be built ({type(error).__name__}: {error})",
-            fix="Use the checkpoint's config.json unchanged.",
-        ) from error
+    shapes = _shapes(folder, network)
     weights.check(file)
     return network, weights.read(file, shapes)
 
@@ -61,8 +53,9 @@ def check(
         hub.check_name(str(path), field=f"{field} {str(path)!r}")
         return
     folder, file = _find(path, field)
+    shapes = _shapes(folder, _read_architecture(folder, base))
     weights.check(file)
-    _read_architecture(folder, base)
+    weights.check_tensors(file, shapes)
 
 
 def save(folder: epath.PathLike, network: ControlNet, params: Params) -> list[str]:
@@ -93,6 +86,18 @@ def _find(path: epath.PathLike, field: str) -> tuple[epath.Path, epath.Path]:
             "folder of such a checkpoint. Pickles (.bin, .pth) are never opened.",
         )
     return folder, folder / found
+
+
+def _shapes(folder: epath.Path, network: ControlNet) -> Params:
+    try:
+        return network.shapes()
+    except Exception as error:  # of Flax, JAX or the library, depending on the options
+        raise UserError(
+            str(folder / "config.json"),
+            wanted="the options of a ControlNet",
+            got=f"some that cannot be built ({type(error).__name__}: {error})",
+            fix="Use the checkpoint's config.json unchanged.",
+        ) from error
 
 
 def _read_architecture(

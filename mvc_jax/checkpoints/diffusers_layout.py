@@ -34,6 +34,7 @@ _TORCH_CLASSES = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
+_NO_LENGTH = 1e9  # a tokenizer's model_max_length above it stands for none
 
 
 def load(
@@ -67,6 +68,12 @@ def load(
         found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         logging.info("%s is stored in several precisions: %s", path, found)
     return model, params
+
+
+def require_finite(folder: epath.PathLike, component: str, variant: str = "") -> None:
+    """Raises a `UserError` if a weight of a component is not finite."""
+    file = pipeline_folder.find_weights(epath.Path(folder), component, variant)
+    weights.require_finite(file)
 
 
 def check_base(
@@ -107,7 +114,9 @@ def check_base(
     folder, _ = pipeline_folder.resolve(path, variant, revision)
     model = _read_architecture(folder)
     for name in WEIGHTS:
-        weights.check(pipeline_folder.find_weights(folder, name, variant))
+        file = pipeline_folder.find_weights(folder, name, variant)
+        weights.check(file)
+        weights.check_tensors(file, _shapes(folder, model, name))
     if size:
         families.check_size(model.configs, size)
     if (folder / pipeline_folder.MADE_BY).exists() and not finetuned:
@@ -220,14 +229,19 @@ def _read_architecture(folder: epath.Path) -> StableDiffusion:
         configs[name] = families.completed(name, config)
         families.check_config(name, configs[name], str(folder / file))
     configs["scheduler"] = scheduler_config.ddim_config(configs["scheduler"])
-    model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    length = tokenizer.model_max_length
+    if isinstance(length, int | float) and length > _NO_LENGTH:
+        # PyTorch's pipeline would pad prompts to it, beyond the encoder's positions.
+        text = configs["text_encoder"]
+        tokenizer.model_max_length = text["max_position_embeddings"]
     families.check_fit(
         configs,
-        vocab_size=len(model.tokenizer),
-        max_length=model.tokenizer.model_max_length,
+        vocab_size=len(tokenizer),
+        max_length=tokenizer.model_max_length,
         folder=str(folder),
     )
-    return model
+    return StableDiffusion(configs, tokenizer)
 
 
 def _write_tokenizer(folder: epath.Path, tokenizer) -> None:

@@ -165,7 +165,8 @@ def check_files(folder: epath.Path, name: str, variant: str) -> None:
         raise UserError(
             field(name), wanted="a folder in the diffusers layout", got=got, fix=fix
         )
-    pipeline = read_json(folder / INDEX).get("_class_name")
+    index = read_json(folder / INDEX)
+    pipeline = index.get("_class_name")
     if pipeline not in families.PIPELINES:
         raise UserError(
             field(name),
@@ -173,6 +174,7 @@ def check_files(folder: epath.Path, name: str, variant: str) -> None:
             got=f"{pipeline}",
             fix="Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix.",
         )
+    families.check_classes(index, str(folder / INDEX))
     missing = [file for file in _REQUIRED if not (folder / file).exists()]
     others: set[str] = set()
     for part in WEIGHTS:
