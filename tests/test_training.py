@@ -314,6 +314,13 @@ def test_a_diverged_run_stays_diverged_when_it_is_repeated(tmp_path):
         assert f"a new --workdir or after deleting {tmp_path}/toy" in str(error.value)
 
 
+def test_a_run_without_a_single_good_step_diverged_whatever_it_tolerates(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="toy.*finite.*4 consecutive steps"):
+            run(tmp_path, 4, step=bad_at([0, 1, 2, 3]), max_skipped=100)
+    assert int(run(tmp_path / "one", 4, step=bad_at([0, 1, 2])).skipped) == 3
+
+
 @pytest.mark.parametrize("steps, every", [(40, 100), (20, 100), (40, 5), (40, 20)])
 def test_a_streak_that_ended_before_its_row_was_written_counts(tmp_path, steps, every):
     """Also when the run is repeated, from a checkpoint saved before the streak."""
