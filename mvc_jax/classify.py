@@ -31,7 +31,6 @@ with epy.lazy_imports():
         classifier_checkpoint,
         classifier_export,
         classifier_weights,
-        hub,
     )
     from mvc_jax.classification import classifier, fits, training_set
     from mvc_jax.training import sharding
@@ -115,12 +114,16 @@ def _check_schedule(section: ConfigDict) -> None:
 
 def _check_network(section: ConfigDict, size: int) -> None:
     """Checks the network's own fields, and a pretrained checkpoint last."""
-    name = section.pretrained
-    if name and hub.is_local(name):
-        checkpoint = _checkpoint(section)
+    found, field = "", "config.classify.pretrained"
+    if section.pretrained:
+        found = classifier_checkpoint.check(
+            section.pretrained, field=field, revision=section.pretrained_revision
+        )
+    if found:
+        checkpoint = classifier_checkpoint.find(found, field=field)
         network = _network(section, 2, checkpoint, dtype="float32")
         _check_size(section.model, size, network.stride)
-        classifier_weights.check(checkpoint, network)
+        classifier_weights.check_tensors(checkpoint, network)
         return
     options = {key: section[key] for key in ("width", "stem", "stem_stride")}
     classifiers.check_options(section.model, options)
@@ -128,12 +131,6 @@ def _check_network(section: ConfigDict, size: int) -> None:
     _check_size(
         section.model, size, variant.min_size(section.stem, section.stem_stride)
     )
-    if name:
-        hub.check_name(
-            name,
-            field=f"config.classify.pretrained {name!r}",
-            revision=section.pretrained_revision,
-        )
 
 
 def _check_size(model: str, size: int, smallest: int) -> None:

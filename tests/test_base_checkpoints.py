@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from base_folders import (
-    NAME,
     TEXT,
     UNET,
     VAE,
@@ -677,7 +676,6 @@ def test_a_revision_is_of_a_hub_name(saved):
 
 def test_the_check_of_the_stage_covers_the_base(saved):
     encode.check(config_of(saved))
-    encode.check(config_of(NAME, variant="fp16", revision="v1"))
     (saved / VAE).unlink()
     with pytest.raises(UserError, match="1 missing: vae/"):
         encode.check(config_of(saved))

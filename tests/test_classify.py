@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_network_is_refused(pretrained):
 
 
 def test_an_unknown_hub_name_is_refused_before_any_work(monkeypatch):
-    def check_name(name, *, field, revision):
+    def check_name(name, patterns, *, field, revision):
         raise UserError(field, wanted="a model", got=f"none, at {revision}", fix=".")
 
     monkeypatch.setattr(hub, "check_name", check_name)

@@ -16,7 +16,6 @@ from etils import epath
 from mvc_jax import files
 from mvc_jax.checkpoints import (
     families,
-    hub,
     pipeline_folder,
     scheduler_config,
     weights,
@@ -86,9 +85,9 @@ def check_base(
 ) -> None:
     """Checks that a checkpoint can be the base, without a download or a device.
 
-    Everything but the tensors is read. Of a hub name this is possible in offline mode
-    only, from the library's cache; otherwise the name is looked up, and the downloaded
-    folder has to be checked later.
+    Everything but the tensors is read. Of a hub name this is possible only where the
+    library's cache has all files; otherwise the name and the list of its files are
+    looked up, and the downloaded folder has to be checked later.
 
     Args:
       path: see `pipeline_folder.resolve`, also for `variant` and `revision`.
@@ -107,11 +106,9 @@ def check_base(
             got=repr(variant),
             fix="Typical are fp16 and, for none, ''.",
         )
-    if pipeline_folder.is_hub_name(path) and not hub.offline():
-        field = pipeline_folder.field(path)
-        hub.check_name(str(path), field=field, revision=revision)
+    folder = pipeline_folder.look_up(path, variant, revision)
+    if folder is None:
         return
-    folder, _ = pipeline_folder.resolve(path, variant, revision)
     model = _read_architecture(folder)
     for name in WEIGHTS:
         file = pipeline_folder.find_weights(folder, name, variant)
