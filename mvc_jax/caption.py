@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -31,7 +30,7 @@ from mvc_jax.data.gather import (
 from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
 from mvc_jax.errors import UserError, require_one_of
 from mvc_jax.screening.settings import FilterSettings
-from mvc_jax.stage import open_stage, read_manifest
+from mvc_jax.stage import Spec, open_stage, read_manifest
 from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
 
@@ -61,7 +60,7 @@ def check(config: ConfigDict) -> None:
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Reads and splits the images; captions the base pool and the training images."""
-    stage = open_stage(workdir, "caption", _settings(config))
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     folder = stage.folder
@@ -110,14 +109,15 @@ def table(workdir: epath.Path) -> str:
     return summary.table(workdir / "caption", counts)
 
 
-def _settings(config: ConfigDict) -> dict[str, Any]:
+def stage_spec(config: ConfigDict) -> Spec:
+    """What images, splits and captions depend on."""
     section = config.caption.to_dict() | {"version": VERSION}
     section.pop("batch_size")  # does not change captions
     if section["captioner"] == "file":  # the file's edits must change the settings, too
         path = epath.Path(section["file"])
         section["file_sha256"] = files.sha256(path) if path.is_file() else ""
     data = config.data.to_dict()
-    return {"seed": config.seed, "data": data, "caption": section}
+    return Spec("caption", {"seed": config.seed, "data": data, "caption": section})
 
 
 def _check_fields(data: ConfigDict, section: ConfigDict) -> None:

@@ -23,7 +23,7 @@ from mvc_jax import augment, files
 from mvc_jax.classification import runs
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 with epy.lazy_imports():
     from mvc_jax import devices
@@ -147,16 +147,22 @@ def _check_size(model: str, size: int, smallest: int) -> None:
         )
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains and tests the classifiers of every run; keeps results that exist."""
-    workdir = epath.Path(workdir)
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the classifiers depend on."""
     section = config.classify.to_dict()
     settings = {
         "seed": config.seed,
         "data": config.data.to_dict(),
         "classify": {k: v for k, v in section.items() if k not in _NO_RESULT},
     }
-    stage = open_stage(workdir, "classify", settings, inputs=("generate",))
+    return Spec("classify", settings, inputs=("generate",))
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains and tests the classifiers of every run; keeps results that exist."""
+    workdir = epath.Path(workdir)
+    section = config.classify.to_dict()
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     parsed = [runs.parse(name) for name in config.classify.runs]

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import captions, shards, splits
 from mvc_jax.errors import UserError, require_disk_space
-from mvc_jax.stage import is_complete, open_stage
+from mvc_jax.stage import Spec, is_complete, open_stage
 from mvc_jax.training.console import Progress
 
 with epy.lazy_imports():
@@ -55,9 +55,8 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Encodes every training image and every distinct prompt, shard by shard."""
-    workdir = epath.Path(workdir)
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the cache depends on."""
     section = config.encode.to_dict()
     del section["batch_size"]  # shards do not depend on it
     settings = {
@@ -67,7 +66,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "encode": section,
     }
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
-    stage = open_stage(workdir, "encode", settings, inputs)
+    return Spec("encode", settings, inputs)
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Encodes every training image and every distinct prompt, shard by shard."""
+    workdir = epath.Path(workdir)
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     fresh = not is_complete(workdir, "encode")  # otherwise some files were deleted

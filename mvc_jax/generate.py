@@ -29,6 +29,7 @@ from mvc_jax.generation import conditionings, synthetic
 from mvc_jax.mixing import recipe_file
 from mvc_jax.screening.settings import FilterSettings, check_filters
 from mvc_jax.stage import (
+    Spec,
     is_complete,
     open_stage,
     read_input,
@@ -77,6 +78,24 @@ def check(config: ConfigDict) -> None:
         ablation_models(config).check(need)
 
 
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the sets depend on; images can be added to them."""
+    section = config.generate.to_dict()
+    settings = {
+        "seed": config.seed,
+        "data": config.data.to_dict(),
+        "base": config.base.to_dict(),
+        "generate": {k: v for k, v in section.items() if k not in _NO_RESULT},
+    }
+    return Spec(
+        "generate",
+        settings,
+        inputs=("finetune", "mix"),
+        grows=_GROWS,
+        grows_with=("mix",),
+    )
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws every set, shard by shard; existing shards are kept."""
     workdir, section = epath.Path(workdir), config.generate
@@ -84,24 +103,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if section.limit:
         draw_contact_sheet(config, workdir)
         return
-    shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
-    settings = {
-        "seed": config.seed,
-        "data": config.data.to_dict(),
-        "base": config.base.to_dict(),
-        "generate": shaping,
-    }
     was_complete = is_complete(workdir, "generate")
     if not was_complete:  # before anything is written
         require_same_weights(workdir)
-    stage = open_stage(
-        workdir,
-        "generate",
-        settings,
-        ("finetune", "mix"),
-        grows=_GROWS,
-        grows_with=("mix",),
-    )
+    stage = open_stage(workdir, stage_spec(config))
     figures = requested_figures(config, workdir)
     if stage.complete:
         restore_pictures(stage.folder, section)

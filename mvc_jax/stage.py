@@ -28,6 +28,7 @@ from typing import Any
 from etils import epath
 
 from mvc_jax import files
+from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
 
 _PACKAGES = (
@@ -43,8 +44,31 @@ _PACKAGES = (
     "pillow",
     "pyarrow",
 )
+_NONE = "(none)"
 _FINISHED, _STARTED = "manifest.json", "started.json"
 _MAX_HASHED_BYTES = 64 << 20  # larger files are compared by size only
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a stage depends on.
+
+    Attributes:
+      name: of the stage.
+      settings: the config sections that affect its output.
+      inputs: names of the stages whose artifacts it reads; they must be complete.
+      grows: settings that may be raised (rule 8), e.g. `mix.per_image`.
+      grows_with: those of `inputs` with which it grows (rule 8).
+    """
+
+    name: str
+    settings: dict[str, Any]
+    inputs: Sequence[str] = ()
+    grows: Sequence[str] = ()
+    grows_with: Sequence[str] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "settings", _as_on_disk(self.settings))
 
 
 @dataclasses.dataclass
@@ -126,41 +150,30 @@ class Stage:
         (self.folder / _STARTED).unlink(missing_ok=True)
 
 
-def open_stage(
-    workdir: epath.PathLike,
-    name: str,
-    settings: dict[str, Any],
-    inputs: Sequence[str] = (),
-    *,
-    grows: Sequence[str] = (),
-    grows_with: Sequence[str] = (),
-) -> Stage:
+def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     """Opens `workdir/<name>` by the rules at the top of this file.
 
     Args:
       workdir: the run's folder.
-      name: the stage's name.
-      settings: the config sections that affect its output, as plain JSON values.
-      inputs: names of the stages whose artifacts it reads; they must be complete.
-      grows: settings that may be raised (rule 8), e.g. `mix.per_image`.
-      grows_with: those of `inputs` with which it grows (rule 8).
+      spec: of the stage.
 
     Raises:
       UserError: an input is missing, or rule 3, 5 or 7 applies.
     """
     workdir = epath.Path(workdir)
-    folder = workdir / name
-    settings = _as_on_disk(settings)
-    read = {stage: read_input(workdir, stage, reader=name) for stage in inputs}
-    hashes = {stage: _identity(record) for stage, record in read.items()}
-    stage = Stage(name, folder, False, settings, hashes)
+    folder = workdir / spec.name
+    read = {name: read_input(workdir, name, reader=spec.name) for name in spec.inputs}
+    hashes = {name: _identity(record) for name, record in read.items()}
+    stage = Stage(spec.name, folder, False, spec.settings, hashes)
     finished, started = folder / _FINISHED, folder / _STARTED
     for path in (finished, started):
         if not path.exists():
             continue
         record = _read(path)
-        known = {key: read[key].get("grew_from", []) for key in {*grows_with} & {*read}}
-        grew = _require_same_or_grown(path, stage, record, grows, known)
+        known = {name: read[name].get("grew_from", []) for name in spec.grows_with}
+        grew = _require_same_or_grown(path, stage, record, spec.grows, known)
+        if not grew:  # without the fields that are newer than this stage's files
+            stage.settings = record["settings"]
         stage.grew_from = record.get("grew_from", [])
         if path == started:
             stage.earlier = record.get("earlier", {})
@@ -232,15 +245,28 @@ def versions() -> dict[str, str]:
 
 
 def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
-    """One line `field: old -> new` for each leaf in which two nested dicts differ."""
+    """One line `field: old -> new` for each leaf in which two nested dicts differ.
+
+    A config field that the old dict lacks, since it is newer, had its default value.
+    """
     if not (isinstance(new, dict) and isinstance(old, dict)):
         return [] if new == old else [f"{prefix}: {old!r} -> {new!r}"]
-    missing = "(none)"
     lines = []
     for key in sorted({*new, *old}):
         inner = f"{prefix}.{key}" if prefix else key
-        lines += differences(new.get(key, missing), old.get(key, missing), inner)
+        before = old[key] if key in old else _default(inner)
+        lines += differences(new.get(key, _NONE), before, inner)
     return lines
+
+
+def _default(name: str) -> Any:
+    """A config field's default as on disk; {} for a section, `_NONE` for others."""
+    part: Any = common.FIELDS
+    for key in name.split("."):
+        part = getattr(part, "fields", {}).get(key)
+    if part is None:
+        return _NONE
+    return _as_on_disk(part.default) if isinstance(part, fields.Field) else {}
 
 
 def _start(stage: Stage) -> None:
@@ -321,34 +347,31 @@ def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
     return _read(path)
 
 
-def require_made_by(
-    workdir: epath.PathLike, name: str, settings: dict[str, Any], reader: str
-) -> None:
+def require_made_by(workdir: epath.PathLike, spec: Spec, reader: str) -> None:
     """Checks that a finished stage was made with these settings.
 
     Args:
       workdir: the run's folder.
-      name: the stage that is read.
-      settings: the settings that it must have.
+      spec: of the stage that is read.
       reader: the stage that reads it, for the error.
 
     Raises:
       UserError: it was made with other settings, or is not finished.
     """
-    made_by = read_input(workdir, name, reader)["settings"]
-    differing = differences(_as_on_disk(settings), made_by)
+    made_by = read_input(epath.Path(workdir), spec.name, reader)["settings"]
+    differing = differences(spec.settings, made_by)
     if differing:
         raise UserError(
             f"stage {reader}",
-            wanted=f"a stage {name} that was made with this run's settings",
+            wanted=f"a stage {spec.name} that was made with this run's settings",
             got=f"one made with others ({'; '.join(differing)})",
-            fix=f"Undo these changes, or add {name} to --config.stages: it may be able "
-            "to add what is missing.",
+            fix=f"Undo these changes, or add {spec.name} to --config.stages: it may be "
+            "able to add what is missing.",
         )
 
 
-def _as_on_disk(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings))  # tuples become lists
+def _as_on_disk(value: Any) -> Any:
+    return json.loads(json.dumps(value))  # tuples become lists
 
 
 def _identity(manifest: dict) -> str:

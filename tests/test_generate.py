@@ -25,7 +25,7 @@ from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.mixing import operations
 from mvc_jax.screening import distances
-from mvc_jax.stage import open_stage, read_manifest
+from mvc_jax.stage import Spec, open_stage, read_manifest
 from mvc_jax.training import sharding
 
 IMAGES, LENGTH, WIDTH = 5, 12, 16  # real images; shape of `tiny`'s text states
@@ -55,7 +55,7 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     names, labels = ["one", "two"], [i % 2 for i in range(IMAGES)]
 
     def finish(name, written, inputs=()):
-        open_stage(workdir, name, {}, inputs).finish(written)
+        open_stage(workdir, Spec(name, {}, inputs)).finish(written)
 
     folder = workdir / "caption"
     pixels = draw.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
