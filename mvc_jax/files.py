@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 
@@ -26,8 +27,11 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of a disk that became read-only
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # writing to an open file names none
         raise
 
 
@@ -46,6 +50,19 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 def read_json(path: epath.PathLike) -> Any:
     return json.loads(epath.Path(path).read_text())
+
+
+def read_record(path: epath.PathLike) -> dict[str, Any]:
+    """The object in a JSON file that only informs; {} if it is missing or damaged."""
+    path = epath.Path(path)
+    try:
+        content = read_json(path) if path.exists() else {}
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        logging.warning("%s is damaged and not used: %s", path, error)
+        return {}
+    return content
 
 
 def write_jsonl(path: epath.PathLike, rows: list[dict]) -> None:

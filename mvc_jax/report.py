@@ -15,13 +15,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
-from etils import epath
+from etils import epath, epy
 from ml_collections import ConfigDict
 from PIL import Image
 
 from mvc_jax import files, pictures
 from mvc_jax.data import splits
 from mvc_jax.stage import Spec, open_stage
+
+with epy.lazy_imports():
+    from mvc_jax.training import metrics as metrics_log
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
 _MODES = ("coarse", "fine")
@@ -100,7 +103,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         curves=_curves(workdir),
         figures=_figures(workdir / "generate"),
         config=config.to_dict(),
-        timings=_read_optional(workdir / "timings.json"),
+        timings=_timings(workdir),
         manifests=_manifests(workdir),
     )
     files.write_text(stage.folder / "report.html", page)
@@ -309,10 +312,9 @@ def _figures(folder: epath.Path) -> list[dict]:
 
 def _curves(workdir: epath.Path) -> list[dict]:
     """Plots the loss of every training loop; seeds of a run share a plot."""
-    path = workdir / "metrics.jsonl"
     loops: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in files.read_jsonl(path) if path.exists() else []:
-        if isinstance(row.get("loss"), int | float):
+    for row in metrics_log.read_rows(workdir):
+        if "loss" in row:
             name = re.sub(r"/seed-[\d-]+$", "", row["stage"])
             lines = loops.setdefault(name, {})
             lines.setdefault(row["stage"], []).append((row["step"], row["loss"]))
@@ -361,5 +363,12 @@ def _manifests(workdir: epath.Path) -> dict[str, dict]:
     }
 
 
-def _read_optional(path: epath.Path) -> dict[str, Any]:
-    return files.read_json(path) if path.exists() else {}
+def _timings(workdir: epath.Path) -> dict[str, dict[str, float]]:
+    """Reads the times of stages, without those of a damaged file."""
+    names = ("seconds", "compile_seconds", "peak_rss_mib")
+    return {
+        stage: row
+        for stage, row in files.read_record(workdir / "timings.json").items()
+        if isinstance(row, dict)
+        and all(type(row.get(name)) in (int, float) for name in names)
+    }

@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import __version__, configs, files
 from mvc_jax.configs import common, fields
-from mvc_jax.errors import UserError, is_full_disk
+from mvc_jax.errors import UserError, no_room
 from mvc_jax.stage import is_complete, require_made_by
 from mvc_jax.training import console, preemption, runtime
 
@@ -100,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted; rerun the same command to resume", file=sys.stderr)
             return 130
         except Exception as error:
-            if workdir is None or not is_full_disk(error):
+            full = workdir and no_room(error, workdir)
+            if not full:
                 raise
-            return _fail(_full_disk_message(error, workdir))
+            return _fail(str(full))
         return 0
 
 
@@ -197,7 +198,7 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
         return False
     seconds = time.monotonic() - began
     timings = workdir / "timings.json"
-    record = files.read_json(timings) if timings.exists() else {}
+    record = files.read_record(timings)
     record[name] = {
         "seconds": round(seconds, 2),
         "compile_seconds": round(runtime.compile_seconds() - compiled, 2),
@@ -418,7 +419,7 @@ def check_workdir(workdir: epath.Path, min_free_gib: float) -> None:
         files.write_text(workdir / ".writable", "")
         (workdir / ".writable").unlink()
     except (OSError, ImportError) as error:
-        if is_full_disk(error):
+        if no_room(error, workdir):
             raise
         raise UserError(
             f"--workdir={workdir}",
@@ -489,19 +490,6 @@ def _fail(message: str, details: Sequence[str] = ()) -> int:
     if len(details) > _MAX_DETAILS:
         print(f"  ... and {len(details) - _MAX_DETAILS} more", file=sys.stderr)
     return 2
-
-
-def _full_disk_message(error: BaseException, workdir: epath.Path) -> str:
-    path = getattr(error, "filename", None) or workdir
-    free = shutil.disk_usage(workdir).free if _is_local(workdir) else 0
-    return str(
-        UserError(
-            str(path),
-            wanted="space to write",
-            got=f"a full disk ({free} bytes free)",
-            fix="Free some, then rerun the same command to resume.",
-        )
-    )
 
 
 if __name__ == "__main__":

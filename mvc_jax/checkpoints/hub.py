@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 from huggingface_hub import constants, errors, utils
 
-from mvc_jax.errors import UserError, is_full_disk
+from mvc_jax.errors import UserError, no_room
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -190,7 +190,8 @@ def download(
             name, allow_patterns=list(patterns), **options
         )
     except (OSError, ValueError) as error:  # base classes of the library's errors
-        if is_full_disk(error):
+        if no_room(error, constants.HF_HUB_CACHE):
+            error.filename = getattr(error, "filename", None) or constants.HF_HUB_CACHE
             raise
         command = download_command(name, patterns, revision)
         raise _not_available(field, name, command, error) from error

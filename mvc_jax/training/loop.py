@@ -280,6 +280,7 @@ def _end_step(
             if validation and (step % validation.every == 0 or last):
                 row = logger.add_to_row(step, validation.measure(state))
             if logger.may_save(state):
+                logger.flush()
                 checkpoints.save(step, state, row)
     logger.raise_if_diverged()
     logger.draw(step, state)  # after the save, as drawing may fail

@@ -171,6 +171,13 @@ class TrainLogger:
         self._log.write(step, **values)
         return self._last | values
 
+    def flush(self) -> None:
+        """Writes all rows to the disk; to be called before a checkpoint is saved.
+
+        Otherwise a run that is killed after the save would lack the rows before it.
+        """
+        self._log.flush()
+
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Excludes the time spent in the block from the rates."""
