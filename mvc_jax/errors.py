@@ -124,7 +124,8 @@ def no_room(
                 continue
             path = getattr(part, "filename", None)
             free = f"{_free(path or folder)} bytes free"
-            if path is None and (temporary := tempfile.gettempdir()) != str(folder):
+            if path is None and not size:
+                temporary = tempfile.gettempdir()
                 free += f", {_free(temporary)} in {temporary}"
             if code == errno.EFBIG:
                 free = f"{resource.getrlimit(resource.RLIMIT_FSIZE)[0]} bytes"
