@@ -28,7 +28,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import logging
@@ -198,6 +198,7 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
             stage.grew_from = [*stage.grew_from, _identity(record)]
         else:
             stage.complete = _require_artifacts(stage, record, spec.restores)
+            _require_no_strangers(folder, record["artifacts"])
             if not stage.complete:
                 require_inputs(workdir, spec)
         if grew:
@@ -230,6 +231,7 @@ def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
         for file, described in manifest["artifacts"].items():
             if not _holds(digests, file, described):
                 raise _damaged_input(workdir / name / file, name, spec.name)
+        _require_no_strangers(workdir / name, manifest["artifacts"])
         for input_, identity in manifest["inputs"].items():
             record = read_input(workdir, input_, reader=name)
             if identity not in (_identity(record), *record.get("grew_from", ())):
@@ -241,6 +243,23 @@ def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
                     fix=f"Add {name} to --config.stages: it says what to do.",
                 )
             todo.append(input_)
+
+
+def _require_no_strangers(folder: epath.Path, artifacts: Iterable[str]) -> None:
+    """Raises a `UserError` for a Parquet file beside those that the stage wrote.
+
+    Readers, other people's as well, take all such files of a folder for one dataset.
+    """
+    shards = {name for name in artifacts if name.endswith(".parquet")}
+    for place in sorted({name.rpartition("/")[0] for name in shards}):
+        for path in files.matching(folder, f"{place}/*.parquet"):
+            if f"{place}/{path.name}" not in shards:
+                raise UserError(
+                    str(path),
+                    wanted=f"only the files that the stage {folder.name} wrote",
+                    got="another one",
+                    fix="Move it to another folder.",
+                )
 
 
 def verify(workdir: epath.PathLike, spec: Spec) -> int:
