@@ -54,7 +54,17 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     },
 }
 LEAVES = {"devices", "errors", "files", "imports", "pictures"}
-COMMAND = {"train", "pipeline", "plan"}  # the command line
+COMMAND = {  # what is around the stages
+    "train",
+    "command_line",
+    "pipeline",
+    "plan",
+    "redo",
+    "results",
+    "run_config",
+    "run_folder",
+    "take_over",
+}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | COMMAND | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
