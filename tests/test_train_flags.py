@@ -567,7 +567,7 @@ def test_the_message_at_the_end_of_a_run(
 def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeypatch):
     """The second would delete the temporary files of the first."""
     flags = [f"--config={DIGITS}", f"--workdir={workdir}"]
-    command = [*flags, "--config.stages=caption"]
+    command = [*flags, "--config.stages=caption,pretrain"]
     temporary = workdir / ".tmp-1-metrics.jsonl"
     messages = []
 
@@ -578,7 +578,7 @@ def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeyp
 
     monkeypatch.setattr(train, "run_stage", run_stage)
     assert train.main(["train", *command]) == 0
-    assert messages == [
+    assert messages == 2 * [
         f"--workdir={workdir}: wanted a folder that no other run is using, got one in "
         "use by another process. Wait until it has ended, or choose another folder."
     ]
