@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,33 @@ def read_record(path: epath.PathLike) -> dict[str, Any]:
         logging.warning("%s is damaged and not used: %s", path, error)
         return {}
     return content
+
+
+def read_rows(
+    path: epath.PathLike, valid: Callable[[dict], bool] = lambda row: True
+) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that only informs; [] if it is missing.
+
+    Args:
+      path: of the file.
+      valid: whether a row, which is a JSON object, has the wanted fields. Others, and
+        lines that are damaged, are left out with a warning.
+    """
+    path = epath.Path(path)
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows, damaged = [], 0
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and valid(row):
+            rows.append(row)
+        else:
+            damaged += 1
+    if damaged:
+        logging.warning("%s: %d damaged rows are not used", path, damaged)
+    return rows
 
 
 def write_jsonl(path: epath.PathLike, rows: list[dict]) -> None:

@@ -1,6 +1,8 @@
 """Each numbered rule at the top of stage.py has at least one test."""
 
 import copy
+import os
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -72,7 +74,7 @@ def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, fin
     message = str(error.value)
     assert "(mix.tokens: 4 -> 5)" in message
     assert "seed" not in message
-    for fix in ("Undo these", "--workdir", f"delete {tmp_path / 'mix'}"):
+    for fix in ("Undo these", "--redo=mix", f"--workdir and add --from={tmp_path}"):
         assert fix in message
     assert contents(tmp_path) == before
 
@@ -375,3 +377,90 @@ def test_a_field_that_is_newer_than_a_stage_had_its_default(tmp_path):
     known = stage.read_manifest(tmp_path, "mix")
     assert not make(tmp_path, settings=default, text="made").inputs
     assert stage.read_manifest(tmp_path, "mix") == known
+
+
+def test_a_parquet_file_that_the_stage_did_not_write_is_named(tmp_path):
+    opened = open_stage(tmp_path, Spec("generate", {}))
+    files.write_text(opened.folder / "mixed/data/train-00000.parquet", "rows")
+    opened.finish(["mixed/data/train-00000.parquet"])
+    files.write_text(opened.folder / "mixed/data/notes.txt", "of the user")
+    stage.require_inputs(tmp_path, Spec("classify", {}, ["generate"]))
+    stray = opened.folder / "mixed" / "data" / "train-00001.parquet"
+    files.write_text(stray, "rows")
+    for attempt in (
+        lambda: stage.require_inputs(tmp_path, Spec("classify", {}, ["generate"])),
+        lambda: open_stage(tmp_path, Spec("generate", {})),
+    ):
+        with pytest.raises(UserError, match="got another one. Move it") as error:
+            attempt()
+        assert error.value.name == str(stray)
+
+
+def test_rule_6_a_damaged_file_that_the_stage_makes_again_is_deleted(tmp_path):
+    made = make(tmp_path).folder
+    whole = (made / "a.txt").read_bytes()
+    (made / "a.txt").write_text("MADE a.txt")
+    spec = Spec("mix", SETTINGS, restores=("a.*",))
+    assert not open_stage(tmp_path, spec).complete
+    assert not (made / "a.txt").exists()
+    make(tmp_path)
+    assert (made / "a.txt").read_bytes() == whole
+
+    for name in ("a.txt", "below/b.txt"):  # nothing is deleted where another is named
+        (made / name).write_text("MADE")
+    with pytest.raises(UserError, match="below/b.txt: wanted the file that this stage"):
+        open_stage(tmp_path, spec)
+    assert (made / "a.txt").exists()
+
+
+@pytest.mark.parametrize("damaged", ["a.txt", "below/b.txt"])
+@pytest.mark.parametrize("indirectly", [False, True])
+def test_rule_9_a_stage_with_work_compares_all_before_it(tmp_path, damaged, indirectly):
+    make(tmp_path, "encode")
+    make(tmp_path, "pairs", inputs=["encode"])
+    reads = ["pairs"] if indirectly else ["encode"]
+    (tmp_path / "encode" / damaged).write_text("MADE")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"encode/{damaged}: wanted the file that the"):
+        make(tmp_path, inputs=reads)
+    assert contents(tmp_path) == before
+    (tmp_path / "encode" / damaged).unlink()
+    with pytest.raises(
+        UserError, match=f"encode/{damaged}.*no such file. .*add encode"
+    ):
+        make(tmp_path, inputs=reads)
+    make(tmp_path, "encode")
+    make(tmp_path, inputs=reads)
+    (tmp_path / "encode" / damaged).write_text("MADE")
+    assert make(tmp_path, inputs=reads).complete  # it reads nothing
+
+
+def test_rule_9_an_input_that_is_behind_its_own_is_named(tmp_path):
+    make(tmp_path, "encode")
+    make(tmp_path, "pairs", inputs=["encode"])
+    shutil.rmtree(tmp_path / "encode")
+    make(tmp_path, "encode", settings=OTHERS)
+    with pytest.raises(UserError, match="pairs: wanted a stage made from the present"):
+        make(tmp_path, inputs=["pairs"])
+
+
+def test_verifying_hashes_all_and_deletes_what_is_made_again(tmp_path, caplog):
+    opened = make(tmp_path)
+    files.write_text(opened.folder / "picture.png", "of the stage")
+    opened.digests.add(opened.folder / "picture.png")
+    spec = Spec("mix", SETTINGS, restores=("a.*",))
+    assert stage.verify(tmp_path, spec) == (3, [])
+    for name in ("a.txt", "below/b.txt", "picture.png"):
+        path = opened.folder / name
+        times = os.stat(path).st_mtime_ns
+        content = path.read_text()
+        path.write_text(content.upper())
+        os.utime(path, ns=(times, times))  # no trace but the content
+        if name == "below/b.txt":
+            assert stage.verify(tmp_path, spec)[1] == [path]
+            path.write_text(content)
+        else:
+            assert stage.verify(tmp_path, spec)[1] == []
+            assert not path.exists()
+            assert name in caplog.text
+    assert not open_stage(tmp_path, spec).complete

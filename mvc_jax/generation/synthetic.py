@@ -288,24 +288,24 @@ def restore_pictures(folder: epath.Path, digests: Digests) -> int:
     """Writes image files that were deleted from the folder of a set, or damaged.
 
     Args:
-      folder: of a set with image files.
+      folder: of a set with `train/metadata.jsonl`.
       digests: of its files.
 
     Returns:
       the number of files written.
     """
-    train, restored = folder / "train", 0
-    for shard in _shards(folder, ("train", "real")):
+    train = folder / "train"
+    listed = [row["file_name"] for row in files.read_jsonl(train / "metadata.jsonl")]
+    lost = {name for name in listed if not digests.intact(f"{train}/{name}")}
+    for shard in _shards(folder, ("train", "real")) if lost else ():
         with shard.open("rb") as file:
             paths = pq.read_table(file, columns=["image.path"])["path"].to_pylist()
-        lost = {path for path in paths if not digests.intact(f"{train}/{path}")}
-        if not lost:
+        if lost.isdisjoint(paths):
             continue
         with shard.open("rb") as file:
             cells = pq.read_table(file, columns=["image"])["image"].to_pylist()
         _write_pictures(train, [x for x in cells if x["path"] in lost], digests)
-        restored += len(lost)
-    return restored
+    return len(lost)
 
 
 def _write_pictures(
@@ -335,7 +335,8 @@ def real_row(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shards(folder: epath.Path, kinds: Sequence[str]) -> list[epath.Path]:
-    return [x for kind in kinds for x in files.matching(folder, f"data/{kind}-*")]
+    numbered = "-" + 5 * "[0-9]" + ".parquet"
+    return [x for y in kinds for x in files.matching(folder, f"data/{y}{numbered}")]
 
 
 def shard_path(folder: epath.Path, shard: int, kind: str = "train") -> epath.Path:
@@ -368,7 +369,7 @@ def read_rows(
       folder: of the set.
       columns: `label`, columns of `PROVENANCE`, or `image`, uint8 [H, W, 3].
     """
-    for path in files.matching(folder, "data/train-*.parquet"):
+    for path in _shards(epath.Path(folder), ("train",)):
         with path.open("rb") as file:
             table = pq.read_table(file, columns=list(columns))
         for row in table.to_pylist():

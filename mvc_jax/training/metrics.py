@@ -1,13 +1,11 @@
 """Metrics of a run, in `metrics.jsonl` and TensorBoard."""
 
 import contextlib
-import json
 import os
 import time
 from typing import Any
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from mvc_jax import files
@@ -100,24 +98,13 @@ def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
     Each has a `stage`, a `step`, and scalars by name.
     """
-    path = epath.Path(workdir) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_bytes().split(b"\n") if line]
-    rows = [row for row in map(_parse, lines) if row is not None]
-    if len(rows) < len(lines):
-        damaged = len(lines) - len(rows)
-        logging.warning("%s: %d of %d rows are damaged", path, damaged, len(lines))
-    return rows
+    return files.read_rows(epath.Path(workdir) / "metrics.jsonl", valid=_is_row)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-        names = {*row} - {"stage"}
-        good = isinstance(row["stage"], str) and type(row["step"]) is int
-        return (
-            row if good and all(type(row[x]) in (int, float) for x in names) else None
-        )
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return None
+def _is_row(row: dict[str, Any]) -> bool:
+    scalars = [value for name, value in row.items() if name != "stage"]
+    return (
+        isinstance(row.get("stage"), str)
+        and type(row.get("step")) is int
+        and all(type(value) in (int, float) for value in scalars)
+    )
