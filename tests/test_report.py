@@ -451,6 +451,17 @@ def test_optional_sections_are_left_out(tmp_path):
     assert "81.2 ± 1.1" in page.text
 
 
+@pytest.mark.parametrize("damage", ["cut", "[]", '{"finetune": 3}', "\x00"])
+def test_damaged_records_of_a_run_are_left_out_with_a_warning(tmp_path, damage):
+    workdir = make_workdir(tmp_path)
+    for name in ("metrics.jsonl", "timings.json"):
+        path = workdir / name
+        path.write_text(path.read_text()[:-9] if damage == "cut" else damage)
+    page = run_page(workdir)
+    assert "Time and memory" not in page.text
+    assert "81.2 ± 1.1" in page.text
+
+
 def test_images_removed_by_filters_are_a_table(tmp_path):
     assert "Removed by filters" not in run_page(make_workdir(tmp_path / "a")).text
     counts = {"mixed": {"images": 61, "label": 59, "copies": 13}}
