@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
+from mvc_jax.classification import duration
 from mvc_jax.data import captions, duplicates, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
 from mvc_jax.data.decode import Decoder
@@ -43,7 +44,7 @@ _SAVE_SECONDS = 2.0  # of captioning that a kill may cost
 
 
 def check(config: ConfigDict) -> None:
-    """Checks `data` and `caption`, and what else depends on the number of classes.
+    """Checks `data` and `caption`, and what else depends on classes and images.
 
     Opens the source, but decodes no image.
     """
@@ -56,6 +57,7 @@ def check(config: ConfigDict) -> None:
         raise
     _check_captioner(config.caption, source, chosen)
     FilterSettings(**config.generate.filter).require_top(len(source.class_names))
+    duration.check_warmup(config.classify.to_dict(), source.labels[chosen["train"]])
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

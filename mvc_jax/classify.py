@@ -20,10 +20,11 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax import augment, files
-from mvc_jax.classification import runs
+from mvc_jax.classification import duration, runs
+from mvc_jax.data import splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
-from mvc_jax.stage import Spec, Stage, open_stage
+from mvc_jax.stage import Spec, Stage, is_complete, open_stage
 
 with epy.lazy_imports():
     from mvc_jax import devices
@@ -70,6 +71,13 @@ def check(config: ConfigDict) -> None:
             fix="Lower it.",
         )
     _check_network(section, section.size or config.data.size)
+
+
+def check_images(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Checks what depends on the training images, once `caption` has written them."""
+    if is_complete(workdir, "caption"):
+        train = splits.read_split(epath.Path(workdir) / "caption", "train")
+        duration.check_warmup(config.classify.to_dict(), train.labels)
 
 
 def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:

@@ -124,7 +124,10 @@ def run(
             verify_files(config, workdir)
         moved = stages_to_move(redo, stages, config, workdir, source)
         steps = plan.make(stages, config, workdir, redo=moved, source=source)
-        check_stages([step.name for step in steps if step.state != "done"], config)
+        todo = [step.name for step in steps if step.state != "done"]
+        check_stages(todo, config)
+        if "classify" in todo and "caption" not in todo:
+            pipeline.module("classify").check_images(config, workdir)
         plan.require_possible(steps, workdir)
         _prepare(steps, config, workdir)
         if moved:

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from fork_server import ROOT, user_environment
+from PIL import Image
 
-from mvc_jax import files, train
+from mvc_jax import files, pictures, train
 from mvc_jax.errors import UserError, no_room
 from mvc_jax.training import runtime
 from mvc_jax.training.metrics import MetricsLog
@@ -110,11 +112,16 @@ def test_each_write_of_a_stage_may_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runtime, "set_up", lambda _: None)
     monkeypatch.chdir(ROOT)
     replacing = files.replacing
+    for seed, name in enumerate(("a/1.png", "a/2.png", "b/1.png", "b/2.png")):
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        content = pictures.png(Image.fromarray(pixels))
+        files.write_bytes(tmp_path / "images" / name, content)
 
     def run(workdir):
-        flags = ["--config=configs/digits.py", f"--workdir={workdir}"]
-        flags += ["--config.stages=caption", "--config.data.pool=0"]
-        return train.main(["train", *flags, "--config.data.per_class=1"])
+        flags = [f"--config=configs/folder.py:path={tmp_path / 'images'}"]
+        flags += [f"--workdir={workdir}", "--config.stages=caption"]
+        flags += ["--config.caption.captioner=attributes", "--config.data.size=8"]
+        return train.main(["train", *flags, "--config.data.test_fraction=0.5"])
 
     def artifacts(workdir):
         return json.loads((workdir / "caption/manifest.json").read_text())["artifacts"]
