@@ -8,6 +8,7 @@ from sd_families import SCHEDULERS, normal
 
 from mvc_jax.checkpoints.scheduler_config import ddim_config
 from mvc_jax.diffusion import samplers
+from mvc_jax.diffusion.timesteps import leading, linspace
 from mvc_jax.errors import UserError
 from mvc_jax.models import noise_schedule
 
@@ -17,9 +18,9 @@ THEIRS = {  # on the config of an exported folder
     "euler": ("EulerDiscreteScheduler", {}),
 }
 TIMESTEPS = {
-    "ddim": samplers.leading_timesteps,
-    "dpmpp_2m": samplers.linspace_timesteps,
-    "euler": samplers.leading_timesteps,
+    "ddim": leading,
+    "dpmpp_2m": linspace,
+    "euler": leading,
 }
 ALPHAS = noise_schedule.alphas_cumprod(SCHEDULERS["sd1"])
 SHAPE = (2, 2, 3, 4)
@@ -161,7 +162,7 @@ def test_each_converges_and_the_second_order_is_better_than_the_first():
 
 def test_ddim_ends_at_the_first_noise_level_of_training():
     """Where no noise is predicted, latents are only rescaled from level to level."""
-    timesteps = samplers.leading_timesteps(1000, 4)
+    timesteps = leading(1000, 4)
     assert timesteps.tolist() == [751, 501, 251, 1]
     noise = jnp.asarray(normal("start", *SHAPE))
     drawn = make("ddim", 4)(lambda latents, _: jnp.zeros_like(latents), noise)

@@ -1,0 +1,103 @@
+"""What a stage has to do, counted before it runs: what its `price` is given and makes.
+
+Nothing here is read, written or computed on a device.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSizes:
+    """Sizes of a Stable Diffusion, under the names of `models/stable_diffusion.py`.
+
+    Attributes:
+      name: of the model, for people.
+      downsampling: image pixels per latent pixel, along one side.
+      latent_channels: of the autoencoder.
+      context_length: L, tokens of a prompt.
+      text_width: D, dims of a text state.
+      vae_channels: of the autoencoder's first level.
+      unet_channels: of the UNet's first level.
+      parameters: component -> number of parameters.
+    """
+
+    name: str
+    downsampling: int
+    latent_channels: int
+    context_length: int
+    text_width: int
+    vae_channels: int
+    unet_channels: int
+    parameters: Mapping[str, int]
+
+    def text_shape(self) -> tuple[int, int]:
+        """Shape of a prompt's text states."""
+        return self.context_length, self.text_width
+
+    def moments_shape(self, size: int) -> tuple[int, int, int]:
+        """Shape of the moments of an image of `size` pixels a side."""
+        side = size // self.downsampling
+        return side, side, 2 * self.latent_channels
+
+    def unet_bytes(self, size: int) -> int:
+        """Bytes in bfloat16 of one tensor of the UNet's first level, for an image."""
+        return 2 * (size // self.downsampling) ** 2 * self.unet_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much there is to work on.
+
+    Attributes:
+      pool: images of the base pool.
+      train: training images of each class.
+      test: test images.
+      prompts: the smallest and the largest number of distinct prompts.
+      recipes: synthetic images of a set.
+      base: the model to start from.
+    """
+
+    pool: int
+    train: tuple[int, ...]
+    test: int
+    prompts: tuple[int, int]
+    recipes: int
+    base: BaseSizes
+
+    @property
+    def images(self) -> int:
+        """Training images."""
+        return sum(self.train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a stage would make if it started now, and what that takes.
+
+    Attributes:
+      makes: what -> how many of it.
+      unit: the item of `makes` to which the time is proportional; "": none is.
+      speed: settings on which the time of such an item depends.
+      on_devices: whether the time depends on the accelerators too.
+      disk: what -> bytes, at most.
+      asks: bytes that must be free when the stage starts, at least; None: all `disk`.
+      leaves: bytes that it has written at its end, at least; None: all `disk`.
+      host: what -> bytes of the host's memory at one time, at least.
+      devices: what -> bytes of the memory of all devices at one time, at least.
+    """
+
+    makes: dict[str, int]
+    unit: str = ""
+    speed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    on_devices: bool = False
+    disk: dict[str, int] = dataclasses.field(default_factory=dict)
+    asks: int | None = None
+    leaves: int | None = None
+    host: dict[str, int] = dataclasses.field(default_factory=dict)
+    devices: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self.disk.values())
