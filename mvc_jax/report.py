@@ -22,6 +22,7 @@ from PIL import Image
 from mvc_jax import files, pictures
 from mvc_jax.data import splits
 from mvc_jax.stage import Spec, open_stage
+from mvc_jax.work import Sizes, Work
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
 _MODES = ("coarse", "fine")
@@ -62,6 +63,11 @@ class _Inputs:
 
 def check(config: ConfigDict) -> None:
     """Nothing: no field depends on another one, or on a file."""
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to show: one page, of all recipes."""
+    return Work({"pages": 1}, unit="pages", speed={"recipes": sizes.recipes})
 
 
 def stage_spec(config: ConfigDict) -> Spec:

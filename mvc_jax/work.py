@@ -32,6 +32,11 @@ class BaseSizes:
     unet_channels: int
     parameters: Mapping[str, int]
 
+    @property
+    def speed(self) -> dict[str, Any]:
+        """On what of it the time of a step depends."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
+
     def text_shape(self) -> tuple[int, int]:
         """Shape of a prompt's text states."""
         return self.context_length, self.text_width
@@ -86,6 +91,7 @@ class Work:
       leaves: bytes that it has written at its end, at least; None: all `disk`.
       host: what -> bytes of the host's memory at one time, at least.
       devices: what -> bytes of the memory of all devices at one time, at least.
+      lower: fields of the config that can be lowered where memory is too small.
     """
 
     makes: dict[str, int]
@@ -97,6 +103,7 @@ class Work:
     leaves: int | None = None
     host: dict[str, int] = dataclasses.field(default_factory=dict)
     devices: dict[str, int] = dataclasses.field(default_factory=dict)
+    lower: tuple[str, ...] = ()
 
     @property
     def disk_bytes(self) -> int:

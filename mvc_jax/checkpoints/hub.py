@@ -97,9 +97,7 @@ def download(
     return epath.Path(folder)
 
 
-def cached(
-    name: str, patterns: Sequence[str], revision: str = ""
-) -> epath.Path | None:
+def cached(name: str, patterns: Sequence[str], revision: str = "") -> epath.Path | None:
     """The folder of a snapshot in the library's cache, None if there is none.
 
     It may lack files; nothing is downloaded.

@@ -156,8 +156,8 @@ class Trainer:
         self._image_shape = data.rows.parts[0].shape[1:]
         self._fixed = self._images_on_device(memory.device_bytes(mesh.local_devices[0]))
         real = len(data.pools[""].real)
-        self.steps = (
-            math.ceil(options.epochs * real / options.batch_size) or options.steps
+        self.steps = regimes.steps_of_a_fit(
+            options.steps, options.epochs, real=real, batch_size=options.batch_size
         )
         if options.warmup > self.steps:
             raise UserError(

@@ -6,6 +6,7 @@ step for the same number of steps. Learning rates are `fits.FitOptions.rates`.
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 from jaxtyping import Int
@@ -151,6 +152,18 @@ def schedule(
         index = np.concatenate([index, extra], axis=1)
         weight = np.concatenate([weight, added.astype(np.float32)], axis=1)
     return {"index": index, "weight": weight}
+
+
+def steps_of_a_fit(steps: int, epochs: float, *, real: int, batch_size: int) -> int:
+    """Number of steps of every fit.
+
+    Args:
+      steps: their number, unless `epochs` says otherwise.
+      epochs: over the real images; 0: none.
+      real: number of real images that are trained on.
+      batch_size: B.
+    """
+    return math.ceil(epochs * real / batch_size) or steps
 
 
 def first_phase(steps: int, phase_two: float) -> int:

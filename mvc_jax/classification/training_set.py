@@ -204,13 +204,20 @@ def _stored(
     return store(path, small, count, size)
 
 
+def held_out(members: int, fraction: float) -> int:
+    """Number of a class's images that are held out; one stays in training."""
+    if not fraction:
+        return 0
+    return min(max(round(fraction * members), 1), members - 1)
+
+
 def _hold_out(train: splits.Split, fraction: float, seed: int) -> np.ndarray:
     """Draws `fraction` of the rows of each class; at least one stays in training."""
     labels = train.labels
     held: list[int] = []
     for label in np.unique(labels) if fraction else ():
         members = np.flatnonzero(labels == label)
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        count = held_out(len(members), fraction)
         draw = order.generator(seed, "classify/validation", int(label))
         held += draw.permutation(members)[:count].tolist()
     return np.asarray(sorted(held), np.int32)

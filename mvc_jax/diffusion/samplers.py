@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mvc_jax.diffusion.guidance_interval import ALWAYS, segments
 from mvc_jax.diffusion.timesteps import TIMESTEPS

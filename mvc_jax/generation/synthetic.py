@@ -269,6 +269,22 @@ class Store:
         return record
 
 
+def raw_bytes(images: int, side: int, *, pictures: bool) -> int:
+    """Bytes of images on disk if compression saved nothing.
+
+    Args:
+      images: how many.
+      side: pixels along a side.
+      pictures: whether they are also written as files.
+    """
+    return images * (2 if pictures else 1) * 3 * side**2
+
+
+def images_on_disk(folder: epath.Path, shard_size: int) -> int:
+    """Number of images of a set that are drawn already, at most; opens no shard."""
+    return len(_shards(folder, ("train",))) * shard_size
+
+
 def restore_pictures(folder: epath.Path) -> int:
     """Writes image files that were deleted from the folder of a set.
 

@@ -42,7 +42,7 @@ class StableDiffusion:
     Attributes:
       configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`; the last is
         DDIM's, with the noise and the `prediction_type` of the model.
-      tokenizer: CLIP's.
+      tokenizer: CLIP's; None: no text will be read.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: implementation in the UNet, one of `attention.CHOICES`.
       remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
@@ -52,7 +52,7 @@ class StableDiffusion:
     """
 
     configs: dict[str, dict[str, Any]]
-    tokenizer: transformers.CLIPTokenizerFast
+    tokenizer: transformers.CLIPTokenizerFast | None
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
@@ -241,11 +241,20 @@ class StableDiffusion:
 
     def _trace_shapes(self, component: str) -> Any:
         if component == "text_encoder":
-            ids = jnp.zeros((1, self.context_length), jnp.int32)
-            init = functools.partial(self.text_encoder.init, input_ids=ids)
-            init = functools.partial(init, attention_mask=ids, position_ids=ids)
-            return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
-        return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
+            init = self._init_text_encoder
+        else:
+            init = getattr(self, component).init_weights
+        # A key outside of the trace would start the backend.
+        return jax.eval_shape(lambda: init(jax.random.key(0)))
+
+    def _init_text_encoder(self, key: Array) -> Params:
+        ids = jnp.zeros((1, self.context_length), jnp.int32)
+        init = functools.partial(self.text_encoder.init, key, input_ids=ids)
+        return init(attention_mask=ids, position_ids=ids)["params"]
+
+    def count_parameters(self, component: str) -> int:
+        """Number of parameters of a component; starts no backend."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes(component)))
 
     def with_compute_options(
         self,

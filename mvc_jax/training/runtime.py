@@ -124,6 +124,16 @@ def ask_devices() -> Devices:
     return Devices(*json.loads(answer.stdout.strip().splitlines()[-1]))
 
 
+def own_devices() -> Devices | None:
+    """The devices of this process; None if it has not started a backend."""
+    if not start.cache_info().currsize:
+        return None
+    import jax
+
+    devices = jax.devices()
+    return Devices(devices[0].device_kind, len(devices), 0)
+
+
 def note_program(name: str, size: int) -> None:
     """Notes the bytes that a compiled training step takes on a device."""
     _program_bytes[name] = max(size, _program_bytes.get(name, 0))
