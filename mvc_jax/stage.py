@@ -17,12 +17,14 @@
    that read it treat it as a changed input, unless they grow with it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -45,7 +47,12 @@ _PACKAGES = (
     "pyarrow",
 )
 _NONE = "(none)"
+_GROWN = "(grown)"  # in place of the hash of a manifest that is yet to be written
 _FINISHED, _STARTED = "manifest.json", "started.json"
+_ENTRIES = {  # that are read
+    _FINISHED: {"settings", "inputs", "artifacts"},
+    _STARTED: {"settings", "inputs"},
+}
 _MAX_HASHED_BYTES = 64 << 20  # larger files are compared by size only
 
 
@@ -136,8 +143,8 @@ class Stage:
                 wanted="the earlier file with new rows appended",
                 got="different rows where the earlier ones were",
                 fix="Another version of a library may draw differently: install the "
-                f"versions listed in {self.folder / _FINISHED}, or delete "
-                f"{self.folder} and the stages after it to run them again.",
+                f"versions listed in {self.folder / _FINISHED}, or "
+                f"{way_out(self.name)}.",
             )
 
     def abandon(self) -> None:
@@ -163,35 +170,168 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     workdir = epath.Path(workdir)
     folder = workdir / spec.name
     read = {name: read_input(workdir, name, reader=spec.name) for name in spec.inputs}
-    hashes = {name: _identity(record) for name, record in read.items()}
+    inputs = {name: Input.of(manifest) for name, manifest in read.items()}
+    found = compare(workdir, spec, inputs)
+    if found.changed:
+        raise found.error()
+    hashes = {name: input_.identity for name, input_ in inputs.items()}
     stage = Stage(spec.name, folder, False, spec.settings, hashes)
-    finished, started = folder / _FINISHED, folder / _STARTED
-    for path in (finished, started):
-        if not path.exists():
-            continue
-        record = _read(path)
-        known = {name: read[name].get("grew_from", []) for name in spec.grows_with}
-        grew = _require_same_or_grown(path, stage, record, spec.grows, known)
-        if not grew:  # without the fields that are newer than this stage's files
+    if found.path is None:
+        _start(stage)
+    else:
+        record = found.record
+        if not found.growth:  # without the fields that are newer than its files
             stage.settings = record["settings"]
         stage.grew_from = record.get("grew_from", [])
-        if path == started:
+        if not found.finished:
             stage.earlier = record.get("earlier", {})
-        elif grew:
+        elif found.growth:
             _artifacts_exist(folder, record)
             stage.earlier = record
             stage.grew_from = [*stage.grew_from, _identity(record)]
         else:
             stage.complete = _artifacts_exist(folder, record)
-        if grew:
+        if found.growth:
             _start(stage)
-            finished.unlink(missing_ok=True)
-        break
-    else:
-        _start(stage)
+            (folder / _FINISHED).unlink(missing_ok=True)
     if not stage.complete:
         files.remove_temporaries(folder)
     return stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a stage knows of another one that it reads.
+
+    Attributes:
+      identity: hash of its manifest; None: not known before it has run again, and so
+        taken for the one that the reader knows.
+      earlier: the hashes that it had before it grew (rule 8).
+    """
+
+    identity: str | None
+    earlier: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Input":
+        return cls(_identity(manifest), manifest.get("grew_from", []))
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The record of a stage, compared with what the stage depends on now.
+
+    Attributes:
+      name: of the stage.
+      path: the record: a manifest, or the `started.json` of an unfinished stage; None:
+        there is none.
+      record: its content.
+      changed: a line for each setting and input with which rule 3 or 5 applies.
+      growth: a line for each with which rule 8 applies.
+    """
+
+    name: str
+    path: epath.Path | None = None
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    changed: Sequence[str] = ()
+    growth: Sequence[str] = ()
+
+    @property
+    def finished(self) -> bool:
+        return self.path is not None and self.path.name == _FINISHED
+
+    @property
+    def grows(self) -> bool:
+        """Whether rule 8 applies, now or since the stage was last finished."""
+        return bool(self.growth or self.record.get("earlier"))
+
+    def as_input(self) -> Input:
+        """What stages that read this one will know of it once it is up to date."""
+        earlier = self.record.get("grew_from", [])
+        if self.finished and not self.growth:
+            return Input(_identity(self.record), earlier)
+        if self.finished:
+            return Input(_GROWN, [*earlier, _identity(self.record)])
+        return Input(_GROWN if self.grows else None, earlier)
+
+    def missing(self) -> list[str]:
+        """Files of a finished stage that rule 6 would write again.
+
+        Raises:
+          UserError: rule 7 applies.
+        """
+        folder = self.path.parent
+        if _artifacts_exist(folder, self.record):
+            return []
+        return [n for n in self.record["artifacts"] if not (folder / n).exists()]
+
+    def error(self) -> UserError:
+        """The error of rule 3 or 5."""
+        workdir = shlex.quote(str(self.path.parent.parent))
+        return UserError(
+            str(self.path),
+            wanted="the settings of this run",
+            got=f"a stage made with others ({'; '.join(self.changed)})",
+            fix=f"Undo these changes; or {way_out(self.name)}; or choose a new "
+            f"--workdir and add --from={workdir}, which takes over all other stages.",
+        )
+
+
+def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) -> Found:
+    """Compares a stage on disk with its spec and its inputs; changes nothing.
+
+    Its artifacts are not looked at.
+
+    Args:
+      workdir: the run's folder.
+      spec: of the stage.
+      inputs: name -> what is known of it, or will be, for all of `spec.inputs`.
+
+    Raises:
+      UserError: the record is damaged.
+    """
+    for file in (_FINISHED, _STARTED):
+        path = epath.Path(workdir) / spec.name / file
+        if not path.exists():
+            continue
+        record = _read(path)
+        lines = differences(spec.settings, record["settings"])
+        larger = [
+            f"{name}:"
+            for name in spec.grows
+            if _is_larger(spec.settings, record["settings"], name)
+        ]
+        growth = [line for line in lines if line.startswith((*larger,))]
+        changed = [line for line in lines if line not in growth]
+        for name in sorted({*inputs, *record["inputs"]}):
+            before, now = record["inputs"].get(name), inputs.get(name, Input(""))
+            if before is not None and now.identity in (before, None):
+                continue
+            if name in spec.grows_with and before in now.earlier:
+                growth.append(f"stage {name} has grown")
+            elif now.identity == _GROWN:
+                changed.append(f"stage {name} grows")
+            else:
+                changed.append(f"stage {name} was run again")
+        return Found(spec.name, path, record, changed, growth)
+    return Found(spec.name)
+
+
+def way_out(*names: str) -> str:
+    """How to make stages again, as a clause of an error's `fix`."""
+    it = "it" if len(names) == 1 else "them"
+    return (
+        f"add --redo={','.join(names)} to make {it} and what depends on {it} again "
+        "(the old files are moved aside)"
+    )
+
+
+def recorded_inputs(workdir: epath.PathLike, name: str) -> set[str]:
+    """Names of the stages that a stage read; empty without a record of it."""
+    for file in (_FINISHED, _STARTED):
+        with contextlib.suppress(OSError, UserError):
+            return {*_read(epath.Path(workdir) / name / file)["inputs"]}
+    return set()
 
 
 def is_complete(workdir: epath.PathLike, name: str) -> bool:
@@ -225,8 +365,7 @@ def require_unchanged(workdir: epath.PathLike, name: str, suffix: str = "") -> N
                 str(path),
                 wanted="the file that this stage wrote",
                 got="one that was changed since" if there else "no such file",
-                fix=f"Restore it, or delete {folder} and the stages after it to run "
-                "them again.",
+                fix=f"Restore it, or {way_out(name)}.",
             )
 
 
@@ -277,51 +416,6 @@ def _start(stage: Stage) -> None:
     files.write_json(stage.folder / _STARTED, record)
 
 
-def _require_same_or_grown(
-    path: epath.Path,
-    stage: Stage,
-    earlier: dict,
-    grows: Sequence[str],
-    known: dict[str, list[str]],
-) -> bool:
-    """Whether the stage grew by rule 8; raises if anything else differs.
-
-    Args:
-      path: the file that `earlier` was read from, for the error.
-      stage: the stage with its new settings and inputs.
-      earlier: the record of its old settings and inputs.
-      grows: settings that may be larger now.
-      known: name of an input that may have grown -> its earlier manifest hashes.
-
-    Raises:
-      UserError: a setting or an input changed in another way.
-    """
-    larger = [f for f in grows if _is_larger(stage.settings, earlier["settings"], f)]
-    changed = [
-        line
-        for line in differences(stage.settings, earlier["settings"])
-        if line.partition(":")[0] not in larger
-    ]
-    grown = []
-    for name in sorted({*stage.inputs, *earlier["inputs"]}):
-        before = earlier["inputs"].get(name)
-        if before == stage.inputs.get(name):
-            continue
-        if before in known.get(name, ()):
-            grown.append(name)
-        else:
-            changed.append(f"stage {name} was run again")
-    if changed:
-        raise UserError(
-            str(path),
-            wanted="the settings of this run",
-            got=f"a stage made with others ({'; '.join(changed)})",
-            fix="Undo these changes or choose a new --workdir; or delete "
-            f"{stage.folder} and the stages after it to run them again.",
-        )
-    return bool(larger or grown)
-
-
 def _is_larger(new: dict, old: dict, field: str) -> bool:
     *above, last = field.split(".")
     for part in above:
@@ -338,36 +432,19 @@ def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
     """
     path = workdir / name / _FINISHED
     if not path.exists():
-        raise UserError(
-            f"stage {reader}",
-            wanted=f"the finished stage {name} in {workdir}",
-            got="none",
-            fix=f"Add {name} to --config.stages or run it first.",
-        )
+        fix = f"Add {name} to --config.stages or run it first."
+        raise missing_input(workdir, name, reader, fix)
     return _read(path)
 
 
-def require_made_by(workdir: epath.PathLike, spec: Spec, reader: str) -> None:
-    """Checks that a finished stage was made with these settings.
-
-    Args:
-      workdir: the run's folder.
-      spec: of the stage that is read.
-      reader: the stage that reads it, for the error.
-
-    Raises:
-      UserError: it was made with other settings, or is not finished.
-    """
-    made_by = read_input(epath.Path(workdir), spec.name, reader)["settings"]
-    differing = differences(spec.settings, made_by)
-    if differing:
-        raise UserError(
-            f"stage {reader}",
-            wanted=f"a stage {spec.name} that was made with this run's settings",
-            got=f"one made with others ({'; '.join(differing)})",
-            fix=f"Undo these changes, or add {spec.name} to --config.stages: it may be "
-            "able to add what is missing.",
-        )
+def missing_input(workdir: epath.Path, name: str, reader: str, fix: str) -> UserError:
+    """The error where stage `reader` has no finished stage `name` to read."""
+    return UserError(
+        f"stage {reader}",
+        wanted=f"the finished stage {name} in {workdir}",
+        got="none",
+        fix=fix,
+    )
 
 
 def _as_on_disk(value: Any) -> Any:
@@ -382,13 +459,16 @@ def _identity(manifest: dict) -> str:
 
 def _read(path: epath.Path) -> dict:
     try:
-        return files.read_json(path)
+        record = files.read_json(path)
+        if not isinstance(record, dict) or not _ENTRIES[path.name] <= record.keys():
+            raise ValueError("some entries are missing")
+        return record
     except ValueError as error:
         raise UserError(
             str(path),
             wanted="the JSON that this stage wrote",
             got=f"a damaged file ({error})",
-            fix=f"Delete {path.parent} to run the stage again.",
+            fix=f"Restore it, or {way_out(path.parent.name)}.",
         ) from error
 
 
@@ -417,9 +497,8 @@ def _artifacts_exist(folder: epath.Path, manifest: dict) -> bool:
                 str(path),
                 wanted="the file that this stage wrote",
                 got="one that was changed since",
-                fix="Restore it, or delete "
-                f"{folder} and the stages after it to run them again. If you meant the "
-                "change, copy the file first: captions can be passed as "
-                "config.caption.file, recipes as config.mix.file.",
+                fix=f"Restore it, or {way_out(folder.name)}. If you meant the change, "
+                "copy the file first: captions can be passed as config.caption.file, "
+                "recipes as config.mix.file.",
             )
     return complete

@@ -40,41 +40,15 @@ from absl import flags, logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import __version__, configs, files
+from mvc_jax import __version__, configs, files, pipeline, plan
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError, is_full_disk
-from mvc_jax.stage import is_complete, require_made_by
 from mvc_jax.training import console, preemption, runtime
 
 with epy.lazy_imports():  # imported at first use: a mistyped flag need not wait for JAX
-    from mvc_jax import (
-        caption,
-        classify,
-        encode,
-        evaluate,
-        finetune,
-        generate,
-        mix,
-        pairs,
-        pretrain,
-        report,
-    )
     from mvc_jax.training import sharding
 
-_MODULES = {  # in the order of the pipeline
-    "caption": caption,
-    "pretrain": pretrain,
-    "encode": encode,
-    "pairs": pairs,
-    "finetune": finetune,
-    "mix": mix,
-    "generate": generate,
-    "classify": classify,
-    "evaluate": evaluate,
-    "report": report,
-}
-STAGES = tuple(_MODULES)
-_MESH_STAGES = ("pretrain", "encode", "finetune", "generate", "classify")
+STAGES = pipeline.STAGES
 _DEFAULT_CONFIG = "configs/digits.py"
 _MAX_DETAILS = 100
 
@@ -109,18 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Checks everything that needs no device, then runs the selected stages."""
     common.FIELDS.check(config)
-    stages = select_stages(config)
+    stages = pipeline.select(config)
     began = time.monotonic()
     check_workdir(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with _locked(workdir):
+        steps = plan.make(stages, config, workdir)
+        check_stages([step.name for step in steps if step.state != "done"], config)
+        plan.require_possible(steps, workdir)
         for leftover in files.matching(workdir, ".tmp-*"):  # of a killed run
             leftover.unlink()
-        check_stages(stages, config, workdir)
         worked = []
         for name in stages:
             if name == "generate" and config.generate.limit:
-                _stage(name).run(config, workdir)
+                pipeline.module(name).run(config, workdir)
                 print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
                 return
             if run_stage(name, config, workdir):
@@ -130,32 +106,20 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     else:
         logging.info("nothing to do: all %d stages are complete", len(stages))
     if stages == ["caption"]:
-        print(_stage("caption").table(workdir))
+        print(pipeline.module("caption").table(workdir))
     else:
         _print_result(workdir)
 
 
-def check_stages(
-    stages: Sequence[str], config: ConfigDict, workdir: epath.Path
-) -> None:
-    """Checks every selected stage that is not complete; starts no JAX backend.
+def check_stages(names: Sequence[str], config: ConfigDict) -> None:
+    """Checks stages that have something to do; starts no JAX backend.
 
     Raises:
-      UserError: a field is wrong, or the recipes to be read have other settings.
+      UserError: a field is wrong.
     """
-    # A contact sheet is drawn even where the stage is complete.
-    sheet = "generate" in stages and config.generate.limit
-    checked = [
-        name
-        for name in stages
-        if not is_complete(workdir, name) or (name == "generate" and sheet)
-    ]
-    for name in checked:
-        _stage(name).check(config)
-    if "generate" in stages and "mix" not in stages and is_complete(workdir, "mix"):
-        # Images of other recipes must not be written under these settings.
-        require_made_by(workdir, _stage("mix").stage_spec(config), reader="generate")
-    if any(name in _MESH_STAGES for name in checked):
+    for name in names:
+        pipeline.module(name).check(config)
+    if any(name in pipeline.MESH_STAGES for name in names):
         check_mesh(config.mesh.data, config.mesh.fsdp)
 
 
@@ -189,7 +153,7 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
     before = path.stat().mtime if path.exists() else None
     began, compiled = time.monotonic(), runtime.compile_seconds()
     try:
-        _stage(name).run(config, workdir)
+        pipeline.module(name).run(config, workdir)
     except preemption.Preempted as stop:
         stop.where = stop.where or name
         raise
@@ -207,28 +171,6 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
     files.write_json(workdir / "config.json", config.to_dict())
     logging.info("%s: done in %.1f s", name, seconds)
     return True
-
-
-def select_stages(config: ConfigDict) -> list[str]:
-    """The stages of `config.stages`, in the pipeline's order.
-
-    `all` includes `pretrain` only if `config.base.path` is empty.
-
-    Raises:
-      UserError: a name is unknown.
-    """
-    names = [name.strip() for name in config.stages.split(",") if name.strip()]
-    if names == ["all"]:
-        return [name for name in STAGES if name != "pretrain" or not config.base.path]
-    unknown = [name for name in names if name not in STAGES]
-    if not names or unknown:
-        raise UserError(
-            "config.stages",
-            wanted=f"all, or some of {','.join(STAGES)}",
-            got=repr(",".join(unknown) or config.stages),
-            fix="Correct the list, e.g. --config.stages=generate,classify.",
-        )
-    return [name for name in STAGES if name in names]
 
 
 def parse_flags(argv: list[str]) -> tuple[ConfigDict, epath.Path]:
@@ -469,14 +411,10 @@ def _is_local(path: epath.Path) -> bool:
     return "://" not in str(path) and not str(path).startswith("gs:")
 
 
-def _stage(name: str) -> Any:
-    return _MODULES[name]
-
-
 def _print_result(workdir: epath.Path) -> None:
     metrics = workdir / "evaluate" / "metrics.json"
     if metrics.exists():
-        print(_stage("evaluate").table(files.read_json(metrics)))
+        print(pipeline.module("evaluate").table(files.read_json(metrics)))
     report = workdir / "report" / "report.html"
     if report.exists():
         print(f"\nreport: {report}")

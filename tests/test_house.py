@@ -54,8 +54,9 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     },
 }
 LEAVES = {"devices", "errors", "files", "imports", "pictures"}
+COMMAND = {"train", "pipeline", "plan"}  # the command line
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
-    "train": STAGES | {"stage", "training", "configs"},
+    "train": STAGES | COMMAND | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
     "contract": {"configs"},  # stage.py
     "leaf": set(),
@@ -85,8 +86,9 @@ def place(path: str) -> tuple[str, str]:
         return ("room" if name in ROOMS else "unknown"), name
     if name in STAGES:
         return "stage", name
-    layers = {"train": "train", "stage": "contract", "__init__": "leaf"}
-    return (layers | dict.fromkeys(LEAVES, "leaf")).get(name, "unknown"), name
+    layers = dict.fromkeys(COMMAND, "train") | dict.fromkeys(LEAVES, "leaf")
+    layers |= {"stage": "contract", "__init__": "leaf"}
+    return layers.get(name, "unknown"), name
 
 
 def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str, str]]:
@@ -122,7 +124,7 @@ def imports_run_one_way(path: str, source: str) -> Iterator[str]:
     allowed = MAY_IMPORT.get(layer, set()) | (LEAVES if layer != "leaf" else set())
     if layer == "room":
         allowed |= {name} | ROOMS[name]
-    known = STAGES | {*ROOMS} | LEAVES | {"stage", "train", "configs"}
+    known = STAGES | {*ROOMS} | LEAVES | COMMAND | {"stage", "configs"}
     for line, part, _, _ in ours(path, ast.parse(source)):
         if part in known and part not in allowed:
             yield (
