@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
@@ -30,7 +31,7 @@ from mvc_jax.data.gather import (
 from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
 from mvc_jax.errors import UserError, require_one_of
 from mvc_jax.screening.settings import FilterSettings
-from mvc_jax.stage import Spec, open_stage, read_manifest
+from mvc_jax.stage import Spec, is_complete, open_stage, read_manifest
 from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
 from mvc_jax.work import Sizes, Work
@@ -111,8 +112,15 @@ def table(workdir: epath.Path) -> str:
     return summary.table(workdir / "caption", counts)
 
 
-def count_images(config: ConfigDict) -> dict[str, np.ndarray]:
-    """Images of each class by split, if none is bad; opens the source, decodes none."""
+def count_images(
+    config: ConfigDict, workdir: epath.Path
+) -> dict[str, Int[np.ndarray, " K"]]:
+    """Images of each class by split: those of a finished stage, or of the source.
+
+    The source is opened, and no image decoded: bad images are not known.
+    """
+    if is_complete(workdir, "caption"):
+        return splits.count_images(workdir / "caption")
     source = _open(config.data)
     rows = _splitter(source, config)(np.ones(len(source), bool))
     classes = len(source.class_names)

@@ -58,6 +58,7 @@ CONDITIONING_FIGURE = "conditionings.png"
 LEVEL_FIGURE = "levels.png"
 # Fields that change the speed or the figures, but no image.
 _NO_RESULT = ("batch_size", "attention", "limit", "conditioning")
+_ROW_BYTES = 600  # of the provenance of an image, in each of two forms
 _GROWS = ("generate.include_real", "generate.folder")
 
 
@@ -103,7 +104,10 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
             "mesh": config.mesh.to_dict(),
         },
         on_devices=True,
-        disk={"images, if nothing is compressed": 0 if section.limit else raw},
+        disk={
+            "images, if nothing is compressed": 0 if section.limit else raw,
+            "their provenance": 0 if section.limit else 2 * _ROW_BYTES * written,
+        },
         asks=0 if section.limit else raw,
         leaves=0,
         host={"the images of a shard": shard * 3 * side**2},

@@ -14,14 +14,14 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, pipeline, plan
-from mvc_jax.data import splits
+from mvc_jax import pipeline, plan
 from mvc_jax.errors import UserError
 from mvc_jax.stage import is_complete
 from mvc_jax.training import rates, runtime
 from mvc_jax.work import BaseSizes, Sizes, Work
 
 _MARGIN = 1.1  # of free disk, as `errors.require_disk_space` asks for
+_OVER = "over"  # what is certain of the memory of all devices
 _STATES = {
     "done": "done",
     "run": "to do",
@@ -160,7 +160,7 @@ def free_bytes(workdir: epath.Path) -> int | None:
 
 def table(prices: Sequence[Price], workdir: epath.Path) -> str:
     """The price of each stage and of the whole run, as lines for a terminal."""
-    rows = [("stage", "", "makes", "disk, at most", "memory", "time")]
+    rows = [("stage", "", "makes", "disk, about", "memory", "time")]
     for price in prices:
         work, state = price.work, _STATES[price.step.state]
         if work is None:
@@ -174,6 +174,8 @@ def table(prices: Sequence[Price], workdir: epath.Path) -> str:
         "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+    if any(row[4].startswith(_OVER) for row in rows):
+        lines += ["", f"{_OVER}: activations are not known before a step is compiled"]
     return "\n".join([*lines, "", line(prices, workdir)])
 
 
@@ -192,7 +194,7 @@ def line(prices: Sequence[Price], workdir: epath.Path) -> str:
     parts += [f"{n:,} {what}" for what, n in counts.items() if n]
     disk, free = sum(work.disk_bytes for _, work in todo), free_bytes(workdir)
     room = "" if free is None else f" ({_bytes(free)} free)"
-    parts.append(f"{_bytes(disk)} of disk at most{room}")
+    parts.append(f"about {_bytes(disk)} of disk{room}")
     known = [price.seconds for price, _ in todo if price.seconds is not None]
     unknown = [price.step.name for price, _ in todo if price.seconds is None]
     if not known:
@@ -211,33 +213,20 @@ def _sizes(config: ConfigDict, folders: dict[str, epath.Path]) -> Sizes:
       config: of the run.
       folders: stage -> the workdir that has it, if any has.
     """
-    counts = _images(config, folders["caption"])
-    train = tuple(counts["train"])
+    counts = pipeline.module("caption").count_images(config, folders["caption"])
+    train = tuple(counts["train"].tolist())
     # Distinct ones, and the empty one.
     prompts = (len(train) + 1, sum(train) + 1)
     if config.caption.captioner == "template":
         prompts = (len(train) + 1, len(train) + 1)
     return Sizes(
-        pool=sum(counts["pool"]),
+        pool=int(counts["pool"].sum()),
         train=train,
-        test=sum(counts["test"]),
+        test=int(counts["test"].sum()),
         prompts=prompts,
         recipes=pipeline.module("mix").count(config, sum(train)),
         base=_base(config, folders["pretrain"]),
     )
-
-
-def _images(config: ConfigDict, workdir: epath.Path) -> dict[str, list[int]]:
-    """Images of each class by split: read, or what the source would give."""
-    if not is_complete(workdir, "caption"):
-        counted = pipeline.module("caption").count_images(config)
-        return {name: rows.tolist() for name, rows in counted.items()}
-    folder = workdir / "caption"
-    classes = len(files.read_json(folder / "dataset.json")["class_names"])
-    counts = {name: [0] * classes for name in splits.SPLITS}
-    for row in files.read_jsonl(folder / "images.jsonl"):
-        counts[row["split"]][row["label"]] += 1
-    return counts
 
 
 def _base(config: ConfigDict, workdir: epath.Path) -> BaseSizes:
@@ -304,7 +293,7 @@ def _memory(price: Price) -> str:
         return f"{_bytes(price.program_bytes)} per device"
     if work is None or not work.devices:
         return ""
-    return f"over {_bytes(sum(work.devices.values()))}, not known before it is compiled"
+    return f"{_OVER} {_bytes(sum(work.devices.values()))}"
 
 
 def _time(price: Price) -> str:

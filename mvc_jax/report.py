@@ -67,7 +67,7 @@ def check(config: ConfigDict) -> None:
 
 def price(config: ConfigDict, sizes: Sizes) -> Work:
     """What there is to show: one page, of all recipes."""
-    return Work({"pages": 1}, unit="pages", speed={"recipes": sizes.recipes})
+    return Work({"page": 1}, unit="page", speed={"recipes": sizes.recipes})
 
 
 def stage_spec(config: ConfigDict) -> Spec:

@@ -53,8 +53,8 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "training",
     },
 }
-LEAVES = {"devices", "errors", "files", "imports", "pictures"}
-COMMAND = {"train", "pipeline", "plan"}  # the command line
+LEAVES = {"devices", "errors", "files", "imports", "pictures", "work"}
+COMMAND = {"train", "pipeline", "plan", "price"}  # the command line
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | COMMAND | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
