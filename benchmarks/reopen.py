@@ -170,7 +170,7 @@ def cost(hashing: list[float], seconds: float, run_seconds: float) -> str:
     taken, size = hashing
     text = (
         f"made in {seconds:.1f} s, of which hashing {size / 2**20:,.0f} MiB took "
-        f"{taken:.2f} s (of all threads): {100 * taken / seconds:.1f} % of writing alone"
+        f"{taken:.2f} s (of all threads): {100 * taken / seconds:.1f} % of the writing"
     )
     if run_seconds:
         share = 100 * taken / run_seconds

@@ -191,7 +191,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
         host={"the order of the images": together * steps * rows * 8},
         devices={
             "weights, moments and gradients": together * (copies + 1) * weights,
-            "a batch of images": together * rows * 4 * 3 * side**2,
+            "a batch in the network": together * rows * 4 * 4 * 3 * side**2,
         },
         lower=(
             "classify.batch_size",

@@ -87,7 +87,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
         asks=moments + least,
         leaves=moments + least,
         host={"a batch of images": 3 * batch},
-        devices={"a batch in the autoencoder": 4 * batch * (3 + base.vae_channels)},
+        devices={"a batch in the autoencoder": 4 * batch * 2 * base.vae_channels},
         lower=("encode.batch_size",),
     )
 

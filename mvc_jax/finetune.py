@@ -112,7 +112,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
         devices={
             "weights, moments and gradients": state + 4 * unet if full else 2 * unet,
             "a batch of pairs": section.batch_size * example,
-            "their activations": 4 * alive * base.unet_bytes(side),
+            "their activations": alive * base.unet_bytes(side, remat=section.remat),
         },
         lower=("finetune.batch_size",),
     )

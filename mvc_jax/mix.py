@@ -19,7 +19,7 @@ from mvc_jax.work import Sizes, Work
 
 _SCALES = ("text_scale", "image_scale")  # fields of `generate`
 _ROW_BYTES = 250  # of a recipe in its file; the digits' have 280
-_OBJECT_BYTES = 1000  # of a recipe in memory, at least
+_OBJECT_BYTES = 1500  # of a recipe in memory, at least; the digits' have 2050
 
 
 def check(config: ConfigDict) -> None:

@@ -114,11 +114,11 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     moments = sizes.pool * 4 * math.prod(base.moments_shape(side))
     of_unet = {
         "weights, moments, average and gradients": 4 * 5 * denoiser,
-        "a batch of the UNet": 4 * unet.batch_size * base.unet_bytes(side),
+        "a batch of the UNet": unet.batch_size * base.unet_bytes(side, remat="none"),
     }
     of_vae = {
         "weights, moments and gradients": 4 * 4 * count["vae"],
-        "a batch of images": 4 * vae.batch_size * (3 + base.vae_channels) * side**2,
+        "a batch of images": 4 * vae.batch_size * 8 * base.vae_channels * side**2,
     }
     return Work(
         {"steps": sum(loops.values()), **{k: v for k, v in loops.items() if v}},

@@ -113,9 +113,7 @@ def record(price: Price, cache: str, *, seconds: float, compile_seconds: float) 
     )
 
 
-def require_room(
-    prices: Sequence[Price], workdir: epath.Path, config: ConfigDict
-) -> None:
+def require_room(prices: Sequence[Price], workdir: epath.Path) -> None:
     """Checks that the run can fit this machine's memory, and the workdir's disk.
 
     Only what must be there counts, so that no run is refused that would have ended: of

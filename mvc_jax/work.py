@@ -46,9 +46,18 @@ class BaseSizes:
         side = size // self.downsampling
         return side, side, 2 * self.latent_channels
 
-    def unet_bytes(self, size: int) -> int:
-        """Bytes in bfloat16 of one tensor of the UNet's first level, for an image."""
-        return 2 * (size // self.downsampling) ** 2 * self.unet_channels
+    def unet_bytes(self, size: int, *, remat: str | None = None) -> int:
+        """Bytes that the UNet's activations take for one image, at least.
+
+        Of Stable Diffusion 1.5 they are ten times as many (docs/scaling.md).
+
+        Args:
+          size: of the image, in pixels a side.
+          remat: of the training step; None: the UNet is not trained.
+        """
+        tensors = {None: 4, "none": 32, "blocks": 4, "full": 4}[remat]
+        # Of the first level, in bfloat16.
+        return tensors * 2 * (size // self.downsampling) ** 2 * self.unet_channels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ in the folder of the compilation cache:
      "unit": "steps", "count": 1000, "seconds": 812.4, "compile_seconds": 61.0,
      "program_bytes": 21474836480}
 
-The last run of its kind replaces the file, by a rename. It has no paths, names or
-contents of images; a file that is damaged, or is not there, is a time not known.
+The last run of its kind replaces the file, by a rename. The settings are those on which
+the time depends, for `caption` with the name of the source. Nothing else of a run is
+kept, and a file that is damaged or deleted is a time not known.
 """
 
 import contextlib
@@ -72,14 +73,18 @@ class Rates:
             return None
         try:
             found = files.read_json(self._path(stage, settings, hardware))
-            rate = Rate(**{f.name: found[f.name] for f in dataclasses.fields(Rate)})
-            numbers = (rate.count, rate.seconds, rate.compile_seconds)
-            numbers += (rate.program_bytes,)
-            if rate.count < 1 or not all(0 <= x < math.inf for x in numbers):
-                return None
-            return rate
-        except (OSError, ValueError, LookupError, TypeError):
+            rate = Rate(
+                str(found["unit"]),
+                int(found["count"]),
+                float(found["seconds"]),
+                float(found["compile_seconds"]),
+                int(found["program_bytes"]),
+            )
+        except (OSError, ValueError, LookupError, TypeError, OverflowError):
             return None
+        numbers = (rate.seconds, rate.compile_seconds, rate.program_bytes)
+        sane = rate.count >= 1 and all(0 <= x < math.inf for x in numbers)
+        return rate if sane else None
 
     def record(
         self,

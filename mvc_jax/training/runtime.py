@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from mvc_jax.errors import UserError
 
 _compile_seconds = [0.0]
 _program_bytes: dict[str, int] = {}
+_CPU_DEVICES = "--xla_force_host_platform_device_count"
 _ASK = """
 import json, jax
 devices = jax.devices()
@@ -108,6 +110,9 @@ def ask_devices() -> Devices:
     Raises:
       UserError: JAX cannot use the devices.
     """
+    if os.environ.get("JAX_PLATFORMS") == "cpu":  # known without asking
+        forced = re.findall(rf"{_CPU_DEVICES}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+        return Devices("cpu", int((forced or ["1"])[-1]), 0)
     answer = subprocess.run(
         [sys.executable, "-c", _ASK],
         env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
