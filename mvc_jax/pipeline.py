@@ -1,6 +1,6 @@
 """The ten stages in their order, and which of them reads which."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from etils import epath, epy
@@ -90,5 +90,5 @@ def dependents(
     return [name for name in STAGES if name in found]
 
 
-def in_order(names: Sequence[str]) -> list[str]:
+def in_order(names: Collection[str]) -> list[str]:
     return [name for name in STAGES if name in names]

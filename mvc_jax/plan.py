@@ -11,7 +11,7 @@ from typing import Literal
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import pipeline, stage
+from mvc_jax import pipeline, run_config, stage
 from mvc_jax.errors import UserError
 
 
@@ -26,7 +26,7 @@ class Step:
       reason: why, in words; "" where the state says it all.
       error: why it is refused; None also where another refused stage is the reason.
       taken_over: whether its files are taken over from another workdir first.
-      also: stages that are not selected and would have to be; of a refused one.
+      also: of a refused stage, the one that would have to be selected, too.
     """
 
     name: str
@@ -59,16 +59,11 @@ def make(
       is taken over because a selected one reads it. A preview ends with `generate`.
     """
     planner = _Planner(config, epath.Path(workdir), redo, source)
-    selected, steps = [*stages], planner.steps(stages)
-    if not any(step.also for step in steps):
-        return steps
-    while more := {name for step in steps for name in step.also}:
-        selected = pipeline.in_order([*selected, *more])
-        steps = planner.steps(selected)
-    planner.fix = f"Use --config.stages={','.join(selected)}"
-    if refused := [step.name for step in steps if step.error]:
-        planner.fix += f", and {stage.way_out(*refused)}"
-    return planner.steps(stages)
+    steps = planner.steps(stages)
+    if any(step.also for step in steps):
+        planner.fix = planner.way_to(stages)
+        steps = planner.steps(stages)
+    return steps
 
 
 def require_possible(steps: Sequence[Step], workdir: epath.PathLike) -> None:
@@ -77,10 +72,9 @@ def require_possible(steps: Sequence[Step], workdir: epath.PathLike) -> None:
     Its message has what makes the whole run possible, not only the first such stage.
     """
     refused = [step for step in steps if step.error]
-    if first := next((step for step in refused if step.also), None):
-        raise first.error
-    if len(refused) == 1:
-        raise refused[0].error
+    for step in refused:
+        if step.also or len(refused) == 1:
+            raise step.error
     if refused:
         reasons = "; ".join(f"{step.name}: {step.reason}" for step in refused)
         raise UserError(
@@ -91,6 +85,19 @@ def require_possible(steps: Sequence[Step], workdir: epath.PathLike) -> None:
             "or choose a new --workdir and add "
             f"--from={shlex.quote(str(workdir))}, which takes over all other stages.",
         )
+
+
+def behind(
+    names: Sequence[str], config: ConfigDict, workdir: epath.PathLike
+) -> tuple[dict[str, str], str]:
+    """Which finished stages are not what a run with this config would end with.
+
+    Returns:
+      (name -> why, of those that are behind; how to bring them up to date).
+    """
+    planner = _Planner(config, epath.Path(workdir), (), None)
+    wrong = planner.wrong(names)
+    return wrong, planner.way_to([*wrong]) if wrong else ""
 
 
 class _Planner:
@@ -105,64 +112,98 @@ class _Planner:
     ):
         self._config, self._workdir, self._redo = config, workdir, redo
         self._source = None if source is None else epath.Path(source)
-        self.fix = ""  # of what stages lack that are not selected
+        self._before = run_config.read(workdir)
+        self.fix = ""  # for what the selected stages lack
 
     def steps(self, stages: Sequence[str]) -> list[Step]:
-        self._known: dict[str, stage.Input] = {}  # stages that exist then
-        self._wrong: dict[str, str] = {}  # stages that cannot be read -> why
-        self._unselected: set[str] = set()
-        self._not_taken: dict[str, str] = {}  # from the source -> why
+        """The steps of `make`."""
+        self._start()
         steps = []
         for name in pipeline.needed(stages, self._config):
-            spec = pipeline.module(name).stage_spec(self._config)
-            if name not in stages:
-                step = self._look_at(spec)
-            else:
-                step = self._blocked(spec) or self._step(spec)
-            if step and step.state == "refused":
-                self._wrong[name] = step.reason
-            if step and (name in stages or step.taken_over):
+            selected = name in stages
+            step = self._select(name) if selected else self._look_at(name)
+            if step and (selected or step.taken_over):
                 steps.append(step)
-            if name == "generate" and name in stages and self._config.generate.limit:
+            if selected and name == "generate" and self._config.generate.limit:
                 break
         return steps
 
-    def _look_at(self, spec: stage.Spec) -> Step | None:
-        """A stage that is not selected: it must not differ where it exists."""
-        self._unselected.add(spec.name)
+    def way_to(self, stages: Sequence[str]) -> str:
+        """The flags with which stages run and nothing is refused, in words."""
+        selected, steps = [*stages], self.steps(stages)
+        while more := {name for step in steps for name in step.also}:
+            selected = pipeline.in_order([*selected, *more])
+            steps = self.steps(selected)
+        fix = f"use --config.stages={','.join(selected)}"
+        if refused := [step.name for step in steps if step.error]:
+            fix += f" and {stage.way_out(*refused)}"
+        return fix
+
+    def wrong(self, names: Sequence[str]) -> dict[str, str]:
+        """Name -> why, of these stages that are behind or have a damaged artifact."""
+        self._start()
+        for name in pipeline.needed(names, self._config):
+            self._look_at(name, with_files=name in names)
+        return {name: self._wrong[name] for name in names if name in self._wrong}
+
+    def _start(self) -> None:
+        self._known: dict[str, stage.Input] = {}  # stages that can be read then
+        self._wrong: dict[str, str] = {}  # stages that are there, but cannot -> why
+        self._refused: set[str] = set()  # selected ones
+        self._not_taken: dict[str, str] = {}  # from the source -> why
+
+    def _spec(self, name: str) -> stage.Spec:
+        return pipeline.module(name).stage_spec(self._config)
+
+    def _look_at(self, name: str, *, with_files: bool = False) -> Step | None:
+        """Looks at a stage that is not selected: it is read as it is.
+
+        Returns:
+          a step without work; None where it is not there, or cannot be read.
+        """
+        spec = self._spec(name)
+        if name in self._redo:
+            return None
         inputs = {n: self._known.get(n, stage.Input(None)) for n in spec.inputs}
         try:
             found = self._find(spec, inputs)
+            if found.path is None:
+                return None
+            lines = [*found.changed, *found.growth]
+            if not found.finished:
+                lines.append("it is unfinished")
+            elif with_files:
+                lines += [f"{file} is missing" for file in found.missing()]
         except UserError as error:
-            return Step(spec.name, "refused", str(error))
-        if not found.finished:
+            lines = [str(error)]
+        others = [self._wrong[n] for n in spec.inputs if n in self._wrong]
+        if lines or others:
+            own = f"stage {name} is behind ({'; '.join(lines)})"
+            self._wrong[name] = others[0] if others else own
             return None
-        wrong = [self._wrong[name] for name in spec.inputs if name in self._wrong]
-        if lines := wrong or [*found.changed, *found.growth]:
-            return Step(spec.name, "refused", "; ".join(lines))
-        self._known[spec.name] = found.as_input()
-        return Step(spec.name, "done", taken_over=self._is_taken_over(found))
+        self._known[name] = found.as_input()
+        return Step(name, "done", taken_over=self._is_taken_over(found))
+
+    def _select(self, name: str) -> Step:
+        """The step of a selected stage."""
+        spec = self._spec(name)
+        step = self._blocked(spec) or self._step(spec)
+        if step.state == "refused":
+            self._refused.add(name)
+        return step
 
     def _blocked(self, spec: stage.Spec) -> Step | None:
         """The step of a stage that one of its inputs keeps from running."""
         for name in spec.inputs:
             if name in self._known:
                 continue
-            if name not in self._unselected:
-                return Step(spec.name, "refused", f"needs the stage {name}")
-            if name in self._wrong:
-                reason = self._wrong[name]
-                error = UserError(
-                    f"stage {spec.name}",
-                    wanted=f"a stage {name} that agrees with this run",
-                    got=f"one that does not ({reason})",
-                    fix=f"Undo these changes, or: {self.fix}.",
-                )
-            else:
-                reason = f"needs the stage {name}"
-                error = stage.missing_input(
-                    self._workdir, name, spec.name, f"{self.fix}."
-                )
+            reason = f"needs the stage {name}"
+            if name in self._refused:
+                return Step(spec.name, "refused", reason)
+            got = self._wrong.get(name, "none")
+            error = stage.missing_input(
+                self._workdir, name, spec.name, got, f"To run it, {self.fix}."
+            )
             return Step(spec.name, "refused", reason, error, also=(name,))
         return None
 
@@ -173,7 +214,7 @@ class _Planner:
             return Step(name, "run", "a contact sheet only")
         if name in self._redo:
             self._known[name] = stage.Input(None)
-            return Step(name, "run", "the old one is moved aside")
+            return Step(name, "run", "what is there is moved aside")
         try:
             found = self._find(spec, {n: self._known[n] for n in spec.inputs})
             if found.changed:
@@ -184,6 +225,8 @@ class _Planner:
             return Step(name, "refused", str(error), error)
         self._known[name] = found.as_input()
         if found.path is None:
+            if self._differs_from_before(spec):
+                self._known[name] = stage.Input("")
             return Step(name, "run", self._not_taken.get(name, ""))
         taken = self._is_taken_over(found)
         if found.grows:
@@ -219,4 +262,11 @@ class _Planner:
         return found if wrong else other
 
     def _is_taken_over(self, found: stage.Found) -> bool:
-        return bool(found.path) and found.path.parent.parent == self._source
+        return found.path is not None and found.path.parent.parent == self._source
+
+    def _differs_from_before(self, spec: stage.Spec) -> bool:
+        """Whether a stage that is no longer there had other settings."""
+        if self._before is None:
+            return False
+        before = pipeline.module(spec.name).stage_spec(self._before)
+        return before.settings != spec.settings

@@ -433,16 +433,18 @@ def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
     path = workdir / name / _FINISHED
     if not path.exists():
         fix = f"Add {name} to --config.stages or run it first."
-        raise missing_input(workdir, name, reader, fix)
+        raise missing_input(workdir, name, reader, "none", fix)
     return _read(path)
 
 
-def missing_input(workdir: epath.Path, name: str, reader: str, fix: str) -> UserError:
-    """The error where stage `reader` has no finished stage `name` to read."""
+def missing_input(
+    workdir: epath.Path, name: str, reader: str, got: str, fix: str
+) -> UserError:
+    """The error where stage `reader` cannot read stage `name`."""
     return UserError(
         f"stage {reader}",
         wanted=f"the finished stage {name} in {workdir}",
-        got="none",
+        got=got,
         fix=fix,
     )
 

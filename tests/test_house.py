@@ -54,7 +54,18 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     },
 }
 LEAVES = {"devices", "errors", "files", "imports", "pictures", "work"}
-COMMAND = {"train", "pipeline", "plan", "price"}  # the command line
+COMMAND = {  # what is around the stages
+    "train",
+    "command_line",
+    "pipeline",
+    "plan",
+    "price",
+    "redo",
+    "results",
+    "run_config",
+    "run_folder",
+    "take_over",
+}
 MAY_IMPORT = {  # besides the leaves, which import nothing of ours
     "train": STAGES | COMMAND | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},

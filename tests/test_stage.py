@@ -72,7 +72,7 @@ def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, fin
     message = str(error.value)
     assert "(mix.tokens: 4 -> 5)" in message
     assert "seed" not in message
-    for fix in ("Undo these", "--workdir", f"delete {tmp_path / 'mix'}"):
+    for fix in ("Undo these", "--redo=mix", f"--workdir and add --from={tmp_path}"):
         assert fix in message
     assert contents(tmp_path) == before
 
