@@ -31,7 +31,7 @@ from mvc_jax.data.gather import (
 from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
 from mvc_jax.errors import UserError, require_one_of
 from mvc_jax.screening.settings import FilterSettings
-from mvc_jax.stage import Spec, is_complete, open_stage, read_manifest
+from mvc_jax.stage import Spec, open_stage, read_manifest
 from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
 from mvc_jax.work import Sizes, Work
@@ -113,13 +113,16 @@ def table(workdir: epath.Path) -> str:
 
 
 def count_images(
-    config: ConfigDict, workdir: epath.Path
+    config: ConfigDict, workdir: epath.Path | None
 ) -> dict[str, Int[np.ndarray, " K"]]:
-    """Images of each class by split: those of a finished stage, or of the source.
+    """Images of each class by split.
 
-    The source is opened, and no image decoded: bad images are not known.
+    Args:
+      config: of the run.
+      workdir: that has the finished stage; None: the source is opened, but no image
+        decoded, so that bad ones are not known.
     """
-    if is_complete(workdir, "caption"):
+    if workdir is not None:
         return splits.count_images(workdir / "caption")
     source = _open(config.data)
     rows = _splitter(source, config)(np.ones(len(source), bool))

@@ -57,10 +57,15 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def base_of(config: ConfigDict, workdir: epath.Path) -> BaseSizes:
-    """Sizes of the base model, which is named by the config or was trained."""
+def base_of(config: ConfigDict, workdir: epath.Path | None) -> BaseSizes:
+    """Sizes of the base model.
+
+    Args:
+      config: of the run.
+      workdir: that has the stage `pretrain`; None: the config names a base.
+    """
     base = config.base
-    if not base.path:
+    if workdir and not base.path:
         return base_sizes.of_folder(workdir / "pretrain" / "model")
     return base_sizes.find(base.path, base.variant, base.revision)
 

@@ -8,7 +8,7 @@ and no device is started.
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -16,11 +16,15 @@ from ml_collections import ConfigDict
 
 from mvc_jax import pipeline, plan
 from mvc_jax.errors import UserError
-from mvc_jax.stage import is_complete
+from mvc_jax.stage import is_complete, read_manifest
 from mvc_jax.training import rates, runtime
 from mvc_jax.work import BaseSizes, Sizes, Work
 
 _MARGIN = 1.1  # of free disk, as `errors.require_disk_space` asks for
+_NO_WORK = ("done", "refused")
+# What counting may raise of a missing or damaged file: the stage that reads it reports
+# it, and a price stops no run for it.
+_UNREADABLE = (UserError, OSError, ValueError, LookupError, TypeError)
 _OVER = "over"  # what is certain of the memory of all devices
 _STATES = {
     "done": "done",
@@ -38,6 +42,7 @@ class Price:
     Attributes:
       step: what the stage would do.
       work: what it would make from nothing; None: nothing to do, or not known.
+      why: why that is not known.
       seconds: by an earlier run on this hardware; None: not known.
       program_bytes: memory of its largest training step on a device, as an earlier run
         compiled it; 0: not known.
@@ -45,6 +50,7 @@ class Price:
 
     step: plan.Step
     work: Work | None = None
+    why: str = ""
     seconds: float | None = None
     program_bytes: int = 0
 
@@ -63,35 +69,29 @@ def make(
       config: of the run, checked.
       workdir: of the run; it need not exist.
       source: another workdir, from which stages are taken over.
-
-    Raises:
-      UserError: a file that is counted is missing or damaged.
     """
-    if all(step.state in ("done", "refused") for step in steps):
+    if all(step.state in _NO_WORK for step in steps):
         return [Price(step) for step in steps]
-    taken = {step.name for step in steps if step.taken_over}
-    folders = {
-        name: source if source and name in taken else workdir
-        for name in pipeline.STAGES
-    }
-    sizes = _sizes(config, folders)
+    sizes = _sizes(steps, config, workdir, source)
     priced = []
     for step in steps:
-        work = None
-        if step.state not in ("done", "refused"):
-            work = pipeline.module(step.name).price(config, sizes)
-        priced.append(Price(step, work))
+        work, why = None, ""
+        if step.state not in _NO_WORK:
+            try:
+                work = pipeline.module(step.name).price(config, sizes)
+            except _UNREADABLE as error:
+                why = f"not known: {error}"
+        priced.append(Price(step, work, why))
     return _with_rates(priced, rates.Rates(config.compilation_cache))
 
 
-def record(price: Price, cache: str, *, seconds: float, compile_seconds: float) -> None:
+def record(price: Price, cache: str, timing: Mapping[str, float]) -> None:
     """Keeps the rate of a stage that was made from nothing, for later prices.
 
     Args:
       price: of the stage, before it ran.
       cache: `config.compilation_cache`.
-      seconds: that it took.
-      compile_seconds: those of them that compiled programs.
+      timing: the `seconds` that it took, and of them `compile_seconds`.
     """
     work = price.work
     if price.step.state != "run" or work is None or not work.unit:
@@ -106,8 +106,8 @@ def record(price: Price, cache: str, *, seconds: float, compile_seconds: float) 
         rates.Rate(
             work.unit,
             work.makes[work.unit],
-            round(seconds, 2),
-            round(compile_seconds, 2),
+            timing["seconds"],
+            timing["compile_seconds"],
             runtime.program_bytes(price.step.name),
         ),
     )
@@ -162,7 +162,9 @@ def table(prices: Sequence[Price], workdir: epath.Path) -> str:
     for price in prices:
         work, state = price.work, _STATES[price.step.state]
         if work is None:
-            rows.append((price.step.name, state, price.step.reason, "", "", ""))
+            rows.append(
+                (price.step.name, state, price.why or price.step.reason, "", "", "")
+            )
             continue
         makes = ", ".join(f"{n:,} {what}" for what, n in work.makes.items() if n)
         disk = _bytes(work.disk_bytes) if work.disk_bytes else ""
@@ -179,22 +181,27 @@ def table(prices: Sequence[Price], workdir: epath.Path) -> str:
 
 def line(prices: Sequence[Price], workdir: epath.Path) -> str:
     """The price of the whole run, in one line."""
-    todo = [(price, price.work) for price in prices if price.work is not None]
-    if not todo:
+    count = sum(price.step.state not in _NO_WORK for price in prices)
+    if not count:
         return "nothing to do"
+    todo = [(price, price.work) for price in prices if price.work is not None]
     counts = {"synthetic images": 0, "UNet evaluations": 0, "optimiser steps": 0}
     for price, work in todo:
         counts["optimiser steps"] += work.makes.get("steps", 0)
         if price.step.name == "generate":
             counts["synthetic images"] += work.makes["images"]
             counts["UNet evaluations"] += work.makes["UNet evaluations"]
-    parts = [f"{len(todo)} of {len(prices)} stages to do"]
+    parts = [f"{count} of {len(prices)} stages to do"]
     parts += [f"{n:,} {what}" for what, n in counts.items() if n]
     disk, free = sum(work.disk_bytes for _, work in todo), free_bytes(workdir)
     room = "" if free is None else f" ({_bytes(free)} free)"
     parts.append(f"about {_bytes(disk)} of disk{room}")
     known = [price.seconds for price, _ in todo if price.seconds is not None]
-    unknown = [price.step.name for price, _ in todo if price.seconds is None]
+    unknown = [
+        price.step.name
+        for price in prices
+        if price.step.state not in _NO_WORK and price.seconds is None
+    ]
     if not known:
         parts.append("time not known yet: none of these stages was run like this here")
     elif unknown:
@@ -204,33 +211,40 @@ def line(prices: Sequence[Price], workdir: epath.Path) -> str:
     return "; ".join(parts)
 
 
-def _sizes(config: ConfigDict, folders: dict[str, epath.Path]) -> Sizes:
-    """How much there is to work on.
+def _sizes(
+    steps: Sequence[plan.Step],
+    config: ConfigDict,
+    workdir: epath.Path,
+    source: epath.Path | None,
+) -> Sizes:
+    """How much there is to work on; the arguments are those of `make`."""
+    planned = {step.name: step for step in steps}
 
-    Args:
-      config: of the run.
-      folders: stage -> the workdir that has it, if any has.
-    """
-    counts = pipeline.module("caption").count_images(config, folders["caption"])
-    train = tuple(counts["train"].tolist())
-    # Distinct ones, and the empty one.
-    prompts = (len(train) + 1, sum(train) + 1)
-    if config.caption.captioner == "template":
-        prompts = (len(train) + 1, len(train) + 1)
-    return Sizes(
-        pool=int(counts["pool"].sum()),
-        train=train,
-        test=int(counts["test"].sum()),
-        prompts=prompts,
-        recipes=pipeline.module("mix").count(config, sum(train)),
-        base=_base(config, folders["pretrain"]),
-    )
+    def folder(name: str) -> epath.Path | None:
+        """The workdir that has a stage as the run will find it."""
+        step = planned.get(name)
+        if step is not None and step.state != "done":
+            return None
+        found = source if step is not None and step.taken_over else workdir
+        return found if is_complete(found, name) else None
 
+    def recipes(images: int) -> int:
+        if found := folder("mix"):
+            return read_manifest(found, "mix")["counts"]["recipes"]
+        return pipeline.module("mix").count(config, images)
 
-def _base(config: ConfigDict, workdir: epath.Path) -> BaseSizes:
-    if config.base.path or is_complete(workdir, "pretrain"):
-        return pipeline.module("encode").base_of(config, workdir)
-    return pipeline.module("pretrain").base_of(config)
+    def base() -> BaseSizes:
+        found = folder("pretrain")
+        if found is None and not config.base.path:
+            return pipeline.module("pretrain").base_of(config)
+        return pipeline.module("encode").base_of(config, found)
+
+    def images() -> dict[str, tuple[int, ...]]:
+        found = pipeline.module("caption").count_images(config, folder("caption"))
+        return {name: tuple(counts.tolist()) for name, counts in found.items()}
+
+    by_template = config.caption.captioner == "template"
+    return Sizes(images, recipes, base, one_prompt_per_class=by_template)
 
 
 def _with_rates(prices: Sequence[Price], known: rates.Rates) -> list[Price]:

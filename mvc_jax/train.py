@@ -8,12 +8,15 @@ A summary of your own images, in a folder (docs/your-own-images.md has the rest)
 A preview of 16 synthetic images, and some stages only:
     python -m mvc_jax.train --workdir=runs/digits --config.generate.limit=16
     python -m mvc_jax.train --workdir=runs/digits --config.stages=generate,classify
+What it would do, and the images, steps, disk, memory and hours that this takes:
+    python -m mvc_jax.train --workdir=runs/digits --dry_run
 A run that was stopped is resumed by the same command.
 
 Flags:
   --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT
   --config.SECTION.FIELD=VALUE     sets one field
   --workdir=FOLDER                 of this run's files
+  --dry_run                        prints what would be done, and changes nothing
   --help, --help=SECTION           prints this, or every field of a section
   --version                        prints the version
 
@@ -40,6 +43,7 @@ from mvc_jax import (
     command_line,
     pipeline,
     plan,
+    price,
     results,
     run_config,
     run_folder,
@@ -67,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 list(sys.argv if argv is None else argv), about=__doc__
             )
             workdir = command.workdir
-            run(command.config, workdir, redo=command.redo, source=command.source)
+            act = dry_run if command.dry_run else run
+            act(command.config, workdir, redo=command.redo, source=command.source)
         except UserError as error:
             return _fail(str(error), error.details)
         except preemption.Preempted as stop:
@@ -108,10 +113,12 @@ def run(
     run_folder.check(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
-        moved = stages_to_move(redo, stages, config, workdir, source)
-        steps = plan.make(stages, config, workdir, redo=moved, source=source)
-        check_stages([step.name for step in steps if step.state != "done"], config)
+        moved, steps = _plan(config, workdir, redo, source)
         plan.require_possible(steps, workdir)
+        prices = price.make(steps, config, workdir, source=source)
+        price.require_room(prices, workdir)
+        if any(each.work for each in prices):
+            logging.info(price.line(prices, workdir))
         _prepare(steps, config, workdir)
         if moved:
             move_aside(redo, moved, stages, workdir)
@@ -119,7 +126,7 @@ def run(
         if taken:
             take_over(taken, source, workdir)
         with ending_redo(workdir):
-            worked = _run_stages(stages, config, workdir)
+            worked = _run_stages(stages, config, workdir, prices)
     if config.generate.limit and "generate" in stages:
         print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
         return
@@ -128,6 +135,40 @@ def run(
     else:
         logging.info("nothing to do: all %d stages are complete", len(stages))
     results.show(stages, config, workdir)
+
+
+def dry_run(
+    config: ConfigDict,
+    workdir: epath.Path,
+    *,
+    redo: Sequence[str] = (),
+    source: epath.Path | None = None,
+) -> None:
+    """Prints what `run` would do and what that takes; changes nothing.
+
+    Raises:
+      UserError: as `run` would, before it starts.
+    """
+    common.FIELDS.check(config)
+    _, steps = _plan(config, workdir, redo, source)
+    prices = price.make(steps, config, workdir, source=source)
+    print(price.table(prices, workdir))
+    plan.require_possible(steps, workdir)
+    price.require_room(prices, workdir)
+
+
+def _plan(
+    config: ConfigDict,
+    workdir: epath.Path,
+    redo: Sequence[str],
+    source: epath.Path | None,
+) -> tuple[list[str], list[plan.Step]]:
+    """The stages to move aside, and the checked plan; changes nothing."""
+    stages = pipeline.select(config)
+    moved = stages_to_move(redo, stages, config, workdir, source)
+    steps = plan.make(stages, config, workdir, redo=moved, source=source)
+    check_stages([step.name for step in steps if step.state != "done"], config)
+    return moved, steps
 
 
 def _prepare(
@@ -142,15 +183,18 @@ def _prepare(
 
 
 def _run_stages(
-    stages: Sequence[str], config: ConfigDict, workdir: epath.Path
+    stages: Sequence[str],
+    config: ConfigDict,
+    workdir: epath.Path,
+    prices: Sequence[price.Price],
 ) -> list[str]:
     """Runs stages up to the preview, if there is one; returns those that had work."""
-    worked = []
+    worked, priced = [], {each.step.name: each for each in prices}
     for name in stages:
         if name == "generate" and config.generate.limit:
             pipeline.module(name).run(config, workdir)
             break
-        if run_stage(name, config, workdir):
+        if run_stage(name, config, workdir, priced[name]):
             worked.append(name)
     return worked
 
@@ -191,7 +235,9 @@ def check_mesh(data: int, fsdp: int) -> None:
     sharding.mesh_shape(data, fsdp, int(count.stdout))
 
 
-def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
+def run_stage(
+    name: str, config: ConfigDict, workdir: epath.Path, priced: price.Price
+) -> bool:
     """Runs one stage and records its time; returns whether there was any work."""
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
@@ -210,6 +256,7 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     run_folder.record_timing(workdir, name, timing)
+    price.record(priced, config.compilation_cache, timing)
     logging.info("%s: done in %.1f s", name, seconds)
     return True
 

@@ -4,7 +4,8 @@ Nothing here is read, written or computed on a device.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -62,28 +63,60 @@ class BaseSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much there is to work on.
+    """How much there is to work on, found when it is first asked for.
 
     Attributes:
-      pool: images of the base pool.
-      train: training images of each class.
-      test: test images.
-      prompts: the smallest and the largest number of distinct prompts.
-      recipes: synthetic images of a set.
-      base: the model to start from.
+      find_images: finds the images of each class of `pool`, `train` and `test`.
+      find_recipes: number of training images -> number of recipes.
+      find_base: finds the sizes of the base.
+      one_prompt_per_class: whether all captions of a class are the same.
     """
 
-    pool: int
-    train: tuple[int, ...]
-    test: int
-    prompts: tuple[int, int]
-    recipes: int
-    base: BaseSizes
+    find_images: Callable[[], Mapping[str, tuple[int, ...]]]
+    find_recipes: Callable[[int], int]
+    find_base: Callable[[], BaseSizes]
+    one_prompt_per_class: bool
+
+    @functools.cached_property
+    def by_class(self) -> Mapping[str, tuple[int, ...]]:
+        """Images of each class by split."""
+        return self.find_images()
+
+    @property
+    def pool(self) -> int:
+        """Images of the base pool."""
+        return sum(self.by_class["pool"])
+
+    @property
+    def train(self) -> tuple[int, ...]:
+        """Training images of each class."""
+        return self.by_class["train"]
 
     @property
     def images(self) -> int:
         """Training images."""
         return sum(self.train)
+
+    @property
+    def test(self) -> int:
+        """Test images."""
+        return sum(self.by_class["test"])
+
+    @property
+    def prompts(self) -> tuple[int, int]:
+        """The smallest and the largest number of distinct prompts, with the empty."""
+        classes = len(self.train)
+        return classes + 1, 1 + (classes if self.one_prompt_per_class else self.images)
+
+    @functools.cached_property
+    def recipes(self) -> int:
+        """Synthetic images of a set."""
+        return self.find_recipes(self.images)
+
+    @functools.cached_property
+    def base(self) -> BaseSizes:
+        """The model to start from."""
+        return self.find_base()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 
 GIB = 2**30
+TIMING = {"seconds": 90.0, "compile_seconds": 30.0}
 
 
 @pytest.fixture
@@ -221,9 +222,7 @@ def test_hours_are_those_of_an_earlier_run_on_this_hardware(
     monkeypatch.setattr(runtime, "own_devices", lambda: machine.devices)
     monkeypatch.setattr(runtime, "program_bytes", lambda name: 3 * GIB)
     for priced in prices:
-        price.record(
-            priced, str(tmp_path / "cache"), seconds=90.0, compile_seconds=30.0
-        )
+        price.record(priced, str(tmp_path / "cache"), TIMING)
     known = prices_of(config, workdir)
     assert {p.seconds for p in known} == {90}
     assert price.line(known, workdir).endswith("about 15 min")
@@ -244,9 +243,7 @@ def test_a_stage_that_went_on_from_another_run_is_not_a_rate(tmp_path):
     config = config_of()
     config.compilation_cache = str(tmp_path / "cache")
     for priced in prices_of(config, tmp_path / "run"):
-        price.record(
-            _begun(priced), config.compilation_cache, seconds=9.0, compile_seconds=0.0
-        )
+        price.record(_begun(priced), config.compilation_cache, TIMING)
     assert not (tmp_path / "cache").exists()
 
 
