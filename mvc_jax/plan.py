@@ -130,14 +130,19 @@ class _Planner:
 
     def way_to(self, stages: Sequence[str]) -> str:
         """The flags with which stages run and nothing is refused, in words."""
-        selected, steps = [*stages], self.steps(stages)
-        while more := {name for step in steps for name in step.also}:
-            selected = pipeline.in_order([*selected, *more])
+        selected, redo, before = [*stages], [], self._redo
+        while True:
+            hanging = pipeline.dependents(redo, self._config, self._workdir)
+            self._redo = {*before, *hanging}
             steps = self.steps(selected)
+            if not any(step.error for step in steps):
+                break
+            lacking = [name for step in steps for name in step.also]
+            selected = pipeline.in_order([*selected, *lacking])
+            redo += [step.name for step in steps if step.error and not step.also]
+        self._redo = before
         fix = f"use --config.stages={','.join(selected)}"
-        if refused := [step.name for step in steps if step.error]:
-            fix += f" and {stage.way_out(*refused)}"
-        return fix
+        return f"{fix} and {stage.way_out(*redo)}" if redo else fix
 
     def wrong(self, names: Sequence[str]) -> dict[str, str]:
         """Name -> why, of these stages that are behind or have a damaged artifact."""
@@ -150,6 +155,7 @@ class _Planner:
         self._known: dict[str, stage.Input] = {}  # stages that can be read then
         self._wrong: dict[str, str] = {}  # stages that are there, but cannot -> why
         self._refused: set[str] = set()  # selected ones
+        self._running: set[str] = set()  # selected ones that start from nothing
         self._not_taken: dict[str, str] = {}  # from the source -> why
 
     def _spec(self, name: str) -> stage.Spec:
@@ -225,6 +231,7 @@ class _Planner:
             return Step(name, "refused", str(error), error)
         self._known[name] = found.as_input()
         if found.path is None:
+            self._running.add(name)
             if self._differs_from_before(spec):
                 self._known[name] = stage.Input("")
             return Step(name, "run", self._not_taken.get(name, ""))
@@ -245,6 +252,8 @@ class _Planner:
         """
         found = stage.compare(self._workdir, spec, inputs)
         if found.path or not self._source or spec.name in self._redo:
+            return found
+        if self._running & {*spec.inputs}:  # what they end with is not known
             return found
         folder = self._workdir / spec.name
         if folder.exists() and [*folder.iterdir()]:

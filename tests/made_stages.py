@@ -1,11 +1,12 @@
 """Stages whose work is to write one file: their specs, rules and folders are real."""
 
+import importlib
 import json
 
 import pytest
 from etils import epath
 
-from mvc_jax import files, pipeline
+from mvc_jax import caption, evaluate, files, pipeline
 from mvc_jax.stage import Spec, open_stage
 
 FILES = {"evaluate": "metrics.json", "report": "report.html"}
@@ -49,8 +50,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run
 
     for name in pipeline.STAGES:
-        monkeypatch.setattr(pipeline.module(name), "run", run_of(name))
-    evaluate, caption = pipeline.module("evaluate"), pipeline.module("caption")
+        module = importlib.import_module(f"mvc_jax.{name}")
+        monkeypatch.setattr(module, "run", run_of(name))
     monkeypatch.setattr(evaluate, "table", lambda metrics: "the table")
     monkeypatch.setattr(caption, "table", lambda workdir: "the captions")
     return worked
