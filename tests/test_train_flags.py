@@ -605,17 +605,18 @@ def test_a_dry_run_of_what_is_refused_ends_with_the_error_of_the_run(
     [line] = printed.err.splitlines()
     assert line.startswith(f"error: {name}")
     assert [*tmp_path.iterdir()] == []
-    command = ["train", f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", flag]
+    command = ["train", f"--config={DIGITS}", f"--workdir={tmp_path / 'new'}", flag]
     assert train.main(command) == 2
     assert capsys.readouterr().err.splitlines() == [line]
     assert started == []
 
 
 def test_a_run_says_what_it_takes_before_it_starts(started, workdir, capsys):
-    command = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.stages=caption"]
-    assert train.main(["train", *command, "--config.compilation_cache="]) == 0
+    flags = [f"--config={DIGITS}", f"--workdir={workdir}"]
+    flags += ["--config.stages=caption,pretrain", "--config.compilation_cache="]
+    assert train.main(["train", *flags]) == 0
     line = capsys.readouterr().err.splitlines()[0]
-    assert line.startswith("1 of 1 stages to do; about 1.3 MiB of disk (")
+    assert line.startswith("2 of 2 stages to do; 2,000 optimiser steps; about 42.")
     assert line.endswith("none of these stages was run like this here")
 
 
