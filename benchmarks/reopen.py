@@ -31,8 +31,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, stage, train
+from mvc_jax import files, run_config, stage
 from mvc_jax.data import shards
+from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
 
 CONFIG = "configs/digits.py"
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def config() -> ConfigDict:
-    found = train.load_config(CONFIG)
+    found = run_config.load(CONFIG)
     for name, value in FIELDS.items():
         section, field = name.split(".")
         found[section][field] = value
@@ -196,7 +197,7 @@ def make(workdir: epath.Path, images: int, model_mib: int) -> None:
         "pairs": made.pairs,
         "finetune": lambda folder: made.model(folder, model_mib),
         "mix": made.mix,
-        "generate": made.generate,
+        "generate": lambda folder: made.generate(folder, opened.digests),
         "classify": made.classify,
         "evaluate": made.evaluate,
         "report": lambda folder: made.texts(folder, "report.html", "grid.png"),
@@ -262,11 +263,12 @@ class Made:
         files.write_jsonl(folder / "recipes.jsonl", rows)
         return ["recipes.jsonl"]
 
-    def generate(self, folder: epath.Path) -> list[str]:
+    def generate(self, folder: epath.Path, digests: Digests) -> list[str]:
         written = []
         for name in FIELDS["generate.sets"]:
             store = synthetic.Store(
                 folder=folder / name,
+                digests=digests,
                 class_names=CLASSES,
                 model="0123456789abcdef",
                 shard_size=FIELDS["generate.shard_size"],

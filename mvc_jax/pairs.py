@@ -39,7 +39,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
 def stage_spec(config: ConfigDict) -> Spec:
     """What the pairs depend on."""
     settings = {"seed": config.seed, "pairs": config.pairs.to_dict()}
-    return Spec("pairs", settings, inputs=("encode",))
+    return Spec("pairs", settings, inputs=("encode",), restores=("pairs.npy",))
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -1,6 +1,7 @@
 """Changes of a workdir: planned before anything is written, and made by --redo."""
 
 import importlib
+import os
 import re
 import shlex
 
@@ -189,20 +190,26 @@ def test_an_unfinished_stage_and_one_with_a_lost_file_are_resumed(workdir):
     assert {steps[name].state for name in others} == {"done"}
 
 
-@pytest.mark.parametrize("damage", ["edited", "damaged manifest"])
-def test_a_damaged_later_stage_stops_the_run_before_work(
-    workdir, worked, capsys, damage
-):
+@pytest.mark.parametrize("file", ["made.json", "manifest.json"])
+def test_a_damaged_later_stage_stops_the_run_before_work(workdir, worked, capsys, file):
     (workdir / "mix" / "made.json").unlink()  # there is work for `mix`
-    file = "metrics.json" if damage == "edited" else "manifest.json"
-    (workdir / "evaluate" / file).write_text("{}")
+    (workdir / "classify" / file).write_text("{}")
     before = content(workdir)
     assert run(workdir) == 2
     assert content(workdir) == before
     [flag] = printed_flags(capsys.readouterr().err)
-    assert flag == "--redo=evaluate"
+    assert flag == "--redo=classify"
     assert run(workdir, flag) == 0
-    assert worked == ["mix", "evaluate", "report"]
+    assert worked == ["mix", "classify", "evaluate", "report"]
+
+
+def test_a_damaged_file_that_its_stage_makes_again_stops_nothing(workdir, worked):
+    whole = (workdir / "evaluate" / "metrics.json").read_bytes()
+    (workdir / "evaluate" / "metrics.json").write_text("{}")
+    assert states(steps_of(workdir))["evaluate"] == "resume"
+    assert run(workdir) == 0
+    assert worked == ["evaluate"]
+    assert (workdir / "evaluate" / "metrics.json").read_bytes() == whole
 
 
 def test_a_stage_that_was_deleted_is_made_again_and_the_others_stand(workdir, worked):
@@ -337,3 +344,26 @@ def test_every_dependent_of_a_stage_is_known():
     assert pipeline.needed(["mix"], config) == ["caption", "pretrain", "encode", "mix"]
     config.base.path = "sd15"
     assert pipeline.needed(["mix"], config) == ["caption", "encode", "mix"]
+
+
+def test_verify_names_what_cannot_be_made_again_and_makes_the_rest(
+    workdir, worked, capsys
+):
+    """Even where size and modification time are as they were."""
+    for name, file in (("evaluate", "metrics.json"), ("mix", "made.json")):
+        path = workdir / name / file
+        whole, times = path.read_bytes(), os.stat(path).st_mtime_ns
+        path.write_bytes(whole.swapcase())
+        os.utime(path, ns=(times, times))
+        code = run(workdir, "--verify")
+        errors = capsys.readouterr().err
+        if name == "evaluate":
+            assert code == 0
+            assert f"{name}: 1 files compared" in errors
+            assert path.read_bytes() == whole
+        else:
+            assert code == 2
+            assert f"  {path}\n" in errors
+            assert printed_flags(errors) == ["--redo=mix"]
+            assert run(workdir, "--redo=mix") == 0
+    assert run(workdir, "--verify") == 0
