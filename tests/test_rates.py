@@ -1,7 +1,7 @@
 """Rates of earlier runs: kept, found again, and never in the way."""
 
+import concurrent.futures
 import json
-import multiprocessing
 
 import pytest
 
@@ -85,21 +85,13 @@ def test_without_a_cache_or_where_it_cannot_be_written_nothing_is_kept(tmp_path)
 
 def _record(cache: str, number: int) -> None:
     for _ in range(20):
-        Rates(cache).record(
-            "mix", SETTINGS, CARD, Rate("recipes", number, float(number))
-        )
+        rate = Rate("recipes", number, float(number))
+        Rates(cache).record("mix", SETTINGS, CARD, rate)
 
 
 def test_runs_at_the_same_time_leave_the_rate_of_one(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_record, args=(str(tmp_path), n)) for n in (1, 2, 3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(_record, [str(tmp_path)] * 3, (1, 2, 3)))
     found = Rates(str(tmp_path)).find("mix", SETTINGS, CARD)
     assert found in [Rate("recipes", n, float(n)) for n in (1, 2, 3)]
     [_] = (tmp_path / "rates").iterdir()
