@@ -29,10 +29,8 @@ Exit codes:
   130  stopped by Ctrl-C
 """
 
-import os
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -247,27 +245,9 @@ def check_stages(names: Sequence[str], config: ConfigDict) -> None:
 
 
 def check_mesh(data: int, fsdp: int) -> None:
-    """Checks that the mesh fits the devices, unless it is the one that always fits.
-
-    The devices are counted in another process: in this one JAX would hold them from now
-    on, and a captioner that runs in a process of its own needs their memory.
-    """
-    if (data, fsdp) == (-1, 1):
-        return
-    count = subprocess.run(
-        [sys.executable, "-c", "import jax; print(jax.device_count())"],
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        text=True,
-    )
-    if count.returncode:
-        raise UserError(
-            "config.mesh",
-            wanted="devices that JAX can use",
-            got=(count.stderr.strip().splitlines() or ["a crash of JAX"])[-1],
-            fix="Install JAX for this machine's devices, or set JAX_PLATFORMS=cpu.",
-        )
-    sharding.mesh_shape(data, fsdp, int(count.stdout))
+    """Checks that the mesh fits the devices, unless it is the one that always fits."""
+    if (data, fsdp) != (-1, 1):
+        sharding.mesh_shape(data, fsdp, runtime.ask_devices().count)
 
 
 def run_stage(

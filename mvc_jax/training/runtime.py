@@ -100,17 +100,16 @@ def start() -> None:
     logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
 
 
-@functools.cache
 def ask_devices() -> Devices:
     """Asks another process which devices there are, and starts no backend in this one.
 
     In this one JAX would hold them from then on, and a captioner that runs in a process
-    of its own needs their memory.
+    of its own needs their memory. CPUs are known without asking.
 
     Raises:
       UserError: JAX cannot use the devices.
     """
-    if os.environ.get("JAX_PLATFORMS") == "cpu":  # known without asking
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
         forced = re.findall(rf"{_CPU_DEVICES}=(\d+)", os.environ.get("XLA_FLAGS", ""))
         return Devices("cpu", int((forced or ["1"])[-1]), 0)
     answer = subprocess.run(
