@@ -35,8 +35,14 @@ class BaseSizes:
 
     @property
     def speed(self) -> dict[str, Any]:
-        """On what of it the time of a step depends."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
+        """On what of it the time of a step depends.
+
+        Not on the text encoder's parameters: how many tokens a new tokenizer gets is
+        not known before it is trained.
+        """
+        networks = {name: self.parameters[name] for name in ("unet", "vae")}
+        fields = dataclasses.asdict(self) | {"parameters": networks}
+        return {key: value for key, value in fields.items() if key != "name"}
 
     def text_shape(self) -> tuple[int, int]:
         """Shape of a prompt's text states."""

@@ -21,7 +21,7 @@ from etils import epath
 from fork_server import ROOT, user_environment
 from PIL import Image
 
-from mvc_jax import files, plan, price, run_config, train
+from mvc_jax import files, pipeline, plan, price, run_config, train
 from mvc_jax import stage as contract
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
@@ -113,6 +113,8 @@ def test_a_run_makes_what_its_price_said(whole, tmp_path):
     new = epath.Path(tmp_path) / "new"
     prices = price.make(plan.make(STAGES, config, new), config, new)
     works = {priced.step.name: priced.work for priced in prices}
+    trained = pipeline.module("encode").base_of(config, epath.Path(workdir))
+    assert works["finetune"].speed["base"] == trained.speed  # known before and after
     assert done.stderr.startswith("10 of 10 stages to do; ")
     read = {name: read_manifest(workdir, name)["counts"] for name in STAGES}
     caption = read["caption"]
