@@ -85,8 +85,9 @@ def is_local(path: epath.Path) -> bool:
 
 
 def remove_temporaries(workdir: epath.Path) -> None:
-    """Deletes what a killed run left in the workdir itself."""
-    for leftover in files.matching(workdir, ".tmp-*"):
+    """Deletes what a killed run left in the workdir outside of its stages."""
+    patterns = (".tmp-*", "earlier/*/.tmp-*")
+    for leftover in [x for part in patterns for x in files.matching(workdir, part)]:
         leftover.rmtree() if leftover.is_dir() else leftover.unlink()
 
 
