@@ -110,7 +110,12 @@ def run(
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
         moved = stages_to_move(redo, stages, config, workdir, source)
         steps = plan.make(stages, config, workdir, redo=moved, source=source)
-        check_stages([step.name for step in steps if step.state != "done"], config)
+        try:
+            check_stages([step.name for step in steps if step.state != "done"], config)
+        except UserError as error:  # both reasons, so that both can be corrected
+            refused = [step for step in steps if step.error]
+            error.details += tuple(f"also, {s.name}: {s.reason}" for s in refused)
+            raise
         plan.require_possible(steps, workdir)
         _prepare(steps, config, workdir)
         if moved:
