@@ -30,7 +30,7 @@ from mvc_jax.data.gather import (
 from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
 from mvc_jax.errors import UserError, require_one_of
 from mvc_jax.screening.settings import FilterSettings
-from mvc_jax.stage import Spec, open_stage, read_manifest
+from mvc_jax.stage import Spec, Stage, open_stage, read_manifest
 from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
 
@@ -64,16 +64,17 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     folder = stage.folder
-    if not all((folder / name).exists() for name in splits.FILES):
+    if not all(stage.digests.intact(folder / name) for name in splits.FILES):
         try:
             _gather(config, _open(config.data), folder)
         except UserError:  # keeps nothing, so that other settings may be tried
             stage.abandon()
             raise
+        stage.digests.add(*(folder / name for name in splits.FILES))
     pool, train = (splits.read_split(folder, name) for name in ("pool", "train"))
     ids, labels = pool.ids + train.ids, np.concatenate([pool.labels, train.labels])
     class_names = [train.class_names[label] for label in labels]
-    raw = _captions(config, folder, ids, class_names)
+    raw = _captions(config, stage, ids, class_names)
     collapse = config.caption.captioner in _DEFAULT_MODEL
     texts = [captions.clean(text, collapse=collapse) for text in raw]
     captions.write_captions(
@@ -117,7 +118,8 @@ def stage_spec(config: ConfigDict) -> Spec:
         path = epath.Path(section["file"])
         section["file_sha256"] = files.sha256(path) if path.is_file() else ""
     data = config.data.to_dict()
-    return Spec("caption", {"seed": config.seed, "data": data, "caption": section})
+    settings = {"seed": config.seed, "data": data, "caption": section}
+    return Spec("caption", settings, restores=("contact_sheet.png",))
 
 
 def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
@@ -300,7 +302,7 @@ def _handle_duplicates(
 
 def _captions(
     config: ConfigDict,
-    folder: epath.Path,
+    stage: Stage,
     ids: Sequence[str],
     class_names: Sequence[str],
 ) -> list[str]:
@@ -308,7 +310,7 @@ def _captions(
 
     Args:
       config: of the run.
-      folder: of the stage.
+      stage: the opened stage.
       ids: of these images.
       class_names: name of each image's class.
     """
@@ -319,18 +321,18 @@ def _captions(
         values = {"class_type": config.data.class_type}
         texts = (section.template.format(label=name, **values) for name in class_names)
         return [captions.readable(text) for text in texts]
-    images = files.map_array(folder / "images.npy")[: len(ids)]
+    images = files.map_array(stage.folder / "images.npy")[: len(ids)]
     if section.captioner == "attributes":
         return attribute_captions(images)
-    return _network_captions(section, folder, images, ids)
+    return _network_captions(section, stage, images, ids)
 
 
 def _network_captions(
-    section: ConfigDict, folder: epath.Path, images: np.ndarray, ids: Sequence[str]
+    section: ConfigDict, stage: Stage, images: np.ndarray, ids: Sequence[str]
 ) -> list[str]:
     """Captions images by a network; saves every few seconds, and resumes from that."""
-    saved: dict[str, str] = {}
-    for part in _partial_captions(folder):
+    folder, saved = stage.folder, dict[str, str]()
+    for part in filter(stage.digests.intact, _partial_captions(folder)):
         saved |= {row["id"]: row["caption"] for row in files.read_jsonl(part)}
     todo = [i for i, id_ in enumerate(ids) if id_ not in saved]
     progress = Progress("captions", len(ids), done=len(saved), unit="image")
@@ -341,8 +343,9 @@ def _network_captions(
         progress.advance(1)
         is_last = len(saved) + len(unsaved) == len(ids)
         if is_last or time.monotonic() - last_save > _SAVE_SECONDS:
-            name = f"{len(saved):08d}.jsonl"
-            files.write_jsonl(folder / "captions.partial" / name, unsaved)
+            part = folder / "captions.partial" / f"{len(saved):08d}.jsonl"
+            files.write_jsonl(part, unsaved)
+            stage.digests.add(part)
             saved |= {row["id"]: row["caption"] for row in unsaved}
             unsaved, last_save = [], time.monotonic()
     progress.close()

@@ -23,7 +23,7 @@ from mvc_jax import augment, files
 from mvc_jax.classification import runs
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
-from mvc_jax.stage import Spec, open_stage
+from mvc_jax.stage import Spec, Stage, open_stage
 
 with epy.lazy_imports():
     from mvc_jax import devices
@@ -155,7 +155,8 @@ def stage_spec(config: ConfigDict) -> Spec:
         "data": config.data.to_dict(),
         "classify": {k: v for k, v in section.items() if k not in _NO_RESULT},
     }
-    return Spec("classify", settings, inputs=("generate",))
+    made = ("results/*", "models/*")
+    return Spec("classify", settings, inputs=("generate",), restores=made)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -169,6 +170,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     data = training_set.read(
         workdir,
         stage.folder / "pixels",
+        stage.digests,
         sets=sorted({run_.set for run_ in parsed} - {""}),
         size=config.classify.size or config.data.size,
         data_size=config.data.size,
@@ -201,7 +203,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         artifacts += _train(
             trainer,
             run_,
-            stage.folder,
+            stage,
             spec,
             data,
             seeds=config.classify.seeds,
@@ -214,18 +216,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _train(
     trainer: fits.Trainer,
     run_: runs.Run,
-    folder: epath.Path,
+    stage: Stage,
     spec: classifier.ClassifierSpec,
     data: training_set.TrainingSet,
     *,
     seeds: int,
     variant: str,
 ) -> list[str]:
-    """Trains, tests and exports all seeds of a run; returns its files in `folder`."""
+    """Trains, tests and exports all seeds of a run; returns its files in the stage."""
+    folder = stage.folder
     result = f"results/{run_.slug}.json"
     models = [f"models/{run_.slug}/seed-{seed}" for seed in range(seeds)]
     weights = [f"{model}/{classifier_checkpoint.WEIGHTS}" for model in models]
-    if all((folder / name).exists() for name in (result, *weights)):
+    written = [folder / name for name in (result, *weights)]
+    if all(map(stage.digests.intact, written)):
         trainer.progress.advance(seeds * trainer.steps)
         return [result, *weights]
     found = []
@@ -257,6 +261,7 @@ def _train(
     files.write_json(
         folder / result, {**dataclasses.asdict(run_), **seen, "seeds": found}
     )
+    stage.digests.add(*written)
     return [result, *weights]
 
 

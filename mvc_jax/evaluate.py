@@ -47,7 +47,7 @@ def stage_spec(config: ConfigDict) -> Spec:
         "data": config.data.to_dict(),
         "evaluate": config.evaluate.to_dict(),
     }
-    return Spec("evaluate", settings, inputs=("classify",))
+    return Spec("evaluate", settings, inputs=("classify",), restores=("metrics.json",))
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -92,9 +92,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def _read_results(folder: epath.Path, names: list[str]) -> dict[str, dict]:
     """Reads the results of the runs `names`, in this order."""
-    found = map(files.read_json, files.matching(folder, "*.json"))
-    by_name = {result["name"]: result for result in found}
-    return {name: by_name[name] for name in names}
+    slugs = {name: runs.parse(name).slug for name in names}
+    return {name: files.read_json(folder / f"{slugs[name]}.json") for name in names}
 
 
 def _accuracies(result: dict) -> Float[np.ndarray, " S"]:

@@ -24,7 +24,7 @@ def check(config: ConfigDict) -> None:
 def stage_spec(config: ConfigDict) -> Spec:
     """What the pairs depend on."""
     settings = {"seed": config.seed, "pairs": config.pairs.to_dict()}
-    return Spec("pairs", settings, inputs=("encode",))
+    return Spec("pairs", settings, inputs=("encode",), restores=("pairs.npy",))
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -179,7 +179,8 @@ class _Planner:
             if not found.finished:
                 lines.append("it is unfinished")
             elif with_files:
-                lines += [f"{file} is missing" for file in found.missing()]
+                lost = found.lost(spec.restores)
+                lines += [f"{file} is missing or damaged" for file in lost]
         except UserError as error:
             lines = [str(error)]
         others = [self._wrong[n] for n in spec.inputs if n in self._wrong]
@@ -226,7 +227,7 @@ class _Planner:
             if found.changed:
                 reason = "; ".join(found.changed)
                 return Step(name, "refused", reason, found.error())
-            missing = found.missing() if found.finished else []
+            lost = found.lost(spec.restores) if found.finished else []
         except UserError as error:
             return Step(name, "refused", str(error), error)
         self._known[name] = found.as_input()
@@ -241,8 +242,8 @@ class _Planner:
             return Step(name, "grow", "; ".join(found.growth), taken_over=taken)
         if not found.finished:
             return Step(name, "resume", "it is unfinished")
-        if missing:
-            return Step(name, "resume", f"missing: {', '.join(missing)}")
+        if lost:
+            return Step(name, "resume", f"missing or damaged: {', '.join(lost)}")
         return Step(name, "done", taken_over=taken)
 
     def _find(self, spec: stage.Spec, inputs: dict[str, stage.Input]) -> stage.Found:
@@ -264,7 +265,10 @@ class _Planner:
             other = stage.compare(self._source, spec, inputs)
             if not other.finished:
                 return found
-            wrong = [*other.changed] or [f"no {name}" for name in other.missing()]
+            lost = other.lost(spec.restores)
+            wrong = [*other.changed] or [
+                f"{name} is missing or damaged" for name in lost
+            ]
         except UserError as error:
             wrong = [str(error)]
         if wrong:

@@ -71,7 +71,9 @@ def stage_spec(config: ConfigDict) -> Spec:
         "data": config.data.to_dict(),
         "report": config.report.to_dict(),
     }
-    return Spec("report", settings, inputs=_INPUTS)
+    return Spec(
+        "report", settings, inputs=_INPUTS, restores=("report.html", "grid.png")
+    )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

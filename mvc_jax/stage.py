@@ -7,14 +7,19 @@
    lists the differences.
 4. If there is no manifest but a `started.json` with the same settings, it resumes.
 5. If there is no manifest but a `started.json` with other settings, rule 3 applies.
-6. If a file listed in the manifest is missing, the stage runs again and writes it.
-7. If a file listed in the manifest was edited, the stage raises an error and overwrites
-   nothing.
+6. If a file listed in the manifest is missing, the stage runs again and writes it; so
+   it does if one was damaged that it can make again (`Spec.restores`).
+7. If another file listed in the manifest was changed, the stage raises an error and
+   overwrites nothing.
 8. A stage may name settings that can grow (integers, or False -> True) and inputs that
    it grows with. If all that differs is that such a setting is larger, or that such an
    input has itself grown, the stage resumes as in rule 4: it keeps existing results,
    adds the rest, and lists the hashes of its earlier manifests in the new one. Stages
    that read it treat it as a changed input, unless they grow with it.
+9. A stage that has work to do first compares every file of all stages before it with
+   their manifests, and their manifests with each other: a damaged or changed input is
+   an error. What an unfinished stage has written is known by `Stage.digests`, whose
+   records are in `workdir/digests/`.
 """
 
 import contextlib
@@ -29,8 +34,9 @@ from typing import Any
 
 from etils import epath
 
-from mvc_jax import files
+from mvc_jax import artifacts, files
 from mvc_jax.configs import common, fields
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 
 _PACKAGES = (
@@ -53,7 +59,6 @@ _ENTRIES = {  # that are read
     _FINISHED: {"settings", "inputs", "artifacts"},
     _STARTED: {"settings", "inputs"},
 }
-_MAX_HASHED_BYTES = 64 << 20  # larger files are compared by size only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Spec:
       inputs: names of the stages whose artifacts it reads; they must be complete.
       grows: settings that may be raised (rule 8), e.g. `mix.per_image`.
       grows_with: those of `inputs` with which it grows (rule 8).
+      restores: patterns of the artifacts that it makes again when they were damaged
+        (rule 6), and that nobody edits.
     """
 
     name: str
@@ -73,6 +80,7 @@ class Spec:
     inputs: Sequence[str] = ()
     grows: Sequence[str] = ()
     grows_with: Sequence[str] = ()
+    restores: Sequence[str] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "settings", _as_on_disk(self.settings))
@@ -88,6 +96,7 @@ class Stage:
       complete: whether no work is left.
       settings: its settings, as JSON values.
       inputs: name of each input stage -> hash of its manifest.
+      digests: what each of its files held when it was written.
       earlier: the manifest before it grew (rule 8), including its `counts` and
         `artifacts`; empty if it did not grow, or was not finished before it grew.
       grew_from: the manifest hashes it had before it grew, oldest first.
@@ -98,6 +107,7 @@ class Stage:
     complete: bool
     settings: dict[str, Any]
     inputs: dict[str, str]
+    digests: Digests
     earlier: dict[str, Any] = dataclasses.field(default_factory=dict)
     grew_from: list[str] = dataclasses.field(default_factory=list)
 
@@ -108,7 +118,7 @@ class Stage:
           artifacts: paths of the files written, relative to the stage's folder.
           **counts: how many items were made, e.g. `images=800`.
         """
-        described = {name: _describe(self.folder / name) for name in sorted(artifacts)}
+        described = {name: self.digests.describe(name) for name in sorted(artifacts)}
         manifest = {
             "stage": self.name,
             "settings": self.settings,
@@ -175,8 +185,10 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     if found.changed:
         raise found.error()
     hashes = {name: input_.identity for name, input_ in inputs.items()}
-    stage = Stage(spec.name, folder, False, spec.settings, hashes)
+    digests = artifacts.digests_of(folder)
+    stage = Stage(spec.name, folder, False, spec.settings, hashes, digests)
     if found.path is None:
+        require_inputs(workdir, spec)
         _start(stage)
     else:
         record = found.record
@@ -185,18 +197,108 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
         stage.grew_from = record.get("grew_from", [])
         if not found.finished:
             stage.earlier = record.get("earlier", {})
+            require_inputs(workdir, spec)
         elif found.growth:
-            _artifacts_exist(folder, record)
+            _require_artifacts(stage, record, spec.restores)
+            require_inputs(workdir, spec)
             stage.earlier = record
             stage.grew_from = [*stage.grew_from, _identity(record)]
         else:
-            stage.complete = _artifacts_exist(folder, record)
+            stage.complete = _require_artifacts(stage, record, spec.restores)
+            artifacts.require_no_strangers(folder, record["artifacts"])
+            if not stage.complete:
+                require_inputs(workdir, spec)
         if found.growth:
             _start(stage)
             (folder / _FINISHED).unlink(missing_ok=True)
     if not stage.complete:
         files.remove_temporaries(folder)
     return stage
+
+
+def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
+    """Checks the artifacts of all stages that a stage directly or indirectly reads.
+
+    Raises:
+      UserError: a stage is not finished, or was made from other inputs than the present
+        ones; or a file is missing or was changed.
+    """
+    workdir, todo, seen = epath.Path(workdir), [*spec.inputs], set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        manifest = read_input(workdir, name, reader=spec.name)
+        folder = workdir / name
+        digests = artifacts.digests_of(folder)
+        for path in artifacts.lost(digests, folder, manifest["artifacts"]):
+            raise _damaged_input(path, name, spec.name)
+        artifacts.require_no_strangers(folder, manifest["artifacts"])
+        for input_, identity in manifest["inputs"].items():
+            record = read_input(workdir, input_, reader=name)
+            if identity not in (_identity(record), *record.get("grew_from", ())):
+                raise UserError(
+                    str(folder),
+                    wanted=f"a stage made from the present stage {input_}, for the "
+                    f"stage {spec.name}",
+                    got=f"one made before {input_} was run again",
+                    fix=f"Add {name} to --config.stages: it says what to do.",
+                )
+            todo.append(input_)
+
+
+def verify(workdir: epath.PathLike, spec: Spec) -> int:
+    """Hashes every file that a stage wrote, and deletes those that it makes again.
+
+    Args:
+      workdir: the run's folder.
+      spec: of the stage, which may be unfinished.
+
+    Returns:
+      the number of files.
+
+    Raises:
+      UserError: other files are damaged; `details` lists them.
+    """
+    folder = epath.Path(workdir) / spec.name
+    digests, manifest = artifacts.digests_of(folder), {}
+    if is_complete(workdir, spec.name):
+        manifest = _read(folder / _FINISHED)["artifacts"]
+    wanted = {**digests.recorded(), **manifest}
+    there = {x: content for x, content in wanted.items() if (folder / x).exists()}
+    damaged = [
+        folder / name
+        for name, content in there.items()
+        if not digests.holds(name, content, again=True)
+    ]
+    kept = [
+        path
+        for path in damaged
+        if str(path.relative_to(folder)) in manifest
+        and not artifacts.is_restored(folder, path, spec.restores)
+    ]
+    if kept:
+        raise UserError(
+            f"stage {spec.name}",
+            wanted="the files that it wrote",
+            got=f"{len(kept)} that were changed since",
+            fix=f"Restore them, or {way_out(spec.name)}.",
+            details=[str(path) for path in kept],
+        )
+    artifacts.delete_damaged(damaged)
+    return len(there)
+
+
+def _damaged_input(path: epath.Path, stage: str, reader: str) -> UserError:
+    there = path.exists()
+    again = f"add {stage} to --config.stages: it makes missing files again"
+    return UserError(
+        str(path),
+        wanted=f"the file that the stage {stage} wrote, for the stage {reader}",
+        got="one that was changed since" if there else "no such file",
+        fix=f"Restore it, or {way_out(stage) if there else again}.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,16 +356,19 @@ class Found:
             return Input(_GROWN, [*earlier, _identity(self.record)])
         return Input(_GROWN if self.grows else None, earlier)
 
-    def missing(self) -> list[str]:
+    def lost(self, restores: Sequence[str]) -> list[str]:
         """Files of a finished stage that rule 6 would write again.
+
+        Args:
+          restores: those of its spec.
 
         Raises:
           UserError: rule 7 applies.
         """
         folder = self.path.parent
-        if _artifacts_exist(folder, self.record):
-            return []
-        return [n for n in self.record["artifacts"] if not (folder / n).exists()]
+        digests = artifacts.digests_of(folder, read_only=True)
+        lost = _lost(digests, folder, self.record, restores)
+        return [str(path.relative_to(folder)) for path in lost]
 
     def error(self) -> UserError:
         """The error of rule 3 or 5."""
@@ -341,32 +446,6 @@ def is_complete(workdir: epath.PathLike, name: str) -> bool:
 
 def read_manifest(workdir: epath.PathLike, name: str) -> dict[str, Any]:
     return files.read_json(epath.Path(workdir) / name / _FINISHED)
-
-
-def require_unchanged(workdir: epath.PathLike, name: str, suffix: str = "") -> None:
-    """Compares the hashes of a stage's artifacts, of whatever size.
-
-    Args:
-      workdir: the run's folder.
-      name: a complete stage.
-      suffix: only artifacts whose names end with it are compared.
-
-    Raises:
-      UserError: an artifact is missing or was changed.
-    """
-    folder = epath.Path(workdir) / name
-    for file, described in read_manifest(workdir, name)["artifacts"].items():
-        if not file.endswith(suffix):
-            continue
-        path = folder / file
-        there = path.exists()
-        if not there or files.sha256(path) != described["sha256"]:
-            raise UserError(
-                str(path),
-                wanted="the file that this stage wrote",
-                got="one that was changed since" if there else "no such file",
-                fix=f"Restore it, or {way_out(name)}.",
-            )
 
 
 def versions() -> dict[str, str]:
@@ -478,23 +557,23 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _describe(path: epath.Path) -> dict[str, Any]:
-    return {"bytes": path.stat().length, "sha256": files.sha256(path)}
+def _require_artifacts(stage: Stage, manifest: dict, restores: Sequence[str]) -> bool:
+    """Whether all artifacts are there (rule 6); raises if one was changed (rule 7).
+
+    Those that the stage makes again when they were damaged are deleted if they were.
+    """
+    lost = _lost(stage.digests, stage.folder, manifest, restores)
+    artifacts.delete_damaged([path for path in lost if path.exists()])
+    return not lost
 
 
-def _artifacts_exist(folder: epath.Path, manifest: dict) -> bool:
-    """Whether no artifact is missing (rule 6); raises if one was edited (rule 7)."""
-    complete = True
-    for name, described in manifest["artifacts"].items():
-        path = folder / name
-        if not path.exists():
-            complete = False
-            continue
-        size = path.stat().length
-        same = size == described["bytes"] and (
-            size > _MAX_HASHED_BYTES or files.sha256(path) == described["sha256"]
-        )
-        if not same:
+def _lost(
+    digests: Digests, folder: epath.Path, manifest: dict, restores: Sequence[str]
+) -> list[epath.Path]:
+    """Paths of the artifacts that rule 6 makes again; raises if rule 7 applies."""
+    lost = artifacts.lost(digests, folder, manifest["artifacts"])
+    for path in lost:
+        if path.exists() and not artifacts.is_restored(folder, path, restores):
             raise UserError(
                 str(path),
                 wanted="the file that this stage wrote",
@@ -503,4 +582,4 @@ def _artifacts_exist(folder: epath.Path, manifest: dict) -> bool:
                 "copy the file first: captions can be passed as config.caption.file, "
                 "recipes as config.mix.file.",
             )
-    return complete
+    return lost

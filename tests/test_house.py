@@ -53,7 +53,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "training",
     },
 }
-LEAVES = {"devices", "errors", "files", "imports", "pictures"}
+LEAVES = {"devices", "digests", "errors", "files", "imports", "pictures"}
 COMMAND = {  # what is around the stages
     "train",
     "command_line",
@@ -65,11 +65,11 @@ COMMAND = {  # what is around the stages
     "run_folder",
     "take_over",
 }
-MAY_IMPORT = {  # besides the leaves, which import nothing of ours
+MAY_IMPORT = {  # besides the leaves, of which files.py is one
     "train": STAGES | COMMAND | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
-    "contract": {"configs"},  # stage.py
-    "leaf": set(),
+    "contract": {"artifacts", "configs"},  # stage.py and what it is made of
+    "leaf": {"files"},
     "configs": {"configs"},
 }
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|misc)$")
@@ -97,7 +97,7 @@ def place(path: str) -> tuple[str, str]:
     if name in STAGES:
         return "stage", name
     layers = dict.fromkeys(COMMAND, "train") | dict.fromkeys(LEAVES, "leaf")
-    layers |= {"stage": "contract", "__init__": "leaf"}
+    layers |= {"stage": "contract", "artifacts": "contract", "__init__": "leaf"}
     return layers.get(name, "unknown"), name
 
 

@@ -189,20 +189,26 @@ def test_an_unfinished_stage_and_one_with_a_lost_file_are_resumed(workdir):
     assert {steps[name].state for name in others} == {"done"}
 
 
-@pytest.mark.parametrize("damage", ["edited", "damaged manifest"])
-def test_a_damaged_later_stage_stops_the_run_before_work(
-    workdir, worked, capsys, damage
-):
+@pytest.mark.parametrize("file", ["made.json", "manifest.json"])
+def test_a_damaged_later_stage_stops_the_run_before_work(workdir, worked, capsys, file):
     (workdir / "mix" / "made.json").unlink()  # there is work for `mix`
-    file = "metrics.json" if damage == "edited" else "manifest.json"
-    (workdir / "evaluate" / file).write_text("{}")
+    (workdir / "classify" / file).write_text("{}")
     before = content(workdir)
     assert run(workdir) == 2
     assert content(workdir) == before
     [flag] = printed_flags(capsys.readouterr().err)
-    assert flag == "--redo=evaluate"
+    assert flag == "--redo=classify"
     assert run(workdir, flag) == 0
-    assert worked == ["mix", "evaluate", "report"]
+    assert worked == ["mix", "classify", "evaluate", "report"]
+
+
+def test_a_damaged_file_that_its_stage_makes_again_stops_nothing(workdir, worked):
+    whole = (workdir / "evaluate" / "metrics.json").read_bytes()
+    (workdir / "evaluate" / "metrics.json").write_text("{}")
+    assert states(steps_of(workdir))["evaluate"] == "resume"
+    assert run(workdir) == 0
+    assert worked == ["evaluate"]
+    assert (workdir / "evaluate" / "metrics.json").read_bytes() == whole
 
 
 def test_a_stage_that_was_deleted_is_made_again_and_the_others_stand(workdir, worked):

@@ -1,6 +1,8 @@
 """Each numbered rule at the top of stage.py has at least one test."""
 
 import copy
+import os
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +45,7 @@ def test_rule_1_the_manifest_is_written_last_and_describes_the_files(tmp_path):
     stage = make(tmp_path)
     assert stage.complete
     assert is_complete(tmp_path, "mix")
-    assert [path.name for path in tmp_path.iterdir()] == ["mix"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digests", "mix"]
     read = read_manifest(tmp_path, "mix")
     assert read["counts"] == {"things": 2}
     assert read["artifacts"]["a.txt"] == {
@@ -91,10 +93,13 @@ def test_rule_4_an_interrupted_stage_resumes_with_its_files(tmp_path):
 @pytest.mark.parametrize("gone", ["a.txt", "below/b.txt"])
 def test_rule_6_a_missing_file_is_filled_in(tmp_path, gone):
     make(tmp_path)
+    times = tmp_path / "digests" / "mix.jsonl"
+    times.unlink()  # it would differ
     whole = {path: content for path, (content, _) in contents(tmp_path).items()}
     (tmp_path / "mix" / gone).unlink()
     assert not open_stage(tmp_path, Spec("mix", SETTINGS)).complete
     make(tmp_path)
+    times.unlink()
     assert {path: content for path, (content, _) in contents(tmp_path).items()} == whole
 
 
@@ -372,3 +377,92 @@ def test_a_field_that_is_newer_than_a_stage_had_its_default(tmp_path):
     known = stage.read_manifest(tmp_path, "mix")
     assert not make(tmp_path, settings=default, text="made").inputs
     assert stage.read_manifest(tmp_path, "mix") == known
+
+
+def test_a_parquet_file_that_the_stage_did_not_write_is_named(tmp_path):
+    opened = open_stage(tmp_path, Spec("generate", {}))
+    files.write_text(opened.folder / "mixed/data/train-00000.parquet", "rows")
+    opened.finish(["mixed/data/train-00000.parquet"])
+    files.write_text(opened.folder / "mixed/data/notes.txt", "of the user")
+    stage.require_inputs(tmp_path, Spec("classify", {}, ["generate"]))
+    stray = opened.folder / "mixed" / "data" / "train-00001.parquet"
+    files.write_text(stray, "rows")
+    for attempt in (
+        lambda: stage.require_inputs(tmp_path, Spec("classify", {}, ["generate"])),
+        lambda: open_stage(tmp_path, Spec("generate", {})),
+    ):
+        with pytest.raises(UserError, match="got another one. Move it") as error:
+            attempt()
+        assert error.value.name == str(stray)
+
+
+def test_rule_6_a_damaged_file_that_the_stage_makes_again_is_deleted(tmp_path):
+    made = make(tmp_path).folder
+    whole = (made / "a.txt").read_bytes()
+    (made / "a.txt").write_text("MADE a.txt")
+    spec = Spec("mix", SETTINGS, restores=("a.*",))
+    assert not open_stage(tmp_path, spec).complete
+    assert not (made / "a.txt").exists()
+    make(tmp_path)
+    assert (made / "a.txt").read_bytes() == whole
+
+    for name in ("a.txt", "below/b.txt"):  # nothing is deleted where another is named
+        (made / name).write_text("MADE")
+    with pytest.raises(UserError, match="below/b.txt: wanted the file that this stage"):
+        open_stage(tmp_path, spec)
+    assert (made / "a.txt").exists()
+
+
+@pytest.mark.parametrize("damaged", ["a.txt", "below/b.txt"])
+@pytest.mark.parametrize("indirectly", [False, True])
+def test_rule_9_a_stage_with_work_compares_all_before_it(tmp_path, damaged, indirectly):
+    make(tmp_path, "encode")
+    make(tmp_path, "pairs", inputs=["encode"])
+    reads = ["pairs"] if indirectly else ["encode"]
+    (tmp_path / "encode" / damaged).write_text("MADE")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"encode/{damaged}: wanted the file that the"):
+        make(tmp_path, inputs=reads)
+    assert contents(tmp_path) == before
+    (tmp_path / "encode" / damaged).unlink()
+    with pytest.raises(
+        UserError, match=f"encode/{damaged}.*no such file. .*add encode"
+    ):
+        make(tmp_path, inputs=reads)
+    make(tmp_path, "encode")
+    make(tmp_path, inputs=reads)
+    (tmp_path / "encode" / damaged).write_text("MADE")
+    assert make(tmp_path, inputs=reads).complete  # it reads nothing
+
+
+def test_rule_9_an_input_that_is_behind_its_own_is_named(tmp_path):
+    make(tmp_path, "encode")
+    make(tmp_path, "pairs", inputs=["encode"])
+    shutil.rmtree(tmp_path / "encode")
+    make(tmp_path, "encode", settings=OTHERS)
+    with pytest.raises(UserError, match="pairs: wanted a stage made from the present"):
+        make(tmp_path, inputs=["pairs"])
+
+
+def test_verifying_hashes_all_and_deletes_what_is_made_again(tmp_path, caplog):
+    opened = make(tmp_path)
+    files.write_text(opened.folder / "picture.png", "of the stage")
+    opened.digests.add(opened.folder / "picture.png")
+    spec = Spec("mix", SETTINGS, restores=("a.*",))
+    assert stage.verify(tmp_path, spec) == 3
+    for name in ("a.txt", "below/b.txt", "picture.png"):
+        path = opened.folder / name
+        times = os.stat(path).st_mtime_ns
+        content = path.read_text()
+        path.write_text(content.upper())
+        os.utime(path, ns=(times, times))  # no trace but the content
+        if name == "below/b.txt":
+            with pytest.raises(UserError, match="got 1 that were changed") as error:
+                stage.verify(tmp_path, spec)
+            assert error.value.details == (str(path),)
+            path.write_text(content)
+        else:
+            stage.verify(tmp_path, spec)
+            assert not path.exists()
+            assert name in caplog.text
+    assert not open_stage(tmp_path, spec).complete

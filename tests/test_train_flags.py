@@ -578,7 +578,7 @@ def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeyp
 
     monkeypatch.setattr(train, "run_stage", run_stage)
     assert train.main(["train", *command]) == 0
-    assert messages == [
+    assert messages == 2 * [
         f"--workdir={workdir}: wanted a folder that no other run is using, got one in "
         "use by another process. Wait until it has ended, or choose another folder."
     ]
