@@ -87,7 +87,7 @@ def test_stages_that_are_read_are_taken_over_unselected(source, worked, tmp_path
     assert run(tmp_path / "new", f"--from={source}", *flags) == 0
     assert worked == ["classify"]
     made = {path.name for path in (tmp_path / "new").iterdir() if path.is_dir()}
-    assert made == {*train.STAGES[:8], "tensorboard"}
+    assert made == {*train.STAGES[:8], "tensorboard", "digests"}
 
 
 def test_redo_and_from_together(source, worked, tmp_path):
