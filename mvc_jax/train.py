@@ -8,12 +8,23 @@ A summary of your own images, in a folder (docs/your-own-images.md has the rest)
 A preview of 16 synthetic images, and some stages only:
     python -m mvc_jax.train --workdir=runs/digits --config.generate.limit=16
     python -m mvc_jax.train --workdir=runs/digits --config.stages=generate,classify
+Other settings: what is not affected is taken over, or what is affected made again:
+    python -m mvc_jax.train --from=runs/digits --workdir=runs/fine \\
+      --config.mix.modes=fine
+    python -m mvc_jax.train --workdir=runs/digits --config.classify.steps=500 \\
+      --redo=classify
 A run that was stopped is resumed by the same command.
 
 Flags:
-  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT
+  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
+                                   the config.json of a workdir; without it, that of
+                                   --workdir, and for a new one configs/digits.py
   --config.SECTION.FIELD=VALUE     sets one field
   --workdir=FOLDER                 of this run's files
+  --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
+                                   them again; the old ones move to FOLDER/earlier
+  --from=WORKDIR                   starts from the config of another workdir, and takes
+                                   over its stages where all settings agree
   --help, --help=SECTION           prints this, or every field of a section
   --version                        prints the version
 

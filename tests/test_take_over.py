@@ -56,6 +56,9 @@ def test_the_stages_that_agree_are_taken_over(source, worked, tmp_path, capsys):
     ]
     assert [p.name for p in (new / "tensorboard").iterdir()] == ["finetune"]
     assert {*files.read_json(new / "timings.json")} == {*train.STAGES}
+    records = [folder / "digests" / "encode.jsonl" for folder in (source, new)]
+    assert records[0].read_bytes() == records[1].read_bytes()
+    assert not records[0].samefile(records[1])  # rows are appended to them
     assert content(source) == before
     worked.clear()
     assert run(new) == 0
