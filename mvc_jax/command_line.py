@@ -22,12 +22,14 @@ class Command:
       workdir: the folder of the run's files.
       redo: names of the stages to make again, or `all`.
       source: another workdir, from which finished stages are taken over; None: none.
+      verify: whether every file of the workdir is hashed first.
     """
 
     config: ConfigDict
     workdir: epath.Path
     redo: tuple[str, ...] = ()
     source: epath.Path | None = None
+    verify: bool = False
 
 
 def parse(argv: list[str], about: str = "") -> Command:
@@ -75,7 +77,7 @@ def parse(argv: list[str], about: str = "") -> Command:
         section[field] = value
     listed = ",".join(values["redo"].value or ())
     redo = tuple(name.strip() for name in listed.split(",") if name.strip())
-    return Command(config, workdir, redo, source)
+    return Command(config, workdir, redo, source, values["verify"].value)
 
 
 def print_help(name: str, about: str) -> NoReturn:
@@ -147,6 +149,7 @@ def _parse_others(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "the folder of this run's files", **own)
     flags.DEFINE_multi_string("redo", None, "stages to make again", **own)
     flags.DEFINE_string("from", None, "workdir to take stages over from", **own)
+    flags.DEFINE_boolean("verify", False, "hash every file", **own)
     flags.DEFINE_boolean("version", False, "print the version", **own)
     try:
         positional = values(argv)[1:]

@@ -248,7 +248,7 @@ def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
             todo.append(input_)
 
 
-def verify(workdir: epath.PathLike, spec: Spec) -> int:
+def verify(workdir: epath.PathLike, spec: Spec) -> tuple[int, list[epath.Path]]:
     """Hashes every file that a stage wrote, and deletes those that it makes again.
 
     Args:
@@ -256,38 +256,24 @@ def verify(workdir: epath.PathLike, spec: Spec) -> int:
       spec: of the stage, which may be unfinished.
 
     Returns:
-      the number of files.
-
-    Raises:
-      UserError: other files are damaged; `details` lists them.
+      the number of files; the paths of other ones that are missing or were changed.
     """
     folder = epath.Path(workdir) / spec.name
-    digests, manifest = artifacts.digests_of(folder), {}
+    digests, listed = artifacts.digests_of(folder), {}
     if is_complete(workdir, spec.name):
-        manifest = _read(folder / _FINISHED)["artifacts"]
-    wanted = {**digests.recorded(), **manifest}
-    there = {x: content for x, content in wanted.items() if (folder / x).exists()}
-    damaged = [
-        folder / name
-        for name, content in there.items()
-        if not digests.holds(name, content, again=True)
-    ]
+        listed = _read(folder / _FINISHED)["artifacts"]
+    known = {**digests.recorded(), **listed}
+    there = {x: known[x] for x in known if x in listed or (folder / x).exists()}
+    lost = [x for x in there if not digests.holds(folder / x, there[x], again=True)]
     kept = [
-        path
-        for path in damaged
-        if str(path.relative_to(folder)) in manifest
-        and not artifacts.is_restored(folder, path, spec.restores)
+        folder / name
+        for name in lost
+        if name in listed
+        and not artifacts.is_restored(folder, folder / name, spec.restores)
     ]
-    if kept:
-        raise UserError(
-            f"stage {spec.name}",
-            wanted="the files that it wrote",
-            got=f"{len(kept)} that were changed since",
-            fix=f"Restore them, or {way_out(spec.name)}.",
-            details=[str(path) for path in kept],
-        )
-    artifacts.delete_damaged(damaged)
-    return len(there)
+    again = {folder / name for name in lost} - {*kept}
+    artifacts.delete_damaged(sorted(path for path in again if path.exists()))
+    return len(there), kept
 
 
 def _damaged_input(path: epath.Path, stage: str, reader: str) -> UserError:

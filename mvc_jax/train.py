@@ -21,6 +21,8 @@ Flags:
                                    --workdir, and for a new one configs/digits.py
   --config.SECTION.FIELD=VALUE     sets one field
   --workdir=FOLDER                 of this run's files
+  --verify                         hashes all of them first; otherwise a file counts as
+                                   unchanged while its size and time are the same
   --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
                                    them again; the old ones move to FOLDER/earlier
   --from=WORKDIR                   starts from the config of another workdir, and takes
@@ -54,6 +56,7 @@ from mvc_jax import (
     results,
     run_config,
     run_folder,
+    stage,
 )
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError, is_full_disk
@@ -78,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 list(sys.argv if argv is None else argv), about=__doc__
             )
             workdir = command.workdir
-            run(command.config, workdir, redo=command.redo, source=command.source)
+            run(
+                command.config,
+                workdir,
+                redo=command.redo,
+                source=command.source,
+                verify=command.verify,
+            )
         except UserError as error:
             return _fail(str(error), error.details)
         except preemption.Preempted as stop:
@@ -104,6 +113,7 @@ def run(
     *,
     redo: Sequence[str] = (),
     source: epath.Path | None = None,
+    verify: bool = False,
 ) -> None:
     """Checks everything that needs no device, then runs the selected stages.
 
@@ -112,6 +122,8 @@ def run(
       workdir: of the run.
       redo: stages to move aside and make again, or `all`.
       source: another workdir, from which finished stages that agree are taken over.
+      verify: whether to hash every file in the workdir first; otherwise one whose size
+        and modification time did not change is taken for unchanged.
     """
     common.FIELDS.check(config)
     stages = pipeline.select(config)
@@ -119,6 +131,8 @@ def run(
     run_folder.check(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
+        if verify:
+            verify_files(config, workdir)
         moved = stages_to_move(redo, stages, config, workdir, source)
         steps = plan.make(stages, config, workdir, redo=moved, source=source)
         try:
@@ -169,6 +183,30 @@ def _run_stages(
         if run_stage(name, config, workdir):
             worked.append(name)
     return worked
+
+
+def verify_files(config: ConfigDict, workdir: epath.Path) -> None:
+    """Hashes every file of every stage; deletes damaged ones that are made again.
+
+    Raises:
+      UserError: others are missing or were changed; `details` lists them.
+    """
+    damaged: dict[str, list[epath.Path]] = {}
+    for name in pipeline.STAGES:
+        if (workdir / name).exists():
+            spec = pipeline.module(name).stage_spec(config)
+            count, lost = stage.verify(workdir, spec)
+            logging.info("%s: %d files compared", name, count)
+            damaged |= {name: lost} if lost else {}
+    if damaged:
+        found = [str(path) for paths in damaged.values() for path in paths]
+        raise UserError(
+            f"--workdir={workdir}",
+            wanted="the files that its stages wrote",
+            got=f"{len(found)} that are missing or were changed since",
+            fix=f"Restore them, or {stage.way_out(*damaged)}.",
+            details=found,
+        )
 
 
 def check_stages(names: Sequence[str], config: ConfigDict) -> None:

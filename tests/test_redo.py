@@ -1,6 +1,7 @@
 """Changes of a workdir: planned before anything is written, and made by --redo."""
 
 import importlib
+import os
 import re
 import shlex
 
@@ -344,3 +345,26 @@ def test_every_dependent_of_a_stage_is_known():
     assert pipeline.needed(["mix"], config) == ["caption", "pretrain", "encode", "mix"]
     config.base.path = "sd15"
     assert pipeline.needed(["mix"], config) == ["caption", "encode", "mix"]
+
+
+def test_verify_names_what_cannot_be_made_again_and_makes_the_rest(
+    workdir, worked, capsys
+):
+    """Even where size and modification time are as they were."""
+    for name, file in (("evaluate", "metrics.json"), ("mix", "made.json")):
+        path = workdir / name / file
+        whole, times = path.read_bytes(), os.stat(path).st_mtime_ns
+        path.write_bytes(whole.swapcase())
+        os.utime(path, ns=(times, times))
+        code = run(workdir, "--verify")
+        errors = capsys.readouterr().err
+        if name == "evaluate":
+            assert code == 0
+            assert f"{name}: 1 files compared" in errors
+            assert path.read_bytes() == whole
+        else:
+            assert code == 2
+            assert f"  {path}\n" in errors
+            assert printed_flags(errors) == ["--redo=mix"]
+            assert run(workdir, "--redo=mix") == 0
+    assert run(workdir, "--verify") == 0
