@@ -10,15 +10,26 @@ A preview of 16 synthetic images, and some stages only:
     python -m mvc_jax.train --workdir=runs/digits --config.stages=generate,classify
 What it would do, and the images, steps, disk, memory and hours that this takes:
     python -m mvc_jax.train --workdir=runs/digits --dry_run
+Other settings: what is not affected is taken over, or what is affected made again:
+    python -m mvc_jax.train --from=runs/digits --workdir=runs/fine \\
+      --config.mix.modes=fine
+    python -m mvc_jax.train --workdir=runs/digits --config.classify.steps=500 \\
+      --redo=classify
 A run that was stopped is resumed by the same command.
 
 Flags:
-  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT
+  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
+                                   the config.json of a workdir; without it, that of
+                                   --workdir, and for a new one configs/digits.py
   --config.SECTION.FIELD=VALUE     sets one field
   --workdir=FOLDER                 of this run's files
   --dry_run                        prints what would be done, and changes nothing
   --verify                         hashes all of them first; otherwise a file counts as
                                    unchanged while its size and time are the same
+  --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
+                                   them again; the old ones move to FOLDER/earlier
+  --from=WORKDIR                   starts from the config of another workdir, and takes
+                                   over its stages where all settings agree
   --help, --help=SECTION           prints this, or every field of a section
   --version                        prints the version
 
@@ -176,7 +187,12 @@ def _plan(
     stages = pipeline.select(config)
     moved = stages_to_move(redo, stages, config, workdir, source)
     steps = plan.make(stages, config, workdir, redo=moved, source=source)
-    check_stages([step.name for step in steps if step.state != "done"], config)
+    try:
+        check_stages([step.name for step in steps if step.state != "done"], config)
+    except UserError as error:  # both reasons, so that both can be corrected
+        refused = [step for step in steps if step.error]
+        error.details += tuple(f"also, {s.name}: {s.reason}" for s in refused)
+        raise
     return moved, steps
 
 

@@ -21,7 +21,7 @@ from etils import epath
 from fork_server import ROOT, user_environment
 from PIL import Image
 
-from mvc_jax import files, pipeline, plan, price, run_config, train
+from mvc_jax import command_line, files, pipeline, plan, price, run_config, train
 from mvc_jax import stage as contract
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
@@ -343,7 +343,7 @@ def test_damage_to_finished_stages_is_made_again_or_named(
     whole, copied, here, fork_server, tmp_path
 ):
     """Each file alone, in every way that a disk knows; then all that is made again."""
-    config, _ = train.parse_flags(["train", *arguments(copied)])
+    config = command_line.parse(["train", *arguments(copied)]).config
     again = []
     for name in STAGES:
         spec = importlib.import_module(f"mvc_jax.{name}").stage_spec(config)
@@ -438,8 +438,6 @@ def place(whole, tmp_path_factory):
     """A working directory with what the documents assume: images and earlier runs."""
     folder = tmp_path_factory.mktemp("documented")
     shutil.copytree(whole[0], folder / "runs" / "digits")
-    for stage in ("caption", "pretrain", "encode", "pairs", "finetune"):
-        shutil.copytree(whole[0] / stage, folder / "runs" / "fine" / stage)
     draw = np.random.default_rng(0)
     for kind in ("bolt", "nut"):
         (folder / "parts" / kind).mkdir(parents=True)
