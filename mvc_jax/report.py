@@ -21,11 +21,11 @@ from PIL import Image
 
 from mvc_jax import files, pictures
 from mvc_jax.data import splits
+from mvc_jax.mixing.recipes import MODES
 from mvc_jax.stage import Spec, open_stage
 from mvc_jax.work import Sizes, Work
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
-_MODES = ("coarse", "fine")
 _SETS = ("unmixed", "mixed", "pretrained")  # first columns; other sets follow
 _PROVENANCE = ["index", "label", "source", "partners", "mode", "prompt"]
 _MAX_CLASSES = 20  # in the grid
@@ -173,7 +173,7 @@ def _grid(inputs: _Inputs, columns: int) -> list[dict]:
     made: dict[tuple[str, str], list[dict]] = {}
     for row in inputs.sets.get("mixed", {}).values():
         made.setdefault((row["source"], row["mode"]), []).append(row)
-    modes = [mode for mode in _MODES if any(key[1] == mode for key in made)]
+    modes = [mode for mode in MODES if any(key[1] == mode for key in made)]
     members: dict[int, list[str]] = {}
     for id_, label in zip(inputs.real.ids, inputs.real.labels.tolist(), strict=True):
         members.setdefault(label, []).append(id_)
@@ -202,7 +202,7 @@ def _comparison(inputs: _Inputs) -> list[dict]:
         for index, row in inputs.sets.get("mixed", {}).items()
         if len(inputs.sets) > 1 and all(index in rows for rows in inputs.sets.values())
     ]
-    modes = [mode for mode in _MODES if any(row["mode"] == mode for row in common)]
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in common)]
     last = {(row["label"], row["mode"]): row for row in common}
     compared = []
     for i, label in enumerate(sorted({row["label"] for row in common})[:_EXAMPLES]):

@@ -16,6 +16,7 @@ from mvc_jax.checkpoints import classifier_export, classifier_weights, hub
 from mvc_jax.classification import classifier, runs, training_set
 from mvc_jax.configs import digits, folder
 from mvc_jax.data import splits
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 from mvc_jax.models import classifiers
@@ -57,6 +58,7 @@ def read(monkeypatch, tmp_path):
         data = training_set.read(
             epath.Path(tmp_path),
             epath.Path(tmp_path) / "pixels",
+            Digests(tmp_path, tmp_path / "digests.jsonl"),
             sets=["mixed"],
             size=SIZE // 2,
             data_size=SIZE,
