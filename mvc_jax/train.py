@@ -131,9 +131,9 @@ def run(
     run_folder.check(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
-        if verify:
-            verify_files(config, workdir)
         moved = stages_to_move(redo, stages, config, workdir, source)
+        if verify:
+            verify_files([x for x in STAGES if x not in moved], config, workdir)
         steps = plan.make(stages, config, workdir, redo=moved, source=source)
         try:
             check_stages([step.name for step in steps if step.state != "done"], config)
@@ -141,7 +141,7 @@ def run(
             refused = [step for step in steps if step.error]
             error.details += tuple(f"also, {s.name}: {s.reason}" for s in refused)
             raise
-        plan.require_possible(steps, workdir)
+        plan.require_possible(steps)
         _prepare(steps, config, workdir)
         if moved:
             move_aside(redo, moved, stages, workdir)
@@ -185,14 +185,14 @@ def _run_stages(
     return worked
 
 
-def verify_files(config: ConfigDict, workdir: epath.Path) -> None:
-    """Hashes every file of every stage; deletes damaged ones that are made again.
+def verify_files(names: Sequence[str], config: ConfigDict, workdir: epath.Path) -> None:
+    """Hashes every file of these stages; deletes damaged ones that are made again.
 
     Raises:
       UserError: others are missing or were changed; `details` lists them.
     """
     damaged: dict[str, list[epath.Path]] = {}
-    for name in pipeline.STAGES:
+    for name in names:
         if (workdir / name).exists():
             spec = pipeline.module(name).stage_spec(config)
             count, lost = stage.verify(workdir, spec)
