@@ -64,10 +64,11 @@ def make(
     if not refused:
         return steps
     selected, again = planner.way_to(stages)
-    planner.fix = _flags(selected, again)
+    stays = [*stages] == selected
+    planner.fix = stage.way_out(*again) if stays else _flags(selected, again)
     if any(step.also for step in refused):
         return planner.steps(stages)
-    if [*stages] == selected and [step.name for step in refused] == again:
+    if stays and [step.name for step in refused] == again:
         return steps  # the stage's own message has all that it takes
     error = UserError(
         f"--workdir={workdir}",
