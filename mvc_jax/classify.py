@@ -20,10 +20,12 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax import augment, files
-from mvc_jax.classification import runs
+from mvc_jax.classification import duration, runs
+from mvc_jax.data import splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
-from mvc_jax.stage import Spec, Stage, open_stage
+from mvc_jax.stage import Spec, Stage, is_complete, open_stage
+from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
     from mvc_jax import devices
@@ -31,7 +33,6 @@ with epy.lazy_imports():
         classifier_checkpoint,
         classifier_export,
         classifier_weights,
-        hub,
     )
     from mvc_jax.classification import classifier, fits, training_set
     from mvc_jax.training import sharding
@@ -71,6 +72,13 @@ def check(config: ConfigDict) -> None:
             fix="Lower it.",
         )
     _check_network(section, section.size or config.data.size)
+
+
+def check_images(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Checks what depends on the training images, once `caption` has written them."""
+    if is_complete(workdir, "caption"):
+        train = splits.read_split(epath.Path(workdir) / "caption", "train")
+        duration.check_warmup(config.classify.to_dict(), train.labels)
 
 
 def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:
@@ -115,12 +123,16 @@ def _check_schedule(section: ConfigDict) -> None:
 
 def _check_network(section: ConfigDict, size: int) -> None:
     """Checks the network's own fields, and a pretrained checkpoint last."""
-    name = section.pretrained
-    if name and hub.is_local(name):
-        checkpoint = _checkpoint(section)
+    found, field = "", "config.classify.pretrained"
+    if section.pretrained:
+        found = classifier_checkpoint.check(
+            section.pretrained, field=field, revision=section.pretrained_revision
+        )
+    if found:
+        checkpoint = classifier_checkpoint.find(found, field=field)
         network = _network(section, 2, checkpoint, dtype="float32")
         _check_size(section.model, size, network.stride)
-        classifier_weights.check(checkpoint, network)
+        classifier_weights.check_tensors(checkpoint, network)
         return
     options = {key: section[key] for key in ("width", "stem", "stem_stride")}
     classifiers.check_options(section.model, options)
@@ -128,12 +140,6 @@ def _check_network(section: ConfigDict, size: int) -> None:
     _check_size(
         section.model, size, variant.min_size(section.stem, section.stem_stride)
     )
-    if name:
-        hub.check_name(
-            name,
-            field=f"config.classify.pretrained {name!r}",
-            revision=section.pretrained_revision,
-        )
 
 
 def _check_size(model: str, size: int, smallest: int) -> None:
@@ -145,6 +151,62 @@ def _check_size(model: str, size: int, smallest: int) -> None:
             fix="Raise it, or choose a network for small images, e.g. wrn28_10 or "
             "resnet20.",
         )
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to train; starts no JAX backend."""
+    section = config.classify
+    side = section.size or config.data.size
+    parsed = [runs.parse(name) for name in section.runs]
+    steps = duration.steps(
+        sum(n - duration.held_out(n, section.validation) for n in sizes.train),
+        epochs=section.epochs,
+        steps=section.steps,
+        batch_size=section.batch_size,
+    )
+    count = len(parsed) * section.seeds
+    network = _network(section, len(sizes.train), None, dtype="float32")
+    weights = 4 * classifier.count_parameters(network, (side, side, 3))
+    copies = 2 + (section.optimizer == "adam") + (section.ema_decay > 0)
+    stored = len({run_.set for run_ in parsed} - {""}) * sizes.recipes
+    if side != config.data.size:
+        stored += sizes.images + sizes.test
+    pixels = stored * 3 * side**2
+    # Rows of a batch, which its schedule and its images have.
+    rows = section.batch_size * max(
+        2 if run_.regime == "probabilistic" else 1 for run_ in parsed
+    )
+    together = min(section.seeds_at_once or 1, section.seeds)
+    speed = ("model", "width", "stem", "stem_stride", "batch_size", "seeds_at_once")
+    return Work(
+        {"classifiers": count, "steps": count * steps},
+        unit="steps",
+        speed={
+            **{name: section[name] for name in (*speed, "dtype", "optimizer")},
+            "augmentations": sorted({f"{run_.policy}+{run_.mix}" for run_ in parsed}),
+            "size": side,
+            "mesh": config.mesh.to_dict(),
+        },
+        on_devices=True,
+        disk={
+            "classifiers": count * weights,
+            "checkpoints": count * copies * weights,
+            "pixels": pixels,
+        },
+        asks=copies * weights,
+        leaves=count * weights + (0 if section.ratio else pixels),
+        host={"the order of the images": together * steps * rows * 8},
+        devices={
+            "weights, moments and gradients": together * (copies + 1) * weights,
+            "a batch in the network": together * rows * 4 * 4 * 3 * side**2,
+        },
+        lower=(
+            "classify.batch_size",
+            "classify.steps",
+            "classify.epochs",
+            "classify.seeds_at_once",
+        ),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:

@@ -8,6 +8,8 @@ A summary of your own images, in a folder (docs/your-own-images.md has the rest)
 A preview of 16 synthetic images, and some stages only:
     python -m mvc_jax.train --workdir=runs/digits --config.generate.limit=16
     python -m mvc_jax.train --workdir=runs/digits --config.stages=generate,classify
+What it would do, and the images, steps, disk, memory and hours that this takes:
+    python -m mvc_jax.train --workdir=runs/digits --dry_run
 Other settings: what is not affected is taken over, or what is affected made again:
     python -m mvc_jax.train --from=runs/digits --workdir=runs/fine \\
       --config.mix.modes=fine
@@ -21,6 +23,7 @@ Flags:
                                    --workdir, and for a new one configs/digits.py
   --config.SECTION.FIELD=VALUE     sets one field
   --workdir=FOLDER                 of this run's files
+  --dry_run                        prints what would be done, and changes nothing
   --verify                         hashes all of them first; otherwise a file counts as
                                    unchanged while its size and time are the same
   --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
@@ -37,10 +40,7 @@ Exit codes:
   130  stopped by Ctrl-C
 """
 
-import os
 import resource
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -53,13 +53,14 @@ from mvc_jax import (
     command_line,
     pipeline,
     plan,
+    price,
     results,
     run_config,
     run_folder,
     stage,
 )
 from mvc_jax.configs import common
-from mvc_jax.errors import UserError, is_full_disk
+from mvc_jax.errors import UserError, no_room
 from mvc_jax.redo import ending_redo, move_aside, stages_to_move
 from mvc_jax.take_over import take_over
 from mvc_jax.training import console, preemption, runtime
@@ -81,13 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 list(sys.argv if argv is None else argv), about=__doc__
             )
             workdir = command.workdir
-            run(
-                command.config,
-                workdir,
-                redo=command.redo,
-                source=command.source,
-                verify=command.verify,
-            )
+            options = {"redo": command.redo, "source": command.source}
+            if command.dry_run:
+                dry_run(command.config, workdir, **options)
+            else:
+                run(command.config, workdir, **options, verify=command.verify)
         except UserError as error:
             return _fail(str(error), error.details)
         except preemption.Preempted as stop:
@@ -101,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted; rerun the same command to resume", file=sys.stderr)
             return 130
         except Exception as error:
-            if workdir is None or not is_full_disk(error):
+            full = workdir and no_room(error, workdir)
+            if not full:
                 raise
-            return _fail(_full_disk_message(error, workdir))
+            return _fail(str(full))
         return 0
 
 
@@ -131,17 +131,12 @@ def run(
     run_folder.check(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
-        moved = stages_to_move(redo, stages, config, workdir, source)
-        if verify:
-            verify_files([x for x in STAGES if x not in moved], config, workdir)
-        steps = plan.make(stages, config, workdir, redo=moved, source=source)
-        try:
-            check_stages([step.name for step in steps if step.state != "done"], config)
-        except UserError as error:  # both reasons, so that both can be corrected
-            refused = [step for step in steps if step.error]
-            error.details += tuple(f"also, {s.name}: {s.reason}" for s in refused)
-            raise
+        moved, steps = _plan(config, workdir, redo, source, verify=verify)
         plan.require_possible(steps)
+        prices = price.make(steps, config, workdir, source=source)
+        price.require_room(prices, workdir)
+        if any(each.work for each in prices):
+            logging.info(price.line(prices, workdir))
         _prepare(steps, config, workdir)
         if moved:
             move_aside(redo, moved, stages, workdir)
@@ -149,7 +144,7 @@ def run(
         if taken:
             take_over(taken, source, workdir)
         with ending_redo(workdir):
-            worked = _run_stages(stages, config, workdir)
+            worked = _run_stages(stages, config, workdir, prices)
     if config.generate.limit and "generate" in stages:
         print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
         return
@@ -158,6 +153,52 @@ def run(
     else:
         logging.info("nothing to do: all %d stages are complete", len(stages))
     results.show(stages, config, workdir)
+
+
+def dry_run(
+    config: ConfigDict,
+    workdir: epath.Path,
+    *,
+    redo: Sequence[str] = (),
+    source: epath.Path | None = None,
+) -> None:
+    """Prints what `run` would do and what that takes; changes nothing.
+
+    Raises:
+      UserError: as `run` would, before it starts.
+    """
+    common.FIELDS.check(config)
+    _, steps = _plan(config, workdir, redo, source)
+    prices = price.make(steps, config, workdir, source=source)
+    print(price.table(prices, workdir))
+    plan.require_possible(steps)
+    price.require_room(prices, workdir)
+
+
+def _plan(
+    config: ConfigDict,
+    workdir: epath.Path,
+    redo: Sequence[str],
+    source: epath.Path | None,
+    *,
+    verify: bool = False,
+) -> tuple[list[str], list[plan.Step]]:
+    """The stages to move aside, and the checked plan; only `verify` changes anything."""
+    stages = pipeline.select(config)
+    moved = stages_to_move(redo, stages, config, workdir, source)
+    if verify:
+        verify_files([name for name in STAGES if name not in moved], config, workdir)
+    steps = plan.make(stages, config, workdir, redo=moved, source=source)
+    try:
+        todo = [step.name for step in steps if step.state != "done"]
+        check_stages(todo, config)
+        if "classify" in todo and "caption" not in todo:
+            pipeline.module("classify").check_images(config, workdir)
+    except UserError as error:  # both reasons, so that both can be corrected
+        refused = [step for step in steps if step.error]
+        error.details += tuple(f"also, {s.name}: {s.reason}" for s in refused)
+        raise
+    return moved, steps
 
 
 def _prepare(
@@ -172,15 +213,18 @@ def _prepare(
 
 
 def _run_stages(
-    stages: Sequence[str], config: ConfigDict, workdir: epath.Path
+    stages: Sequence[str],
+    config: ConfigDict,
+    workdir: epath.Path,
+    prices: Sequence[price.Price],
 ) -> list[str]:
     """Runs stages up to the preview, if there is one; returns those that had work."""
-    worked = []
+    worked, priced = [], {each.step.name: each for each in prices}
     for name in stages:
         if name == "generate" and config.generate.limit:
             pipeline.module(name).run(config, workdir)
             break
-        if run_stage(name, config, workdir):
+        if run_stage(name, config, workdir, priced[name]):
             worked.append(name)
     return worked
 
@@ -222,30 +266,14 @@ def check_stages(names: Sequence[str], config: ConfigDict) -> None:
 
 
 def check_mesh(data: int, fsdp: int) -> None:
-    """Checks that the mesh fits the devices, unless it is the one that always fits.
-
-    The devices are counted in another process: in this one JAX would hold them from now
-    on, and a captioner that runs in a process of its own needs their memory.
-    """
-    if (data, fsdp) == (-1, 1):
-        return
-    count = subprocess.run(
-        [sys.executable, "-c", "import jax; print(jax.device_count())"],
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        text=True,
-    )
-    if count.returncode:
-        raise UserError(
-            "config.mesh",
-            wanted="devices that JAX can use",
-            got=(count.stderr.strip().splitlines() or ["a crash of JAX"])[-1],
-            fix="Install JAX for this machine's devices, or set JAX_PLATFORMS=cpu.",
-        )
-    sharding.mesh_shape(data, fsdp, int(count.stdout))
+    """Checks that the mesh fits the devices, unless it is the one that always fits."""
+    if (data, fsdp) != (-1, 1):
+        sharding.mesh_shape(data, fsdp, runtime.ask_devices().count)
 
 
-def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
+def run_stage(
+    name: str, config: ConfigDict, workdir: epath.Path, priced: price.Price
+) -> bool:
     """Runs one stage and records its time; returns whether there was any work."""
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
@@ -264,6 +292,7 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     run_folder.record_timing(workdir, name, timing)
+    price.record(priced, config.compilation_cache, timing)
     logging.info("%s: done in %.1f s", name, seconds)
     return True
 
@@ -275,19 +304,6 @@ def _fail(message: str, details: Sequence[str] = ()) -> int:
     if len(details) > _MAX_DETAILS:
         print(f"  ... and {len(details) - _MAX_DETAILS} more", file=sys.stderr)
     return 2
-
-
-def _full_disk_message(error: BaseException, workdir: epath.Path) -> str:
-    path = getattr(error, "filename", None) or workdir
-    free = shutil.disk_usage(workdir).free if run_folder.is_local(workdir) else 0
-    return str(
-        UserError(
-            str(path),
-            wanted="space to write",
-            got=f"a full disk ({free} bytes free)",
-            fix="Free some, then rerun the same command to resume.",
-        )
-    )
 
 
 if __name__ == "__main__":

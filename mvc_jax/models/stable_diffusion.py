@@ -29,6 +29,7 @@ from mvc_jax.models.flax_classes import (
 
 Params = dict[str, Any]
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
+_TRACED = 64  # latents or pixels a side, a power of two, to trace shapes with
 _DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 
 
@@ -42,7 +43,7 @@ class StableDiffusion:
     Attributes:
       configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`; the last is
         DDIM's, with the noise and the `prediction_type` of the model.
-      tokenizer: CLIP's.
+      tokenizer: CLIP's; None: no text will be read.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: implementation in the UNet, one of `attention.CHOICES`.
       remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
@@ -52,7 +53,7 @@ class StableDiffusion:
     """
 
     configs: dict[str, dict[str, Any]]
-    tokenizer: transformers.CLIPTokenizerFast
+    tokenizer: transformers.CLIPTokenizerFast | None
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
@@ -241,11 +242,15 @@ class StableDiffusion:
 
     def _trace_shapes(self, component: str) -> Any:
         if component == "text_encoder":
-            ids = jnp.zeros((1, self.context_length), jnp.int32)
+            ids = np.zeros((1, self.context_length), np.int32)
             init = functools.partial(self.text_encoder.init, input_ids=ids)
             init = functools.partial(init, attention_mask=ids, position_ids=ids)
-            return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
-        return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
+            return jax.eval_shape(lambda key: init(key)["params"], abstract_key())
+        return jax.eval_shape(getattr(self, component).init_weights, abstract_key())
+
+    def count_parameters(self, component: str) -> int:
+        """Number of parameters of a component; starts no backend."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes(component)))
 
     def with_compute_options(
         self,
@@ -344,8 +349,18 @@ def random_params(shapes: Any, rng: np.random.Generator) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """A random key for `jax.eval_shape`: a concrete one would start the backend."""
+    return jax.eval_shape(functools.partial(jax.random.key, 0))
+
+
 def build(class_: type, config: dict[str, Any]) -> Any:
-    """Constructs a library class from the fields of `config` that it accepts."""
+    """Constructs a library class from the fields of `config` that it accepts.
+
+    No weight depends on `sample_size`, of which the Flax classes know integers only:
+    they trace a square of that side, which their UNet must be able to halve.
+    """
+    config = config | {"sample_size": _TRACED}
     known = inspect.signature(class_).parameters
     fields = {
         key: tuple(value) if isinstance(value, list) else value
