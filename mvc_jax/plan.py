@@ -68,7 +68,7 @@ def make(
     planner.fix = stage.way_out(*again) if stays else _flags(selected, again)
     if any(step.also for step in refused):
         return planner.steps(stages)
-    if stays and [step.name for step in refused] == again:
+    if stays and len(refused) == len(again) == 1:
         return steps  # the stage's own message has all that it takes
     error = UserError(
         f"--workdir={workdir}",
