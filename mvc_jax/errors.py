@@ -103,7 +103,7 @@ def require_disk_space(folder: os.PathLike, size: int, *, what: str, fix: str) -
 
 
 def no_room(
-    error: BaseException, folder: os.PathLike, size: int = 0
+    error: BaseException, folder: os.PathLike | str, size: int = 0
 ) -> UserError | None:
     """The error to show for one that was caused by a disk that takes no more bytes.
 

@@ -30,7 +30,8 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):  # of a disk that became read-only
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+        unnamed = getattr(error, "filename", "") in (None, str(temporary))
+        if isinstance(error, OSError) and error.errno and unnamed:
             error.filename = str(path)  # writing to an open file names none
         raise
 

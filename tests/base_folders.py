@@ -13,7 +13,9 @@ from etils import epath
 from configs import common
 from mvc_jax import encode, files
 from mvc_jax.checkpoints import diffusers_layout, hub
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
+from mvc_jax.stage import Stage
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -68,7 +70,11 @@ def config_of(path, **fields):
 
 
 def find_base(config, workdir, record):
-    return encode._find_base(config, epath.Path(workdir), epath.Path(record))
+    """The base of a stage `encode` whose folder has this `base.json`."""
+    folder = epath.Path(record).parent
+    digests = Digests(folder, folder.parent / f"{folder.name}.jsonl")
+    stage = Stage("encode", folder, False, {}, {}, digests)
+    return encode._find_base(config, epath.Path(workdir), stage)
 
 
 def answer(monkeypatch, names=(), *, gated=False, cache, error=None, denied=None):

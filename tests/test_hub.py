@@ -363,12 +363,12 @@ def test_later_stages_read_the_commit_that_encode_recorded(cached, tmp_path, tin
     params = diffusers_layout.load(**recorded, components=("vae",))[1]
     jax.tree.map(np.testing.assert_array_equal, params["vae"], tiny[1]["vae"])
     assert str(find_base(config_of(NAME), workdir, record)) == str(cached)
-    other = find_base(config_of(NAME), workdir, tmp_path / "other.json")
+    other = find_base(config_of(NAME), workdir, tmp_path / "other" / "base.json")
     assert other.name == moved
 
 
 def test_a_downloaded_base_is_checked(cached, tmp_path):
     files.write_json(cached / "mvc_jax.json", {"stage": "finetune"})
     with pytest.raises(UserError, match="fine-tuned already"):
-        find_base(config_of(NAME), tmp_path, tmp_path / "base.json")
-    assert not (tmp_path / "base.json").exists()
+        find_base(config_of(NAME), tmp_path, tmp_path / "encode" / "base.json")
+    assert not (tmp_path / "encode" / "base.json").exists()
