@@ -84,6 +84,32 @@ _DATA = Section(
         "image_column": word("image", "of a Parquet file or TFDS dataset"),
         "label_column": word("label", "of a Parquet file or TFDS dataset"),
         "dir": Field("", "data directory of TFDS; empty: its default"),
+        "train": Field(
+            (),
+            "folders of the training part, relative to the source's; `.` is that "
+            "itself; empty: detected",
+            word=True,
+            distinct=True,
+            hint="Name folders that hold the class folders, or `.`.",
+        ),
+        "test": Field(
+            (),
+            "folders of the test part; empty: detected",
+            word=True,
+            distinct=True,
+            hint="Name folders that hold the class folders.",
+        ),
+        "labels": Field(
+            "",
+            "FILE:COLUMN, a file in the folder with names of images and labels; empty: "
+            "detected",
+        ),
+        "validation": one_of(
+            "join",
+            ("join", "keep"),
+            "the source's own validation images: join train (or are test where there "
+            "is none), or keep them for classify's validation alone",
+        ),
         "classes": Field(
             (),
             "names of the classes to use, in this order; empty: all",

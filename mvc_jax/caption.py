@@ -21,6 +21,7 @@ from mvc_jax.data import captions, duplicates, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
 from mvc_jax.data.decode import Decoder
 from mvc_jax.data.example import Source
+from mvc_jax.data.folder import FolderOptions
 from mvc_jax.data.gather import (
     Gathered,
     ReaderOptions,
@@ -28,7 +29,13 @@ from mvc_jax.data.gather import (
     gather,
     write_rows,
 )
-from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
+from mvc_jax.data.settings import recorded
+from mvc_jax.data.sources import (
+    ClassSubset,
+    check_class_names,
+    open_source,
+    validation_of,
+)
 from mvc_jax.errors import UserError, require_one_of
 from mvc_jax.screening.settings import FilterSettings
 from mvc_jax.stage import open_stage, read_manifest
@@ -116,7 +123,7 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
     if section["captioner"] == "file":  # the file's edits must change the settings, too
         path = epath.Path(section["file"])
         section["file_sha256"] = files.sha256(path) if path.is_file() else ""
-    data = config.data.to_dict()
+    data = recorded(config.data.to_dict())
     return {"seed": config.seed, "data": data, "caption": section}
 
 
@@ -154,7 +161,20 @@ def _open(data: ConfigDict) -> Source:
         image_column=data.image_column,
         label_column=data.label_column,
         data_dir=data.dir,
+        folder=FolderOptions(
+            train=tuple(data.train),
+            test=tuple(data.test),
+            labels=data.labels,
+        ),
+        keep_validation=data.validation == "keep",
     )
+    if data.validation == "keep" and validation_of(source) is None:
+        raise UserError(
+            "config.data.validation",
+            wanted="join, or a source with validation images of its own",
+            got="keep, and none",
+            fix="Use join; config.classify.validation holds out training images.",
+        )
     if data.classes:
         source = ClassSubset(source, data.classes)
     check_class_names(source.class_names)
@@ -198,6 +218,7 @@ def _splitter(
         _sizes(config.data),
         seed=config.seed,
         is_test=source.is_test,
+        is_validation=validation_of(source),
         usable=usable,
     )
 

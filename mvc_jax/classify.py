@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import augment, files
 from mvc_jax.classification import runs
+from mvc_jax.data.settings import recorded
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
 from mvc_jax.stage import open_stage
@@ -54,7 +55,7 @@ def check(config: ConfigDict) -> None:
     """
     section = config.classify
     _check_runs(section.runs, config.generate.sets)
-    _check_schedule(section)
+    _check_schedule(section, keeps_validation=config.data.validation == "keep")
     if section.ratio > config.mix.per_image:
         raise UserError(
             "config.classify.ratio",
@@ -93,13 +94,14 @@ def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:
         )
 
 
-def _check_schedule(section: ConfigDict) -> None:
+def _check_schedule(section: ConfigDict, *, keeps_validation: bool) -> None:
     if not section.epochs:  # else the steps depend on the number of images
         require_at_most("config.classify", section.to_dict(), "warmup", "steps")
-    if section.patience and not section.validation:
+    if section.patience and not (section.validation or keeps_validation):
         raise UserError(
             "config.classify.patience",
-            wanted="0, or images to validate on: config.classify.validation above 0",
+            wanted="0, or images to validate on: config.classify.validation above 0, "
+            "or config.data.validation=keep",
             got=f"{section.patience}",
             fix="Set config.classify.validation to e.g. 0.1.",
         )
@@ -153,7 +155,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     section = config.classify.to_dict()
     settings = {
         "seed": config.seed,
-        "data": config.data.to_dict(),
+        "data": recorded(config.data.to_dict()),
         "classify": {k: v for k, v in section.items() if k not in _NO_RESULT},
     }
     stage = open_stage(workdir, "classify", settings, inputs=("generate",))

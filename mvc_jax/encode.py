@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import captions, shards, splits
+from mvc_jax.data.settings import recorded
 from mvc_jax.errors import UserError, require_disk_space
 from mvc_jax.stage import is_complete, open_stage
 from mvc_jax.training.console import Progress
@@ -62,7 +63,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     del section["batch_size"]  # shards do not depend on it
     settings = {
         "seed": config.seed,
-        "data": config.data.to_dict(),
+        "data": recorded(config.data.to_dict()),
         "base": config.base.to_dict(),
         "encode": section,
     }

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import splits
+from mvc_jax.data.settings import recorded
 from mvc_jax.metrics import statistics
 from mvc_jax.screening import distances, removed
 from mvc_jax.stage import open_stage, read_manifest
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     settings = {
         "seed": config.seed,
-        "data": config.data.to_dict(),
+        "data": recorded(config.data.to_dict()),
         "evaluate": config.evaluate.to_dict(),
     }
     stage = open_stage(workdir, "evaluate", settings, inputs=("classify",))

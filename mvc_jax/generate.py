@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.checkpoints import dataset_card, model_card
 from mvc_jax.data import cache, splits
+from mvc_jax.data.settings import recorded
 from mvc_jax.errors import UserError
 from mvc_jax.generation import conditionings, synthetic
 from mvc_jax.mixing import recipe_file
@@ -87,7 +88,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
     settings = {
         "seed": config.seed,
-        "data": config.data.to_dict(),
+        "data": recorded(config.data.to_dict()),
         "base": config.base.to_dict(),
         "generate": shaping,
     }

@@ -14,6 +14,7 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax.data import captions, splits
+from mvc_jax.data.settings import recorded
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import open_stage
 
@@ -87,7 +88,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains the base model on the pool and writes it."""
     settings = {
         "seed": config.seed,
-        "data": config.data.to_dict(),
+        "data": recorded(config.data.to_dict()),
         "pretrain": config.pretrain.to_dict(),
     }
     stage = open_stage(workdir, "pretrain", settings, inputs=("caption",))

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mvc_jax import files, pictures
 from mvc_jax.data import splits
+from mvc_jax.data.settings import recorded
 from mvc_jax.stage import open_stage
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
@@ -69,7 +70,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     settings = {
         "seed": config.seed,
-        "data": config.data.to_dict(),
+        "data": recorded(config.data.to_dict()),
         "report": config.report.to_dict(),
     }
     stage = open_stage(workdir, "report", settings, inputs=_INPUTS)

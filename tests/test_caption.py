@@ -8,10 +8,14 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from mvc_jax import train
+from mvc_jax.classification import training_set
+from mvc_jax.configs import common
 from mvc_jax.data import duplicates, splits
+from mvc_jax.data.settings import LATER
 from mvc_jax.training import runtime
 
 CLASSES = ("bolt", "hex_nut", "washer é")
@@ -290,13 +294,66 @@ def test_a_mistake_is_refused_before_anything_is_read(run, flag, words):
     assert not folder.exists()
 
 
-def test_a_folder_around_the_classes_is_reported(run, parts, tmp_path):
+def test_a_folder_around_the_classes_is_refused_with_a_fix_that_works(run, parts):
     inner = parts / "outer"
     inner.mkdir()
     for name in CLASSES:
         (parts / name).rename(inner / name)
     code, output, _ = run()
+    assert code == 2 and "outer/ 30 images" in output
+    assert "--config.data.train=outer if the inner folders are the classes" in output
+    code, output, folder = run("data.train=outer")
+    assert code == 0 and "3 classes, 24 train" in output
+    assert rows(folder / "images.jsonl")[0]["id"].startswith("outer/bolt/")
+    code, output, _ = run("data.train=.", workdir="one")
     assert code == 0 and "warning: one class only, 'outer'" in " ".join(output.split())
+
+
+def test_validation_images_are_kept_for_classify(run, parts):
+    for path in list(parts.rglob("*.png")):
+        split = {"08": "val", "09": "test"}.get(path.stem, "train")
+        target = parts / split / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for name in CLASSES:
+        (parts / name).rmdir()
+    code, output, folder = run()
+    assert code == 0 and "27 train, 3 test images" in output
+    flags = ("data.validation=keep", "data.pool=3")
+    code, output, folder = run(*flags, workdir="kept")
+    assert code == 0 and "3 pool, 21 train, 3 test, 3 validation images" in output
+    kept = splits.read_split(folder, splits.VALIDATION)
+    assert {id_.split("/")[0] for id_ in kept.ids} == {"val"}
+    for image, id_ in zip(kept.images, kept.ids, strict=True):
+        want = Image.open(parts / id_).resize((16, 16), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(image, np.asarray(want))
+    assert len(rows(folder / "captions.jsonl")) == 24
+    fit = {"resize": "stretch", "resample": "lanczos", "ratio": 0.0, "seed": 0}
+    sides = {"size": 16, "data_size": 16}
+    for held in (0.0, 0.3):  # a fraction would come from train
+        data = training_set.read(
+            epath.Path(folder.parent),
+            epath.Path(folder) / "x",
+            sets=(),
+            validation=held,
+            **sides,
+            **fit,
+        )
+        assert data.pools[""].real.tolist() == list(range(21))
+        np.testing.assert_array_equal(data.rows.take(data.validation), kept.images)
+        np.testing.assert_array_equal(data.labels[data.validation], kept.labels)
+    code, output, _ = run("data.validation=keep", "data.train=train", workdir="none")
+    assert code == 2 and "config.data.validation: wanted join" in output
+
+
+def test_later_fields_change_no_settings_while_they_have_their_default(run):
+    for name, default in LATER.items():
+        assert common.FIELDS.find(f"data.{name}").default == default
+    _, _, folder = run()
+    recorded = json.loads((folder / "manifest.json").read_text())["settings"]["data"]
+    assert recorded.keys() == common.FIELDS.fields["data"].fields.keys() - LATER.keys()
+    code, output, _ = run("data.train=.")
+    assert code == 2 and "data.train: '(none)' -> ['.']" in output
 
 
 def test_classes_with_the_same_words_are_refused(run, parts):

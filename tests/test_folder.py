@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvc_jax.data import folder as folder_module
+from mvc_jax.data import label_table
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.example import Source
 from mvc_jax.data.folder import Folder
@@ -304,8 +305,8 @@ def test_metadata_in_the_root_without_a_split(tmp_path):
             assert test_ids(source) == {"test/2.png"}
 
 
-@pytest.mark.parametrize("column", folder_module.LABEL_COLUMNS)
-@pytest.mark.parametrize("file_column", folder_module.FILE_COLUMNS)
+@pytest.mark.parametrize("column", label_table.LABEL_COLUMNS)
+@pytest.mark.parametrize("file_column", label_table.FILE_COLUMNS)
 def test_names_of_columns(tmp_path, column, file_column):
     columns = (f" {file_column.title()}", column.upper())
     text = csv_of([("1.png", "x y")], columns)

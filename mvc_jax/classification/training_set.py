@@ -19,7 +19,8 @@ class TrainingSet:
     """The classifiers' images.
 
     Attributes:
-      rows: all training images: the real ones, then set by set the synthetic ones.
+      rows: all training images: the real ones, then set by set the synthetic ones, then
+        the source's own validation images, where they were kept.
       labels: class of each row, int32 [R].
       pools: by the name of a set, what may be trained on; "" for real images alone.
         Held-out images are in no pool, nor is any image that was made from one.
@@ -102,7 +103,8 @@ def read(
         real ones were.
       resize, resample: `config.data.resize` and `.resample`, how that is done.
       ratio: synthetic images per real one that are used (`Pools.per_real`); 0: all.
-      validation: fraction of each class to hold out of training.
+      validation: fraction of each class to hold out of training, unless the source's
+        own validation images were kept.
       seed: `config.seed`.
 
     Raises:
@@ -127,7 +129,15 @@ def read(
         synthetic_rows[name] = sum(map(len, labels)), rows
         parts.append(_stored(images, len(rows), size, folder / f"{name}.npy"))
         labels.append(np.asarray([row["label"] for row in rows], np.int32))
-    all_labels, held_out = np.concatenate(labels), _hold_out(train, validation, seed)
+    kept = splits.read_split(caption, splits.VALIDATION)
+    if len(kept.ids):
+        first = sum(map(len, labels))
+        held_out = np.arange(first, first + len(kept.ids), dtype=np.int32)
+        parts.append(_resized(kept.images, size, folder / "validation.npy"))
+        labels.append(kept.labels)
+    else:
+        held_out = _hold_out(train, validation, seed)
+    all_labels = np.concatenate(labels)
     pools = {"": Pools(real, real[:0], real[:0], all_labels).without(held_out, [])}
     for name, (first, rows) in synthetic_rows.items():
         indices = np.arange(first, first + len(rows), dtype=np.int32)

@@ -14,7 +14,7 @@ from mvc_jax import files
 from mvc_jax.data.decode import BadImage, fit, strict_pillow
 from mvc_jax.data.duplicates import Fingerprint, fingerprint
 from mvc_jax.data.example import Example, Source
-from mvc_jax.data.splits import SPLITS
+from mvc_jax.data.splits import SPLITS, VALIDATION
 from mvc_jax.errors import require_disk_space
 
 _MAX_THREADS = 16  # each holds a full-size image, 200 MB for some cameras
@@ -154,7 +154,8 @@ def gather(
 
     Args:
       source: of the images.
-      path: of the `.npy` file to write, uint8 [N, S, S, 3], in the order of `SPLITS`.
+      path: of the `.npy` file to write, uint8 [N, S, S, 3], in the order of `SPLITS`,
+        then `VALIDATION`.
       split: usable, bool [N] -> split name -> ascending indices into the source.
       options: how images are read.
       on_bad: called with the bad images, index -> reason, after each pass; may raise.
@@ -210,7 +211,7 @@ def write_rows(
     """
     folder = epath.Path(folder)
     rows, ids = [], {}
-    for name in SPLITS:
+    for name in _names(gathered.splits):
         ids[name] = [source.ids[i] for i in gathered.splits[name]]
         for i in gathered.splits[name].tolist():
             info = gathered.info[i]
@@ -231,8 +232,12 @@ def write_rows(
     files.write_json(folder / "dataset.json", dataset)
 
 
+def _names(splits: SplitIndices) -> list[str]:
+    return [name for name in (*SPLITS, VALIDATION) if name in splits]
+
+
 def _in_order(splits: SplitIndices) -> list[int]:
-    return [int(i) for name in SPLITS for i in splits[name]]
+    return [int(i) for name in _names(splits) for i in splits[name]]
 
 
 def _rewrite(path: epath.Path, order: list[int], size: int) -> None:

@@ -61,6 +61,7 @@ class Parquet:
       decoder: of the image bytes.
       image_column: name of the column of images.
       label_column: name of the column of labels.
+      keep_validation: whether validation images neither join train nor are test.
 
     Raises:
       UserError: no file matches; a file cannot be read, lacks a column or differs from
@@ -74,6 +75,7 @@ class Parquet:
         *,
         image_column: str = "image",
         label_column: str = "label",
+        keep_validation: bool = False,
     ):
         shards = [_Shard(path, image_column, label_column) for path in _find(pattern)]
         _require_same_layout(shards)
@@ -107,7 +109,12 @@ class Parquet:
             )
         self.labels = labels[self._rows]
         self.ids = tuple(names[row] for row in self._rows)
-        self.is_test = _is_test(np.repeat(list(map(_split, files)), rows)[self._rows])
+        splits = np.repeat(list(map(_split, files)), rows)[self._rows]
+        kept = splits == "validation"
+        self.is_validation = kept if keep_validation and kept.any() else None
+        if self.is_validation is not None:
+            splits = np.where(kept, "train", splits)
+        self.is_test = _is_test(splits)
 
     def __len__(self) -> int:
         return len(self.ids)

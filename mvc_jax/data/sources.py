@@ -8,7 +8,8 @@ from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import Decoder
 from mvc_jax.data.digits import Digits
 from mvc_jax.data.example import Example, Source
-from mvc_jax.data.folder import Folder
+from mvc_jax.data.folder import Folder, FolderOptions
+from mvc_jax.data.layout import class_key
 from mvc_jax.errors import UserError
 
 SOURCES = ("digits", "folder:PATH", "parquet:PATH/*.parquet", "tfds:NAME")
@@ -21,6 +22,8 @@ def open_source(
     image_column: str = "image",
     label_column: str = "label",
     data_dir: str = "",
+    keep_validation: bool = False,
+    folder: FolderOptions | None = None,
 ) -> Source:
     """Opens a source without decoding an image.
 
@@ -30,6 +33,9 @@ def open_source(
       image_column: of a Parquet file or TFDS dataset.
       label_column: of a Parquet file or TFDS dataset.
       data_dir: TFDS's data directory; "": TFDS's default.
+      keep_validation: whether the source's own validation images neither join train
+        nor are test.
+      folder: what the user says of a folder; None: nothing.
 
     Raises:
       UserError: the name has another form, or the dataset cannot be read.
@@ -37,18 +43,19 @@ def open_source(
     decoder = decoder or Decoder()
     kind, colon, rest = name.partition(":")
     columns = {"image_column": image_column, "label_column": label_column}
+    keep = {"keep_validation": keep_validation}
     if name == "digits":
         return Digits()
     if kind == "folder" and rest:
-        return Folder(rest, decoder)
+        return Folder(rest, decoder, folder or FolderOptions(), **keep)
     if kind == "parquet" and rest:
         from mvc_jax.data.parquet import Parquet  # pyarrow takes 0.3 s to import
 
-        return Parquet(rest, decoder, **columns)
+        return Parquet(rest, decoder, **columns, **keep)
     if kind == "tfds" and rest:
         from mvc_jax.data.tfds import Tfds  # TFDS takes 0.5 s to import
 
-        return Tfds(rest, decoder, data_dir=data_dir, **columns)
+        return Tfds(rest, decoder, data_dir=data_dir, **columns, **keep)
     raise UserError(
         "config.data.source",
         wanted=f"one of {', '.join(SOURCES)}",
@@ -88,6 +95,10 @@ class ClassSubset:
         self.ids = tuple(source.ids[i] for i in self._indices)
         is_test = source.is_test
         self.is_test = None if is_test is None else is_test[self._indices]
+        kept = validation_of(source)
+        self.is_validation = None if kept is None else kept[self._indices]
+        folder_of = dict(zip(source.class_names, class_folders(source), strict=True))
+        self.class_folders = tuple(folder_of[name] for name in class_names)
         self.defects, self.remarks = source.defects, source.remarks
 
     def __len__(self) -> int:
@@ -98,8 +109,21 @@ class ClassSubset:
         return example | {"label": int(self.labels[index])}
 
 
+def class_folders(source: Source) -> tuple[str, ...]:
+    """What the source calls the folder of each class; its name where it has none."""
+    return getattr(source, "class_folders", source.class_names)
+
+
+def validation_of(source: Source) -> np.ndarray | None:
+    """bool [N], the source's own images for validation; None: it keeps none."""
+    return getattr(source, "is_validation", None)
+
+
 def check_class_names(class_names: Sequence[str]) -> None:
     """Checks that each class has words for a prompt, and no two have the same.
+
+    Words are the same if they differ in case, width and separators only: text encoders
+    read them alike, and some file systems and users do, too.
 
     Raises:
       UserError: a class has no words, or those of another class.
@@ -114,7 +138,7 @@ def check_class_names(class_names: Sequence[str]) -> None:
                 got="no word for a prompt",
                 fix="Rename it.",
             )
-        other = first.setdefault(words, name)
+        other = first.setdefault(class_key(name), name)
         if other != name:
             raise UserError(
                 f"class {name!r}",

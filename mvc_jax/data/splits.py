@@ -4,7 +4,7 @@ The stage `caption` writes these files; later stages read them and not the sourc
 
 - `splits.json`: the ids of each split;
 - `images.npy`: uint8 [N, S, S, 3], all images of the run, decoded and resized, in the
-  order pool, train, test;
+  order pool, train, test, and validation where the source keeps images for it;
 - `images.jsonl`: one row per image: id, split, label, original size, note;
 - `dataset.json`: class names, whether all images are grey, name and remarks of the
   source, policy for duplicates.
@@ -20,6 +20,7 @@ from mvc_jax.data.order import generator
 from mvc_jax.errors import UserError
 
 SPLITS = ("pool", "train", "test")
+VALIDATION = "validation"  # a fourth one, of sources that keep images for it
 _LEAVE_OUT = "leave it out with config.data.classes"
 FILES = ("splits.json", "images.npy", "images.jsonl", "dataset.json")
 
@@ -78,6 +79,7 @@ def make_splits(
     *,
     seed: int,
     is_test: np.ndarray | None = None,
+    is_validation: np.ndarray | None = None,
     usable: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Splits a source into base pool, train and test, class by class.
@@ -93,14 +95,23 @@ def make_splits(
       sizes: of the splits.
       seed: of the shuffles.
       is_test: bool [N], the source's own test images; None: it has none.
+      is_validation: bool [N], images that are kept for validation; None: none.
       usable: bool [N], false for images to leave out; None: all are usable.
 
     Returns:
-      ascending indices into the source, int64, by split name, each index at most once.
+      ascending indices into the source, int64, by split name, each index at most once;
+      `VALIDATION` is a name where `is_validation` is given.
 
     Raises:
       UserError: a class has too few images.
     """
+    if is_validation is not None:
+        others = ~is_validation if usable is None else usable & ~is_validation
+        kept = is_validation if usable is None else usable & is_validation
+        parts = make_splits(
+            labels, class_names, sizes, seed=seed, is_test=is_test, usable=others
+        )
+        return parts | {VALIDATION: np.flatnonzero(kept)}
     trains_on_all = sizes.per_class == 0 and sizes.fraction == 1
     if is_test is None and sizes.test <= 0 and trains_on_all:
         raise UserError(
@@ -189,7 +200,7 @@ def _too_few(name: str, *, wanted: str, got: str) -> UserError:
 
 
 def read_split(folder: epath.PathLike, name: str) -> Split:
-    """Reads one of `SPLITS` from the folder of the stage `caption`.
+    """Reads one of `SPLITS`, or `VALIDATION`, from the folder of the stage `caption`.
 
     Raises:
       UserError: a file is missing, or the files do not belong together.

@@ -54,7 +54,9 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     captions = files.read_jsonl(folder / "captions.jsonl")
     names = dataset["class_names"]
     sizes = ", ".join(
-        f"{counts[part]} {part}" for part in splits.SPLITS if counts[part]
+        f"{counts[part]} {part}"
+        for part in (*splits.SPLITS, splits.VALIDATION)
+        if counts.get(part)
     )
     lines = [f"\n{dataset['name']}: {len(names)} classes, {sizes} images"]
     lines += _classes(names, rows, {row["id"]: row["caption"] for row in captions})
@@ -116,19 +118,25 @@ def warn_of_same_captions(texts: Sequence[str], train: splits.Split) -> None:
 
 def _classes(names: list[str], rows: list[dict], captions: dict) -> list[str]:
     width = max(len(_short(name)) for name in names[:_MAX_CLASSES])
-    parts = [part for part in splits.SPLITS if any(r["split"] == part for r in rows)]
-    heading = "".join(f"{part:>8}" for part in parts)
+    every = (*splits.SPLITS, splits.VALIDATION)
+    parts = [part for part in every if any(r["split"] == part for r in rows)]
+    heading = "".join(f"{part:>{_column(part)}}" for part in parts)
     lines = [f"{'class':{width}}{heading}  original size"]
     for label, name in enumerate(names[:_MAX_CLASSES]):
         mine = [row for row in rows if row["label"] == label]
         counts = Counter(row["split"] for row in mine)
-        line = "".join(f"{counts[part]:>8}" for part in parts)
+        line = "".join(f"{counts[part]:>{_column(part)}}" for part in parts)
         lines.append(f"{_short(name):{width}}{line}  {_size_range(mine)}")
         texts = [captions[row["id"]] for row in mine if row["id"] in captions]
         lines += [f"    {_short(text, 72) or '(empty)'}" for text in texts[:_EXAMPLES]]
     if len(names) > _MAX_CLASSES:
         lines.append(f"... and {len(names) - _MAX_CLASSES} more classes")
     return lines
+
+
+def _column(part: str) -> int:
+    """Characters of a column of numbers."""
+    return max(len(part) + 1, 8)
 
 
 def _size_range(rows: list[dict]) -> str:
