@@ -163,7 +163,12 @@ _DATA = Section(
         "duplicates": one_of(
             "keep",
             ("keep", "remove"),
-            "remove: training images that are also in test are not used",
+            "remove: images that are also in test are not used in pool and train",
+        ),
+        "group": Field(
+            "",
+            "what must not be on both sides of a split or fold, e.g. the patient: a "
+            "column of the source, or a regular expression for file names",
         ),
         "class_type": Field("", 'as in "a photo of {class_type} {label}"'),
         "prompt": word(

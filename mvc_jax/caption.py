@@ -33,6 +33,7 @@ from mvc_jax.data.settings import recorded
 from mvc_jax.data.sources import (
     ClassSubset,
     check_class_names,
+    group_names,
     open_source,
     validation_of,
 )
@@ -208,19 +209,25 @@ def _sizes(data: ConfigDict) -> splits.SplitSizes:
     )
 
 
-def _splitter(
-    source: Source, config: ConfigDict
-) -> Callable[[np.ndarray], SplitIndices]:
-    """Returns `make_splits` as a function of `usable`, bool [N]."""
-    return lambda usable: splits.make_splits(
-        source.labels,
-        source.class_names,
-        _sizes(config.data),
-        seed=config.seed,
-        is_test=source.is_test,
-        is_validation=validation_of(source),
-        usable=usable,
-    )
+def _splitter(source: Source, config: ConfigDict) -> Callable[..., SplitIndices]:
+    """Returns `make_splits` as a function of `usable` and `copies`, bool [N]."""
+    named = group_names(source, config.data.group)
+    codes = None if named is None else np.unique(named, return_inverse=True)[1]
+
+    def split(usable: np.ndarray, copies: np.ndarray | None = None) -> SplitIndices:
+        return splits.make_splits(
+            source.labels,
+            source.class_names,
+            _sizes(config.data),
+            seed=config.seed,
+            is_test=source.is_test,
+            is_validation=validation_of(source),
+            usable=usable,
+            copies=copies,
+            groups=codes,
+        )
+
+    return split
 
 
 def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
@@ -235,10 +242,12 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
         bad.update(source.defects | {source.ids[i]: found[i] for i in found})
         _report_bad_images(bad, folder / "bad_images.jsonl", data.on_bad_image)
 
-    def keep(gathered: Gathered) -> SplitIndices:
-        rows = _find_duplicates(source, gathered)
-        files.write_jsonl(folder / "duplicates.jsonl", rows)
-        return _handle_duplicates(source, gathered.splits, rows, data.duplicates)
+    copies: dict[int, dict[str, str]] = {}
+
+    def find_copies(gathered: Gathered) -> list[int]:
+        new = _find_duplicates(source, gathered)
+        copies.update(new)
+        return list(new) if data.duplicates == "remove" else []
 
     gathered = gather(
         source,
@@ -246,16 +255,22 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
         split,
         ReaderOptions(data.size, data.resize, data.resample, data.max_pixels),
         on_bad=on_bad,
-        keep=keep,
+        copies=find_copies,
         on_image=lambda: progress.advance(1),
     )
     progress.close()
+    files.write_jsonl(folder / "duplicates.jsonl", list(copies.values()))
+    _warn_of_duplicates(list(copies.values()), data.duplicates)
     train = gathered.splits["train"]
+    groups = group_names(source, data.group)
+    if groups is not None:
+        _warn_of_groups(groups, gathered.splits)
     summary.warn_of_classes(source.class_names, source.labels[train])
     write_rows(
         folder,
         source,
         gathered,
+        groups=groups,
         name=data.source,
         remarks=source.remarks,
         duplicates=data.duplicates,
@@ -282,41 +297,43 @@ def _bad_lines(bad: dict[str, str]) -> tuple[str, ...]:
     return tuple(f"{name}: {reason}" for name, reason in bad.items())
 
 
-def _find_duplicates(source: Source, gathered: Gathered) -> list[dict[str, str]]:
-    """The ids of training images that are also in test, with that test image's id."""
-    train, test = (gathered.splits[name].tolist() for name in ("train", "test"))
-    prints = ([gathered.info[i].fingerprint for i in part] for part in (train, test))
-    return [
-        {"train": source.ids[train[i]], "test": source.ids[test[j]]}
-        for i, j in duplicates.find(*prints)
-    ]
+def _find_duplicates(source: Source, gathered: Gathered) -> dict[int, dict[str, str]]:
+    """Images of train and pool that are also in test -> their ids and that image's."""
+    found, test = {}, gathered.splits["test"].tolist()
+    references = [gathered.info[i].fingerprint for i in test]
+    for part in ("train", "pool"):
+        mine = gathered.splits[part].tolist()
+        queries = [gathered.info[i].fingerprint for i in mine]
+        for i, j in duplicates.find(queries, references):
+            found[mine[i]] = {part: source.ids[mine[i]], "test": source.ids[test[j]]}
+    return found
 
 
-def _handle_duplicates(
-    source: Source, chosen: SplitIndices, rows: list[dict[str, str]], policy: str
-) -> SplitIndices:
-    if not rows:
-        return chosen
-    if policy == "keep":
+def _warn_of_duplicates(rows: list[dict[str, str]], policy: str) -> None:
+    train = sum("train" in row for row in rows)
+    pool = len(rows) - train
+    counted = [f"{train} training"] * bool(train) + [f"{pool} pool"] * bool(pool)
+    what = f"{' and '.join(counted)} images are also in test"
+    if rows and policy == "keep":
         logging.warning(
-            "%d training images are also in test (duplicates.jsonl); "
-            "--config.data.duplicates=remove removes them from train",
-            len(rows),
+            "%s (duplicates.jsonl); --config.data.duplicates=remove removes them", what
         )
-        return chosen
-    removed = {row["train"] for row in rows}
-    kept = [i for i in chosen["train"] if source.ids[i] not in removed]
-    train = np.asarray(kept, int)
-    counts = np.bincount(source.labels[train], minlength=len(source.class_names))
-    if not counts.min():
-        raise UserError(
-            "config.data.duplicates",
-            wanted="at least one training image per class that is not also in test",
-            got=f"none in class {source.class_names[counts.argmin()]!r}",
-            fix="Fix the dataset's split, or use --config.data.duplicates=keep.",
-        )
-    logging.warning("%d training images are also in test; removed", len(rows))
-    return chosen | {"train": train}
+    elif rows:
+        logging.warning("%s; removed, and replaced where there are others", what)
+
+
+def _warn_of_groups(groups: Sequence[str], chosen: SplitIndices) -> None:
+    """Warns of groups that the source's own parts have on both sides."""
+    test = {groups[i] for i in chosen["test"]}
+    for part in ("train", "pool", splits.VALIDATION):
+        if both := sorted(test & {groups[i] for i in chosen.get(part, ())}):
+            logging.warning(
+                "%d groups of config.data.group are in both %s and test of the "
+                "source's own split, e.g. %s: test accuracies are too high",
+                len(both),
+                part,
+                ", ".join(both[:3]),
+            )
 
 
 def _captions(

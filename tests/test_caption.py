@@ -234,6 +234,69 @@ def test_duplicates_across_train_and_test_are_found_and_removed(run, parts):
         np.testing.assert_array_equal(image, np.asarray(want))
 
 
+def test_copies_leave_the_pool_and_train_which_are_filled_up_again(run, parts):
+    for k, name in enumerate(CLASSES):
+        for split, seeds in (("train", range(30)), ("test", range(24, 34))):
+            (parts / split / name).mkdir(parents=True)
+            for i in seeds:  # 24 to 29 are in both
+                content = encoded(picture(1000 * k + i))
+                (parts / split / name / f"{i:02d}.png").write_bytes(content)
+        shutil.rmtree(parts / name)
+    flags = ("data.size=32", "data.per_class=15", "data.pool=27")
+    code, output, folder = run(*flags)
+    assert code == 0
+    assert "7 training images are also in test, and 4 of the pool, kept" in output
+    code, output, folder = run(*flags, "data.duplicates=remove", workdir="without")
+    assert code == 0 and "removed, and replaced where there are others" in " ".join(
+        output.split()
+    )
+    counts = {n: len(splits.read_split(folder, n).ids) for n in splits.SPLITS}
+    assert counts == {"pool": 27, "train": 45, "test": 30}
+    used = (
+        splits.read_split(folder, "pool").ids + splits.read_split(folder, "train").ids
+    )
+    assert all(int(id_[-6:-4]) < 24 for id_ in used) and len(set(used)) == 72
+    code, output, _ = run(
+        *flags[:1], "data.per_class=25", "data.duplicates=remove", workdir="many"
+    )
+    assert code == 2 and "at most the 24 training images" in output
+
+
+def test_groups_stay_together(run, parts):
+    flags = (r"data.group=(\d)\d\.png", "data.test_fraction=0.3")
+    for path in parts.rglob("*.png"):
+        number = int(path.stem)
+        path.rename(path.with_name(f"{number // 2}{number % 2}.png"))
+    code, output, folder = run(*flags)
+    assert code == 0, output
+    found = {n: splits.read_split(folder, n) for n in ("train", "test")}
+    groups = {name: set(split.groups) for name, split in found.items()}
+    assert groups["train"] | groups["test"] == set("01234")
+    assert not groups["train"] & groups["test"]
+    held = training_set._hold_out(found["train"], 0.3, 0)
+    inside = {found["train"].groups[i] for i in held}
+    rest = np.setdiff1d(np.arange(len(found["train"].ids)), held)
+    assert inside and inside.isdisjoint(found["train"].groups[i] for i in rest)
+    for wrong, words in (("x(", "neither"), ("nope", "no image")):
+        code, output, _ = run(f"data.group={wrong}", workdir="wrong")
+        assert code == 2 and words in output and "config.data.group" in output
+
+
+def test_groups_that_straddle_the_given_parts_are_reported(run, parts):
+    for path in list(parts.rglob("*.png")):
+        split = "test" if int(path.stem) > 6 else "train"
+        target = parts / split / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for name in CLASSES:
+        (parts / name).rmdir()
+    code, output, _ = run(r"data.group=\d")
+    assert code == 0
+    assert "1 groups of config.data.group are in both train and test" in " ".join(
+        output.split()
+    )
+
+
 def test_similar_images_are_not_duplicates():
     """E.g. neighbouring photographs, and colours of the same brightness."""
     one = np.asarray(picture(1, (64, 64)))

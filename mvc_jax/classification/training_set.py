@@ -215,8 +215,13 @@ def _stored(
 
 
 def _hold_out(train: splits.Split, fraction: float, seed: int) -> np.ndarray:
-    """Draws `fraction` of the rows of each class; at least one stays in training."""
+    """Draws `fraction` of the rows of each class; at least one stays in training.
+
+    Images of a group are drawn together.
+    """
     labels = train.labels
+    if fraction and train.groups is not None:
+        return _hold_out_groups(labels, train.groups, fraction, seed)
     held: list[int] = []
     for label in np.unique(labels) if fraction else ():
         members = np.flatnonzero(labels == label)
@@ -224,3 +229,22 @@ def _hold_out(train: splits.Split, fraction: float, seed: int) -> np.ndarray:
         draw = order.generator(seed, "classify/validation", int(label))
         held += draw.permutation(members)[:count].tolist()
     return np.asarray(sorted(held), np.int32)
+
+
+def _hold_out_groups(
+    labels: np.ndarray, groups: Sequence[str], fraction: float, seed: int
+) -> np.ndarray:
+    names, group = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max()) + 1), int)
+    np.add.at(counts, (group, labels), 1)
+    missing = np.maximum(np.round(fraction * counts.sum(0)), 1).astype(int)
+    left, held = counts.sum(0), np.zeros(len(names), bool)
+    draw = order.generator(seed, "classify/validation")
+    for g in draw.permutation(len(names)).tolist():
+        useful = np.minimum(counts[g], missing).sum()
+        is_last = ((counts[g] > 0) & (left == counts[g])).any()
+        if not is_last and useful > np.maximum(counts[g] - missing, 0).sum():
+            held[g] = True
+            left = left - counts[g]
+            missing = np.maximum(missing - counts[g], 0)
+    return np.flatnonzero(held[group]).astype(np.int32)

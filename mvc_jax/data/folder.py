@@ -113,11 +113,22 @@ class Folder:
         tests = ("test",) if kept else ("test", "val")
         test = next((name for name in tests if name in splits), None)
         self.is_test = np.asarray([name == test for name in splits]) if test else None
+        self._tables = tree.rows
         self.defects = dict(sorted(tree.defects.items()))
         self.remarks = tuple(f"{top}: {text}" for top, text in tree.remarks.items())
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def column(self, name: str) -> list[str] | None:
+        """A column of the tables as texts, "" if it is empty; None: there is none."""
+        wanted = name.strip().lower()
+        found = {}
+        for id_, row in self._tables.items():
+            for key in row:
+                if key.strip().lower() == wanted:
+                    found[id_] = text(row[key])
+        return [found.get(id_, "") for id_ in self.ids] if found else None
 
     def __getitem__(self, index: int) -> Example:
         id_ = self.ids[index]

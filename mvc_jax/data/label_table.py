@@ -122,6 +122,7 @@ def label(
             reason = f"split {split!r} in {here} is neither train, val nor test"
         else:
             reason = _add(tree, image, (label_, role), here)
+            tree.rows[image] = row
         if reason:
             tree.defects[image] = reason
 
@@ -194,6 +195,7 @@ def label_by_column(
             reason = f"in {here}, but of no split"
         else:
             reason = _add(tree, image, (class_, split), here)
+            tree.rows[image] = row
         if reason:
             tree.defects[image] = reason
 

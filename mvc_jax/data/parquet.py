@@ -124,6 +124,14 @@ class Parquet:
         label, id_ = int(self.labels[index]), self.ids[index]
         return Example(image=image, label=label, id=id_, note=note)
 
+    def column(self, name: str) -> list[str] | None:
+        """Another column as texts, "" where it is null; None if there is none."""
+        columns = [shard.read_column(name) for shard in self._shards]
+        if None in columns:
+            return None
+        values = [value for column in columns for value in column]
+        return [values[row] for row in self._rows]
+
     def _content(self, row: int) -> bytes:
         """Reads the image file that a row contains or refers to."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -232,6 +240,17 @@ class _Shard:
         for row in without_bytes:
             reasons[row] = self._check_path(paths[row])
         return _Rows(labels, paths, reasons)
+
+    def read_column(self, name: str) -> list[str] | None:
+        """A column as texts, "" for null; None if there is none."""
+        try:
+            with self._open() as file:
+                if name not in file.schema_arrow.names:
+                    return None
+                values = file.read(columns=[name])[name].to_pylist()
+        except _UNREADABLE as error:
+            raise self._broken(f"a column {name!r}", error) from error
+        return ["" if value is None else str(value) for value in values]
 
     def _has_no_bytes(self, file: pq.ParquetFile) -> np.ndarray:
         """Whether image bytes are null, bool [rows]; from the footer where possible."""

@@ -9,6 +9,7 @@ LATER = {
     "test": (),
     "labels": "",
     "validation": "join",
+    "group": "",
 }
 
 

@@ -1,8 +1,10 @@
 """Opens the source of labelled images that `config.data.source` names."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 
 from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import Decoder
@@ -104,6 +106,10 @@ class ClassSubset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def column(self, name: str) -> list[str] | None:
+        column = getattr(self._source, "column", lambda name: None)(name)
+        return None if column is None else [column[i] for i in self._indices]
+
     def __getitem__(self, index: int) -> Example:
         example = self._source[int(self._indices[index])]
         return example | {"label": int(self.labels[index])}
@@ -117,6 +123,57 @@ def class_folders(source: Source) -> tuple[str, ...]:
 def validation_of(source: Source) -> np.ndarray | None:
     """bool [N], the source's own images for validation; None: it keeps none."""
     return getattr(source, "is_validation", None)
+
+
+def group_names(source: Source, by: str) -> tuple[str, ...] | None:
+    """The group of each image, e.g. its patient; None if `by` is empty.
+
+    Args:
+      source: of the images.
+      by: the name of a column of the source, or a regular expression that is searched
+        in file names, then in ids; its groups in brackets, if it has any, are the name.
+        An image that it does not match is a group of its own.
+
+    Raises:
+      UserError: `by` is neither, or matches no image.
+    """
+    if not by:
+        return None
+    column = getattr(source, "column", lambda name: None)(by)
+    if column is not None:
+        return tuple(
+            value or id_ for value, id_ in zip(column, source.ids, strict=True)
+        )
+    try:
+        pattern = re.compile(by)
+    except re.error as error:
+        raise _no_group(by, f"neither: {error}") from error
+    found = []
+    for id_ in source.ids:
+        match = pattern.search(id_.rpartition("/")[2]) or pattern.search(id_)
+        parts = (match.groups("") or (match[0],)) if match else ()
+        found.append("/".join(parts))
+    count = sum(not name for name in found)
+    if count == len(found):
+        raise _no_group(by, f"neither: no image, such as {source.ids[0]}, matches")
+    if count:
+        logging.warning(
+            "%d of %d images do not match config.data.group=%s: each is a group of "
+            "its own",
+            count,
+            len(found),
+            by,
+        )
+    return tuple(name or id_ for name, id_ in zip(found, source.ids, strict=True))
+
+
+def _no_group(by: str, got: str) -> UserError:
+    return UserError(
+        f"config.data.group={by}",
+        wanted="a column of the source, or a regular expression for file names",
+        got=got,
+        fix=r"Write e.g. --config.data.group='patient(\d+)'.",
+    )
 
 
 def check_class_names(class_names: Sequence[str]) -> None:

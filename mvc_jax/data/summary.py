@@ -158,11 +158,17 @@ def _bad(folder: epath.Path) -> list[str]:
 def _duplicates(folder: epath.Path, policy: str) -> list[str]:
     rows = files.read_jsonl(folder / "duplicates.jsonl")
     done = "removed" if policy == "remove" else "kept"
+    train = [row for row in rows if "pool" not in row]
+    of_pool = len(rows) - len(train)
     lines = [
-        f"{len(rows)} training images are also in test"
+        f"{len(train)} training images are also in test"
+        + (f", and {of_pool} of the pool" if of_pool else "")
         + (f", {done} (config.data.duplicates={policy}):" if rows else "")
     ]
-    lines += [f"    {row['train']} = {row['test']}" for row in rows[:_MAX_LINES]]
+    lines += [
+        f"    {row.get('train') or row['pool']} = {row['test']}"
+        for row in rows[:_MAX_LINES]
+    ]
     return lines + _more(len(rows), folder / "duplicates.jsonl")
 
 

@@ -21,6 +21,7 @@ class Tree:
       defects: path -> the reason why it is not used.
       remarks: folder -> why it is ignored on purpose.
       labels: image -> (class, split), where the split is train, val or test.
+      rows: image -> its row in a table.
       classes: all that occur, including those whose images are all defects.
     """
 
@@ -32,6 +33,7 @@ class Tree:
     defects: dict[str, str] = dataclasses.field(default_factory=dict)
     remarks: dict[str, str] = dataclasses.field(default_factory=dict)
     labels: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     classes: set[str] = dataclasses.field(default_factory=set)
 
     @property
