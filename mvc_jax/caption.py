@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -29,7 +28,6 @@ from mvc_jax.data.gather import (
     gather,
     write_rows,
 )
-from mvc_jax.data.settings import recorded
 from mvc_jax.data.sources import (
     ClassSubset,
     check_class_names,
@@ -39,7 +37,7 @@ from mvc_jax.data.sources import (
 )
 from mvc_jax.errors import UserError, require_one_of
 from mvc_jax.screening.settings import FilterSettings
-from mvc_jax.stage import open_stage, read_manifest
+from mvc_jax.stage import Spec, Stage, open_stage, read_manifest
 from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
 
@@ -69,20 +67,21 @@ def check(config: ConfigDict) -> None:
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Reads and splits the images; captions the base pool and the training images."""
-    stage = open_stage(workdir, "caption", _settings(config))
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     folder = stage.folder
-    if not all((folder / name).exists() for name in splits.FILES):
+    if not all(stage.digests.intact(folder / name) for name in splits.FILES):
         try:
             _gather(config, _open(config.data), folder)
         except UserError:  # keeps nothing, so that other settings may be tried
             stage.abandon()
             raise
+        stage.digests.add(*(folder / name for name in splits.FILES))
     pool, train = (splits.read_split(folder, name) for name in ("pool", "train"))
     ids, labels = pool.ids + train.ids, np.concatenate([pool.labels, train.labels])
     class_names = [train.class_names[label] for label in labels]
-    raw = _captions(config, folder, ids, class_names)
+    raw = _captions(config, stage, ids, class_names)
     collapse = config.caption.captioner in _DEFAULT_MODEL
     texts = [captions.clean(text, collapse=collapse) for text in raw]
     captions.write_captions(
@@ -118,14 +117,16 @@ def table(workdir: epath.Path) -> str:
     return summary.table(workdir / "caption", counts)
 
 
-def _settings(config: ConfigDict) -> dict[str, Any]:
+def stage_spec(config: ConfigDict) -> Spec:
+    """What images, splits and captions depend on."""
     section = config.caption.to_dict() | {"version": VERSION}
     section.pop("batch_size")  # does not change captions
     if section["captioner"] == "file":  # the file's edits must change the settings, too
         path = epath.Path(section["file"])
         section["file_sha256"] = files.sha256(path) if path.is_file() else ""
-    data = recorded(config.data.to_dict())
-    return {"seed": config.seed, "data": data, "caption": section}
+    data = config.data.to_dict()
+    settings = {"seed": config.seed, "data": data, "caption": section}
+    return Spec("caption", settings, restores=("contact_sheet.png",))
 
 
 def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
@@ -338,7 +339,7 @@ def _warn_of_groups(groups: Sequence[str], chosen: SplitIndices) -> None:
 
 def _captions(
     config: ConfigDict,
-    folder: epath.Path,
+    stage: Stage,
     ids: Sequence[str],
     class_names: Sequence[str],
 ) -> list[str]:
@@ -346,7 +347,7 @@ def _captions(
 
     Args:
       config: of the run.
-      folder: of the stage.
+      stage: the opened stage.
       ids: of these images.
       class_names: name of each image's class.
     """
@@ -357,18 +358,18 @@ def _captions(
         values = {"class_type": config.data.class_type}
         texts = (section.template.format(label=name, **values) for name in class_names)
         return [captions.readable(text) for text in texts]
-    images = files.map_array(folder / "images.npy")[: len(ids)]
+    images = files.map_array(stage.folder / "images.npy")[: len(ids)]
     if section.captioner == "attributes":
         return attribute_captions(images)
-    return _network_captions(section, folder, images, ids)
+    return _network_captions(section, stage, images, ids)
 
 
 def _network_captions(
-    section: ConfigDict, folder: epath.Path, images: np.ndarray, ids: Sequence[str]
+    section: ConfigDict, stage: Stage, images: np.ndarray, ids: Sequence[str]
 ) -> list[str]:
     """Captions images by a network; saves every few seconds, and resumes from that."""
-    saved: dict[str, str] = {}
-    for part in _partial_captions(folder):
+    folder, saved = stage.folder, dict[str, str]()
+    for part in filter(stage.digests.intact, _partial_captions(folder)):
         saved |= {row["id"]: row["caption"] for row in files.read_jsonl(part)}
     todo = [i for i, id_ in enumerate(ids) if id_ not in saved]
     progress = Progress("captions", len(ids), done=len(saved), unit="image")
@@ -379,8 +380,9 @@ def _network_captions(
         progress.advance(1)
         is_last = len(saved) + len(unsaved) == len(ids)
         if is_last or time.monotonic() - last_save > _SAVE_SECONDS:
-            name = f"{len(saved):08d}.jsonl"
-            files.write_jsonl(folder / "captions.partial" / name, unsaved)
+            part = folder / "captions.partial" / f"{len(saved):08d}.jsonl"
+            files.write_jsonl(part, unsaved)
+            stage.digests.add(part)
             saved |= {row["id"]: row["caption"] for row in unsaved}
             unsaved, last_save = [], time.monotonic()
     progress.close()

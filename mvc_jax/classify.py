@@ -21,10 +21,9 @@ from ml_collections import ConfigDict
 
 from mvc_jax import augment, files
 from mvc_jax.classification import runs
-from mvc_jax.data.settings import recorded
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, Stage, open_stage
 
 with epy.lazy_imports():
     from mvc_jax import devices
@@ -149,22 +148,30 @@ def _check_size(model: str, size: int, smallest: int) -> None:
         )
 
 
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the classifiers depend on."""
+    section = config.classify.to_dict()
+    settings = {
+        "seed": config.seed,
+        "data": config.data.to_dict(),
+        "classify": {k: v for k, v in section.items() if k not in _NO_RESULT},
+    }
+    made = ("results/*", "models/*")
+    return Spec("classify", settings, inputs=("generate",), restores=made)
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains and tests the classifiers of every run; keeps results that exist."""
     workdir = epath.Path(workdir)
     section = config.classify.to_dict()
-    settings = {
-        "seed": config.seed,
-        "data": recorded(config.data.to_dict()),
-        "classify": {k: v for k, v in section.items() if k not in _NO_RESULT},
-    }
-    stage = open_stage(workdir, "classify", settings, inputs=("generate",))
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     parsed = [runs.parse(name) for name in config.classify.runs]
     data = training_set.read(
         workdir,
         stage.folder / "pixels",
+        stage.digests,
         sets=sorted({run_.set for run_ in parsed} - {""}),
         size=config.classify.size or config.data.size,
         data_size=config.data.size,
@@ -197,7 +204,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         artifacts += _train(
             trainer,
             run_,
-            stage.folder,
+            stage,
             spec,
             data,
             seeds=config.classify.seeds,
@@ -210,18 +217,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _train(
     trainer: fits.Trainer,
     run_: runs.Run,
-    folder: epath.Path,
+    stage: Stage,
     spec: classifier.ClassifierSpec,
     data: training_set.TrainingSet,
     *,
     seeds: int,
     variant: str,
 ) -> list[str]:
-    """Trains, tests and exports all seeds of a run; returns its files in `folder`."""
+    """Trains, tests and exports all seeds of a run; returns its files in the stage."""
+    folder = stage.folder
     result = f"results/{run_.slug}.json"
     models = [f"models/{run_.slug}/seed-{seed}" for seed in range(seeds)]
     weights = [f"{model}/{classifier_checkpoint.WEIGHTS}" for model in models]
-    if all((folder / name).exists() for name in (result, *weights)):
+    written = [folder / name for name in (result, *weights)]
+    if all(map(stage.digests.intact, written)):
         trainer.progress.advance(seeds * trainer.steps)
         return [result, *weights]
     found = []
@@ -253,6 +262,7 @@ def _train(
     files.write_json(
         folder / result, {**dataclasses.asdict(run_), **seen, "seeds": found}
     )
+    stage.digests.add(*written)
     return [result, *weights]
 
 

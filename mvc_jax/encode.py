@@ -22,9 +22,8 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import captions, shards, splits
-from mvc_jax.data.settings import recorded
 from mvc_jax.errors import UserError, require_disk_space
-from mvc_jax.stage import is_complete, open_stage
+from mvc_jax.stage import Spec, Stage, is_complete, open_stage
 from mvc_jax.training.console import Progress
 
 with epy.lazy_imports():
@@ -56,24 +55,30 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Encodes every training image and every distinct prompt, shard by shard."""
-    workdir = epath.Path(workdir)
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the cache depends on."""
     section = config.encode.to_dict()
     del section["batch_size"]  # shards do not depend on it
     settings = {
         "seed": config.seed,
-        "data": recorded(config.data.to_dict()),
+        "data": config.data.to_dict(),
         "base": config.base.to_dict(),
         "encode": section,
     }
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
-    stage = open_stage(workdir, "encode", settings, inputs)
+    arrays = ("moments/*", "text_states/*")
+    return Spec("encode", settings, inputs, restores=arrays)
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Encodes every training image and every distinct prompt, shard by shard."""
+    workdir = epath.Path(workdir)
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     fresh = not is_complete(workdir, "encode")  # otherwise some files were deleted
     try:
-        written, counts = encode(config, workdir, stage.folder)
+        written, counts = encode(config, workdir, stage)
     except UserError:
         if fresh and not files.matching(stage.folder, "*/*.npy"):
             stage.abandon()  # nothing was written, so other settings may follow
@@ -83,16 +88,17 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def encode(
-    config: ConfigDict, workdir: epath.Path, folder: epath.Path
+    config: ConfigDict, workdir: epath.Path, stage: Stage
 ) -> tuple[list[str], dict[str, int]]:
     """Writes the missing files of the cache.
 
     Returns:
-      the files of the cache, relative to `folder`, and counts for the manifest.
+      the files of the cache, relative to the stage's folder, and counts for the
+      manifest.
     """
-    section = config.encode
+    section, folder = config.encode, stage.folder
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    base = _find_base(config, workdir, folder / "base.json")
+    base = _find_base(config, workdir, stage)
     model, _ = diffusers_layout.load(base, (), config.base.variant)
     train = splits.read_split(workdir / "caption", "train")
     texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
@@ -121,12 +127,11 @@ def encode(
     return written, {"images": len(train.images), "prompts": len(prompts)}
 
 
-def _find_base(
-    config: ConfigDict, workdir: epath.Path, record: epath.Path
-) -> epath.Path:
-    """The folder of the base model, checked; `record` gets its path and revision."""
+def _find_base(config: ConfigDict, workdir: epath.Path, stage: Stage) -> epath.Path:
+    """The folder of the base model, checked; `base.json` gets its path and revision."""
     base, revision = config.base, config.base.revision
-    if record.exists():  # the stage resumes, with the same commit
+    record = stage.folder / "base.json"
+    if stage.digests.intact(record):  # the stage resumes, with the same commit
         revision = files.read_json(record)["revision"] or ""
     folder, commit = pipeline_folder.resolve(
         base.path or workdir / "pretrain" / "model", base.variant, revision
@@ -136,6 +141,7 @@ def _find_base(
     )
     found = {"path": base.path, "variant": base.variant, "revision": commit}
     files.write_json(record, found)
+    stage.digests.add(record)
     return folder
 
 

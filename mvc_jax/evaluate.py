@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import splits
-from mvc_jax.data.settings import recorded
 from mvc_jax.metrics import statistics
 from mvc_jax.screening import distances, removed
-from mvc_jax.stage import open_stage, read_manifest
+from mvc_jax.stage import Spec, open_stage, read_manifest
 
 with epy.lazy_imports():
     from mvc_jax.classification import runs
@@ -41,15 +40,20 @@ def check(config: ConfigDict) -> None:
     """Nothing: no field depends on another one, or on a file."""
 
 
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the metrics depend on."""
+    settings = {
+        "seed": config.seed,
+        "data": config.data.to_dict(),
+        "evaluate": config.evaluate.to_dict(),
+    }
+    return Spec("evaluate", settings, inputs=("classify",), restores=("metrics.json",))
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes every number that the report shows."""
     workdir = epath.Path(workdir)
-    settings = {
-        "seed": config.seed,
-        "data": recorded(config.data.to_dict()),
-        "evaluate": config.evaluate.to_dict(),
-    }
-    stage = open_stage(workdir, "evaluate", settings, inputs=("classify",))
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     classify = read_manifest(workdir, "classify")["settings"]["classify"]
@@ -88,9 +92,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def _read_results(folder: epath.Path, names: list[str]) -> dict[str, dict]:
     """Reads the results of the runs `names`, in this order."""
-    found = map(files.read_json, files.matching(folder, "*.json"))
-    by_name = {result["name"]: result for result in found}
-    return {name: by_name[name] for name in names}
+    slugs = {name: runs.parse(name).slug for name in names}
+    return {name: files.read_json(folder / f"{slugs[name]}.json") for name in names}
 
 
 def _accuracies(result: dict) -> Float[np.ndarray, " S"]:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.errors import UserError, require_at_most
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 with epy.lazy_imports():
     import jax
@@ -80,15 +80,20 @@ def check(config: ConfigDict) -> None:
     require_at_most("config.finetune", section, "warmup", "steps")
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Widens the base UNet, trains it on the pairs, writes the pipeline."""
-    workdir = epath.Path(workdir)
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the fine-tuned model depends on."""
     settings = {
         "seed": config.seed,
         "base": config.base.to_dict(),
         "finetune": result_settings(config.finetune),
     }
-    stage = open_stage(workdir, "finetune", settings, ("encode", "pairs"))
+    return Spec("finetune", settings, inputs=("encode", "pairs"))
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Widens the base UNet, trains it on the pairs, writes the pipeline."""
+    workdir = epath.Path(workdir)
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     try:

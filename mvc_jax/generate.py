@@ -24,16 +24,17 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.checkpoints import dataset_card, model_card
 from mvc_jax.data import cache, splits
-from mvc_jax.data.settings import recorded
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 from mvc_jax.generation import conditionings, synthetic
 from mvc_jax.mixing import recipe_file
 from mvc_jax.screening.settings import FilterSettings, check_filters
 from mvc_jax.stage import (
+    Spec,
+    Stage,
     is_complete,
     open_stage,
-    read_input,
-    require_unchanged,
+    require_inputs,
 )
 from mvc_jax.training.console import Progress
 
@@ -78,47 +79,50 @@ def check(config: ConfigDict) -> None:
         ablation_models(config).check(need)
 
 
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the sets depend on; images can be added to them."""
+    section = config.generate.to_dict()
+    settings = {
+        "seed": config.seed,
+        "data": config.data.to_dict(),
+        "base": config.base.to_dict(),
+        "generate": {k: v for k, v in section.items() if k not in _NO_RESULT},
+    }
+    return Spec(
+        "generate",
+        settings,
+        inputs=("finetune", "mix"),
+        grows=_GROWS,
+        grows_with=("mix",),
+        restores=("*/data/*.parquet", "*/removed.png"),
+    )
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws every set, shard by shard; existing shards are kept."""
     workdir, section = epath.Path(workdir), config.generate
-    read_input(workdir, "finetune", reader="generate")
     if section.limit:
         draw_contact_sheet(config, workdir)
         return
-    shaping = {k: v for k, v in section.to_dict().items() if k not in _NO_RESULT}
-    settings = {
-        "seed": config.seed,
-        "data": recorded(config.data.to_dict()),
-        "base": config.base.to_dict(),
-        "generate": shaping,
-    }
     was_complete = is_complete(workdir, "generate")
-    if not was_complete:  # before anything is written
-        require_same_weights(workdir)
-    stage = open_stage(
-        workdir,
-        "generate",
-        settings,
-        ("finetune", "mix"),
-        grows=_GROWS,
-        grows_with=("mix",),
-    )
+    stage = open_stage(workdir, stage_spec(config))
     figures = requested_figures(config, workdir)
     if stage.complete:
-        restore_pictures(stage.folder, section)
-        missing = [name for name in figures if not (stage.folder / name).exists()]
+        restore_pictures(stage, section)
+        intact = stage.digests.intact
+        missing = [name for name in figures if not intact(stage.folder / name)]
         if missing:
+            require_inputs(workdir, stage_spec(config))
             recipes, train = read_recipes(workdir), read_train(workdir)
             sampler = open_sampler(config, workdir, recipes, train)
             draw_figures(config, workdir, missing, sampler, recipes, train)
+            stage.digests.add(*(stage.folder / name for name in missing))
         return
     artifacts, counts, drawing = [], Counter(), False
     try:
-        if was_complete:  # and grows
-            require_same_weights(workdir)
         recipes, train = read_recipes(workdir), read_train(workdir)
         sampler = open_sampler(config, workdir, recipes, train)
-        writers = open_writers(config, workdir, sampler, train)
+        writers = open_writers(config, workdir, stage.digests, sampler, train)
         set_writer.require_space_for_sets(
             [writer.store for writer in writers.values()],
             synthetic=len(recipes),
@@ -154,6 +158,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             stage.abandon()  # other settings are allowed
         raise
     draw_figures(config, workdir, figures, sampler, recipes, train)
+    stage.digests.add(*(stage.folder / name for name in figures))
     artifacts += filters.write_facts(stage.folder)
     names = ("images", "redrawn", "left_out", *filters.count_names)
     stage.finish(artifacts, **{name: counts[name] for name in names})
@@ -171,13 +176,6 @@ def read_levels(workdir: epath.Path) -> list[dict]:
 
 def read_train(workdir: epath.Path) -> splits.Split:
     return splits.read_split(workdir / "caption", "train")
-
-
-def require_same_weights(workdir: epath.Path) -> None:
-    """Checks that the models are those that their stages wrote, byte for byte."""
-    for stage in ("pretrain", "finetune"):
-        if is_complete(workdir, stage):
-            require_unchanged(workdir, stage, ".safetensors")
 
 
 def ablation_models(config: ConfigDict) -> ablation.AblationModels:
@@ -234,6 +232,7 @@ def open_sampler(
 def open_writers(
     config: ConfigDict,
     workdir: epath.Path,
+    digests: Digests,
     sampler: image_sampler.ImageSampler,
     train: splits.Split,
 ) -> dict[str, set_writer.SetWriter]:
@@ -246,6 +245,7 @@ def open_writers(
         name: set_writer.SetWriter(
             store=synthetic.Store(
                 folder=workdir / "generate" / name,
+                digests=digests,
                 class_names=train.class_names,
                 model=sampler.model_hash(name),
                 shard_size=section.shard_size,
@@ -385,17 +385,17 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
     )
 
 
-def restore_pictures(folder: epath.Path, section: ConfigDict) -> None:
-    """Writes image files that were deleted from complete sets."""
+def restore_pictures(stage: Stage, section: ConfigDict) -> None:
+    """Writes image files of complete sets that were deleted or damaged."""
     for name in section.sets if section.folder else ():
-        restored = synthetic.restore_pictures(folder / name)
+        restored = synthetic.restore_pictures(stage.folder / name, stage.digests)
         if restored:
             logging.info("generate/%s: %d pictures restored", name, restored)
 
 
 def draw_contact_sheet(config: ConfigDict, workdir: epath.Path) -> None:
     """Draws the contact sheet and the figures, without opening the stage."""
-    require_same_weights(workdir)
+    require_inputs(workdir, stage_spec(config))
     recipes, train = read_recipes(workdir), read_train(workdir)
     sampler = open_sampler(config, workdir, recipes, train)
     preview.contact_sheet(

@@ -6,8 +6,6 @@ fields); with `mix.levels` also `levels.jsonl`, the recipes of the supplement's 
 5. Row k depends only on (seed, k): raising `mix.per_image` appends rows.
 """
 
-from typing import Any
-
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -16,7 +14,7 @@ from mvc_jax import files
 from mvc_jax.data import shards
 from mvc_jax.errors import UserError
 from mvc_jax.mixing import checks, recipe_file, recipes
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 _SCALES = ("text_scale", "image_scale")  # fields of `generate`
 
@@ -36,14 +34,27 @@ def check(config: ConfigDict) -> None:
         recipe_file.read_recipes(section.file, length=length, width=width)
 
 
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the recipes depend on; more of them leave the earlier ones unchanged."""
+    section = config.mix.to_dict()
+    if section["file"]:  # whose content counts, and determines the number of recipes
+        section.pop("per_image")
+        path = epath.Path(section["file"])
+        section["file_sha256"] = files.sha256(path) if path.is_file() else ""
+    names = [name for scale in _SCALES for name in (scale, f"{scale}_most")]
+    scales = {name: config.generate[name] for name in names}
+    return Spec(
+        "mix",
+        {"seed": config.seed, "mix": section, "generate": scales},
+        inputs=("encode",),
+        grows=("mix.levels", "mix.per_image"),
+    )
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws a recipe for every synthetic image, or copies the user's."""
     workdir, section = epath.Path(workdir), config.mix
-    # More recipes leave the earlier ones unchanged; a file determines their number.
-    grows = ("mix.levels",) if section.file else ("mix.levels", "mix.per_image")
-    stage = open_stage(
-        workdir, "mix", settings_of(config), inputs=("encode",), grows=grows
-    )
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
@@ -105,18 +116,6 @@ def drawing_of(config: ConfigDict) -> recipes.Drawing:
             max(scales.image_scale, scales.image_scale_most),
         ),
     )
-
-
-def settings_of(config: ConfigDict) -> dict[str, Any]:
-    """The settings that determine the recipes, as in the stage's manifest."""
-    section = config.mix.to_dict()
-    if section["file"]:  # whose content counts, and determines the number of recipes
-        section.pop("per_image")
-        path = epath.Path(section["file"])
-        section["file_sha256"] = files.sha256(path) if path.is_file() else ""
-    names = [name for scale in _SCALES for name in (scale, f"{scale}_most")]
-    scales = {name: config.generate[name] for name in names}
-    return {"seed": config.seed, "mix": section, "generate": scales}
 
 
 def _check_maximum(name: str, low: float | int, high: float | int) -> None:

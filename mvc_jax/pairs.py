@@ -14,17 +14,22 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import order
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 
 def check(config: ConfigDict) -> None:
     """Nothing: no field depends on another one, or on a file."""
 
 
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the pairs depend on."""
+    settings = {"seed": config.seed, "pairs": config.pairs.to_dict()}
+    return Spec("pairs", settings, inputs=("encode",), restores=("pairs.npy",))
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws the pairs of every round."""
-    settings = {"seed": config.seed, "pairs": config.pairs.to_dict()}
-    stage = open_stage(workdir, "pairs", settings, inputs=("encode",))
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     rows = files.read_jsonl(epath.Path(workdir) / "encode" / "prompts.jsonl")

@@ -14,9 +14,8 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax.data import captions, splits
-from mvc_jax.data.settings import recorded
 from mvc_jax.errors import UserError, require_at_most
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 with epy.lazy_imports():
     from mvc_jax.checkpoints import (
@@ -84,14 +83,19 @@ def _check_heads(name: str, widths: Sequence[int], heads: int) -> None:
         )
 
 
-def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains the base model on the pool and writes it."""
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the base model depends on."""
     settings = {
         "seed": config.seed,
-        "data": recorded(config.data.to_dict()),
+        "data": config.data.to_dict(),
         "pretrain": config.pretrain.to_dict(),
     }
-    stage = open_stage(workdir, "pretrain", settings, inputs=("caption",))
+    return Spec("pretrain", settings, inputs=("caption",))
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Trains the base model on the pool and writes it."""
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     seed, section = config.seed, config.pretrain

@@ -21,8 +21,7 @@ from PIL import Image
 
 from mvc_jax import files, pictures
 from mvc_jax.data import splits
-from mvc_jax.data.settings import recorded
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
 _MODES = ("coarse", "fine")
@@ -65,15 +64,22 @@ def check(config: ConfigDict) -> None:
     """Nothing: no field depends on another one, or on a file."""
 
 
+def stage_spec(config: ConfigDict) -> Spec:
+    """What the page depends on."""
+    settings = {
+        "seed": config.seed,
+        "data": config.data.to_dict(),
+        "report": config.report.to_dict(),
+    }
+    return Spec(
+        "report", settings, inputs=_INPUTS, restores=("report.html", "grid.png")
+    )
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes the page and the picture."""
     workdir = epath.Path(workdir)
-    settings = {
-        "seed": config.seed,
-        "data": recorded(config.data.to_dict()),
-        "report": config.report.to_dict(),
-    }
-    stage = open_stage(workdir, "report", settings, inputs=_INPUTS)
+    stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     metrics = files.read_json(workdir / "evaluate" / "metrics.json")
@@ -84,7 +90,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     page = _render(
         scale=config.report.grid_scale,
         title=config.report.title,
-        data=settings["data"],
+        data=config.data.to_dict(),
         metrics=metrics,
         grid=grid,
         compared=compared,

@@ -154,8 +154,7 @@ def check_stages(
         _stage(name).check(config)
     if "generate" in stages and "mix" not in stages and is_complete(workdir, "mix"):
         # Images of other recipes must not be written under these settings.
-        settings = _stage("mix").settings_of(config)
-        require_made_by(workdir, "mix", settings, reader="generate")
+        require_made_by(workdir, _stage("mix").stage_spec(config), reader="generate")
     if any(name in _MESH_STAGES for name in checked):
         check_mesh(config.mesh.data, config.mesh.fsdp)
 

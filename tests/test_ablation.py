@@ -25,7 +25,7 @@ from mvc_jax.generation import ablation, preview, synthetic
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.models import clip
 from mvc_jax.pretraining import companions
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 IMAGES = 4
 
@@ -50,7 +50,7 @@ def _noisy(tree, draw, scale=0.05):
 
 
 def _finish(workdir, name, written, inputs=()):
-    open_stage(workdir, name, {}, inputs).finish(written)
+    open_stage(workdir, Spec(name, {}, inputs)).finish(written)
 
 
 def _encoded(workdir, model, write_shards, draw):

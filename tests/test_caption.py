@@ -13,9 +13,7 @@ from PIL import Image
 
 from mvc_jax import train
 from mvc_jax.classification import training_set
-from mvc_jax.configs import common
 from mvc_jax.data import duplicates, splits
-from mvc_jax.data.settings import LATER
 from mvc_jax.training import runtime
 
 CLASSES = ("bolt", "hex_nut", "washer é")
@@ -407,16 +405,6 @@ def test_validation_images_are_kept_for_classify(run, parts):
         np.testing.assert_array_equal(data.labels[data.validation], kept.labels)
     code, output, _ = run("data.validation=keep", "data.train=train", workdir="none")
     assert code == 2 and "config.data.validation: wanted join" in output
-
-
-def test_later_fields_change_no_settings_while_they_have_their_default(run):
-    for name, default in LATER.items():
-        assert common.FIELDS.find(f"data.{name}").default == default
-    _, _, folder = run()
-    recorded = json.loads((folder / "manifest.json").read_text())["settings"]["data"]
-    assert recorded.keys() == common.FIELDS.fields["data"].fields.keys() - LATER.keys()
-    code, output, _ = run("data.train=.")
-    assert code == 2 and "data.train: '(none)' -> ['.']" in output
 
 
 def test_classes_with_the_same_words_are_refused(run, parts):

@@ -9,6 +9,7 @@ from etils import epath
 
 from mvc_jax import evaluate, files
 from mvc_jax.data import splits
+from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
 
 
@@ -91,7 +92,14 @@ def described(tmp_path, train, drawn, drawn_labels=None):
         for k, label in enumerate(labels)
     ]
     images = drawn if isinstance(drawn, np.ndarray) else images_of(drawn)
-    store = synthetic.Store(folder / "mixed", ["a", "b"], "", 1000, pictures=False)
+    store = synthetic.Store(
+        folder / "mixed",
+        Digests(folder, folder.parent / "digests.jsonl"),
+        ["a", "b"],
+        "",
+        1000,
+        pictures=False,
+    )
     (part,) = store.missing(len(rows))
     store.write(part, list(images), rows)
     zeros = np.zeros(len(train), np.int32)

@@ -21,6 +21,7 @@ from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.example import Source
 from mvc_jax.data.folder import Folder
 from mvc_jax.data.sources import check_class_names, open_source
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 from mvc_jax.generation.synthetic import class_folder
@@ -343,7 +344,10 @@ def test_a_generated_folder_is_read(tmp_path):
     names = ("brain tumor", "naïve class", "a/b", "..")
     nothing = dict.fromkeys(synthetic.PROVENANCE)
     rows = [nothing | {"index": k, "label": k % 4} for k in range(8)]
-    store = synthetic.Store(epath.Path(tmp_path), names, "0badf00d", 8)
+    folder = epath.Path(tmp_path)
+    store = synthetic.Store(
+        folder, Digests(folder, folder / "digests"), names, "0badf00d", 8
+    )
     image = np.zeros((4, 4, 3), np.uint8)
     store.write(store.missing(8)[0], [image] * 8, rows)
     store.finish()

@@ -25,7 +25,7 @@ from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.mixing import operations
 from mvc_jax.screening import distances
-from mvc_jax.stage import open_stage, read_manifest
+from mvc_jax.stage import Spec, open_stage, read_manifest
 from mvc_jax.training import sharding
 
 IMAGES, LENGTH, WIDTH = 5, 12, 16  # real images; shape of `tiny`'s text states
@@ -55,7 +55,7 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     names, labels = ["one", "two"], [i % 2 for i in range(IMAGES)]
 
     def finish(name, written, inputs=()):
-        open_stage(workdir, name, {}, inputs).finish(written)
+        open_stage(workdir, Spec(name, {}, inputs)).finish(written)
 
     folder = workdir / "caption"
     pixels = draw.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
@@ -489,17 +489,21 @@ def test_a_model_that_changed_is_refused_before_anything_is_written(make, finetu
         make(workdir)
 
 
-def test_a_damaged_shard_is_named(make):
+def test_a_damaged_shard_is_drawn_again(make, caplog):
     workdir = make()
     shard = workdir / "generate" / "mixed" / "data" / "train-00000.parquet"
-    (workdir / "generate" / "manifest.json").unlink()
-    whole = shard.read_bytes()
+    manifest = workdir / "generate" / "manifest.json"
+    whole, finished = shard.read_bytes(), manifest.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     garbled = whole[:footer] + b"\xff" * 40 + whole[footer + 40 :]
     for damaged in (whole[:-9], garbled):
+        manifest.unlink()
         shard.write_bytes(damaged)
-        with pytest.raises(UserError, match="train-00000.*damaged.*Delete it"):
-            make(workdir)
+        make(workdir)
+        assert shard.read_bytes() == whole
+        assert manifest.read_bytes() == finished
+        assert "train-00000.parquet was damaged" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize("limit", [0, 1])

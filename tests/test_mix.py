@@ -27,7 +27,7 @@ from mvc_jax import files, mix
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
 from mvc_jax.mixing import operations, recipes
-from mvc_jax.stage import open_stage, read_manifest
+from mvc_jax.stage import Spec, open_stage, read_manifest
 
 B = 4
 WIDTHS = operations.Widths(positions=L, dims=D, partners=M)
@@ -192,7 +192,7 @@ def encoded(tmp_path, write_shards):
     """A workdir up to `encode`, with the rows given or `ROWS`."""
 
     def make(rows=ROWS):
-        stage = open_stage(tmp_path, "encode", {})
+        stage = open_stage(tmp_path, Spec("encode", {}))
         files.write_jsonl(stage.folder / "prompts.jsonl", rows)
         array = np.zeros((2, L, D), np.float32)
         names = write_shards(stage.folder / "text_states", array)

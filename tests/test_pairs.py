@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mvc_jax import files, pairs
 from mvc_jax.configs import common
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 labels_of_images = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.asarray)
 
@@ -47,7 +47,7 @@ def test_source_and_target_are_independent_and_uniform():
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_stage_writes_its_rounds_in_order(tmp_path, rounds):
     labels = [0, 1, 1, 0, 1]
-    encode = open_stage(tmp_path, "encode", {})
+    encode = open_stage(tmp_path, Spec("encode", {}))
     rows = [{"label": label} for label in labels]
     files.write_jsonl(encode.folder / "prompts.jsonl", rows)
     encode.finish(["prompts.jsonl"])

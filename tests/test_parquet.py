@@ -18,6 +18,7 @@ from mvc_jax.data import parquet
 from mvc_jax.data.decode import BadImage, Decoder
 from mvc_jax.data.example import Source
 from mvc_jax.data.sources import open_source
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 
@@ -82,7 +83,15 @@ def test_synthetic_sets_are_read(tmp_path):
     row |= {"positions": [1], "dims": [[2, 3]], "seed": 1, "text_scale": 7.5}
     rows = [row | {"index": i, "label": i % 2} for i in range(5)]
     names = ("naïve_class", "b")
-    store = synthetic.Store(epath.Path(tmp_path), names, "0badf00d", 3, pictures=False)
+    folder = epath.Path(tmp_path)
+    store = synthetic.Store(
+        folder,
+        Digests(folder, folder / "digests"),
+        names,
+        "0badf00d",
+        3,
+        pictures=False,
+    )
     for part in store.missing(5):
         mine = slice(part.start, part.stop)
         store.write(part, list(images[mine]), rows[mine])

@@ -1,9 +1,12 @@
 """The digits config end to end, as a user runs it: whole, killed, rerun, documented."""
 
+import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -18,6 +21,8 @@ from fork_server import ROOT, user_environment
 from PIL import Image
 
 from mvc_jax import files, train
+from mvc_jax import stage as contract
+from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 from mvc_jax.train import STAGES
 from mvc_jax.training import runtime
@@ -229,6 +234,120 @@ def test_a_run_killed_in_four_stages_ends_with_the_same_files(
         assert (workdir / part).read_bytes() == (expected / part).read_bytes(), part
     leftovers = [p for p in workdir.rglob("*") if p.name.startswith(".tmp-")]
     assert not leftovers
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return pathlib.Path(shutil.copytree(whole[0], tmp_path / "run"))
+
+
+def manifest_of(workdir, name):
+    return json.loads((workdir / name / "manifest.json").read_text())
+
+
+def known_files(workdir, name):
+    """All files of a stage that are known by their content, as paths."""
+    records = read_jsonl(workdir / "digests" / f"{name}.jsonl")
+    names = {*manifest_of(workdir, name)["artifacts"], *(x["name"] for x in records)}
+    return sorted(x for x in (workdir / name / each for each in names) if x.exists())
+
+
+def damage(path, kind):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if not content:
+        content += b"?"
+    elif kind == "flipped":
+        content[middle] ^= 1
+    else:
+        content = content[: {"cut": middle, "empty": 0}[kind]]
+    path.write_bytes(content)
+
+
+def same_as(expected, workdir, paths):
+    for path in paths:
+        name = path.relative_to(workdir)
+        assert path.read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_damaged_file_is_named_by_every_stage_that_reads_it(copied, name):
+    specs = {
+        reader: contract.Spec(
+            reader, {}, inputs=[*manifest_of(copied, reader)["inputs"]]
+        )
+        for reader in STAGES[STAGES.index(name) + 1 :]
+    }
+    for spec in specs.values():
+        contract.require_inputs(copied, spec)
+    for file in manifest_of(copied, name)["artifacts"]:
+        path = copied / name / file
+        content = path.read_bytes()
+        damage(path, "flipped")
+        named = set()
+        for reader, spec in specs.items():
+            with contextlib.suppress(UserError):
+                contract.require_inputs(copied, spec)
+                continue
+            named.add(reader)
+        beside = {("pairs", "mix"), ("finetune", "mix")}  # the others read all before
+        assert named == {x for x in specs if (name, x) not in beside}, file
+        path.write_bytes(content)
+
+
+def test_damage_to_finished_stages_is_made_again_or_named(
+    whole, copied, here, fork_server, tmp_path
+):
+    """Each file alone, in every way that a disk knows; then all that is made again."""
+    config, _ = train.parse_flags(["train", *arguments(copied)])
+    again = []
+    for name in STAGES:
+        spec = importlib.import_module(f"mvc_jax.{name}").stage_spec(config)
+        artifacts = manifest_of(copied, name)["artifacts"]
+        for number, path in enumerate(known_files(copied, name)):
+            content, kind = path.read_bytes(), ("flipped", "cut", "empty")[number % 3]
+            damage(path, kind)
+            damaged = path.read_bytes()
+            try:
+                opened = contract.open_stage(copied, spec)
+            except UserError as error:
+                assert error.name == str(path), path
+                assert path.read_bytes() == damaged, path
+            else:
+                is_artifact = str(path.relative_to(copied / name)) in artifacts
+                assert opened.complete != is_artifact, path
+                assert path.exists() != is_artifact, path
+                again.append((path, kind))
+            path.write_bytes(content)
+    assert {path.suffix for path, _ in again} >= {".npy", ".parquet", ".png", ".html"}
+    for path, kind in again:
+        damage(path, kind)
+    flags = ["train", *arguments(copied)]
+    run = fork_server.start("mvc_jax.train:main", flags, folder=tmp_path / "output")
+    code, _, errors = run.wait()
+    assert code == 0, errors
+    # The report shows how long the stages took.
+    same_as(whole[0], copied, [x for x, _ in again if x.name != "report.html"])
+
+
+def test_damage_to_unfinished_stages_is_made_again(
+    whole, copied, fork_server, tmp_path
+):
+    """Every file that a killed run may have left, damaged before it is resumed."""
+    known = []
+    for name in STAGES:
+        manifest = manifest_of(copied, name)
+        started = {key: manifest[key] for key in ("settings", "inputs")}
+        (copied / name / "started.json").write_text(json.dumps(started))
+        known += known_files(copied, name)
+        (copied / name / "manifest.json").unlink()
+    for number, path in enumerate(known):
+        damage(path, ("flipped", "cut", "empty")[number % 3])
+    flags = ["train", *arguments(copied)]
+    run = fork_server.start("mvc_jax.train:main", flags, folder=tmp_path / "output")
+    code, _, errors = run.wait()
+    assert code == 0, errors
+    same_as(whole[0], copied, [x for x in known if x.name != "report.html"])
 
 
 def test_a_base_model_given_by_path_takes_the_place_of_pretrain(

@@ -20,7 +20,7 @@ from PIL import Image
 from mvc_jax import files, pictures, report
 from mvc_jax.data import duplicates, gather
 from mvc_jax.data.digits import NAMES, Digits
-from mvc_jax.stage import open_stage
+from mvc_jax.stage import Spec, open_stage
 
 EVIL = "<script>alert(1)</script>"
 SIZE = 8
@@ -119,7 +119,7 @@ def make_metrics() -> dict:
 
 
 def finish(workdir, stage: str, artifacts: list[str], **counts: int) -> None:
-    open_stage(workdir, stage, {}).finish(artifacts, **counts)
+    open_stage(workdir, Spec(stage, {})).finish(artifacts, **counts)
 
 
 def make_workdir(

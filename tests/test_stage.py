@@ -1,6 +1,8 @@
 """Each numbered rule at the top of stage.py has at least one test."""
 
 import copy
+import os
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from mvc_jax import files, stage
 from mvc_jax.errors import UserError
-from mvc_jax.stage import differences, is_complete, open_stage, read_manifest
+from mvc_jax.stage import Spec, differences, is_complete, open_stage, read_manifest
 
 SETTINGS = {"seed": 0, "mix": {"tokens": 4, "modes": ("coarse", "fine")}}
 OTHERS = {"seed": 0, "mix": {"tokens": 5, "modes": ("coarse", "fine")}}
@@ -25,7 +27,7 @@ def contents(folder):
 
 def make(workdir, name="mix", settings=SETTINGS, inputs=(), text="made"):
     """Runs a stage that writes two files."""
-    stage = open_stage(workdir, name, settings, inputs)
+    stage = open_stage(workdir, Spec(name, settings, inputs))
     if not stage.complete:
         for file in ("a.txt", "below/b.txt"):
             files.write_text(stage.folder / file, f"{text} {file}")
@@ -34,7 +36,7 @@ def make(workdir, name="mix", settings=SETTINGS, inputs=(), text="made"):
 
 
 def test_rule_1_the_manifest_is_written_last_and_describes_the_files(tmp_path):
-    stage = open_stage(tmp_path, "mix", SETTINGS)
+    stage = open_stage(tmp_path, Spec("mix", SETTINGS))
     assert not stage.complete
     with pytest.raises(FileNotFoundError):
         stage.finish(["a.txt"])
@@ -43,7 +45,7 @@ def test_rule_1_the_manifest_is_written_last_and_describes_the_files(tmp_path):
     stage = make(tmp_path)
     assert stage.complete
     assert is_complete(tmp_path, "mix")
-    assert [path.name for path in tmp_path.iterdir()] == ["mix"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digests", "mix"]
     read = read_manifest(tmp_path, "mix")
     assert read["counts"] == {"things": 2}
     assert read["artifacts"]["a.txt"] == {
@@ -65,7 +67,7 @@ def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, fin
     if finished:
         make(tmp_path)
     else:
-        open_stage(tmp_path, "mix", SETTINGS)
+        open_stage(tmp_path, Spec("mix", SETTINGS))
     before = contents(tmp_path)
     with pytest.raises(UserError) as error:
         make(tmp_path, settings=OTHERS)
@@ -78,10 +80,10 @@ def test_rules_3_and_5_other_settings_are_an_error_that_names_them(tmp_path, fin
 
 
 def test_rule_4_an_interrupted_stage_resumes_with_its_files(tmp_path):
-    stage = open_stage(tmp_path, "mix", SETTINGS)
+    stage = open_stage(tmp_path, Spec("mix", SETTINGS))
     files.write_text(stage.folder / "a.txt", "half of the work")
     (stage.folder / ".tmp-0badf00d-b.txt").write_text("killed in the middle")
-    again = open_stage(tmp_path, "mix", SETTINGS)
+    again = open_stage(tmp_path, Spec("mix", SETTINGS))
     assert not again.complete
     found = sorted(path.name for path in (tmp_path / "mix").iterdir())
     assert found == ["a.txt", "started.json"]
@@ -91,10 +93,13 @@ def test_rule_4_an_interrupted_stage_resumes_with_its_files(tmp_path):
 @pytest.mark.parametrize("gone", ["a.txt", "below/b.txt"])
 def test_rule_6_a_missing_file_is_filled_in(tmp_path, gone):
     make(tmp_path)
+    times = tmp_path / "digests" / "mix.jsonl"
+    times.unlink()  # it would differ
     whole = {path: content for path, (content, _) in contents(tmp_path).items()}
     (tmp_path / "mix" / gone).unlink()
-    assert not open_stage(tmp_path, "mix", SETTINGS).complete
+    assert not open_stage(tmp_path, Spec("mix", SETTINGS)).complete
     make(tmp_path)
+    times.unlink()
     assert {path: content for path, (content, _) in contents(tmp_path).items()} == whole
 
 
@@ -128,7 +133,7 @@ def grow(workdir, count, *, stop=False, follows=True):
     """Runs a stage of `count` rows; `stop` leaves it unfinished."""
     grows = ("mix.count", "mix.more") if follows else ()
     drawn = {"seed": 0, "mix": {"count": count, "more": False}}
-    stage = open_stage(workdir, "encode", drawn, grows=grows)
+    stage = open_stage(workdir, Spec("encode", drawn, grows=grows))
     if not stage.complete:
         content = b"".join(b"row %d\n" % i for i in range(count))
         stage.require_prefix("rows.txt", content)
@@ -140,7 +145,7 @@ def grow(workdir, count, *, stop=False, follows=True):
 
 def read_grown(workdir, *, follows=True, stop=False):
     grows_with = ("encode",) if follows else ()
-    stage = open_stage(workdir, "mix", {}, ["encode"], grows_with=grows_with)
+    stage = open_stage(workdir, Spec("mix", {}, ["encode"], grows_with=grows_with))
     if not stage.complete:
         content = (workdir / "encode" / "rows.txt").read_bytes()
         files.write_bytes(stage.folder / "read.txt", content)
@@ -199,10 +204,10 @@ def test_rule_8_growth_together_with_another_change_is_an_error(tmp_path):
     grow(tmp_path, 2)
     drawn = {"seed": 1, "mix": {"count": 3, "more": True}}
     with pytest.raises(UserError) as error:
-        open_stage(tmp_path, "encode", drawn, grows=("mix.count", "mix.more"))
+        open_stage(tmp_path, Spec("encode", drawn, grows=("mix.count", "mix.more")))
     assert "(seed: 0 -> 1)" in str(error.value)
     drawn["seed"] = 0
-    stage = open_stage(tmp_path, "encode", drawn, grows=("mix.count", "mix.more"))
+    stage = open_stage(tmp_path, Spec("encode", drawn, grows=("mix.count", "mix.more")))
     assert stage.earlier and not stage.complete
 
 
@@ -229,7 +234,7 @@ def test_abandoned_growth_restores_the_finished_stage(tmp_path):
     grow(tmp_path, 2)
     before = {path: content for path, (content, _) in contents(tmp_path).items()}
     drawn = {"seed": 0, "mix": {"count": 3, "more": False}}
-    stage = open_stage(tmp_path, "encode", drawn, grows=["mix.count"])
+    stage = open_stage(tmp_path, Spec("encode", drawn, grows=["mix.count"]))
     stage.abandon()
     after = {path: content for path, (content, _) in contents(tmp_path).items()}
     assert after == before
@@ -283,7 +288,7 @@ def test_rule_8_an_input_that_was_run_again_has_not_grown(tmp_path):
 
 
 def test_an_input_must_be_finished(tmp_path):
-    open_stage(tmp_path, "encode", {})
+    open_stage(tmp_path, Spec("encode", {}))
     with pytest.raises(UserError, match="^stage mix: wanted the finished stage encode"):
         make(tmp_path, inputs=["encode"])
     assert not (tmp_path / "mix").exists()
@@ -294,7 +299,7 @@ def test_an_input_that_was_run_again_is_noticed(tmp_path, finished):
     make(tmp_path, "encode")
     if finished:
         make(tmp_path, inputs=["encode"])
-    open_stage(tmp_path, "mix", SETTINGS, ["encode"])
+    open_stage(tmp_path, Spec("mix", SETTINGS, ["encode"]))
     for path in (tmp_path / "encode").rglob("*.*"):
         path.unlink()
     make(tmp_path, "encode", text="changed")
@@ -354,3 +359,110 @@ def test_nested_differences(new, old, lines):
     assert len(found) == len(lines)
     for line, expected in zip(found, lines, strict=True):
         assert line.endswith(expected)
+
+
+def test_a_field_that_is_newer_than_a_stage_had_its_default(tmp_path):
+    """Only its default: anything else would have given other files."""
+    default = {"mix": {"modes": ["coarse"], "partner": "class"}}
+    make(tmp_path, settings={"mix": {"modes": ["coarse"]}})
+    before = contents(tmp_path)
+    assert make(tmp_path, settings=default).complete
+    assert contents(tmp_path) == before
+    with pytest.raises(UserError, match=r"\(mix.partner: 'class' -> 'any'\)"):
+        make(tmp_path, settings={"mix": {"modes": ["coarse"], "partner": "any"}})
+    with pytest.raises(UserError, match=r"\(mix.unknown: '\(none\)' -> 0\)"):
+        make(tmp_path, settings={"mix": {"modes": ["coarse"], "unknown": 0}})
+
+    (tmp_path / "mix" / "a.txt").unlink()  # rule 6: it stays the same input to others
+    known = stage.read_manifest(tmp_path, "mix")
+    assert not make(tmp_path, settings=default, text="made").inputs
+    assert stage.read_manifest(tmp_path, "mix") == known
+
+
+def test_a_parquet_file_that_the_stage_did_not_write_is_named(tmp_path):
+    opened = open_stage(tmp_path, Spec("generate", {}))
+    files.write_text(opened.folder / "mixed/data/train-00000.parquet", "rows")
+    opened.finish(["mixed/data/train-00000.parquet"])
+    files.write_text(opened.folder / "mixed/data/notes.txt", "of the user")
+    stage.require_inputs(tmp_path, Spec("classify", {}, ["generate"]))
+    stray = opened.folder / "mixed" / "data" / "train-00001.parquet"
+    files.write_text(stray, "rows")
+    for attempt in (
+        lambda: stage.require_inputs(tmp_path, Spec("classify", {}, ["generate"])),
+        lambda: open_stage(tmp_path, Spec("generate", {})),
+    ):
+        with pytest.raises(UserError, match="got another one. Move it") as error:
+            attempt()
+        assert error.value.name == str(stray)
+
+
+def test_rule_6_a_damaged_file_that_the_stage_makes_again_is_deleted(tmp_path):
+    made = make(tmp_path).folder
+    whole = (made / "a.txt").read_bytes()
+    (made / "a.txt").write_text("MADE a.txt")
+    spec = Spec("mix", SETTINGS, restores=("a.*",))
+    assert not open_stage(tmp_path, spec).complete
+    assert not (made / "a.txt").exists()
+    make(tmp_path)
+    assert (made / "a.txt").read_bytes() == whole
+
+    for name in ("a.txt", "below/b.txt"):  # nothing is deleted where another is named
+        (made / name).write_text("MADE")
+    with pytest.raises(UserError, match="below/b.txt: wanted the file that this stage"):
+        open_stage(tmp_path, spec)
+    assert (made / "a.txt").exists()
+
+
+@pytest.mark.parametrize("damaged", ["a.txt", "below/b.txt"])
+@pytest.mark.parametrize("indirectly", [False, True])
+def test_rule_9_a_stage_with_work_compares_all_before_it(tmp_path, damaged, indirectly):
+    make(tmp_path, "encode")
+    make(tmp_path, "pairs", inputs=["encode"])
+    reads = ["pairs"] if indirectly else ["encode"]
+    (tmp_path / "encode" / damaged).write_text("MADE")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"encode/{damaged}: wanted the file that the"):
+        make(tmp_path, inputs=reads)
+    assert contents(tmp_path) == before
+    (tmp_path / "encode" / damaged).unlink()
+    with pytest.raises(
+        UserError, match=f"encode/{damaged}.*no such file. .*add encode"
+    ):
+        make(tmp_path, inputs=reads)
+    make(tmp_path, "encode")
+    make(tmp_path, inputs=reads)
+    (tmp_path / "encode" / damaged).write_text("MADE")
+    assert make(tmp_path, inputs=reads).complete  # it reads nothing
+
+
+def test_rule_9_an_input_that_is_behind_its_own_is_named(tmp_path):
+    make(tmp_path, "encode")
+    make(tmp_path, "pairs", inputs=["encode"])
+    shutil.rmtree(tmp_path / "encode")
+    make(tmp_path, "encode", settings=OTHERS)
+    with pytest.raises(UserError, match="pairs: wanted a stage made from the present"):
+        make(tmp_path, inputs=["pairs"])
+
+
+def test_verifying_hashes_all_and_deletes_what_is_made_again(tmp_path, caplog):
+    opened = make(tmp_path)
+    files.write_text(opened.folder / "picture.png", "of the stage")
+    opened.digests.add(opened.folder / "picture.png")
+    spec = Spec("mix", SETTINGS, restores=("a.*",))
+    assert stage.verify(tmp_path, spec) == 3
+    for name in ("a.txt", "below/b.txt", "picture.png"):
+        path = opened.folder / name
+        times = os.stat(path).st_mtime_ns
+        content = path.read_text()
+        path.write_text(content.upper())
+        os.utime(path, ns=(times, times))  # no trace but the content
+        if name == "below/b.txt":
+            with pytest.raises(UserError, match="got 1 that were changed") as error:
+                stage.verify(tmp_path, spec)
+            assert error.value.details == (str(path),)
+            path.write_text(content)
+        else:
+            stage.verify(tmp_path, spec)
+            assert not path.exists()
+            assert name in caplog.text
+    assert not open_stage(tmp_path, spec).complete

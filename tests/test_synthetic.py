@@ -14,6 +14,7 @@ from PIL import Image
 
 from mvc_jax.checkpoints import dataset_card
 from mvc_jax.data.sources import open_source
+from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
 
 NAMES = ("brain tumor", "naïve class", "healthy")
@@ -52,7 +53,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 6, 3), dtype=np.uint8)
 
 
 def store(folder, names=NAMES, size=4, **form):
-    return synthetic.Store(epath.Path(folder), names, "0badf00d", size, **form)
+    path = epath.Path(folder)
+    digests = Digests(path, f"{path.parent}-digests/{path.name}")
+    return synthetic.Store(path, digests, names, "0badf00d", size, **form)
 
 
 def write(folder, names=NAMES, rows=ROWS, size=4, real=False, **form):

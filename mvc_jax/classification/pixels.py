@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Int, UInt8
 
 from mvc_jax import files
+from mvc_jax.digests import Digests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +45,20 @@ class ConcatArray:
 
 
 def store(
-    path: epath.PathLike, images: Iterable[np.ndarray], count: int, size: int
+    path: epath.PathLike,
+    images: Iterable[np.ndarray],
+    count: int,
+    size: int,
+    digests: Digests,
 ) -> UInt8[np.ndarray, "N S S 3"]:
-    """Writes `count` images to an `.npy` file, unless it exists, and memory-maps it."""
+    """Writes `count` images to an `.npy` file, unless it is intact, and maps it."""
     path = epath.Path(path)
-    if not path.exists():
+    if not digests.intact(path):
         with files.replacing(path) as temporary, temporary.open("wb") as file:
             file.write(files.image_array_header(count, size))
             for image in images:
                 file.write(np.ascontiguousarray(image).tobytes())
+        digests.add(path)
     return files.map_array(path)
 
 

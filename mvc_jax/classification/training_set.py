@@ -10,6 +10,7 @@ from jaxtyping import Int, UInt8
 from mvc_jax.classification.pixels import ConcatArray, Prefetcher, store
 from mvc_jax.classification.regimes import Pools
 from mvc_jax.data import decode, order, splits
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 
@@ -82,6 +83,7 @@ class TrainingSet:
 def read(
     workdir: epath.Path,
     folder: epath.Path,
+    digests: Digests,
     *,
     sets: Sequence[str],
     size: int,
@@ -97,6 +99,7 @@ def read(
     Args:
       workdir: of the run; `caption` and `generate` are complete.
       folder: where images of another size are stored.
+      digests: of the files there.
       sets: names of the synthetic sets.
       size: S, in pixels.
       data_size: `config.data.size`, to which synthetic images are brought first, as the
@@ -115,7 +118,7 @@ def read(
     _require_classes(train, test)
     real = np.arange(len(train.labels), dtype=np.int32)
     row_of = {id_: row for row, id_ in enumerate(train.ids)}
-    parts = [_resized(train.images, size, folder / "train.npy")]
+    parts = [_resized(train.images, size, folder / "train.npy", digests)]
     labels = [train.labels]
     synthetic_rows: dict[str, tuple[int, list[dict]]] = {}
     for name in sets:
@@ -127,7 +130,7 @@ def read(
             for row in cells
         )
         synthetic_rows[name] = sum(map(len, labels)), rows
-        parts.append(_stored(images, len(rows), size, folder / f"{name}.npy"))
+        parts.append(_stored(images, len(rows), size, folder / f"{name}.npy", digests))
         labels.append(np.asarray([row["label"] for row in rows], np.int32))
     kept = splits.read_split(caption, splits.VALIDATION)
     if len(kept.ids):
@@ -152,7 +155,7 @@ def read(
         all_labels,
         pools,
         held_out,
-        test=_resized(test.images, size, folder / "test.npy"),
+        test=_resized(test.images, size, folder / "test.npy", digests),
         test_labels=test.labels,
         class_names=train.class_names,
     )
@@ -201,17 +204,23 @@ def _require_enough(name: str, pool: Pools, used: Pools, ratio: float) -> None:
         )
 
 
-def _resized(images: np.ndarray, size: int, path: epath.Path) -> np.ndarray:
+def _resized(
+    images: np.ndarray, size: int, path: epath.Path, digests: Digests
+) -> np.ndarray:
     if images.shape[1] == size:
         return images
-    return _stored(images, len(images), size, path)
+    return _stored(images, len(images), size, path, digests)
 
 
 def _stored(
-    images: Iterable[np.ndarray], count: int, size: int, path: epath.Path
+    images: Iterable[np.ndarray],
+    count: int,
+    size: int,
+    path: epath.Path,
+    digests: Digests,
 ) -> np.ndarray:
     small = (decode.fit(image, size, resample="area") for image in images)
-    return store(path, small, count, size)
+    return store(path, small, count, size, digests)
 
 
 def _hold_out(train: splits.Split, fraction: float, seed: int) -> np.ndarray:

@@ -24,12 +24,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath, epy
 from jaxtyping import Int, UInt8
 from PIL import Image
 
 from mvc_jax import files
 from mvc_jax.data import decode
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 
 with epy.lazy_imports():  # a complete set is recognised without it
@@ -78,6 +80,7 @@ class Store:
 
     Attributes:
       folder: of the set.
+      digests: of the files in its folder.
       class_names: of the dataset.
       model: hash of the weights that draw the set, recorded in each shard.
       shard_size: images per shard.
@@ -86,6 +89,7 @@ class Store:
     """
 
     folder: epath.Path
+    digests: Digests
     class_names: Sequence[str]
     model: str
     shard_size: int
@@ -95,14 +99,16 @@ class Store:
     def missing(self, count: int) -> list[Part]:
         """The parts of images 0 to `count - 1` that are not on disk, by shard.
 
+        A damaged shard is not: it is deleted.
+
         Raises:
-          UserError: a shard is damaged, or was drawn by another model.
+          UserError: a shard was drawn by another model, or is of another dataset.
         """
         parts = []
         for shard, start in enumerate(range(0, count, self.shard_size)):
             stop = min(start + self.shard_size, count)
             path = shard_path(self.folder, shard)
-            if path.exists():
+            if self._is_there(path):
                 start = self._record(path)["stop"]
             if start < stop:
                 parts.append(Part(path, start, stop))
@@ -154,7 +160,7 @@ class Store:
     ) -> None:
         """Writes training images as shard `real-<shard>`, unless it exists."""
         path = shard_path(self.folder, shard, "real")
-        if not path.exists():
+        if not self._is_there(path):
             self._write(path, self._table(images, rows), {})
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -196,7 +202,7 @@ class Store:
             path, label = row.pop("path"), row.pop("label")
             rows.append({"file_name": path, "label": self.class_names[label], **row})
         files.write_jsonl(self.folder / "train" / "metadata.jsonl", rows)
-        restore_pictures(self.folder)
+        restore_pictures(self.folder, self.digests)
         return [*names, "train/metadata.jsonl"]
 
     def _table(
@@ -221,8 +227,7 @@ class Store:
             for content, name in zip(contents, names, strict=True)
         ]
         if self.pictures:
-            for cell in cells:
-                files.write_bytes(self.folder / "train" / cell["path"], cell["bytes"])
+            _write_pictures(self.folder / "train", cells, self.digests)
         image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         columns = {
             "image": pa.array(cells, image),
@@ -244,6 +249,16 @@ class Store:
         table = table.combine_chunks().replace_schema_metadata(metadata)
         with files.replacing(path) as temporary, temporary.open("wb") as file:
             pq.write_table(table, file)
+        self.digests.add(path)
+
+    def _is_there(self, path: epath.Path) -> bool:
+        """Whether a shard was written; one that was damaged since is deleted."""
+        if self.digests.intact(path):
+            return True
+        if path.exists():
+            logging.warning("%s was damaged: drawing its images again", path)
+            path.unlink()
+        return False
 
     def _record(self, path: epath.Path) -> dict[str, Any]:
         """The record in a shard."""
@@ -269,35 +284,37 @@ class Store:
         return record
 
 
-def restore_pictures(folder: epath.Path) -> int:
-    """Writes image files that were deleted from the folder of a set.
+def restore_pictures(folder: epath.Path, digests: Digests) -> int:
+    """Writes image files that were deleted from the folder of a set, or damaged.
 
     Args:
       folder: of a set with `train/metadata.jsonl`.
+      digests: of its files.
 
     Returns:
       the number of files written.
     """
     train = folder / "train"
-    listed = {row["file_name"] for row in files.read_jsonl(train / "metadata.jsonl")}
-    existing = {
-        f"{class_.name}/{path.name}"
-        for class_ in train.iterdir()
-        if class_.is_dir()
-        for path in class_.iterdir()
-    }
-    missing = listed - existing
-    for shard in _shards(folder, ("train", "real")) if missing else ():
+    listed = [row["file_name"] for row in files.read_jsonl(train / "metadata.jsonl")]
+    lost = {name for name in listed if not digests.intact(f"{train}/{name}")}
+    for shard in _shards(folder, ("train", "real")) if lost else ():
         with shard.open("rb") as file:
             paths = pq.read_table(file, columns=["image.path"])["path"].to_pylist()
-        if missing.isdisjoint(paths):
+        if lost.isdisjoint(paths):
             continue
         with shard.open("rb") as file:
             cells = pq.read_table(file, columns=["image"])["image"].to_pylist()
-        for cell in cells:
-            if cell["path"] in missing:
-                files.write_bytes(train / cell["path"], cell["bytes"])
-    return len(missing)
+        _write_pictures(train, [x for x in cells if x["path"] in lost], digests)
+    return len(lost)
+
+
+def _write_pictures(
+    train: epath.Path, cells: Sequence[dict[str, Any]], digests: Digests
+) -> None:
+    """Writes the image files of some rows into the folder `train`."""
+    for cell in cells:
+        files.write_bytes(train / cell["path"], cell["bytes"])
+    digests.add(*(f"{train}/{cell['path']}" for cell in cells))
 
 
 def real_row(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,7 +335,8 @@ def real_row(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shards(folder: epath.Path, kinds: Sequence[str]) -> list[epath.Path]:
-    return [x for kind in kinds for x in files.matching(folder, f"data/{kind}-*")]
+    numbered = "-" + 5 * "[0-9]" + ".parquet"
+    return [x for y in kinds for x in files.matching(folder, f"data/{y}{numbered}")]
 
 
 def shard_path(folder: epath.Path, shard: int, kind: str = "train") -> epath.Path:
@@ -351,7 +369,7 @@ def read_rows(
       folder: of the set.
       columns: `label`, columns of `PROVENANCE`, or `image`, uint8 [H, W, 3].
     """
-    for path in files.matching(folder, "data/train-*.parquet"):
+    for path in _shards(epath.Path(folder), ("train",)):
         with path.open("rb") as file:
             table = pq.read_table(file, columns=list(columns))
         for row in table.to_pylist():

@@ -6,7 +6,9 @@ removed.png            some of them, beside what they were compared with
 """
 
 import collections
+import contextlib
 import dataclasses
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -166,9 +168,8 @@ def _sheet(
         name = f"{row['label']}: {row['reason']}"
         name = name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
         path, image = _picture_path(folder, row["index"]), None
-        if path.exists():  # the user may have deleted it
-            with path.open("rb") as file:
-                image = Image.open(file).convert("RGB")
+        with contextlib.suppress(OSError):  # it was deleted, or damaged
+            image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
         cells: list[pictures.Cell] = [
             {"heading": "source", "image": real(row["source"])},
             {"heading": "removed", "image": image},

@@ -1,0 +1,175 @@
+"""Files known by their content: what each held when it was written.
+
+A file of records has a row for each file below a folder: size, sha256, when it was
+modified, and when it was hashed. A file is hashed once: while its size and the time of
+its modification stay the same, so does its digest. Later rows replace earlier ones, and
+a row that a killed process left incomplete is no row.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+
+from etils import epath
+
+from mvc_jax import files
+
+# Ticks of the clock of modification times, in ns.
+_TICK = 20_000_000
+_LONG_TICK = 2_000_000_000  # of file systems that store whole seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    bytes: int
+    sha256: str
+    modified: int  # time in ns
+    hashed: int
+
+    def describes(self, size: int, modified: int) -> bool:
+        """Whether a file of this size and time certainly has this content."""
+        same = (self.bytes, self.modified) == (size, modified)
+        return same and self.hashed - modified > _tick(modified)
+
+    @property
+    def content(self) -> dict:
+        return {"bytes": self.bytes, "sha256": self.sha256}
+
+
+class Digests:
+    """The digests of the files below a folder.
+
+    Args:
+      folder: of the files; it need not exist yet.
+      records: the file of the records, outside of the folder.
+    """
+
+    def __init__(self, folder: epath.PathLike, records: epath.PathLike):
+        self._folder, self._records = epath.Path(folder), epath.Path(records)
+        self._prefix = f"{self._folder}/"
+        known = self._records.exists()
+        lines = self._records.read_bytes().split(b"\n") if known else [b""]
+        self._rows = dict(filter(None, map(_parse, lines)))
+        # Some rows were replaced or are damaged, or the last one is incomplete.
+        self._as_a_whole = len(self._rows) + 1 < len(lines) or lines[-1] != b""
+
+    def add(self, *paths: epath.PathLike) -> None:
+        """Records files as they are now; call it when they have been written."""
+        names = [self._name(path) for path in paths]
+        self._append({name: self._row(name) for name in names})
+
+    def intact(self, path: epath.PathLike) -> bool:
+        """Whether a file is there and holds what was recorded.
+
+        A file without a record is recorded as it is: it is complete, since files are
+        renamed into place.
+        """
+        name = self._name(path)
+        recorded = self._rows.get(name)
+        if recorded is None:
+            if not (self._folder / name).exists():
+                return False
+            self.add(path)
+            return True
+        return self.holds(path, recorded.content)
+
+    def holds(
+        self, path: epath.PathLike, content: dict, *, again: bool = False
+    ) -> bool:
+        """Whether a file is there with this content.
+
+        Args:
+          path: of the file.
+          content: its `bytes` and `sha256`.
+          again: whether to hash it even if its size and modification time are known.
+        """
+        name = self._name(path)
+        try:
+            size, modified = _stat(self._folder / name)
+        except FileNotFoundError:
+            return False
+        if size != content["bytes"]:
+            return False
+        recorded = self._rows.get(name)
+        known = recorded is not None and recorded.describes(size, modified)
+        if known and not again and recorded.content == content:
+            return True
+        row = self._hashed(name)
+        if row.content != content:
+            return False
+        if not known:
+            with contextlib.suppress(OSError):  # only to be faster the next time
+                self._append({name: row})
+        return True
+
+    def describe(self, path: epath.PathLike) -> dict:
+        """`bytes` and `sha256` of a file as it is now, which is recorded."""
+        self.add(path)
+        return self._rows[self._name(path)].content
+
+    def recorded(self) -> dict[str, dict]:
+        """Name of each recorded file, relative to the folder -> its content."""
+        return {name: row.content for name, row in self._rows.items()}
+
+    def _name(self, path: epath.PathLike) -> str:
+        return str(path).removeprefix(self._prefix)
+
+    def _row(self, name: str) -> _Row:
+        """A file's row, hashed only if its size or time is not the recorded one."""
+        recorded = self._rows.get(name)
+        if recorded and recorded.describes(*_stat(self._folder / name)):
+            return recorded
+        return self._hashed(name)
+
+    def _hashed(self, name: str) -> _Row:
+        path = self._folder / name
+        size, modified = _stat(path)  # first: a change while hashing must be noticed
+        wait = modified + _tick(modified) - time.time_ns()
+        if 0 <= wait <= _tick(modified):  # else the clock of the disk is another one
+            time.sleep((wait + 1) / 1e9)
+        hashed = time.time_ns()
+        return _Row(size, files.sha256(path), modified, hashed)
+
+    def _append(self, rows: dict[str, _Row]) -> None:
+        rows = {name: row for name, row in rows.items() if row != self._rows.get(name)}
+        if not rows:
+            return
+        self._rows.update(rows)
+        path = self._records
+        if self._as_a_whole or "://" in str(path):  # object stores cannot append
+            files.write_text(path, _lines(self._rows))
+            self._as_a_whole = False
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(_lines(rows))
+
+
+def _lines(rows: dict[str, _Row]) -> str:
+    described = ({"name": name, **vars(row)} for name, row in rows.items())
+    return "".join(json.dumps(row) + "\n" for row in described)
+
+
+def _parse(line: bytes) -> tuple[str, _Row] | None:
+    """Name and row in a line of the records; None if it cannot be read."""
+    try:
+        fields = json.loads(line)
+        return fields.pop("name"), _Row(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _tick(modified: int) -> int:
+    """The longest time after `modified` in which a change may not change it."""
+    return _TICK if modified % 1_000_000_000 else _LONG_TICK
+
+
+def _stat(path: epath.Path) -> tuple[int, int]:
+    """Size in bytes, and modification time in ns."""
+    if "://" in str(path):
+        stat = path.stat()
+        return stat.length, int(stat.mtime * 1e9)
+    local = os.stat(path)
+    return local.st_size, local.st_mtime_ns
