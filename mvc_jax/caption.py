@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import captions, duplicates, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
+from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.decode import Decoder
 from mvc_jax.data.example import Source
 from mvc_jax.data.folder import FolderOptions
@@ -31,6 +32,7 @@ from mvc_jax.data.gather import (
 from mvc_jax.data.sources import (
     ClassSubset,
     check_class_names,
+    folders_of,
     group_names,
     open_source,
     validation_of,
@@ -61,6 +63,7 @@ def check(config: ConfigDict) -> None:
     except UserError as error:  # the missing images may be bad ones
         error.details += _bad_lines(source.defects)
         raise
+    _require_classes(config, source)
     _check_captioner(config.caption, source, chosen)
     FilterSettings(**config.generate.filter).require_top(len(source.class_names))
 
@@ -104,6 +107,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "contact_sheet.png",
         "bad_images.jsonl",
         "duplicates.jsonl",
+        "label_conflicts.jsonl",
     ]
     stage.finish(artifacts, **counts)
     shown = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -127,6 +131,20 @@ def stage_spec(config: ConfigDict) -> Spec:
     data = config.data.to_dict()
     settings = {"seed": config.seed, "data": data, "caption": section}
     return Spec("caption", settings, restores=("contact_sheet.png",))
+
+
+def _require_classes(config: ConfigDict, source: Source) -> None:
+    """Refuses a single class where the run would train classifiers on it."""
+    stages = config.stages.replace(" ", "").split(",")
+    if len(source.class_names) < 2 and {"all", "classify"} & {*stages}:
+        raise UserError(
+            "config.data.source",
+            wanted="at least two classes, which the stage classify tells apart",
+            got=f"one, {source.class_names[0]!r}",
+            fix="Sort the images by class, or stop before classify: --config.stages="
+            f"caption,{'' if config.base.path else 'pretrain,'}encode,pairs,finetune,"
+            "mix,generate.",
+        )
 
 
 def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
@@ -263,6 +281,8 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
     files.write_jsonl(folder / "duplicates.jsonl", list(copies.values()))
     _warn_of_duplicates(list(copies.values()), data.duplicates)
     train = gathered.splits["train"]
+    conflicts = _find_conflicts(source, gathered)
+    files.write_jsonl(folder / "label_conflicts.jsonl", conflicts)
     groups = group_names(source, data.group)
     if groups is not None:
         _warn_of_groups(groups, gathered.splits)
@@ -275,6 +295,7 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
         name=data.source,
         remarks=source.remarks,
         duplicates=data.duplicates,
+        class_folders=class_folders(folders_of(source)),
     )
 
 
@@ -308,6 +329,29 @@ def _find_duplicates(source: Source, gathered: Gathered) -> dict[int, dict[str, 
         for i, j in duplicates.find(queries, references):
             found[mine[i]] = {part: source.ids[mine[i]], "test": source.ids[test[j]]}
     return found
+
+
+def _find_conflicts(source: Source, gathered: Gathered) -> list[dict[str, str]]:
+    """Training images with the picture of another one that has another label."""
+    train = gathered.splits["train"].tolist()
+    prints = [gathered.info[i].fingerprint for i in train]
+    names = [source.class_names[source.labels[i]] for i in train]
+    pairs = duplicates.find_conflicts(prints, source.labels[train].tolist())
+    if pairs:
+        logging.warning(
+            "%d training images show the picture of one with another label; "
+            "label_conflicts.jsonl lists them",
+            len(pairs),
+        )
+    return [
+        {
+            "image": source.ids[train[i]],
+            "label": names[i],
+            "same_as": source.ids[train[j]],
+            "with_label": names[j],
+        }
+        for i, j in pairs
+    ]
 
 
 def _warn_of_duplicates(rows: list[dict[str, str]], policy: str) -> None:

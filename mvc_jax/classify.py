@@ -73,6 +73,12 @@ def check(config: ConfigDict) -> None:
     _check_network(section, section.size or config.data.size)
 
 
+def require_classes(workdir: epath.Path) -> None:
+    """Refuses the single class of a finished stage `caption`, before any work."""
+    names = files.read_json(workdir / "caption" / "dataset.json")["class_names"]
+    training_set.require_several(names)
+
+
 def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:
     parsed = [runs.parse(name) for name in names]
     for run_ in parsed:

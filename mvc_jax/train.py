@@ -152,6 +152,8 @@ def check_stages(
     ]
     for name in checked:
         _stage(name).check(config)
+    if "classify" in checked and is_complete(workdir, "caption"):
+        _stage("classify").require_classes(workdir)
     if "generate" in stages and "mix" not in stages and is_complete(workdir, "mix"):
         # Images of other recipes must not be written under these settings.
         require_made_by(workdir, _stage("mix").stage_spec(config), reader="generate")

@@ -14,6 +14,7 @@ from PIL import Image
 from mvc_jax import train
 from mvc_jax.classification import training_set
 from mvc_jax.data import duplicates, splits
+from mvc_jax.digests import Digests
 from mvc_jax.training import runtime
 
 CLASSES = ("bolt", "hex_nut", "washer é")
@@ -260,6 +261,67 @@ def test_copies_leave_the_pool_and_train_which_are_filled_up_again(run, parts):
     assert code == 2 and "at most the 24 training images" in output
 
 
+def test_one_picture_under_two_labels_is_listed(run, parts):
+    shutil.copy(parts / "bolt" / "03.png", parts / "hex_nut" / "same.png")
+    again = Image.open(parts / "bolt" / "04.png")
+    again.save(parts / "washer é" / "again.jpg", quality=80)
+    shutil.copy(parts / "bolt" / "05.png", parts / "bolt" / "copy.png")  # one label
+    for k, name in enumerate(CLASSES):
+        (parts / "held out" / name).mkdir(parents=True)
+        (parts / "held out" / name / "0.png").write_bytes(encoded(picture(1000 + k)))
+    code, output, folder = run("data.size=32", "data.test=held out")
+    assert code == 0
+    found = [tuple(row.values()) for row in rows(folder / "label_conflicts.jsonl")]
+    assert found == [
+        ("hex_nut/same.png", "hex_nut", "bolt/03.png", "bolt"),
+        ("washer é/again.jpg", "washer é", "bolt/04.png", "bolt"),
+    ]
+    assert "2 training images show a picture that has another label" in output
+
+
+def test_conflicts_are_those_of_all_pairs():
+    """The search by parts of the hash misses none."""
+    rng = np.random.default_rng(0)
+    thumbnail = np.zeros((16, 16, 3), np.uint8)
+    hashes = rng.integers(0, 2**63, 40)
+    prints = []
+    for k in range(400):
+        flips = rng.integers(0, 64, rng.integers(0, 9))
+        bits = int(hashes[k % 40])
+        for flip in flips:
+            bits ^= 1 << int(flip)
+        prints.append(duplicates.Fingerprint(bits, thumbnail))
+    labels = rng.integers(0, 3, 400)
+    wanted = {}
+    for i in range(400):
+        for j in range(i):
+            near = (prints[i].hash ^ prints[j].hash).bit_count() <= 6
+            if near and labels[i] != labels[j]:
+                wanted.setdefault(i, j)
+    assert dict(duplicates.find_conflicts(prints, labels.tolist())) == wanted
+
+
+def test_a_single_class_is_refused_before_any_work(run, parts):
+    flags = ("data.classes=bolt", "stages=all")
+    code, output, folder = run(*flags)
+    assert code == 2 and "at least two classes" in output and not folder.exists()
+    assert run("data.classes=bolt")[0] == 0
+    code, output, folder = run(
+        "data.classes=bolt", "stages=classify", "classify.size=16"
+    )
+    assert code == 2 and "at least two classes" in output
+    assert not (folder.parent / "classify").exists()
+
+
+def test_the_folders_of_classes_are_recorded(run, parts):
+    (parts / "bolt").rename(parts / "n01443537")
+    (parts / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\n")
+    _, _, folder = run()
+    train_ = splits.read_split(folder, "train")
+    assert train_.class_names == ("hex_nut", "goldfish", "washer é")
+    assert train_.class_folders == ("hex_nut", "n01443537", "washer é")
+
+
 def test_groups_stay_together(run, parts):
     flags = (r"data.group=(\d)\d\.png", "data.test_fraction=0.3")
     for path in parts.rglob("*.png"):
@@ -395,6 +457,7 @@ def test_validation_images_are_kept_for_classify(run, parts):
         data = training_set.read(
             epath.Path(folder.parent),
             epath.Path(folder) / "x",
+            Digests(folder / "x", folder / "digests"),
             sets=(),
             validation=held,
             **sides,

@@ -136,7 +136,7 @@ def read(
     if len(kept.ids):
         first = sum(map(len, labels))
         held_out = np.arange(first, first + len(kept.ids), dtype=np.int32)
-        parts.append(_resized(kept.images, size, folder / "validation.npy"))
+        parts.append(_resized(kept.images, size, folder / "validation.npy", digests))
         labels.append(kept.labels)
     else:
         held_out = _hold_out(train, validation, seed)
@@ -161,16 +161,21 @@ def read(
     )
 
 
-def _require_classes(train: splits.Split, test: splits.Split) -> None:
-    if len(train.class_names) < 2:
+def require_several(class_names: Sequence[str]) -> None:
+    """Raises a `UserError` if there is only one class."""
+    if len(class_names) < 2:
         raise UserError(
             "classify",
             wanted="at least two classes",
-            got=f"{len(train.class_names)}: {', '.join(train.class_names)}",
+            got=f"{len(class_names)}: {', '.join(class_names)}",
             fix="Sort the images by class, or name other classes in "
             "config.data.classes; or stop before classify with "
             "--config.stages=generate.",
         )
+
+
+def _require_classes(train: splits.Split, test: splits.Split) -> None:
+    require_several(train.class_names)
     for split, name in ((train, "training"), (test, "test")):
         counts = np.bincount(split.labels, minlength=len(train.class_names))
         missing = [train.class_names[k] for k in np.flatnonzero(counts == 0)]

@@ -99,7 +99,7 @@ class ClassSubset:
         self.is_test = None if is_test is None else is_test[self._indices]
         kept = validation_of(source)
         self.is_validation = None if kept is None else kept[self._indices]
-        folder_of = dict(zip(source.class_names, class_folders(source), strict=True))
+        folder_of = dict(zip(source.class_names, folders_of(source), strict=True))
         self.class_folders = tuple(folder_of[name] for name in class_names)
         self.defects, self.remarks = source.defects, source.remarks
 
@@ -115,7 +115,7 @@ class ClassSubset:
         return example | {"label": int(self.labels[index])}
 
 
-def class_folders(source: Source) -> tuple[str, ...]:
+def folders_of(source: Source) -> tuple[str, ...]:
     """What the source calls the folder of each class; its name where it has none."""
     return getattr(source, "class_folders", source.class_names)
 

@@ -7,8 +7,8 @@ The stage `caption` writes these files; later stages read them and not the sourc
   order pool, train, test, and validation where the source keeps images for it;
 - `images.jsonl`: one row per image: id, split, label, original size, note, and the
   group of `config.data.group`, if that is set;
-- `dataset.json`: class names, whether all images are grey, name and remarks of the
-  source, policy for duplicates.
+- `dataset.json`: class names, their folders, whether all images are grey, name and
+  remarks of the source, policy for duplicates.
 """
 
 import dataclasses
@@ -37,6 +37,8 @@ class Split:
       class_names: K strings, indexed by `labels`.
       grey: whether all images of the run, in all splits, have no colour.
       groups: of each image, by `config.data.group`; None: they have none.
+      class_folders: what the folder of each class is called; (): datasets that were
+        read before this was recorded.
     """
 
     images: np.ndarray
@@ -45,6 +47,7 @@ class Split:
     class_names: tuple[str, ...]
     grey: bool
     groups: tuple[str, ...] | None = None
+    class_folders: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,4 +348,5 @@ def read_split(folder: epath.PathLike, name: str) -> Split:
         groups=tuple(rows[i]["group"] for i in mine)
         if mine and "group" in rows[mine[0]]
         else None,
+        class_folders=tuple(dataset.get("class_folders", ())),
     )

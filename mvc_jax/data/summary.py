@@ -14,7 +14,7 @@ from mvc_jax.data import splits
 _MAX_CLASSES = 20  # on the sheet and in the table; the first of them are shown
 _COLUMNS = 8  # images per class on the sheet
 _EXAMPLES = 3  # captions per class
-_MAX_LINES = 20  # of bad images, and of duplicates
+_MAX_LINES = 20  # of bad images, of duplicates, and of two labels
 _TILE = 96
 _SHEET_BYTES = 2_000_000
 
@@ -65,6 +65,7 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     lines += dataset["remarks"]
     lines += _bad(folder)
     lines += _duplicates(folder, dataset["duplicates"])
+    lines += _conflicts(folder / "label_conflicts.jsonl")
     captioner = captions[0]["captioner"] if captions else "nobody"
     lines.append(
         f"{len(captions)} captions by {captioner}: {counts['cleaned']} cleaned, "
@@ -170,6 +171,19 @@ def _duplicates(folder: epath.Path, policy: str) -> list[str]:
         for row in rows[:_MAX_LINES]
     ]
     return lines + _more(len(rows), folder / "duplicates.jsonl")
+
+
+def _conflicts(path: epath.Path) -> list[str]:
+    rows = files.read_jsonl(path) if path.exists() else []  # older workdirs have none
+    if not rows:
+        return []
+    lines = [f"{len(rows)} training images show a picture that has another label, too:"]
+    lines += [
+        f"    {row['image']} ({_short(row['label'])}) = {row['same_as']} "
+        f"({_short(row['with_label'])})"
+        for row in rows[:_MAX_LINES]
+    ]
+    return lines + _more(len(rows), path)
 
 
 def _more(count: int, path: epath.Path) -> list[str]:
