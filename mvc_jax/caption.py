@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import captions, duplicates, splits, summary
+from mvc_jax.data import captions, duplicates, sources, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
 from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.decode import Decoder
@@ -49,6 +49,11 @@ _DEFAULT_MODEL = {
     "flax": "ydshieh/vit-gpt2-coco-en",
 }
 _SAVE_SECONDS = 2.0  # of captioning that a kill may cost
+
+
+def require_outside(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Refuses a workdir inside of the source, before either is touched."""
+    sources.require_outside(config.data.source, str(workdir))
 
 
 def check(config: ConfigDict) -> None:

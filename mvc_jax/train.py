@@ -111,6 +111,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     common.FIELDS.check(config)
     stages = select_stages(config)
     began = time.monotonic()
+    if "caption" in stages and not is_complete(workdir, "caption"):
+        caption.require_outside(config, workdir)
     check_workdir(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with _locked(workdir):

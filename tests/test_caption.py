@@ -322,6 +322,40 @@ def test_the_folders_of_classes_are_recorded(run, parts):
     assert train_.class_folders == ("hex_nut", "n01443537", "washer é")
 
 
+def test_a_workdir_inside_of_the_images_is_refused_before_they_are_read(run, parts):
+    (parts / "a.parquet").write_bytes(b"")
+    for source in (
+        f"folder:{parts}",
+        f"parquet:{parts}",
+        f"parquet:{parts}/**/*.parquet",
+    ):
+        code, output, folder = run(f"data.source={source}", workdir=parts / "x" / "run")
+        assert code == 2 and output.startswith(
+            "error: --workdir: wanted a folder outside"
+        )
+        assert not (parts / "x").exists()
+    (parts.parent / "link").symlink_to(parts)
+    code, output, _ = run(workdir=parts.parent / "link" / "run")
+    assert code == 2 and "--workdir" in output
+
+
+def test_captions_in_metadata_beside_class_folders_can_be_used(run, parts):
+    lines = [
+        json.dumps({"file_name": f"{name}/{k:02d}.png", "text": f"{name} number {k}"})
+        for name in CLASSES
+        for k in range(10)
+    ]
+    (parts / "metadata.jsonl").write_text("\n".join(lines))
+    code, output, folder = run()
+    assert code == 0 and "metadata.jsonl: captions, not labels" in output
+    flags = ("caption.captioner=file", f"caption.file={parts / 'metadata.jsonl'}")
+    code, output, folder = run(*flags, workdir="captions")
+    assert code == 0
+    for row in rows(folder / "captions.jsonl"):
+        name, _, number = row["id"].partition("/")
+        assert row["caption"] == f"{name} number {int(number[:2])}"
+
+
 def test_groups_stay_together(run, parts):
     flags = (r"data.group=(\d)\d\.png", "data.test_fraction=0.3")
     for path in parts.rglob("*.png"):

@@ -24,6 +24,11 @@ RESIZING = ("stretch", "crop", "pad")
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes over 8 bits
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+
+
 class BadImage(Exception):
     """An image that cannot be used; the text is the reason, in a few words."""
 
@@ -52,8 +57,15 @@ class Decoder:
         """
         if not content:
             raise BadImage("empty file")
+        if content.startswith(LFS_POINTER):
+            raise BadImage("a Git LFS pointer, not the image: run `git lfs pull`")
         try:
-            return self._decode(content)
+            try:
+                return self._decode(content)
+            except ValueError:  # Pillow limits the text in a PNG, which is not used
+                if (plain := _without_text(content)) == content:
+                    raise
+                return self._decode(plain)
         except BadImage:
             raise
         except Image.UnidentifiedImageError as error:
@@ -203,6 +215,19 @@ def _on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> tuple[np.ndarray, str]:
         return np.ascontiguousarray(rgba[..., :3]), ""
     mixed = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
     return mixed.astype(np.uint8), "transparent, put on white"
+
+
+def _without_text(content: bytes) -> bytes:
+    """A PNG without its chunks of text; other files as they are."""
+    if not content.startswith(_PNG):
+        return content
+    kept, start = [_PNG], len(_PNG)
+    while start < len(content):
+        stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] not in _TEXT_CHUNKS:
+            kept.append(content[start:stop])
+        start = stop
+    return b"".join(kept)
 
 
 def _is_deep_colour(picture: Image.Image) -> bool:

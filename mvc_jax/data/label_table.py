@@ -67,10 +67,13 @@ def _holds_captions(tree: Tree, path: str, prefix: str) -> bool:
     columns = {key.strip().lower() for row in parse(tree, path) for key in row if key}
     if columns & {*LABEL_COLUMNS} or not columns & {*CAPTION_COLUMNS}:
         return False
-    tree.remarks[path] = (
-        "captions, not labels: use them with --config.caption.captioner=file "
-        f"--config.caption.file={posixpath.join(tree.name, path)}"
-    )
+    how = "they are not used"
+    if path == "metadata.jsonl" and columns & {"text", "caption"}:
+        how = (
+            "use them with --config.caption.captioner=file "
+            f"--config.caption.file={posixpath.join(tree.name, path)}"
+        )
+    tree.remarks[path] = f"captions, not labels: {how}"
     return True
 
 

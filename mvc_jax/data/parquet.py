@@ -4,6 +4,7 @@ Opening a source reads footers, labels and paths; image bytes are read on demand
 row group at a time. In ascending order each row group is read once.
 """
 
+import contextlib
 import functools
 import glob
 import json
@@ -11,7 +12,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mvc_jax.data.decode import BadImage, Decoder
+from mvc_jax.data.decode import LFS_POINTER, BadImage, Decoder
 from mvc_jax.data.example import Example
 from mvc_jax.errors import UserError
 
@@ -29,6 +30,7 @@ _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 _TEXT = (pa.string(), pa.large_string(), pa.string_view())
 _IMAGES = "binary, or a struct of bytes and path,"
 _LABELS = "integers, strings or booleans"
+_PART = re.compile(r"(.*?)(\d+)-of-(\d+)(.*\.parquet)")
 _SPLIT_OF_WORD = {  # in the names of files and folders, as Hugging Face reads them
     "train": "train",
     "training": "train",
@@ -141,9 +143,12 @@ class Parquet:
                 images = self._read_group(group)
             cell = images[row - int(self._starts[group])].as_py()
             cell = cell if isinstance(cell, dict) else {"bytes": cell}
-            if cell.get("bytes") is None:
-                return shard.resolve(cell["path"]).read_bytes()
-            return cell["bytes"]
+            if cell.get("bytes") is not None:
+                return cell["bytes"]
+            # The footer may say that there are none of these.
+            if reason := shard.check_path(cell.get("path") or ""):
+                raise BadImage(reason)
+            return shard.resolve(cell["path"]).read_bytes()
         except _UNREADABLE as error:
             raise BadImage(f"{shard.path} cannot be read: {error}") from error
 
@@ -185,6 +190,7 @@ class _Shard:
             with self._open() as file:
                 self.metadata, schema = file.metadata, file.schema_arrow
         except _UNREADABLE as error:
+            self._require_no_pointer()
             raise self._broken("a Parquet file", error) from error
         self._image, self._label = image_column, label_column
         types = dict(zip(schema.names, schema.types, strict=True))
@@ -210,6 +216,17 @@ class _Shard:
 
     def _open(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.path, metadata=self.metadata)
+
+    def _require_no_pointer(self) -> None:
+        """Raises a `UserError` for what Git LFS leaves in the place of a large file."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    str(self.path),
+                    wanted="a Parquet file",
+                    got="a Git LFS pointer to it",
+                    fix="Run `git lfs pull` in its repository.",
+                )
 
     def _broken(self, wanted: str, error: Exception) -> UserError:
         return UserError(
@@ -238,7 +255,7 @@ class _Shard:
             paths = pc.struct_field(table[self._image], "path")
             paths = pc.fill_null(paths, "").to_pylist()
         for row in without_bytes:
-            reasons[row] = self._check_path(paths[row])
+            reasons[row] = self.check_path(paths[row])
         return _Rows(labels, paths, reasons)
 
     def read_column(self, name: str) -> list[str] | None:
@@ -271,7 +288,7 @@ class _Shard:
             masks.append(column.is_null().to_numpy())
         return np.concatenate(masks)
 
-    def _check_path(self, path: str) -> str:
+    def check_path(self, path: str) -> str:
         """Why the image of a row without bytes cannot be used, "" if it can."""
         if not path:
             return "no image"
@@ -307,7 +324,31 @@ def _find(pattern: str) -> list[str]:
             got=f"{pattern!r}, which matches no file",
             fix="Correct it.",
         )
+    if found != {expanded}:  # one file by its name is meant
+        _require_complete(found)
     return sorted(found)
+
+
+def _require_complete(paths: Collection[str]) -> None:
+    """Raises a `UserError` if e.g. `train-00001-of-00003.parquet` is missing."""
+    missing = set()
+    for path in paths:
+        folder, name = os.path.split(path)
+        if match := _PART.fullmatch(name):
+            before, number, total, after = match.groups()
+            for k in range(int(total)):
+                other = f"{before}{k:0{len(number)}d}-of-{total}{after}"
+                other = os.path.join(folder, other)
+                missing |= {other} - {*paths}
+    if missing:
+        first, *more = sorted(missing)
+        raise UserError(
+            "config.data.source",
+            wanted=f"all parts of a dataset, among them {first}",
+            got="no such file" + (f", and {len(more)} others missing" if more else ""),
+            fix="Download it again, or name the files to use one by one or by a folder "
+            "of their own, under names without `-of-`.",
+        )
 
 
 def _leaves(image: pa.DataType, column: str) -> tuple[str, str]:

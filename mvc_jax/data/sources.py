@@ -1,5 +1,6 @@
 """Opens the source of labelled images that `config.data.source` names."""
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -64,6 +65,32 @@ def open_source(
         got=repr(name),
         fix="Name one of these.",
     )
+
+
+def require_outside(name: str, workdir: str) -> None:
+    """Checks that a workdir is not in the folder that a source reads.
+
+    Args:
+      name: of the source.
+      workdir: a local path.
+
+    Raises:
+      UserError: what a run writes would be read as images.
+    """
+    kind, _, rest = name.partition(":")
+    root = os.path.expanduser(rest)
+    if kind == "parquet" and not os.path.isdir(root):
+        root = root.partition("**")[0] if "**" in root else ""
+    if kind not in ("folder", "parquet") or not root:
+        return
+    root, inside = (os.path.join(os.path.realpath(p), "") for p in (root, workdir))
+    if inside.startswith(root):
+        raise UserError(
+            "--workdir",
+            wanted=f"a folder outside of the images, {rest}",
+            got=workdir,
+            fix="Choose another, e.g. --workdir=runs/NAME beside it.",
+        )
 
 
 class ClassSubset:
