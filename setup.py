@@ -35,6 +35,7 @@ REQUIRED = [
     "tensorboardX",
     "tensorflow-datasets",  # TensorFlow is only needed to prepare a dataset
     "threadpoolctl",
+    "tifffile",
     "tokenizers",
     "tqdm",
     "transformers==4.57.6",
@@ -47,6 +48,8 @@ EXTRAS = {
     "aot-gpu": ["jax[cuda12]"],
     "aot-tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
+    "medical": ["pydicom>=3"],  # DICOM
+    "heic": ["pillow-heif"],
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.
@@ -58,6 +61,7 @@ EXTRAS = {
         "ruff",
         "beartype",
         "datasets>=4",
+        "pydicom>=3",
         "uv",
     ],
 }

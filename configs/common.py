@@ -147,7 +147,13 @@ _DATA = Section(
         ),
         "window": word(
             "image",
-            "for more than 8 bits per channel: the range of each image, or LOW,HIGH",
+            "for more than 8 bits per channel: LOW,HIGH, or `image`: the range of each "
+            "image, or its window in a DICOM file",
+        ),
+        "frames": one_of(
+            "refuse",
+            ("refuse", "each"),
+            "of a DICOM file with several in a folder: each is an image",
         ),
         "max_pixels": Field(
             89_478_485,

@@ -190,6 +190,7 @@ def _open(data: ConfigDict) -> Source:
             train=tuple(data.train),
             test=tuple(data.test),
             labels=data.labels,
+            each_frame=data.frames == "each",
         ),
         keep_validation=data.validation == "keep",
     )

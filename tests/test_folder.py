@@ -475,7 +475,7 @@ BAD_ENTRIES = [
     ("again", loop, "a link to one of its parent folders"),
     ("again", outer_loop, "a link to one of its parent folders"),
     ("again", everything, "a link to one of its parent folders"),
-    *((name, text, NOT_AN_IMAGE) for name in ("scan.dcm", "a.GIF", "b.txt", "raw")),
+    *((name, text, NOT_AN_IMAGE) for name in ("scan.mha", "a.GIF", "b.txt", "raw")),
     ("a.zip", text, NOT_AN_IMAGE),
     ("a.png.bak", text, NOT_AN_IMAGE),
 ]
@@ -665,8 +665,8 @@ def test_the_command_to_unpack_an_archive_is_shown(tmp_path, name, command):
 
 
 def test_no_images(tmp_path):
-    write(tmp_path, "a/1.txt", "a/2.txt", "b/3.dcm", "raw")
-    for words in ("0 images", "2 .txt files", "1 .dcm", "1 other", "2 folders"):
+    write(tmp_path, "a/1.txt", "a/2.txt", "b/3.mha", "raw")
+    for words in ("0 images", "2 .txt files", "1 .mha", "1 other", "2 folders"):
         assert words in refusal(tmp_path)
 
 

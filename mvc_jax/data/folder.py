@@ -41,7 +41,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mvc_jax.data import label_table, layout
+from mvc_jax.data import label_table, layout, scans
 from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.example import Example
@@ -61,11 +61,14 @@ class FolderOptions:
       train: folders of the training part, relative to the root; "." is the root.
       test: folders of the test part.
       labels: `FILE:COLUMN`, a CSV or JSON lines with names of images and labels.
+      each_frame: whether each frame of a DICOM file is an image, with the id
+        `PATH#FRAME`; else a file of several is refused.
     """
 
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     labels: str = ""
+    each_frame: bool = False
 
 
 class Folder:
@@ -99,6 +102,7 @@ class Folder:
             base = _find_labels(tree, options)
         except layout.Ambiguous as why:
             raise tree.ambiguous(why) from why
+        self._frames = _split_frames(tree) if options.each_frame else {}
         _check_labels(tree)
         names = _class_names(tree, base)
         index = {key: label for label, key in enumerate(names)}
@@ -133,11 +137,12 @@ class Folder:
     def __getitem__(self, index: int) -> Example:
         id_ = self.ids[index]
         try:
-            with open(os.path.join(self._root, id_), "rb") as file:
+            path, frame = self._frames.get(id_, (id_, None))
+            with open(os.path.join(self._root, path), "rb") as file:
                 content = file.read()
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
-        image, note = self._decoder(content)
+        image, note = self._decoder(content, frame)
         return Example(image=image, label=int(self.labels[index]), id=id_, note=note)
 
 
@@ -349,13 +354,34 @@ def _label_part(
     for path in tree.others:
         name = folder(path)
         if name in keys and not path.endswith(f"/{name}_boxes.txt"):  # Tiny ImageNet's
-            tree.defects[path] = NOT_AN_IMAGE
+            is_volume = path.lower().endswith(scans.NIFTI_SUFFIXES)
+            tree.defects[path] = scans.NIFTI if is_volume else NOT_AN_IMAGE
     for path in set(tree.folders) - tree.defects.keys():
         name = path[len(prefix) :]
         is_outer = any(other.startswith(f"{path}/") for other in inner)
         is_top = path.startswith(prefix) and "/" not in name
         if is_top and name not in keys and not is_outer:
             tree.defects[path + "/"] = "a folder without images"
+
+
+def _split_frames(tree: Tree) -> dict[str, tuple[str, int]]:
+    """Labels the frames of DICOM files in their place; id -> its file and frame."""
+    frames = {}
+    for path in [p for p in tree.labels if p.lower().endswith(scans.DICOM_SUFFIXES)]:
+        label = tree.labels.pop(path)
+        try:
+            with open(os.path.join(tree.path, path), "rb") as file:
+                count = scans.frames_of_dicom(file.read())
+        except scans.Unreadable as error:
+            tree.defects[path] = str(error)
+            continue
+        except Exception as error:  # of pydicom, for damaged headers
+            tree.defects[path] = f"damaged: {error or type(error).__name__}"
+            continue
+        for k in range(count):
+            id_ = f"{path}#{k:04d}"
+            tree.labels[id_], frames[id_] = label, (path, k)
+    return frames
 
 
 def _explain_the_rest(
@@ -420,6 +446,8 @@ def _check_labels(tree: Tree) -> None:
             "If a file has their names and labels, name it and its column of labels: "
             f"--config.data.labels={tables[0]}:COLUMN. {fix}"
         )
+    if any(path.lower().endswith(scans.NIFTI_SUFFIXES) for path in tree.others):
+        fix = f"There is {scans.NIFTI}. {fix}"
     wanted = "labelled training images, in train/<class>/, <class>/ or metadata"
     error = tree.error(wanted=wanted, got=got, fix=fix)
     if tree.images:
