@@ -21,11 +21,8 @@ from PIL import Image, ImageOps
 from mvc_jax.data import scans
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF")
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp"),
-    *(".avif", ".heic", ".heif"),
-    *scans.DICOM_SUFFIXES,
-)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp")
+SUFFIXES += (".avif", ".heic", ".heif") + scans.DICOM_SUFFIXES
 RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "area": Image.Resampling.BOX,
