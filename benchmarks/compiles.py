@@ -12,7 +12,7 @@ import re
 import sys
 import time
 
-from mvc_jax import train
+from mvc_jax import command_line, train
 from mvc_jax.training import console
 
 FINISHED = re.compile(r"Finished XLA compilation of (?:jit\()?(.*?)\)? in ([\d.]+) sec")
@@ -33,8 +33,8 @@ class Compilations(logging.Handler):
 
 def main() -> None:
     console.be_quiet()
-    config, workdir = train.parse_flags(sys.argv)
-    config.compilation_cache = ""
+    command = command_line.parse(sys.argv)
+    command.config.compilation_cache = ""
     compilations = Compilations()
     listen(compilations)
     run_stage = train.run_stage
@@ -45,7 +45,7 @@ def main() -> None:
 
     train.run_stage = run_and_record
     began = time.monotonic()
-    train.run(config, workdir)
+    train.run(command.config, command.workdir)
     print(f"\nthe whole run: {time.monotonic() - began:.0f} s\n")
     print(table(compilations.rows))
 

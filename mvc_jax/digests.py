@@ -44,10 +44,19 @@ class Digests:
     Args:
       folder: of the files; it need not exist yet.
       records: the file of the records, outside of the folder.
+      read_only: whether nothing is written, so that a file whose time is not the
+        recorded one is hashed again and again.
     """
 
-    def __init__(self, folder: epath.PathLike, records: epath.PathLike):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        records: epath.PathLike,
+        *,
+        read_only: bool = False,
+    ):
         self._folder, self._records = epath.Path(folder), epath.Path(records)
+        self._read_only = read_only
         self._prefix = f"{self._folder}/"
         known = self._records.exists()
         lines = self._records.read_bytes().split(b"\n") if known else [b""]
@@ -137,6 +146,8 @@ class Digests:
         if not rows:
             return
         self._rows.update(rows)
+        if self._read_only:
+            return
         path = self._records
         if self._as_a_whole or "://" in str(path):  # object stores cannot append
             files.write_text(path, _lines(self._rows))

@@ -22,19 +22,19 @@
    records are in `workdir/digests/`.
 """
 
+import contextlib
 import dataclasses
-import fnmatch
 import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import logging
 from etils import epath
 
-from mvc_jax import files
+from mvc_jax import artifacts, files
 from mvc_jax.configs import common, fields
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
@@ -53,8 +53,12 @@ _PACKAGES = (
     "pyarrow",
 )
 _NONE = "(none)"
+_GROWN = "(grown)"  # in place of the hash of a manifest that is yet to be written
 _FINISHED, _STARTED = "manifest.json", "started.json"
-_SMALL = 1 << 20  # bytes of files that are hashed whenever they are compared
+_ENTRIES = {  # that are read
+    _FINISHED: {"settings", "inputs", "artifacts"},
+    _STARTED: {"settings", "inputs"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +153,8 @@ class Stage:
                 wanted="the earlier file with new rows appended",
                 got="different rows where the earlier ones were",
                 fix="Another version of a library may draw differently: install the "
-                f"versions listed in {self.folder / _FINISHED}, or delete "
-                f"{self.folder} and the stages after it to run them again.",
+                f"versions listed in {self.folder / _FINISHED}, or "
+                f"{way_out(self.name)}.",
             )
 
     def abandon(self) -> None:
@@ -176,38 +180,37 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     workdir = epath.Path(workdir)
     folder = workdir / spec.name
     read = {name: read_input(workdir, name, reader=spec.name) for name in spec.inputs}
-    hashes = {name: _identity(record) for name, record in read.items()}
-    stage = Stage(spec.name, folder, False, spec.settings, hashes, _digests(folder))
-    finished, started = folder / _FINISHED, folder / _STARTED
-    for path in (finished, started):
-        if not path.exists():
-            continue
-        record = _read(path)
-        known = {name: read[name].get("grew_from", []) for name in spec.grows_with}
-        grew = _require_same_or_grown(path, stage, record, spec.grows, known)
-        if not grew:  # without the fields that are newer than this stage's files
+    inputs = {name: Input.of(manifest) for name, manifest in read.items()}
+    found = compare(workdir, spec, inputs)
+    if found.changed:
+        raise found.error()
+    hashes = {name: input_.identity for name, input_ in inputs.items()}
+    digests = artifacts.digests_of(folder)
+    stage = Stage(spec.name, folder, False, spec.settings, hashes, digests)
+    if found.path is None:
+        require_inputs(workdir, spec)
+        _start(stage)
+    else:
+        record = found.record
+        if not found.growth:  # without the fields that are newer than its files
             stage.settings = record["settings"]
         stage.grew_from = record.get("grew_from", [])
-        if path == started:
+        if not found.finished:
             stage.earlier = record.get("earlier", {})
             require_inputs(workdir, spec)
-        elif grew:
+        elif found.growth:
             _require_artifacts(stage, record, spec.restores)
             require_inputs(workdir, spec)
             stage.earlier = record
             stage.grew_from = [*stage.grew_from, _identity(record)]
         else:
             stage.complete = _require_artifacts(stage, record, spec.restores)
-            _require_no_strangers(folder, record["artifacts"])
+            artifacts.require_no_strangers(folder, record["artifacts"])
             if not stage.complete:
                 require_inputs(workdir, spec)
-        if grew:
+        if found.growth:
             _start(stage)
-            finished.unlink(missing_ok=True)
-        break
-    else:
-        require_inputs(workdir, spec)
-        _start(stage)
+            (folder / _FINISHED).unlink(missing_ok=True)
     if not stage.complete:
         files.remove_temporaries(folder)
     return stage
@@ -227,16 +230,16 @@ def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
             continue
         seen.add(name)
         manifest = read_input(workdir, name, reader=spec.name)
-        digests = _digests(workdir / name)
-        for file, described in manifest["artifacts"].items():
-            if not _holds(digests, file, described):
-                raise _damaged_input(workdir / name / file, name, spec.name)
-        _require_no_strangers(workdir / name, manifest["artifacts"])
+        folder = workdir / name
+        digests = artifacts.digests_of(folder)
+        for path in artifacts.lost(digests, folder, manifest["artifacts"]):
+            raise _damaged_input(path, name, spec.name)
+        artifacts.require_no_strangers(folder, manifest["artifacts"])
         for input_, identity in manifest["inputs"].items():
             record = read_input(workdir, input_, reader=name)
             if identity not in (_identity(record), *record.get("grew_from", ())):
                 raise UserError(
-                    str(workdir / name),
+                    str(folder),
                     wanted=f"a stage made from the present stage {input_}, for the "
                     f"stage {spec.name}",
                     got=f"one made before {input_} was run again",
@@ -245,24 +248,7 @@ def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
             todo.append(input_)
 
 
-def _require_no_strangers(folder: epath.Path, artifacts: Iterable[str]) -> None:
-    """Raises a `UserError` for a Parquet file beside those that the stage wrote.
-
-    Readers, other people's as well, take all such files of a folder for one dataset.
-    """
-    shards = {name for name in artifacts if name.endswith(".parquet")}
-    for place in sorted({name.rpartition("/")[0] for name in shards}):
-        for path in files.matching(folder, f"{place}/*.parquet"):
-            if f"{place}/{path.name}" not in shards:
-                raise UserError(
-                    str(path),
-                    wanted=f"only the files that the stage {folder.name} wrote",
-                    got="another one",
-                    fix="Move it to another folder.",
-                )
-
-
-def verify(workdir: epath.PathLike, spec: Spec) -> int:
+def verify(workdir: epath.PathLike, spec: Spec) -> tuple[int, list[epath.Path]]:
     """Hashes every file that a stage wrote, and deletes those that it makes again.
 
     Args:
@@ -270,50 +256,173 @@ def verify(workdir: epath.PathLike, spec: Spec) -> int:
       spec: of the stage, which may be unfinished.
 
     Returns:
-      the number of files.
-
-    Raises:
-      UserError: other files are damaged; `details` lists them.
+      the number of files; the paths of other ones that are missing or were changed.
     """
     folder = epath.Path(workdir) / spec.name
-    digests, manifest = _digests(folder), {}
+    digests, listed = artifacts.digests_of(folder), {}
     if is_complete(workdir, spec.name):
-        manifest = _read(folder / _FINISHED)["artifacts"]
-    wanted = {**digests.recorded(), **manifest}
-    there = {x: content for x, content in wanted.items() if (folder / x).exists()}
-    damaged = [
-        folder / name
-        for name, content in there.items()
-        if not digests.holds(name, content, again=True)
-    ]
+        listed = _read(folder / _FINISHED)["artifacts"]
+    known = {**digests.recorded(), **listed}
+    there = {x: known[x] for x in known if x in listed or (folder / x).exists()}
+    lost = [x for x in there if not digests.holds(folder / x, there[x], again=True)]
     kept = [
-        path
-        for path in damaged
-        if str(path.relative_to(folder)) in manifest
-        and not _restores(folder, path, spec.restores)
+        folder / name
+        for name in lost
+        if name in listed
+        and not artifacts.is_restored(folder, folder / name, spec.restores)
     ]
-    if kept:
-        raise UserError(
-            f"stage {spec.name}",
-            wanted="the files that it wrote",
-            got=f"{len(kept)} that were changed since",
-            fix=f"Restore them, or delete {folder} and the stages after it to run them "
-            "again.",
-            details=[str(path) for path in kept],
-        )
-    _delete_damaged(damaged)
-    return len(there)
+    again = {folder / name for name in lost} - {*kept}
+    artifacts.delete_damaged(sorted(path for path in again if path.exists()))
+    return len(there), kept
 
 
 def _damaged_input(path: epath.Path, stage: str, reader: str) -> UserError:
     there = path.exists()
+    again = f"add {stage} to --config.stages: it makes missing files again"
     return UserError(
         str(path),
         wanted=f"the file that the stage {stage} wrote, for the stage {reader}",
         got="one that was changed since" if there else "no such file",
-        fix=f"Restore it, or add {stage} to --config.stages: it makes files again that "
-        "are missing.",
+        fix=f"Restore it, or {way_out(stage) if there else again}.",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a stage knows of another one that it reads.
+
+    Attributes:
+      identity: hash of its manifest; None: not known before it has run again, and so
+        taken for the one that the reader knows.
+      earlier: the hashes that it had before it grew (rule 8).
+    """
+
+    identity: str | None
+    earlier: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Input":
+        return cls(_identity(manifest), manifest.get("grew_from", []))
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The record of a stage, compared with what the stage depends on now.
+
+    Attributes:
+      name: of the stage.
+      path: the record: a manifest, or the `started.json` of an unfinished stage; None:
+        there is none.
+      record: its content.
+      changed: a line for each setting and input with which rule 3 or 5 applies.
+      growth: a line for each with which rule 8 applies.
+    """
+
+    name: str
+    path: epath.Path | None = None
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    changed: Sequence[str] = ()
+    growth: Sequence[str] = ()
+
+    @property
+    def finished(self) -> bool:
+        return self.path is not None and self.path.name == _FINISHED
+
+    @property
+    def grows(self) -> bool:
+        """Whether rule 8 applies, now or since the stage was last finished."""
+        return bool(self.growth or self.record.get("earlier"))
+
+    def as_input(self) -> Input:
+        """What stages that read this one will know of it once it is up to date."""
+        earlier = self.record.get("grew_from", [])
+        if self.finished and not self.growth:
+            return Input(_identity(self.record), earlier)
+        if self.finished:
+            return Input(_GROWN, [*earlier, _identity(self.record)])
+        return Input(_GROWN if self.grows else None, earlier)
+
+    def lost(self, restores: Sequence[str]) -> list[str]:
+        """Files of a finished stage that rule 6 would write again.
+
+        Args:
+          restores: those of its spec.
+
+        Raises:
+          UserError: rule 7 applies.
+        """
+        folder = self.path.parent
+        digests = artifacts.digests_of(folder, read_only=True)
+        lost = _lost(digests, folder, self.record, restores)
+        return [str(path.relative_to(folder)) for path in lost]
+
+    def error(self) -> UserError:
+        """The error of rule 3 or 5."""
+        workdir = shlex.quote(str(self.path.parent.parent))
+        return UserError(
+            str(self.path),
+            wanted="the settings of this run",
+            got=f"a stage made with others ({'; '.join(self.changed)})",
+            fix=f"Undo these changes; or {way_out(self.name)}; or choose a new "
+            f"--workdir and add --from={workdir}, which takes over all other stages.",
+        )
+
+
+def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) -> Found:
+    """Compares a stage on disk with its spec and its inputs; changes nothing.
+
+    Its artifacts are not looked at.
+
+    Args:
+      workdir: the run's folder.
+      spec: of the stage.
+      inputs: name -> what is known of it, or will be, for all of `spec.inputs`.
+
+    Raises:
+      UserError: the record is damaged.
+    """
+    for file in (_FINISHED, _STARTED):
+        path = epath.Path(workdir) / spec.name / file
+        if not path.exists():
+            continue
+        record = _read(path)
+        lines = differences(spec.settings, record["settings"])
+        larger = [
+            f"{name}:"
+            for name in spec.grows
+            if _is_larger(spec.settings, record["settings"], name)
+        ]
+        growth = [line for line in lines if line.startswith((*larger,))]
+        changed = [line for line in lines if line not in growth]
+        for name in sorted({*inputs, *record["inputs"]}):
+            before, now = record["inputs"].get(name), inputs.get(name, Input(""))
+            if before is not None and now.identity in (before, None):
+                continue
+            if name in spec.grows_with and before in now.earlier:
+                growth.append(f"stage {name} has grown")
+            elif now.identity == _GROWN:
+                changed.append(f"stage {name} grows")
+            else:
+                changed.append(f"stage {name} was run again")
+        return Found(spec.name, path, record, changed, growth)
+    return Found(spec.name)
+
+
+def way_out(*names: str) -> str:
+    """How to make stages again, as a clause of an error's `fix`."""
+    it = "it" if len(names) == 1 else "them"
+    return (
+        f"add --redo={','.join(names)} to make {it} and what depends on {it} again "
+        "(the old files are moved aside)"
+    )
+
+
+def recorded_inputs(workdir: epath.PathLike, name: str) -> set[str]:
+    """Names of the stages that a stage read; empty without a record of it."""
+    for file in (_FINISHED, _STARTED):
+        with contextlib.suppress(OSError, UserError):
+            return {*_read(epath.Path(workdir) / name / file)["inputs"]}
+    return set()
 
 
 def is_complete(workdir: epath.PathLike, name: str) -> bool:
@@ -372,51 +481,6 @@ def _start(stage: Stage) -> None:
     files.write_json(stage.folder / _STARTED, record)
 
 
-def _require_same_or_grown(
-    path: epath.Path,
-    stage: Stage,
-    earlier: dict,
-    grows: Sequence[str],
-    known: dict[str, list[str]],
-) -> bool:
-    """Whether the stage grew by rule 8; raises if anything else differs.
-
-    Args:
-      path: the file that `earlier` was read from, for the error.
-      stage: the stage with its new settings and inputs.
-      earlier: the record of its old settings and inputs.
-      grows: settings that may be larger now.
-      known: name of an input that may have grown -> its earlier manifest hashes.
-
-    Raises:
-      UserError: a setting or an input changed in another way.
-    """
-    larger = [f for f in grows if _is_larger(stage.settings, earlier["settings"], f)]
-    changed = [
-        line
-        for line in differences(stage.settings, earlier["settings"])
-        if line.partition(":")[0] not in larger
-    ]
-    grown = []
-    for name in sorted({*stage.inputs, *earlier["inputs"]}):
-        before = earlier["inputs"].get(name)
-        if before == stage.inputs.get(name):
-            continue
-        if before in known.get(name, ()):
-            grown.append(name)
-        else:
-            changed.append(f"stage {name} was run again")
-    if changed:
-        raise UserError(
-            str(path),
-            wanted="the settings of this run",
-            got=f"a stage made with others ({'; '.join(changed)})",
-            fix="Undo these changes or choose a new --workdir; or delete "
-            f"{stage.folder} and the stages after it to run them again.",
-        )
-    return bool(larger or grown)
-
-
 def _is_larger(new: dict, old: dict, field: str) -> bool:
     *above, last = field.split(".")
     for part in above:
@@ -433,36 +497,21 @@ def read_input(workdir: epath.Path, name: str, reader: str) -> dict:
     """
     path = workdir / name / _FINISHED
     if not path.exists():
-        raise UserError(
-            f"stage {reader}",
-            wanted=f"the finished stage {name} in {workdir}",
-            got="none",
-            fix=f"Add {name} to --config.stages or run it first.",
-        )
+        fix = f"Add {name} to --config.stages or run it first."
+        raise missing_input(workdir, name, reader, "none", fix)
     return _read(path)
 
 
-def require_made_by(workdir: epath.PathLike, spec: Spec, reader: str) -> None:
-    """Checks that a finished stage was made with these settings.
-
-    Args:
-      workdir: the run's folder.
-      spec: of the stage that is read.
-      reader: the stage that reads it, for the error.
-
-    Raises:
-      UserError: it was made with other settings, or is not finished.
-    """
-    made_by = read_input(epath.Path(workdir), spec.name, reader)["settings"]
-    differing = differences(spec.settings, made_by)
-    if differing:
-        raise UserError(
-            f"stage {reader}",
-            wanted=f"a stage {spec.name} that was made with this run's settings",
-            got=f"one made with others ({'; '.join(differing)})",
-            fix=f"Undo these changes, or add {spec.name} to --config.stages: it may be "
-            "able to add what is missing.",
-        )
+def missing_input(
+    workdir: epath.Path, name: str, reader: str, got: str, fix: str
+) -> UserError:
+    """The error where stage `reader` cannot read stage `name`."""
+    return UserError(
+        f"stage {reader}",
+        wanted=f"the finished stage {name} in {workdir}",
+        got=got,
+        fix=fix,
+    )
 
 
 def _as_on_disk(value: Any) -> Any:
@@ -477,13 +526,16 @@ def _identity(manifest: dict) -> str:
 
 def _read(path: epath.Path) -> dict:
     try:
-        return files.read_json(path)
+        record = files.read_json(path)
+        if not isinstance(record, dict) or not _ENTRIES[path.name] <= record.keys():
+            raise ValueError("some entries are missing")
+        return record
     except ValueError as error:
         raise UserError(
             str(path),
             wanted="the JSON that this stage wrote",
             got=f"a damaged file ({error})",
-            fix=f"Delete {path.parent} to run the stage again.",
+            fix=f"Restore it, or {way_out(path.parent.name)}.",
         ) from error
 
 
@@ -491,47 +543,29 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _digests(folder: epath.Path) -> Digests:
-    return Digests(folder, folder.parent / "digests" / f"{folder.name}.jsonl")
-
-
-def _holds(digests: Digests, name: str, described: dict[str, Any]) -> bool:
-    """Whether an artifact is as its manifest describes it."""
-    return digests.holds(name, described, again=described["bytes"] <= _SMALL)
-
-
 def _require_artifacts(stage: Stage, manifest: dict, restores: Sequence[str]) -> bool:
     """Whether all artifacts are there (rule 6); raises if one was changed (rule 7).
 
     Those that the stage makes again when they were damaged are deleted if they were.
     """
-    lost = [
-        stage.folder / name
-        for name, described in manifest["artifacts"].items()
-        if not _holds(stage.digests, name, described)
-    ]
-    damaged = [path for path in lost if path.exists()]
-    for path in damaged:
-        if not _restores(stage.folder, path, restores):
+    lost = _lost(stage.digests, stage.folder, manifest, restores)
+    artifacts.delete_damaged([path for path in lost if path.exists()])
+    return not lost
+
+
+def _lost(
+    digests: Digests, folder: epath.Path, manifest: dict, restores: Sequence[str]
+) -> list[epath.Path]:
+    """Paths of the artifacts that rule 6 makes again; raises if rule 7 applies."""
+    lost = artifacts.lost(digests, folder, manifest["artifacts"])
+    for path in lost:
+        if path.exists() and not artifacts.is_restored(folder, path, restores):
             raise UserError(
                 str(path),
                 wanted="the file that this stage wrote",
                 got="one that was changed since",
-                fix="Restore it, or delete "
-                f"{stage.folder} and the stages after it to run them again. If you "
-                "meant the change, copy the file first: captions can be passed as "
-                "config.caption.file, recipes as config.mix.file.",
+                fix=f"Restore it, or {way_out(folder.name)}. If you meant the change, "
+                "copy the file first: captions can be passed as config.caption.file, "
+                "recipes as config.mix.file.",
             )
-    _delete_damaged(damaged)
-    return not lost
-
-
-def _restores(folder: epath.Path, path: epath.Path, patterns: Sequence[str]) -> bool:
-    name = str(path.relative_to(folder))
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _delete_damaged(paths: Sequence[epath.Path]) -> None:
-    for path in paths:
-        logging.warning("%s was damaged: making it again", path)
-        path.unlink()
+    return lost

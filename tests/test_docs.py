@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from documented import DOCUMENTS, ROOT, commands, train_flags
 
-from mvc_jax import caption, train
+from mvc_jax import caption, command_line, pipeline, run_config
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
@@ -25,8 +25,8 @@ def test_commands_in_the_documents_name_files_and_fields(words):
     if flags is not None and "--help" not in words:
         if not any(word.startswith("--workdir") for word in flags):
             flags.append("--workdir=runs/digits")
-        config, _ = train.parse_flags(["train", *flags])
-        assert train.select_stages(config)
+        config = command_line.parse(["train", *flags]).config
+        assert pipeline.select(config)
     else:
         assert not any(word.startswith("--config.") for word in words)
 
@@ -68,9 +68,7 @@ def test_every_config_loads_and_passes_its_own_checks(
     path, tmp_path, tiny, monkeypatch
 ):
     argument = ARGUMENTS.get(path.stem, "")
-    config, _ = train.parse_flags(
-        ["train", f"--config={path}{argument}", f"--workdir={tmp_path}"]
-    )
+    config = run_config.load(f"{path}{argument}")
     if path.stem == "common":
         return
     if path.stem != "digits":  # these want a dataset, networks and their weights
@@ -86,8 +84,8 @@ def test_every_config_loads_and_passes_its_own_checks(
         diffusers_layout.save(tmp_path, *tiny)
         config.base.path = str(tmp_path)
     common.FIELDS.check(config)
-    for name in train.select_stages(config):
-        train._stage(name).check(config)
+    for name in pipeline.select(config):
+        pipeline.module(name).check(config)
     if path.stem != "digits":
         assert re.match(r"(tfds:|folder:)\w*", opened[0])
         assert len(checked) == (path.stem != "folder")
@@ -124,7 +122,7 @@ def test_every_config_loads_and_passes_its_own_checks(
 )
 def test_a_wrong_argument_is_named_and_the_proposed_one_works(config, argument, wrong):
     with pytest.raises(UserError) as error:
-        train.load_config(f"configs/{config}.py:{argument}")
+        run_config.load(f"configs/{config}.py:{argument}")
     message = str(error.value)
     assert message.startswith("--config=FILE:ARGUMENT: wanted ")
     assert f", got {wrong!r}. " in message
@@ -132,7 +130,7 @@ def test_a_wrong_argument_is_named_and_the_proposed_one_works(config, argument, 
         assert message.endswith("Leave out the colon and what follows it.")
     else:
         proposed = re.search("Write e.g. (.*) after the colon", message)[1]
-        train.load_config(f"configs/{config}.py:{proposed}")
+        run_config.load(f"configs/{config}.py:{proposed}")
 
 
 def test_names_of_a_user_s_own_config():
@@ -145,7 +143,7 @@ def test_names_of_a_user_s_own_config():
 
 def test_the_ablation_and_a_preset_of_the_digits_combine():
     both, ablation, fast = (
-        train.load_config(f"configs/digits.py:{argument}").to_dict()
+        run_config.load(f"configs/digits.py:{argument}").to_dict()
         for argument in ("ablation,preset=fast", "ablation", "preset=fast")
     )
     assert both["generate"] == fast["generate"] | {"conditioning": "all"}

@@ -11,9 +11,9 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from mvc_jax import train
+from mvc_jax import command_line
 from mvc_jax.configs import common
-from mvc_jax.configs.fields import Field, Section, help_of
+from mvc_jax.configs.fields import Field, Section, as_flag, help_of
 from mvc_jax.data import decode
 from mvc_jax.diffusion import samplers
 from mvc_jax.errors import UserError
@@ -117,8 +117,8 @@ def test_a_field_says_what_it_is_and_accepts_its_bounds(name):
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_value_is_the_same_after_the_command_line(name):
     field = FIELDS[name]
-    found, value = train._parse_override(
-        f"--config.{name}={train.fields.as_flag(field.default)}", iter(())
+    found, value = command_line._parse_override(
+        f"--config.{name}={as_flag(field.default)}", iter(())
     )
     assert (found, value) == (name, field.default)
     assert type(value) is field.kind

@@ -54,10 +54,21 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     },
 }
 LEAVES = {"devices", "digests", "errors", "files", "imports", "pictures"}
+COMMAND = {  # what is around the stages
+    "train",
+    "command_line",
+    "pipeline",
+    "plan",
+    "redo",
+    "results",
+    "run_config",
+    "run_folder",
+    "take_over",
+}
 MAY_IMPORT = {  # besides the leaves, of which files.py is one
-    "train": STAGES | {"stage", "training", "configs"},
+    "train": STAGES | COMMAND | {"stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
-    "contract": {"configs"},  # stage.py
+    "contract": {"artifacts", "configs"},  # stage.py and what it is made of
     "leaf": {"files"},
     "configs": {"configs"},
 }
@@ -85,8 +96,9 @@ def place(path: str) -> tuple[str, str]:
         return ("room" if name in ROOMS else "unknown"), name
     if name in STAGES:
         return "stage", name
-    layers = {"train": "train", "stage": "contract", "__init__": "leaf"}
-    return (layers | dict.fromkeys(LEAVES, "leaf")).get(name, "unknown"), name
+    layers = dict.fromkeys(COMMAND, "train") | dict.fromkeys(LEAVES, "leaf")
+    layers |= {"stage": "contract", "artifacts": "contract", "__init__": "leaf"}
+    return layers.get(name, "unknown"), name
 
 
 def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str, str]]:
@@ -122,7 +134,7 @@ def imports_run_one_way(path: str, source: str) -> Iterator[str]:
     allowed = MAY_IMPORT.get(layer, set()) | (LEAVES if layer != "leaf" else set())
     if layer == "room":
         allowed |= {name} | ROOMS[name]
-    known = STAGES | {*ROOMS} | LEAVES | {"stage", "train", "configs"}
+    known = STAGES | {*ROOMS} | LEAVES | COMMAND | {"stage", "configs"}
     for line, part, _, _ in ours(path, ast.parse(source)):
         if part in known and part not in allowed:
             yield (

@@ -187,7 +187,7 @@ def test_other_settings_in_a_finished_workdir_are_refused(
     assert here(workdir, flag) == 2
     errors = capsys.readouterr().err
     assert difference in errors
-    assert "--workdir" in errors and "delete" in errors
+    assert "--workdir" in errors and "--redo=" in errors
     assert digests(workdir) == before
 
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from mvc_jax import train
+from mvc_jax import caption, train
 from mvc_jax.training import preemption
 from mvc_jax.training.preemption import Preempted
 
@@ -113,16 +113,15 @@ def test_another_thread_installs_no_handler():
 @pytest.mark.parametrize(
     ("stop", "where"),
     [
-        (lambda *_: send(), "in mix"),
-        (lambda *_: (_ for _ in ()).throw(Preempted("mix after step 3")), "step 3"),
+        (lambda *_: send(), "in caption"),
+        (lambda *_: (_ for _ in ()).throw(Preempted("caption after step 3")), "step 3"),
     ],
 )
 def test_the_message_says_where_it_stopped_and_how_to_resume(
     tmp_path, monkeypatch, capsys, stop, where
 ):
-    stage = type("Stage", (), {"check": lambda _: None, "run": stop})
-    monkeypatch.setattr(train, "_stage", lambda name: stage)
-    command = ["train", f"--workdir={tmp_path}", "--config.stages=mix"]
+    monkeypatch.setattr(caption, "run", stop)
+    command = ["train", f"--workdir={tmp_path}", "--config.stages=caption"]
     monkeypatch.setattr(train.runtime, "set_up", lambda *_: None)
     assert train.main(command) == 75 == os.EX_TEMPFAIL
     (line,) = capsys.readouterr().err.splitlines()
@@ -138,7 +137,7 @@ def train_toy(steps, workdir):
     """Runs in a process of the fork server."""
     import test_training
 
-    def run(config, workdir):
+    def run(config, workdir, **_):
         state = test_training.run(workdir, steps, every=1)
         np.savez(workdir / "end.npz", *test_training.leaves(state))
 

@@ -52,11 +52,12 @@ def python(script, *arguments):
 def test_checks_of_the_digits_import_nothing_heavy(tmp_path):
     """All ten stages are imported, and every field and the source are checked."""
     script = """
-from mvc_jax import train
+from mvc_jax import command_line, plan, train
 flags = ["train", "--config=configs/digits.py", f"--workdir={sys.argv[1]}"]
-config, workdir = train.parse_flags(flags)
-train.common.FIELDS.check(config)
-train.check_stages(train.STAGES, config, workdir)
+command = command_line.parse(flags)
+train.common.FIELDS.check(command.config)
+steps = plan.make(train.STAGES, command.config, command.workdir)
+train.check_stages([step.name for step in steps], command.config)
 assert all(f"mvc_jax.{name}" in sys.modules for name in train.STAGES)
 """
     output, errors = python(script + REPORT, tmp_path)

@@ -5,9 +5,10 @@ import inspect
 import os
 import pathlib
 
+import made_stages
 import pytest
 
-from mvc_jax import generate, train
+from mvc_jax import command_line, generate, pipeline, run_config, run_folder, train
 from mvc_jax.configs import common, digits
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
@@ -250,7 +251,7 @@ def test_a_workdir_must_be_writable(path, started, workdir, capsys, monkeypatch)
         def denied(path, content):  # by hand: nothing is read-only to root
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        monkeypatch.setattr(train.files, "write_text", denied)
+        monkeypatch.setattr(run_folder.files, "write_text", denied)
     before = content(workdir)
     line = failure(capsys, f"--config={DIGITS}", f"--workdir={workdir / path}")
     assert line.startswith(f"--workdir={workdir / path}: wanted a folder that can be")
@@ -297,7 +298,7 @@ def test_a_config_must_be_a_python_file(path, workdir, monkeypatch, capsys):
 def test_a_shipped_config_is_found_from_anywhere(path, inside, tmp_path, monkeypatch):
     checkout = os.path.dirname(os.path.dirname(DIGITS))
     monkeypatch.chdir(checkout if inside else tmp_path)
-    assert train.load_config(path).to_dict() == digits.get_config().to_dict()
+    assert run_config.load(path).to_dict() == digits.get_config().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -311,12 +312,13 @@ def test_text_after_the_colon_is_passed_to_get_config(argument, title, tmp_path)
         "    config.report.title = title\n"
         "    return config\n"
     )
-    config = train.load_config(f"{tmp_path / 'mine.py'}{argument}")
+    config = run_config.load(f"{tmp_path / 'mine.py'}{argument}")
     assert config.report.title == title
 
 
 def config_of(*flags):
-    return train.parse_flags(["train", f"--config={DIGITS}", "--workdir=w", *flags])[0]
+    words = ["train", f"--config={DIGITS}", "--workdir=w", *flags]
+    return command_line.parse(words).config
 
 
 @pytest.mark.parametrize(
@@ -376,7 +378,7 @@ def test_the_fast_preset_never_raises_the_number_of_steps(steps, tmp_path):
         "    given = common.parse_argument(argument, known=('preset',))\n"
         "    return common.apply_preset(config, given)\n"
     )
-    plain, fast = (train.load_config(f"{path}{x}") for x in ("", ":preset=fast"))
+    plain, fast = (run_config.load(f"{path}{x}") for x in ("", ":preset=fast"))
     changed = {"sampler": "dpmpp_2m", "steps": min(20, steps)}
     changed["guidance_interval"] = (0.2, 0.8)
     assert fast.generate.to_dict() == plain.generate.to_dict() | changed
@@ -386,7 +388,7 @@ def test_the_fast_preset_never_raises_the_number_of_steps(steps, tmp_path):
         ":slow": "preset=",
     }.items():
         with pytest.raises(UserError, match=message):
-            train.load_config(f"{path}{argument}")
+            run_config.load(f"{path}{argument}")
 
 
 @pytest.mark.parametrize(
@@ -395,14 +397,14 @@ def test_the_fast_preset_never_raises_the_number_of_steps(steps, tmp_path):
     + ["tiny_imagenet.py:path=a,b,", "folder.py:path=a,"],
 )
 def test_every_config_has_the_fast_preset(path):
-    config = train.load_config(f"configs/{path}preset=fast")
+    config = run_config.load(f"configs/{path}preset=fast")
     assert config.generate.sampler == "dpmpp_2m"
     assert config.data.source != "folder:a,preset=fast"
 
 
 def test_tiny_imagenet_has_the_classifiers_of_cifar_at_64_pixels():
     tiny, cifar = (
-        train.load_config(f"configs/{n}.py") for n in ("tiny_imagenet", "cifar10")
+        run_config.load(f"configs/{n}.py") for n in ("tiny_imagenet", "cifar10")
     )
     assert tiny.classify.to_dict() == cifar.classify.to_dict() | {"size": 64}
     assert tiny.data.size == cifar.data.size == 256
@@ -410,7 +412,7 @@ def test_tiny_imagenet_has_the_classifiers_of_cifar_at_64_pixels():
 
 def test_a_field_cannot_be_added_later():
     with pytest.raises((AttributeError, KeyError)):
-        train.load_config(DIGITS).data.sise = 3
+        run_config.load(DIGITS).data.sise = 3
 
 
 @pytest.mark.parametrize(
@@ -426,7 +428,7 @@ def test_a_field_cannot_be_added_later():
 def test_stages_run_in_the_order_of_the_pipeline(names, path, stages):
     config = common.get_config()
     config.stages, config.base.path = names, path
-    assert train.select_stages(config) == stages
+    assert pipeline.select(config) == stages
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_captioning(
@@ -437,8 +439,10 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_captioning(
     line = failure(capsys, *command)
     assert line.startswith("config.mesh: wanted data * fsdp = 8 devices, got data=2")
     assert started == []
+    made_stages.finish(workdir, digits.get_config(), "caption", "pretrain", "encode")
     prepare = "--config.stages=caption,pairs"  # may run on another machine
     assert train.main(["train", *command, prepare]) == 0
+    (workdir / "encode" / "manifest.json").unlink()
     fitting = [flag.replace("fsdp=3", "fsdp=4") for flag in command]
     assert train.main(["train", *fitting, "--config.stages=encode"]) == 0
     assert [name for name, _ in started] == ["caption", "pairs", "encode"]
@@ -451,7 +455,7 @@ def test_stages_that_use_the_mesh_are_known():
         for name in train.STAGES
         if "make_mesh(" in (folder / f"{name}.py").read_text()
     ]
-    assert list(train._MESH_STAGES) == using
+    assert list(pipeline.MESH_STAGES) == using
 
 
 @pytest.mark.parametrize(
@@ -508,6 +512,7 @@ def test_a_field_of_a_config_that_is_not_declared_is_refused(tmp_path, capsys):
 
 def test_a_good_command_runs_its_stages_with_its_config(started, workdir, capsys):
     flags = ["--config.stages=mix,pairs", "--config.seed=5"]
+    made_stages.finish(workdir, config_of(*flags), "caption", "pretrain", "encode")
     command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
     assert train.main(command) == 0
     assert [name for name, _ in started] == ["pairs", "mix"]
@@ -518,6 +523,7 @@ def test_a_contact_sheet_ends_the_run(started, workdir, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(generate, "run", lambda config, workdir: drawn.append(workdir))
     flags = ["--config.stages=mix,generate,classify", "--config.generate.limit=3"]
+    made_stages.finish(workdir, config_of(*flags), *train.STAGES[:5])
     command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
     assert train.main(command) == 0
     assert [name for name, _ in started] == ["mix"]
@@ -529,10 +535,8 @@ def test_a_contact_sheet_ends_the_run(started, workdir, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "flag", ["limit=-3", "batch_size=0", "dtype=float8", "guidance_interval=(0.5,)"]
 )
-def test_a_contact_sheet_of_a_finished_run_is_checked(
-    started, workdir, capsys, monkeypatch, flag
-):
-    monkeypatch.setattr(train, "is_complete", lambda *_: True)
+def test_a_contact_sheet_of_a_finished_run_is_checked(started, workdir, capsys, flag):
+    made_stages.finish(workdir, digits.get_config(), *train.STAGES)
     flags = ["--config.stages=generate", "--config.generate.limit=3"]
     flags.append(f"--config.generate.{flag}")
     command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", *flags]
@@ -562,7 +566,8 @@ def test_the_message_at_the_end_of_a_run(
 
 def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeypatch):
     """The second would delete the temporary files of the first."""
-    command = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.stages=mix"]
+    flags = [f"--config={DIGITS}", f"--workdir={workdir}"]
+    command = [*flags, "--config.stages=caption,pretrain"]
     temporary = workdir / ".tmp-1-metrics.jsonl"
     messages = []
 
@@ -573,7 +578,7 @@ def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeyp
 
     monkeypatch.setattr(train, "run_stage", run_stage)
     assert train.main(["train", *command]) == 0
-    assert messages == [
+    assert messages == 2 * [
         f"--workdir={workdir}: wanted a folder that no other run is using, got one in "
         "use by another process. Wait until it has ended, or choose another folder."
     ]

@@ -335,7 +335,7 @@ def read_split(folder: epath.PathLike, name: str) -> Split:
             str(folder / "images.npy"),
             wanted=f"the {len(rows)} images of images.jsonl",
             got=f"{len(images)}",
-            fix=f"Delete {folder} and the stages after it to make them again.",
+            fix="Add --redo=caption to make them, and what depends on them, again.",
         )
     mine = [i for i, row in enumerate(rows) if row["split"] == name]
     first = mine[0] if mine else 0

@@ -179,7 +179,6 @@ class TrainLogger:
                 self.name,
                 wanted="finite losses and gradients",
                 got=f"{self._skipped_in_a_row} consecutive steps without",
-                fix="Lower the learning rate, in a new --workdir or after deleting "
-                f"{epath.Path(self._workdir) / self.name.split('/')[0]}, which has "
-                "checkpoints of this one.",
+                fix="Lower the learning rate, and choose a new --workdir or add "
+                f"--redo={self.name.split('/')[0]}: there are checkpoints of this one.",
             )

@@ -1,0 +1,62 @@
+"""The files that a stage's manifest lists, compared with what is on the disk."""
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from mvc_jax import files
+from mvc_jax.digests import Digests
+from mvc_jax.errors import UserError
+
+Described = Mapping[str, Mapping[str, Any]]  # name -> its `bytes` and `sha256`
+_SMALL = 1 << 20  # bytes of files that are hashed whenever they are compared
+
+
+def digests_of(folder: epath.Path, *, read_only: bool = False) -> Digests:
+    """What the files of a stage's folder held when they were written."""
+    records = folder.parent / "digests" / f"{folder.name}.jsonl"
+    return Digests(folder, records, read_only=read_only)
+
+
+def lost(
+    digests: Digests, folder: epath.Path, artifacts: Described
+) -> list[epath.Path]:
+    """Paths of the artifacts that are missing or hold something else."""
+    return [
+        folder / name
+        for name, described in artifacts.items()
+        if not digests.holds(name, described, again=described["bytes"] <= _SMALL)
+    ]
+
+
+def is_restored(folder: epath.Path, path: epath.Path, patterns: Sequence[str]) -> bool:
+    """Whether a file is among those that its stage makes again when it was damaged."""
+    name = str(path.relative_to(folder))
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def delete_damaged(paths: Sequence[epath.Path]) -> None:
+    """Deletes files that are made again next."""
+    for path in paths:
+        logging.warning("%s was damaged: making it again", path)
+        path.unlink()
+
+
+def require_no_strangers(folder: epath.Path, artifacts: Iterable[str]) -> None:
+    """Raises a `UserError` for a Parquet file beside those that the stage wrote.
+
+    Readers, other people's as well, take all such files of a folder for one dataset.
+    """
+    shards = {name for name in artifacts if name.endswith(".parquet")}
+    for place in sorted({name.rpartition("/")[0] for name in shards}):
+        for path in files.matching(folder, f"{place}/*.parquet"):
+            if f"{place}/{path.name}" not in shards:
+                raise UserError(
+                    str(path),
+                    wanted=f"only the files that the stage {folder.name} wrote",
+                    got="another one",
+                    fix="Move it to another folder.",
+                )

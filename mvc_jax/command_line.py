@@ -1,0 +1,215 @@
+"""The command line: flags in, a command out; every mistake is one sentence."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from mvc_jax import __version__, run_config
+from mvc_jax.configs import common, fields
+from mvc_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+      config: with its overrides.
+      workdir: the folder of the run's files.
+      redo: names of the stages to make again, or `all`.
+      source: another workdir, from which finished stages are taken over; None: none.
+      verify: whether every file of the workdir is hashed first.
+    """
+
+    config: ConfigDict
+    workdir: epath.Path
+    redo: tuple[str, ...] = ()
+    source: epath.Path | None = None
+    verify: bool = False
+
+
+def parse(argv: list[str], about: str = "") -> Command:
+    """Parses a command line.
+
+    Without --config, the config is that of the other workdir, else that of this one,
+    else the default.
+
+    Args:
+      argv: the name of the program, then its flags.
+      about: the text that --help starts with.
+
+    Raises:
+      UserError: the config cannot be read, or a flag or field is unknown or mistyped.
+      SystemExit: --help or --version was given.
+    """
+    path, overrides, rest = None, {}, [argv[0]]
+    words = iter(argv[1:])
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name in ("help", "h"):
+            print_help(value, about)
+        elif word.startswith("-") and name == "config":
+            path = value if equals else next(words, "")
+        elif word.startswith("-") and name.removeprefix("no").startswith("config."):
+            field, value = _parse_override(word, words)
+            overrides[field] = value
+        else:
+            rest.append(word)
+    values = _parse_others(rest)
+    workdir = _folder("workdir", values["workdir"].value, "runs/digits")
+    source = values["from"].value
+    if source is not None:
+        source = _folder("from", source, "runs/digits")
+        _check_source(source, workdir, has_config=path is not None)
+    if path is None:
+        kept = run_config.path_in(workdir if source is None else source)
+        path = str(kept) if kept.exists() else run_config.DEFAULT
+    config = run_config.load(path)
+    for name, value in overrides.items():
+        *sections, field = name.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    listed = ",".join(values["redo"].value or ())
+    redo = tuple(name.strip() for name in listed.split(",") if name.strip())
+    return Command(config, workdir, redo, source, values["verify"].value)
+
+
+def print_help(name: str, about: str) -> NoReturn:
+    """Prints the help, or the fields of a section, and exits.
+
+    Raises:
+      UserError: there is no such section or field.
+      SystemExit: always else.
+    """
+    if name:
+        name = name.removeprefix("config.")
+        print(fields.help_of(common.FIELDS.find(name), name))
+        raise SystemExit(0)
+    own, sections = [], []
+    for key, part in common.FIELDS.fields.items():
+        if isinstance(part, fields.Section):
+            sections.append(f"  {key:<10} {part.help}")
+        else:
+            own.append(fields.help_of(part, key))
+    print(about)
+    print("Sections of fields, in detail by --help=SECTION:", *sections, sep="\n")
+    print("\nFields of no section:", *own, sep="\n")
+    raise SystemExit(0)
+
+
+def _parse_override(word: str, words: Iterator[str]) -> tuple[str, Any]:
+    """Parses `--config.section.field=value` into ("section.field", value).
+
+    Args:
+      word: the flag.
+      words: those behind it, of which the first may be the value.
+
+    Raises:
+      UserError: there is no such field, no value, or one of another type.
+    """
+    flag, equals, text = word.lstrip("-").partition("=")
+    name = flag.removeprefix("no").removeprefix("config.")
+    field = common.FIELDS.find(name)
+    if isinstance(field, fields.Section):
+        raise field.error(f"config.{name}", text or "no field")
+    if field.kind is bool and not equals:
+        return name, not flag.startswith("no")
+    if flag.startswith("no"):
+        raise UserError(
+            f"--{flag}",
+            wanted="a field that is True or False, without a value",
+            got=word,
+            fix=f"Write --config.{name}={fields.as_flag(field.default)}.",
+        )
+    if not equals:
+        text = next(words, "--")
+        if text.startswith("--"):
+            raise field.error(f"--{flag}", "no value")
+    try:
+        return name, field.parse(text)
+    except ValueError as error:
+        raise field.error(f"config.{name}", repr(text)) from error
+
+
+def _parse_others(argv: list[str]) -> flags.FlagValues:
+    """Parses the flags that are not of the config.
+
+    Raises:
+      UserError: a flag is unknown, or a word is none.
+      SystemExit: --version was given.
+    """
+    values = flags.FlagValues()
+    own = {"flag_values": values}
+    flags.DEFINE_string("workdir", None, "the folder of this run's files", **own)
+    flags.DEFINE_multi_string("redo", None, "stages to make again", **own)
+    flags.DEFINE_string("from", None, "workdir to take stages over from", **own)
+    flags.DEFINE_boolean("verify", False, "hash every file", **own)
+    flags.DEFINE_boolean("version", False, "print the version", **own)
+    try:
+        positional = values(argv)[1:]
+    except flags.Error as error:
+        raise UserError(
+            "command line",
+            wanted="--config=FILE, --workdir=DIR and --config.FIELD=VALUE",
+            got=str(error),
+            fix="Correct that flag; --help lists all.",
+        ) from error
+    if values["version"].value:
+        print(f"mvc_jax {__version__}")
+        raise SystemExit(0)
+    if positional:
+        raise UserError(
+            "command line",
+            wanted="only flags",
+            got=repr(" ".join(positional)),
+            fix="Write --config.field=value, with the equals sign.",
+        )
+    return values
+
+
+def _folder(flag: str, value: str | None, example: str) -> epath.Path:
+    """The folder that a flag names.
+
+    Raises:
+      UserError: it names none.
+    """
+    if not value:
+        raise UserError(
+            f"--{flag}",
+            wanted="a folder for this run" if flag == "workdir" else "a workdir",
+            got="none",
+            fix=f"Add e.g. --{flag}={example}.",
+        )
+    try:
+        return epath.Path(value).expanduser()
+    except (ImportError, KeyError) as error:  # no library for its scheme
+        raise UserError(
+            f"--{flag}={value}",
+            wanted="a path that etils.epath can open",
+            got=str(error),
+            fix="Install the library of that file system, or use a local folder.",
+        ) from error
+
+
+def _check_source(source: epath.Path, workdir: epath.Path, has_config: bool) -> None:
+    """Checks that stages can be taken over from `source`.
+
+    Raises:
+      UserError: it is no folder, or the workdir itself, or its config is not known.
+    """
+    if not source.is_dir():
+        got, fix = "no such folder", "Correct the path."
+    elif source.resolve() == workdir.resolve():
+        got, fix = "the workdir itself", "Leave it out, or choose a new --workdir."
+    elif not has_config and not run_config.path_in(source).exists():
+        got = "one without config.json"
+        fix = f"Add the config that it was made with: --config={run_config.DEFAULT}."
+    else:
+        return
+    raise UserError(f"--from={source}", wanted="another workdir", got=got, fix=fix)

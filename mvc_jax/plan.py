@@ -1,0 +1,285 @@
+"""What every selected stage would do, given what the ones before it would do.
+
+Nothing is written: a run that a later stage would refuse does not start.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mvc_jax import pipeline, run_config, stage
+from mvc_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one stage would do.
+
+    Attributes:
+      name: of the stage.
+      state: done: nothing; resume: finish what is there; grow: add to what is there;
+        run: start from nothing; refused: raise an error.
+      reason: why, in words; "" where the state says it all.
+      error: why it is refused; None also where another refused stage is the reason.
+      taken_over: whether its files are taken over from another workdir first.
+      also: of a refused stage, the one that would have to be selected, too.
+    """
+
+    name: str
+    state: Literal["done", "resume", "grow", "run", "refused"]
+    reason: str = ""
+    error: UserError | None = None
+    taken_over: bool = False
+    also: tuple[str, ...] = ()
+
+
+def make(
+    stages: Sequence[str],
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    redo: Collection[str] = (),
+    source: epath.PathLike | None = None,
+) -> list[Step]:
+    """Plans a run; changes nothing.
+
+    Args:
+      stages: the selected ones.
+      config: of the run.
+      workdir: of the run; it need not exist.
+      redo: stages that are moved aside first: with each, all that depend on it.
+      source: another workdir, from which finished stages that agree are taken over.
+
+    Returns:
+      a step for each selected stage, in the pipeline's order, and for each stage that
+      is taken over because a selected one reads it. A preview ends with `generate`.
+    """
+    planner = _Planner(config, epath.Path(workdir), redo, source)
+    steps = planner.steps(stages)
+    if any(step.also for step in steps):
+        planner.fix = planner.way_to(stages)
+        steps = planner.steps(stages)
+    return steps
+
+
+def require_possible(steps: Sequence[Step], workdir: epath.PathLike) -> None:
+    """Raises the `UserError` of a plan in which a stage is refused.
+
+    Its message has what makes the whole run possible, not only the first such stage.
+    """
+    refused = [step for step in steps if step.error]
+    for step in refused:
+        if step.also or len(refused) == 1:
+            raise step.error
+    if refused:
+        reasons = "; ".join(f"{step.name}: {step.reason}" for step in refused)
+        raise UserError(
+            f"--workdir={workdir}",
+            wanted="stages that agree with this run",
+            got=f"others ({reasons})",
+            fix=f"Undo these changes; or {stage.way_out(*[s.name for s in refused])}; "
+            "or choose a new --workdir and add "
+            f"--from={shlex.quote(str(workdir))}, which takes over all other stages.",
+        )
+
+
+def behind(
+    names: Sequence[str], config: ConfigDict, workdir: epath.PathLike
+) -> tuple[dict[str, str], str]:
+    """Which finished stages are not what a run with this config would end with.
+
+    Returns:
+      (name -> why, of those that are behind; how to bring them up to date).
+    """
+    planner = _Planner(config, epath.Path(workdir), (), None)
+    wrong = planner.wrong(names)
+    return wrong, planner.way_to([*wrong]) if wrong else ""
+
+
+class _Planner:
+    """Goes through the stages in order; knows what each will be to its readers."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        redo: Collection[str],
+        source: epath.PathLike | None,
+    ):
+        self._config, self._workdir, self._redo = config, workdir, redo
+        self._source = None if source is None else epath.Path(source)
+        self._before = run_config.read(workdir)
+        self.fix = ""  # for what the selected stages lack
+
+    def steps(self, stages: Sequence[str]) -> list[Step]:
+        """The steps of `make`."""
+        self._start()
+        steps = []
+        for name in pipeline.needed(stages, self._config):
+            selected = name in stages
+            step = self._select(name) if selected else self._look_at(name)
+            if step and (selected or step.taken_over):
+                steps.append(step)
+            if selected and name == "generate" and self._config.generate.limit:
+                break
+        return steps
+
+    def way_to(self, stages: Sequence[str]) -> str:
+        """The flags with which stages run and nothing is refused, in words."""
+        selected, redo, before = [*stages], [], self._redo
+        while True:
+            hanging = pipeline.dependents(redo, self._config, self._workdir)
+            self._redo = {*before, *hanging}
+            steps = self.steps(selected)
+            if not any(step.error for step in steps):
+                break
+            lacking = [name for step in steps for name in step.also]
+            selected = pipeline.in_order([*selected, *lacking])
+            redo += [step.name for step in steps if step.error and not step.also]
+        self._redo = before
+        fix = f"use --config.stages={','.join(selected)}"
+        return f"{fix} and {stage.way_out(*redo)}" if redo else fix
+
+    def wrong(self, names: Sequence[str]) -> dict[str, str]:
+        """Name -> why, of these stages that are behind or have a damaged artifact."""
+        self._start()
+        for name in pipeline.needed(names, self._config):
+            self._look_at(name, with_files=name in names)
+        return {name: self._wrong[name] for name in names if name in self._wrong}
+
+    def _start(self) -> None:
+        self._known: dict[str, stage.Input] = {}  # stages that can be read then
+        self._wrong: dict[str, str] = {}  # stages that are there, but cannot -> why
+        self._refused: set[str] = set()  # selected ones
+        self._running: set[str] = set()  # selected ones that start from nothing
+        self._not_taken: dict[str, str] = {}  # from the source -> why
+
+    def _spec(self, name: str) -> stage.Spec:
+        return pipeline.module(name).stage_spec(self._config)
+
+    def _look_at(self, name: str, *, with_files: bool = False) -> Step | None:
+        """Looks at a stage that is not selected: it is read as it is.
+
+        Returns:
+          a step without work; None where it is not there, or cannot be read.
+        """
+        spec = self._spec(name)
+        if name in self._redo:
+            return None
+        inputs = {n: self._known.get(n, stage.Input(None)) for n in spec.inputs}
+        try:
+            found = self._find(spec, inputs)
+            if found.path is None:
+                return None
+            lines = [*found.changed, *found.growth]
+            if not found.finished:
+                lines.append("it is unfinished")
+            elif with_files:
+                lost = found.lost(spec.restores)
+                lines += [f"{file} is missing or damaged" for file in lost]
+        except UserError as error:
+            lines = [str(error)]
+        others = [self._wrong[n] for n in spec.inputs if n in self._wrong]
+        if lines or others:
+            own = f"stage {name} is behind ({'; '.join(lines)})"
+            self._wrong[name] = others[0] if others else own
+            return None
+        self._known[name] = found.as_input()
+        return Step(name, "done", taken_over=self._is_taken_over(found))
+
+    def _select(self, name: str) -> Step:
+        """The step of a selected stage."""
+        spec = self._spec(name)
+        step = self._blocked(spec) or self._step(spec)
+        if step.state == "refused":
+            self._refused.add(name)
+        return step
+
+    def _blocked(self, spec: stage.Spec) -> Step | None:
+        """The step of a stage that one of its inputs keeps from running."""
+        for name in spec.inputs:
+            if name in self._known:
+                continue
+            reason = f"needs the stage {name}"
+            if name in self._refused:
+                return Step(spec.name, "refused", reason)
+            got = self._wrong.get(name, "none")
+            error = stage.missing_input(
+                self._workdir, name, spec.name, got, f"To run it, {self.fix}."
+            )
+            return Step(spec.name, "refused", reason, error, also=(name,))
+        return None
+
+    def _step(self, spec: stage.Spec) -> Step:
+        """The step of a stage whose inputs will be there."""
+        name = spec.name
+        if name == "generate" and self._config.generate.limit:
+            return Step(name, "run", "a contact sheet only")
+        if name in self._redo:
+            self._known[name] = stage.Input(None)
+            return Step(name, "run", "what is there is moved aside")
+        try:
+            found = self._find(spec, {n: self._known[n] for n in spec.inputs})
+            if found.changed:
+                reason = "; ".join(found.changed)
+                return Step(name, "refused", reason, found.error())
+            lost = found.lost(spec.restores) if found.finished else []
+        except UserError as error:
+            return Step(name, "refused", str(error), error)
+        self._known[name] = found.as_input()
+        if found.path is None:
+            self._running.add(name)
+            if self._differs_from_before(spec):
+                self._known[name] = stage.Input("")
+            return Step(name, "run", self._not_taken.get(name, ""))
+        taken = self._is_taken_over(found)
+        if found.grows:
+            return Step(name, "grow", "; ".join(found.growth), taken_over=taken)
+        if not found.finished:
+            return Step(name, "resume", "it is unfinished")
+        if lost:
+            return Step(name, "resume", f"missing or damaged: {', '.join(lost)}")
+        return Step(name, "done", taken_over=taken)
+
+    def _find(self, spec: stage.Spec, inputs: dict[str, stage.Input]) -> stage.Found:
+        """The stage in the workdir; where there is none, the source's if it agrees.
+
+        Raises:
+          UserError: the record in the workdir is damaged.
+        """
+        found = stage.compare(self._workdir, spec, inputs)
+        if found.path or not self._source or spec.name in self._redo:
+            return found
+        if self._running & {*spec.inputs}:  # what they end with is not known
+            return found
+        folder = self._workdir / spec.name
+        if folder.exists() and [*folder.iterdir()]:
+            self._not_taken[spec.name] = f"not taken over: {folder} is not empty"
+            return found
+        try:
+            other = stage.compare(self._source, spec, inputs)
+            if not other.finished:
+                return found
+            lost = other.lost(spec.restores)
+            wrong = [*other.changed] or [
+                f"{name} is missing or damaged" for name in lost
+            ]
+        except UserError as error:
+            wrong = [str(error)]
+        if wrong:
+            self._not_taken[spec.name] = f"not taken over: {'; '.join(wrong)}"
+        return found if wrong else other
+
+    def _is_taken_over(self, found: stage.Found) -> bool:
+        return found.path is not None and found.path.parent.parent == self._source
+
+    def _differs_from_before(self, spec: stage.Spec) -> bool:
+        """Whether a stage that is no longer there had other settings."""
+        if self._before is None:
+            return False
+        before = pipeline.module(spec.name).stage_spec(self._before)
+        return before.settings != spec.settings

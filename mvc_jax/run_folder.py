@@ -1,0 +1,182 @@
+"""The folder of a run: that it can be used, and what it has beside the stages' folders.
+
+`metrics.jsonl`, `timings.json` and `tensorboard/` have parts that belong to one stage
+each; they move with it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from mvc_jax import files
+from mvc_jax.errors import UserError, is_full_disk
+
+_METRICS, _TIMINGS, _BOARDS = "metrics.jsonl", "timings.json", "tensorboard"
+
+
+def check(workdir: epath.Path, min_free_gib: float) -> None:
+    """Creates the workdir; raises if it is not writable or its disk is too full."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_text(workdir / ".writable", "")
+        (workdir / ".writable").unlink()
+    except (OSError, ImportError) as error:
+        if is_full_disk(error):
+            raise
+        raise UserError(
+            f"--workdir={workdir}",
+            wanted="a folder that can be written",
+            got=getattr(error, "strerror", None) or str(error),
+            fix="Choose another folder, or fix its permissions.",
+        ) from error
+    if not is_local(workdir):
+        return
+    free = shutil.disk_usage(workdir).free / 2**30
+    if free < min_free_gib:
+        raise UserError(
+            f"--workdir={workdir}",
+            wanted=f"{min_free_gib:g} GiB of free disk (config.min_free_disk_gib)",
+            got=f"{free:.2f} GiB",
+            fix="Free some, or choose a folder on another disk.",
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path | None, flag: str = "workdir") -> Iterator[None]:
+    """Locks a workdir; raises if another process of this machine has locked it.
+
+    Otherwise each would delete the other's temporary files, as if left by a killed run.
+    The lock is released when its process ends, however it ends, and leaves no file.
+
+    Args:
+      folder: the workdir; None: nothing is locked.
+      flag: that named it; with `from`, others may read it at the same time.
+    """
+    if folder is None or not is_local(folder):
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            kind = fcntl.LOCK_EX if flag == "workdir" else fcntl.LOCK_SH
+            try:
+                fcntl.flock(opened, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--{flag}={folder}",
+                    wanted="a folder that no other run is using",
+                    got="one in use by another process",
+                    fix="Wait until it has ended, or choose another folder.",
+                ) from error
+        yield
+    finally:
+        os.close(opened)
+
+
+def is_local(path: epath.Path) -> bool:
+    return "://" not in str(path) and not str(path).startswith("gs:")
+
+
+def remove_temporaries(workdir: epath.Path) -> None:
+    """Deletes what a killed run left in the workdir itself."""
+    for leftover in files.matching(workdir, ".tmp-*"):
+        leftover.rmtree() if leftover.is_dir() else leftover.unlink()
+
+
+def record_timing(workdir: epath.Path, name: str, timing: dict[str, Any]) -> None:
+    timings = _timings(workdir)
+    files.write_json(workdir / _TIMINGS, {**timings, name: timing})
+
+
+def move_records(
+    names: Collection[str], workdir: epath.Path, aside: epath.Path
+) -> None:
+    """Moves what the workdir has of these stages into `aside`; may be repeated."""
+    for folder in _boards(workdir, names):
+        (aside / _BOARDS).mkdir(parents=True, exist_ok=True)
+        folder.rename(aside / _BOARDS / folder.name)
+    rows, timings = _rows(workdir), _timings(workdir)
+    moved = [row for row in rows if _stage_of(row) in names]
+    if moved:
+        files.write_jsonl(aside / _METRICS, moved)
+        kept = [row for row in rows if _stage_of(row) not in names]
+        files.write_jsonl(workdir / _METRICS, kept)
+    if timings.keys() & {*names}:
+        files.write_json(aside / _TIMINGS, timings)
+        kept = {name: timings[name] for name in timings if name not in names}
+        files.write_json(workdir / _TIMINGS, kept)
+
+
+def copy_records(name: str, source: epath.Path, workdir: epath.Path) -> None:
+    """Copies what another workdir has of a stage; replaces what this one has of it."""
+    mine = [row for row in _rows(workdir) if _stage_of(row) != name]
+    others = [row for row in _rows(source) if _stage_of(row) == name]
+    if others:
+        files.write_jsonl(workdir / _METRICS, [*mine, *others])
+    if timing := _timings(source).get(name):
+        record_timing(workdir, name, timing)
+    for folder in _boards(source, [name]):
+        link_or_copy(folder, workdir / _BOARDS / folder.name)
+
+
+def link_or_copy(source: epath.Path, target: epath.Path) -> None:
+    """Makes `target` a file or folder with the content of `source`.
+
+    Files are hard links where the disk allows it. Nothing may change them in place: our
+    files are written under other names and renamed.
+    """
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for child in source.iterdir():
+            if not child.name.startswith(".tmp-"):
+                link_or_copy(child, target / child.name)
+    elif not (is_local(source) and is_local(target)):
+        source.copy(target, overwrite=True)
+    else:
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if is_full_disk(error):
+                raise
+            shutil.copy2(source, target)  # another disk, or one without links
+
+
+def _boards(workdir: epath.Path, names: Collection[str]) -> list[epath.Path]:
+    """The folders of TensorBoard that belong to these stages."""
+    found = files.matching(workdir / _BOARDS, "*")
+    return [folder for folder in found if folder.name.split("_")[0] in names]
+
+
+def _stage_of(row: Any) -> str:
+    return str(row.get("stage", "")).split("/")[0] if isinstance(row, dict) else ""
+
+
+def _rows(workdir: epath.Path) -> list[dict]:
+    path = workdir / _METRICS
+    try:
+        return files.read_jsonl(path) if path.exists() else []
+    except ValueError as error:
+        return _damaged(path, error) or []
+
+
+def _timings(workdir: epath.Path) -> dict[str, Any]:
+    path = workdir / _TIMINGS
+    try:
+        record = files.read_json(path) if path.exists() else {}
+        if not isinstance(record, dict):
+            raise ValueError(f"got {json.dumps(record)[:40]}")
+    except ValueError as error:
+        return _damaged(path, error) or {}
+    return record
+
+
+def _damaged(path: epath.Path, error: ValueError) -> None:
+    logging.warning("%s is damaged (%s) and is not used", path, error)
