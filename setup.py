@@ -12,6 +12,7 @@ REQUIRED = [
     "diffusers==0.39.0",
     "etils[epath]>=1.12",
     "flax>=0.12.8",
+    "fsspec",
     "grain",
     "huggingface_hub<1",
     "imagehash",

@@ -79,7 +79,7 @@ class Folder:
       is_validation: bool [N], images kept for validation; None: there are none.
 
     Args:
-      root: path of the folder; `~` is expanded.
+      root: path of the folder; `~` is expanded; or a URL of fsspec, e.g. `gs://...`.
       decoder: of the images.
       options: what the user says of it.
       keep_validation: whether validation images neither join train nor are test.
@@ -106,7 +106,7 @@ class Folder:
         _check_labels(tree)
         names = _class_names(tree, base)
         index = {key: label for label, key in enumerate(names)}
-        self._root, self._decoder = tree.path, decoder
+        self._open, self._decoder = tree.open, decoder
         self.class_names = tuple(names.values())
         self.class_folders = tuple(names)
         self.ids = tuple(sorted(tree.labels))
@@ -138,16 +138,19 @@ class Folder:
         id_ = self.ids[index]
         try:
             path, frame = self._frames.get(id_, (id_, None))
-            with open(os.path.join(self._root, path), "rb") as file:
+            with self._open(path) as file:
                 content = file.read()
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
         image, note = self._decoder(content, frame)
         return Example(image=image, label=int(self.labels[index]), id=id_, note=note)
 
 
 def _walk(tree: Tree) -> None:
     """Lists everything, following links; each file is stat'ed once and not opened."""
+    if tree.system is not None:
+        _walk_remote(tree)
+        return
     pending: list[tuple[str, tuple]] = [("", ())]
     while pending:
         folder, above = pending.pop()
@@ -166,6 +169,29 @@ def _walk(tree: Tree) -> None:
         pending += [(name, (*above, here)) for name in inside]
     for names in (tree.images, tree.others, tree.folders):
         names.sort()  # the order of the file system is arbitrary
+
+
+def _walk_remote(tree: Tree) -> None:
+    """Lists everything below a URL."""
+    try:
+        found = tree.system.find(tree.path, detail=True)
+    except Exception as error:  # of a dozen libraries
+        tree.defects["."] = f"cannot be read: {type(error).__name__}: {error}"
+        return
+    folders = set()
+    for path, entry in sorted(found.items()):
+        inside = path[len(tree.path) :].lstrip("/")
+        parts = inside.split("/")
+        if any(p.startswith(".") or p.lower() in _SYSTEM_FILES for p in parts):
+            tree.junk += 1
+            continue
+        folders |= {"/".join(parts[:k]) for k in range(1, len(parts))}
+        is_image = inside.lower().endswith(SUFFIXES)
+        if is_image and entry.get("size") == 0:
+            tree.defects[inside] = "empty file"
+        else:
+            (tree.images if is_image else tree.others).append(inside)
+    tree.folders += sorted(folders)
 
 
 def _add_entries(tree: Tree, prefix: str, entries: Iterable[os.DirEntry]) -> list[str]:
@@ -298,6 +324,9 @@ def _detect(tree: Tree, paths: Sequence[str]) -> layout.Layout:
         return layout.Layout(roles)
 
     def is_copy(a: str, b: str) -> bool:
+        if tree.system is not None:
+            a, b = (tree.open(path).read() for path in (a, b))
+            return a == b
         a, b = (os.path.join(tree.path, path) for path in (a, b))
         return os.path.exists(a) and filecmp.cmp(a, b, shallow=False)
 
@@ -370,7 +399,7 @@ def _split_frames(tree: Tree) -> dict[str, tuple[str, int]]:
     for path in [p for p in tree.labels if p.lower().endswith(scans.DICOM_SUFFIXES)]:
         label = tree.labels.pop(path)
         try:
-            with open(os.path.join(tree.path, path), "rb") as file:
+            with tree.open(path) as file:
                 count = scans.frames_of_dicom(file.read())
         except scans.Unreadable as error:
             tree.defects[path] = str(error)

@@ -149,7 +149,7 @@ def label_by_column(
     """
     path, _, wanted = option.rpartition(":")
     path = os.path.normpath(path or wanted)
-    if not os.path.isfile(os.path.join(tree.path, path)):
+    if path not in tree.others and not os.path.isfile(os.path.join(tree.path, path)):
         raise _error(option, f"a file in {tree.name}, and a column", "no such file", "")
     rows = parse(tree, path)
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -280,7 +280,7 @@ def parse(tree: Tree, path: str) -> list[dict[str, Any]]:
 
     def lines() -> Iterator[str]:
         nonlocal number
-        with open(os.path.join(tree.path, path), "rb") as file:
+        with tree.open(path) as file:
             for line in file:
                 number += 1
                 yield line.decode("utf-8-sig")

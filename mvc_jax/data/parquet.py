@@ -13,13 +13,14 @@ import pathlib
 import re
 import threading
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mvc_jax.data import remote
 from mvc_jax.data.decode import LFS_POINTER, BadImage, Decoder
 from mvc_jax.data.example import Example
 from mvc_jax.errors import UserError
@@ -59,7 +60,7 @@ class Parquet:
 
     Args:
       pattern: a file, a folder (all `*.parquet` below it) or a glob, optionally with
-        `**`.
+        `**`; or such a URL of fsspec, e.g. `hf://datasets/NAME/**/*.parquet`.
       decoder: of the image bytes.
       image_column: name of the column of images.
       label_column: name of the column of labels.
@@ -79,7 +80,13 @@ class Parquet:
         label_column: str = "label",
         keep_validation: bool = False,
     ):
-        shards = [_Shard(path, image_column, label_column) for path in _find(pattern)]
+        system, paths = None, []
+        if remote.is_remote(pattern):
+            system, paths = _find_remote(pattern)
+        shards = [
+            _Shard(path, image_column, label_column, system)
+            for path in paths or _find(pattern)
+        ]
         _require_same_layout(shards)
         self._decoder, self._shards = decoder, shards
         self._starts, self._groups = _row_groups(shards)
@@ -184,7 +191,9 @@ class _Shard:
       UserError: it is not a Parquet file, or lacks one of the columns.
     """
 
-    def __init__(self, path: str, image_column: str, label_column: str):
+    def __init__(self, path: str, image_column: str, label_column: str, system: Any):
+        self._system = system  # of fsspec; None: the local one
+        self._place = path  # a `pathlib.Path` would lose a slash of a URL
         self.path, self.metadata = pathlib.Path(path), None
         try:
             with self._open() as file:
@@ -215,11 +224,13 @@ class _Shard:
         self.layout = f"{columns}, {self._label_type} labels of {self.class_names}"
 
     def _open(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path, metadata=self.metadata)
+        path = self.path if self._system is None else self._open_remote("rb")
+        return pq.ParquetFile(path, metadata=self.metadata)
 
     def _require_no_pointer(self) -> None:
         """Raises a `UserError` for what Git LFS leaves in the place of a large file."""
-        with contextlib.suppress(OSError), self.path.open("rb") as file:
+        opened = self.path.open if self._system is None else self._open_remote
+        with contextlib.suppress(OSError), opened("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(
                     str(self.path),
@@ -227,6 +238,9 @@ class _Shard:
                     got="a Git LFS pointer to it",
                     fix="Run `git lfs pull` in its repository.",
                 )
+
+    def _open_remote(self, mode: str) -> Any:
+        return self._system.open(self._place, mode)
 
     def _broken(self, wanted: str, error: Exception) -> UserError:
         return UserError(
@@ -292,6 +306,8 @@ class _Shard:
         """Why the image of a row without bytes cannot be used, "" if it can."""
         if not path:
             return "no image"
+        if self._system is not None:
+            return f"a path and no bytes, in a remote file: {path}"
         try:
             file = self.resolve(path)
             if not file.is_relative_to(self.path.parent.resolve()):
@@ -327,6 +343,34 @@ def _find(pattern: str) -> list[str]:
     if found != {expanded}:  # one file by its name is meant
         _require_complete(found)
     return sorted(found)
+
+
+def _find_remote(url: str) -> tuple[Any, list[str]]:
+    """fsspec's file system of a URL, and the paths there that it matches, sorted."""
+    system, path = remote.open_filesystem(url)
+    try:
+        if glob.has_magic(path):
+            found = [p for p in system.glob(path) if p.endswith(".parquet")]
+        elif path.endswith(".parquet"):
+            found = [path] if system.exists(path) else []
+        else:
+            found = [p for p in system.find(path) if p.endswith(".parquet")]
+    except Exception as error:  # of a dozen libraries
+        raise _unreachable(url, f"{type(error).__name__}: {error}") from error
+    if not found:
+        raise _unreachable(url, "no Parquet file there")
+    if found != [path]:
+        _require_complete(found)
+    return system, sorted(found)
+
+
+def _unreachable(url: str, got: str) -> UserError:
+    return UserError(
+        "config.data.source",
+        wanted=f"Parquet files at {url}",
+        got=got,
+        fix="Correct it, or sign in (`hf auth login`, `gcloud auth login`).",
+    )
 
 
 def _require_complete(paths: Collection[str]) -> None:

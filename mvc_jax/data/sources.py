@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
+from mvc_jax.data import remote
 from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import Decoder
 from mvc_jax.data.digits import Digits
@@ -81,7 +82,7 @@ def require_outside(name: str, workdir: str) -> None:
     root = os.path.expanduser(rest)
     if kind == "parquet" and not os.path.isdir(root):
         root = root.partition("**")[0] if "**" in root else ""
-    if kind not in ("folder", "parquet") or not root:
+    if kind not in ("folder", "parquet") or not root or remote.is_remote(rest):
         return
     root, inside = (os.path.join(os.path.realpath(p), "") for p in (root, workdir))
     if inside.startswith(root):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+from typing import Any
 
-from mvc_jax.data import layout
+from mvc_jax.data import layout, remote
 from mvc_jax.data.layout import class_key
 from mvc_jax.errors import UserError
 
@@ -36,9 +37,16 @@ class Tree:
     rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     classes: set[str] = dataclasses.field(default_factory=set)
 
-    @property
-    def path(self) -> str:
-        return os.path.expanduser(self.name)
+    def __post_init__(self):
+        self.system = None  # of fsspec; None: the local one
+        self.path = os.path.expanduser(self.name)
+        if remote.is_remote(self.name):
+            self.system, self.path = remote.open_filesystem(self.name)
+
+    def open(self, path: str) -> Any:
+        """Opens a file for reading, by its path in the tree."""
+        path = os.path.join(self.path, path)
+        return open(path, "rb") if self.system is None else self.system.open(path, "rb")
 
     def error(self, *, wanted: str, got: str, fix: str) -> UserError:
         """An error that lists the defects."""
