@@ -16,7 +16,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
+<<<<<<< HEAD
 from mvc_jax.data import captions, duplicates, sources, splits, summary
+=======
+from mvc_jax.classification import duration
+from mvc_jax.data import captions, duplicates, splits, summary
+>>>>>>> main
 from mvc_jax.data.attribute_captions import attribute_captions
 from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.decode import Decoder
@@ -57,7 +62,7 @@ def require_outside(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks `data` and `caption`, and what else depends on the number of classes.
+    """Checks `data` and `caption`, and what else depends on classes and images.
 
     Opens the source, but decodes no image.
     """
@@ -71,6 +76,7 @@ def check(config: ConfigDict) -> None:
     _require_classes(config, source)
     _check_captioner(config.caption, source, chosen)
     FilterSettings(**config.generate.filter).require_top(len(source.class_names))
+    duration.check_warmup(config.classify.to_dict(), source.labels[chosen["train"]])
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -20,10 +20,11 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax import augment, files
-from mvc_jax.classification import runs
+from mvc_jax.classification import duration, runs
+from mvc_jax.data import splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
-from mvc_jax.stage import Spec, Stage, open_stage
+from mvc_jax.stage import Spec, Stage, is_complete, open_stage
 
 with epy.lazy_imports():
     from mvc_jax import devices
@@ -31,7 +32,6 @@ with epy.lazy_imports():
         classifier_checkpoint,
         classifier_export,
         classifier_weights,
-        hub,
     )
     from mvc_jax.classification import classifier, fits, training_set
     from mvc_jax.training import sharding
@@ -73,10 +73,18 @@ def check(config: ConfigDict) -> None:
     _check_network(section, section.size or config.data.size)
 
 
+<<<<<<< HEAD
 def require_classes(workdir: epath.Path) -> None:
     """Refuses the single class of a finished stage `caption`, before any work."""
     names = files.read_json(workdir / "caption" / "dataset.json")["class_names"]
     training_set.require_several(names)
+=======
+def check_images(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Checks what depends on the training images, once `caption` has written them."""
+    if is_complete(workdir, "caption"):
+        train = splits.read_split(epath.Path(workdir) / "caption", "train")
+        duration.check_warmup(config.classify.to_dict(), train.labels)
+>>>>>>> main
 
 
 def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:
@@ -122,12 +130,16 @@ def _check_schedule(section: ConfigDict, *, keeps_validation: bool) -> None:
 
 def _check_network(section: ConfigDict, size: int) -> None:
     """Checks the network's own fields, and a pretrained checkpoint last."""
-    name = section.pretrained
-    if name and hub.is_local(name):
-        checkpoint = _checkpoint(section)
+    found, field = "", "config.classify.pretrained"
+    if section.pretrained:
+        found = classifier_checkpoint.check(
+            section.pretrained, field=field, revision=section.pretrained_revision
+        )
+    if found:
+        checkpoint = classifier_checkpoint.find(found, field=field)
         network = _network(section, 2, checkpoint, dtype="float32")
         _check_size(section.model, size, network.stride)
-        classifier_weights.check(checkpoint, network)
+        classifier_weights.check_tensors(checkpoint, network)
         return
     options = {key: section[key] for key in ("width", "stem", "stem_stride")}
     classifiers.check_options(section.model, options)
@@ -135,12 +147,6 @@ def _check_network(section: ConfigDict, size: int) -> None:
     _check_size(
         section.model, size, variant.min_size(section.stem, section.stem_stride)
     )
-    if name:
-        hub.check_name(
-            name,
-            field=f"config.classify.pretrained {name!r}",
-            revision=section.pretrained_revision,
-        )
 
 
 def _check_size(model: str, size: int, smallest: int) -> None:

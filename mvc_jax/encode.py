@@ -117,6 +117,9 @@ def encode(
     )
     _check_disk_space(folder, parts)
     components = [part.component for part in parts]
+    # What only later stages read must be usable too, before hours of work.
+    for name in sorted({*pipeline_folder.WEIGHTS} - {*components}):
+        diffusers_layout.require_finite(base, name, config.base.variant)
     _, params = diffusers_layout.load(base, components, config.base.variant)
     size = sharding.padded_size(section.batch_size, mesh)
     for part in parts:

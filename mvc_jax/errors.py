@@ -2,8 +2,17 @@
 
 import errno
 import os
+import resource
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+_NO_ROOM = {  # what it is, and how to make room
+    errno.ENOSPC: ("a full disk", "Free some of it"),
+    errno.EDQUOT: ("an exhausted disk quota", "Free some of it, or have it raised"),
+    errno.EFBIG: ("a limit on the size of files", "Raise it (`ulimit -f`)"),
+    errno.EROFS: ("a disk that is mounted read-only", "Mount it for writing"),
+}
 
 
 class UserError(Exception):
@@ -93,15 +102,57 @@ def require_disk_space(folder: os.PathLike, size: int, *, what: str, fix: str) -
         )
 
 
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether ENOSPC is anywhere in the exception chain.
+def no_room(
+    error: BaseException, folder: os.PathLike, size: int = 0
+) -> UserError | None:
+    """The error to show for one that was caused by a disk that takes no more bytes.
 
-    Orbax and pyarrow report it in the message alone, without its errno.
+    Args:
+      error: any, also one of Orbax or pyarrow, which have the reason in the text alone,
+        as the cause of another or in a group.
+      folder: that was written to; used where `error` does not name a file.
+      size: bytes that were to be written; 0: unknown.
+
+    Returns:
+      None if it has another cause.
     """
+    for part in _chain(error):
+        for code, (what, fix) in _NO_ROOM.items():
+            texts = (os.strerror(code), errno.errorcode[code])
+            same = getattr(part, "errno", None) == code
+            if not same and not any(text in str(part) for text in texts):
+                continue
+            path = getattr(part, "filename", None)
+            free = f"{_free(path or folder)} bytes free"
+            if path is None and not size:
+                temporary = tempfile.gettempdir()
+                free += f", {_free(temporary)} in {temporary}"
+            if code == errno.EFBIG:
+                free = f"{resource.getrlimit(resource.RLIMIT_FSIZE)[0]} bytes"
+            return UserError(
+                str(path or folder),
+                wanted=f"{size} bytes of free disk" if size else "space to write",
+                got=f"{what} ({free})",
+                fix=f"{fix}, then rerun the same command to resume.",
+            )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the members of a group, and what each of them was raised from."""
     while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            return True
-        if "No space left on device" in str(error) or "ENOSPC" in str(error):
-            return True
+        yield error
+        for member in getattr(error, "exceptions", ()):
+            yield from _chain(member)
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _free(path: os.PathLike | str) -> int:
+    """Free bytes of the disk on which `path` is, or would be; 0: unknown."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return 0

@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 
@@ -26,8 +27,11 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of a disk that became read-only
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # writing to an open file names none
         raise
 
 
@@ -46,6 +50,46 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 def read_json(path: epath.PathLike) -> Any:
     return json.loads(epath.Path(path).read_text())
+
+
+def read_record(path: epath.PathLike) -> dict[str, Any]:
+    """The object in a JSON file that only informs; {} if it is missing or damaged."""
+    path = epath.Path(path)
+    try:
+        content = read_json(path) if path.exists() else {}
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        logging.warning("%s is damaged and not used: %s", path, error)
+        return {}
+    return content
+
+
+def read_rows(
+    path: epath.PathLike, valid: Callable[[dict], bool] = lambda row: True
+) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that only informs; [] if it is missing.
+
+    Args:
+      path: of the file.
+      valid: whether a row, which is a JSON object, has the wanted fields. Others, and
+        lines that are damaged, are left out with a warning.
+    """
+    path = epath.Path(path)
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows, damaged = [], 0
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and valid(row):
+            rows.append(row)
+        else:
+            damaged += 1
+    if damaged:
+        logging.warning("%s: %d damaged rows are not used", path, damaged)
+    return rows
 
 
 def write_jsonl(path: epath.PathLike, rows: list[dict]) -> None:

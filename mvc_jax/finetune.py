@@ -75,9 +75,15 @@ _MEMORY_HINT = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks that the warm-up of `finetune` ends."""
-    section = config.finetune.to_dict()
+    """Checks that the warm-up of `finetune` ends, and the targets of adapters."""
+    section, base = config.finetune.to_dict(), config.base
     require_at_most("config.finetune", section, "warmup", "steps")
+    if section["mode"] == "lora" and base.path:
+        if pipeline_folder.is_hub_name(base.path):
+            return  # its layers are known after the download
+        model, _ = diffusers_layout.load(base.path, (), base.variant)
+        targets = section["lora"]["targets"]
+        lora.check_targets(model.shapes("unet"), targets, lora_file.layer_name)
 
 
 def stage_spec(config: ConfigDict) -> Spec:

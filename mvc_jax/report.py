@@ -15,16 +15,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
-from etils import epath
+from etils import epath, epy
 from ml_collections import ConfigDict
 from PIL import Image
 
 from mvc_jax import files, pictures
 from mvc_jax.data import splits
+from mvc_jax.mixing.recipes import MODES
 from mvc_jax.stage import Spec, open_stage
 
+with epy.lazy_imports():
+    from mvc_jax.training import metrics as metrics_log
+
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
-_MODES = ("coarse", "fine")
 _SETS = ("unmixed", "mixed", "pretrained")  # first columns; other sets follow
 _PROVENANCE = ["index", "label", "source", "partners", "mode", "prompt"]
 _MAX_CLASSES = 20  # in the grid
@@ -100,7 +103,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         curves=_curves(workdir),
         figures=_figures(workdir / "generate"),
         config=config.to_dict(),
-        timings=_read_optional(workdir / "timings.json"),
+        timings=_timings(workdir),
         manifests=_manifests(workdir),
     )
     files.write_text(stage.folder / "report.html", page)
@@ -167,7 +170,7 @@ def _grid(inputs: _Inputs, columns: int) -> list[dict]:
     made: dict[tuple[str, str], list[dict]] = {}
     for row in inputs.sets.get("mixed", {}).values():
         made.setdefault((row["source"], row["mode"]), []).append(row)
-    modes = [mode for mode in _MODES if any(key[1] == mode for key in made)]
+    modes = [mode for mode in MODES if any(key[1] == mode for key in made)]
     members: dict[int, list[str]] = {}
     for id_, label in zip(inputs.real.ids, inputs.real.labels.tolist(), strict=True):
         members.setdefault(label, []).append(id_)
@@ -196,7 +199,7 @@ def _comparison(inputs: _Inputs) -> list[dict]:
         for index, row in inputs.sets.get("mixed", {}).items()
         if len(inputs.sets) > 1 and all(index in rows for rows in inputs.sets.values())
     ]
-    modes = [mode for mode in _MODES if any(row["mode"] == mode for row in common)]
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in common)]
     last = {(row["label"], row["mode"]): row for row in common}
     compared = []
     for i, label in enumerate(sorted({row["label"] for row in common})[:_EXAMPLES]):
@@ -309,10 +312,9 @@ def _figures(folder: epath.Path) -> list[dict]:
 
 def _curves(workdir: epath.Path) -> list[dict]:
     """Plots the loss of every training loop; seeds of a run share a plot."""
-    path = workdir / "metrics.jsonl"
     loops: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in files.read_jsonl(path) if path.exists() else []:
-        if isinstance(row.get("loss"), int | float):
+    for row in metrics_log.read_rows(workdir):
+        if "loss" in row:
             name = re.sub(r"/seed-[\d-]+$", "", row["stage"])
             lines = loops.setdefault(name, {})
             lines.setdefault(row["stage"], []).append((row["step"], row["loss"]))
@@ -361,5 +363,12 @@ def _manifests(workdir: epath.Path) -> dict[str, dict]:
     }
 
 
-def _read_optional(path: epath.Path) -> dict[str, Any]:
-    return files.read_json(path) if path.exists() else {}
+def _timings(workdir: epath.Path) -> dict[str, dict[str, float]]:
+    """Reads the times of stages, without those of a damaged file."""
+    names = ("seconds", "compile_seconds", "peak_rss_mib")
+    return {
+        stage: row
+        for stage, row in files.read_record(workdir / "timings.json").items()
+        if isinstance(row, dict)
+        and all(type(row.get(name)) in (int, float) for name in names)
+    }

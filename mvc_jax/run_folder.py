@@ -6,17 +6,15 @@ each; they move with it.
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from absl import logging
 from etils import epath
 
 from mvc_jax import files
-from mvc_jax.errors import UserError, is_full_disk
+from mvc_jax.errors import UserError, no_room
 
 _METRICS, _TIMINGS, _BOARDS = "metrics.jsonl", "timings.json", "tensorboard"
 
@@ -28,7 +26,7 @@ def check(workdir: epath.Path, min_free_gib: float) -> None:
         files.write_text(workdir / ".writable", "")
         (workdir / ".writable").unlink()
     except (OSError, ImportError) as error:
-        if is_full_disk(error):
+        if no_room(error, workdir):
             raise
         raise UserError(
             f"--workdir={workdir}",
@@ -144,7 +142,7 @@ def link_or_copy(source: epath.Path, target: epath.Path) -> None:
         try:
             os.link(source, target)
         except OSError as error:
-            if is_full_disk(error):
+            if no_room(error, target):
                 raise
             shutil.copy2(source, target)  # another disk, or one without links
 
@@ -160,23 +158,8 @@ def _stage_of(row: Any) -> str:
 
 
 def _rows(workdir: epath.Path) -> list[dict]:
-    path = workdir / _METRICS
-    try:
-        return files.read_jsonl(path) if path.exists() else []
-    except ValueError as error:
-        return _damaged(path, error) or []
+    return files.read_rows(workdir / _METRICS)
 
 
 def _timings(workdir: epath.Path) -> dict[str, Any]:
-    path = workdir / _TIMINGS
-    try:
-        record = files.read_json(path) if path.exists() else {}
-        if not isinstance(record, dict):
-            raise ValueError(f"got {json.dumps(record)[:40]}")
-    except ValueError as error:
-        return _damaged(path, error) or {}
-    return record
-
-
-def _damaged(path: epath.Path, error: ValueError) -> None:
-    logging.warning("%s is damaged (%s) and is not used", path, error)
+    return files.read_record(workdir / _TIMINGS)

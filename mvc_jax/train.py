@@ -28,7 +28,6 @@ Exit codes:
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -48,7 +47,7 @@ from mvc_jax import (
     stage,
 )
 from mvc_jax.configs import common
-from mvc_jax.errors import UserError, is_full_disk
+from mvc_jax.errors import UserError, no_room
 from mvc_jax.redo import ending_redo, move_aside, stages_to_move
 from mvc_jax.take_over import take_over
 from mvc_jax.training import console, preemption, runtime
@@ -90,9 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted; rerun the same command to resume", file=sys.stderr)
             return 130
         except Exception as error:
-            if workdir is None or not is_full_disk(error):
+            full = workdir and no_room(error, workdir)
+            if not full:
                 raise
-            return _fail(_full_disk_message(error, workdir))
+            return _fail(str(full))
         return 0
 
 
@@ -126,10 +126,17 @@ def run(
             verify_files(config, workdir)
         moved = stages_to_move(redo, stages, config, workdir, source)
         steps = plan.make(stages, config, workdir, redo=moved, source=source)
+<<<<<<< HEAD
         unfinished = [step.name for step in steps if step.state != "done"]
         check_stages(unfinished, config)
         if "classify" in unfinished and stage.is_complete(workdir, "caption"):
             pipeline.module("classify").require_classes(workdir)
+=======
+        todo = [step.name for step in steps if step.state != "done"]
+        check_stages(todo, config)
+        if "classify" in todo and "caption" not in todo:
+            pipeline.module("classify").check_images(config, workdir)
+>>>>>>> main
         plan.require_possible(steps, workdir)
         _prepare(steps, config, workdir)
         if moved:
@@ -264,19 +271,6 @@ def _fail(message: str, details: Sequence[str] = ()) -> int:
     if len(details) > _MAX_DETAILS:
         print(f"  ... and {len(details) - _MAX_DETAILS} more", file=sys.stderr)
     return 2
-
-
-def _full_disk_message(error: BaseException, workdir: epath.Path) -> str:
-    path = getattr(error, "filename", None) or workdir
-    free = shutil.disk_usage(workdir).free if run_folder.is_local(workdir) else 0
-    return str(
-        UserError(
-            str(path),
-            wanted="space to write",
-            got=f"a full disk ({free} bytes free)",
-            fix="Free some, then rerun the same command to resume.",
-        )
-    )
 
 
 if __name__ == "__main__":

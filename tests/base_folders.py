@@ -2,7 +2,9 @@
 
 import fnmatch
 import json
+import types
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -10,7 +12,7 @@ from etils import epath
 
 from configs import common
 from mvc_jax import encode, files
-from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.checkpoints import diffusers_layout, hub
 from mvc_jax.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -67,3 +69,31 @@ def config_of(path, **fields):
 
 def find_base(config, workdir, record):
     return encode._find_base(config, epath.Path(workdir), epath.Path(record))
+
+
+def answer(monkeypatch, names=(), *, gated=False, cache, error=None, denied=None):
+    """A hub that has one model, of these files, or answers with an error.
+
+    Args:
+      monkeypatch: pytest's.
+      names: of the model's files.
+      gated: whether a permission is needed.
+      cache: folder of the library's cache.
+      error: raised where the model is looked up.
+      denied: raised where the permission is looked up.
+    """
+
+    def info(name, revision, timeout):
+        if error is not None:
+            raise error
+        siblings = [types.SimpleNamespace(rfilename=file) for file in names]
+        return types.SimpleNamespace(sha=COMMIT, siblings=siblings, gated=gated)
+
+    def auth_check(name):
+        if denied is not None:
+            raise denied
+
+    monkeypatch.setattr(huggingface_hub, "model_info", info)
+    monkeypatch.setattr(huggingface_hub, "auth_check", auth_check)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    hub._list_files.cache_clear()

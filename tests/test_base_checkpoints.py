@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from base_folders import (
-    NAME,
     TEXT,
     UNET,
     VAE,
@@ -307,6 +306,20 @@ def _alone(**config):
     return damage
 
 
+def _class(component, name):
+    index = {component: ["transformers", name]}
+    return lambda folder: edit(folder / "model_index.json", **index)
+
+
+def _tensors(file, change):
+    def damage(folder):
+        tensors = safetensors.numpy.load_file(folder / file)
+        change(tensors)
+        safetensors.numpy.save_file(tensors, folder / file)
+
+    return damage
+
+
 def _only(name):
     def damage(folder):
         shutil.rmtree(folder)
@@ -325,6 +338,30 @@ DAMAGED_FOLDERS = {
     "flux": (_pipeline("FluxPipeline"), "got FluxPipeline"),
     "inpaint": (_pipeline("StableDiffusionInpaintPipeline"), "InpaintPipeline"),
     "no class": (_pipeline(None), "got None"),
+    "projection": (
+        _class("text_encoder", "CLIPTextModelWithProjection"),
+        "text_encoder is a CLIPTextModelWithProjection, not a CLIPTextModel",
+    ),
+    "projection's tensors": (
+        _tensors(
+            TEXT, lambda x: x.update({"text_projection.weight": np.eye(16, dtype="f4")})
+        ),
+        "text_encoder/.* text_projection.weight is unexpected",
+    ),
+    "tiny VAE": (_class("vae", "AutoencoderTiny"), "vae is a AutoencoderTiny"),
+    "class": (lambda x: edit(x / "model_index.json", unet=None), "unet is a None"),
+    "tensor": (
+        _tensors(UNET, lambda tensors: tensors.pop("conv_out.bias")),
+        "unet/.* conv_out.bias is missing",
+    ),
+    "shape": (
+        _tensors(UNET, lambda x: x.update({"conv_in.bias": np.zeros(4, "f4")})),
+        r"unet/.* conv_in.bias has shape \[4\], not \[32\]",
+    ),
+    "activation": (_option("text_encoder", hidden_act="none"), "cannot be built"),
+    "no network": (_option("unet", block_out_channels=[33]), "cannot be built"),
+    "sides": (_option("unet", sample_size=[8]), r"sample_size is \[8\], not"),
+    "side": (_option("vae", sample_size=None), "sample_size is None, not"),
     "inpainting UNet": (_option("unet", in_channels=9), "got 9, as an inpainting"),
     "depth": (_option("unet", in_channels=5), "got 5, as an inpainting, depth"),
     "out": (_option("unet", out_channels=8), "4 output channels"),
@@ -497,10 +534,51 @@ def test_options_without_effect_are_accepted(saved):
     diffusers_layout.check_base(saved)
 
 
-def test_numbers_that_form_no_network_are_a_readable_error(saved):
-    _option("unet", block_out_channels=[33])(saved)
-    with pytest.raises(UserError, match=r"unet/config.json: .* cannot be built"):
-        diffusers_layout.load(saved)
+@pytest.mark.parametrize("unet", [None, [4, 6], 3])
+@pytest.mark.parametrize("vae", [[30, 48], 7])
+def test_the_default_size_of_images_may_be_none_or_two_sides(saved, tiny, unet, vae):
+    """As PyTorch's classes accept it; it shapes no weight."""
+    _option("unet", sample_size=unet)(saved)
+    _option("vae", sample_size=vae)(saved)
+    diffusers_layout.check_base(saved)
+    model, params = diffusers_layout.load(saved)
+    jax.tree.map(np.testing.assert_array_equal, params, tiny[1])
+    assert model.configs["unet"]["sample_size"] == unet  # is exported as it was
+
+
+# Numbers that are not finite.
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_weights_that_are_not_finite_are_named(saved, file, dtype, value):
+    tensors = safetensors.numpy.load_file(saved / file)
+    name = sorted(tensors)[-1]
+    tensors = {key: np.array(tensor, dtype) for key, tensor in tensors.items()}
+    tensors[name].reshape(-1)[-1] = value
+    safetensors.numpy.save_file(tensors, saved / file)
+    component = file.split("/")[0]
+    for read in (
+        lambda: diffusers_layout.load(saved, (component,)),
+        lambda: diffusers_layout.require_finite(saved, component),
+    ):
+        with pytest.raises(UserError, match="NaN or infinity in 1 of") as error:
+            read()
+        assert error.value.name == f"{saved / file}: {name}"
+    for other in {"unet", "vae", "text_encoder"} - {component}:
+        diffusers_layout.require_finite(saved, other)
+
+
+@pytest.mark.parametrize("part", diffusers_layout.WEIGHTS)
+def test_a_model_that_is_not_finite_is_not_exported(tiny, tmp_path, part):
+    model, params = tiny
+    params = {**params, part: jax.tree.map(np.array, params[part])}
+    jax.tree.leaves(params[part])[0].reshape(-1)[0] = np.nan
+    with pytest.raises(UserError, match="Nothing is exported"):
+        diffusers_layout.save(tmp_path, model, params)
+    assert not (tmp_path / "model_index.json").exists()
+    assert not list(tmp_path.glob(f"{part}/*safetensors"))
 
 
 def test_configs_of_early_releases_leave_out_defaults(saved):
@@ -598,7 +676,6 @@ def test_a_revision_is_of_a_hub_name(saved):
 
 def test_the_check_of_the_stage_covers_the_base(saved):
     encode.check(config_of(saved))
-    encode.check(config_of(NAME, variant="fp16", revision="v1"))
     (saved / VAE).unlink()
     with pytest.raises(UserError, match="1 missing: vae/"):
         encode.check(config_of(saved))

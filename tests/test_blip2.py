@@ -383,7 +383,6 @@ def test_pytorch_is_missing(monkeypatch):
 def test_a_hub_that_cannot_be_reached(shell, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    blip2_captioner.check_model("nobody/nothing")  # not looked up
     with pytest.raises(UserError, match="from the hub LocalEntryNotFoundError") as e:
         next(blip2_captioner.captions("no.npy", [0], model="nobody/nothing", **OPTIONS))
     assert e.value.name == "config.caption.model 'nobody/nothing'"

@@ -101,6 +101,7 @@ def batch(seeds=(0, 1), index=INDEX, weight=WEIGHT):
 def per_seed(state):
     """Everything that a seed has of its own, on the host."""
     parts = (state.params, state.ema_params, state.batch_stats, state.opt_state)
+    parts = (*parts, state.ema_batch_stats)
     return jax.tree.map(np.asarray, parts)
 
 
@@ -134,6 +135,34 @@ def test_seeds_trained_together_equal_seeds_trained_alone(after):
     first, second = (of_seed(after[0], seed)[0] for seed in (0, 1))
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), first, second)
     assert max(jax.tree.leaves(differences)) > 0.01
+
+
+def test_an_average_is_of_parameters_and_batch_statistics():
+    """As timm's `ModelEmaV3` averages buffers, and what is predicted and exported."""
+    state = start()
+    expected = jax.tree.map(np.asarray, (state.params, state.batch_stats))
+    for count in range(3):
+        state, _ = step(state, batch())
+        rate = min(SPEC.ema_decay, (1 + count) / (10 + count))
+        now = (state.params, state.batch_stats)
+        expected = jax.tree.map(
+            lambda old, new, rate=rate: rate * old + (1 - rate) * np.asarray(new),
+            expected,
+            now,
+        )
+    params, stats = expected
+    assert_close(state.ema_params, params)
+    assert_close(state.ema_batch_stats, stats)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), stats, now[1])
+    assert min(jax.tree.leaves(differences)) > 1e-4
+    averages = {"params": state.ema_params, "batch_stats": state.ema_batch_stats}
+    for seed, variables in enumerate(classifier.unstack(state)):
+        assert_equal(variables, jax.tree.map(lambda x, i=seed: x[i], averages))
+    predict = classifier.predictor(SPEC, mesh(), batch_size=4)
+    found = predict(state, IMAGES[:4])
+    shown = SPEC.normalize(jnp.asarray(IMAGES[:4], jnp.float32))
+    logits = jax.vmap(lambda v: MODEL.apply(v, shown))(averages)
+    np.testing.assert_allclose(found, jax.nn.softmax(logits), atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mvc_jax import classify
+from mvc_jax import caption, classify
 from mvc_jax.checkpoints import classifier_export, classifier_weights, hub
 from mvc_jax.classification import classifier, runs, training_set
 from mvc_jax.configs import digits, folder
 from mvc_jax.data import splits
+from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 from mvc_jax.models import classifiers
@@ -50,6 +51,7 @@ def read(monkeypatch, tmp_path):
     def read(train=(PER_CLASS,) * 3, test=(2, 2, 2), names=NAMES, **options):
         both = {"train": split("train", train, names)}
         both["test"] = split("test", test, names)
+        both[splits.VALIDATION] = split("validation", ())
         rows = list(synthetic_rows(both["train"]))
         monkeypatch.setattr(splits, "read_split", lambda folder, name: both[name])
         monkeypatch.setattr(synthetic, "read_rows", lambda folder, columns: iter(rows))
@@ -57,6 +59,7 @@ def read(monkeypatch, tmp_path):
         data = training_set.read(
             epath.Path(tmp_path),
             epath.Path(tmp_path) / "pixels",
+            Digests(tmp_path, tmp_path / "digests.jsonl"),
             sets=["mixed"],
             size=SIZE // 2,
             data_size=SIZE,
@@ -190,8 +193,37 @@ def test_a_checkpoint_of_another_network_is_refused(pretrained):
         classify.check(config_with(pretrained[0], model="resnet20"))
 
 
+@pytest.mark.parametrize(
+    ("validation", "most"),
+    [(0.0, 6), (0.2, 4), (0.5, 2)],  # steps of 2 epochs of batches of 10
+)
+def test_a_warmup_above_the_steps_of_its_epochs_is_refused_before_any_work(
+    tmp_path, validation, most
+):
+    """Three images of each digit; once they are known, by both stages."""
+    config = digits.get_config()
+    config.data.per_class, config.data.pool = 3, 0
+    config.classify.epochs, config.classify.batch_size = 2, 10
+    config.classify.validation = validation
+    config.classify.warmup = most
+    caption.check(config)
+    caption.run(config, tmp_path)
+    classify.check_images(config, tmp_path)
+    config.classify.warmup = most + 1
+    for check in (
+        caption.check,
+        lambda config: classify.check_images(config, tmp_path),
+    ):
+        with pytest.raises(UserError, match=f"at most the {most} steps") as error:
+            check(config)
+        assert error.value.name == "config.classify.warmup"
+    classify.check_images(config, tmp_path / "another")
+    config.classify.epochs = 0
+    caption.check(config)
+
+
 def test_an_unknown_hub_name_is_refused_before_any_work(monkeypatch):
-    def check_name(name, *, field, revision):
+    def check_name(name, patterns, *, field, revision):
         raise UserError(field, wanted="a model", got=f"none, at {revision}", fix=".")
 
     monkeypatch.setattr(hub, "check_name", check_name)

@@ -159,6 +159,32 @@ def test_an_exported_folder_draws_our_image(folders, torch, logged_warnings):
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [..., None, 1e30])
+def test_a_tokenizer_without_a_length_gets_the_text_encoders(
+    tiny, torch, tmp_path, length
+):
+    """PyTorch would pad the prompt to it, beyond the text encoder's positions."""
+    import diffusers
+
+    model, params = tiny
+    base = tmp_path / "base"
+    diffusers_layout.save(base, *model.widened(params))
+    file = base / "tokenizer" / "tokenizer_config.json"
+    options = json.loads(file.read_text())
+    del options["model_max_length"]
+    file.write_text(
+        json.dumps(options if length is ... else options | {"model_max_length": length})
+    )
+    diffusers_layout.check_base(base)
+    diffusers_layout.save(tmp_path / "model", *diffusers_layout.load(base))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert pipe.tokenizer.model_max_length == 12
+    pipe.set_progress_bar_config(disable=True)
+    image = np.zeros((1, 8, 8, 3), np.float32)
+    drawn = pipe(PROMPT, image=image, num_inference_steps=1, output_type="np").images
+    assert np.isfinite(drawn).all()
+
+
 def test_an_unknown_field_or_tensor_would_cause_a_warning(
     tiny, torch, logged_warnings, tmp_path
 ):

@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from PIL import Image
 from sd_parity import jit_fast
 
 from mvc_jax import finetune, train
-from mvc_jax.checkpoints import diffusers_layout, lora_file
+from mvc_jax.checkpoints import diffusers_layout, lora_file, tensor_file
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
 from mvc_jax.errors import UserError
@@ -386,6 +387,45 @@ def test_a_lack_of_memory_is_answered_with_what_would_fit():
     assert "None of these" in finetune.what_fits(
         2 * gib, 30 * gib, 3 * gib, remat="none", **lora
     )
+
+
+def spoiled(base, folder, value):
+    """A copy of a base in which one weight of the UNet has this value."""
+    model, params = diffusers_layout.load(base)
+    unet = jax.tree.map(np.array, params["unet"])
+    unet["conv_in"]["kernel"][0, 0, 0, 0] = value
+    with mock.patch.object(tensor_file, "_require_finite"):
+        diffusers_layout.save(folder, model, {**params, "unet": unet})
+    return folder
+
+
+def test_a_base_that_is_not_finite_is_refused_before_anything_is_encoded(
+    base, tmp_path, capsys
+):
+    assert run(spoiled(base, tmp_path / "base", np.nan), tmp_path / "run") == 2
+    assert (
+        "unet/diffusion_pytorch_model.safetensors: conv_in.weight: wanted finite"
+        in (capsys.readouterr().err)
+    )
+    assert not list((tmp_path / "run" / "encode").glob("*/*.npy"))
+
+
+def test_a_base_whose_every_step_is_skipped_exports_nothing(base, tmp_path, capsys):
+    folder = spoiled(base, tmp_path / "base", 3e38)  # finite, but no loss is
+    flags = ("--config.finetune.max_skipped=100", "--config.finetune.sample_every=0")
+    for _ in range(2):
+        assert run(folder, tmp_path / "run", *flags) == 2
+        assert "4 consecutive steps without" in capsys.readouterr().err
+        assert not (tmp_path / "run" / "finetune" / "model").exists()
+
+
+def test_an_unknown_target_of_adapters_is_refused_before_captioning(base, tmp_path):
+    config = common.get_config()
+    config.base.path, config.finetune.mode = str(base), "lora"
+    finetune.check(config)
+    config.finetune.lora.targets = ("to_x",)
+    with pytest.raises(UserError, match=r"to_x.*to_out\.0"):
+        finetune.check(config)
 
 
 def test_an_unknown_target_of_adapters_is_refused_with_the_known_ones(

@@ -1,5 +1,6 @@
 """Base models on the Hugging Face hub: downloads, look-ups and the cache."""
 
+import shlex
 import shutil
 
 import huggingface_hub
@@ -13,8 +14,10 @@ from base_folders import (
     TEXT,
     UNET,
     VAE,
+    answer,
     cast,
     config_of,
+    edit,
     find_base,
     matching,
     to_variant,
@@ -24,11 +27,13 @@ from huggingface_hub import errors
 from mvc_jax import encode, files
 from mvc_jax.checkpoints import (
     blip2_captioner,
+    classifier_checkpoint,
     clip_checkpoint,
     controlnet_checkpoint,
     diffusers_layout,
     hub,
     pipeline_folder,
+    vit_gpt2_captioner,
 )
 from mvc_jax.errors import UserError
 
@@ -117,9 +122,6 @@ def test_only_required_files_are_downloaded_once(saved, monkeypatch, variant, wa
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(hub, "check_name", lambda *_, **__: None)
-    diffusers_layout.check_base(NAME, variant, "v1")  # downloads nothing
-    assert asked == []
     model, _ = diffusers_layout.load(NAME, ("vae",), variant, "v1")
     assert model.latent_channels == 4
     assert asked == [(NAME, {"revision": "v1"})]
@@ -169,54 +171,169 @@ def refusal(kind):
     return kind("404 Client Error. (Request ID: 1)", response=requests.Response())
 
 
-# The check of each setting that may hold the name of a model on the hub.
+# The check of each setting that may hold the name of a model on the hub, and files with
+# which it passes.
 NAMED = {
-    "captioner": blip2_captioner.check_model,
-    "base": lambda name: encode.check(config_of(name)),
-    "clip": lambda name: clip_checkpoint.check(name, field="config.generate.clip"),
-    "controlnet": lambda name: controlnet_checkpoint.check(
-        name, None, field="config.x"
+    "captioner": (
+        vit_gpt2_captioner.check_model,
+        ["config.json", "model.safetensors", "preprocessor_config.json", "vocab.json"],
+    ),
+    "blip2": (
+        blip2_captioner.check_model,
+        [
+            "config.json",
+            "model.safetensors.index.json",
+            "preprocessor_config.json",
+            "tokenizer.json",
+        ],
+    ),
+    "base": (lambda name: encode.check(config_of(name)), LISTING),
+    "clip": (
+        lambda name: clip_checkpoint.check(name, field="config.generate.clip"),
+        ["config.json", "model.safetensors"],
+    ),
+    "controlnet": (
+        lambda name: controlnet_checkpoint.check(name, None, field="config.x"),
+        ["config.json", "diffusion_pytorch_model.safetensors"],
+    ),
+    "classifier": (
+        lambda name: classifier_checkpoint.check(name, field="config.y"),
+        ["model.safetensors"],
     ),
 }
 
 
 @pytest.mark.parametrize("stage", NAMED)
-def test_a_name_missing_on_the_hub_is_an_error_before_any_work(monkeypatch, stage):
-    def info(name, revision, timeout):
-        raise refusal(errors.RepositoryNotFoundError)
-
-    monkeypatch.setattr(huggingface_hub, "model_info", info)
-    hub.check_name.cache_clear()
-    with pytest.raises(UserError, match="RepositoryNotFoundError: 404") as error:
-        NAMED[stage]("nobody/nothing")
-    assert "'nobody/nothing'" in error.value.name
+def test_a_name_on_the_hub_passes_without_a_download(monkeypatch, tmp_path, stage):
+    check, names = NAMED[stage]
+    answer(monkeypatch, names, cache=tmp_path)
+    check(NAME)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_revision_missing_on_the_hub_is_an_error_before_any_work(monkeypatch):
-    def info(name, revision, timeout):
-        if revision:
-            raise refusal(errors.RevisionNotFoundError)
+@pytest.mark.parametrize("stage", NAMED)
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (refusal(errors.RepositoryNotFoundError), "Correct the name.*hf auth login"),
+        (refusal(errors.RevisionNotFoundError), "Correct the revision"),
+        (refusal(errors.HfHubHTTPError), "With a network"),
+        (requests.exceptions.ConnectTimeout("no answer"), "With a network"),
+        (requests.exceptions.ConnectionError("no route"), "With a network"),
+        (ValueError("an impossible name"), "With a network"),
+        ("offline", "With a network, and without HF_HUB_OFFLINE"),
+    ],
+)
+def test_what_cannot_be_had_is_an_error_before_any_work(
+    monkeypatch, tmp_path, stage, error, fix
+):
+    if error == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    answer(monkeypatch, cache=tmp_path, error=error)
+    with pytest.raises(UserError, match=f"{fix}.*: hf download {NAME} --incl") as found:
+        NAMED[stage][0](NAME)
+    assert f"'{NAME}'" in found.value.name
 
-    monkeypatch.setattr(huggingface_hub, "model_info", info)
-    hub.check_name.cache_clear()
-    diffusers_layout.check_base(NAME)
-    with pytest.raises(UserError, match="RevisionNotFoundError"):
-        diffusers_layout.check_base(NAME, revision="another")
+
+@pytest.mark.parametrize("stage", NAMED)
+def test_a_gated_model_needs_a_permission(monkeypatch, tmp_path, stage):
+    check, names = NAMED[stage]
+    answer(monkeypatch, names, gated="auto", cache=tmp_path)
+    check(NAME)
+    denied = refusal(errors.GatedRepoError)
+    answer(monkeypatch, names, gated="auto", cache=tmp_path, denied=denied)
+    terms = (
+        f"terms at https://huggingface.co/{NAME}, run `hf auth login`, then: hf down"
+    )
+    with pytest.raises(UserError, match=terms):
+        check(NAME)
 
 
-def test_without_an_answer_of_the_hub_names_are_not_checked(monkeypatch):
-    def info(name, revision, timeout):
-        raise requests.exceptions.ConnectTimeout("no answer")
+@pytest.mark.parametrize("stage", NAMED)
+def test_a_model_of_pickles_alone_is_refused_before_any_work(
+    monkeypatch, tmp_path, stage
+):
+    check, names = NAMED[stage]
+    pickles = [
+        "model.bin"
+        if "safetensors" in name and "/" not in name
+        else name.replace(".safetensors", ".bin")
+        for name in names
+    ]
+    answer(monkeypatch, pickles, cache=tmp_path)
+    with pytest.raises(UserError, match="Pickles are never opened"):
+        check(NAME)
 
-    monkeypatch.setattr(huggingface_hub, "model_info", info)
-    hub.check_name.cache_clear()
-    diffusers_layout.check_base(NAME)
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["sd.ckpt"],
+            r"from_single_file\('https://huggingface.co/some/model/blob/main",
+        ),
+        (["pytorch_lora_weights.safetensors"], "LoRA adapters"),
+        (["config.json"], "without model_index.json"),
+        ([], "without model_index.json"),
+        ([x for x in LISTING if x != VAE], f"1 missing: {VAE} .*base.variant=fp16"),
+        ([x for x in LISTING if "bin" in x or "json" in x], "Pickles are never opened"),
+    ],
+)
+def test_files_that_the_hub_does_not_have_are_listed(
+    monkeypatch, tmp_path, names, words
+):
+    answer(monkeypatch, names, cache=tmp_path)
+    with pytest.raises(UserError, match=words):
+        diffusers_layout.check_base(NAME)
+
+
+def test_the_variant_that_all_parts_have_is_suggested(monkeypatch, tmp_path):
+    answer(monkeypatch, [x for x in LISTING if "fp16" not in x], cache=tmp_path)
+    with pytest.raises(UserError, match="3 missing.*base.variant='', which is present"):
+        diffusers_layout.check_base(NAME, "fp16")
+
+
+def test_a_whole_snapshot_in_the_cache_is_read_before_any_work(cached, monkeypatch):
+    """Also where the hub does not answer; and where it does, if it has the same."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    listing = [x for x in LISTING if (cached / x).exists()]
+    folder = cached.parents[2]
+    timeout = requests.exceptions.ConnectTimeout("no answer")
+    for error in (timeout, None):
+        answer(monkeypatch, listing, cache=folder, error=error)
+        diffusers_layout.check_base(NAME)
+    edit(cached / "unet" / "config.json", act_fn="gelu")
+    for error in (timeout, None):
+        answer(monkeypatch, listing, cache=folder, error=error)
+        with pytest.raises(UserError, match="act_fn is 'gelu'"):
+            diffusers_layout.check_base(NAME)
+    (cached / UNET).unlink()
+    answer(monkeypatch, listing, cache=folder, error=timeout)
+    with pytest.raises(
+        UserError, match=f"1 missing: {UNET}.*hf download {NAME} --incl"
+    ):
+        diffusers_layout.check_base(NAME)
+    answer(monkeypatch, listing, cache=folder)
+    diffusers_layout.check_base(NAME)  # the download will complete it
+
+
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_the_printed_command_downloads_what_is_needed(variant):
+    patterns = pipeline_folder.download_patterns(variant)
+    words = shlex.split(hub.download_command(NAME, patterns, "v1"))
+    assert words[:5] == ["hf", "download", NAME, "--revision", "v1"]
+    chosen = matching(LISTING, words[words.index("--include") + 1 :])
+    assert matching(LISTING, patterns) <= chosen
+    large = {x for x in chosen if x.endswith((".safetensors", ".bin", ".ckpt"))}
+    assert len(large) == 3
+    assert all((".fp16." in x) == bool(variant) for x in large)
 
 
 def test_in_offline_mode_no_name_is_looked_up(cached, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "model_info", None)  # a call would fail
-    hub.check_name.cache_clear()
-    hub.check_name(NAME, field="config.base.path")
+    hub._list_files.cache_clear()
+    found = hub.check_name(NAME, ["*"], field="config.base.path")
+    assert str(found) == str(cached)
 
 
 def test_a_full_disk_is_not_a_missing_model(monkeypatch):

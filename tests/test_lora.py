@@ -283,3 +283,11 @@ def test_the_file_has_the_names_and_layout_of_peft(everywhere, tmp_path):
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["unet.r"] == config["unet.lora_alpha"] == 2
     assert len(config["unet.target_modules"]) == len(everywhere)
+
+
+def test_adapters_that_are_not_finite_are_not_exported(everywhere, tmp_path):
+    spoiled = jax.tree.map(np.array, everywhere)
+    spoiled["conv_in"]["b"][..., 0] = np.inf
+    with pytest.raises(UserError, match=r"conv_in.lora_B.weight: .* Nothing is export"):
+        lora_file.write(tmp_path, spoiled)
+    assert not list(tmp_path.iterdir())

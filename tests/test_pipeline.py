@@ -389,6 +389,33 @@ def test_a_full_disk_is_one_sentence(here, capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "caption" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_disk_without_room_is_one_sentence_in_every_stage(
+    copied, here, capsys, monkeypatch, name
+):
+    """The stage makes one of its own artifacts again, first without room for it."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    code = codes[STAGES.index(name) % len(codes)]
+    wanted, replacing = manifest_of(copied, name)["artifacts"], files.replacing
+    lost = copied / name / max(wanted)
+    lost.unlink()
+
+    def fails(path):
+        if str(path) == str(lost):
+            raise OSError(code, os.strerror(code))
+        return replacing(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "replacing", fails)
+        assert here(copied, f"--config.stages={name}") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "wanted space to write, got a" in last and "resume" in last
+    assert not lost.exists() and not list(copied.rglob(".tmp-*"))
+    assert here(copied, f"--config.stages={name}") == 0
+    made = manifest_of(copied, name)["artifacts"]
+    assert {x for x in wanted if made[x] != wanted[x]} <= {"report.html"}
+
+
 @pytest.fixture(scope="session")
 def place(whole, tmp_path_factory):
     """A working directory with what the documents assume: images and earlier runs."""

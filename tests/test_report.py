@@ -20,6 +20,7 @@ from PIL import Image
 from mvc_jax import files, pictures, report
 from mvc_jax.data import duplicates, gather
 from mvc_jax.data.digits import NAMES, Digits
+from mvc_jax.mixing.recipes import MODES
 from mvc_jax.stage import Spec, open_stage
 
 EVIL = "<script>alert(1)</script>"
@@ -40,7 +41,8 @@ def make_recipes(ids: dict[int, list[str]], modes=("coarse", "fine")) -> list[di
         k = len(recipes)
         taken = {"positions": [], "dims": [], "dim_tokens": [1, 16]}
         chosen = [1 + k % 5, 40 + k]
-        taken |= {"positions": chosen} if mode == "coarse" else {"dims": [chosen]}
+        taken |= {"positions": chosen} if mode != "fine" else {}
+        taken |= {"dims": [chosen]} if mode != "coarse" else {}
         recipe = {"index": k, "source": ids[label][0], "partners": [ids[label][1]]}
         recipes.append(recipe | {"label": NAMES[label], "mode": mode} | taken)
     return recipes
@@ -425,6 +427,13 @@ def test_without_a_mixed_set_the_real_images_are_shown(tmp_path):
     assert page.images("coarse image") == []
 
 
+@pytest.mark.parametrize("modes", [("both",), ("coarse", "both"), MODES])
+def test_every_mode_of_mixing_is_shown(tmp_path, modes):
+    page = run_page(make_workdir(tmp_path, modes=modes))
+    for mode in MODES:
+        assert bool(page.images(f"{mode} image")) == (mode in modes), mode
+
+
 def test_a_mode_that_was_not_used_is_left_out(tmp_path):
     page = run_page(make_workdir(tmp_path, modes=("coarse",)))
     assert page.images("fine image") == []
@@ -448,6 +457,17 @@ def test_optional_sections_are_left_out(tmp_path):
     page = run_page(workdir)
     for heading in ("Training loss", "Synthetic sets", "Time and memory", "Notes"):
         assert heading not in page.text
+    assert "81.2 ± 1.1" in page.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "[]", '{"finetune": 3}', "\x00"])
+def test_damaged_records_of_a_run_are_left_out_with_a_warning(tmp_path, damage):
+    workdir = make_workdir(tmp_path)
+    for name in ("metrics.jsonl", "timings.json"):
+        path = workdir / name
+        path.write_text(path.read_text()[:-9] if damage == "cut" else damage)
+    page = run_page(workdir)
+    assert "Time and memory" not in page.text
     assert "81.2 ± 1.1" in page.text
 
 
@@ -491,6 +511,10 @@ def test_ids_in_two_splits_are_reported(tmp_path, page):
     path = workdir / "caption" / "splits.json"
     split = files.read_json(path)
     files.write_json(path, split | {"test": split["test"] + split["train"][:2]})
+    described = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    manifest = files.read_json(workdir / "caption" / "manifest.json")
+    manifest["artifacts"]["splits.json"] = described  # as if the stage had written it
+    files.write_json(workdir / "caption" / "manifest.json", manifest)
     assert "2 ids are in more than one split" in run_page(workdir).text
 
 

@@ -202,6 +202,37 @@ def test_rows_that_a_killed_run_wrote_after_its_checkpoint_are_dropped(tmp_path)
     assert sorted(row["step"] for row in rows if "loss" in row) == [1, 2, 3, 4]
 
 
+def test_rows_are_on_the_disk_before_the_checkpoint_that_has_them(
+    tmp_path, monkeypatch
+):
+    """So a kill right after the save costs none."""
+    save, seen = Checkpoints.save, []
+
+    def checked(self, step, *arguments):
+        seen.append([row["step"] for row in rows_of(tmp_path)])
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", checked)
+    run(tmp_path, 5, every=2)
+    assert seen == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"stage": "toy", "st', b"[1]", b'{"stage": 3, "step": 1}', b"\xff\x00", b"null"],
+)
+def test_damaged_rows_are_left_out_with_a_warning(tmp_path, caplog, damage):
+    run(tmp_path, 2)
+    path = tmp_path / "metrics.jsonl"
+    rows = rows_of(tmp_path)
+    path.write_bytes(damage + b"\n" + path.read_bytes() + damage)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, 3)
+    assert f"{path}: 2 damaged rows are not used" in caplog.text
+    assert rows_of(tmp_path)[:2] == rows
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+
+
 def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path, caplog):
     whole = run(tmp_path / "whole", 4)
     run(tmp_path, 4)
@@ -312,6 +343,13 @@ def test_a_diverged_run_stays_diverged_when_it_is_repeated(tmp_path):
         with pytest.raises(UserError, match="4 consecutive steps") as error:
             run(tmp_path, 4, step=bad_at([0, 1, 2, 3]), max_skipped=3)
         assert "a new --workdir or add --redo=toy: " in str(error.value)
+
+
+def test_a_run_without_a_single_good_step_diverged_whatever_it_tolerates(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="toy.*finite.*4 consecutive steps"):
+            run(tmp_path, 4, step=bad_at([0, 1, 2, 3]), max_skipped=100)
+    assert int(run(tmp_path / "one", 4, step=bad_at([0, 1, 2])).skipped) == 3
 
 
 @pytest.mark.parametrize("steps, every", [(40, 100), (20, 100), (40, 5), (40, 20)])

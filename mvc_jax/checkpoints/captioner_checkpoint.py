@@ -45,8 +45,7 @@ def find(model: str, layout: Layout) -> epath.Path:
     """
     if hub.is_local(model):
         return _check_folder(model, layout)
-    patterns = [*_SMALL_FILES, *layout.weights, *filter(None, [layout.shards])]
-    folder = hub.download(model, patterns, field=field(model))
+    folder = hub.download(model, _patterns(layout), field=field(model))
     return _check_folder(folder, layout, model)
 
 
@@ -54,12 +53,27 @@ def check(model: str, layout: Layout) -> epath.Path | None:
     """Raises the errors of `find`, without a download.
 
     Returns:
-      the folder; None for a hub name, which is only looked up.
+      the folder; None for a hub name whose files are not all in the cache, of which the
+      names are checked.
     """
     if hub.is_local(model):
         return _check_folder(model, layout)
-    hub.check_name(model, field=field(model))
+    found = hub.check_name(model, _patterns(layout), field=field(model))
+    if isinstance(found, epath.Path):
+        return _check_folder(found, layout, model)
+    hub.require_files(
+        found,
+        (layout.weights,),
+        field=field(model),
+        fix=_how_to_convert("", layout, model),
+    )
+    others = (("config.json",), (_PROCESSOR,), _TOKENIZERS)
+    hub.require_files(found, others, field=field(model))
     return None
+
+
+def _patterns(layout: Layout) -> list[str]:
+    return [*_SMALL_FILES, *layout.weights, *filter(None, [layout.shards])]
 
 
 def _check_folder(
@@ -85,7 +99,11 @@ def _check_folder(
             got="a folder elsewhere" if remote else "no such folder",
             fix="Copy it to a local disk." if remote else "Check the path.",
         )
-    kind = _read_json(folder / "config.json", model).get("model_type")
+    fix = "Copy the whole checkpoint, as save_pretrained writes it."
+    if not hub.is_local(model):
+        command = hub.download_command(model, _patterns(layout))
+        fix = f"With a network, and without HF_HUB_OFFLINE, run: {command}"
+    kind = _read_json(folder / "config.json", model, fix).get("model_type")
     if kind != layout.model_type:
         raise UserError(
             field(model),
@@ -93,19 +111,19 @@ def _check_folder(
             got=repr(kind),
             fix="Use another checkpoint, or another config.caption.captioner.",
         )
-    _check_weights(folder, layout, model)
+    _check_weights(folder, layout, model, fix)
     for names in ((_PROCESSOR,), _TOKENIZERS):
         if not any((folder / name).exists() for name in names):
             raise UserError(
                 field(model),
                 wanted=" or ".join(names),
                 got=f"none in {folder}",
-                fix="Download the whole checkpoint, with its processor and tokenizer.",
+                fix=fix,
             )
     return folder
 
 
-def _read_json(path: epath.Path, model: str) -> dict[str, Any]:
+def _read_json(path: epath.Path, model: str, fix: str) -> dict[str, Any]:
     try:
         content = files.read_json(path)
         if not isinstance(content, dict):
@@ -115,12 +133,12 @@ def _read_json(path: epath.Path, model: str) -> dict[str, Any]:
             field(model),
             wanted=f"a checkpoint folder with its {path.name}",
             got=f"bad JSON in it ({error})" if path.exists() else f"none at {path}",
-            fix="Use a folder saved by save_pretrained.",
+            fix=fix,
         ) from error
     return content
 
 
-def _check_weights(folder: epath.Path, layout: Layout, model: str) -> None:
+def _check_weights(folder: epath.Path, layout: Layout, model: str, fix: str) -> None:
     """Requires one of the weight files and, for an index, all shards in it."""
     found = [name for name in layout.weights if (folder / name).exists()]
     pickles = [path.name for path in files.matching(folder, "*.bin")]
@@ -129,11 +147,11 @@ def _check_weights(folder: epath.Path, layout: Layout, model: str) -> None:
             field(model),
             wanted=f"weights in {' or '.join(layout.weights)}",
             got=f"{', '.join(pickles) or 'none'} in {folder}; a pickle is never opened",
-            fix=_how_to_convert(folder, layout.torch_class, model),
+            fix=_how_to_convert(folder, layout, model) if pickles else fix,
         )
     if not found[0].endswith(_INDEX):
         return
-    index = _read_json(folder / found[0], model)
+    index = _read_json(folder / found[0], model, fix)
     shards = set(index.get("weight_map", {}).values())
     missing = sorted(name for name in shards if not (folder / name).exists())
     if missing:
@@ -141,17 +159,17 @@ def _check_weights(folder: epath.Path, layout: Layout, model: str) -> None:
             field(model),
             wanted=f"the {len(shards)} files in {found[0]}",
             got=f"{folder} without {', '.join(missing)}",
-            fix="Download the checkpoint again.",
+            fix=fix,
         )
 
 
-def _how_to_convert(folder: epath.Path, torch_class: str, model: str) -> str:
+def _how_to_convert(folder: epath.PathLike, layout: Layout, model: str) -> str:
     download, target = "", str(folder)
-    if str(folder) != model:  # the hub's cache should not be modified
+    if not hub.is_local(model):  # the hub's cache should not be modified
         download, target = f"hf download {model} --local-dir FOLDER, then ", "FOLDER"
     return (
         f"If you trust it, convert it once, with PyTorch: {download}"
-        f'python -c "from transformers import {torch_class} as M; '
+        f'python -c "from transformers import {layout.torch_class} as M; '
         f"M.from_pretrained('{target}').save_pretrained('{target}')\", and use "
         f"{target}."
     )

@@ -19,6 +19,8 @@ from mvc_jax.models.classifiers import VARIANTS
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
+_INDEX = f"{WEIGHTS}.index.json"
+_PATTERNS = (WEIGHTS, _INDEX, "model-?????-of-?????.safetensors", CONFIG, PROCESSOR)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, ImageNet
 OURS = "mvc_jax_"  # prefix of architectures that timm does not have
 TENSORFLOW = {"padding": "same", "epsilon": 1e-3}  # fields of `tf_efficientnet_*`
@@ -90,6 +92,26 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
     )
 
 
+def check(name: str, *, field: str, revision: str = "") -> str:
+    """Checks that `find` will find a checkpoint, without a download.
+
+    Returns:
+      the path of its folder or file, for `find`; "" for a hub name whose files are not
+      all in the cache, of which the names are checked.
+
+    Raises:
+      UserError: the hub has no such model, or only pickles of it.
+    """
+    if hub.is_local(name):
+        return name
+    field = f"{field} {name!r}"
+    found = hub.check_name(name, _PATTERNS, field=field, revision=revision)
+    if isinstance(found, epath.Path):
+        return str(found)
+    hub.require_files(found, ((WEIGHTS, _INDEX),), field=field)
+    return ""
+
+
 def variant_of(family: str, parts: Mapping[str, Any]) -> str:
     """The variant with this structure, whatever its stem; "" if there is none."""
     for name, variant in VARIANTS.items():
@@ -103,13 +125,11 @@ def _locate(
     name: str, field: str, revision: str
 ) -> tuple[epath.Path, epath.Path | None]:
     """The weights, and the folder that may hold their config (None: a single file)."""
-    index = f"{WEIGHTS}.index.json"
-    wanted = (WEIGHTS, index, "model-?????-of-?????.safetensors", CONFIG, PROCESSOR)
-    path = hub.locate(name, wanted, field=field, revision=revision)
+    path = hub.locate(name, _PATTERNS, field=field, revision=revision)
     if path.suffix == ".safetensors" and not path.is_dir():
         return path, path.parent if path.name == WEIGHTS else None
     there = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    for found in (WEIGHTS, index):
+    for found in (WEIGHTS, _INDEX):
         if found in there:
             return path / found, path
     pickles = [x for x in there if x.endswith((".bin", ".pth", ".pt"))]

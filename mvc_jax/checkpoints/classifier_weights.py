@@ -72,26 +72,43 @@ def read(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Any], tuple[str,
         or are unexpected inside the network; all are listed.
     """
     check(checkpoint, model)
+    body, ignored, name_of, unused = _parts(checkpoint, model)
+    tree = weights.read(checkpoint.weights, body, ignored, name_of=name_of)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), unused
+
+
+def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
+    """Raises the errors of `read`, but reads only the headers of the files."""
+    check(checkpoint, model)
+    body, ignored, name_of, _ = _parts(checkpoint, model)
+    weights.check_tensors(checkpoint.weights, body, ignored, name_of=name_of)
+
+
+def _parts(
+    checkpoint: Checkpoint, model: Any
+) -> tuple[dict[str, Any], str, Callable[[weights.Path], str], tuple[str, ...]]:
+    """What of a checkpoint is read.
+
+    Returns:
+      shapes of the variables without those of the head; the pattern of names to ignore;
+      variable -> name in the file; the names that are not used.
+    """
     shapes = flax.traverse_util.flatten_dict(variable_shapes(model))
     head = head_name(model)
     body = {path: leaf for path, leaf in shapes.items() if path[1] != head}
     stored = set(tensor_file.entries(checkpoint.weights))
     name_of = _stored_name(checkpoint.naming, model, stored)
     unused = _unused(stored, {name_of(path) for path in shapes}, map(name_of, body))
-    tree = weights.read(
-        checkpoint.weights,
-        flax.traverse_util.unflatten_dict(body),
-        "|".join([_COUNTERS, *(f"^{re.escape(name)}$" for name in unused)]),
-        name_of=name_of,
-    )
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), unused
+    ignored = "|".join([_COUNTERS, *(f"^{re.escape(name)}$" for name in unused)])
+    return flax.traverse_util.unflatten_dict(body), ignored, name_of, unused
 
 
 def variable_shapes(model: Any) -> dict[str, Any]:
     """The variables of a classifier as shapes and dtypes."""
     side = 2 * model.stride
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+    key = jax.eval_shape(lambda: jax.random.key(0))  # starts no backend
+    return jax.eval_shape(model.init, key, images)
 
 
 def head_name(model: Any) -> str:

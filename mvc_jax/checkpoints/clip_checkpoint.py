@@ -58,26 +58,30 @@ def load(
     model = _read_architecture(folder, field, text)
     file = next(folder / name for name in _WEIGHTS if (folder / name).exists())
     weights.check(file)
-    return model, weights.read(
-        file, model.shapes(), unused=r"(?!)" if text else _TEXT_TOWER
-    )
+    return model, weights.read(file, model.shapes(), _unused(text))
 
 
 def check(path: epath.PathLike, *, field: str, text: bool = False) -> Clip | None:
     """Raises the errors of `load`, but reads no tensor.
 
     Returns:
-      the architecture; None for a hub name, which is only looked up.
+      the architecture; None for a hub name whose files are not all in the cache, of
+      which the names are checked.
     """
+    folder = None
     if not hub.is_local(str(path)):
-        hub.check_name(str(path), field=f"{field} {str(path)!r}")
-        return None
-    folder = _find(path, field)
-    for name in _WEIGHTS:
-        if (folder / name).exists():
-            weights.check(folder / name)
-            break
-    return _read_architecture(folder, field, text)
+        named = f"{field} {str(path)!r}"
+        found = hub.check_name(str(path), _PATTERNS, field=named)
+        if not isinstance(found, epath.Path):
+            hub.require_files(found, (("config.json",), _WEIGHTS), field=named)
+            return None
+        folder = found
+    folder = _find(path, field, folder)
+    model = _read_architecture(folder, field, text)
+    file = next(folder / name for name in _WEIGHTS if (folder / name).exists())
+    weights.check(file)
+    weights.check_tensors(file, model.shapes(), _unused(text))
+    return model
 
 
 def save(folder: epath.PathLike, model: Clip, params: Params) -> list[str]:
@@ -99,11 +103,16 @@ def save(folder: epath.PathLike, model: Clip, params: Params) -> list[str]:
     return [*written, PROCESSOR]
 
 
-def _find(path: epath.PathLike, field: str) -> epath.Path:
-    """The folder with config.json and weights; raises if one of them is missing."""
+def _find(
+    path: epath.PathLike, field: str, folder: epath.Path | None = None
+) -> epath.Path:
+    """The folder with config.json and weights; raises if one of them is missing.
+
+    `folder` is the snapshot of a hub name; None: it is downloaded.
+    """
     name = str(path)
     field = f"{field} {name!r}"
-    folder = hub.locate(name, _PATTERNS, field=field)
+    folder = folder or hub.locate(name, _PATTERNS, field=field)
     if (folder / pipeline_folder.INDEX).exists():  # a pipeline
         folder = folder / IMAGE_ENCODER
     if not (folder / "config.json").exists():
@@ -111,8 +120,7 @@ def _find(path: epath.PathLike, field: str) -> epath.Path:
             field,
             wanted="a folder with a CLIP model and its config.json",
             got=f"none at {folder}" if folder.is_dir() else f"no folder {folder}",
-            fix="Use openai/clip-vit-large-patch14, or the folder of such a "
-            "checkpoint.",
+            fix=_how_to_complete(name),
         )
     if any((folder / file).exists() for file in _WEIGHTS):
         return folder
@@ -130,8 +138,22 @@ def _find(path: epath.PathLike, field: str) -> epath.Path:
         field,
         wanted=f"weights in {folder / _WEIGHTS[0]}",
         got=", ".join(pickles) or "none",
-        fix=convert if pickles else "Download the whole checkpoint again.",
+        fix=convert if pickles else _how_to_complete(name),
     )
+
+
+def _how_to_complete(name: str) -> str:
+    if hub.is_local(name):
+        return (
+            "Use openai/clip-vit-large-patch14, or the whole folder of such a "
+            "checkpoint."
+        )
+    command = hub.download_command(name, _PATTERNS)
+    return f"With a network, and without HF_HUB_OFFLINE, run: {command}"
+
+
+def _unused(text: bool) -> str:
+    return r"(?!)" if text else _TEXT_TOWER
 
 
 def _read_architecture(folder: epath.Path, field: str, text: bool) -> Clip:

@@ -36,15 +36,7 @@ def load(
     """
     folder, file = _find(path, field)
     network = _read_architecture(folder, base)
-    try:
-        shapes = network.shapes()
-    except Exception as error:  # of Flax, JAX or the library, depending on the options
-        raise UserError(
-            str(folder / "config.json"),
-            wanted="the options of a ControlNet",
-            got=f"some that cannot be built ({type(error).__name__}: {error})",
-            fix="Use the checkpoint's config.json unchanged.",
-        ) from error
+    shapes = _shapes(folder, network)
     weights.check(file)
     return network, weights.read(file, shapes)
 
@@ -54,15 +46,21 @@ def check(
 ) -> None:
     """Raises the errors of `load`, but reads no tensor.
 
-    A hub name is only looked up. Without `base`, whether the network fits it is not
-    checked.
+    Of a hub name whose files are not all in the cache, the names are checked. Without
+    `base`, whether the network fits it is not.
     """
+    folder = None
     if not hub.is_local(str(path)):
-        hub.check_name(str(path), field=f"{field} {str(path)!r}")
-        return
-    folder, file = _find(path, field)
+        named = f"{field} {str(path)!r}"
+        found = hub.check_name(str(path), _PATTERNS, field=named)
+        if not isinstance(found, epath.Path):
+            hub.require_files(found, (("config.json",), _WEIGHTS), field=named)
+            return
+        folder = found
+    folder, file = _find(path, field, folder)
+    shapes = _shapes(folder, _read_architecture(folder, base))
     weights.check(file)
-    _read_architecture(folder, base)
+    weights.check_tensors(file, shapes)
 
 
 def save(folder: epath.PathLike, network: ControlNet, params: Params) -> list[str]:
@@ -77,22 +75,45 @@ def save(folder: epath.PathLike, network: ControlNet, params: Params) -> list[st
     return ["config.json", _WEIGHTS[1]]
 
 
-def _find(path: epath.PathLike, field: str) -> tuple[epath.Path, epath.Path]:
-    """The folder, and in it the weights or the index of their shards."""
+def _find(
+    path: epath.PathLike, field: str, folder: epath.Path | None = None
+) -> tuple[epath.Path, epath.Path]:
+    """The folder, and in it the weights or the index of their shards.
+
+    `folder` is the snapshot of a hub name; None: it is downloaded.
+    """
     name = str(path)
     field = f"{field} {name!r}"
-    folder = hub.locate(name, _PATTERNS, field=field)
+    folder = folder or hub.locate(name, _PATTERNS, field=field)
     names = [x.name for x in files.matching(folder, "*")]
     found = next((file for file in _WEIGHTS if file in names), None)
     if "config.json" not in names or found is None:
+        fix = (
+            "Use lllyasviel/sd-controlnet-canny for Stable Diffusion 1.x, or the "
+            "folder of such a checkpoint. Pickles (.bin, .pth) are never opened."
+        )
+        if not hub.is_local(name):
+            command = hub.download_command(name, _PATTERNS)
+            fix = f"With a network, and without HF_HUB_OFFLINE, run: {command}"
         raise UserError(
             field,
             wanted=f"a folder with a ControlNet: config.json and {_WEIGHTS[1]}",
             got=", ".join(names[:8]) or f"nothing at {folder}",
-            fix="Use lllyasviel/sd-controlnet-canny for Stable Diffusion 1.x, or the "
-            "folder of such a checkpoint. Pickles (.bin, .pth) are never opened.",
+            fix=fix,
         )
     return folder, folder / found
+
+
+def _shapes(folder: epath.Path, network: ControlNet) -> Params:
+    try:
+        return network.shapes()
+    except Exception as error:  # of Flax, JAX or the library, depending on the options
+        raise UserError(
+            str(folder / "config.json"),
+            wanted="the options of a ControlNet",
+            got=f"some that cannot be built ({type(error).__name__}: {error})",
+            fix="Use the checkpoint's config.json unchanged.",
+        ) from error
 
 
 def _read_architecture(

@@ -16,7 +16,6 @@ from etils import epath
 from mvc_jax import files
 from mvc_jax.checkpoints import (
     families,
-    hub,
     pipeline_folder,
     scheduler_config,
     weights,
@@ -34,6 +33,7 @@ _TORCH_CLASSES = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
+_NO_LENGTH = 1e9  # a tokenizer's model_max_length above it stands for none
 
 
 def load(
@@ -69,6 +69,12 @@ def load(
     return model, params
 
 
+def require_finite(folder: epath.PathLike, component: str, variant: str = "") -> None:
+    """Raises a `UserError` if a weight of a component is not finite."""
+    file = pipeline_folder.find_weights(epath.Path(folder), component, variant)
+    weights.require_finite(file)
+
+
 def check_base(
     path: epath.PathLike,
     variant: str = "",
@@ -79,9 +85,9 @@ def check_base(
 ) -> None:
     """Checks that a checkpoint can be the base, without a download or a device.
 
-    Everything but the tensors is read. Of a hub name this is possible in offline mode
-    only, from the library's cache; otherwise the name is looked up, and the downloaded
-    folder has to be checked later.
+    Everything but the tensors is read. Of a hub name this is possible only where the
+    library's cache has all files; otherwise the name and the list of its files are
+    looked up, and the downloaded folder has to be checked later.
 
     Args:
       path: see `pipeline_folder.resolve`, also for `variant` and `revision`.
@@ -100,14 +106,14 @@ def check_base(
             got=repr(variant),
             fix="Typical are fp16 and, for none, ''.",
         )
-    if pipeline_folder.is_hub_name(path) and not hub.offline():
-        field = pipeline_folder.field(path)
-        hub.check_name(str(path), field=field, revision=revision)
+    folder = pipeline_folder.look_up(path, variant, revision)
+    if folder is None:
         return
-    folder, _ = pipeline_folder.resolve(path, variant, revision)
     model = _read_architecture(folder)
     for name in WEIGHTS:
-        weights.check(pipeline_folder.find_weights(folder, name, variant))
+        file = pipeline_folder.find_weights(folder, name, variant)
+        weights.check(file)
+        weights.check_tensors(file, _shapes(folder, model, name))
     if size:
         families.check_size(model.configs, size)
     if (folder / pipeline_folder.MADE_BY).exists() and not finetuned:
@@ -220,14 +226,19 @@ def _read_architecture(folder: epath.Path) -> StableDiffusion:
         configs[name] = families.completed(name, config)
         families.check_config(name, configs[name], str(folder / file))
     configs["scheduler"] = scheduler_config.ddim_config(configs["scheduler"])
-    model = StableDiffusion(configs, read_tokenizer(folder / "tokenizer"))
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    length = tokenizer.model_max_length
+    if isinstance(length, int | float) and length > _NO_LENGTH:
+        # PyTorch's pipeline would pad prompts to it, beyond the encoder's positions.
+        text = configs["text_encoder"]
+        tokenizer.model_max_length = text["max_position_embeddings"]
     families.check_fit(
         configs,
-        vocab_size=len(model.tokenizer),
-        max_length=model.tokenizer.model_max_length,
+        vocab_size=len(tokenizer),
+        max_length=tokenizer.model_max_length,
         folder=str(folder),
     )
-    return model
+    return StableDiffusion(configs, tokenizer)
 
 
 def _write_tokenizer(folder: epath.Path, tokenizer) -> None:

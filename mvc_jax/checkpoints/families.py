@@ -18,6 +18,13 @@ PIPELINES = (  # classes in model_index.json with the same four components
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInstructPix2PixPipeline",
 )
+# The PyTorch classes of these components, which Flax computes.
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
 # Supported values of the options that Flax ignores; the first is PyTorch's default.
 FIXED: dict[str, dict[str, tuple]] = {
     "unet": {
@@ -136,9 +143,9 @@ DEFAULTS: dict[str, Config] = {
     "scheduler": {},
 }
 _WHOLE_NUMBERS = {
-    "unet": ("sample_size", "layers_per_block", *list(DEFAULTS["unet"])[:3]),
+    "unet": ("layers_per_block", *list(DEFAULTS["unet"])[:3]),
     "controlnet": ("in_channels", "layers_per_block", "cross_attention_dim"),
-    "vae": ("sample_size", "layers_per_block", "norm_num_groups", "latent_channels"),
+    "vae": ("layers_per_block", "norm_num_groups", "latent_channels"),
     "text_encoder": (
         "num_hidden_layers",
         "num_attention_heads",
@@ -154,6 +161,31 @@ _PER_BLOCK = {  # one whole number, or one for each block
 _FIX = "Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix."
 _FIX_CONTROLNET = "Use a ControlNet that was trained on such a base."
 _FIX_PARTS = "Use all parts of the same checkpoint."
+
+
+def check_classes(index: Mapping[str, Any], path: str) -> None:
+    """Checks the classes of a pipeline's components.
+
+    Args:
+      index: content of its `model_index.json`; components may be missing.
+      path: of that file, for errors.
+
+    Raises:
+      UserError: a class is not one of `CLASSES`, or of their Flax versions.
+    """
+    problems = []
+    for component, known in CLASSES.items():
+        named = index.get(component)
+        name = named[-1] if _is_list(named) and named else named
+        if component in index and str(name).removeprefix("Flax") not in known:
+            problems.append(f"{component} is a {name}, not a {known[0]}")
+    if problems:
+        raise UserError(
+            path,
+            wanted="the components of a Stable Diffusion",
+            got="; ".join(problems),
+            fix=_FIX,
+        )
 
 
 def completed(component: str, config: Config) -> Config:
@@ -185,6 +217,7 @@ def check_config(component: str, config: Config, path: str) -> None:
         if type(value) is not int or value < 1:
             problems.append(f"{option} is {value!r}, not a whole number above 0")
     problems += _block_problems(component, config)
+    problems += _side_problems(component, config)
     if component == "vae" and not _is_number(config["scaling_factor"]):
         value = config["scaling_factor"]
         problems.append(f"scaling_factor is {value!r}, not a number above 0")
@@ -213,7 +246,7 @@ def check_fit(
     Args:
       configs: by component, `completed` and checked.
       vocab_size: tokens of the tokenizer.
-      max_length: the tokenizer's `model_max_length`; huge where its config has none.
+      max_length: the tokenizer's `model_max_length`.
       folder: of the pipeline, for errors.
 
     Raises:
@@ -253,7 +286,7 @@ def check_fit(
             fix=_FIX_PARTS,
         )
     wanted = text["max_position_embeddings"]
-    if max_length != wanted and max_length <= 1e9:
+    if max_length != wanted:
         raise UserError(
             f"{folder}/tokenizer",
             wanted=f"a model_max_length of {wanted}, the text encoder's "
@@ -365,6 +398,19 @@ def _block_problems(component: str, config: Config) -> list[str]:
                 f"of {len(blocks)} blocks"
             )
     return problems
+
+
+def _side_problems(component: str, config: Config) -> list[str]:
+    """A side, or height and width, that PyTorch's classes take as their default."""
+    if component not in ("unet", "vae") or "sample_size" not in config:
+        return []
+    value = config["sample_size"]
+    if value is None and component == "unet":
+        return []
+    sides = value if _is_list(value) and len(value) == 2 else [value]
+    if all(type(side) is int and side > 0 for side in sides):
+        return []
+    return [f"sample_size is {value!r}, not a whole number above 0, or two"]
 
 
 def _noise_problems(config: Config) -> list[str]:

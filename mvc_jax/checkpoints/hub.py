@@ -4,22 +4,23 @@ Cache, token, mirror and offline mode are the library's, set by its environment
 variables (`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`).
 """
 
-import errno
 import functools
 import re
+import shlex
 from collections.abc import Sequence
 
 import huggingface_hub
 from absl import logging
 from etils import epath
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, utils
 
-from mvc_jax.errors import UserError
+from mvc_jax.errors import UserError, no_room
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NOT_FOUND = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
 _TIMEOUT = 10.0  # seconds
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
 
 def is_local(name: str) -> bool:
@@ -32,31 +33,129 @@ def offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-@functools.cache  # several stages check the same name
-def check_name(name: str, *, field: str, revision: str = "") -> None:
-    """Checks that the hub has a model and revision.
+def check_name(
+    name: str, patterns: Sequence[str], *, field: str, revision: str = ""
+) -> epath.Path | frozenset[str]:
+    """Checks that `download` will find a model, with a small request and no download.
 
-    This takes one small request, so that a mistyped name is an error before the first
-    stage runs. Without a network, or in offline mode, nothing is checked: `download`
-    will raise.
+    So a mistyped name, a missing permission or a missing network is an error before the
+    first stage runs. In offline mode, or where the hub does not answer, the model must
+    be in the library's cache.
 
     Args:
-      name: of a model on the hub; a path (see `is_local`) is not checked.
+      name: `organisation/model`, see `is_local`.
+      patterns: `fnmatch` patterns of the files.
       field: config field that holds the name, for errors.
       revision: a branch, tag or commit; `""` for the default branch.
 
+    Returns:
+      the cached snapshot, if it has every such file that the hub has, or if the hub
+      does not answer (then it may lack files); otherwise the names of the hub's files.
+
     Raises:
-      UserError: the hub has no such model, or no such revision of it.
+      UserError: there is no such model or revision, it is private or gated, or it is
+        neither reachable nor cached.
     """
-    if is_local(name) or offline():
-        return
+    wanted = list(patterns)
     try:
-        huggingface_hub.model_info(name, revision=revision or None, timeout=_TIMEOUT)
-    except (*_NOT_FOUND, ValueError) as error:  # ValueError: an impossible name
-        raise _not_available(field, error) from error
+        listed = "HF_HUB_OFFLINE is set" if offline() else _list_files(name, revision)
+        if isinstance(listed, str):
+            cached = _cached(name, revision)
+            if cached is None:
+                reason = f"{listed}, and the local cache has no snapshot of it"
+                raise errors.LocalEntryNotFoundError(reason)
+            return cached
+        commit, names, gated = listed
+        cached = _cached(name, commit)
+        selected = utils.filter_repo_objects(sorted(names), allow_patterns=wanted)
+        if cached and all((cached / file).exists() for file in selected):
+            return cached
+        if gated:
+            huggingface_hub.auth_check(name)
+        return names
+    except (OSError, ValueError) as error:  # base classes of the library's errors
+        command = download_command(name, wanted, revision)
+        raise _not_available(field, name, command, error) from error
+
+
+@functools.cache  # several stages check the same name
+def _list_files(name: str, revision: str) -> tuple[str, frozenset[str], bool] | str:
+    """The commit of a revision, its files, and whether they are gated.
+
+    If the hub does not answer, the reason.
+
+    Raises:
+      RepositoryNotFoundError, RevisionNotFoundError, ValueError: there is none.
+    """
+    try:
+        info = huggingface_hub.model_info(
+            name, revision=revision or None, timeout=_TIMEOUT
+        )
+    except (*_NOT_FOUND, ValueError):  # ValueError: an impossible name
+        raise
     except OSError as error:  # no network, or a failure of the hub
-        reason = type(error).__name__
-        logging.info("the Hugging Face hub cannot be reached for %s (%s)", name, reason)
+        reason = f"{constants.ENDPOINT} does not answer ({type(error).__name__})"
+        logging.info("%s: %s", name, reason)
+        return reason
+    names = frozenset(file.rfilename for file in info.siblings or ())
+    return info.sha, names, bool(info.gated)
+
+
+def _cached(name: str, revision: str) -> epath.Path | None:
+    """The snapshot in the library's cache, maybe with some of its files; else None."""
+    options = {"revision": revision} if revision else {}
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, local_files_only=True, **options
+        )
+    except errors.LocalEntryNotFoundError:
+        return None
+    return epath.Path(folder)
+
+
+def require_files(
+    names: frozenset[str],
+    groups: Sequence[Sequence[str]],
+    *,
+    field: str,
+    fix: str = "Use another checkpoint.",
+) -> None:
+    """Checks the hub's list of a model's files.
+
+    Args:
+      names: of its files.
+      groups: of each, one file suffices.
+      field: config field with its value, for errors.
+      fix: the error's `fix`.
+
+    Raises:
+      UserError: no file of a group is there.
+    """
+    for group in groups:
+        if not names.intersection(group):
+            pickles = sorted(name for name in names if name.endswith(PICKLES))
+            raise UserError(
+                field,
+                wanted=f"{' or '.join(group)} among its files on the hub",
+                got=", ".join(pickles[:3]) or ", ".join(sorted(names)[:3]) or "none",
+                fix=f"{'Pickles are never opened. ' if pickles else ''}{fix}",
+            )
+
+
+def download_command(name: str, patterns: Sequence[str], revision: str = "") -> str:
+    """The command line that downloads the files into the library's cache.
+
+    Patterns of small files in folders are shortened: they then select others as well.
+    """
+    words = ["hf", "download", name]
+    words += ["--revision", revision] if revision else []
+    short = dict.fromkeys(map(_shortened, patterns))
+    return shlex.join([*words, "--include", *short])
+
+
+def _shortened(pattern: str) -> str:
+    suffix = pattern[pattern.rfind(".") :]
+    return f"*/*{suffix}" if "/" in pattern and suffix in (".json", ".txt") else pattern
 
 
 def locate(
@@ -91,9 +190,11 @@ def download(
             name, allow_patterns=list(patterns), **options
         )
     except (OSError, ValueError) as error:  # base classes of the library's errors
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if no_room(error, constants.HF_HUB_CACHE):
+            error.filename = getattr(error, "filename", None) or constants.HF_HUB_CACHE
             raise
-        raise _not_available(field, error) from error
+        command = download_command(name, patterns, revision)
+        raise _not_available(field, name, command, error) from error
     return epath.Path(folder)
 
 
@@ -104,12 +205,22 @@ def commit_of(folder: epath.PathLike) -> str | None:
     return folder.name if cached else None
 
 
-def _not_available(field: str, error: Exception) -> UserError:
+def _not_available(field: str, name: str, command: str, error: Exception) -> UserError:
     first_line = next(iter(str(error).splitlines()), "")
+    fix = f"With a network, and without HF_HUB_OFFLINE, run: {command}"
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{name}"
+        fix = f"Accept its terms at {page}, run `hf auth login`, then: {command}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        fix = f"Correct the revision; it is right when this finds it: {command}"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        fix = (
+            "Correct the name. If it is right the model is private: run `hf auth "
+            f"login`, then: {command}"
+        )
     return UserError(
         field,
         wanted="a checkpoint folder, or a name on the Hugging Face hub",
         got=f"no such folder, and from the hub {type(error).__name__}: {first_line}",
-        fix="Check the name. A gated or private model needs `hf auth login`; without a "
-        "network, download it elsewhere and use its folder.",
+        fix=fix,
     )

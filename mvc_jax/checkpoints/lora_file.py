@@ -5,10 +5,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
-from mvc_jax import files
-from mvc_jax.checkpoints import weights
+from mvc_jax.checkpoints import tensor_file, weights
 from mvc_jax.models.lora import Adapters
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights expects
@@ -43,8 +41,12 @@ def write(folder: epath.PathLike, adapters: Adapters) -> list[str]:
         "unet.rank_pattern": {},
         "unet.alpha_pattern": {},
     }
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
-    files.write_bytes(epath.Path(folder) / FILE, save(tensors, metadata=metadata))
+    tensor_file.write(
+        epath.Path(folder) / FILE,
+        {name: tensor.shape for name, tensor in tensors.items()},
+        tensors.__getitem__,
+        metadata={"lora_adapter_metadata": json.dumps(config)},
+    )
     return [FILE]
 
 

@@ -4,7 +4,9 @@ Only file names and small JSON files are read. The errors for missing files, and
 checkpoints of another kind or family, suggest a fix.
 """
 
+import fnmatch
 import re
+from collections.abc import Set
 from typing import Any
 
 from etils import epath
@@ -69,22 +71,52 @@ def resolve(
         are of another family.
     """
     name = str(path)
-    if not is_hub_name(name):
-        if revision:
-            raise UserError(
-                "config.base.revision",
-                wanted="'' where config.base.path is a folder: only names on the hub "
-                "have revisions",
-                got=repr(revision),
-                fix="Leave it empty.",
-            )
-        folder, commit = _local(name), None
-    else:
+    if is_hub_name(name):
         patterns = download_patterns(variant)
         folder = hub.download(name, patterns, field=field(name), revision=revision)
-        commit = hub.commit_of(folder)
+        check_files(folder, name, variant, revision)
+        return folder, hub.commit_of(folder)
+    if revision:
+        raise UserError(
+            "config.base.revision",
+            wanted="'' where config.base.path is a folder: only names on the hub "
+            "have revisions",
+            got=repr(revision),
+            fix="Leave it empty.",
+        )
+    folder = _local(name)
     check_files(folder, name, variant)
-    return folder, commit
+    return folder, None
+
+
+def look_up(
+    path: epath.PathLike, variant: str = "", revision: str = ""
+) -> epath.Path | None:
+    """Like `resolve`, without a download.
+
+    Returns:
+      the folder; None for a hub name whose files are not all in the cache, of which the
+      names are checked.
+
+    Raises:
+      UserError: as `resolve`.
+    """
+    name = str(path)
+    if not is_hub_name(name):
+        return resolve(path, variant, revision)[0]
+    patterns = download_patterns(variant)
+    found = hub.check_name(name, patterns, field=field(name), revision=revision)
+    if isinstance(found, epath.Path):
+        check_files(found, name, variant, revision)
+        return found
+    if INDEX not in found:
+        inside = sorted(file for file in found if "/" not in file)
+        got, fix = _describe_files(inside, f"https://huggingface.co/{name}/blob/main")
+        raise UserError(
+            field(name), wanted="a model in the diffusers layout", got=got, fix=fix
+        )
+    _require_files(found, name, variant, revision, where="its repository on the hub")
+    return None
 
 
 def weight_files(
@@ -149,13 +181,16 @@ def field(path: epath.PathLike) -> str:
     return f"config.base.path {str(path)!r}"
 
 
-def check_files(folder: epath.Path, name: str, variant: str) -> None:
+def check_files(
+    folder: epath.Path, name: str, variant: str, revision: str = ""
+) -> None:
     """Checks that a folder is a pipeline of a supported family, with all its files.
 
     Args:
       folder: to be checked.
       name: the value of config.base.path.
       variant: of the weights.
+      revision: the value of config.base.revision.
 
     Raises:
       UserError: it is of another kind or family, or lacks files.
@@ -165,7 +200,8 @@ def check_files(folder: epath.Path, name: str, variant: str) -> None:
         raise UserError(
             field(name), wanted="a folder in the diffusers layout", got=got, fix=fix
         )
-    pipeline = read_json(folder / INDEX).get("_class_name")
+    index = read_json(folder / INDEX)
+    pipeline = index.get("_class_name")
     if pipeline not in families.PIPELINES:
         raise UserError(
             field(name),
@@ -173,21 +209,49 @@ def check_files(folder: epath.Path, name: str, variant: str) -> None:
             got=f"{pipeline}",
             fix="Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix.",
         )
-    missing = [file for file in _REQUIRED if not (folder / file).exists()]
-    others: set[str] = set()
+    families.check_classes(index, str(folder / INDEX))
+    present = {
+        f"{path.parent.name}/{path.name}" for path in files.matching(folder, "*/*")
+    }
+    present |= {path.name for path in files.matching(folder, "*")}
+    _require_files(present, name, variant, revision, where=str(folder), kind=pipeline)
+
+
+def _require_files(
+    present: Set[str],
+    name: str,
+    variant: str,
+    revision: str,
+    *,
+    where: str,
+    kind: str = families.PIPELINES[0],
+) -> None:
+    """Raises a `UserError` that lists the files that are missing, if any are.
+
+    Args:
+      present: files of the model, relative to its folder.
+      name: the value of config.base.path.
+      variant: of the weights.
+      revision: the value of config.base.revision.
+      where: the files are, for the error.
+      kind: class of the pipeline.
+    """
+    missing = [file for file in _REQUIRED if file not in present]
+    others: list[set[str]] = []
     for part in WEIGHTS:
-        if _find(folder, part, variant) is None:
-            present = [x.name for x in files.matching(folder / part, "*model*.*")]
-            instead = f" (there is {', '.join(present)})" if present else ""
+        if not any(f"{part}/{x}" in present for x in _candidates(part, variant)):
+            weights = sorted(fnmatch.filter(present, f"{part}/*model*.*"))
+            weights = [file.removeprefix(f"{part}/") for file in weights]
+            instead = f" (there is {', '.join(weights)})" if weights else ""
             missing.append(f"{part}/{_file_name(part, variant)}{instead}")
-            others |= set(present)
+            others.append(set(weights))
     if missing:
         got, details = tensor_file.listed(missing)
         raise UserError(
             field(name),
-            wanted=f"all files of a {pipeline} in {folder}",
+            wanted=f"all files of a {kind} in {where}",
             got=f"{len(missing)} missing: {got}",
-            fix=_how_to_fix(name, variant, pipeline, others),
+            fix=_how_to_fix(name, variant, revision, kind, others),
             details=details,
         )
 
@@ -207,24 +271,30 @@ def _local(name: str) -> epath.Path:
     return folder
 
 
-def _how_to_fix(name: str, variant: str, pipeline: str, others: set[str]) -> str:
-    """How to get missing files, given the names of the weights that are present."""
-    matches = [_VARIANT.fullmatch(other) for other in sorted(others)]
-    variants = [match[1] or "" for match in matches if match]
-    if variants:
-        return f"Set --config.base.variant={variants[0] or repr('')}, which is present."
+def _how_to_fix(
+    name: str, variant: str, revision: str, pipeline: str, others: list[set[str]]
+) -> str:
+    """How to get missing files, given the weights that each component has instead."""
+    variants = [
+        {match[1] or "" for match in map(_VARIANT.fullmatch, part) if match}
+        for part in others
+    ]
+    if common := set.intersection(*variants) if variants else set():
+        found = min(common)
+        return f"Set --config.base.variant={found or repr('')}, which is present."
     source = repr(name) + (f", variant={variant!r}" if variant else "")
     convert = _CONVERT.format(
         pipeline=pipeline,
         load=f"from_pretrained({source}, safety_checker=None)",
         target=f"{epath.Path(name).name}-safetensors",
     ) + (" and --config.base.variant=''." if variant else ".")
-    if any(other.endswith(_SINGLE_FILES) for other in others):
+    if any(other.endswith(_SINGLE_FILES) for part in others for other in part):
         return f"Pickles are never opened. {convert}"
     if is_hub_name(name):
+        command = hub.download_command(name, download_patterns(variant), revision)
         return (
-            "Run it once with a network, without HF_HUB_OFFLINE. If the hub has only "
-            f"pickles, which are never opened: {convert}"
+            f"With a network, and without HF_HUB_OFFLINE, run: {command}. If the hub "
+            f"has only pickles, which are never opened: {convert}"
         )
     return "Download the whole checkpoint again."
 
@@ -233,11 +303,10 @@ def _describe(folder: epath.Path, name: str) -> tuple[str, str]:
     """A description of a path without model_index.json, and a fix."""
     fix = "Use a folder saved by save_pretrained, or a name on the hub."
     inside = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir())
-    single = [x for x in inside if x.endswith(_SINGLE_FILES)]
     nested = [x for x in inside if (folder / x / INDEX).exists()]
     if _is_single_file(name):
         missing = "" if folder.exists() else ", which does not exist"
-        return f"a single file{missing}", _from_single_file(folder)
+        return f"a single file{missing}", _from_single_file(str(folder))
     if not inside:
         return "an empty one" if folder.is_dir() else "no such folder", fix
     if nested:
@@ -247,21 +316,27 @@ def _describe(folder: epath.Path, name: str) -> tuple[str, str]:
         kind = config.get("_class_name") or config.get("architectures")
         kind = kind[0] if isinstance(kind, list) and kind else kind
         return f"one model, {kind or config.get('model_type')}, and no pipeline", fix
+    return _describe_files(inside, str(folder))
+
+
+def _describe_files(inside: list[str], where: str) -> tuple[str, str]:
+    """A description of files among which is no model_index.json, and a fix."""
+    fix = "Use a folder saved by save_pretrained, or a name on the hub."
+    single = [x for x in inside if x.endswith(_SINGLE_FILES)]
     if "pytorch_lora_weights.safetensors" in inside:
         return "LoRA adapters, and no pipeline", fix
     if single:
-        return f"single files ({', '.join(single)})", _from_single_file(
-            folder / single[0]
-        )
+        fix = _from_single_file(f"{where}/{single[0]}")
+        return f"single files ({', '.join(single)})", fix
     return f"one without {INDEX}", fix
 
 
-def _from_single_file(path: epath.Path) -> str:
+def _from_single_file(path: str) -> str:
     return (
         _CONVERT.format(
             pipeline="StableDiffusionPipeline",
-            load=f"from_single_file({str(path)!r})",
-            target=f"{path.stem}-diffusers",
+            load=f"from_single_file({path!r})",
+            target=f"{path.rpartition('/')[2].rpartition('.')[0]}-diffusers",
         )
         + "."
     )

@@ -36,6 +36,13 @@ _MAX_HEADER = 100_000_000  # bytes; the library's own limit
 _POINTER = b"version https://git-lfs"
 _BLOCK = 4 << 20  # bytes written at a time
 _PREFIX = "Error while deserializing header: "  # of the library's messages
+_DOWNLOAD = (
+    "Download the checkpoint again, or use another one: nothing can be made of it."
+)
+_TRAIN = (
+    "Nothing is exported: the training diverged. Lower its learning rate, in a new "
+    "--workdir or after deleting the folder of this stage."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +90,17 @@ def tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, tensor) in the order of the files, in the stored precision.
 
     Raises:
-      UserError: a file has changed since its header was read.
+      UserError: a tensor is not finite, or a file has changed since its header was
+        read.
     """
     for path in sorted({entry.path for entry in entries.values()}):
         try:
             with _opened(path) as file:
                 for name in file.offset_keys():
                     if name in entries and entries[name].path == path:
-                        yield name, file.get_tensor(name)
+                        tensor = file.get_tensor(name)
+                        _require_finite(path, name, tensor, _DOWNLOAD)
+                        yield name, tensor
         except (SafetensorError, OSError) as error:
             raise _damaged(path, f"one that changed while it was read: {error}") from (
                 error
@@ -102,18 +112,25 @@ def write(
     shapes: Mapping[str, Sequence[int]],
     fetch: Callable[[str], np.ndarray],
     dtypes: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors one at a time; the file is byte for byte the library's.
+
+    Every weight that this program exports takes this way.
 
     Args:
       path: of the new file.
       shapes: by name.
       fetch: name -> array of that shape.
       dtypes: by name, `F32` or `I64`; the default is `F32`.
+      metadata: further entries of the header, besides the format.
+
+    Raises:
+      UserError: a tensor is not finite; nothing is written.
     """
     dtypes = {name: (dtypes or {}).get(name, "F32") for name in shapes}
     order = sorted(shapes, key=lambda name: (-_WRITTEN[dtypes[name]].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in order:
         size = _WRITTEN[dtypes[name]].itemsize * math.prod(shapes[name])
@@ -130,6 +147,7 @@ def write(
         for name in order:
             tensor = np.asarray(fetch(name), _WRITTEN[dtypes[name]], order="C")
             assert tensor.shape == tuple(shapes[name]), name
+            _require_finite(path, name, tensor, _TRAIN)
             content = tensor.reshape(-1).view(np.uint8)
             for start in range(0, content.size, _BLOCK):
                 file.write(content[start : start + _BLOCK].tobytes())
@@ -166,6 +184,19 @@ def _opened(path: epath.Path, *, header_only: bool = False) -> Iterator[Any]:
             path.copy(local)
         with safe_open(local, "np", backend="pread") as file:
             yield file
+
+
+def _require_finite(
+    path: epath.PathLike, name: str, tensor: np.ndarray, fix: str
+) -> None:
+    finite = np.isfinite(tensor)
+    if not finite.all():
+        raise UserError(
+            f"{path}: {name}",
+            wanted="finite numbers",
+            got=f"NaN or infinity in {int((~finite).sum())} of {finite.size}",
+            fix=fix,
+        )
 
 
 def _read_header(path: epath.Path) -> dict[str, Entry]:

@@ -69,7 +69,30 @@ def read(
 
     Raises:
       UserError: a file is damaged, or tensors are missing, unexpected, or of another
-        shape or precision; all are listed, before any is read.
+        shape or precision; all are listed, before any is read. Or one is not finite.
+    """
+    found, leaves = _match(path, shapes, unused, name_of)
+    names = {found[name][0]: name for name in leaves}  # by the name in the file
+    tree = {}
+    for stored, tensor in tensor_file.tensors(
+        {stored: found[name][1] for stored, name in names.items()}
+    ):
+        key, shape = leaves[names[stored]]
+        dtype = np.float32 if key[-1] == "embedding" else tensor.dtype
+        tree[key] = np.array(_to_flax(key[-1], tensor, len(shape)), dtype, order="C")
+    return flax.traverse_util.unflatten_dict(tree)
+
+
+def _match(
+    path: epath.PathLike,
+    shapes: Mapping[str, Any],
+    unused: str,
+    name_of: Callable[[Path], str],
+) -> tuple[dict, dict[str, tuple[Path, tuple[int, ...]]]]:
+    """Matches the tensors of a file with the leaves of a tree, see `read`.
+
+    Returns:
+      what `_with_current_names` found; (Flax path, shape) by the name in it.
     """
     found, problems = _with_current_names(tensor_file.entries(path))
     leaves = {}
@@ -94,15 +117,18 @@ def read(
             details=details,
         )
     _check_precision(path, {name: found[name][1] for name in leaves})
-    names = {found[name][0]: name for name in leaves}  # by the name in the file
-    tree = {}
-    for stored, tensor in tensor_file.tensors(
-        {stored: found[name][1] for stored, name in names.items()}
-    ):
-        key, shape = leaves[names[stored]]
-        dtype = np.float32 if key[-1] == "embedding" else tensor.dtype
-        tree[key] = np.array(_to_flax(key[-1], tensor, len(shape)), dtype, order="C")
-    return flax.traverse_util.unflatten_dict(tree)
+    return found, leaves
+
+
+def check_tensors(
+    path: epath.PathLike,
+    shapes: Mapping[str, Any],
+    unused: str = r"(?!)",
+    *,
+    name_of: Callable[[Path], str] = torch_name,
+) -> None:
+    """Raises the errors of `read` that need no tensor, but only the files' headers."""
+    _match(path, shapes, unused, name_of)
 
 
 def check(path: epath.PathLike) -> str:
@@ -117,6 +143,16 @@ def check(path: epath.PathLike) -> str:
     """
     found, _ = _with_current_names(tensor_file.entries(path))
     return _check_precision(path, {name: entry for name, (_, entry) in found.items()})
+
+
+def require_finite(path: epath.PathLike) -> None:
+    """Reads the tensors of a file, or of all shards, one at a time.
+
+    Raises:
+      UserError: one is not finite.
+    """
+    for _ in tensor_file.tensors(tensor_file.entries(path)):
+        pass
 
 
 def write(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from mvc_jax import augment
 from mvc_jax.augment.mixup import cutmix, mixup
 from mvc_jax.checkpoints.classifier_weights import head_name
-from mvc_jax.training import loop, rng, sharding
+from mvc_jax.training import loop, optim, rng, sharding
 
 _MIXES = {"mixup": mixup, "cutmix": cutmix}
 _REPLICATED: sharding.Rules = ((r".*", "replicate"),)  # classifiers fit on one device
@@ -58,7 +58,8 @@ class ClassifierSpec:
       alpha: parameter of the mix's Beta distribution.
       label_smoothing: probability mass that is spread over all classes, in [0, 1].
       class_weights: K weights of the loss; () for equal weights.
-      ema_decay: decay of the averaged parameters; 0 keeps no average.
+      ema_decay: decay of the averaged parameters and batch statistics; 0 keeps no
+        average.
     """
 
     model: nn.Module
@@ -88,6 +89,18 @@ class ClassifierState(loop.TrainState):
     """
 
     batch_stats: Any = None
+    ema_batch_stats: Any = None
+
+    @property
+    def averaged_variables(self) -> dict[str, Any]:
+        """`{"params", "batch_stats"}`, averaged where there is an average.
+
+        Averaged parameters give other activations than the present ones, which the
+        running statistics of those would not normalise.
+        """
+        averaged = self.ema_params is not None
+        stats = self.ema_batch_stats if averaged else self.batch_stats
+        return {"params": self.averaged, "batch_stats": stats}
 
 
 def create_state(
@@ -112,6 +125,7 @@ def create_state(
     init = _initializer(spec.model, tx, image_shape)
     variables, opt_state = init(keys, pretrained)
     params, zero = variables["params"], np.zeros((), np.int32)
+    stats = variables.get("batch_stats", {})
     state = ClassifierState(
         step=zero,
         params=params,
@@ -119,7 +133,8 @@ def create_state(
         skipped=zero,
         skipped_in_a_row=zero,
         ema_params=params if spec.ema_decay else None,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=stats,
+        ema_batch_stats=stats if spec.ema_decay else None,
     )
     shardings = sharding.tree_shardings(state, mesh, _REPLICATED)
     # Leaves are donated, so no two of them may share a buffer.
@@ -181,6 +196,9 @@ def train_step(
 
     (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     metrics = {"loss": loss}
+    ema_stats = state.ema_batch_stats
+    if ema_stats is not None:
+        ema_stats = optim.ema_update(ema_stats, stats, state.step, spec.ema_decay)
     new = state.update(
         grads,
         tx,
@@ -188,6 +206,7 @@ def train_step(
         ema_decay=spec.ema_decay,
         rate=batch["rates"][state.step],
         batch_stats=stats,
+        ema_batch_stats=ema_stats,
     )
     return new, metrics
 
@@ -272,14 +291,13 @@ def predictor(
 ) -> Callable[[ClassifierState, UInt8[np.ndarray, "T H W 3"]], np.ndarray]:
     """Returns a function from state and images to class probabilities [S, T, K], fp32.
 
-    It is compiled once, and uses the averaged parameters if there are any.
+    It is compiled once, and uses the averages if there are any.
     """
     size = sharding.padded_size(batch_size, mesh)
     function = jax.jit(functools.partial(_probabilities, spec=spec))
 
     def predict(state: ClassifierState, images: np.ndarray) -> np.ndarray:
-        variables = {"params": state.averaged, "batch_stats": state.batch_stats}
-        found = []
+        variables, found = state.averaged_variables, []
         for start in range(0, len(images), size):
             part = np.asarray(images[start : start + size])
             batch = jax.device_put(
@@ -301,8 +319,6 @@ def _probabilities(
 
 def unstack(state: ClassifierState) -> list[dict[str, Any]]:
     """`{"params", "batch_stats"}` of each of the stacked classifiers, on the host."""
-    stacked = jax.device_get(
-        {"params": state.averaged, "batch_stats": state.batch_stats}
-    )
+    stacked = jax.device_get(state.averaged_variables)
     seeds = len(jax.tree.leaves(stacked)[0])
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(seeds)]

@@ -20,10 +20,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from mvc_jax import devices
-from mvc_jax.classification import classifier, regimes
+from mvc_jax.classification import classifier, duration, regimes
 from mvc_jax.classification.runs import Run
 from mvc_jax.classification.training_set import TrainingSet
-from mvc_jax.errors import UserError
 from mvc_jax.training import loop, memory, optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.console import Progress
@@ -156,16 +155,13 @@ class Trainer:
         self._image_shape = data.rows.parts[0].shape[1:]
         self._fixed = self._images_on_device(memory.device_bytes(mesh.local_devices[0]))
         real = len(data.pools[""].real)
-        self.steps = (
-            math.ceil(options.epochs * real / options.batch_size) or options.steps
+        self.steps = duration.steps(
+            real,
+            epochs=options.epochs,
+            steps=options.steps,
+            batch_size=options.batch_size,
         )
-        if options.warmup > self.steps:
-            raise UserError(
-                "config.classify.warmup",
-                wanted=f"at most the {self.steps} steps that are trained",
-                got=f"{options.warmup}",
-                fix="Lower it, after deleting the folder of the stage classify.",
-            )
+        duration.require_warmup(options.warmup, self.steps)
         self.progress = Progress("classify", runs * options.seeds * self.steps)
 
     def seed_groups(self) -> list[list[int]]:

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
+from mvc_jax.classification import duration
 from mvc_jax.classification.pixels import ConcatArray, Prefetcher, store
 from mvc_jax.classification.regimes import Pools
 from mvc_jax.data import decode, order, splits
@@ -239,7 +240,7 @@ def _hold_out(train: splits.Split, fraction: float, seed: int) -> np.ndarray:
     held: list[int] = []
     for label in np.unique(labels) if fraction else ():
         members = np.flatnonzero(labels == label)
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        count = duration.held_out(len(members), fraction)
         draw = order.generator(seed, "classify/validation", int(label))
         held += draw.permutation(members)[:count].tolist()
     return np.asarray(sorted(held), np.int32)

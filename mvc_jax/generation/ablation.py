@@ -79,6 +79,8 @@ class AblationModels:
                 "Stable Diffusion 1.x, or set "
                 "--config.pretrain.image_encoder.steps=500.",
             )
+        if not self.clip and pipeline_folder.is_hub_name(path):
+            return  # `encode` checks the base; its tower is known after the download
         tower = clip_checkpoint.check(path, field=CLIP_FIELD)
         width = self._base_text_width()
         if tower is not None and width is not None:

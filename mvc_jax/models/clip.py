@@ -121,7 +121,8 @@ class Clip:
                 params["logit_scale"] = jnp.zeros(())
             return params
 
-        return jax.eval_shape(init, jax.random.key(0))
+        key = jax.eval_shape(functools.partial(jax.random.key, 0))  # starts no backend
+        return jax.eval_shape(init, key)
 
 
 def normalize(embeddings: Float[Array, "B P"]) -> Float[Array, "B P"]:

@@ -94,4 +94,4 @@ class ControlNet:
             steps = jnp.zeros((1,), jnp.int32)
             return self.network.init(key, latents, steps, states, pictures)["params"]
 
-        return jax.eval_shape(init, jax.random.key(0))
+        return jax.eval_shape(init, stable_diffusion.abstract_key())

@@ -59,17 +59,10 @@ def init(
             got=f"{rank}",
             fix="4 to 64 are typical.",
         )
+    check_targets(unet, targets, name_of)
     kernels = _kernels(unet)
     names = {path: name_of(path) for path in kernels}
     targets = ("conv_in", *targets)
-    for target in targets:
-        if not any(_is_target(name, target) for name in names.values()):
-            raise UserError(
-                f"target {target!r} of LoRA",
-                wanted="a suffix of the name of a linear layer or a convolution",
-                got="one that matches none",
-                fix=f"There are {', '.join(_last_words(names.values()))}.",
-            )
     adapters = {}
     for path in sorted(kernels):
         if not any(_is_target(names[path], target) for target in targets):
@@ -80,6 +73,21 @@ def init(
         up = np.zeros((*[1] * len(window), rank, fan_out), np.float32)
         adapters[path] = {"a": down, "b": up}
     return adapters
+
+
+def check_targets(
+    unet: Mapping[str, Any], targets: Sequence[str], name_of: Callable[[str], str]
+) -> None:
+    """Raises the `UserError` of `init` for a target that matches no layer."""
+    names = [name_of(path) for path in _kernels(unet)]
+    for target in targets:
+        if not any(_is_target(name, target) for name in names):
+            raise UserError(
+                f"target {target!r} of LoRA",
+                wanted="a suffix of the name of a linear layer or a convolution",
+                got="one that matches none",
+                fix=f"There are {', '.join(_last_words(names))}.",
+            )
 
 
 def frozen(unet: Mapping[str, Any], dtype: str) -> Any:

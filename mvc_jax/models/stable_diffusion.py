@@ -29,6 +29,7 @@ from mvc_jax.models.flax_classes import (
 
 Params = dict[str, Any]
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
+_TRACED = 64  # latents or pixels a side, a power of two, to trace shapes with
 _DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 
 
@@ -241,11 +242,11 @@ class StableDiffusion:
 
     def _trace_shapes(self, component: str) -> Any:
         if component == "text_encoder":
-            ids = jnp.zeros((1, self.context_length), jnp.int32)
+            ids = np.zeros((1, self.context_length), np.int32)
             init = functools.partial(self.text_encoder.init, input_ids=ids)
             init = functools.partial(init, attention_mask=ids, position_ids=ids)
-            return jax.eval_shape(lambda key: init(key)["params"], jax.random.key(0))
-        return jax.eval_shape(getattr(self, component).init_weights, jax.random.key(0))
+            return jax.eval_shape(lambda key: init(key)["params"], abstract_key())
+        return jax.eval_shape(getattr(self, component).init_weights, abstract_key())
 
     def with_compute_options(
         self,
@@ -344,8 +345,18 @@ def random_params(shapes: Any, rng: np.random.Generator) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """A random key for `jax.eval_shape`: a concrete one would start the backend."""
+    return jax.eval_shape(functools.partial(jax.random.key, 0))
+
+
 def build(class_: type, config: dict[str, Any]) -> Any:
-    """Constructs a library class from the fields of `config` that it accepts."""
+    """Constructs a library class from the fields of `config` that it accepts.
+
+    No weight depends on `sample_size`, of which the Flax classes know integers only:
+    they trace a square of that side, which their UNet must be able to halve.
+    """
+    config = config | {"sample_size": _TRACED}
     known = inspect.signature(class_).parameters
     fields = {
         key: tuple(value) if isinstance(value, list) else value

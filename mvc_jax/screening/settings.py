@@ -135,8 +135,11 @@ def check_filters(
             f"--{FIELD}.label=folds.",
         )
     if clip_path or base_path:
-        from mvc_jax.checkpoints import clip_checkpoint  # here: it imports JAX
+        # Here, because they import JAX.
+        from mvc_jax.checkpoints import clip_checkpoint, pipeline_folder
 
+        if not clip_path and pipeline_folder.is_hub_name(base_path):
+            return  # `encode` checks the base; its encoder is known after the download
         clip_checkpoint.check(clip_path or base_path, field=CLIP_FIELD, text=by_text)
 
 

@@ -18,6 +18,7 @@ import json
 import math
 import pathlib
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mvc_jax import files
-from mvc_jax.errors import UserError, is_full_disk, require_disk_space
+from mvc_jax.errors import UserError, no_room, require_disk_space
 from mvc_jax.training.checksums import checksums
 
 _STATE, _RECORD = "state", "record"  # the two items of a checkpoint
@@ -80,13 +81,9 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         )
         self._folder = epath.Path(folder).absolute()
-        if jax.process_index() == 0 and self._folder.exists():
-            # Orbax does so too, but in the background, maybe after `save` measured the
-            # free disk space.
-            for leftover in files.matching(
-                self._folder, f"*{ocp.utils.TMP_DIR_SUFFIX}*"
-            ):
-                leftover.rmtree()
+        # Orbax does so too, but in the background, maybe after `save` measured the free
+        # disk space.
+        self._remove_leftovers()
         self._saving, self._size = self._folder, 0  # the last save, for its errors
         self._link = _link_for_orbax(self._folder)
         opened = epath.Path(self._link.name) / "folder" if self._link else self._folder
@@ -204,7 +201,7 @@ class Checkpoints:
                 _with_checksum({"leaves": leaves, "metrics": metrics})
             ),
         }
-        with self._explain_full_disk():
+        with self._explain_no_room():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saved = self._clock()
 
@@ -218,27 +215,33 @@ class Checkpoints:
             self._finish()
         finally:
             self._manager.close()
+            _await_writers()
+            with contextlib.suppress(OSError):  # of a disk that became read-only
+                self._remove_leftovers()  # of a disk that became full
             if self._link:
                 self._link.cleanup()
 
     def _finish(self) -> None:
-        with self._explain_full_disk():
+        with self._explain_no_room():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _explain_full_disk(self) -> Iterator[None]:
-        """Turns an error of a full disk into a `UserError`."""
+    def _explain_no_room(self) -> Iterator[None]:
+        """Turns an error of a disk that is full into a `UserError`."""
         try:
             yield
         except Exception as error:
-            if not is_full_disk(error):
+            full = no_room(error, self._saving, self._size)
+            if full is None:
                 raise
-            raise UserError(
-                str(self._saving),
-                wanted=f"{self._size} bytes of free disk for {_FULL_DISK['what']}",
-                got="a disk that filled up",
-                fix=_FULL_DISK["fix"],
-            ) from error
+            raise full from error
+
+    def _remove_leftovers(self) -> None:
+        """Deletes what a save that did not end has written."""
+        if jax.process_index() == 0 and self._folder.exists():
+            pattern = f"*{ocp.utils.TMP_DIR_SUFFIX}*"
+            for leftover in files.matching(self._folder, pattern):
+                leftover.rmtree()
 
     def _read_record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
@@ -357,6 +360,13 @@ def _link_for_orbax(folder: epath.Path) -> tempfile.TemporaryDirectory | None:
     link = tempfile.TemporaryDirectory(prefix="mvc_jax-")
     (pathlib.Path(link.name) / "folder").symlink_to(folder, target_is_directory=True)
     return link
+
+
+def _await_writers() -> None:
+    """Waits for threads of Orbax that go on writing after one of them has failed."""
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_SignalingThread":
+            threading.Thread.join(thread)  # its own raises its exception
 
 
 def _one_line(error: Exception) -> str:

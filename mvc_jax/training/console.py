@@ -4,6 +4,7 @@ import logging as std_logging
 import os
 import sys
 import time
+from typing import Any
 
 from absl import logging
 from tqdm import tqdm
@@ -19,6 +20,7 @@ def be_quiet() -> None:
     handler.setFormatter(_Formatter())
     std_logging.basicConfig(handlers=[handler], force=True)
     logging.set_verbosity(logging.INFO)
+    sys.excepthook = _print_exception
 
 
 class _Formatter(std_logging.Formatter):
@@ -39,6 +41,15 @@ def _is_shown(record: std_logging.LogRecord) -> bool:
             return False
     ours = os.path.abspath(record.pathname).startswith(package)
     return ours or record.levelno >= std_logging.WARNING
+
+
+def _print_exception(kind: type, error: BaseException, trace: Any) -> None:
+    """Python's, except for what TensorStore prints for each write after a failed one.
+
+    The save of the checkpoint has ended then; `Checkpoints` reports why.
+    """
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Progress:

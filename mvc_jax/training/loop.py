@@ -233,7 +233,7 @@ def fit(
     constants = jax.device_put(constants, sharding.tree_shardings(constants, mesh))
     with preemption.deferred() as stop_requested, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
-        logger.resume(int(state.skipped_in_a_row))
+        logger.resume(int(state.skipped_in_a_row), steps)
         # A checkpoint of another `steps_per_dispatch` may be between two dispatches.
         first = int(state.step)
         stride = math.gcd(steps_per_dispatch, first)
@@ -280,6 +280,7 @@ def _end_step(
             if validation and (step % validation.every == 0 or last):
                 row = logger.add_to_row(step, validation.measure(state))
             if logger.may_save(state):
+                logger.flush()
                 checkpoints.save(step, state, row)
     logger.raise_if_diverged()
     logger.draw(step, state)  # after the save, as drawing may fail

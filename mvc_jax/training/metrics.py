@@ -1,6 +1,9 @@
 """Metrics of a run, in `metrics.jsonl` and TensorBoard."""
 
+import contextlib
+import os
 import time
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -9,7 +12,10 @@ from mvc_jax import files
 from mvc_jax.imports import hidden
 
 with hidden("torch"):  # it would be imported for its tensors only
-    from tensorboardX import SummaryWriter
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import directory_check
 
 _FLUSH_SECONDS = 10.0
 
@@ -18,20 +24,20 @@ class MetricsLog:
     """Scalars of one stage, in `workdir/metrics.jsonl` and `workdir/tensorboard/`.
 
     The file is small and always rewritten as a whole: no line is ever incomplete, and a
-    run that resumes at step n drops the rows that the killed one wrote after n.
+    run that resumes at step n drops the rows that the killed one wrote after n. Lines
+    that were damaged since are dropped with a warning.
     """
 
     def __init__(self, workdir: epath.PathLike, stage: str, *, from_step: int = 0):
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._stage = stage
-        rows = files.read_jsonl(self._path) if self._path.exists() else []
         self._rows = [
-            row for row in rows if row["stage"] != stage or row["step"] <= from_step
+            row
+            for row in read_rows(workdir)
+            if row["stage"] != stage or row["step"] <= from_step
         ]
-        self._board = SummaryWriter(
-            str(epath.Path(workdir) / "tensorboard" / stage.replace("/", "_")),
-            purge_step=from_step,
-        )
+        folder = epath.Path(workdir) / "tensorboard" / stage.replace("/", "_")
+        self._board = _Board(str(folder), from_step)
         self._flushed = time.monotonic()
 
     def write(self, step: int, **scalars: float) -> None:
@@ -39,18 +45,66 @@ class MetricsLog:
         values = {name: float(value) for name, value in scalars.items()}
         self._rows.append({"stage": self._stage, "step": step, **values})
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add(step, summary.scalar(name, value))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._board.flush()
             self.flush()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes an image, uint8 [H, W, 3], to TensorBoard."""
-        self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.add(step, summary.image(name, image, dataformats="HWC"))
 
     def flush(self) -> None:
+        """Writes the rows to the disk."""
         files.write_jsonl(self._path, self._rows)
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self.flush()
-        self._board.close()
+        with contextlib.closing(self._board):
+            self.flush()
+
+
+class _Board:
+    """An event file of TensorBoard, written by the calling thread.
+
+    tensorboardX's own writer has a thread for it, which a full disk ends: the run would
+    then wait for it forever.
+    """
+
+    def __init__(self, folder: str, from_step: int):
+        """Opens a new file; TensorBoard hides what others have from `from_step` on."""
+        directory_check(folder)
+        self._writer = EventsWriter(os.path.join(folder, "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=from_step, file_version="brain.Event:2")
+        self._write(step=from_step, session_log=start)
+
+    def add(self, step: int, content: Any) -> None:
+        self._write(step=step, summary=content)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        event = event_pb2.Event(wall_time=time.time(), **fields)
+        self._writer.write_event(event)
+
+
+def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, without damaged ones; [] without the file.
+
+    Each has a `stage`, a `step`, and scalars by name.
+    """
+    return files.read_rows(epath.Path(workdir) / "metrics.jsonl", valid=_is_row)
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    scalars = [value for name, value in row.items() if name != "stage"]
+    return (
+        isinstance(row.get("stage"), str)
+        and type(row.get("step")) is int
+        and all(type(value) in (int, float) for value in scalars)
+    )

@@ -86,12 +86,18 @@ class TrainLogger:
         """Whether too many consecutive steps were skipped, as of the last row."""
         return self._skipped_in_a_row >= self._max_skipped
 
-    def resume(self, skipped_in_a_row: int) -> None:
+    def resume(self, skipped_in_a_row: int, steps: int) -> None:
         """Takes the count of consecutive skipped steps from a restored state.
+
+        Args:
+          skipped_in_a_row: that count.
+          steps: the step that training ends at. If all are skipped nothing was trained,
+            whatever `max_skipped` is.
 
         Raises:
           UserError: training had diverged when that state was saved.
         """
+        self._max_skipped = min(self._max_skipped, max(steps, 1))
         self._skipped_in_a_row = skipped_in_a_row
         self.raise_if_diverged()
 
@@ -164,6 +170,13 @@ class TrainLogger:
         """
         self._log.write(step, **values)
         return self._last | values
+
+    def flush(self) -> None:
+        """Writes all rows to the disk; to be called before a checkpoint is saved.
+
+        Otherwise a run that is killed after the save would lack the rows before it.
+        """
+        self._log.flush()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
