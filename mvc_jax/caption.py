@@ -16,12 +16,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-<<<<<<< HEAD
-from mvc_jax.data import captions, duplicates, sources, splits, summary
-=======
 from mvc_jax.classification import duration
-from mvc_jax.data import captions, duplicates, splits, summary
->>>>>>> main
+from mvc_jax.data import captions, duplicates, sources, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
 from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.decode import Decoder

@@ -73,18 +73,13 @@ def check(config: ConfigDict) -> None:
     _check_network(section, section.size or config.data.size)
 
 
-<<<<<<< HEAD
-def require_classes(workdir: epath.Path) -> None:
-    """Refuses the single class of a finished stage `caption`, before any work."""
-    names = files.read_json(workdir / "caption" / "dataset.json")["class_names"]
-    training_set.require_several(names)
-=======
 def check_images(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Checks what depends on the training images, once `caption` has written them."""
     if is_complete(workdir, "caption"):
         train = splits.read_split(epath.Path(workdir) / "caption", "train")
+        if len(train.class_names) < 2:  # else nothing heavy is imported
+            training_set.require_several(train.class_names)
         duration.check_warmup(config.classify.to_dict(), train.labels)
->>>>>>> main
 
 
 def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:

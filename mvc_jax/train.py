@@ -126,17 +126,10 @@ def run(
             verify_files(config, workdir)
         moved = stages_to_move(redo, stages, config, workdir, source)
         steps = plan.make(stages, config, workdir, redo=moved, source=source)
-<<<<<<< HEAD
-        unfinished = [step.name for step in steps if step.state != "done"]
-        check_stages(unfinished, config)
-        if "classify" in unfinished and stage.is_complete(workdir, "caption"):
-            pipeline.module("classify").require_classes(workdir)
-=======
         todo = [step.name for step in steps if step.state != "done"]
         check_stages(todo, config)
         if "classify" in todo and "caption" not in todo:
             pipeline.module("classify").check_images(config, workdir)
->>>>>>> main
         plan.require_possible(steps, workdir)
         _prepare(steps, config, workdir)
         if moved:
