@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
@@ -43,12 +44,14 @@ from mvc_jax.screening.settings import FilterSettings
 from mvc_jax.stage import Spec, Stage, open_stage, read_manifest
 from mvc_jax.training import runtime
 from mvc_jax.training.console import Progress
+from mvc_jax.work import Sizes, Work
 
 VERSION = "1"  # of the captioners in this file; raise it when their output changes
 _DEFAULT_MODEL = {
     "blip2": "Salesforce/blip2-opt-2.7b",
     "flax": "ydshieh/vit-gpt2-coco-en",
 }
+_NETWORK_SIDE = 224  # pixels, as the captioners see an image
 _SAVE_SECONDS = 2.0  # of captioning that a kill may cost
 
 
@@ -126,6 +129,48 @@ def table(workdir: epath.Path) -> str:
     """Summarises the dataset, as lines for a terminal; the stage must be complete."""
     counts = read_manifest(workdir, "caption")["counts"]
     return summary.table(workdir / "caption", counts)
+
+
+def count_images(
+    config: ConfigDict, workdir: epath.Path | None
+) -> dict[str, Int[np.ndarray, " K"]]:
+    """Images of each class by split.
+
+    Args:
+      config: of the run.
+      workdir: that has the finished stage; None: the source is opened, but no image
+        decoded, so that bad ones are not known.
+    """
+    if workdir is not None:
+        return splits.count_images(workdir / "caption")
+    source = _open(config.data)
+    rows = _splitter(source, config)(np.ones(len(source), bool))
+    classes = len(source.class_names)
+    return {
+        name: np.bincount(source.labels[mine], minlength=classes)
+        for name, mine in rows.items()
+    }
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to read and to caption."""
+    images, captions_ = (
+        sizes.pool + sizes.images + sizes.test,
+        sizes.pool + sizes.images,
+    )
+    section, side, host = config.caption, config.data.size, {}
+    if section.captioner in _DEFAULT_MODEL:
+        batch = min(section.batch_size, captions_)
+        host["a batch of the captioner"] = batch * 4 * 3 * _NETWORK_SIDE**2
+    speed = {k: v for k, v in section.to_dict().items() if k != "file"}
+    return Work(
+        {"images": images, "captions": captions_},
+        unit="images",
+        speed={"source": config.data.source, "size": side, "caption": speed},
+        disk={"pixels": images * 3 * side**2},
+        host=host,
+        lower=("caption.batch_size",),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:

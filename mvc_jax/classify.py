@@ -25,6 +25,7 @@ from mvc_jax.data import splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
 from mvc_jax.stage import Spec, Stage, is_complete, open_stage
+from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
     from mvc_jax import devices
@@ -153,6 +154,62 @@ def _check_size(model: str, size: int, smallest: int) -> None:
             fix="Raise it, or choose a network for small images, e.g. wrn28_10 or "
             "resnet20.",
         )
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to train; starts no JAX backend."""
+    section = config.classify
+    side = section.size or config.data.size
+    parsed = [runs.parse(name) for name in section.runs]
+    steps = duration.steps(
+        sum(n - duration.held_out(n, section.validation) for n in sizes.train),
+        epochs=section.epochs,
+        steps=section.steps,
+        batch_size=section.batch_size,
+    )
+    count = len(parsed) * section.seeds
+    network = _network(section, len(sizes.train), None, dtype="float32")
+    weights = 4 * classifier.count_parameters(network, (side, side, 3))
+    copies = 2 + (section.optimizer == "adam") + (section.ema_decay > 0)
+    stored = len({run_.set for run_ in parsed} - {""}) * sizes.recipes
+    if side != config.data.size:
+        stored += sizes.images + sizes.test
+    pixels = stored * 3 * side**2
+    # Rows of a batch, which its schedule and its images have.
+    rows = section.batch_size * max(
+        2 if run_.regime == "probabilistic" else 1 for run_ in parsed
+    )
+    together = min(section.seeds_at_once or 1, section.seeds)
+    speed = ("model", "width", "stem", "stem_stride", "batch_size", "seeds_at_once")
+    return Work(
+        {"classifiers": count, "steps": count * steps},
+        unit="steps",
+        speed={
+            **{name: section[name] for name in (*speed, "dtype", "optimizer")},
+            "augmentations": sorted({f"{run_.policy}+{run_.mix}" for run_ in parsed}),
+            "size": side,
+            "mesh": config.mesh.to_dict(),
+        },
+        on_devices=True,
+        disk={
+            "classifiers": count * weights,
+            "checkpoints": count * copies * weights,
+            "pixels": pixels,
+        },
+        asks=copies * weights,
+        leaves=count * weights + (0 if section.ratio else pixels),
+        host={"the order of the images": together * steps * rows * 8},
+        devices={
+            "weights, moments and gradients": together * (copies + 1) * weights,
+            "a batch in the network": together * rows * 4 * 4 * 3 * side**2,
+        },
+        lower=(
+            "classify.batch_size",
+            "classify.steps",
+            "classify.epochs",
+            "classify.seeds_at_once",
+        ),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:

@@ -22,6 +22,7 @@ class Command:
       workdir: the folder of the run's files.
       redo: names of the stages to make again, or `all`.
       source: another workdir, from which finished stages are taken over; None: none.
+      dry_run: whether only to print what would be done.
       verify: whether every file of the workdir is hashed first.
     """
 
@@ -29,6 +30,7 @@ class Command:
     workdir: epath.Path
     redo: tuple[str, ...] = ()
     source: epath.Path | None = None
+    dry_run: bool = False
     verify: bool = False
 
 
@@ -43,7 +45,8 @@ def parse(argv: list[str], about: str = "") -> Command:
       about: the text that --help starts with.
 
     Raises:
-      UserError: the config cannot be read, or a flag or field is unknown or mistyped.
+      UserError: the config cannot be read; a flag or field is unknown or mistyped; or
+        two flags exclude each other.
       SystemExit: --help or --version was given.
     """
     path, overrides, rest = None, {}, [argv[0]]
@@ -77,7 +80,15 @@ def parse(argv: list[str], about: str = "") -> Command:
         section[field] = value
     listed = ",".join(values["redo"].value or ())
     redo = tuple(name.strip() for name in listed.split(",") if name.strip())
-    return Command(config, workdir, redo, source, values["verify"].value)
+    dry_run, verify = values["dry_run"].value, values["verify"].value
+    if dry_run and verify:
+        raise UserError(
+            "--dry_run",
+            wanted="one without --verify, which deletes damaged files",
+            got="both",
+            fix="Leave one of them out.",
+        )
+    return Command(config, workdir, redo, source, dry_run, verify)
 
 
 def print_help(name: str, about: str) -> NoReturn:
@@ -149,6 +160,7 @@ def _parse_others(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "the folder of this run's files", **own)
     flags.DEFINE_multi_string("redo", None, "stages to make again", **own)
     flags.DEFINE_string("from", None, "workdir to take stages over from", **own)
+    flags.DEFINE_boolean("dry_run", False, "print what would be done", **own)
     flags.DEFINE_boolean("verify", False, "hash every file", **own)
     flags.DEFINE_boolean("version", False, "print the version", **own)
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +26,12 @@ from mvc_jax.data import captions, shards, splits
 from mvc_jax.errors import UserError, require_disk_space
 from mvc_jax.stage import Spec, Stage, is_complete, open_stage
 from mvc_jax.training.console import Progress
+from mvc_jax.work import BaseSizes, Sizes, Work
 
 with epy.lazy_imports():
     import jax
 
-    from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
+    from mvc_jax.checkpoints import base_sizes, diffusers_layout, pipeline_folder
     from mvc_jax.models import stable_diffusion
     from mvc_jax.training import sharding
 
@@ -53,6 +55,46 @@ def check(config: ConfigDict) -> None:
             got=f"variant={base.variant!r}, revision={base.revision!r}",
             fix="Leave both empty, or name a base in config.base.path.",
         )
+
+
+def base_of(config: ConfigDict, workdir: epath.Path | None) -> BaseSizes:
+    """Sizes of the base model.
+
+    Args:
+      config: of the run.
+      workdir: that has the stage `pretrain`; None: the config names a base.
+    """
+    base = config.base
+    if workdir and not base.path:
+        return base_sizes.of_folder(workdir / "pretrain" / "model")
+    return base_sizes.find(base.path, base.variant, base.revision)
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to encode."""
+    section, side, base = config.encode, config.data.size, sizes.base
+    images = sizes.images * (2 if section.flip else 1)
+    number = np.dtype(section.dtype).itemsize
+    moments = images * number * math.prod(base.moments_shape(side))
+    least, most = (n * number * math.prod(base.text_shape()) for n in sizes.prompts)
+    batch = section.batch_size * side**2
+    return Work(
+        {"images": images, "prompts, at most": sizes.prompts[1]},
+        unit="images",
+        speed={
+            "base": base.speed,
+            "size": side,
+            "batch_size": section.batch_size,
+            "mesh": config.mesh.to_dict(),
+        },
+        on_devices=True,
+        disk={"moments": moments, "text states": most},
+        asks=moments + least,
+        leaves=moments + least,
+        host={"a batch of images": 3 * batch},
+        devices={"a batch in the autoencoder": 4 * batch * 2 * base.vae_channels},
+        lower=("encode.batch_size",),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:

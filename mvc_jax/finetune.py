@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Spec, open_stage
+from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
     import jax
@@ -84,6 +85,43 @@ def check(config: ConfigDict) -> None:
         model, _ = diffusers_layout.load(base.path, (), base.variant)
         targets = section["lora"]["targets"]
         lora.check_targets(model.shapes("unet"), targets, lora_file.layer_name)
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to train; adapters are too small to count."""
+    section, side, base = config.finetune, config.data.size, sizes.base
+    full, unet = section.mode == "full", base.parameters["unet"]
+    copies = 4 if section.ema_decay else 3  # weights, two moments, an average
+    state = 4 * copies * unet if full else 0
+    example = 4 * (
+        2 * math.prod(base.moments_shape(side)) + math.prod(base.text_shape())
+    )
+    model = 4 * sum(base.parameters.values())
+    speed = ("mode", "lora", "batch_size", "accumulate", "dtype", "attention", "remat")
+    alive = -(-section.batch_size // section.accumulate)
+    return Work(
+        {"steps": section.steps, "pairs": section.steps * section.batch_size},
+        unit="steps",
+        speed={
+            **{name: section.to_dict()[name] for name in speed},
+            "ema": section.ema_decay > 0,
+            "base": base.speed,
+            "size": side,
+            "mesh": config.mesh.to_dict(),
+        },
+        on_devices=True,
+        # The oldest checkpoint is deleted after the newest is written.
+        disk={"checkpoints": (section.keep + 1) * state, "model": model},
+        asks=state,
+        leaves=model,
+        host={"a batch of pairs": section.batch_size * example},
+        devices={
+            "weights, moments and gradients": state + 4 * unet if full else 2 * unet,
+            "a batch of pairs": section.batch_size * example,
+            "their activations": alive * base.unet_bytes(side, remat=section.remat),
+        },
+        lower=("finetune.batch_size",),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:

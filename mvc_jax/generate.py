@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.checkpoints import dataset_card, model_card
 from mvc_jax.data import cache, splits
+from mvc_jax.diffusion import timesteps
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 from mvc_jax.generation import conditionings, synthetic
@@ -37,6 +38,7 @@ from mvc_jax.stage import (
     require_inputs,
 )
 from mvc_jax.training.console import Progress
+from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
     from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
@@ -57,6 +59,7 @@ CONDITIONING_FIGURE = "conditionings.png"
 LEVEL_FIGURE = "levels.png"
 # Fields that change the speed or the figures, but no image.
 _NO_RESULT = ("batch_size", "attention", "limit", "conditioning")
+_ROW_BYTES = 600  # of the provenance of an image, in each of two forms
 _GROWS = ("generate.include_real", "generate.folder")
 
 
@@ -77,6 +80,45 @@ def check(config: ConfigDict) -> None:
     needs = {conditionings.CONDITIONINGS[name].needs for name in names} - {""}
     for need in sorted(needs):
         ablation_models(config).check(need)
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to draw, without figures and images that are drawn again."""
+    section, base = config.generate, sizes.base
+    sets, side = len(section.sets), config.data.size
+    images = section.limit or sets * sizes.recipes
+    each = timesteps.evaluations(
+        section.sampler, section.steps, tuple(section.guidance_interval)
+    )
+    written = images + (sets * sizes.images if section.include_real else 0)
+    stored = section.size if section.size > 0 else side
+    shard = min(section.shard_size, sizes.recipes)
+    speed = ("batch_size", "dtype", "attention", "filter", "format", "folder", "sets")
+    raw = synthetic.raw_bytes(written, stored, pictures=section.folder)
+    return Work(
+        {"images": images, "UNet evaluations": images * each},
+        unit="UNet evaluations",
+        speed={
+            **{name: section.to_dict()[name] for name in speed},
+            "base": base.speed,
+            "size": side,
+            "mesh": config.mesh.to_dict(),
+        },
+        on_devices=True,
+        disk={
+            "images, if nothing is compressed": 0 if section.limit else raw,
+            "their provenance": 0 if section.limit else 2 * _ROW_BYTES * written,
+        },
+        asks=0 if section.limit else raw,
+        leaves=0,
+        host={"the images of a shard": shard * 3 * side**2},
+        devices={
+            "weights": 2 * base.parameters["unet"],
+            "a batch of images": section.batch_size
+            * (3 * base.unet_bytes(side) + 4 * 3 * side**2),
+        },
+        lower=("generate.batch_size", "generate.shard_size"),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:

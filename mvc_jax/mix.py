@@ -15,8 +15,11 @@ from mvc_jax.data import shards
 from mvc_jax.errors import UserError
 from mvc_jax.mixing import checks, recipe_file, recipes
 from mvc_jax.stage import Spec, open_stage
+from mvc_jax.work import Sizes, Work
 
 _SCALES = ("text_scale", "image_scale")  # fields of `generate`
+_ROW_BYTES = 250  # of a recipe in its file; the digits' have 280
+_OBJECT_BYTES = 1500  # of a recipe in memory, at least; the digits' have 2050
 
 
 def check(config: ConfigDict) -> None:
@@ -32,6 +35,33 @@ def check(config: ConfigDict) -> None:
         _check_fits(section, length, width)
     if section.file:  # its ids are checked by `run`
         recipe_file.read_recipes(section.file, length=length, width=width)
+
+
+def count(config: ConfigDict, images: int) -> int:
+    """Number of recipes, which is that of the images of a set.
+
+    Args:
+      config: of the run.
+      images: number of training images.
+
+    Raises:
+      UserError: the user's file of recipes is not valid.
+    """
+    if config.mix.file:
+        return len(recipe_file.read_recipes(config.mix.file))
+    return config.mix.per_image * images
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """How many recipes there are to draw."""
+    return Work(
+        {"recipes": sizes.recipes},
+        unit="recipes",
+        speed={"modes": config.mix.modes, "dims_per_token": config.mix.dims_per_token},
+        disk={"recipes": _ROW_BYTES * sizes.recipes},
+        host={"the recipes": _OBJECT_BYTES * sizes.recipes},
+        lower=("mix.per_image",),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:
@@ -73,7 +103,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 recipes.make_recipe(
                     k, rows, classes, drawing, seed=config.seed, **shape
                 )
-                for k in range(section.per_image * len(rows))
+                for k in range(count(config, len(rows)))
             ]
             checks.require_tokens(made, drawing, rows)
             checks.require_dims(made, drawing)

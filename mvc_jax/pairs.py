@@ -15,10 +15,25 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import order
 from mvc_jax.stage import Spec, open_stage
+from mvc_jax.work import Sizes, Work
 
 
 def check(config: ConfigDict) -> None:
     """Nothing: no field depends on another one, or on a file."""
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """How many pairs there are to draw."""
+    pairs = config.pairs.rounds * sizes.images
+    size = 2 * 4 * pairs  # int32
+    # Twice in memory: the rounds, and all of them in one array.
+    return Work(
+        {"pairs": pairs},
+        unit="pairs",
+        disk={"pairs": size},
+        host={"the pairs": 2 * size},
+        lower=("pairs.rounds",),
+    )
 
 
 def stage_spec(config: ConfigDict) -> Spec:

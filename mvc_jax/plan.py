@@ -155,7 +155,7 @@ class _Planner:
         self._known: dict[str, stage.Input] = {}  # stages that can be read then
         self._wrong: dict[str, str] = {}  # stages that are there, but cannot -> why
         self._refused: set[str] = set()  # selected ones
-        self._running: set[str] = set()  # selected ones that start from nothing
+        self._running: set[str] = set()  # selected ones that may end with other files
         self._not_taken: dict[str, str] = {}  # from the source -> why
 
     def _spec(self, name: str) -> stage.Spec:
@@ -231,8 +231,9 @@ class _Planner:
         except UserError as error:
             return Step(name, "refused", str(error), error)
         self._known[name] = found.as_input()
-        if found.path is None:
+        if self._known[name].identity is None:
             self._running.add(name)
+        if found.path is None:
             if self._differs_from_before(spec):
                 self._known[name] = stage.Input("")
             return Step(name, "run", self._not_taken.get(name, ""))

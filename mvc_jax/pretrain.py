@@ -8,7 +8,9 @@ companions for the ablation: `model/image_encoder/` and `controlnet/`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from etils import epath, epy
 from ml_collections import ConfigDict
@@ -16,9 +18,11 @@ from ml_collections import ConfigDict
 from mvc_jax.data import captions, splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Spec, open_stage
+from mvc_jax.work import BaseSizes, Sizes, Work
 
 with epy.lazy_imports():
     from mvc_jax.checkpoints import (
+        base_sizes,
         clip_checkpoint,
         controlnet_checkpoint,
         diffusers_layout,
@@ -26,6 +30,8 @@ with epy.lazy_imports():
     from mvc_jax.models import stable_diffusion
     from mvc_jax.pretraining import base, companions, small, tokenizer
     from mvc_jax.training import checkpoint, sharding, train_logger
+
+_KEPT = 2  # checkpoints of each network
 
 
 def check(config: ConfigDict) -> None:
@@ -83,6 +89,54 @@ def _check_heads(name: str, widths: Sequence[int], heads: int) -> None:
         )
 
 
+def base_of(config: ConfigDict) -> BaseSizes:
+    """Sizes of the base model that `run` trains; starts no JAX backend."""
+    vocab_size = config.pretrain.vocab_size
+    configs = small.configs(vocab_size=vocab_size, **_architecture(config))
+    model = stable_diffusion.StableDiffusion(configs, None)
+    parameters = {
+        name: model.count_parameters(name) for name in ("unet", "vae", "text_encoder")
+    }
+    return base_sizes.of_configs(configs, parameters, name="the small base")
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to train; the companions' networks are not in the bytes."""
+    section, side, base = config.pretrain, config.data.size, sizes.base
+    count, vae, unet = base.parameters, section.vae, section.unet
+    loops = {
+        f"{name} steps": section[name].steps
+        for name in ("vae", "unet", "image_encoder", "controlnet")
+    }
+    denoiser = count["unet"] + count["text_encoder"]
+    # Weights and two moments; of the UNet an average too.
+    saved = 4 * (3 * count["vae"] + 4 * denoiser)
+    moments = sizes.pool * 4 * math.prod(base.moments_shape(side))
+    of_unet = {
+        "weights, moments, average and gradients": 4 * 5 * denoiser,
+        "a batch of the UNet": unet.batch_size * base.unet_bytes(side, remat="none"),
+    }
+    of_vae = {
+        "weights, moments and gradients": 4 * 4 * count["vae"],
+        "a batch of images": 4 * vae.batch_size * 8 * base.vae_channels * side**2,
+    }
+    return Work(
+        {"steps": sum(loops.values()), **{k: v for k, v in loops.items() if v}},
+        unit="steps",
+        speed={"pretrain": section.to_dict(), "size": side},
+        on_devices=True,
+        disk={
+            "checkpoints": _KEPT * saved,
+            "model": 4 * sum(count.values()),
+        },
+        asks=saved,
+        leaves=4 * sum(count.values()),
+        host={"moments of the pool": moments},
+        devices=max(of_unet, of_vae, key=lambda found: sum(found.values())),
+        lower=("pretrain.unet.batch_size", "pretrain.vae.batch_size"),
+    )
+
+
 def stage_spec(config: ConfigDict) -> Spec:
     """What the base model depends on."""
     settings = {
@@ -107,7 +161,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return base.Loop(
             mesh,
             section[name].steps,
-            checkpoint.Checkpoints(folder, every=every),
+            checkpoint.Checkpoints(folder, every=every, keep=_KEPT),
             train_logger.TrainLogger(workdir, f"pretrain/{name}", log_every=log_every),
         )
 
@@ -195,17 +249,22 @@ def _new_model(
     config: ConfigDict, tokenizer_folder: epath.Path
 ) -> stable_diffusion.StableDiffusion:
     """The architecture of the config, without weights."""
+    tokenizer = diffusers_layout.read_tokenizer(tokenizer_folder)
+    return small.stable_diffusion(tokenizer, **_architecture(config))
+
+
+def _architecture(config: ConfigDict) -> dict[str, Any]:
+    """The fields of `small.configs`."""
     section = config.pretrain
-    return small.stable_diffusion(
-        diffusers_layout.read_tokenizer(tokenizer_folder),
-        size=config.data.size,
-        context_length=section.context_length,
-        vae_channels=section.vae.channels,
-        vae_groups=section.vae.groups,
-        unet_channels=section.unet.channels,
-        unet_layers=section.unet.layers,
-        unet_heads=section.unet.heads,
-        text_width=section.text.width,
-        text_layers=section.text.layers,
-        text_heads=section.text.heads,
-    )
+    return {
+        "size": config.data.size,
+        "context_length": section.context_length,
+        "vae_channels": section.vae.channels,
+        "vae_groups": section.vae.groups,
+        "unet_channels": section.unet.channels,
+        "unet_layers": section.unet.layers,
+        "unet_heads": section.unet.heads,
+        "text_width": section.text.width,
+        "text_layers": section.text.layers,
+        "text_heads": section.text.heads,
+    }

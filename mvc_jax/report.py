@@ -23,6 +23,7 @@ from mvc_jax import files, pictures
 from mvc_jax.data import splits
 from mvc_jax.mixing.recipes import MODES
 from mvc_jax.stage import Spec, open_stage
+from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
     from mvc_jax.training import metrics as metrics_log
@@ -65,6 +66,11 @@ class _Inputs:
 
 def check(config: ConfigDict) -> None:
     """Nothing: no field depends on another one, or on a file."""
+
+
+def price(config: ConfigDict, sizes: Sizes) -> Work:
+    """What there is to show: one page, of all recipes."""
+    return Work({"page": 1}, unit="page", speed={"recipes": sizes.recipes})
 
 
 def stage_spec(config: ConfigDict) -> Spec:

@@ -1,7 +1,7 @@
 """The folder of a run: that it can be used, and what it has beside the stages' folders.
 
-`metrics.jsonl`, `timings.json` and `tensorboard/` have parts that belong to one stage
-each; they move with it.
+`metrics.jsonl`, `timings.json`, `tensorboard/` and `digests/` have parts that belong to
+one stage each; they move with it.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from etils import epath
 from mvc_jax import files
 from mvc_jax.errors import UserError, no_room
 
-_METRICS, _TIMINGS, _BOARDS = "metrics.jsonl", "timings.json", "tensorboard"
+_METRICS, _TIMINGS = "metrics.jsonl", "timings.json"
+_BOARDS, _DIGESTS = "tensorboard", "digests"
 
 
 def check(workdir: epath.Path, min_free_gib: float) -> None:
@@ -83,8 +84,9 @@ def is_local(path: epath.Path) -> bool:
 
 
 def remove_temporaries(workdir: epath.Path) -> None:
-    """Deletes what a killed run left in the workdir itself."""
-    for leftover in files.matching(workdir, ".tmp-*"):
+    """Deletes what a killed run left in the workdir outside of its stages."""
+    patterns = (".tmp-*", "earlier/*/.tmp-*")
+    for leftover in [x for part in patterns for x in files.matching(workdir, part)]:
         leftover.rmtree() if leftover.is_dir() else leftover.unlink()
 
 
@@ -97,9 +99,11 @@ def move_records(
     names: Collection[str], workdir: epath.Path, aside: epath.Path
 ) -> None:
     """Moves what the workdir has of these stages into `aside`; may be repeated."""
-    for folder in _boards(workdir, names):
-        (aside / _BOARDS).mkdir(parents=True, exist_ok=True)
-        folder.rename(aside / _BOARDS / folder.name)
+    digests = [path for name in names if (path := _digests(workdir, name)).exists()]
+    for path in [*_boards(workdir, names), *digests]:
+        target = aside / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
     rows, timings = _rows(workdir), _timings(workdir)
     moved = [row for row in rows if _stage_of(row) in names]
     if moved:
@@ -122,6 +126,9 @@ def copy_records(name: str, source: epath.Path, workdir: epath.Path) -> None:
         record_timing(workdir, name, timing)
     for folder in _boards(source, [name]):
         link_or_copy(folder, workdir / _BOARDS / folder.name)
+    digests = _digests(source, name)
+    if digests.exists():  # a copy: rows are appended to it
+        files.write_bytes(_digests(workdir, name), digests.read_bytes())
 
 
 def link_or_copy(source: epath.Path, target: epath.Path) -> None:
@@ -151,6 +158,10 @@ def _boards(workdir: epath.Path, names: Collection[str]) -> list[epath.Path]:
     """The folders of TensorBoard that belong to these stages."""
     found = files.matching(workdir / _BOARDS, "*")
     return [folder for folder in found if folder.name.split("_")[0] in names]
+
+
+def _digests(workdir: epath.Path, name: str) -> epath.Path:
+    return workdir / _DIGESTS / f"{name}.jsonl"
 
 
 def _stage_of(row: Any) -> str:

@@ -8,14 +8,28 @@ A summary of your own images, in a folder (docs/your-own-images.md has the rest)
 A preview of 16 synthetic images, and some stages only:
     python -m mvc_jax.train --workdir=runs/digits --config.generate.limit=16
     python -m mvc_jax.train --workdir=runs/digits --config.stages=generate,classify
+What it would do, and the images, steps, disk, memory and hours that this takes:
+    python -m mvc_jax.train --workdir=runs/digits --dry_run
+Other settings: what is not affected is taken over, or what is affected made again:
+    python -m mvc_jax.train --from=runs/digits --workdir=runs/fine \\
+      --config.mix.modes=fine
+    python -m mvc_jax.train --workdir=runs/digits --config.classify.steps=500 \\
+      --redo=classify
 A run that was stopped is resumed by the same command.
 
 Flags:
-  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT
+  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
+                                   the config.json of a workdir; without it, that of
+                                   --workdir, and for a new one configs/digits.py
   --config.SECTION.FIELD=VALUE     sets one field
   --workdir=FOLDER                 of this run's files
+  --dry_run                        prints what would be done, and changes nothing
   --verify                         hashes all of them first; otherwise a file counts as
                                    unchanged while its size and time are the same
+  --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
+                                   them again; the old ones move to FOLDER/earlier
+  --from=WORKDIR                   starts from the config of another workdir, and takes
+                                   over its stages where all settings agree
   --help, --help=SECTION           prints this, or every field of a section
   --version                        prints the version
 
@@ -26,9 +40,7 @@ Exit codes:
   130  stopped by Ctrl-C
 """
 
-import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +53,7 @@ from mvc_jax import (
     command_line,
     pipeline,
     plan,
+    price,
     results,
     run_config,
     run_folder,
@@ -69,13 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 list(sys.argv if argv is None else argv), about=__doc__
             )
             workdir = command.workdir
-            run(
-                command.config,
-                workdir,
-                redo=command.redo,
-                source=command.source,
-                verify=command.verify,
-            )
+            options = {"redo": command.redo, "source": command.source}
+            if command.dry_run:
+                dry_run(command.config, workdir, **options)
+            else:
+                run(command.config, workdir, **options, verify=command.verify)
         except UserError as error:
             return _fail(str(error), error.details)
         except preemption.Preempted as stop:
@@ -124,13 +135,12 @@ def run(
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
         if verify:
             verify_files(config, workdir)
-        moved = stages_to_move(redo, stages, config, workdir, source)
-        steps = plan.make(stages, config, workdir, redo=moved, source=source)
-        todo = [step.name for step in steps if step.state != "done"]
-        check_stages(todo, config)
-        if "classify" in todo and "caption" not in todo:
-            pipeline.module("classify").check_images(config, workdir)
+        moved, steps = _plan(config, workdir, redo, source)
         plan.require_possible(steps, workdir)
+        prices = price.make(steps, config, workdir, source=source)
+        price.require_room(prices, workdir)
+        if any(each.work for each in prices):
+            logging.info(price.line(prices, workdir))
         _prepare(steps, config, workdir)
         if moved:
             move_aside(redo, moved, stages, workdir)
@@ -138,7 +148,7 @@ def run(
         if taken:
             take_over(taken, source, workdir)
         with ending_redo(workdir):
-            worked = _run_stages(stages, config, workdir)
+            worked = _run_stages(stages, config, workdir, prices)
     if config.generate.limit and "generate" in stages:
         print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
         return
@@ -147,6 +157,48 @@ def run(
     else:
         logging.info("nothing to do: all %d stages are complete", len(stages))
     results.show(stages, config, workdir)
+
+
+def dry_run(
+    config: ConfigDict,
+    workdir: epath.Path,
+    *,
+    redo: Sequence[str] = (),
+    source: epath.Path | None = None,
+) -> None:
+    """Prints what `run` would do and what that takes; changes nothing.
+
+    Raises:
+      UserError: as `run` would, before it starts.
+    """
+    common.FIELDS.check(config)
+    _, steps = _plan(config, workdir, redo, source)
+    prices = price.make(steps, config, workdir, source=source)
+    print(price.table(prices, workdir))
+    plan.require_possible(steps, workdir)
+    price.require_room(prices, workdir)
+
+
+def _plan(
+    config: ConfigDict,
+    workdir: epath.Path,
+    redo: Sequence[str],
+    source: epath.Path | None,
+) -> tuple[list[str], list[plan.Step]]:
+    """The stages to move aside, and the checked plan; changes nothing."""
+    stages = pipeline.select(config)
+    moved = stages_to_move(redo, stages, config, workdir, source)
+    steps = plan.make(stages, config, workdir, redo=moved, source=source)
+    try:
+        todo = [step.name for step in steps if step.state != "done"]
+        check_stages(todo, config)
+        if "classify" in todo and "caption" not in todo:
+            pipeline.module("classify").check_images(config, workdir)
+    except UserError as error:  # both reasons, so that both can be corrected
+        refused = [step for step in steps if step.error]
+        error.details += tuple(f"also, {s.name}: {s.reason}" for s in refused)
+        raise
+    return moved, steps
 
 
 def _prepare(
@@ -161,15 +213,18 @@ def _prepare(
 
 
 def _run_stages(
-    stages: Sequence[str], config: ConfigDict, workdir: epath.Path
+    stages: Sequence[str],
+    config: ConfigDict,
+    workdir: epath.Path,
+    prices: Sequence[price.Price],
 ) -> list[str]:
     """Runs stages up to the preview, if there is one; returns those that had work."""
-    worked = []
+    worked, priced = [], {each.step.name: each for each in prices}
     for name in stages:
         if name == "generate" and config.generate.limit:
             pipeline.module(name).run(config, workdir)
             break
-        if run_stage(name, config, workdir):
+        if run_stage(name, config, workdir, priced[name]):
             worked.append(name)
     return worked
 
@@ -211,30 +266,14 @@ def check_stages(names: Sequence[str], config: ConfigDict) -> None:
 
 
 def check_mesh(data: int, fsdp: int) -> None:
-    """Checks that the mesh fits the devices, unless it is the one that always fits.
-
-    The devices are counted in another process: in this one JAX would hold them from now
-    on, and a captioner that runs in a process of its own needs their memory.
-    """
-    if (data, fsdp) == (-1, 1):
-        return
-    count = subprocess.run(
-        [sys.executable, "-c", "import jax; print(jax.device_count())"],
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        text=True,
-    )
-    if count.returncode:
-        raise UserError(
-            "config.mesh",
-            wanted="devices that JAX can use",
-            got=(count.stderr.strip().splitlines() or ["a crash of JAX"])[-1],
-            fix="Install JAX for this machine's devices, or set JAX_PLATFORMS=cpu.",
-        )
-    sharding.mesh_shape(data, fsdp, int(count.stdout))
+    """Checks that the mesh fits the devices, unless it is the one that always fits."""
+    if (data, fsdp) != (-1, 1):
+        sharding.mesh_shape(data, fsdp, runtime.ask_devices().count)
 
 
-def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
+def run_stage(
+    name: str, config: ConfigDict, workdir: epath.Path, priced: price.Price
+) -> bool:
     """Runs one stage and records its time; returns whether there was any work."""
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
@@ -253,6 +292,7 @@ def run_stage(name: str, config: ConfigDict, workdir: epath.Path) -> bool:
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     run_folder.record_timing(workdir, name, timing)
+    price.record(priced, config.compilation_cache, timing)
     logging.info("%s: done in %.1f s", name, seconds)
     return True
 

@@ -45,7 +45,7 @@ SHORTENED = (
         "runs/fine",
         ["--config.classify.runs=real,combined", "--config.classify.ratio=1"],
     ),
-    ("configs/digits.py", []),
+    ("runs/digits", []),
 )
 
 

@@ -9,15 +9,18 @@ from documented import DOCUMENTS, ROOT, commands, train_flags
 
 from mvc_jax import caption, command_line, pipeline, run_config
 from mvc_jax.checkpoints import diffusers_layout
-from mvc_jax.configs import common
+from mvc_jax.configs import common, digits
 from mvc_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
     "words", list(commands()), ids=lambda words: " ".join(words)[:60]
 )
-def test_commands_in_the_documents_name_files_and_fields(words):
+def test_commands_in_the_documents_name_files_and_fields(words, tmp_path, monkeypatch):
     """`test_pipeline` also runs those that need no network and no GPU."""
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    run_config.write(digits.get_config(), tmp_path / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
     scripts = [word for word in words if word.endswith((".sh", ".py"))]
     for word in scripts:
         assert (ROOT / word.split("=")[-1].split(":")[0]).exists(), word

@@ -53,12 +53,13 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "training",
     },
 }
-LEAVES = {"devices", "digests", "errors", "files", "imports", "pictures"}
+LEAVES = {"devices", "digests", "errors", "files", "imports", "pictures", "work"}
 COMMAND = {  # what is around the stages
     "train",
     "command_line",
     "pipeline",
     "plan",
+    "price",
     "redo",
     "results",
     "run_config",

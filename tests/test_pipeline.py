@@ -17,13 +17,15 @@ import time
 import numpy as np
 import pytest
 from documented import SHORT, commands, train_arguments
+from etils import epath
 from fork_server import ROOT, user_environment
 from PIL import Image
 
-from mvc_jax import files, train
+from mvc_jax import command_line, files, pipeline, plan, price, run_config, train
 from mvc_jax import stage as contract
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
+from mvc_jax.stage import read_manifest
 from mvc_jax.train import STAGES
 from mvc_jax.training import runtime
 
@@ -95,12 +97,54 @@ def test_every_stage_ends_with_a_manifest_and_the_terminal_with_the_table(whole)
     assert lines[-1] == f"report: {workdir}/report/report.html"
     runs = json.loads((workdir / "config.json").read_text())["classify"]["runs"]
     assert sum("±" in line for line in lines) == len(runs) > 5
-    assert done.stderr.startswith("images: 0/1797 images\n")  # no library's warning
+    first, second = done.stderr.splitlines()[:2]  # no library's warning
+    assert first.startswith("10 of 10 stages to do; ")
+    assert second == "images: 0/1797 images"
     assert "deprecated" not in done.stderr
     assert "Traceback" not in done.stderr
     timings = json.loads((workdir / "timings.json").read_text())
     assert set(timings) == set(STAGES)
     assert timings["pretrain"]["compile_seconds"] > 0
+
+
+def test_a_run_makes_what_its_price_said(whole, tmp_path):
+    workdir, done = whole
+    config = run_config.load(str(workdir / "config.json"))
+    new = epath.Path(tmp_path) / "new"
+    prices = price.make(plan.make(STAGES, config, new), config, new)
+    works = {priced.step.name: priced.work for priced in prices}
+    trained = pipeline.module("encode").base_of(config, epath.Path(workdir))
+    assert works["finetune"].speed["base"] == trained.speed  # known before and after
+    assert done.stderr.startswith("10 of 10 stages to do; ")
+    read = {name: read_manifest(workdir, name)["counts"] for name in STAGES}
+    caption = read["caption"]
+    assert works["caption"].makes == {
+        "images": sum(caption[name] for name in ("pool", "train", "test")),
+        "captions": caption["pool"] + caption["train"],
+    }
+    assert works["encode"].makes["images"] == read["encode"]["images"]
+    assert works["encode"].makes["prompts, at most"] >= read["encode"]["prompts"]
+    assert works["pairs"].makes == read["pairs"]
+    assert works["finetune"].makes["steps"] == read["finetune"]["steps"]
+    assert works["mix"].makes == read["mix"]
+    left_out = read["generate"]["left_out"]
+    assert works["generate"].makes["images"] == read["generate"]["images"] + left_out
+    assert works["classify"].makes["classifiers"] == read["classify"]["fits"]
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    last = {row["stage"]: row["step"] for row in rows}
+    steps = {"pretrain": 0, "finetune": 0, "classify": 0}
+    for name, step in last.items():
+        if name.split("/")[0] in steps:
+            steps[name.split("/")[0]] += step
+    assert steps == {name: works[name].makes["steps"] for name in steps}
+    pixels = (workdir / "caption" / "images.npy").stat().st_size
+    assert 0 <= pixels - works["caption"].disk["pixels"] < 1000
+    moments = (workdir / "encode" / "moments" / "00000.npy").stat().st_size
+    assert 0 <= moments - works["encode"].disk["moments"] < 1000
+    for name in ("pretrain", "finetune", "generate", "classify"):
+        written = (p for p in (workdir / name).rglob("*") if p.is_file())
+        size = sum(path.stat().st_size for path in written)
+        assert works[name].leaves < size < 2 * works[name].disk_bytes, name
 
 
 def test_no_test_image_is_seen_and_no_pool_image_reaches_a_classifier(whole):
@@ -299,7 +343,7 @@ def test_damage_to_finished_stages_is_made_again_or_named(
     whole, copied, here, fork_server, tmp_path
 ):
     """Each file alone, in every way that a disk knows; then all that is made again."""
-    config, _ = train.parse_flags(["train", *arguments(copied)])
+    config = command_line.parse(["train", *arguments(copied)]).config
     again = []
     for name in STAGES:
         spec = importlib.import_module(f"mvc_jax.{name}").stage_spec(config)
@@ -421,8 +465,6 @@ def place(whole, tmp_path_factory):
     """A working directory with what the documents assume: images and earlier runs."""
     folder = tmp_path_factory.mktemp("documented")
     shutil.copytree(whole[0], folder / "runs" / "digits")
-    for stage in ("caption", "pretrain", "encode", "pairs", "finetune"):
-        shutil.copytree(whole[0] / stage, folder / "runs" / "fine" / stage)
     draw = np.random.default_rng(0)
     for kind in ("bolt", "nut"):
         (folder / "parts" / kind).mkdir(parents=True)

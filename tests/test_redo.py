@@ -246,6 +246,7 @@ def test_redo_moves_the_stage_and_all_that_depends_on_it(workdir, worked, capsys
     assert files.read_jsonl(workdir / "metrics.jsonl") == rows[:1]
     assert files.read_jsonl(aside / "metrics.jsonl") == rows[1:]
     assert (aside / "tensorboard" / "classify_real").exists()
+    assert (aside / "digests" / "classify.jsonl").exists()
     assert [p.name for p in (workdir / "tensorboard").iterdir()] == ["finetune"]
     assert {*files.read_json(workdir / "timings.json")} == {*train.STAGES}
     assert not (workdir / "redo.json").exists()

@@ -7,9 +7,11 @@ import pytest
 from sd_families import SCHEDULERS, normal
 
 from mvc_jax.checkpoints.scheduler_config import ddim_config
-from mvc_jax.diffusion import samplers
+from mvc_jax.diffusion import instruct_pix2pix, samplers
+from mvc_jax.diffusion.timesteps import evaluations, leading, linspace
 from mvc_jax.errors import UserError
 from mvc_jax.models import noise_schedule
+from mvc_jax.training.throughput import count_flops
 
 THEIRS = {  # on the config of an exported folder
     "ddim": ("DDIMScheduler", {}),
@@ -17,9 +19,9 @@ THEIRS = {  # on the config of an exported folder
     "euler": ("EulerDiscreteScheduler", {}),
 }
 TIMESTEPS = {
-    "ddim": samplers.leading_timesteps,
-    "dpmpp_2m": samplers.linspace_timesteps,
-    "euler": samplers.leading_timesteps,
+    "ddim": leading,
+    "dpmpp_2m": linspace,
+    "euler": leading,
 }
 ALPHAS = noise_schedule.alphas_cumprod(SCHEDULERS["sd1"])
 SHAPE = (2, 2, 3, 4)
@@ -159,9 +161,37 @@ def test_each_converges_and_the_second_order_is_better_than_the_first():
     assert many["dpmpp_2m"] < 0.8 * min(many["ddim"], many["euler"])
 
 
+@names
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8), (0.99, 0.995)])
+def test_evaluations_are_counted_as_they_are_drawn(name, interval):
+    """A denoiser of one product is called for each row of each branch."""
+    weights = np.ones((8, 4), np.float32)
+
+    def draw(noise, moments, states):
+        return instruct_pix2pix.draw(
+            lambda latents, timesteps, texts: latents @ weights,
+            noise,
+            moments,
+            states,
+            states[0],
+            sampler=make(name, 12),
+            text_scale=2.0,
+            image_scale=1.5,
+            guidance_interval=interval,
+        )
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, np.float32)
+        for shape in ((1, 1, 1, 4), (1, 1, 1, 8), (1, 3, 2))
+    ]
+    counted = evaluations(name, 12, interval)
+    assert count_flops(draw, *shapes) == counted * 2 * weights.size
+    assert 12 <= counted <= 36
+
+
 def test_ddim_ends_at_the_first_noise_level_of_training():
     """Where no noise is predicted, latents are only rescaled from level to level."""
-    timesteps = samplers.leading_timesteps(1000, 4)
+    timesteps = leading(1000, 4)
     assert timesteps.tolist() == [751, 501, 251, 1]
     noise = jnp.asarray(normal("start", *SHAPE))
     drawn = make("ddim", 4)(lambda latents, _: jnp.zeros_like(latents), noise)

@@ -65,6 +65,19 @@ assert all(f"mvc_jax.{name}" in sys.modules for name in train.STAGES)
     assert errors == ""
 
 
+def test_a_dry_run_starts_no_backend(tmp_path):
+    script = """
+from mvc_jax import train
+code = train.main(["train", f"--workdir={sys.argv[1]}/run", "--dry_run"])
+from jax._src import xla_bridge
+assert not code and not xla_bridge.backends_are_initialized()
+"""
+    output, errors = python(script, tmp_path)
+    assert output.startswith("stage ")
+    assert errors == ""
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize("name", train.STAGES)
 def test_importing_a_stage_imports_nothing_heavy(name):
     output, errors = python(f"from mvc_jax import {name}\n" + REPORT)

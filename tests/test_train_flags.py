@@ -21,7 +21,7 @@ def started(monkeypatch):
     """Records (stage, config) instead of running the stage."""
     calls = []
 
-    def record(name, config, workdir):
+    def record(name, config, workdir, priced):
         calls.append((name, config))
         return True
 
@@ -564,6 +564,62 @@ def test_the_message_at_the_end_of_a_run(
     assert words in capsys.readouterr().err
 
 
+def dry(workdir, tmp_path, *flags):
+    cache = f"--config.compilation_cache={tmp_path / 'cache'}"
+    command = ["train", f"--config={DIGITS}", f"--workdir={workdir}", cache, *flags]
+    return train.main([*command, "--dry_run"])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_dry_run_prints_every_stage_and_changes_nothing(
+    there, workdir, tmp_path, capsys
+):
+    if there:
+        (workdir / ".tmp-1-metrics.jsonl").write_text("half")
+    before = content(tmp_path)
+    folder = workdir if there else tmp_path / "new" / "run"
+    assert dry(folder, tmp_path) == 0
+    assert content(tmp_path) == before
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    first, *rows, blank, over, _, line = printed.out.splitlines()
+    assert first.split() == ["stage", "makes", "disk,", "about", "memory", "time"]
+    assert [row.split()[0] for row in rows] == list(train.STAGES)
+    assert blank == "" and over.startswith("over: ")
+    assert line.startswith("10 of 10 stages to do; 1,800 synthetic images; 64,800 UNet")
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--config.classify.steps=1000000000", "stage classify: "),
+        ("--config.stages=caption,finetune", "stage finetune: "),
+    ],
+)
+def test_a_dry_run_of_what_is_refused_ends_with_the_error_of_the_run(
+    flag, name, tmp_path, capsys, started
+):
+    assert dry(tmp_path / "new", tmp_path, flag) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("stage ")
+    [line] = printed.err.splitlines()
+    assert line.startswith(f"error: {name}")
+    assert [*tmp_path.iterdir()] == []
+    command = ["train", f"--config={DIGITS}", f"--workdir={tmp_path / 'new'}", flag]
+    assert train.main(command) == 2
+    assert capsys.readouterr().err.splitlines() == [line]
+    assert started == []
+
+
+def test_a_run_says_what_it_takes_before_it_starts(started, workdir, capsys):
+    flags = [f"--config={DIGITS}", f"--workdir={workdir}"]
+    flags += ["--config.stages=caption,pretrain", "--config.compilation_cache="]
+    assert train.main(["train", *flags]) == 0
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("2 of 2 stages to do; 2,000 optimiser steps; about 42.")
+    assert line.endswith("none of these stages was run like this here")
+
+
 def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeypatch):
     """The second would delete the temporary files of the first."""
     flags = [f"--config={DIGITS}", f"--workdir={workdir}"]
@@ -573,6 +629,7 @@ def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeyp
 
     def run_stage(*_):
         temporary.write_text("half")
+        capsys.readouterr()  # the price of the first
         messages.append(failure(capsys, *command))
         return temporary.exists()
 

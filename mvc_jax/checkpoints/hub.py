@@ -198,6 +198,23 @@ def download(
     return epath.Path(folder)
 
 
+def cached(name: str, patterns: Sequence[str], revision: str = "") -> epath.Path | None:
+    """The folder of a snapshot in the library's cache, None if there is none.
+
+    It may lack files; nothing is downloaded.
+    """
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            allow_patterns=list(patterns),
+            revision=revision or None,
+            local_files_only=True,
+        )
+    except (OSError, ValueError):  # base classes of the library's errors
+        return None
+    return epath.Path(folder)
+
+
 def commit_of(folder: epath.PathLike) -> str | None:
     """The commit of a snapshot in the hub's cache; None for other folders."""
     folder = epath.Path(folder)

@@ -141,6 +141,14 @@ def create_state(
     return jax.device_put(state, shardings, may_alias=False)
 
 
+def count_parameters(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Number of parameters and statistics of a network; starts no backend."""
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)))
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
 @functools.cache
 def _initializer(
     model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...]

@@ -15,6 +15,7 @@ import dataclasses
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 
 from mvc_jax import files
 from mvc_jax.data.order import generator
@@ -310,6 +311,18 @@ def _by_side(
 def _too_few(name: str, *, wanted: str, got: str) -> UserError:
     fix = f"Add images of it, or {_LEAVE_OUT}."
     return UserError(f"class {name!r}", wanted=wanted, got=got, fix=fix)
+
+
+def count_images(folder: epath.PathLike) -> dict[str, Int[np.ndarray, " K"]]:
+    """Images of each class by split, in the folder of the stage `caption`."""
+    folder = epath.Path(folder)
+    classes = len(files.read_json(folder / "dataset.json")["class_names"])
+    rows = files.read_jsonl(folder / "images.jsonl")
+    labels = {name: [r["label"] for r in rows if r["split"] == name] for name in SPLITS}
+    return {
+        name: np.bincount(np.asarray(mine, np.int64), minlength=classes)
+        for name, mine in labels.items()
+    }
 
 
 def read_split(folder: epath.PathLike, name: str) -> Split:

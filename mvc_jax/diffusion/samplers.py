@@ -25,9 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mvc_jax.diffusion.guidance_interval import ALWAYS, segments
+from mvc_jax.diffusion.timesteps import TIMESTEPS
 from mvc_jax.errors import UserError
 
 Predict = Callable[[Array, Array], Array]  # (latents, timesteps [B]) -> prediction
@@ -70,7 +71,7 @@ def ddim(
         x_0, e = _split(latents, prediction, alpha, sigma, prediction_type)
         return next_squared**0.5 * x_0 + (1 - next_squared) ** 0.5 * e
 
-    timesteps = leading_timesteps(trained, steps)
+    timesteps = TIMESTEPS["ddim"](trained, steps)
     parts = segments(timesteps, trained, guidance_interval)
     return _scan(step, noise, (timesteps,), parts, predict, unguided)
 
@@ -94,7 +95,7 @@ def euler(
     The arguments are those of `ddim`.
     """
     trained = len(alphas_cumprod)
-    timesteps = leading_timesteps(trained, steps)
+    timesteps = TIMESTEPS["euler"](trained, steps)
     squared = alphas_cumprod[timesteps]
     alpha, sigma = np.sqrt(squared), np.sqrt(1 - squared)
     ds = np.diff(sigma / alpha, append=np.float32(0))
@@ -132,7 +133,7 @@ def dpmpp_2m(
     The arguments are those of `ddim`.
     """
     trained = len(alphas_cumprod)
-    timesteps = linspace_timesteps(trained, steps)
+    timesteps = TIMESTEPS["dpmpp_2m"](trained, steps)
     squared = alphas_cumprod[timesteps].astype(np.float64)
     alpha = np.append(np.sqrt(squared), 1.0)
     sigma = np.append(np.sqrt(1.0 - squared), 0.0)
@@ -200,18 +201,6 @@ def make(
         prediction_type=prediction_type,
         steps=steps,
     )
-
-
-def leading_timesteps(num_train_timesteps: int, steps: int) -> Int[np.ndarray, " S"]:
-    """From (S - 1) (T // S) + 1 down to 1: diffusers' `leading`, with offset 1."""
-    spacing = num_train_timesteps // steps
-    return (np.arange(steps) * spacing)[::-1].astype(np.int32) + np.int32(1)
-
-
-def linspace_timesteps(num_train_timesteps: int, steps: int) -> Int[np.ndarray, " S"]:
-    """Evenly spaced from T - 1 down, without the final 0: diffusers' `linspace`."""
-    timesteps = np.linspace(0, num_train_timesteps - 1, steps + 1).round()
-    return timesteps[:0:-1].astype(np.int32)
 
 
 def _split(

@@ -11,7 +11,7 @@ from mvc_jax.data.splits import Split
 from mvc_jax.errors import require_disk_space
 from mvc_jax.generation.image_sampler import Settings
 from mvc_jax.generation.image_status import Drawn
-from mvc_jax.generation.synthetic import Part, Store, real_row
+from mvc_jax.generation.synthetic import Part, Store, raw_bytes, real_row
 
 # (images, whether each is usable, their provenance) -> indices of the images to keep,
 # and rows of `removed.jsonl` for usable images that are not kept.
@@ -129,7 +129,7 @@ def require_space_for_sets(
     forms = 2 if stores[0].pictures else 1
     require_disk_space(
         stores[0].folder.parent.parent,
-        images * forms * 3 * side**2,
+        raw_bytes(images, side, pictures=stores[0].pictures),
         what=f"{images} images of {side} x {side} pixels in {forms} form(s)",
         fix="Free some or name a --workdir on another disk; "
         "--config.generate.folder=False needs half.",

@@ -285,6 +285,17 @@ class Store:
         return record
 
 
+def raw_bytes(images: int, side: int, *, pictures: bool) -> int:
+    """Bytes of images on disk if compression saved nothing.
+
+    Args:
+      images: how many.
+      side: pixels along a side.
+      pictures: whether they are also written as files.
+    """
+    return images * (2 if pictures else 1) * 3 * side**2
+
+
 def restore_pictures(folder: epath.Path, digests: Digests) -> int:
     """Writes image files that were deleted from the folder of a set, or damaged.
 

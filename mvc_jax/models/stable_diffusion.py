@@ -43,7 +43,7 @@ class StableDiffusion:
     Attributes:
       configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`; the last is
         DDIM's, with the noise and the `prediction_type` of the model.
-      tokenizer: CLIP's.
+      tokenizer: CLIP's; None: no text will be read.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: implementation in the UNet, one of `attention.CHOICES`.
       remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
@@ -53,7 +53,7 @@ class StableDiffusion:
     """
 
     configs: dict[str, dict[str, Any]]
-    tokenizer: transformers.CLIPTokenizerFast
+    tokenizer: transformers.CLIPTokenizerFast | None
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
@@ -247,6 +247,10 @@ class StableDiffusion:
             init = functools.partial(init, attention_mask=ids, position_ids=ids)
             return jax.eval_shape(lambda key: init(key)["params"], abstract_key())
         return jax.eval_shape(getattr(self, component).init_weights, abstract_key())
+
+    def count_parameters(self, component: str) -> int:
+        """Number of parameters of a component; starts no backend."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes(component)))
 
     def with_compute_options(
         self,

@@ -21,10 +21,28 @@ SCHEDULER = {
     "timestep_spacing": "leading",
 }
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 def stable_diffusion(
-    tokenizer: transformers.CLIPTokenizerFast,
+    tokenizer: transformers.CLIPTokenizerFast, **fields: Any
+) -> StableDiffusion:
+    """A small Stable Diffusion with cross-attention to the text on every level.
+
+    Args:
+      tokenizer: trained on the captions.
+      **fields: of `configs`.
+    """
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return StableDiffusion(
+        configs(vocab_size=len(tokenizer), special_ids=ids, **fields), tokenizer
+    )
+
+
+def configs(
     *,
+    vocab_size: int,
+    special_ids: tuple[int, int, int] = (0, 1, 1),
     size: int,
     context_length: int,
     vae_channels: Sequence[int],
@@ -35,11 +53,12 @@ def stable_diffusion(
     text_width: int,
     text_layers: int,
     text_heads: int,
-) -> StableDiffusion:
-    """A small Stable Diffusion with cross-attention to the text on every level.
+) -> dict[str, dict[str, Any]]:
+    """The configs of every component.
 
     Args:
-      tokenizer: trained on the captions.
+      vocab_size: tokens of the tokenizer.
+      special_ids: of BOS, EOS and padding.
       size: of the images, in pixels along a side.
       context_length: L, tokens of a prompt, including BOS and EOS.
       vae_channels: of each level of the autoencoder.
@@ -79,7 +98,7 @@ def stable_diffusion(
     text_encoder = {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size,
         "hidden_size": text_width,
         "intermediate_size": 4 * text_width,
         "projection_dim": text_width,
@@ -87,14 +106,11 @@ def stable_diffusion(
         "num_attention_heads": text_heads,
         "max_position_embeddings": context_length,
         "hidden_act": "quick_gelu",
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        **dict(zip(_SPECIAL, special_ids, strict=True)),
     }
-    configs: dict[str, dict[str, Any]] = {
+    return {
         "unet": unet,
         "vae": vae,
         "text_encoder": text_encoder,
         "scheduler": SCHEDULER,
     }
-    return StableDiffusion(configs, tokenizer)

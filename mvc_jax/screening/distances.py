@@ -6,7 +6,7 @@ batch, and that of an image to itself is zero.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ class Nearest(NamedTuple):
     different: np.ndarray
 
 
-def pixels(images: Sequence[np.ndarray] | np.ndarray, size: int) -> Points:
+def pixels(images: Iterable[np.ndarray], size: int) -> Points:
     """Returns images as points whose distance is the RMS pixel difference in [0, 1].
 
     Args:

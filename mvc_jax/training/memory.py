@@ -48,6 +48,7 @@ class MemoryBudget:
         with self._explain_out_of_memory(name):
             compiled = step.lower(*arguments).compile()
         held, new = program_bytes(compiled)
+        runtime.note_program(name, held + new)
         size = self.size or device_bytes(device, held)
         if held + new > size:
             raise UserError(

@@ -2,15 +2,44 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
+import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 
 from absl import logging
 from etils import epath
 
+from mvc_jax.errors import UserError
+
 _compile_seconds = [0.0]
+_program_bytes: dict[str, int] = {}
+_CPU_DEVICES = "--xla_force_host_platform_device_count"
+_ASK = """
+import json, jax
+devices = jax.devices()
+limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+print(json.dumps([devices[0].device_kind, len(devices), sum(limits)]))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices that JAX would use.
+
+    Attributes:
+      kind: JAX's name for it.
+      count: how many there are.
+      bytes: memory of all together; 0: that of the host, for CPUs.
+    """
+
+    kind: str
+    count: int
+    bytes: int
 
 
 def set_up(compilation_cache: str) -> None:
@@ -69,6 +98,55 @@ def start() -> None:
     jax.monitoring.register_event_duration_secs_listener(add)
     kinds = sorted({device.device_kind for device in jax.devices()})
     logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
+
+
+def ask_devices() -> Devices:
+    """Asks another process which devices there are, and starts no backend in this one.
+
+    In this one JAX would hold them from then on, and a captioner that runs in a process
+    of its own needs their memory. CPUs are known without asking.
+
+    Raises:
+      UserError: JAX cannot use the devices.
+    """
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        forced = re.findall(rf"{_CPU_DEVICES}=(\d+)", os.environ.get("XLA_FLAGS", ""))
+        return Devices("cpu", int((forced or ["1"])[-1]), 0)
+    answer = subprocess.run(
+        [sys.executable, "-c", _ASK],
+        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode:
+        raise UserError(
+            "config.mesh",
+            wanted="devices that JAX can use",
+            got=(answer.stderr.strip().splitlines() or ["a crash of JAX"])[-1],
+            fix="Install JAX for this machine's devices, or set JAX_PLATFORMS=cpu.",
+        )
+    return Devices(*json.loads(answer.stdout.strip().splitlines()[-1]))
+
+
+def own_devices() -> Devices | None:
+    """The devices of this process; None if it has not started a backend."""
+    if not start.cache_info().currsize:
+        return None
+    import jax
+
+    devices = jax.devices()
+    return Devices(devices[0].device_kind, len(devices), 0)
+
+
+def note_program(name: str, size: int) -> None:
+    """Notes the bytes that a compiled training step takes on a device."""
+    _program_bytes[name] = max(size, _program_bytes.get(name, 0))
+
+
+def program_bytes(stage: str) -> int:
+    """Bytes of the largest program that this process compiled in a stage; 0: none."""
+    sizes = (n for k, n in _program_bytes.items() if k.split("/")[0] == stage)
+    return max(sizes, default=0)
 
 
 def compile_seconds() -> float:

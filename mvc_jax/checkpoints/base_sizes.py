@@ -1,0 +1,83 @@
+"""Sizes of a base model, by its JSON files and the headers of its weights."""
+
+import math
+
+from etils import epath
+
+from mvc_jax.checkpoints import families, hub, pipeline_folder, tensor_file
+from mvc_jax.errors import UserError
+from mvc_jax.work import BaseSizes
+
+# Of a base that is not on this machine yet; 2.x differs in the text's width, 1024.
+_STABLE_DIFFUSION_1 = BaseSizes(
+    name="Stable Diffusion 1.x, until the base is downloaded",
+    downsampling=8,
+    latent_channels=4,
+    context_length=77,
+    text_width=768,
+    vae_channels=128,
+    unet_channels=320,
+    parameters={"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+)
+
+
+def find(path: str, variant: str = "", revision: str = "") -> BaseSizes:
+    """Sizes of the base in a folder or in the hub's cache; downloads nothing.
+
+    Args:
+      path: see `pipeline_folder.resolve`, also for `variant` and `revision`.
+
+    Returns:
+      those of Stable Diffusion 1.x for a base that is not on this machine.
+
+    Raises:
+      UserError: a file of a local folder is missing or damaged.
+    """
+    if not pipeline_folder.is_hub_name(path):
+        return of_folder(epath.Path(path).expanduser(), variant)
+    patterns = pipeline_folder.download_patterns(variant)
+    folder = hub.cached(path, patterns, revision)
+    try:
+        return of_folder(folder, variant) if folder else _STABLE_DIFFUSION_1
+    except UserError:  # a download that was interrupted
+        return _STABLE_DIFFUSION_1
+
+
+def of_folder(folder: epath.Path, variant: str = "") -> BaseSizes:
+    """Sizes of the model in a folder of the diffusers layout.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    configs, parameters = {}, {}
+    for name in pipeline_folder.WEIGHTS:
+        path = folder / pipeline_folder.CONFIGS[name]
+        configs[name] = families.completed(name, pipeline_folder.read_json(path))
+        families.check_config(name, configs[name], str(path))
+        weights = pipeline_folder.find_weights(folder, name, variant)
+        entries = tensor_file.entries(weights).values()
+        parameters[name] = sum(math.prod(entry.shape) for entry in entries)
+    return of_configs(configs, parameters, name=str(folder))
+
+
+def of_configs(
+    configs: dict[str, dict], parameters: dict[str, int], *, name: str
+) -> BaseSizes:
+    """Sizes by the configs of diffusers and transformers.
+
+    Args:
+      configs: of `unet`, `vae` and `text_encoder`.
+      parameters: numbers of their parameters.
+      name: of the model, for people.
+    """
+    vae, text = configs["vae"], configs["text_encoder"]
+    return BaseSizes(
+        name=name,
+        downsampling=2 ** (len(vae["block_out_channels"]) - 1),
+        latent_channels=vae["latent_channels"],
+        context_length=text["max_position_embeddings"],
+        text_width=text["hidden_size"],
+        vae_channels=vae["block_out_channels"][0],
+        unet_channels=configs["unet"]["block_out_channels"][0],
+        parameters=parameters,
+    )
