@@ -60,31 +60,34 @@ def make(
     """
     planner = _Planner(config, epath.Path(workdir), redo, source)
     steps = planner.steps(stages)
-    if any(step.also for step in steps):
-        planner.fix = planner.way_to(stages)
-        steps = planner.steps(stages)
-    return steps
+    refused = [step for step in steps if step.error]
+    if not refused:
+        return steps
+    selected, again = planner.way_to(stages)
+    stays = [*stages] == selected
+    planner.fix = stage.way_out(*again) if stays else _flags(selected, again)
+    if any(step.also for step in refused):
+        return planner.steps(stages)
+    if stays and [step.name for step in refused] == again:
+        return steps  # the stage's own message has all that it takes
+    error = UserError(
+        f"--workdir={workdir}",
+        wanted="stages that agree with this run",
+        got=f"others ({'; '.join(f'{x.name}: {x.reason}' for x in refused)})",
+        fix=f"Undo these changes; or {planner.fix}; or choose a new --workdir and add "
+        f"--from={shlex.quote(str(workdir))}, which takes over all other stages.",
+    )
+    return [dataclasses.replace(x, error=error) if x.error else x for x in steps]
 
 
-def require_possible(steps: Sequence[Step], workdir: epath.PathLike) -> None:
+def require_possible(steps: Sequence[Step]) -> None:
     """Raises the `UserError` of a plan in which a stage is refused.
 
     Its message has what makes the whole run possible, not only the first such stage.
     """
     refused = [step for step in steps if step.error]
-    for step in refused:
-        if step.also or len(refused) == 1:
-            raise step.error
     if refused:
-        reasons = "; ".join(f"{step.name}: {step.reason}" for step in refused)
-        raise UserError(
-            f"--workdir={workdir}",
-            wanted="stages that agree with this run",
-            got=f"others ({reasons})",
-            fix=f"Undo these changes; or {stage.way_out(*[s.name for s in refused])}; "
-            "or choose a new --workdir and add "
-            f"--from={shlex.quote(str(workdir))}, which takes over all other stages.",
-        )
+        raise next((step for step in refused if step.also), refused[0]).error
 
 
 def behind(
@@ -97,7 +100,13 @@ def behind(
     """
     planner = _Planner(config, epath.Path(workdir), (), None)
     wrong = planner.wrong(names)
-    return wrong, planner.way_to([*wrong]) if wrong else ""
+    return wrong, _flags(*planner.way_to([*wrong])) if wrong else ""
+
+
+def _flags(selected: Sequence[str], redo: Sequence[str]) -> str:
+    """The flags that select stages and make some of them again, in words."""
+    fix = f"use --config.stages={','.join(selected)}"
+    return f"{fix} and {stage.way_out(*redo)}" if redo else fix
 
 
 class _Planner:
@@ -113,11 +122,12 @@ class _Planner:
         self._config, self._workdir, self._redo = config, workdir, redo
         self._source = None if source is None else epath.Path(source)
         self._before = run_config.read(workdir)
+        self._damaged: dict[str, str] = {}  # stages -> what is wrong with their files
         self.fix = ""  # for what the selected stages lack
 
     def steps(self, stages: Sequence[str]) -> list[Step]:
         """The steps of `make`."""
-        self._start()
+        self._start(stages)
         steps = []
         for name in pipeline.needed(stages, self._config):
             selected = name in stages
@@ -128,8 +138,8 @@ class _Planner:
                 break
         return steps
 
-    def way_to(self, stages: Sequence[str]) -> str:
-        """The flags with which stages run and nothing is refused, in words."""
+    def way_to(self, stages: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The stages to select and those to redo, so that no stage is refused."""
         selected, redo, before = [*stages], [], self._redo
         while True:
             hanging = pipeline.dependents(redo, self._config, self._workdir)
@@ -141,21 +151,22 @@ class _Planner:
             selected = pipeline.in_order([*selected, *lacking])
             redo += [step.name for step in steps if step.error and not step.also]
         self._redo = before
-        fix = f"use --config.stages={','.join(selected)}"
-        return f"{fix} and {stage.way_out(*redo)}" if redo else fix
+        return selected, redo
 
     def wrong(self, names: Sequence[str]) -> dict[str, str]:
         """Name -> why, of these stages that are behind or have a damaged artifact."""
-        self._start()
+        self._start(())
         for name in pipeline.needed(names, self._config):
             self._look_at(name, with_files=name in names)
         return {name: self._wrong[name] for name in names if name in self._wrong}
 
-    def _start(self) -> None:
+    def _start(self, stages: Sequence[str]) -> None:
+        self._selected = {*stages}
         self._known: dict[str, stage.Input] = {}  # stages that can be read then
         self._wrong: dict[str, str] = {}  # stages that are there, but cannot -> why
         self._refused: set[str] = set()  # selected ones
         self._running: set[str] = set()  # selected ones that may end with other files
+        self._found: dict[str, stage.Found] = {}  # finished ones, not selected
         self._not_taken: dict[str, str] = {}  # from the source -> why
 
     def _spec(self, name: str) -> stage.Spec:
@@ -188,13 +199,15 @@ class _Planner:
             own = f"stage {name} is behind ({'; '.join(lines)})"
             self._wrong[name] = others[0] if others else own
             return None
-        self._known[name] = found.as_input()
+        self._known[name], self._found[name] = found.as_input(), found
         return Step(name, "done", taken_over=self._is_taken_over(found))
 
     def _select(self, name: str) -> Step:
         """The step of a selected stage."""
         spec = self._spec(name)
         step = self._blocked(spec) or self._step(spec)
+        if step.state not in ("done", "refused"):
+            step = self._lacking(name) or step
         if step.state == "refused":
             self._refused.add(name)
         return step
@@ -204,15 +217,38 @@ class _Planner:
         for name in spec.inputs:
             if name in self._known:
                 continue
-            reason = f"needs the stage {name}"
             if name in self._refused:
-                return Step(spec.name, "refused", reason)
-            got = self._wrong.get(name, "none")
-            error = stage.missing_input(
-                self._workdir, name, spec.name, got, f"To run it, {self.fix}."
-            )
-            return Step(spec.name, "refused", reason, error, also=(name,))
+                return Step(spec.name, "refused", f"needs the stage {name}")
+            return self._needs(name, spec.name, self._wrong.get(name, "none"))
         return None
+
+    def _lacking(self, name: str) -> Step | None:
+        """The step of a stage with work, all of whose inputs are read (rule 9)."""
+        for input_ in pipeline.needed([name], self._config)[:-1]:
+            if input_ in self._selected:
+                continue
+            if got := self._wrong.get(input_) or self._damage(input_):
+                return self._needs(input_, name, got)
+        return None
+
+    def _damage(self, name: str) -> str:
+        """What is wrong with the files of a stage that is not selected; "": nothing."""
+        if name not in self._found:
+            return "none"
+        if name not in self._damaged:
+            try:
+                lost = self._found[name].lost(self._spec(name).restores)
+                why = f"one without {', '.join(lost)}" if lost else ""
+            except UserError as error:
+                why = str(error)
+            self._damaged[name] = why
+        return self._damaged[name]
+
+    def _needs(self, name: str, reader: str, got: str) -> Step:
+        """The step of a stage that needs another one, which is not selected."""
+        fix = f"To run it, {self.fix}."
+        error = stage.missing_input(self._workdir, name, reader, got, fix)
+        return Step(reader, "refused", f"needs the stage {name}", error, also=(name,))
 
     def _step(self, spec: stage.Spec) -> Step:
         """The step of a stage whose inputs will be there."""

@@ -133,10 +133,11 @@ def run(
     run_folder.check(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
+        moved = stages_to_move(redo, stages, config, workdir, source)
         if verify:
-            verify_files(config, workdir)
-        moved, steps = _plan(config, workdir, redo, source)
-        plan.require_possible(steps, workdir)
+            verify_files([x for x in STAGES if x not in moved], config, workdir)
+        steps = _plan(config, workdir, moved, source)
+        plan.require_possible(steps)
         prices = price.make(steps, config, workdir, source=source)
         price.require_room(prices, workdir)
         if any(each.work for each in prices):
@@ -172,22 +173,23 @@ def dry_run(
       UserError: as `run` would, before it starts.
     """
     common.FIELDS.check(config)
-    _, steps = _plan(config, workdir, redo, source)
+    stages = pipeline.select(config)
+    moved = stages_to_move(redo, stages, config, workdir, source)
+    steps = _plan(config, workdir, moved, source)
     prices = price.make(steps, config, workdir, source=source)
     print(price.table(prices, workdir))
-    plan.require_possible(steps, workdir)
+    plan.require_possible(steps)
     price.require_room(prices, workdir)
 
 
 def _plan(
     config: ConfigDict,
     workdir: epath.Path,
-    redo: Sequence[str],
+    moved: Sequence[str],
     source: epath.Path | None,
-) -> tuple[list[str], list[plan.Step]]:
-    """The stages to move aside, and the checked plan; changes nothing."""
+) -> list[plan.Step]:
+    """The plan, whose stages with work are checked; changes nothing."""
     stages = pipeline.select(config)
-    moved = stages_to_move(redo, stages, config, workdir, source)
     steps = plan.make(stages, config, workdir, redo=moved, source=source)
     try:
         todo = [step.name for step in steps if step.state != "done"]
@@ -198,7 +200,7 @@ def _plan(
         refused = [step for step in steps if step.error]
         error.details += tuple(f"also, {s.name}: {s.reason}" for s in refused)
         raise
-    return moved, steps
+    return steps
 
 
 def _prepare(
@@ -229,14 +231,14 @@ def _run_stages(
     return worked
 
 
-def verify_files(config: ConfigDict, workdir: epath.Path) -> None:
-    """Hashes every file of every stage; deletes damaged ones that are made again.
+def verify_files(names: Sequence[str], config: ConfigDict, workdir: epath.Path) -> None:
+    """Hashes every file of these stages; deletes damaged ones that are made again.
 
     Raises:
       UserError: others are missing or were changed; `details` lists them.
     """
     damaged: dict[str, list[epath.Path]] = {}
-    for name in pipeline.STAGES:
+    for name in names:
         if (workdir / name).exists():
             spec = pipeline.module(name).stage_spec(config)
             count, lost = stage.verify(workdir, spec)

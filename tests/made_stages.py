@@ -6,7 +6,7 @@ import json
 import pytest
 from etils import epath
 
-from mvc_jax import caption, evaluate, files, pipeline
+from mvc_jax import caption, classify, evaluate, files, pipeline
 from mvc_jax.stage import Spec, open_stage
 
 FILES = {"evaluate": "metrics.json", "report": "report.html"}
@@ -52,6 +52,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in pipeline.STAGES:
         module = importlib.import_module(f"mvc_jax.{name}")
         monkeypatch.setattr(module, "run", run_of(name))
+    # There are no images.
+    monkeypatch.setattr(classify, "check_images", lambda config, workdir: None)
     monkeypatch.setattr(evaluate, "table", lambda metrics: "the table")
     monkeypatch.setattr(caption, "table", lambda workdir: "the captions")
     return worked

@@ -221,6 +221,7 @@ def test_a_second_run_does_no_work_and_imports_nothing_heavy(whole):
         ("--config.mix.per_image=1", "mix.per_image: 2 -> 1"),
         ("--config.seed=1", "seed: 0 -> 1"),
         ("--config.classify.steps=11", "classify.steps: 10 -> 11"),
+        ("--config.mix.per_image=3", "stage generate grows"),  # not half of the run
     ],
 )
 def test_other_settings_in_a_finished_workdir_are_refused(
@@ -232,6 +233,26 @@ def test_other_settings_in_a_finished_workdir_are_refused(
     errors = capsys.readouterr().err
     assert difference in errors
     assert "--workdir" in errors and "--redo=" in errors
+    assert digests(workdir) == before
+
+
+def test_a_second_workdir_takes_over_what_a_change_does_not_affect(
+    whole, here, capsys, tmp_path
+):
+    workdir, _ = whole
+    before = digests(workdir)
+    flags = [f"--from={workdir}", "--config.evaluate.confidence=0.9"]
+    assert here(tmp_path, *flags) == 0
+    printed = capsys.readouterr()
+    assert f"taken over from {workdir}: {', '.join(STAGES[:8])}\n" in printed.err
+    assert f"report: {tmp_path}/report/report.html" in printed.out
+    for stage in STAGES[:8]:
+        expected = {x: before[f"{stage}/{x}"] for x in digests(workdir / stage)}
+        assert digests(tmp_path / stage) == expected
+    record = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    assert record["confidence"] == 0.9
+    assert train.main(["train", f"--workdir={tmp_path}"]) == 0
+    assert "nothing to do" in capsys.readouterr().err
     assert digests(workdir) == before
 
 

@@ -124,7 +124,8 @@ def test_the_message_says_where_it_stopped_and_how_to_resume(
     command = ["train", f"--workdir={tmp_path}", "--config.stages=caption"]
     monkeypatch.setattr(train.runtime, "set_up", lambda *_: None)
     assert train.main(command) == 75 == os.EX_TEMPFAIL
-    (line,) = capsys.readouterr().err.splitlines()
+    price, line = capsys.readouterr().err.splitlines()
+    assert price.startswith("1 of 1 stages to do; ")
     assert where in line and line.endswith("rerun the same command to resume")
 
 

@@ -611,6 +611,11 @@ def test_a_dry_run_of_what_is_refused_ends_with_the_error_of_the_run(
     assert started == []
 
 
+def test_a_dry_run_does_not_delete_damaged_files(workdir, capsys):
+    flags = [f"--config={DIGITS}", f"--workdir={workdir}", "--dry_run", "--verify"]
+    assert failure(capsys, *flags).startswith("--dry_run: wanted one without --verify")
+
+
 def test_a_run_says_what_it_takes_before_it_starts(started, workdir, capsys):
     flags = [f"--config={DIGITS}", f"--workdir={workdir}"]
     flags += ["--config.stages=caption,pretrain", "--config.compilation_cache="]
