@@ -12,6 +12,7 @@ REQUIRED = [
     "diffusers==0.39.0",
     "etils[epath]>=1.12",
     "flax>=0.12.8",
+    "fsspec",
     "grain",
     "huggingface_hub<1",
     "imagehash",
@@ -35,6 +36,7 @@ REQUIRED = [
     "tensorboardX",
     "tensorflow-datasets",  # TensorFlow is only needed to prepare a dataset
     "threadpoolctl",
+    "tifffile",
     "tokenizers",
     "tqdm",
     "transformers==4.57.6",
@@ -47,6 +49,8 @@ EXTRAS = {
     "aot-gpu": ["jax[cuda12]"],
     "aot-tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
+    "medical": ["pydicom>=3"],  # DICOM
+    "heic": ["pillow-heif"],
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.
@@ -58,6 +62,7 @@ EXTRAS = {
         "ruff",
         "beartype",
         "datasets>=4",
+        "pydicom>=3",
         "uv",
     ],
 }

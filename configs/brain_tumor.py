@@ -15,7 +15,12 @@ Supplement: fine-tuning with Adam, learning rate 1e-4, batches of 50; ResNet-50 
 WRN-50-2 with Adam, 1e-3, batches of 50; EfficientNet-B0 with SGD, 0.02 and a multi-step
 schedule, gamma 0.1. Ours: 224 pixels, 50 epochs, milestones at a half and three
 quarters, flips and crops; from scratch, since the supplement does not mention weights.
-Hardware, wall time and expected numbers: not yet measured.
+
+`--config.stages=caption --config.caption.captioner=template` on a copy at 224 pixels
+(5,708 training and 1,311 test scans): 266 s on two busy CPU cores, of which the images
+take most. 686 training scans are also in test and are removed, 5,022 remain (glioma
+1,321, meningioma 1,230, no tumor 1,021, pituitary 1,450); no bad images, no picture
+with two labels. All else: not yet measured.
 """
 
 from ml_collections import ConfigDict

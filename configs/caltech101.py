@@ -7,7 +7,14 @@ training images per class, all others are test.
 
 Supplement: Adam with its defaults, learning rate 1e-4, batches of 50. Ours: centre
 crops, to keep proportions; ResNet-50 at 224 pixels, 100 epochs, from scratch.
-Hardware, wall time and expected numbers: not yet measured.
+
+`--config.stages=caption --config.caption.captioner=template` on a copy as a folder,
+9,143 images of at most 160 pixels, by `--config.data.source=folder:...`: 258 s on two
+busy CPU cores. A folder has no split, so a fifth is test: 7,314 training and 1,829
+test images, of which 10 are copies of each other; 3 pictures of `Faces_easy` are also
+in `Faces`. In that copy, the images of `BACKGROUND_Google` and of the first classes by
+alphabet (accordion to ant) are edge maps, as the contact sheet shows: look at it
+before anything is trained. All else: not yet measured.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,11 @@ cost four times as much.
 Every real image, test images included, is resized from 32 pixels to 256 (Lanczos) and
 back to the classifier's 32 (area), with a PSNR of 38.5 dB, measured on crops of
 scikit-learn's two photographs that were reduced to this size.
-Hardware, wall time and expected numbers: not yet measured.
+
+`--config.stages=caption --config.caption.captioner=template` on a copy as JPEG in
+Parquet files, by `--config.data.source=parquet:...`: 579 s on two busy CPU cores, 125
+images/s; 50,000 training and 10,000 test images, no bad images, no duplicates and no
+picture with two labels among them. All else: not yet measured.
 """
 
 from ml_collections import ConfigDict

@@ -84,6 +84,32 @@ _DATA = Section(
         "image_column": word("image", "of a Parquet file or TFDS dataset"),
         "label_column": word("label", "of a Parquet file or TFDS dataset"),
         "dir": Field("", "data directory of TFDS; empty: its default"),
+        "train": Field(
+            (),
+            "folders of the training part, relative to the source's; `.` is that "
+            "itself; empty: detected",
+            word=True,
+            distinct=True,
+            hint="Name folders that hold the class folders, or `.`.",
+        ),
+        "test": Field(
+            (),
+            "folders of the test part; empty: detected",
+            word=True,
+            distinct=True,
+            hint="Name folders that hold the class folders.",
+        ),
+        "labels": Field(
+            "",
+            "FILE:COLUMN, a file in the folder with names of images and labels; empty: "
+            "detected",
+        ),
+        "validation": one_of(
+            "join",
+            ("join", "keep"),
+            "the source's own validation images: join train (or are test where there "
+            "is none), or keep them for classify's validation alone",
+        ),
         "classes": Field(
             (),
             "names of the classes to use, in this order; empty: all",
@@ -121,7 +147,13 @@ _DATA = Section(
         ),
         "window": word(
             "image",
-            "for more than 8 bits per channel: the range of each image, or LOW,HIGH",
+            "for more than 8 bits per channel: LOW,HIGH, or `image`: the range of each "
+            "image, or its window in a DICOM file",
+        ),
+        "frames": one_of(
+            "refuse",
+            ("refuse", "each"),
+            "of a DICOM file with several in a folder: each is an image",
         ),
         "max_pixels": Field(
             89_478_485,
@@ -137,7 +169,12 @@ _DATA = Section(
         "duplicates": one_of(
             "keep",
             ("keep", "remove"),
-            "remove: training images that are also in test are not used",
+            "remove: images that are also in test are not used in pool and train",
+        ),
+        "group": Field(
+            "",
+            "what must not be on both sides of a split or fold, e.g. the patient: a "
+            "column of the source, or a regular expression for file names",
         ),
         "class_type": Field("", 'as in "a photo of {class_type} {label}"'),
         "prompt": word(

@@ -18,10 +18,12 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.classification import duration
-from mvc_jax.data import captions, duplicates, splits, summary
+from mvc_jax.data import captions, duplicates, sources, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
+from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.decode import Decoder
 from mvc_jax.data.example import Source
+from mvc_jax.data.folder import FolderOptions
 from mvc_jax.data.gather import (
     Gathered,
     ReaderOptions,
@@ -29,7 +31,14 @@ from mvc_jax.data.gather import (
     gather,
     write_rows,
 )
-from mvc_jax.data.sources import ClassSubset, check_class_names, open_source
+from mvc_jax.data.sources import (
+    ClassSubset,
+    check_class_names,
+    folders_of,
+    group_names,
+    open_source,
+    validation_of,
+)
 from mvc_jax.errors import UserError, require_one_of
 from mvc_jax.screening.settings import FilterSettings
 from mvc_jax.stage import Spec, Stage, open_stage, read_manifest
@@ -46,6 +55,11 @@ _NETWORK_SIDE = 224  # pixels, as the captioners see an image
 _SAVE_SECONDS = 2.0  # of captioning that a kill may cost
 
 
+def require_outside(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Refuses a workdir inside of the source, before either is touched."""
+    sources.require_outside(config.data.source, str(workdir))
+
+
 def check(config: ConfigDict) -> None:
     """Checks `data` and `caption`, and what else depends on classes and images.
 
@@ -58,6 +72,7 @@ def check(config: ConfigDict) -> None:
     except UserError as error:  # the missing images may be bad ones
         error.details += _bad_lines(source.defects)
         raise
+    _require_classes(config, source)
     _check_captioner(config.caption, source, chosen)
     FilterSettings(**config.generate.filter).require_top(len(source.class_names))
     duration.check_warmup(config.classify.to_dict(), source.labels[chosen["train"]])
@@ -102,6 +117,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "contact_sheet.png",
         "bad_images.jsonl",
         "duplicates.jsonl",
+        "label_conflicts.jsonl",
     ]
     stage.finish(artifacts, **counts)
     shown = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -169,6 +185,20 @@ def stage_spec(config: ConfigDict) -> Spec:
     return Spec("caption", settings, restores=("contact_sheet.png",))
 
 
+def _require_classes(config: ConfigDict, source: Source) -> None:
+    """Refuses a single class where the run would train classifiers on it."""
+    stages = config.stages.replace(" ", "").split(",")
+    if len(source.class_names) < 2 and {"all", "classify"} & {*stages}:
+        raise UserError(
+            "config.data.source",
+            wanted="at least two classes, which the stage classify tells apart",
+            got=f"one, {source.class_names[0]!r}",
+            fix="Sort the images by class, or stop before classify: --config.stages="
+            f"caption,{'' if config.base.path else 'pretrain,'}encode,pairs,finetune,"
+            "mix,generate.",
+        )
+
+
 def _check_fields(data: ConfigDict, section: ConfigDict) -> None:
     _sizes(data).check()
     _decoder(data)
@@ -203,7 +233,21 @@ def _open(data: ConfigDict) -> Source:
         image_column=data.image_column,
         label_column=data.label_column,
         data_dir=data.dir,
+        folder=FolderOptions(
+            train=tuple(data.train),
+            test=tuple(data.test),
+            labels=data.labels,
+            each_frame=data.frames == "each",
+        ),
+        keep_validation=data.validation == "keep",
     )
+    if data.validation == "keep" and validation_of(source) is None:
+        raise UserError(
+            "config.data.validation",
+            wanted="join, or a source with validation images of its own",
+            got="keep, and none",
+            fix="Use join; config.classify.validation holds out training images.",
+        )
     if data.classes:
         source = ClassSubset(source, data.classes)
     check_class_names(source.class_names)
@@ -237,18 +281,25 @@ def _sizes(data: ConfigDict) -> splits.SplitSizes:
     )
 
 
-def _splitter(
-    source: Source, config: ConfigDict
-) -> Callable[[np.ndarray], SplitIndices]:
-    """Returns `make_splits` as a function of `usable`, bool [N]."""
-    return lambda usable: splits.make_splits(
-        source.labels,
-        source.class_names,
-        _sizes(config.data),
-        seed=config.seed,
-        is_test=source.is_test,
-        usable=usable,
-    )
+def _splitter(source: Source, config: ConfigDict) -> Callable[..., SplitIndices]:
+    """Returns `make_splits` as a function of `usable` and `copies`, bool [N]."""
+    named = group_names(source, config.data.group)
+    codes = None if named is None else np.unique(named, return_inverse=True)[1]
+
+    def split(usable: np.ndarray, copies: np.ndarray | None = None) -> SplitIndices:
+        return splits.make_splits(
+            source.labels,
+            source.class_names,
+            _sizes(config.data),
+            seed=config.seed,
+            is_test=source.is_test,
+            is_validation=validation_of(source),
+            usable=usable,
+            copies=copies,
+            groups=codes,
+        )
+
+    return split
 
 
 def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
@@ -263,10 +314,12 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
         bad.update(source.defects | {source.ids[i]: found[i] for i in found})
         _report_bad_images(bad, folder / "bad_images.jsonl", data.on_bad_image)
 
-    def keep(gathered: Gathered) -> SplitIndices:
-        rows = _find_duplicates(source, gathered)
-        files.write_jsonl(folder / "duplicates.jsonl", rows)
-        return _handle_duplicates(source, gathered.splits, rows, data.duplicates)
+    copies: dict[int, dict[str, str]] = {}
+
+    def find_copies(gathered: Gathered) -> list[int]:
+        new = _find_duplicates(source, gathered)
+        copies.update(new)
+        return list(new) if data.duplicates == "remove" else []
 
     gathered = gather(
         source,
@@ -274,19 +327,28 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
         split,
         ReaderOptions(data.size, data.resize, data.resample, data.max_pixels),
         on_bad=on_bad,
-        keep=keep,
+        copies=find_copies,
         on_image=lambda: progress.advance(1),
     )
     progress.close()
+    files.write_jsonl(folder / "duplicates.jsonl", list(copies.values()))
+    _warn_of_duplicates(list(copies.values()), data.duplicates)
     train = gathered.splits["train"]
+    conflicts = _find_conflicts(source, gathered)
+    files.write_jsonl(folder / "label_conflicts.jsonl", conflicts)
+    groups = group_names(source, data.group)
+    if groups is not None:
+        _warn_of_groups(groups, gathered.splits)
     summary.warn_of_classes(source.class_names, source.labels[train])
     write_rows(
         folder,
         source,
         gathered,
+        groups=groups,
         name=data.source,
         remarks=source.remarks,
         duplicates=data.duplicates,
+        class_folders=class_folders(folders_of(source)),
     )
 
 
@@ -310,41 +372,66 @@ def _bad_lines(bad: dict[str, str]) -> tuple[str, ...]:
     return tuple(f"{name}: {reason}" for name, reason in bad.items())
 
 
-def _find_duplicates(source: Source, gathered: Gathered) -> list[dict[str, str]]:
-    """The ids of training images that are also in test, with that test image's id."""
-    train, test = (gathered.splits[name].tolist() for name in ("train", "test"))
-    prints = ([gathered.info[i].fingerprint for i in part] for part in (train, test))
+def _find_duplicates(source: Source, gathered: Gathered) -> dict[int, dict[str, str]]:
+    """Images of train and pool that are also in test -> their ids and that image's."""
+    found, test = {}, gathered.splits["test"].tolist()
+    references = [gathered.info[i].fingerprint for i in test]
+    for part in ("train", "pool"):
+        mine = gathered.splits[part].tolist()
+        queries = [gathered.info[i].fingerprint for i in mine]
+        for i, j in duplicates.find(queries, references):
+            found[mine[i]] = {part: source.ids[mine[i]], "test": source.ids[test[j]]}
+    return found
+
+
+def _find_conflicts(source: Source, gathered: Gathered) -> list[dict[str, str]]:
+    """Training images with the picture of another one that has another label."""
+    train = gathered.splits["train"].tolist()
+    prints = [gathered.info[i].fingerprint for i in train]
+    names = [source.class_names[source.labels[i]] for i in train]
+    pairs = duplicates.find_conflicts(prints, source.labels[train].tolist())
+    if pairs:
+        logging.warning(
+            "%d training images show the picture of one with another label; "
+            "label_conflicts.jsonl lists them",
+            len(pairs),
+        )
     return [
-        {"train": source.ids[train[i]], "test": source.ids[test[j]]}
-        for i, j in duplicates.find(*prints)
+        {
+            "image": source.ids[train[i]],
+            "label": names[i],
+            "same_as": source.ids[train[j]],
+            "with_label": names[j],
+        }
+        for i, j in pairs
     ]
 
 
-def _handle_duplicates(
-    source: Source, chosen: SplitIndices, rows: list[dict[str, str]], policy: str
-) -> SplitIndices:
-    if not rows:
-        return chosen
-    if policy == "keep":
+def _warn_of_duplicates(rows: list[dict[str, str]], policy: str) -> None:
+    train = sum("train" in row for row in rows)
+    pool = len(rows) - train
+    counted = [f"{train} training"] * bool(train) + [f"{pool} pool"] * bool(pool)
+    what = f"{' and '.join(counted)} images are also in test"
+    if rows and policy == "keep":
         logging.warning(
-            "%d training images are also in test (duplicates.jsonl); "
-            "--config.data.duplicates=remove removes them from train",
-            len(rows),
+            "%s (duplicates.jsonl); --config.data.duplicates=remove removes them", what
         )
-        return chosen
-    removed = {row["train"] for row in rows}
-    kept = [i for i in chosen["train"] if source.ids[i] not in removed]
-    train = np.asarray(kept, int)
-    counts = np.bincount(source.labels[train], minlength=len(source.class_names))
-    if not counts.min():
-        raise UserError(
-            "config.data.duplicates",
-            wanted="at least one training image per class that is not also in test",
-            got=f"none in class {source.class_names[counts.argmin()]!r}",
-            fix="Fix the dataset's split, or use --config.data.duplicates=keep.",
-        )
-    logging.warning("%d training images are also in test; removed", len(rows))
-    return chosen | {"train": train}
+    elif rows:
+        logging.warning("%s; removed, and replaced where there are others", what)
+
+
+def _warn_of_groups(groups: Sequence[str], chosen: SplitIndices) -> None:
+    """Warns of groups that the source's own parts have on both sides."""
+    test = {groups[i] for i in chosen["test"]}
+    for part in ("train", "pool", splits.VALIDATION):
+        if both := sorted(test & {groups[i] for i in chosen.get(part, ())}):
+            logging.warning(
+                "%d groups of config.data.group are in both %s and test of the "
+                "source's own split, e.g. %s: test accuracies are too high",
+                len(both),
+                part,
+                ", ".join(both[:3]),
+            )
 
 
 def _captions(

@@ -55,7 +55,7 @@ def check(config: ConfigDict) -> None:
     """
     section = config.classify
     _check_runs(section.runs, config.generate.sets)
-    _check_schedule(section)
+    _check_schedule(section, keeps_validation=config.data.validation == "keep")
     if section.ratio > config.mix.per_image:
         raise UserError(
             "config.classify.ratio",
@@ -78,6 +78,8 @@ def check_images(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Checks what depends on the training images, once `caption` has written them."""
     if is_complete(workdir, "caption"):
         train = splits.read_split(epath.Path(workdir) / "caption", "train")
+        if len(train.class_names) < 2:  # else nothing heavy is imported
+            training_set.require_several(train.class_names)
         duration.check_warmup(config.classify.to_dict(), train.labels)
 
 
@@ -101,13 +103,14 @@ def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:
         )
 
 
-def _check_schedule(section: ConfigDict) -> None:
+def _check_schedule(section: ConfigDict, *, keeps_validation: bool) -> None:
     if not section.epochs:  # else the steps depend on the number of images
         require_at_most("config.classify", section.to_dict(), "warmup", "steps")
-    if section.patience and not section.validation:
+    if section.patience and not (section.validation or keeps_validation):
         raise UserError(
             "config.classify.patience",
-            wanted="0, or images to validate on: config.classify.validation above 0",
+            wanted="0, or images to validate on: config.classify.validation above 0, "
+            "or config.data.validation=keep",
             got=f"{section.patience}",
             fix="Set config.classify.validation to e.g. 0.1.",
         )

@@ -291,7 +291,9 @@ def _filters(
 
 def _notes(seeds: int, caption: epath.Path) -> list[str]:
     """Returns caveats about the data and the numbers, as sentences."""
-    copies = len(files.read_jsonl(caption / "duplicates.jsonl"))
+    rows = files.read_jsonl(caption / "duplicates.jsonl")
+    copies = sum("pool" not in row for row in rows)
+    pool = len(rows) - copies
     kept = files.read_json(caption / "dataset.json")["duplicates"] == "keep"
     bad = len(files.read_jsonl(caption / "bad_images.jsonl"))
     notes = []
@@ -302,6 +304,11 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
         )
     elif copies:
         notes.append(f"{copies} images that are also in test were removed from train.")
+    if pool and kept:
+        notes.append(
+            f"{pool} images of the base model's pool are in test as well: it has seen "
+            "them (config.data.duplicates=remove takes them out of the pool)."
+        )
     if bad:
         notes.append(f"{bad} images could not be used and were left out.")
     spread = f"The spread is over {seeds} classifier seeds"

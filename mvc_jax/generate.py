@@ -293,6 +293,8 @@ def open_writers(
                 shard_size=section.shard_size,
                 format=section.format,
                 pictures=section.folder,
+                class_folders=train.class_folders
+                or tuple(map(synthetic.earlier_class_folder, train.class_names)),
             ),
             train=train,
             prompts={row["id"]: row for row in prompts},

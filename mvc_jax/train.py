@@ -128,6 +128,8 @@ def run(
     common.FIELDS.check(config)
     stages = pipeline.select(config)
     began = time.monotonic()
+    if "caption" in stages and (redo or not stage.is_complete(workdir, "caption")):
+        pipeline.module("caption").require_outside(config, workdir)
     run_folder.check(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
     with run_folder.locked(workdir), run_folder.locked(source, "from"):

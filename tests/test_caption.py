@@ -8,10 +8,13 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from mvc_jax import train
+from mvc_jax.classification import training_set
 from mvc_jax.data import duplicates, splits
+from mvc_jax.digests import Digests
 from mvc_jax.training import runtime
 
 CLASSES = ("bolt", "hex_nut", "washer é")
@@ -230,6 +233,164 @@ def test_duplicates_across_train_and_test_are_found_and_removed(run, parts):
         np.testing.assert_array_equal(image, np.asarray(want))
 
 
+def test_copies_leave_the_pool_and_train_which_are_filled_up_again(run, parts):
+    for k, name in enumerate(CLASSES):
+        for split, seeds in (("train", range(30)), ("test", range(24, 34))):
+            (parts / split / name).mkdir(parents=True)
+            for i in seeds:  # 24 to 29 are in both
+                content = encoded(picture(1000 * k + i))
+                (parts / split / name / f"{i:02d}.png").write_bytes(content)
+        shutil.rmtree(parts / name)
+    flags = ("data.size=32", "data.per_class=15", "data.pool=27")
+    code, output, folder = run(*flags)
+    assert code == 0
+    assert "7 training images are also in test, and 4 of the pool, kept" in output
+    code, output, folder = run(*flags, "data.duplicates=remove", workdir="without")
+    assert code == 0 and "removed, and replaced where there are others" in " ".join(
+        output.split()
+    )
+    counts = {n: len(splits.read_split(folder, n).ids) for n in splits.SPLITS}
+    assert counts == {"pool": 27, "train": 45, "test": 30}
+    used = (
+        splits.read_split(folder, "pool").ids + splits.read_split(folder, "train").ids
+    )
+    assert all(int(id_[-6:-4]) < 24 for id_ in used) and len(set(used)) == 72
+    code, output, _ = run(
+        *flags[:1], "data.per_class=25", "data.duplicates=remove", workdir="many"
+    )
+    assert code == 2 and "at most the 24 training images" in output
+
+
+def test_one_picture_under_two_labels_is_listed(run, parts):
+    shutil.copy(parts / "bolt" / "03.png", parts / "hex_nut" / "same.png")
+    again = Image.open(parts / "bolt" / "04.png")
+    again.save(parts / "washer é" / "again.jpg", quality=80)
+    shutil.copy(parts / "bolt" / "05.png", parts / "bolt" / "copy.png")  # one label
+    for k, name in enumerate(CLASSES):
+        (parts / "held out" / name).mkdir(parents=True)
+        (parts / "held out" / name / "0.png").write_bytes(encoded(picture(1000 + k)))
+    code, output, folder = run("data.size=32", "data.test=held out")
+    assert code == 0
+    found = [tuple(row.values()) for row in rows(folder / "label_conflicts.jsonl")]
+    assert found == [
+        ("hex_nut/same.png", "hex_nut", "bolt/03.png", "bolt"),
+        ("washer é/again.jpg", "washer é", "bolt/04.png", "bolt"),
+    ]
+    assert "2 training images show a picture that has another label" in output
+
+
+def test_conflicts_are_those_of_all_pairs():
+    """The search by parts of the hash misses none."""
+    rng = np.random.default_rng(0)
+    thumbnail = np.zeros((16, 16, 3), np.uint8)
+    hashes = rng.integers(0, 2**63, 40)
+    prints = []
+    for k in range(400):
+        flips = rng.integers(0, 64, rng.integers(0, 9))
+        bits = int(hashes[k % 40])
+        for flip in flips:
+            bits ^= 1 << int(flip)
+        prints.append(duplicates.Fingerprint(bits, thumbnail))
+    labels = rng.integers(0, 3, 400)
+    wanted = {}
+    for i in range(400):
+        for j in range(i):
+            near = (prints[i].hash ^ prints[j].hash).bit_count() <= 6
+            if near and labels[i] != labels[j]:
+                wanted.setdefault(i, j)
+    assert dict(duplicates.find_conflicts(prints, labels.tolist())) == wanted
+
+
+def test_a_single_class_is_refused_before_any_work(run, parts):
+    flags = ("data.classes=bolt", "stages=all")
+    code, output, folder = run(*flags)
+    assert code == 2 and "at least two classes" in output and not folder.exists()
+    assert run("data.classes=bolt")[0] == 0
+    code, output, folder = run(
+        "data.classes=bolt", "stages=classify", "classify.size=16"
+    )
+    assert code == 2 and "at least two classes" in output
+    assert not (folder.parent / "classify").exists()
+
+
+def test_the_folders_of_classes_are_recorded(run, parts):
+    (parts / "bolt").rename(parts / "n01443537")
+    (parts / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\n")
+    _, _, folder = run()
+    train_ = splits.read_split(folder, "train")
+    assert train_.class_names == ("hex_nut", "goldfish", "washer é")
+    assert train_.class_folders == ("hex_nut", "n01443537", "washer é")
+
+
+def test_a_workdir_inside_of_the_images_is_refused_before_they_are_read(run, parts):
+    (parts / "a.parquet").write_bytes(b"")
+    for source in (
+        f"folder:{parts}",
+        f"parquet:{parts}",
+        f"parquet:{parts}/**/*.parquet",
+    ):
+        code, output, folder = run(f"data.source={source}", workdir=parts / "x" / "run")
+        assert code == 2 and output.startswith(
+            "error: --workdir: wanted a folder outside"
+        )
+        assert not (parts / "x").exists()
+    (parts.parent / "link").symlink_to(parts)
+    code, output, _ = run(workdir=parts.parent / "link" / "run")
+    assert code == 2 and "--workdir" in output
+
+
+def test_captions_in_metadata_beside_class_folders_can_be_used(run, parts):
+    lines = [
+        json.dumps({"file_name": f"{name}/{k:02d}.png", "text": f"{name} number {k}"})
+        for name in CLASSES
+        for k in range(10)
+    ]
+    (parts / "metadata.jsonl").write_text("\n".join(lines))
+    code, output, folder = run()
+    assert code == 0 and "metadata.jsonl: captions, not labels" in output
+    flags = ("caption.captioner=file", f"caption.file={parts / 'metadata.jsonl'}")
+    code, output, folder = run(*flags, workdir="captions")
+    assert code == 0
+    for row in rows(folder / "captions.jsonl"):
+        name, _, number = row["id"].partition("/")
+        assert row["caption"] == f"{name} number {int(number[:2])}"
+
+
+def test_groups_stay_together(run, parts):
+    flags = (r"data.group=(\d)\d\.png", "data.test_fraction=0.3")
+    for path in parts.rglob("*.png"):
+        number = int(path.stem)
+        path.rename(path.with_name(f"{number // 2}{number % 2}.png"))
+    code, output, folder = run(*flags)
+    assert code == 0, output
+    found = {n: splits.read_split(folder, n) for n in ("train", "test")}
+    groups = {name: set(split.groups) for name, split in found.items()}
+    assert groups["train"] | groups["test"] == set("01234")
+    assert not groups["train"] & groups["test"]
+    held = training_set._hold_out(found["train"], 0.3, 0)
+    inside = {found["train"].groups[i] for i in held}
+    rest = np.setdiff1d(np.arange(len(found["train"].ids)), held)
+    assert inside and inside.isdisjoint(found["train"].groups[i] for i in rest)
+    for wrong, words in (("x(", "neither"), ("nope", "no image")):
+        code, output, _ = run(f"data.group={wrong}", workdir="wrong")
+        assert code == 2 and words in output and "config.data.group" in output
+
+
+def test_groups_that_straddle_the_given_parts_are_reported(run, parts):
+    for path in list(parts.rglob("*.png")):
+        split = "test" if int(path.stem) > 6 else "train"
+        target = parts / split / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for name in CLASSES:
+        (parts / name).rmdir()
+    code, output, _ = run(r"data.group=\d")
+    assert code == 0
+    assert "1 groups of config.data.group are in both train and test" in " ".join(
+        output.split()
+    )
+
+
 def test_similar_images_are_not_duplicates():
     """E.g. neighbouring photographs, and colours of the same brightness."""
     one = np.asarray(picture(1, (64, 64)))
@@ -290,13 +451,57 @@ def test_a_mistake_is_refused_before_anything_is_read(run, flag, words):
     assert not folder.exists()
 
 
-def test_a_folder_around_the_classes_is_reported(run, parts, tmp_path):
+def test_a_folder_around_the_classes_is_refused_with_a_fix_that_works(run, parts):
     inner = parts / "outer"
     inner.mkdir()
     for name in CLASSES:
         (parts / name).rename(inner / name)
     code, output, _ = run()
+    assert code == 2 and "outer/ 30 images" in output
+    assert "--config.data.train=outer if the inner folders are the classes" in output
+    code, output, folder = run("data.train=outer")
+    assert code == 0 and "3 classes, 24 train" in output
+    assert rows(folder / "images.jsonl")[0]["id"].startswith("outer/bolt/")
+    code, output, _ = run("data.train=.", workdir="one")
     assert code == 0 and "warning: one class only, 'outer'" in " ".join(output.split())
+
+
+def test_validation_images_are_kept_for_classify(run, parts):
+    for path in list(parts.rglob("*.png")):
+        split = {"08": "val", "09": "test"}.get(path.stem, "train")
+        target = parts / split / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for name in CLASSES:
+        (parts / name).rmdir()
+    code, output, folder = run()
+    assert code == 0 and "27 train, 3 test images" in output
+    flags = ("data.validation=keep", "data.pool=3")
+    code, output, folder = run(*flags, workdir="kept")
+    assert code == 0 and "3 pool, 21 train, 3 test, 3 validation images" in output
+    kept = splits.read_split(folder, splits.VALIDATION)
+    assert {id_.split("/")[0] for id_ in kept.ids} == {"val"}
+    for image, id_ in zip(kept.images, kept.ids, strict=True):
+        want = Image.open(parts / id_).resize((16, 16), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(image, np.asarray(want))
+    assert len(rows(folder / "captions.jsonl")) == 24
+    fit = {"resize": "stretch", "resample": "lanczos", "ratio": 0.0, "seed": 0}
+    sides = {"size": 16, "data_size": 16}
+    for held in (0.0, 0.3):  # a fraction would come from train
+        data = training_set.read(
+            epath.Path(folder.parent),
+            epath.Path(folder) / "x",
+            Digests(folder / "x", folder / "digests"),
+            sets=(),
+            validation=held,
+            **sides,
+            **fit,
+        )
+        assert data.pools[""].real.tolist() == list(range(21))
+        np.testing.assert_array_equal(data.rows.take(data.validation), kept.images)
+        np.testing.assert_array_equal(data.labels[data.validation], kept.labels)
+    code, output, _ = run("data.validation=keep", "data.train=train", workdir="none")
+    assert code == 2 and "config.data.validation: wanted join" in output
 
 
 def test_classes_with_the_same_words_are_refused(run, parts):

@@ -51,6 +51,7 @@ def read(monkeypatch, tmp_path):
     def read(train=(PER_CLASS,) * 3, test=(2, 2, 2), names=NAMES, **options):
         both = {"train": split("train", train, names)}
         both["test"] = split("test", test, names)
+        both[splits.VALIDATION] = split("validation", ())
         rows = list(synthetic_rows(both["train"]))
         monkeypatch.setattr(splits, "read_split", lambda folder, name: both[name])
         monkeypatch.setattr(synthetic, "read_rows", lambda folder, columns: iter(rows))

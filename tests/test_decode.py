@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 from sklearn.datasets import load_sample_images
 
 from mvc_jax.configs import cifar10, tiny_imagenet
@@ -159,6 +159,28 @@ def test_bytes_decode_or_raise_bad_image(content, head):
         except BadImage:
             return
     assert pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_png_with_much_text_is_read(rgb, compressed):
+    """More than Pillow allows in one chunk, or in all."""
+    text = PngImagePlugin.PngInfo()
+    for k in range(1 if compressed else 3):
+        text.add_text(
+            f"key {k}", "x" * 1_600_000 * (1 if compressed else 20), compressed
+        )
+    content = encoded(Image.fromarray(rgb), pnginfo=text)
+    np.testing.assert_array_equal(Decoder()(content)[0], rgb)
+    with pytest.raises(BadImage, match="damaged: (?!no)"):
+        Decoder()(content[: len(content) * 2 // 3 if compressed else -900])
+
+
+def test_a_pointer_of_git_lfs_is_named():
+    content = (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    )
+    with pytest.raises(BadImage, match="git lfs pull"):
+        Decoder()(content)
 
 
 def test_bombs_are_never_decoded(monkeypatch):

@@ -184,6 +184,16 @@ def test_duplicates_and_bad_images_are_noted(tmp_path, copies, policy, bad, word
         assert word in note
 
 
+def test_copies_in_the_pool_are_noted_apart(tmp_path):
+    files.write_json(tmp_path / "dataset.json", {"duplicates": "keep"})
+    rows = [{"train": "a", "test": "b"}, {"pool": "c", "test": "b"}]
+    files.write_jsonl(tmp_path / "duplicates.jsonl", rows)
+    files.write_jsonl(tmp_path / "bad_images.jsonl", [])
+    notes = evaluate._notes(3, epath.Path(tmp_path))
+    assert notes[0].startswith("1 training images are in test as well")
+    assert notes[1].startswith("1 images of the base model's pool are in test as well")
+
+
 def test_maximum_and_minimum_of_the_steps_are_reported():
     found = {
         "real": {"seeds": [{"steps": 700}, {"steps": 300}]},

@@ -245,6 +245,14 @@ def test_folds_are_stratified_and_keep_duplicates_together(groups, k, seed):
     np.testing.assert_array_equal(found, again)
 
 
+def test_named_groups_and_duplicates_are_joined():
+    copies = np.asarray([0, 1, 1, 3, 4, 5])
+    assert folds.joined(copies, None) is copies
+    found = folds.joined(copies, ("a", "a", "b", "c", "c", "d"))
+    assert len(set(found[:3].tolist())) == 1 and found[3] == found[4]
+    assert len(set(found.tolist())) == 3
+
+
 def mean_colour(images):
     """Replaces CLIP: the mean colour as embedding [N, 3], not of unit length."""
     return np.asarray(images, np.float64).mean((1, 2)) + 1.0

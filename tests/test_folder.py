@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mvc_jax.data import folder as folder_module
+from mvc_jax.data import label_table
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.example import Source
 from mvc_jax.data.folder import Folder
@@ -305,8 +306,8 @@ def test_metadata_in_the_root_without_a_split(tmp_path):
             assert test_ids(source) == {"test/2.png"}
 
 
-@pytest.mark.parametrize("column", folder_module.LABEL_COLUMNS)
-@pytest.mark.parametrize("file_column", folder_module.FILE_COLUMNS)
+@pytest.mark.parametrize("column", label_table.LABEL_COLUMNS)
+@pytest.mark.parametrize("file_column", label_table.FILE_COLUMNS)
 def test_names_of_columns(tmp_path, column, file_column):
     columns = (f" {file_column.title()}", column.upper())
     text = csv_of([("1.png", "x y")], columns)
@@ -474,7 +475,7 @@ BAD_ENTRIES = [
     ("again", loop, "a link to one of its parent folders"),
     ("again", outer_loop, "a link to one of its parent folders"),
     ("again", everything, "a link to one of its parent folders"),
-    *((name, text, NOT_AN_IMAGE) for name in ("scan.dcm", "a.GIF", "b.txt", "raw")),
+    *((name, text, NOT_AN_IMAGE) for name in ("scan.mha", "a.GIF", "b.txt", "raw")),
     ("a.zip", text, NOT_AN_IMAGE),
     ("a.png.bak", text, NOT_AN_IMAGE),
 ]
@@ -664,8 +665,8 @@ def test_the_command_to_unpack_an_archive_is_shown(tmp_path, name, command):
 
 
 def test_no_images(tmp_path):
-    write(tmp_path, "a/1.txt", "a/2.txt", "b/3.dcm", "raw")
-    for words in ("0 images", "2 .txt files", "1 .dcm", "1 other", "2 folders"):
+    write(tmp_path, "a/1.txt", "a/2.txt", "b/3.mha", "raw")
+    for words in ("0 images", "2 .txt files", "1 .mha", "1 other", "2 folders"):
         assert words in refusal(tmp_path)
 
 

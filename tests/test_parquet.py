@@ -514,3 +514,42 @@ def test_class_names_must_differ(tmp_path):
     path = write(tmp_path / "a.parquet", cells(1), [0], names=["x", "x"])
     with pytest.raises(UserError, match="distinct class names.*'huggingface'"):
         open_source(f"parquet:{pathlib.Path(path)}")
+
+
+def test_a_path_is_checked_whatever_the_footer_says(tmp_path, monkeypatch):
+    """One byte changed makes the footer deny that image bytes are null."""
+    (tmp_path / "secret.png").write_bytes(png(1))
+    rows = [
+        {"bytes": png(0), "path": "a.png"},
+        {"bytes": None, "path": "../secret.png"},
+    ]
+    path = write(tmp_path / "data" / "x.parquet", rows, [0, 1])
+    assert read(path).defects  # as it is
+    monkeypatch.setattr(
+        parquet._Shard, "_has_no_bytes", lambda shard, file: np.zeros(2, bool)
+    )
+    with pytest.raises(BadImage, match="leads out of the dataset's folder"):
+        read(path)[1]
+
+
+def test_a_missing_part_is_refused_by_name(tmp_path):
+    for k in (0, 2):
+        write(tmp_path / f"train-0000{k}-of-00003.parquet", cells(2), [0, 1])
+    write(tmp_path / "test-00000-of-00001.parquet", cells(2), [0, 1])
+    for pattern in (tmp_path, tmp_path / "*.parquet"):
+        with pytest.raises(
+            UserError, match="train-00001-of-00003.parquet, got no such"
+        ):
+            read(pattern)
+    assert len(read(tmp_path / "train-00002-of-00003.parquet")) == 2  # by its name
+    write(tmp_path / "train-00001-of-00003.parquet", cells(2), [0, 1])
+    assert len(read(tmp_path)) == 8
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "0.parquet"
+    path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
+    )
+    with pytest.raises(UserError, match="Git LFS pointer.*git lfs pull"):
+        read(path)

@@ -16,10 +16,11 @@ def labels_of(counts):
     return np.random.default_rng(0).permutation(labels)
 
 
-def cut(counts, seed=0, is_test=None, usable=None, **sizes):
+def cut(counts, seed=0, is_test=None, usable=None, copies=None, groups=None, **sizes):
     names = tuple("abcdefgh"[: len(counts)])
     labels = labels_of(counts)
     options = {"seed": seed, "is_test": is_test, "usable": usable}
+    options |= {"copies": copies, "groups": groups}
     return splits.make_splits(labels, names, SplitSizes(**sizes), **options)
 
 
@@ -98,6 +99,86 @@ def test_an_unusable_image_is_replaced():
     assert usable[np.concatenate(list(after.values()))].all()
     assert len(after["train"]) == 10
     assert set(before["train"][3:]) <= set(after["train"])
+
+
+@given(
+    counts_of_classes,
+    st.integers(0, 3),
+    st.integers(0, 4),
+    st.sampled_from([0.0, 0.2]),
+    st.booleans(),
+    st.data(),
+)
+@settings(deadline=None, max_examples=150)
+def test_copies_of_test_are_replaced(counts, few, pool, test, own, data):
+    """Test stays; pool and train lose the copies, and get others if there are any."""
+    labels, is_test = labels_of(counts), None
+    if own:
+        is_test = np.arange(len(labels)) % 4 == 0
+        for k in range(len(counts)):
+            is_test[np.flatnonzero(labels == k)[0]] = True
+    sizes = {"per_class": few, "pool": pool, "test": test}
+    if not (own or test or few):
+        return
+    try:
+        before = cut(counts, is_test=is_test, **sizes)
+    except UserError:  # too few images for these sizes, with copies or without
+        return
+    both = np.concatenate([before["pool"], before["train"]])
+    copies = np.zeros(len(labels), bool)
+    copies[data.draw(st.lists(st.sampled_from(both.tolist()), max_size=6))] = True
+    try:
+        after = cut(counts, is_test=is_test, copies=copies, **sizes)
+    except UserError as error:
+        assert "config.data.duplicates" in str(error) or "per_class" in str(error)
+        return
+    if own or test:
+        np.testing.assert_array_equal(before["test"], after["test"])
+    for part in ("pool", "train"):
+        assert not copies[after[part]].any()
+        assert set(before[part][~copies[before[part]]]) <= set(after[part])
+    assert not {*after["pool"]} & {*after["train"]}
+    if few:
+        assert (np.bincount(labels[after["train"]]) == few).all()
+    elif test or own:
+        assert set(after["train"]) == set(before["train"]) - set(np.flatnonzero(copies))
+
+
+@given(
+    counts_of_classes,
+    st.integers(0, 2),
+    st.integers(0, 6),
+    st.sampled_from([0.0, 0.2, 0.5]),
+    st.integers(2, 30),
+    st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=150)
+def test_a_group_is_on_one_side(counts, few, pool, test, size, seed):
+    labels = labels_of(counts)
+    groups = np.random.default_rng(seed).integers(0, size, len(labels))
+    if not (test or few):
+        return
+    try:
+        parts = cut(counts, seed, pool=pool, per_class=few, test=test, groups=groups)
+    except UserError as error:
+        assert "config.data.group" in str(error) or "config.data.per_cl" in str(error)
+        return
+    sides = [set(groups[parts[name]]) for name in splits.SPLITS]
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    for name in ("train", "test"):
+        assert np.bincount(labels[parts[name]], minlength=len(counts)).all()
+    everything = np.concatenate([parts[name] for name in splits.SPLITS])
+    assert len(everything) == len(set(everything))
+    if not few:
+        assert len(everything) == len(labels)
+
+
+def test_groups_give_about_the_sizes_that_were_asked_for():
+    counts, groups = [300, 500], np.arange(800) // 4
+    parts = cut(counts, test=0.2, pool=80, groups=groups)
+    assert abs(len(parts["pool"]) - 80) <= 8 and abs(len(parts["test"]) - 144) <= 8
+    with pytest.raises(UserError, match="config.data.group: .* class 'a'"):
+        cut([20, 20], test=0.2, groups=np.zeros(40, int))
 
 
 def test_the_splits_depend_on_the_seed_alone():

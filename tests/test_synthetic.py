@@ -1,5 +1,7 @@
 """A set of synthetic images on disk: other tools read what was drawn."""
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 import yaml
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mvc_jax.checkpoints import dataset_card
+from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.sources import open_source
 from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
@@ -193,6 +198,62 @@ def test_a_class_folder_stays_inside_and_is_one_level_deep(tmp_path, name):
     np.testing.assert_array_equal(Image.open(path), IMAGES[0])
 
 
+VALID = (
+    "1.a",
+    "2.b",
+    "c(m)",
+    "cR",
+    "M2.5 bolt",
+    "M20 bolt",
+    "3.5 mm",
+    "30 mm",
+    "cat's",
+)
+
+
+def test_a_class_folder_keeps_its_name_wherever_a_file_system_allows_it():
+    assert class_folders(VALID) == VALID
+    for name in (
+        *VALID,
+        "a+b",
+        "a, b",
+        "हिन्दी",
+        "ภาษา",
+        "日本",
+        "-",
+        "x" * 255,
+        "é" * 127,
+    ):
+        assert synthetic.picture_name(name, 1) == f"{name}/00000001.png"
+    for name in ("", ".", "..", "a/b", "a\0b", "x" * 256, "é" * 128, "metadata.jsonl"):
+        folder = synthetic.class_folder(name)
+        assert folder != name and 0 < len(folder.encode()) < 256 and "/" not in folder
+
+
+names = st.text("ab./_-09 \0é", max_size=4) | st.sampled_from(["x" * 300, "y" * 300])
+
+
+@given(st.lists(names, unique=True, min_size=1, max_size=7))
+@settings(deadline=None, max_examples=300)
+def test_class_folders_are_distinct_and_sort_like_the_classes(names):
+    folders = class_folders(names)
+    assert len(set(folders)) == len(folders)
+    assert all(0 < len(f.encode()) < 256 and not {*f} & {*"/\0"} for f in folders)
+    of = dict(zip(names, folders, strict=True))
+    assert all(
+        of[name] == name for name in names if synthetic.class_folder(name) == name
+    )
+    ordered = [of[name] for name in sorted(names)]
+    assert ordered == sorted(ordered)
+
+
+def test_an_old_dataset_keeps_its_folders(tmp_path):
+    """One that was read before the folders were recorded."""
+    names = ("brain tumor", "M2.5 bolt")
+    earlier = [synthetic.earlier_class_folder(name) for name in names]
+    assert earlier == ["brain tumor", "M2_5 bolt-e3d849bd"]
+
+
 def test_no_two_classes_share_a_folder():
     folder_of = {}
     for name in AWKWARD:
@@ -274,6 +335,40 @@ def test_hugging_face_reads_the_folder(tmp_path, datasets, real, inside):
         found = rows[row["mode"], row["index"]]
         np.testing.assert_array_equal(found.pop("image"), image)
         assert found == row | {"label": NAMES[row["label"]]}
+
+
+PARTS = (
+    "dev",
+    "test",
+    "valid",
+    "bullet train",
+    "a.b",
+    "cat's",
+    "c+",
+    "(d)",
+    "हिन्दी",
+    "数",
+)
+
+
+def test_the_documented_line_reads_all_classes_as_class_labels(tmp_path, datasets):
+    """Also those that the library would take for splits, if it guessed."""
+    rows = [ROWS[0] | {"index": k, "label": k % 10} for k in range(7)]
+    folder = write(tmp_path / "set", names=PARTS, rows=rows)
+    lines = (folder / "README.md").read_text().split("```")[1].splitlines()
+    scope = {
+        "load_dataset": functools.partial(
+            datasets.load_dataset, cache_dir=str(tmp_path / "cache")
+        )
+    }
+    with contextlib.chdir(folder):
+        exec("\n".join(line for line in lines if "pictures" in line), scope)
+    found = scope["pictures"]["train"]
+    assert len(found) == 7
+    label = found.features["label"]
+    assert label.names == sorted(PARTS[:7])
+    for row in found:
+        assert label.names[row["label"]] == PARTS[row["index"] % 10]
 
 
 # Other readers.

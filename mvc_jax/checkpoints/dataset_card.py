@@ -267,7 +267,10 @@ def _loading(facts: Facts) -> str:
         lines[-1] += "  # real and synthetic"
         lines.append('synthetic = load_dataset(".", "synthetic")')
     if facts.pictures:
-        lines.append('pictures = load_dataset("imagefolder", data_dir="train")')
+        lines += [
+            'pictures = load_dataset("imagefolder", data_files={"train": "train/**"})',
+            'pictures = pictures.class_encode_column("label")',
+        ]
     body = "\n".join(lines)
     columns = (
         "`label` is the class, `source` the real image that conditioned the synthetic "
@@ -275,7 +278,9 @@ def _loading(facts: Facts) -> str:
     )
     folder = (
         " `train/<class>/` holds the same images as files, for torchvision's "
-        "`ImageFolder`, Keras and TFDS."
+        "`ImageFolder`, Keras and TFDS. They number the folders that there are, in "
+        "sorted order: where a class has no image, or the classes of another dataset "
+        "are in another order, join by names, not by numbers."
     )
     return (
         "## Load it\n\nRun this in the folder, or replace the dot by the dataset's "

@@ -21,7 +21,8 @@ class TrainingSet:
     """The classifiers' images.
 
     Attributes:
-      rows: all training images: the real ones, then set by set the synthetic ones.
+      rows: all training images: the real ones, then set by set the synthetic ones, then
+        the source's own validation images, where they were kept.
       labels: class of each row, int32 [R].
       pools: by the name of a set, what may be trained on; "" for real images alone.
         Held-out images are in no pool, nor is any image that was made from one.
@@ -106,7 +107,8 @@ def read(
         real ones were.
       resize, resample: `config.data.resize` and `.resample`, how that is done.
       ratio: synthetic images per real one that are used (`Pools.per_real`); 0: all.
-      validation: fraction of each class to hold out of training.
+      validation: fraction of each class to hold out of training, unless the source's
+        own validation images were kept.
       seed: `config.seed`.
 
     Raises:
@@ -131,7 +133,15 @@ def read(
         synthetic_rows[name] = sum(map(len, labels)), rows
         parts.append(_stored(images, len(rows), size, folder / f"{name}.npy", digests))
         labels.append(np.asarray([row["label"] for row in rows], np.int32))
-    all_labels, held_out = np.concatenate(labels), _hold_out(train, validation, seed)
+    kept = splits.read_split(caption, splits.VALIDATION)
+    if len(kept.ids):
+        first = sum(map(len, labels))
+        held_out = np.arange(first, first + len(kept.ids), dtype=np.int32)
+        parts.append(_resized(kept.images, size, folder / "validation.npy", digests))
+        labels.append(kept.labels)
+    else:
+        held_out = _hold_out(train, validation, seed)
+    all_labels = np.concatenate(labels)
     pools = {"": Pools(real, real[:0], real[:0], all_labels).without(held_out, [])}
     for name, (first, rows) in synthetic_rows.items():
         indices = np.arange(first, first + len(rows), dtype=np.int32)
@@ -152,16 +162,21 @@ def read(
     )
 
 
-def _require_classes(train: splits.Split, test: splits.Split) -> None:
-    if len(train.class_names) < 2:
+def require_several(class_names: Sequence[str]) -> None:
+    """Raises a `UserError` if there is only one class."""
+    if len(class_names) < 2:
         raise UserError(
             "classify",
             wanted="at least two classes",
-            got=f"{len(train.class_names)}: {', '.join(train.class_names)}",
+            got=f"{len(class_names)}: {', '.join(class_names)}",
             fix="Sort the images by class, or name other classes in "
             "config.data.classes; or stop before classify with "
             "--config.stages=generate.",
         )
+
+
+def _require_classes(train: splits.Split, test: splits.Split) -> None:
+    require_several(train.class_names)
     for split, name in ((train, "training"), (test, "test")):
         counts = np.bincount(split.labels, minlength=len(train.class_names))
         missing = [train.class_names[k] for k in np.flatnonzero(counts == 0)]
@@ -215,8 +230,13 @@ def _stored(
 
 
 def _hold_out(train: splits.Split, fraction: float, seed: int) -> np.ndarray:
-    """Draws `fraction` of the rows of each class; at least one stays in training."""
+    """Draws `fraction` of the rows of each class; at least one stays in training.
+
+    Images of a group are drawn together.
+    """
     labels = train.labels
+    if fraction and train.groups is not None:
+        return _hold_out_groups(labels, train.groups, fraction, seed)
     held: list[int] = []
     for label in np.unique(labels) if fraction else ():
         members = np.flatnonzero(labels == label)
@@ -224,3 +244,22 @@ def _hold_out(train: splits.Split, fraction: float, seed: int) -> np.ndarray:
         draw = order.generator(seed, "classify/validation", int(label))
         held += draw.permutation(members)[:count].tolist()
     return np.asarray(sorted(held), np.int32)
+
+
+def _hold_out_groups(
+    labels: np.ndarray, groups: Sequence[str], fraction: float, seed: int
+) -> np.ndarray:
+    names, group = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max()) + 1), int)
+    np.add.at(counts, (group, labels), 1)
+    missing = np.maximum(np.round(fraction * counts.sum(0)), 1).astype(int)
+    left, held = counts.sum(0), np.zeros(len(names), bool)
+    draw = order.generator(seed, "classify/validation")
+    for g in draw.permutation(len(names)).tolist():
+        useful = np.minimum(counts[g], missing).sum()
+        is_last = ((counts[g] > 0) & (left == counts[g])).any()
+        if not is_last and useful > np.maximum(counts[g] - missing, 0).sum():
+            held[g] = True
+            left = left - counts[g]
+            missing = np.maximum(missing - counts[g], 0)
+    return np.flatnonzero(held[group]).astype(np.int32)

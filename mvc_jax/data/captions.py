@@ -91,6 +91,8 @@ def _read(path: epath.PathLike) -> dict[str, str]:
             continue
         try:
             row = json.loads(line)
+            if "file_name" in row and "id" not in row:  # Hugging Face's metadata.jsonl
+                row = {"id": row["file_name"], "caption": row.get("text")} | row
             id_, caption = row["id"], row["caption"]
             if not isinstance(id_, str) or not isinstance(caption, str | None):
                 raise TypeError("id and caption must be strings")

@@ -1,5 +1,7 @@
 """Decodes image files to uint8 RGB, and resizes images to the models' square input.
 
+Pillow reads most; `scans.py` reads DICOM, and TIFF that Pillow cannot. Whether the
+lowest value is black or white is checked here, since Pillow does so for 8 bits alone.
 More than 8 bits are windowed, transparent images are composited over white, the EXIF
 orientation is applied, and of several frames the first is used.
 """
@@ -7,21 +9,39 @@ orientation is applied, and of several frames the first is used.
 import contextlib
 import dataclasses
 import io
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Num, UInt8
 from PIL import Image, ImageOps
 
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+from mvc_jax.data import scans
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "AVIF", "HEIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".bmp")
+SUFFIXES += (".avif", ".heic", ".heif") + scans.DICOM_SUFFIXES
 RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "area": Image.Resampling.BOX,
 }
 RESIZING = ("stretch", "crop", "pad")
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's modes over 8 bits
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+
+
+_WHITE_IS_ZERO = 0
+_PHOTOMETRIC = 262  # TIFF's tag
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+_AVIF = (b"avif", b"avis")
+_FEW_BITS = 14  # 16-bit colours that use no more are windowed, like one channel
+_LOW_BYTE = {"16B": "16L", "16L": "16B", "16N": {"little": "16B", "big": "16L"}}
 
 
 class BadImage(Exception):
@@ -41,8 +61,14 @@ class Decoder:
     max_pixels: int = 89_478_485  # Pillow's own limit
     window: tuple[float | int, float | int] | None = None
 
-    def __call__(self, content: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        """Decodes a PNG, JPEG, WebP, TIFF or BMP file.
+    def __call__(
+        self, content: bytes, frame: int | None = None
+    ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """Decodes a PNG, JPEG, WebP, TIFF, BMP, AVIF, HEIC or DICOM file.
+
+        Args:
+          content: of the file.
+          frame: of a DICOM file; None: the only one.
 
         Returns:
           pixels in [0, 255], and a note on what decoding changed, "" if nothing.
@@ -52,25 +78,48 @@ class Decoder:
         """
         if not content:
             raise BadImage("empty file")
+        if content.startswith(LFS_POINTER):
+            raise BadImage("a Git LFS pointer, not the image: run `git lfs pull`")
+        if scans.is_nifti(content):
+            raise BadImage(scans.NIFTI)
+        if scans.is_dicom(content):
+            return self._scan(scans.read_dicom, content, frame=frame)
+        _register(content)
         try:
-            return self._decode(content)
+            try:
+                return self._decode(content)
+            except ValueError:  # Pillow limits the text in a PNG, which is not used
+                if (plain := _without_text(content)) == content:
+                    raise
+                return self._decode(plain)
         except BadImage:
             raise
         except Image.UnidentifiedImageError as error:
+            if scans.is_tiff(content):
+                return self._scan(scans.read_tiff, content)
             raise BadImage("not a PNG, JPEG, WebP, TIFF or BMP image") from error
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise BadImage(f"over {self._limit()}") from error
         except Exception as error:  # Pillow's readers raise a dozen kinds
+            if scans.is_tiff(content):
+                with contextlib.suppress(BadImage):
+                    return self._scan(scans.read_tiff, content)
             raise BadImage(f"damaged: {error or type(error).__name__}") from error
 
     def _decode(self, content: bytes) -> tuple[np.ndarray, str]:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=_formats()) as picture:
             self._check_size(*picture.size)
-            note = "16 bits a channel, high byte" if _is_deep_colour(picture) else ""
+            deep = _is_deep_colour(picture)
+            inverted = _is_white_zero(picture)
+            if deep and (array := _deep_colours(picture, content)) is not None:
+                few = int(array.max()).bit_length() <= _FEW_BITS
+                if self.window or few:
+                    return self.from_array(array)
+            note = "16 bits a channel, high byte" if deep else ""
             picture.load()
             ImageOps.exif_transpose(picture, in_place=True)  # avoids a copy
             if picture.mode in _DEEP:
-                return self.from_array(np.asarray(picture))
+                return self.from_array(np.asarray(picture), inverted=inverted)
             has_alpha = picture.mode in ("RGBA", "RGBa", "LA", "La", "PA")
             if has_alpha or "transparency" in picture.info:
                 pixels, alpha_note = _on_white(np.asarray(picture.convert("RGBA")))
@@ -78,14 +127,38 @@ class Decoder:
             rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
             return np.asarray(rgb), note
 
+    def _scan(
+        self, read: Callable[..., scans.Scan], content: bytes, **options: int | None
+    ) -> tuple[np.ndarray, str]:
+        """Decodes by one of the readers of `scans.py`."""
+        try:
+            scan = read(content, self._check_size, **options)
+            is_deep = scan.array.dtype != np.uint8 or scan.window is not None
+            window = (self.window or scan.window) if is_deep else None
+            pixels, note = self.from_array(scan.array, window, inverted=scan.inverted)
+        except BadImage:
+            raise
+        except scans.Unreadable as error:
+            raise BadImage(str(error)) from error
+        except Exception as error:  # of tifffile, pydicom and what they use
+            raise BadImage(f"damaged: {error or type(error).__name__}") from error
+        return pixels, ", ".join(filter(None, (scan.note, note)))
+
     def from_array(
-        self, array: Num[np.ndarray, "..."]
+        self,
+        array: Num[np.ndarray, "..."],
+        window: scans.Window | None = None,
+        *,
+        inverted: bool = False,
     ) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
         """Converts pixels that another library decoded.
 
         Args:
           array: [H, W] or [H, W, C] with 1 (grey), 3 or 4 (with alpha) channels; any
             dtype but uint8 is windowed.
+          window: as the decoder's, which is used if this is None. It applies to uint8,
+            too.
+          inverted: whether the lowest value is white.
 
         Returns:
           as `__call__`.
@@ -99,18 +172,22 @@ class Decoder:
             raise BadImage(f"an array of shape {array.shape}")
         self._check_size(*array.shape[:2])
         note = ""
-        if array.dtype != np.uint8:
-            array, note = self._windowed(array)
+        if array.dtype != np.uint8 or window is not None:
+            array, note = self._windowed(array, window or self.window)
+        if inverted:
+            array, note = 255 - array, ", ".join(filter(None, (note, "white is zero")))
         if array.shape[2] == 4:
             array, alpha_note = _on_white(array)
             return array, note or alpha_note
         return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3))), note
 
-    def _windowed(self, array: np.ndarray) -> tuple[np.ndarray, str]:
+    def _windowed(
+        self, array: np.ndarray, window: scans.Window | None
+    ) -> tuple[np.ndarray, str]:
         array = array.astype(np.float64)
         if not np.isfinite(array).all():
             raise BadImage("holds values that are not finite")
-        low, high = self.window or (array.min(), array.max())
+        low, high = window or (array.min(), array.max())
         scaled = (array - low) / max(high - low, 1e-12)
         eight = np.round(np.clip(scaled, 0.0, 1.0) * 255).astype(np.uint8)
         return eight, "more than 8 bits, windowed"
@@ -205,6 +282,73 @@ def _on_white(rgba: UInt8[np.ndarray, "H W 4"]) -> tuple[np.ndarray, str]:
     return mixed.astype(np.uint8), "transparent, put on white"
 
 
+def _without_text(content: bytes) -> bytes:
+    """A PNG without its chunks of text; other files as they are."""
+    if not content.startswith(_PNG):
+        return content
+    kept, start = [_PNG], len(_PNG)
+    while start < len(content):
+        stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] not in _TEXT_CHUNKS:
+            kept.append(content[start:stop])
+        start = stop
+    return b"".join(kept)
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _register(content: bytes) -> None:
+    """Makes Pillow read HEIC, or raises `BadImage` with the way to.
+
+    Raises:
+      BadImage: what reads this format is not installed.
+    """
+    brand = content[8:12] if content[4:8] == b"ftyp" else b""
+    if brand in _AVIF and "AVIF" not in _formats():
+        raise BadImage("AVIF: `pip install --upgrade pillow` reads it")
+    if brand in _HEIC and "HEIF" not in _formats():
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise BadImage("HEIC: `pip install pillow-heif` reads it") from error
+        pillow_heif.register_heif_opener()
+
+
+def _is_white_zero(picture: Image.Image) -> bool:
+    """Whether a TIFF shows its lowest value in white."""
+    return getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+
+
 def _is_deep_colour(picture: Image.Image) -> bool:
     """Whether Pillow will reduce 16-bit channels to their high byte."""
     return any(";16" in str(tile) for tile in getattr(picture, "tile", ()))
+
+
+def _deep_colours(picture: Image.Image, content: bytes) -> np.ndarray | None:
+    """Colours of 16 bits a channel, uint16 [H, W, C]; None: Pillow cannot give them.
+
+    Pillow keeps the high byte. Told that the bytes are swapped, it keeps the low one.
+    """
+    if picture.mode not in ("RGB", "RGBA"):
+        return None
+    parts = []
+    for low in (False, True):
+        with Image.open(io.BytesIO(content), formats=_formats()) as part:
+            if low:
+                part.tile = [_of_low_byte(tile) for tile in part.tile]
+            part.load()
+            ImageOps.exif_transpose(part, in_place=True)
+            parts.append(np.asarray(part).astype(np.uint16))
+    return parts[0] << 8 | parts[1]
+
+
+def _of_low_byte(tile: Any) -> Any:
+    given = (tile.args,) if isinstance(tile.args, str) else tuple(tile.args)
+    mode, _, order = given[0].partition(";")
+    other = _LOW_BYTE[order]
+    other = other if isinstance(other, str) else other[sys.byteorder]
+    args = (f"{mode};{other}", *given[1:])
+    return tile._replace(args=args[0] if isinstance(tile.args, str) else args)

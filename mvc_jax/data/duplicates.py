@@ -1,10 +1,11 @@
-"""Duplicates between the training and the test images, found by their appearance.
+"""Duplicates of test among training images, and of two labels, by their appearance.
 
 A perceptual hash (64 bits of the low frequencies, by ImageHash) proposes pairs, and a
 comparison of thumbnails confirms them: re-encoded and resized copies are found, images
 that are merely similar are not.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import imagehash
@@ -60,14 +61,73 @@ def find(
         i += start
         for first in range(0, len(i), _PAIRS_AT_ONCE):
             a, b = (x[first : first + _PAIRS_AT_ONCE] for x in (i, j))
-            same = np.ones(len(a), bool)
-            for query, reference, limit in zip(
-                left[1:], right[1:], _MAX_RMS, strict=True
-            ):
-                mean_square = np.mean((query[a] - reference[b]) ** 2, axis=1)
-                same &= np.sqrt(mean_square) <= limit
+            same = _look_the_same(left, right, a, b)
             pairs += zip(a[same].tolist(), b[same].tolist(), strict=True)
     return sorted({i: j for i, j in reversed(pairs)}.items())
+
+
+def find_conflicts(
+    prints: list[Fingerprint], labels: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Finds images that show the same picture under two labels.
+
+    Hashes that differ in at most 6 bits agree in one of 7 parts, so only images that
+    agree in a part are compared.
+
+    Returns:
+      pairs (i, j), ascending, with j < i, where j is the first such image.
+    """
+    if not prints:
+        return []
+    stacked, label_of = _stack(prints), np.asarray(labels)
+    found: dict[int, int] = {}
+    for part in range(_HASH_DISTANCE + 1):
+        start, stop = (64 * k // (_HASH_DISTANCE + 1) for k in (part, part + 1))
+        mask = np.uint64((1 << (stop - start)) - 1)
+        keys = (stacked[0] >> np.uint64(start)) & mask
+        order = np.argsort(keys, kind="stable")
+        edges = np.flatnonzero(np.diff(keys[order])) + 1
+        for same in np.split(order, edges):
+            if len(np.unique(label_of[same])) > 1:
+                _compare(stacked, label_of, same, found)
+    return sorted(found.items())
+
+
+def _compare(
+    stacked: tuple[np.ndarray, ...],
+    labels: np.ndarray,
+    among: np.ndarray,
+    found: dict[int, int],
+) -> None:
+    """Adds to `found` the pairs of `among` with the same picture and other labels."""
+    block = max(2**22 // len(among), 1)
+    for start in range(0, len(among), block):
+        rows = among[start : start + block]
+        differing = np.bitwise_count(stacked[0][rows, None] ^ stacked[0][None, among])
+        near = differing <= _HASH_DISTANCE
+        near &= labels[rows, None] != labels[None, among]
+        near &= rows[:, None] > among[None]
+        i, j = np.nonzero(near)
+        for first in range(0, len(i), _PAIRS_AT_ONCE):
+            a, b = (x[first : first + _PAIRS_AT_ONCE] for x in (i, j))
+            a, b = rows[a], among[b]
+            same = _look_the_same(stacked, stacked, a, b)
+            for x, y in zip(a[same].tolist(), b[same].tolist(), strict=True):
+                found[x] = min(y, found.get(x, y))
+
+
+def _look_the_same(
+    left: tuple[np.ndarray, ...],
+    right: tuple[np.ndarray, ...],
+    a: np.ndarray,
+    b: np.ndarray,
+) -> np.ndarray:
+    """Whether thumbnails `a` of `left` and `b` of `right` agree, bool [P]."""
+    same = np.ones(len(a), bool)
+    for query, reference, limit in zip(left[1:], right[1:], _MAX_RMS, strict=True):
+        mean_square = np.mean((query[a] - reference[b]) ** 2, axis=1)
+        same &= np.sqrt(mean_square) <= limit
+    return same
 
 
 def _stack(prints: list[Fingerprint]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

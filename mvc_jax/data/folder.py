@@ -2,11 +2,11 @@
 
 `<class>` is a folder named after a class; images in its subfolders belong to it.
 
-1. `train/<class>/*` and `test/<class>/*`. Split folders may also be called `training`,
-   `testing`, `val`, `valid` and `validation`, in any case. `test` is the test split and
-   `val` joins train; if `test` has no labelled images, `val` is the test split. A split
-   folder that shares no class with train is unlabelled. With neither `test` nor `val`
-   the source has no split.
+1. `train/<class>/*` and `test/<class>/*`; what else parts may be called, and how they
+   are told from classes, is in `layout.py`. `test` is the test split; `val` joins train
+   or is kept for validation. If `test` has no labelled images and `val` is not kept,
+   `val` is the test split. A part that shares no class with train is unlabelled. With
+   neither `test` nor `val` the source has no split.
 2. `<class>/*`: no split.
 3. Tiny ImageNet: `train/<wnid>/images/*`, and `val/images/*` with labels from
    `val/val_annotations.txt`.
@@ -14,135 +14,143 @@
    A row gives the path of an image, relative to the file, in one of `FILE_COLUMNS`, and
    its class in the first of `LABEL_COLUMNS` that exists; numbers are used as class
    names. In the root, the split is given by the column `split`, else by the folder of
-   the image. Rows take precedence over folder names. `generate` writes this layout.
+   the image. Rows take precedence over folder names. A file without a column of labels
+   beside class folders holds captions. `generate` writes this layout.
+5. Whatever `data.train`, `data.test` and `data.labels` say.
+
+The names of a class may differ in case, width and separators between the parts; it is
+called as in train.
 
 `words.txt` in the root, with lines like `n01443537<TAB>goldfish, Carassius auratus`,
 names WordNet ids by their first word, or by all words if two classes share the first.
 
-Ignored are hidden files, files that operating systems leave behind and, outside of
-class folders, files with other suffixes. For all else that is not used, `defects` gives
-the reason.
+Ignored are hidden files and files that operating systems leave behind, which are
+counted, and, outside of class folders, files with other suffixes. For all else that is
+not used, `defects` gives the reason.
 """
 
 import collections
-import csv
-import functools
-import json
+import dataclasses
+import filecmp
 import os
 import posixpath
 import re
 import shlex
 import stat
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from mvc_jax.data import label_table, layout, scans
 from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.example import Example
-from mvc_jax.errors import UserError
+from mvc_jax.data.label_table import NOT_AN_IMAGE, nfc, printable, text
+from mvc_jax.data.tree import Tree
 
-FILE_COLUMNS = ("file_name", "filename")
-LABEL_COLUMNS = (
-    "label_name",  # first, since `label` is a number where both exist
-    "class_name",
-    "category_name",
-    "label",
-    "class",
-    "category",
-    "target",
-)
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-}
 _SYSTEM_FILES = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 _ARCHIVE = re.compile(r"\.(zip|7z|rar|tgz|tar(\.\w+)?)$", re.IGNORECASE)
 _UNPACK = {"zip": "unzip {0} -d {1}", "7z": "7z x {0} -o{1}", "rar": "unrar x {0} {1}/"}
-_NOT_AN_IMAGE = "not a PNG, JPEG, WebP, TIFF or BMP name"
-_nfc = functools.partial(unicodedata.normalize, "NFC")  # macOS stores é decomposed
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderOptions:
+    """What the user says of a folder; empty: it is detected.
+
+    Attributes:
+      train: folders of the training part, relative to the root; "." is the root.
+      test: folders of the test part.
+      labels: `FILE:COLUMN`, a CSV or JSON lines with names of images and labels.
+      each_frame: whether each frame of a DICOM file is an image, with the id
+        `PATH#FRAME`; else a file of several is refused.
+    """
+
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    labels: str = ""
+    each_frame: bool = False
 
 
 class Folder:
     """A folder of images as a `Source`; ids are paths relative to the root.
 
+    Attributes:
+      class_folders: what the folder of each class is called, `class_names` are words.
+      is_validation: bool [N], images kept for validation; None: there are none.
+
     Args:
-      root: path of the folder; `~` is expanded.
+      root: path of the folder; `~` is expanded; or a URL of fsspec, e.g. `gs://...`.
       decoder: of the images.
+      options: what the user says of it.
+      keep_validation: whether validation images neither join train nor are test.
 
     Raises:
       UserError: there are no labelled training images, or metadata cannot be read.
     """
 
-    def __init__(self, root: str, decoder: Decoder):
-        tree = _Tree(root)
+    def __init__(
+        self,
+        root: str,
+        decoder: Decoder,
+        options: FolderOptions = FolderOptions(),
+        *,
+        keep_validation: bool = False,
+    ):
+        tree = Tree(root)
         _walk(tree)
-        _find_labels(tree)
-        _explain_the_rest(tree)
+        try:
+            base = _find_labels(tree, options)
+        except layout.Ambiguous as why:
+            raise tree.ambiguous(why) from why
+        self._frames = _split_frames(tree) if options.each_frame else {}
         _check_labels(tree)
-        names = _class_names(tree)
+        names = _class_names(tree, base)
         index = {key: label for label, key in enumerate(names)}
-        self._root, self._decoder = tree.path, decoder
+        self._open, self._decoder = tree.open, decoder
         self.class_names = tuple(names.values())
+        self.class_folders = tuple(names)
         self.ids = tuple(sorted(tree.labels))
         labels, splits = zip(*(tree.labels[i] for i in self.ids), strict=True)
         self.labels = np.asarray([index[key] for key in labels], np.int32)
-        test = next((name for name in ("test", "val") if name in splits), None)
+        kept = keep_validation and "val" in splits
+        self.is_validation = np.asarray([s == "val" for s in splits]) if kept else None
+        tests = ("test",) if kept else ("test", "val")
+        test = next((name for name in tests if name in splits), None)
         self.is_test = np.asarray([name == test for name in splits]) if test else None
+        self._tables = tree.rows
         self.defects = dict(sorted(tree.defects.items()))
         self.remarks = tuple(f"{top}: {text}" for top, text in tree.remarks.items())
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def column(self, name: str) -> list[str] | None:
+        """A column of the tables as texts, "" if it is empty; None: there is none."""
+        wanted = name.strip().lower()
+        found = {}
+        for id_, row in self._tables.items():
+            for key in row:
+                if key.strip().lower() == wanted:
+                    found[id_] = text(row[key])
+        return [found.get(id_, "") for id_ in self.ids] if found else None
+
     def __getitem__(self, index: int) -> Example:
         id_ = self.ids[index]
         try:
-            with open(os.path.join(self._root, id_), "rb") as file:
+            path, frame = self._frames.get(id_, (id_, None))
+            with self._open(path) as file:
                 content = file.read()
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
-        image, note = self._decoder(content)
+            raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        image, note = self._decoder(content, frame)
         return Example(image=image, label=int(self.labels[index]), id=id_, note=note)
 
 
-class _Tree:
-    """The contents of a folder, as paths relative to it, and what is known of them.
-
-    Attributes:
-      images: files with the suffix of an image.
-      others: all other files.
-      folders: all folders.
-      defects: path -> the reason why it is not used.
-      remarks: folder -> why it is ignored on purpose.
-      labels: image -> (class, split), where the split is a value of `_SPLITS`.
-      classes: all that occur, including those whose images are all defects.
-    """
-
-    def __init__(self, name: str):
-        self.name, self.path = name, os.path.expanduser(name)
-        self.images: list[str] = []
-        self.others: list[str] = []
-        self.folders: list[str] = []
-        self.defects, self.remarks = {}, {}
-        self.labels: dict[str, tuple[str, str]] = {}
-        self.classes: set[str] = set()
-
-    def error(self, *, wanted: str, got: str, fix: str) -> UserError:
-        details = [f"{path}: {reason}" for path, reason in sorted(self.defects.items())]
-        name = f"config.data.source=folder:{self.name}"
-        return UserError(name, wanted=wanted, got=got, fix=fix, details=details)
-
-
-def _walk(tree: _Tree) -> None:
+def _walk(tree: Tree) -> None:
     """Lists everything, following links; each file is stat'ed once and not opened."""
+    if tree.system is not None:
+        _walk_remote(tree)
+        return
     pending: list[tuple[str, tuple]] = [("", ())]
     while pending:
         folder, above = pending.pop()
@@ -163,16 +171,40 @@ def _walk(tree: _Tree) -> None:
         names.sort()  # the order of the file system is arbitrary
 
 
-def _add_entries(tree: _Tree, prefix: str, entries: Iterable[os.DirEntry]) -> list[str]:
+def _walk_remote(tree: Tree) -> None:
+    """Lists everything below a URL."""
+    try:
+        found = tree.system.find(tree.path, detail=True)
+    except Exception as error:  # of a dozen libraries
+        tree.defects["."] = f"cannot be read: {type(error).__name__}: {error}"
+        return
+    folders = set()
+    for path, entry in sorted(found.items()):
+        inside = path[len(tree.path) :].lstrip("/")
+        parts = inside.split("/")
+        if any(p.startswith(".") or p.lower() in _SYSTEM_FILES for p in parts):
+            tree.junk += 1
+            continue
+        folders |= {"/".join(parts[:k]) for k in range(1, len(parts))}
+        is_image = inside.lower().endswith(SUFFIXES)
+        if is_image and entry.get("size") == 0:
+            tree.defects[inside] = "empty file"
+        else:
+            (tree.images if is_image else tree.others).append(inside)
+    tree.folders += sorted(folders)
+
+
+def _add_entries(tree: Tree, prefix: str, entries: Iterable[os.DirEntry]) -> list[str]:
     """Adds the files of a folder to the tree; returns its subfolders."""
     folders = []
     for entry in entries:
         if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
+            tree.junk += 1
             continue
         path = prefix + entry.name
         is_image = entry.name.lower().endswith(SUFFIXES)
         if reason := _defect(entry, is_image):
-            tree.defects[_printable(path)] = reason
+            tree.defects[printable(path)] = reason
         elif entry.is_dir():
             folders.append(path)
         else:
@@ -201,177 +233,225 @@ def _defect(entry: os.DirEntry, is_image: bool) -> str:
     return "" if os.access(entry.path, os.R_OK) else "cannot be read: Permission denied"
 
 
-def _find_labels(tree: _Tree) -> None:
-    """Detects the layout, and labels the images accordingly."""
+def _find_labels(tree: Tree, options: FolderOptions) -> str:
+    """Detects the layout, labels the images, and explains those without label.
+
+    Returns:
+      the prefix of the folder that holds the classes or the parts.
+
+    Raises:
+      layout.Ambiguous: it could be several.
+      UserError: the user named what is not there.
+    """
+    bad = [path for path in tree.defects if path.lower().endswith(SUFFIXES)]
+    paths = sorted([*tree.images, *bad])
+    explicit = bool(options.train or options.test)
+    base, copies = "", {}
+    if explicit:
+        parts = _named_parts(tree, options)
+    elif options.labels:
+        parts = _parts_of_table(tree, paths)
+    else:
+        base = _around_table(tree, paths)
+        if table := label_table.find(tree, base):
+            parts = label_table.split_by_folder(
+                tree, table, _parts_of_table(tree, paths)
+            )
+            label_table.label(tree, table, parts, splits=True)
+            _explain_the_rest(tree, {}, base)
+            return base
+        found = _detect(tree, paths)
+        parts, copies = found.parts, found.copies
+        base = _above(parts)
+    if options.labels:
+        label_table.label_by_column(tree, options.labels, parts, explicit=explicit)
+    else:
+        # Train first: other parts are labelled if they share a class with it.
+        for prefix in sorted(parts, key=lambda part: (parts[part] != "train", part)):
+            _label_part(tree, prefix, parts, paths, skip=tuple(copies))
+    for folder, count in copies.items():
+        tree.remarks[folder] = f"the same {count} images as beside it are not used"
+    _explain_the_rest(tree, parts, base, explicit=explicit)
+    return base
+
+
+def _named_parts(tree: Tree, options: FolderOptions) -> dict[str, str]:
+    """Prefix -> role of the folders that the user named."""
+    parts = {}
+    for field, role in (("train", "train"), ("test", "test")):
+        for name in getattr(options, field):
+            path = posixpath.normpath(name.replace(os.sep, "/")).strip("/")
+            if path != "." and path not in tree.folders:
+                error = tree.error(
+                    wanted=f"the folder that config.data.{field} names",
+                    got=f"no {name!r} in it",
+                    fix="Name one of its folders, or . for the folder itself.",
+                )
+                error.details = (*layout.lines(tree.images, ()), *error.details)
+                raise error
+            parts["" if path == "." else path + "/"] = role
+    return parts if "train" in parts.values() else {"": "train"} | parts
+
+
+def _parts_of_table(tree: Tree, paths: Sequence[str]) -> dict[str, str]:
+    """The parts by which a table that does not split is split."""
     tops = {folder for folder in tree.folders if "/" not in folder}
-    splits = {top: _SPLITS[top.lower()] for top in tops if top.lower() in _SPLITS}
-    # A class may be called `test`, but not where every folder has the name of a split.
-    is_split = "train" in splits.values() or len(splits) == len(tops)
-    if _table(tree, "") or not is_split:
-        splits = {"": "train"}
-    # Train first: other splits are labelled if they share a class with it.
-    for top in sorted(splits, key=lambda top: (splits[top] != "train", top)):
-        prefix = top and top + "/"
-        if found := _table(tree, prefix):
-            _label_by_table(tree, *found)
-        else:
-            _label_by_folder(tree, prefix, splits[top])
+    try:
+        parts = layout.find(paths).parts
+    except layout.Ambiguous:
+        parts = {top + "/": role for top in tops if (role := layout.role(top)[0])}
+    return {"": "train"} | parts
 
 
-def _label_by_folder(tree: _Tree, prefix: str, split: str) -> None:
-    """Labels images below `prefix` by the first folder of their path."""
+def _around_table(tree: Tree, paths: Sequence[str]) -> str:
+    """The prefix of the folder with a table that alone holds all images, or ""."""
+    prefix = posixpath.commonpath(paths) if len(paths) > 1 else ""
+    for depth in range(prefix.count("/") + 1 if prefix else 0):
+        inner = "/".join(prefix.split("/")[: depth + 1]) + "/"
+        if layout.role(inner.split("/")[-2])[0]:
+            return ""
+        if not inner[:-1].lower().endswith(SUFFIXES) and label_table.find(tree, inner):
+            return "" if label_table.find(tree, "") else inner
+    return ""
+
+
+def _detect(tree: Tree, paths: Sequence[str]) -> layout.Layout:
+    """The layout of class folders, or of parts with a table in them."""
+    tops = [folder for folder in tree.folders if "/" not in folder]
+    roles = {top + "/": role for top in tops if (role := layout.role(top)[0])}
+    tables = {prefix: label_table.find(tree, prefix) for prefix in roles}
+    if any(tables[prefix] and roles[prefix] == "train" for prefix in roles):
+        return layout.Layout(roles)
+
+    def is_copy(a: str, b: str) -> bool:
+        if tree.system is not None:
+            a, b = (tree.open(path).read() for path in (a, b))
+            return a == b
+        a, b = (os.path.join(tree.path, path) for path in (a, b))
+        return os.path.exists(a) and filecmp.cmp(a, b, shallow=False)
+
+    return layout.find(paths, is_copy)
+
+
+def _above(parts: dict[str, str]) -> str:
+    """The prefix of the folder that holds the parts."""
+    tops = [prefix.rstrip("/").split("/")[:-1] for prefix in parts if prefix]
+    if not tops or "" in parts:
+        return ""
+    common = os.path.commonprefix(tops)
+    return "/".join(common) + "/" if common else ""
+
+
+def _label_part(
+    tree: Tree,
+    prefix: str,
+    parts: dict[str, str],
+    paths: Sequence[str],
+    skip: tuple[str, ...],
+) -> None:
+    """Labels the images of a part, by a table or by the first folder of their path.
+
+    Args:
+      tree: labels are added to it.
+      prefix: of the part.
+      parts: prefix -> role of all parts.
+      paths: of all images, also of bad ones.
+      skip: prefixes of folders that are not used.
+    """
+    role = parts[prefix]
+    if table := label_table.find(tree, prefix):
+        label_table.label(tree, table, parts)
+        return
+    inner = tuple(p for p in parts if p != prefix and p.startswith(prefix)) + skip
 
     def folder(path: str) -> str:
         name, slash, _ = path[len(prefix) :].partition("/")
-        return name if slash and path.startswith(prefix) else ""
+        mine = path.startswith(prefix) and not path.startswith(inner)
+        return name if slash and mine else ""
 
-    bad = [path for path in tree.defects if path.lower().endswith(SUFFIXES)]
-    keys = {name: _nfc(name) for name in map(folder, [*tree.images, *bad]) if name}
-    if split != "train" and tree.classes and tree.classes.isdisjoint(keys.values()):
+    known = set(tree.classes)
+    names = {name for name in map(folder, paths) if name}
+    keys = {name: tree.class_of(nfc(name), known) for name in names}
+    if role == "pred" or (
+        role != "train" and known and known.isdisjoint(keys.values())
+    ):
         return
     tree.classes.update(keys.values())
     for path in tree.images:
         if name := folder(path):
-            tree.labels[path] = (keys[name], split)
+            tree.labels[path] = (keys[name], role)
     for path in tree.others:
         name = folder(path)
         if name in keys and not path.endswith(f"/{name}_boxes.txt"):  # Tiny ImageNet's
-            tree.defects[path] = _NOT_AN_IMAGE
+            is_volume = path.lower().endswith(scans.NIFTI_SUFFIXES)
+            tree.defects[path] = scans.NIFTI if is_volume else NOT_AN_IMAGE
     for path in set(tree.folders) - tree.defects.keys():
         name = path[len(prefix) :]
-        if path.startswith(prefix) and "/" not in name and name not in keys:
+        is_outer = any(other.startswith(f"{path}/") for other in inner)
+        is_top = path.startswith(prefix) and "/" not in name
+        if is_top and name not in keys and not is_outer:
             tree.defects[path + "/"] = "a folder without images"
 
 
-def _table(tree: _Tree, prefix: str) -> tuple[str, str] | None:
-    """The file of labels in a folder, and the folder that its paths are relative to."""
-    names = (prefix + "metadata.csv", prefix + "metadata.jsonl")
-    found = [name for name in names if name in tree.others]
-    if len(found) == 2:
-        got = " and ".join(found)
-        raise tree.error(wanted="one metadata file", got=got, fix="Delete one of them.")
-    if found:
-        return found[0], prefix
-    boxes, images = prefix + "val_annotations.txt", prefix + "images/"
-    # Some users move the images of val/ into class folders and keep the file.
-    in_use = boxes in tree.others and any(p.startswith(images) for p in tree.images)
-    return (boxes, images) if in_use else None
-
-
-def _label_by_table(tree: _Tree, table: str, prefix: str) -> None:
-    """Labels images below `prefix` by the rows of a table."""
-    rows = _parse(tree, table, _PARSERS[os.path.splitext(table)[1]])
-    columns = {key.strip().lower(): key for row in rows for key in row}
-    file_column = _column(tree, table, columns, FILE_COLUMNS)
-    label_column = _column(tree, table, columns, LABEL_COLUMNS)
-    split_column = None if prefix else columns.get("split")
-    here, others = os.path.basename(table), set(tree.others)
-    below = [*tree.defects, *tree.others, *tree.images]
-    on_disk = {_nfc(p[len(prefix) :]): p for p in below if p.startswith(prefix)}
-    for number, row in enumerate(rows, start=1):
-        name, label = _text(row.get(file_column)), _text(row.get(label_column))
-        inside = posixpath.normpath(name.replace("\\", "/"))
-        path = on_disk.get(inside, prefix + inside)
-        split = _text(row.get(split_column)) if split_column else path.split("/")[0]
-        # Without the column, an image outside of all split folders is for training.
-        default = "" if split_column else "train"
-        entry = (label, _SPLITS.get(split.lower(), default))
-        tree.classes |= {label} - {""}
-        if not name:
-            path, reason = f"{table}, row {number}", "no file name"
-        elif path in tree.defects:
+def _split_frames(tree: Tree) -> dict[str, tuple[str, int]]:
+    """Labels the frames of DICOM files in their place; id -> its file and frame."""
+    frames = {}
+    for path in [p for p in tree.labels if p.lower().endswith(scans.DICOM_SUFFIXES)]:
+        label = tree.labels.pop(path)
+        try:
+            with tree.open(path) as file:
+                count = scans.frames_of_dicom(file.read())
+        except scans.Unreadable as error:
+            tree.defects[path] = str(error)
             continue
-        elif inside.startswith(("/", "../")) or inside == "..":
-            reason = f"listed in {here}, outside of its folder"
-        elif inside not in on_disk:
-            reason = f"listed in {here}, no such file"
-        elif path in others:
-            reason = _NOT_AN_IMAGE
-        elif not label:
-            reason = f"no label: {here} gives none"
-        elif not entry[1]:
-            reason = f"split {split!r} in {here} is neither train, val nor test"
-        elif (first := tree.labels.setdefault(path, entry)) != entry:
-            del tree.labels[path]
-            reason = f"listed in {here} as {first} and as {entry}"
-        else:
+        except Exception as error:  # of pydicom, for damaged headers
+            tree.defects[path] = f"damaged: {error or type(error).__name__}"
             continue
-        tree.defects[path] = reason
+        for k in range(count):
+            id_ = f"{path}#{k:04d}"
+            tree.labels[id_], frames[id_] = label, (path, k)
+    return frames
 
 
-def _parse(tree: _Tree, path: str, parser: Callable) -> list[dict[str, Any]]:
-    """Parses a text file into rows; errors name the line."""
-    number = 0
+def _explain_the_rest(
+    tree: Tree, parts: dict[str, str], base: str, *, explicit: bool = False
+) -> None:
+    """Explains images without label, once for each folder where none has any.
 
-    def lines() -> Iterator[str]:
-        nonlocal number
-        with open(os.path.join(tree.path, path), "rb") as file:
-            for line in file:
-                number += 1
-                yield line.decode("utf-8-sig")
+    Args:
+      tree: defects and remarks are added to it.
+      parts: prefix -> role.
+      base: prefix of the folder that holds the classes or the parts.
+      explicit: whether the user named the parts, so that the rest is not wanted.
+    """
 
-    try:
-        return list(parser(lines()))
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise tree.error(
-            wanted=f"{path} well-formed and in UTF-8",
-            got=f"in line {number}: {error}",
-            fix="Fix that line.",
-        ) from error
+    def group(path: str) -> str:
+        inside = [prefix for prefix in parts if prefix and path.startswith(prefix)]
+        if inside:
+            return max(inside, key=len)
+        top, slash, _ = path[len(base) :].partition("/")
+        return f"{base}{top}/" if slash and path.startswith(base) else ""
 
-
-def _csv(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for row in csv.DictReader(lines, strict=True, skipinitialspace=True):
-        if None in row:
-            raise ValueError("more fields than columns")
-        yield row
-
-
-def _jsonl(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in filter(str.strip, lines):
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError("not a JSON object")
-        yield row
-
-
-def _tabs(lines: Iterator[str]) -> Iterator[dict[str, str]]:
-    """Tiny ImageNet's tab-separated files: file name and wnid, or wnid and names."""
-    for line in filter(str.strip, lines):
-        first, second, *_ = (*line.split("\t"), "")
-        yield {"file_name": first, "label": second}
-
-
-_PARSERS = {".csv": _csv, ".jsonl": _jsonl, ".txt": _tabs}
-
-
-def _column(tree: _Tree, table: str, columns: dict[str, str], names: tuple) -> str:
-    for name in names:
-        if name in columns:
-            return columns[name]
-    raise tree.error(
-        wanted=f"a column {' or '.join(names)} in {table}",
-        got=f"the columns {', '.join(columns.values()) or '(no rows)'}",
-        fix="Rename one of its columns.",
-    )
-
-
-def _explain_the_rest(tree: _Tree) -> None:
-    """Explains images without label, once per top-level folder where none has any."""
-    used = {path.split("/")[0] for path in tree.labels}
+    used = {group(path) for path in tree.labels}
     unused = collections.Counter()
     for path in set(tree.images) - tree.labels.keys() - tree.defects.keys():
-        top, slash, _ = path.partition("/")
-        if slash and top not in used:
-            unused[top + "/"] += 1
+        top = group(path)
+        if any(path.startswith(folder) for folder in tree.remarks):
+            continue
+        if top and top not in used:
+            unused[top] += 1
         else:
             tree.defects[path] = "no label: in no class folder, in no row of metadata"
-    for top, count in unused.items():
-        texts = tree.remarks if top[:-1].lower() in _SPLITS else tree.defects
+    for top, count in sorted(unused.items()):
+        is_part = explicit or layout.role(top[len(base) :].split("/")[0])[0]
+        texts = tree.remarks if is_part else tree.defects
         texts[top] = f"{count} images without labels are not used"
+    if tree.junk:
+        what = "hidden files and files of operating systems are not used"
+        tree.remarks[f"{tree.junk} files"] = what
 
 
-def _check_labels(tree: _Tree) -> None:
+def _check_labels(tree: Tree) -> None:
     """Raises a `UserError` unless there are labelled training images."""
     if any(split == "train" for _, split in tree.labels.values()):
         return
@@ -389,14 +469,26 @@ def _check_labels(tree: _Tree) -> None:
         command = _UNPACK.get(kind, "mkdir -p {1} && tar -xf {0} -C {1}")
         paths = (archive, _ARCHIVE.sub("", tree.path))
         fix = f"Unpack it: {command.format(*map(shlex.quote, paths))}"
+    tables = [path for path in tree.others if path.lower().endswith(".csv")]
+    if tables and tree.images:
+        fix = (
+            "If a file has their names and labels, name it and its column of labels: "
+            f"--config.data.labels={tables[0]}:COLUMN. {fix}"
+        )
+    if any(path.lower().endswith(scans.NIFTI_SUFFIXES) for path in tree.others):
+        fix = f"There is {scans.NIFTI}. {fix}"
     wanted = "labelled training images, in train/<class>/, <class>/ or metadata"
-    raise tree.error(wanted=wanted, got=got, fix=fix)
+    error = tree.error(wanted=wanted, got=got, fix=fix)
+    if tree.images:
+        error.details = (*layout.lines(tree.images, tree.others), *error.details)
+    raise error
 
 
-def _class_names(tree: _Tree) -> dict[str, str]:
+def _class_names(tree: Tree, base: str) -> dict[str, str]:
     """Names of the classes in the order of labels, distinct where words.txt allows."""
-    words = _parse(tree, "words.txt", _tabs) if "words.txt" in tree.others else []
-    glosses = {row["file_name"]: _text(row["label"]) for row in words}
+    known = [p for p in (f"{base}words.txt", "words.txt") if p in tree.others]
+    words = label_table.parse(tree, known[0]) if known else []
+    glosses = {row["file_name"]: text(row["label"]) for row in words}
     forms = {key: (key, key, key) for key in sorted(tree.classes)}
     for key in forms:
         if re.fullmatch(r"n\d{8}", key) and (gloss := glosses.get(key)):
@@ -409,14 +501,3 @@ def _class_names(tree: _Tree) -> dict[str, str]:
             if count[readable(name)] > 1:
                 names[key] = forms[key][longer]
     return names
-
-
-def _text(value: Any) -> str:
-    """A cell as text, "" if it is neither text nor a number."""
-    is_text = isinstance(value, str | int | float)
-    return _nfc(_printable(str(value)).strip()) if is_text else ""
-
-
-def _printable(text: str) -> str:
-    """Replaces what UTF-8 cannot encode by backslash escapes."""
-    return text.encode(errors="backslashreplace").decode()

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mvc_jax import files
 from mvc_jax.data.decode import BadImage, fit, strict_pillow
 from mvc_jax.data.duplicates import Fingerprint, fingerprint
 from mvc_jax.data.example import Example, Source
-from mvc_jax.data.splits import SPLITS
+from mvc_jax.data.splits import SPLITS, VALIDATION
 from mvc_jax.errors import require_disk_space
 
 _MAX_THREADS = 16  # each holds a full-size image, 200 MB for some cameras
@@ -140,33 +140,35 @@ def _reused_memory(blocks: int) -> Iterator[None]:
 def gather(
     source: Source,
     path: epath.PathLike,
-    split: Callable[[np.ndarray], SplitIndices],
+    split: Callable[[np.ndarray, np.ndarray], SplitIndices],
     options: ReaderOptions,
     *,
     on_bad: Callable[[dict[int, str]], None],
-    keep: Callable[[Gathered], SplitIndices],
+    copies: Callable[[Gathered], Iterable[int]],
     on_image: Callable[[], None] = lambda: None,
 ) -> Gathered:
     """Reads the images that `split` selects and writes them to `path`.
 
-    Bad images are left out and `split` is called again without them, so that a class
-    still gets the requested number of training images.
+    Bad images and copies are left out and `split` is called again without them, so that
+    a class still gets the requested number of training images.
 
     Args:
       source: of the images.
-      path: of the `.npy` file to write, uint8 [N, S, S, 3], in the order of `SPLITS`.
-      split: usable, bool [N] -> split name -> ascending indices into the source.
+      path: of the `.npy` file to write, uint8 [N, S, S, 3], in the order of `SPLITS`,
+        then `VALIDATION`.
+      split: usable and copies, bool [N] -> split name -> ascending indices into the
+        source.
       options: how images are read.
       on_bad: called with the bad images, index -> reason, after each pass; may raise.
-      keep: returns the splits to keep, given all that was read; may raise.
+      copies: returns which images must not be in pool or train, after each pass.
       on_image: called after each image.
 
     Raises:
       UserError: there is too little free disk space.
     """
     path = epath.Path(path)
-    usable = np.ones(len(source), bool)
-    result = Gathered(split(usable))
+    usable, copied = np.ones(len(source), bool), np.zeros(len(source), bool)
+    result = Gathered(split(usable, copied))
     todo = _in_order(result.splits)
     expected = list(range(len(todo)))
     require_disk_space(
@@ -188,9 +190,12 @@ def gather(
                         result.info[index], rows[index] = info, len(rows)
                     on_image()
                 on_bad(result.bad)
-                result.splits = split(usable) if result.bad else result.splits
+                result.splits = split(usable, copied) if result.bad else result.splits
                 todo = [i for i in _in_order(result.splits) if i not in rows]
-        result.splits = keep(result)
+                if not todo and (found := list(copies(result))):
+                    copied[found] = True
+                    result.splits = split(usable, copied)
+                    todo = [i for i in _in_order(result.splits) if i not in rows]
         final = [rows[i] for i in _in_order(result.splits)]
         if final != expected:
             _rewrite(temporary, final, options.size)
@@ -198,7 +203,12 @@ def gather(
 
 
 def write_rows(
-    folder: epath.PathLike, source: Source, gathered: Gathered, **facts: Any
+    folder: epath.PathLike,
+    source: Source,
+    gathered: Gathered,
+    *,
+    groups: Sequence[str] | None = None,
+    **facts: Any,
 ) -> None:
     """Writes the files that `splits.read_split` reads besides the images.
 
@@ -206,24 +216,24 @@ def write_rows(
       folder: of the stage.
       source: of the images.
       gathered: the images that were kept.
+      groups: of every image of the source; None: they have none.
       **facts: further entries of `dataset.json`.
     """
     folder = epath.Path(folder)
     rows, ids = [], {}
-    for name in SPLITS:
+    for name in _names(gathered.splits):
         ids[name] = [source.ids[i] for i in gathered.splits[name]]
         for i in gathered.splits[name].tolist():
             info = gathered.info[i]
-            rows.append(
-                {
-                    "id": source.ids[i],
-                    "split": name,
-                    "label": int(source.labels[i]),
-                    "height": info.height,
-                    "width": info.width,
-                    "note": info.note,
-                }
-            )
+            row = {
+                "id": source.ids[i],
+                "split": name,
+                "label": int(source.labels[i]),
+                "height": info.height,
+                "width": info.width,
+                "note": info.note,
+            }
+            rows.append(row if groups is None else row | {"group": groups[i]})
     grey = all(gathered.info[i].grey for i in _in_order(gathered.splits))
     dataset = {"class_names": list(source.class_names), "grey": grey, **facts}
     files.write_jsonl(folder / "images.jsonl", rows)
@@ -231,8 +241,12 @@ def write_rows(
     files.write_json(folder / "dataset.json", dataset)
 
 
+def _names(splits: SplitIndices) -> list[str]:
+    return [name for name in (*SPLITS, VALIDATION) if name in splits]
+
+
 def _in_order(splits: SplitIndices) -> list[int]:
-    return [int(i) for name in SPLITS for i in splits[name]]
+    return [int(i) for name in _names(splits) for i in splits[name]]
 
 
 def _rewrite(path: epath.Path, order: list[int], size: int) -> None:

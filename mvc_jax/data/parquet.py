@@ -4,6 +4,7 @@ Opening a source reads footers, labels and paths; image bytes are read on demand
 row group at a time. In ascending order each row group is read once.
 """
 
+import contextlib
 import functools
 import glob
 import json
@@ -11,15 +12,16 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mvc_jax.data.decode import BadImage, Decoder
+from mvc_jax.data import remote
+from mvc_jax.data.decode import LFS_POINTER, BadImage, Decoder
 from mvc_jax.data.example import Example
 from mvc_jax.errors import UserError
 
@@ -29,6 +31,7 @@ _BINARY = (pa.binary(), pa.large_binary(), pa.binary_view())
 _TEXT = (pa.string(), pa.large_string(), pa.string_view())
 _IMAGES = "binary, or a struct of bytes and path,"
 _LABELS = "integers, strings or booleans"
+_PART = re.compile(r"(.*?)(\d+)-of-(\d+)(.*\.parquet)")
 _SPLIT_OF_WORD = {  # in the names of files and folders, as Hugging Face reads them
     "train": "train",
     "training": "train",
@@ -57,10 +60,11 @@ class Parquet:
 
     Args:
       pattern: a file, a folder (all `*.parquet` below it) or a glob, optionally with
-        `**`.
+        `**`; or such a URL of fsspec, e.g. `hf://datasets/NAME/**/*.parquet`.
       decoder: of the image bytes.
       image_column: name of the column of images.
       label_column: name of the column of labels.
+      keep_validation: whether validation images neither join train nor are test.
 
     Raises:
       UserError: no file matches; a file cannot be read, lacks a column or differs from
@@ -74,8 +78,15 @@ class Parquet:
         *,
         image_column: str = "image",
         label_column: str = "label",
+        keep_validation: bool = False,
     ):
-        shards = [_Shard(path, image_column, label_column) for path in _find(pattern)]
+        system, paths = None, []
+        if remote.is_remote(pattern):
+            system, paths = _find_remote(pattern)
+        shards = [
+            _Shard(path, image_column, label_column, system)
+            for path in paths or _find(pattern)
+        ]
         _require_same_layout(shards)
         self._decoder, self._shards = decoder, shards
         self._starts, self._groups = _row_groups(shards)
@@ -107,7 +118,12 @@ class Parquet:
             )
         self.labels = labels[self._rows]
         self.ids = tuple(names[row] for row in self._rows)
-        self.is_test = _is_test(np.repeat(list(map(_split, files)), rows)[self._rows])
+        splits = np.repeat(list(map(_split, files)), rows)[self._rows]
+        kept = splits == "validation"
+        self.is_validation = kept if keep_validation and kept.any() else None
+        if self.is_validation is not None:
+            splits = np.where(kept, "train", splits)
+        self.is_test = _is_test(splits)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -116,6 +132,14 @@ class Parquet:
         image, note = self._decoder(self._content(int(self._rows[index])))
         label, id_ = int(self.labels[index]), self.ids[index]
         return Example(image=image, label=label, id=id_, note=note)
+
+    def column(self, name: str) -> list[str] | None:
+        """Another column as texts, "" where it is null; None if there is none."""
+        columns = [shard.read_column(name) for shard in self._shards]
+        if None in columns:
+            return None
+        values = [value for column in columns for value in column]
+        return [values[row] for row in self._rows]
 
     def _content(self, row: int) -> bytes:
         """Reads the image file that a row contains or refers to."""
@@ -126,9 +150,12 @@ class Parquet:
                 images = self._read_group(group)
             cell = images[row - int(self._starts[group])].as_py()
             cell = cell if isinstance(cell, dict) else {"bytes": cell}
-            if cell.get("bytes") is None:
-                return shard.resolve(cell["path"]).read_bytes()
-            return cell["bytes"]
+            if cell.get("bytes") is not None:
+                return cell["bytes"]
+            # The footer may say that there are none of these.
+            if reason := shard.check_path(cell.get("path") or ""):
+                raise BadImage(reason)
+            return shard.resolve(cell["path"]).read_bytes()
         except _UNREADABLE as error:
             raise BadImage(f"{shard.path} cannot be read: {error}") from error
 
@@ -164,12 +191,15 @@ class _Shard:
       UserError: it is not a Parquet file, or lacks one of the columns.
     """
 
-    def __init__(self, path: str, image_column: str, label_column: str):
+    def __init__(self, path: str, image_column: str, label_column: str, system: Any):
+        self._system = system  # of fsspec; None: the local one
+        self._place = path  # a `pathlib.Path` would lose a slash of a URL
         self.path, self.metadata = pathlib.Path(path), None
         try:
             with self._open() as file:
                 self.metadata, schema = file.metadata, file.schema_arrow
         except _UNREADABLE as error:
+            self._require_no_pointer()
             raise self._broken("a Parquet file", error) from error
         self._image, self._label = image_column, label_column
         types = dict(zip(schema.names, schema.types, strict=True))
@@ -194,7 +224,23 @@ class _Shard:
         self.layout = f"{columns}, {self._label_type} labels of {self.class_names}"
 
     def _open(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path, metadata=self.metadata)
+        path = self.path if self._system is None else self._open_remote("rb")
+        return pq.ParquetFile(path, metadata=self.metadata)
+
+    def _require_no_pointer(self) -> None:
+        """Raises a `UserError` for what Git LFS leaves in the place of a large file."""
+        opened = self.path.open if self._system is None else self._open_remote
+        with contextlib.suppress(OSError), opened("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    str(self.path),
+                    wanted="a Parquet file",
+                    got="a Git LFS pointer to it",
+                    fix="Run `git lfs pull` in its repository.",
+                )
+
+    def _open_remote(self, mode: str) -> Any:
+        return self._system.open(self._place, mode)
 
     def _broken(self, wanted: str, error: Exception) -> UserError:
         return UserError(
@@ -223,8 +269,19 @@ class _Shard:
             paths = pc.struct_field(table[self._image], "path")
             paths = pc.fill_null(paths, "").to_pylist()
         for row in without_bytes:
-            reasons[row] = self._check_path(paths[row])
+            reasons[row] = self.check_path(paths[row])
         return _Rows(labels, paths, reasons)
+
+    def read_column(self, name: str) -> list[str] | None:
+        """A column as texts, "" for null; None if there is none."""
+        try:
+            with self._open() as file:
+                if name not in file.schema_arrow.names:
+                    return None
+                values = file.read(columns=[name])[name].to_pylist()
+        except _UNREADABLE as error:
+            raise self._broken(f"a column {name!r}", error) from error
+        return ["" if value is None else str(value) for value in values]
 
     def _has_no_bytes(self, file: pq.ParquetFile) -> np.ndarray:
         """Whether image bytes are null, bool [rows]; from the footer where possible."""
@@ -245,10 +302,12 @@ class _Shard:
             masks.append(column.is_null().to_numpy())
         return np.concatenate(masks)
 
-    def _check_path(self, path: str) -> str:
+    def check_path(self, path: str) -> str:
         """Why the image of a row without bytes cannot be used, "" if it can."""
         if not path:
             return "no image"
+        if self._system is not None:
+            return f"a path and no bytes, in a remote file: {path}"
         try:
             file = self.resolve(path)
             if not file.is_relative_to(self.path.parent.resolve()):
@@ -281,7 +340,59 @@ def _find(pattern: str) -> list[str]:
             got=f"{pattern!r}, which matches no file",
             fix="Correct it.",
         )
+    if found != {expanded}:  # one file by its name is meant
+        _require_complete(found)
     return sorted(found)
+
+
+def _find_remote(url: str) -> tuple[Any, list[str]]:
+    """fsspec's file system of a URL, and the paths there that it matches, sorted."""
+    system, path = remote.open_filesystem(url)
+    try:
+        if glob.has_magic(path):
+            found = [p for p in system.glob(path) if p.endswith(".parquet")]
+        elif path.endswith(".parquet"):
+            found = [path] if system.exists(path) else []
+        else:
+            found = [p for p in system.find(path) if p.endswith(".parquet")]
+    except Exception as error:  # of a dozen libraries
+        raise _unreachable(url, f"{type(error).__name__}: {error}") from error
+    if not found:
+        raise _unreachable(url, "no Parquet file there")
+    if found != [path]:
+        _require_complete(found)
+    return system, sorted(found)
+
+
+def _unreachable(url: str, got: str) -> UserError:
+    return UserError(
+        "config.data.source",
+        wanted=f"Parquet files at {url}",
+        got=got,
+        fix="Correct it, or sign in (`hf auth login`, `gcloud auth login`).",
+    )
+
+
+def _require_complete(paths: Collection[str]) -> None:
+    """Raises a `UserError` if e.g. `train-00001-of-00003.parquet` is missing."""
+    missing = set()
+    for path in paths:
+        folder, name = os.path.split(path)
+        if match := _PART.fullmatch(name):
+            before, number, total, after = match.groups()
+            for k in range(int(total)):
+                other = f"{before}{k:0{len(number)}d}-of-{total}{after}"
+                other = os.path.join(folder, other)
+                missing |= {other} - {*paths}
+    if missing:
+        first, *more = sorted(missing)
+        raise UserError(
+            "config.data.source",
+            wanted=f"all parts of a dataset, among them {first}",
+            got="no such file" + (f", and {len(more)} others missing" if more else ""),
+            fix="Download it again, or name the files to use one by one or by a folder "
+            "of their own, under names without `-of-`.",
+        )
 
 
 def _leaves(image: pa.DataType, column: str) -> tuple[str, str]:

@@ -4,10 +4,11 @@ The stage `caption` writes these files; later stages read them and not the sourc
 
 - `splits.json`: the ids of each split;
 - `images.npy`: uint8 [N, S, S, 3], all images of the run, decoded and resized, in the
-  order pool, train, test;
-- `images.jsonl`: one row per image: id, split, label, original size, note;
-- `dataset.json`: class names, whether all images are grey, name and remarks of the
-  source, policy for duplicates.
+  order pool, train, test, and validation where the source keeps images for it;
+- `images.jsonl`: one row per image: id, split, label, original size, note, and the
+  group of `config.data.group`, if that is set;
+- `dataset.json`: class names, their folders, whether all images are grey, name and
+  remarks of the source, policy for duplicates.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from mvc_jax.data.order import generator
 from mvc_jax.errors import UserError
 
 SPLITS = ("pool", "train", "test")
+VALIDATION = "validation"  # a fourth one, of sources that keep images for it
 _LEAVE_OUT = "leave it out with config.data.classes"
 FILES = ("splits.json", "images.npy", "images.jsonl", "dataset.json")
 
@@ -35,6 +37,9 @@ class Split:
       ids: N strings.
       class_names: K strings, indexed by `labels`.
       grey: whether all images of the run, in all splits, have no colour.
+      groups: of each image, by `config.data.group`; None: they have none.
+      class_folders: what the folder of each class is called; (): datasets that were
+        read before this was recorded.
     """
 
     images: np.ndarray
@@ -42,6 +47,8 @@ class Split:
     ids: tuple[str, ...]
     class_names: tuple[str, ...]
     grey: bool
+    groups: tuple[str, ...] | None = None
+    class_folders: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +86,10 @@ def make_splits(
     *,
     seed: int,
     is_test: np.ndarray | None = None,
+    is_validation: np.ndarray | None = None,
     usable: np.ndarray | None = None,
+    copies: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Splits a source into base pool, train and test, class by class.
 
@@ -94,10 +104,15 @@ def make_splits(
       sizes: of the splits.
       seed: of the shuffles.
       is_test: bool [N], the source's own test images; None: it has none.
+      is_validation: bool [N], images that are kept for validation; None: none.
       usable: bool [N], false for images to leave out; None: all are usable.
+      copies: bool [N], images that are also in test: others take their places in pool
+        and train, as far as there are any; None: none.
+      groups: int [N], images of a group are in one split; None: each image is a group.
 
     Returns:
-      ascending indices into the source, int64, by split name, each index at most once.
+      ascending indices into the source, int64, by split name, each index at most once;
+      `VALIDATION` is a name where `is_validation` is given.
 
     Raises:
       UserError: a class has too few images.
@@ -112,10 +127,18 @@ def make_splits(
             fix="Write e.g. --config.data.test_fraction=0.2, or set "
             "config.data.per_class.",
         )
-    usable = np.ones(len(labels), bool) if usable is None else usable
-    own_test = np.zeros(len(labels), bool) if is_test is None else is_test
-    counts = np.bincount(labels[usable & ~own_test], minlength=len(class_names))
+    none = np.zeros(len(labels), bool)
+    usable = ~none if usable is None else usable
+    copies = none if copies is None else copies
+    kept = none if is_validation is None else is_validation & usable
+    usable = usable & ~kept
+    own_test = none if is_test is None else is_test
+    free = usable & ~own_test
+    counts = np.bincount(labels[free], minlength=len(class_names))
     pools = _proportional(sizes.pool, counts).tolist()
+    sides = None
+    if groups is not None:
+        sides = _sides(labels, groups, free, sizes, pools, seed, is_test is None)
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for k, name in enumerate(class_names):
         mine = np.flatnonzero(~own_test & (labels == k))
@@ -124,17 +147,19 @@ def make_splits(
         own = np.flatnonzero(usable & own_test & (labels == k))
         if not len(mine) + len(own):
             raise _too_few(name, wanted="at least one image", got="none")
-        pool, rest = np.split(mine, [pools[k]])
-        if is_test is None:
-            train, test = _train_and_test(rest, sizes, name, pools[k])
+        if is_test is not None and not len(own):
+            wanted = "at least one image in the dataset's own test split"
+            raise _too_few(name, wanted=wanted, got="none")
+        if sides is None:
+            parts = _cut(mine, own, copies, sizes, name, pools[k])
         else:
-            train, test = _train(rest, sizes, name, pools[k]), own
-            if not len(own):
-                wanted = "at least one image in the dataset's own test split"
-                raise _too_few(name, wanted=wanted, got="none")
-        for split, indices in zip(SPLITS, (pool, train, test), strict=True):
+            parts = _by_side(mine, own, copies, sides[mine], sizes, name)
+        for split, indices in zip(SPLITS, parts, strict=True):
             chunks[split].append(indices)
-    return {name: np.sort(np.concatenate(parts)) for name, parts in chunks.items()}
+    found = {name: np.sort(np.concatenate(parts)) for name, parts in chunks.items()}
+    if is_validation is not None:
+        found[VALIDATION] = np.flatnonzero(kept)
+    return found
 
 
 def _proportional(total: int, counts: np.ndarray) -> np.ndarray:
@@ -146,24 +171,39 @@ def _proportional(total: int, counts: np.ndarray) -> np.ndarray:
     return quotas
 
 
-def _train_and_test(
-    mine: np.ndarray, sizes: SplitSizes, name: str, pool: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts one shuffled class, without its images of the pool, into train and test."""
-    if sizes.test:
-        if len(mine) < 2:
+def _cut(
+    mine: np.ndarray,
+    own: np.ndarray,
+    copies: np.ndarray,
+    sizes: SplitSizes,
+    name: str,
+    pool_size: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts one shuffled class into pool, train and test; `own` is the source's test."""
+    pool, rest = np.split(mine, [pool_size])
+    pool = pool[~copies[pool]]
+    if not len(own) and not sizes.test:
+        rest = rest[~copies[rest]]
+        train = _train(rest[:-1], copies, sizes, name, pool_size)
+        return pool, train, rest[len(train) :]
+    test = own
+    if not len(own):
+        if len(rest) < 2:
             raise _too_few(
                 name,
                 wanted="one image for training and one for test, besides the pool",
-                got=f"{len(mine) + pool} images, {pool} of them for the pool",
+                got=f"{len(mine)} images, {pool_size} of them for the pool",
             )
-        tests = min(max(round(sizes.test * len(mine)), 1), len(mine) - 1)
-        return _train(mine[tests:], sizes, name, pool), mine[:tests]
-    train = _train(mine[:-1], sizes, name, pool)
-    return train, mine[len(train) :]
+        tests = min(max(round(sizes.test * len(rest)), 1), len(rest) - 1)
+        rest, test = rest[tests:], rest[:tests]
+    train = _train(rest, copies, sizes, name, pool_size)
+    unused = rest[~copies[rest]][len(train) :]
+    return np.append(pool, unused[: pool_size - len(pool)]), train, test
 
 
-def _train(mine: np.ndarray, sizes: SplitSizes, name: str, pool: int) -> np.ndarray:
+def _train(
+    mine: np.ndarray, copies: np.ndarray, sizes: SplitSizes, name: str, pool: int
+) -> np.ndarray:
     """The training images of a class, taken from those that are available."""
     if not len(mine):
         raise UserError(
@@ -172,16 +212,100 @@ def _train(mine: np.ndarray, sizes: SplitSizes, name: str, pool: int) -> np.ndar
             got="none",
             fix=f"Add images of it, or {_LEAVE_OUT}, or lower config.data.pool.",
         )
-    if sizes.per_class > len(mine):
+    free = mine[~copies[mine]]
+    if not len(free):
+        raise UserError(
+            "config.data.duplicates",
+            wanted="at least one training image per class that is not also in test",
+            got=f"none in class {name!r}",
+            fix="Fix the dataset's split, or use --config.data.duplicates=keep.",
+        )
+    if sizes.per_class > len(free):
+        removed = " and the copies of those" if len(free) < len(mine) else ""
         raise UserError(
             "config.data.per_class",
-            wanted=f"at most the {len(mine)} training images that class {name!r} has "
-            f"besides {pool} for the pool and those for test",
+            wanted=f"at most the {len(free)} training images that class {name!r} has "
+            f"besides {pool} for the pool and those for test{removed}",
             got=f"per_class={sizes.per_class}",
-            fix=f"Lower it to {len(mine)} or less, or lower config.data.pool.",
+            fix=f"Lower it to {len(free)} or less, or lower config.data.pool.",
         )
     count = sizes.per_class or max(round(sizes.fraction * len(mine)), 1)
-    return mine[:count]
+    return free[:count]
+
+
+def _sides(
+    labels: np.ndarray,
+    groups: np.ndarray,
+    free: np.ndarray,
+    sizes: SplitSizes,
+    pools: list[int],
+    seed: int,
+    draws_test: bool,
+) -> np.ndarray:
+    """Assigns whole groups to pool, train or test, by a shuffle; str [N].
+
+    A group goes where it fills more than it exceeds, class by class; the last side
+    takes the rest. Each class gets a group of each side that it needs, if it has one.
+    """
+    classes = len(pools)
+    names, group = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), classes), int)
+    np.add.at(counts, (group[free], labels[free]), 1)
+    total = counts.sum(0)
+    need = {"pool": np.asarray(pools)}
+    rest = "train"
+    if draws_test and sizes.test:
+        tests = np.maximum(np.round(sizes.test * (total - need["pool"])), 1)
+        need = {"test": tests.astype(int)} | need
+    elif draws_test:
+        trains = np.round(sizes.fraction * (total - need["pool"])).astype(int)
+        need["train"] = np.maximum(sizes.per_class or trains, 1)
+        need["train"] = np.broadcast_to(need["train"], classes)
+        rest = "test"
+    wanted = [side for side in ("train", "test") if side == rest or side in need]
+    side_of = np.full(len(names), rest, dtype="<U5")
+    order = generator(seed, "split/groups").permutation(len(names))
+    for g in order.tolist():
+        for side, missing in need.items():
+            filled = np.minimum(counts[g], missing).sum()
+            if filled > np.maximum(counts[g] - missing, 0).sum():
+                side_of[g] = side
+                need[side] = np.maximum(missing - counts[g], 0)
+                break
+    for k in range(classes):
+        for side in wanted:
+            mine = order[counts[order, k] > 0]
+            others = mine[side_of[mine] != side]
+            if len(others) == len(mine) and len(mine) > 1:
+                spare = [g for g in others if (side_of[others] == side_of[g]).sum() > 1]
+                if spare:
+                    side_of[min(spare, key=lambda g: counts[g].sum())] = side
+    return side_of[group]
+
+
+def _by_side(
+    mine: np.ndarray,
+    own: np.ndarray,
+    copies: np.ndarray,
+    sides: np.ndarray,
+    sizes: SplitSizes,
+    name: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pool, train and test of one shuffled class whose groups have their sides."""
+    pool, train, test = (mine[sides == side] for side in SPLITS)
+    test = own if len(own) else test
+    for part, what in ((train, "training"), (test, "test")):
+        if not len(part):
+            raise UserError(
+                "config.data.group",
+                wanted=f"groups of class {name!r} for each split",
+                got=f"too few of them, so that none is left for {what}",
+                fix=f"Choose smaller groups, lower config.data.pool, or {_LEAVE_OUT}.",
+            )
+    pool = pool[~copies[pool]]
+    if not sizes.per_class and not len(own) and not sizes.test:
+        return pool, train[~copies[train]], test  # `sides` has the fraction
+    return pool, _train(train, copies, sizes, name, len(pool)), test
 
 
 def _too_few(name: str, *, wanted: str, got: str) -> UserError:
@@ -202,7 +326,7 @@ def count_images(folder: epath.PathLike) -> dict[str, Int[np.ndarray, " K"]]:
 
 
 def read_split(folder: epath.PathLike, name: str) -> Split:
-    """Reads one of `SPLITS` from the folder of the stage `caption`.
+    """Reads one of `SPLITS`, or `VALIDATION`, from the folder of the stage `caption`.
 
     Raises:
       UserError: a file is missing, or the files do not belong together.
@@ -234,4 +358,8 @@ def read_split(folder: epath.PathLike, name: str) -> Split:
         ids=tuple(rows[i]["id"] for i in mine),
         class_names=tuple(dataset["class_names"]),
         grey=dataset["grey"],
+        groups=tuple(rows[i]["group"] for i in mine)
+        if mine and "group" in rows[mine[0]]
+        else None,
+        class_folders=tuple(dataset.get("class_folders", ())),
     )

@@ -14,7 +14,7 @@ from mvc_jax.data import splits
 _MAX_CLASSES = 20  # on the sheet and in the table; the first of them are shown
 _COLUMNS = 8  # images per class on the sheet
 _EXAMPLES = 3  # captions per class
-_MAX_LINES = 20  # of bad images, and of duplicates
+_MAX_LINES = 20  # of bad images, of duplicates, and of two labels
 _TILE = 96
 _SHEET_BYTES = 2_000_000
 
@@ -54,7 +54,9 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     captions = files.read_jsonl(folder / "captions.jsonl")
     names = dataset["class_names"]
     sizes = ", ".join(
-        f"{counts[part]} {part}" for part in splits.SPLITS if counts[part]
+        f"{counts[part]} {part}"
+        for part in (*splits.SPLITS, splits.VALIDATION)
+        if counts.get(part)
     )
     lines = [f"\n{dataset['name']}: {len(names)} classes, {sizes} images"]
     lines += _classes(names, rows, {row["id"]: row["caption"] for row in captions})
@@ -63,6 +65,7 @@ def table(folder: epath.Path, counts: dict[str, int]) -> str:
     lines += dataset["remarks"]
     lines += _bad(folder)
     lines += _duplicates(folder, dataset["duplicates"])
+    lines += _conflicts(folder / "label_conflicts.jsonl")
     captioner = captions[0]["captioner"] if captions else "nobody"
     lines.append(
         f"{len(captions)} captions by {captioner}: {counts['cleaned']} cleaned, "
@@ -116,19 +119,25 @@ def warn_of_same_captions(texts: Sequence[str], train: splits.Split) -> None:
 
 def _classes(names: list[str], rows: list[dict], captions: dict) -> list[str]:
     width = max(len(_short(name)) for name in names[:_MAX_CLASSES])
-    parts = [part for part in splits.SPLITS if any(r["split"] == part for r in rows)]
-    heading = "".join(f"{part:>8}" for part in parts)
+    every = (*splits.SPLITS, splits.VALIDATION)
+    parts = [part for part in every if any(r["split"] == part for r in rows)]
+    heading = "".join(f"{part:>{_column(part)}}" for part in parts)
     lines = [f"{'class':{width}}{heading}  original size"]
     for label, name in enumerate(names[:_MAX_CLASSES]):
         mine = [row for row in rows if row["label"] == label]
         counts = Counter(row["split"] for row in mine)
-        line = "".join(f"{counts[part]:>8}" for part in parts)
+        line = "".join(f"{counts[part]:>{_column(part)}}" for part in parts)
         lines.append(f"{_short(name):{width}}{line}  {_size_range(mine)}")
         texts = [captions[row["id"]] for row in mine if row["id"] in captions]
         lines += [f"    {_short(text, 72) or '(empty)'}" for text in texts[:_EXAMPLES]]
     if len(names) > _MAX_CLASSES:
         lines.append(f"... and {len(names) - _MAX_CLASSES} more classes")
     return lines
+
+
+def _column(part: str) -> int:
+    """Characters of a column of numbers."""
+    return max(len(part) + 1, 8)
 
 
 def _size_range(rows: list[dict]) -> str:
@@ -150,12 +159,31 @@ def _bad(folder: epath.Path) -> list[str]:
 def _duplicates(folder: epath.Path, policy: str) -> list[str]:
     rows = files.read_jsonl(folder / "duplicates.jsonl")
     done = "removed" if policy == "remove" else "kept"
+    train = [row for row in rows if "pool" not in row]
+    of_pool = len(rows) - len(train)
     lines = [
-        f"{len(rows)} training images are also in test"
+        f"{len(train)} training images are also in test"
+        + (f", and {of_pool} of the pool" if of_pool else "")
         + (f", {done} (config.data.duplicates={policy}):" if rows else "")
     ]
-    lines += [f"    {row['train']} = {row['test']}" for row in rows[:_MAX_LINES]]
+    lines += [
+        f"    {row.get('train') or row['pool']} = {row['test']}"
+        for row in rows[:_MAX_LINES]
+    ]
     return lines + _more(len(rows), folder / "duplicates.jsonl")
+
+
+def _conflicts(path: epath.Path) -> list[str]:
+    rows = files.read_jsonl(path) if path.exists() else []  # older workdirs have none
+    if not rows:
+        return []
+    lines = [f"{len(rows)} training images show a picture that has another label, too:"]
+    lines += [
+        f"    {row['image']} ({_short(row['label'])}) = {row['same_as']} "
+        f"({_short(row['with_label'])})"
+        for row in rows[:_MAX_LINES]
+    ]
+    return lines + _more(len(rows), path)
 
 
 def _more(count: int, path: epath.Path) -> list[str]:

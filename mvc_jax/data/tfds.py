@@ -45,6 +45,7 @@ class Tfds:
         first of the dataset's `supervised_keys`.
       label_column: name of the feature `ClassLabel`; if it is "label" and there is
         none, the second of the dataset's `supervised_keys`.
+      keep_validation: whether validation images neither join train nor are test.
 
     Raises:
       UserError: the dataset is unknown, not prepared, not prepared for random access,
@@ -59,6 +60,7 @@ class Tfds:
         data_dir: str = "",
         image_column: str = "image",
         label_column: str = "label",
+        keep_validation: bool = False,
     ):
         folder = _find(name, data_dir)
         if folder is None:
@@ -98,7 +100,11 @@ class Tfds:
         self.labels = every[good].astype(np.int32)
         self.ids = tuple(ids[i] for i in np.flatnonzero(good))
         self._splits, self._rows = split_of[good], row_of[good]
-        test = [i for i, split in enumerate(splits) if split != "train"][-1:]
+        kept = keep_validation and "validation" in splits
+        own = self._splits == splits.index("validation") if kept else None
+        self.is_validation = own
+        others = ("train", "validation") if kept else ("train",)
+        test = [i for i, split in enumerate(splits) if split not in others][-1:]
         self.is_test = self._splits == test[0] if test and len(splits) > 1 else None
 
     def __len__(self) -> int:

@@ -31,6 +31,7 @@ from PIL import Image
 
 from mvc_jax import files
 from mvc_jax.data import decode
+from mvc_jax.data.class_folders import class_folder, class_folders
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 
@@ -86,6 +87,7 @@ class Store:
       shard_size: images per shard.
       format: of the image files, a key of `SUFFIXES`.
       pictures: whether the images are also written as files.
+      class_folders: what the folder of each class is called; (): by its name.
     """
 
     folder: epath.Path
@@ -95,6 +97,7 @@ class Store:
     shard_size: int
     format: str = "png"
     pictures: bool = True
+    class_folders: Sequence[str] = ()
 
     def missing(self, count: int) -> list[Part]:
         """The parts of images 0 to `count - 1` that are not on disk, by shard.
@@ -211,12 +214,10 @@ class Store:
         rows: Sequence[dict[str, Any]],
     ) -> pa.Table:
         """Encodes images, writes their files, and returns the table of a shard."""
+        folders = self.class_folders or class_folders(self.class_names)
         names = [
-            picture_name(
-                self.class_names[row["label"]],
-                row["index"],
-                self.format,
-                real=row["mode"] == "real",
+            _picture(
+                folders[row["label"]], row["index"], self.format, row["mode"] == "real"
             )
             for row in rows
         ]
@@ -358,12 +359,19 @@ def picture_name(
     class_name: str, index: int, format: str = "png", *, real: bool = False
 ) -> str:
     """Path of an image file inside `train/`: class folder, then index."""
+    return _picture(class_folder(class_name), index, format, real)
+
+
+def _picture(folder: str, index: int, format: str, real: bool) -> str:
     kind = "real-" if real else ""
-    return f"{class_folder(class_name)}/{kind}{index:08d}{SUFFIXES[format]}"
+    return f"{folder}/{kind}{index:08d}{SUFFIXES[format]}"
 
 
-def class_folder(class_name: str) -> str:
-    """A valid folder name for a class: its name if that is valid, else with a hash."""
+def earlier_class_folder(class_name: str) -> str:
+    """What the folder of a class is called in a dataset that does not say so.
+
+    Its name if that has letters, digits, blanks, `_` and `-` only, else with a hash.
+    """
     safe = re.sub(r"[^\w\- ]", "_", class_name)
     if safe == class_name and 0 < len(safe.encode()) <= 200:
         return safe

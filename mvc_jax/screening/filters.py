@@ -164,6 +164,7 @@ class _LabelFilter:
         self._folds = None
         if settings.label == "folds":
             groups = distances.duplicate_groups(real.pixels)
+            groups = folds.joined(groups, train.groups)
             _require_images(train, groups, settings.label_folds)
             self._folds = folds.FoldClassifiers(
                 real.features,

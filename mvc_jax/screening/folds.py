@@ -1,11 +1,12 @@
 """Classifiers that classify only images unrelated to their training data.
 
 The real training images are split into folds. A synthetic image is classified by a
-model fitted without the folds of its source and partners, and exact duplicates are in
-one fold, so the model has seen nothing that the image was made from.
+model fitted without the folds of its source and partners, and exact duplicates and the
+images of a group (`config.data.group`) are in one fold, so the model has seen nothing
+that the image was made from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class FoldClassifiers:
 
     Args:
       points: the real training images.
-      groups: int [N], equal for exact duplicates.
+      groups: int [N], equal for images that must be in one fold.
       labels: int [N], 0 to K - 1, each at least once.
       ids: of the images.
       folds: k.
@@ -89,7 +90,7 @@ def assign_folds(
     """Returns the fold of each image: stratified by class, groups kept together.
 
     Args:
-      groups: equal for exact duplicates.
+      groups: equal for images that must be in one fold.
       labels: 0 to K - 1, each at least once.
       folds: k, at least 2.
       seed: of the shuffles, one for each class.
@@ -102,6 +103,25 @@ def assign_folds(
         fold_of[mine] = (assigned + np.arange(len(mine))) % folds
         assigned += len(mine)
     return fold_of[group]
+
+
+def joined(
+    copies: Int[np.ndarray, " N"], names: Sequence[str] | None
+) -> Int[np.ndarray, " N"]:
+    """Groups of images that are connected by being duplicates or of one named group.
+
+    Args:
+      copies: equal for exact duplicates.
+      names: of the named group of each image; None: there are none.
+    """
+    if names is None:
+        return copies
+    from scipy import sparse
+
+    named = np.unique(names, return_inverse=True)[1] + copies.max() + 1
+    size = int(named.max()) + 1
+    graph = sparse.coo_array((np.ones(len(named)), (copies, named)), (size, size))
+    return sparse.csgraph.connected_components(graph, directed=False)[1][copies]
 
 
 def _fit(x: Float[np.ndarray, "N P"], labels: Int[np.ndarray, " N"]) -> Any:

@@ -1,0 +1,87 @@
+"""What is known of a folder of images before one is decoded."""
+
+import dataclasses
+import os
+from typing import Any
+
+from mvc_jax.data import layout, remote
+from mvc_jax.data.layout import class_key
+from mvc_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class Tree:
+    """The contents of a folder, as paths relative to it, and what is known of them.
+
+    Attributes:
+      name: of the folder, as the user wrote it.
+      images: files with the suffix of an image.
+      others: all other files.
+      folders: all folders.
+      junk: number of files and folders that operating systems leave behind.
+      defects: path -> the reason why it is not used.
+      remarks: folder -> why it is ignored on purpose.
+      labels: image -> (class, split), where the split is train, val or test.
+      rows: image -> its row in a table.
+      classes: all that occur, including those whose images are all defects.
+    """
+
+    name: str
+    images: list[str] = dataclasses.field(default_factory=list)
+    others: list[str] = dataclasses.field(default_factory=list)
+    folders: list[str] = dataclasses.field(default_factory=list)
+    junk: int = 0
+    defects: dict[str, str] = dataclasses.field(default_factory=dict)
+    remarks: dict[str, str] = dataclasses.field(default_factory=dict)
+    labels: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    rows: dict[str, dict] = dataclasses.field(default_factory=dict)
+    classes: set[str] = dataclasses.field(default_factory=set)
+
+    def __post_init__(self):
+        self.system = None  # of fsspec; None: the local one
+        self.path = os.path.expanduser(self.name)
+        if remote.is_remote(self.name):
+            self.system, self.path = remote.open_filesystem(self.name)
+
+    def open(self, path: str) -> Any:
+        """Opens a file for reading, by its path in the tree."""
+        path = os.path.join(self.path, path)
+        return open(path, "rb") if self.system is None else self.system.open(path, "rb")
+
+    def error(self, *, wanted: str, got: str, fix: str) -> UserError:
+        """An error that lists the defects."""
+        details = [f"{path}: {reason}" for path, reason in sorted(self.defects.items())]
+        name = f"config.data.source=folder:{self.name}"
+        return UserError(name, wanted=wanted, got=got, fix=fix, details=details)
+
+    def ambiguous(self, why: layout.Ambiguous) -> UserError:
+        """An error that shows the tree and the fields that settle what it means."""
+        fix = " Or: ".join(f"{fix}." for fix in why.fixes)
+        error = self.error(
+            wanted="folders of classes, or parts with class folders, that can be told "
+            "apart",
+            got=str(why),
+            fix=f"Settle it: {fix}",
+        )
+        error.details = (*layout.lines(self.images, self.others), *error.details)
+        return error
+
+    def class_of(self, name: str, known: set[str]) -> str:
+        """The class among `known` that a name means, or the name itself.
+
+        Raises:
+          UserError: it means two of them.
+        """
+        if name in known:
+            return name
+        key = class_key(name)
+        same = sorted(other for other in known if class_key(other) == key)
+        if len(same) > 1:
+            raise self.ambiguous(
+                layout.Ambiguous(
+                    f"{name!r}, which may be either of the classes {same[0]!r} and "
+                    f"{same[1]!r}",
+                    "rename one of these",
+                )
+            )
+        return same[0] if same else name
