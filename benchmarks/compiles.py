@@ -12,7 +12,8 @@ import re
 import sys
 import time
 
-from mvc_jax import command_line, train
+from mvc_jax import train
+from mvc_jax.command import command_line
 from mvc_jax.training import console
 
 FINISHED = re.compile(r"Finished XLA compilation of (?:jit\()?(.*?)\)? in ([\d.]+) sec")

@@ -31,7 +31,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, run_config, stage
+from mvc_jax import files, stage
+from mvc_jax.command import run_config
 from mvc_jax.data import shards
 from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic

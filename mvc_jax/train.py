@@ -49,7 +49,8 @@ from absl import logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import (
+from mvc_jax import stage
+from mvc_jax.command import (
     command_line,
     pipeline,
     plan,
@@ -57,12 +58,11 @@ from mvc_jax import (
     results,
     run_config,
     run_folder,
-    stage,
 )
+from mvc_jax.command.redo import ending_redo, move_aside, stages_to_move
+from mvc_jax.command.take_over import take_over
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError, no_room
-from mvc_jax.redo import ending_redo, move_aside, stages_to_move
-from mvc_jax.take_over import take_over
 from mvc_jax.training import console, preemption, runtime
 
 with epy.lazy_imports():  # imported at first use: a mistyped flag need not wait for JAX

@@ -6,7 +6,8 @@ import json
 import pytest
 from etils import epath
 
-from mvc_jax import caption, classify, evaluate, files, pipeline
+from mvc_jax import caption, classify, evaluate, files
+from mvc_jax.command import pipeline
 from mvc_jax.stage import Spec, open_stage
 
 FILES = {"evaluate": "metrics.json", "report": "report.html"}

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from documented import DOCUMENTS, ROOT, commands, train_flags
 
-from mvc_jax import caption, command_line, pipeline, run_config
+from mvc_jax import caption
 from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.command import command_line, pipeline, run_config
 from mvc_jax.configs import common, digits
 from mvc_jax.errors import UserError
 

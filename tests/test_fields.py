@@ -11,7 +11,7 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from mvc_jax import command_line
+from mvc_jax.command import command_line
 from mvc_jax.configs import common
 from mvc_jax.configs.fields import Field, Section, as_flag, help_of
 from mvc_jax.data import decode

@@ -54,20 +54,8 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     },
 }
 LEAVES = {"devices", "digests", "errors", "files", "imports", "pictures", "work"}
-COMMAND = {  # what is around the stages
-    "train",
-    "command_line",
-    "pipeline",
-    "plan",
-    "price",
-    "redo",
-    "results",
-    "run_config",
-    "run_folder",
-    "take_over",
-}
 MAY_IMPORT = {  # besides the leaves, of which files.py is one
-    "train": STAGES | COMMAND | {"stage", "training", "configs"},
+    "train": STAGES | {"command", "stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
     "contract": {"artifacts", "configs"},  # stage.py and what it is made of
     "leaf": {"files"},
@@ -93,12 +81,14 @@ def place(path: str) -> tuple[str, str]:
     name = rest[0]
     if folder == "configs" or rest == ["configs"]:
         return "configs", "configs"
+    if len(rest) > 1 and name == "command":
+        return "train", name
     if len(rest) > 1:
         return ("room" if name in ROOMS else "unknown"), name
     if name in STAGES:
         return "stage", name
-    layers = dict.fromkeys(COMMAND, "train") | dict.fromkeys(LEAVES, "leaf")
-    layers |= {"stage": "contract", "artifacts": "contract", "__init__": "leaf"}
+    layers = {"train": "train", "stage": "contract", "artifacts": "contract"}
+    layers |= dict.fromkeys(LEAVES, "leaf") | {"__init__": "leaf"}
     return layers.get(name, "unknown"), name
 
 
@@ -135,7 +125,7 @@ def imports_run_one_way(path: str, source: str) -> Iterator[str]:
     allowed = MAY_IMPORT.get(layer, set()) | (LEAVES if layer != "leaf" else set())
     if layer == "room":
         allowed |= {name} | ROOMS[name]
-    known = STAGES | {*ROOMS} | LEAVES | COMMAND | {"stage", "configs"}
+    known = STAGES | {*ROOMS} | LEAVES | {"command", "stage", "train", "configs"}
     for line, part, _, _ in ours(path, ast.parse(source)):
         if part in known and part not in allowed:
             yield (

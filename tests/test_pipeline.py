@@ -21,8 +21,9 @@ from etils import epath
 from fork_server import ROOT, user_environment
 from PIL import Image
 
-from mvc_jax import command_line, files, pipeline, plan, price, run_config, train
+from mvc_jax import files, train
 from mvc_jax import stage as contract
+from mvc_jax.command import command_line, pipeline, plan, price, run_config
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 from mvc_jax.stage import read_manifest

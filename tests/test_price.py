@@ -8,8 +8,9 @@ import psutil
 import pytest
 from etils import epath
 
-from mvc_jax import caption, pipeline, plan, price
+from mvc_jax import caption
 from mvc_jax.checkpoints import base_sizes, hub
+from mvc_jax.command import pipeline, plan, price
 from mvc_jax.configs import digits, folder
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime

@@ -9,7 +9,8 @@ import made_stages
 import pytest
 from etils import epath
 
-from mvc_jax import command_line, files, pipeline, plan, train
+from mvc_jax import files, train
+from mvc_jax.command import command_line, pipeline, plan
 from mvc_jax.configs import digits
 from mvc_jax.training import runtime
 

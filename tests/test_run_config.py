@@ -7,7 +7,8 @@ import pytest
 from test_docs import ARGUMENTS, CONFIGS
 from test_redo import content
 
-from mvc_jax import command_line, files, run_config, train
+from mvc_jax import files, train
+from mvc_jax.command import command_line, run_config
 from mvc_jax.configs import common, digits
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime

@@ -52,7 +52,8 @@ def python(script, *arguments):
 def test_checks_of_the_digits_import_nothing_heavy(tmp_path):
     """All ten stages are imported, and every field and the source are checked."""
     script = """
-from mvc_jax import command_line, plan, train
+from mvc_jax import train
+from mvc_jax.command import command_line, plan
 flags = ["train", "--config=configs/digits.py", f"--workdir={sys.argv[1]}"]
 command = command_line.parse(flags)
 train.common.FIELDS.check(command.config)

@@ -11,7 +11,8 @@ from etils import epath
 from fork_server import ROOT, user_environment
 from test_redo import content, run
 
-from mvc_jax import files, run_folder, train
+from mvc_jax import files, train
+from mvc_jax.command import run_folder
 from mvc_jax.training import runtime
 
 

@@ -8,7 +8,8 @@ import pathlib
 import made_stages
 import pytest
 
-from mvc_jax import command_line, generate, pipeline, run_config, run_folder, train
+from mvc_jax import generate, train
+from mvc_jax.command import command_line, pipeline, run_config, run_folder
 from mvc_jax.configs import common, digits
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime

@@ -17,7 +17,8 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, pipeline, plan, run_folder, stage
+from mvc_jax import files, stage
+from mvc_jax.command import pipeline, plan, run_folder
 from mvc_jax.errors import UserError
 
 _JOURNAL, _EARLIER = "redo.json", "earlier"

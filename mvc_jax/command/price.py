@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import pipeline, plan
+from mvc_jax.command import pipeline, plan
 from mvc_jax.errors import UserError
 from mvc_jax.stage import is_complete, read_manifest
 from mvc_jax.training import rates, runtime

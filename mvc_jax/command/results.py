@@ -6,7 +6,8 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import files, pipeline, plan, stage
+from mvc_jax import files, stage
+from mvc_jax.command import pipeline, plan
 
 
 def show(stages: Sequence[str], config: ConfigDict, workdir: epath.Path) -> None:

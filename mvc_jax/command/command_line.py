@@ -8,7 +8,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import __version__, run_config
+from mvc_jax import __version__
+from mvc_jax.command import run_config
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
 

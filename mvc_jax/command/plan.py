@@ -11,7 +11,8 @@ from typing import Literal
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import pipeline, run_config, stage
+from mvc_jax import stage
+from mvc_jax.command import pipeline, run_config
 from mvc_jax.errors import UserError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from mvc_jax import run_folder
+from mvc_jax.command import run_folder
 
 
 def take_over(names: Sequence[str], source: epath.Path, workdir: epath.Path) -> None:
