@@ -7,10 +7,11 @@ a row that a killed process left incomplete is no row.
 """
 
 import contextlib
-import dataclasses
+import functools
 import json
 import os
 import time
+from typing import NamedTuple
 
 from etils import epath
 
@@ -21,8 +22,7 @@ _TICK = 20_000_000
 _LONG_TICK = 2_000_000_000  # of file systems that store whole seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     bytes: int
     sha256: str
     modified: int  # time in ns
@@ -58,11 +58,10 @@ class Digests:
         self._folder, self._records = epath.Path(folder), epath.Path(records)
         self._read_only = read_only
         self._prefix = f"{self._folder}/"
-        known = self._records.exists()
-        lines = self._records.read_bytes().split(b"\n") if known else [b""]
-        self._rows = dict(filter(None, map(_parse, lines)))
-        # Some rows were replaced or are damaged, or the last one is incomplete.
-        self._as_a_whole = len(self._rows) + 1 < len(lines) or lines[-1] != b""
+        rows, self._as_a_whole = {}, False
+        with contextlib.suppress(FileNotFoundError):
+            rows, self._as_a_whole = _read(records, *_stat(str(records)))
+        self._rows = dict(rows)
 
     def add(self, *paths: epath.PathLike) -> None:
         """Records files as they are now; call it when they have been written."""
@@ -78,7 +77,7 @@ class Digests:
         name = self._name(path)
         recorded = self._rows.get(name)
         if recorded is None:
-            if not (self._folder / name).exists():
+            if not _exists(self._prefix + name):
                 return False
             self.add(path)
             return True
@@ -96,7 +95,7 @@ class Digests:
         """
         name = self._name(path)
         try:
-            size, modified = _stat(self._folder / name)
+            size, modified = _stat(self._prefix + name)
         except FileNotFoundError:
             return False
         if size != content["bytes"]:
@@ -122,18 +121,25 @@ class Digests:
         """Name of each recorded file, relative to the folder -> its content."""
         return {name: row.content for name, row in self._rows.items()}
 
+    def forget_missing(self) -> None:
+        """Removes the records of files that are no longer there."""
+        there = {x: self._rows[x] for x in self._rows if _exists(self._prefix + x)}
+        if len(there) < len(self._rows):
+            self._rows = there
+            files.write_text(self._records, _lines(there))
+
     def _name(self, path: epath.PathLike) -> str:
         return str(path).removeprefix(self._prefix)
 
     def _row(self, name: str) -> _Row:
         """A file's row, hashed only if its size or time is not the recorded one."""
         recorded = self._rows.get(name)
-        if recorded and recorded.describes(*_stat(self._folder / name)):
+        if recorded and recorded.describes(*_stat(self._prefix + name)):
             return recorded
         return self._hashed(name)
 
     def _hashed(self, name: str) -> _Row:
-        path = self._folder / name
+        path = self._prefix + name
         size, modified = _stat(path)  # first: a change while hashing must be noticed
         wait = modified + _tick(modified) - time.time_ns()
         if 0 <= wait <= _tick(modified):  # else the clock of the disk is another one
@@ -159,8 +165,20 @@ class Digests:
 
 
 def _lines(rows: dict[str, _Row]) -> str:
-    described = ({"name": name, **vars(row)} for name, row in rows.items())
+    described = ({"name": name, **row._asdict()} for name, row in rows.items())
     return "".join(json.dumps(row) + "\n" for row in described)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path: epath.PathLike, size: int, modified: int) -> tuple[dict, bool]:
+    """The rows of a file of records, and whether it has others than these.
+
+    They were replaced or damaged, or the last one is incomplete.
+    """
+    del size, modified  # of the content that is remembered
+    lines = epath.Path(path).read_bytes().split(b"\n")
+    rows = dict(filter(None, map(_parse, lines)))
+    return rows, len(rows) + 1 < len(lines) or lines[-1] != b""
 
 
 def _parse(line: bytes) -> tuple[str, _Row] | None:
@@ -177,10 +195,14 @@ def _tick(modified: int) -> int:
     return _TICK if modified % 1_000_000_000 else _LONG_TICK
 
 
-def _stat(path: epath.Path) -> tuple[int, int]:
+def _exists(path: str) -> bool:
+    return epath.Path(path).exists() if "://" in path else os.path.exists(path)
+
+
+def _stat(path: str) -> tuple[int, int]:
     """Size in bytes, and modification time in ns."""
-    if "://" in str(path):
-        stat = path.stat()
+    if "://" in path:
+        stat = epath.Path(path).stat()
         return stat.length, int(stat.mtime * 1e9)
     local = os.stat(path)
     return local.st_size, local.st_mtime_ns

@@ -432,7 +432,9 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
 def restore_pictures(stage: Stage, section: ConfigDict) -> None:
     """Writes image files of complete sets that were deleted or damaged."""
     for name in section.sets if section.folder else ():
-        restored = synthetic.restore_pictures(stage.folder / name, stage.digests)
+        folder, digests = stage.folder / name, stage.digests
+        listed = synthetic.listed_pictures(folder, digests)
+        restored = synthetic.restore_pictures(folder, digests, listed)
         if restored:
             logging.info("generate/%s: %d pictures restored", name, restored)
 

@@ -119,6 +119,7 @@ class Stage:
           **counts: how many items were made, e.g. `images=800`.
         """
         described = {name: self.digests.describe(name) for name in sorted(artifacts)}
+        self.digests.forget_missing()
         manifest = {
             "stage": self.name,
             "settings": self.settings,

@@ -27,7 +27,7 @@ def hashed(monkeypatch):
     names, sha256 = [], files.sha256
 
     def counted(path):
-        names.append(path.name)
+        names.append(os.path.basename(path))
         return sha256(path)
 
     monkeypatch.setattr(files, "sha256", counted)
@@ -143,3 +143,13 @@ def test_a_damaged_record_changes_no_answer(tmp_path_factory, data):
     assert not known(folder).holds(paths[0], described[0])
     known(folder).add(write(folder, "d.npy"))
     assert {*known(folder).recorded()} == {"a.npy", "b.npy", "c.npy", "d.npy"}
+
+
+def test_records_of_files_that_are_gone_can_be_forgotten(folder):
+    paths = [write(folder, f"{name}.npy", name) for name in "ab"]
+    record = known(folder)
+    record.add(*paths)
+    paths[0].unlink()
+    record.forget_missing()
+    assert {*record.recorded()} == {*known(folder).recorded()} == {"b.npy"}
+    assert known(folder).intact(paths[1])

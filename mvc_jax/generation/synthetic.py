@@ -20,7 +20,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,7 +205,8 @@ class Store:
             path, label = row.pop("path"), row.pop("label")
             rows.append({"file_name": path, "label": self.class_names[label], **row})
         files.write_jsonl(self.folder / "train" / "metadata.jsonl", rows)
-        restore_pictures(self.folder, self.digests)
+        listed = [row["file_name"] for row in rows]
+        restore_pictures(self.folder, self.digests, listed)
         return [*names, "train/metadata.jsonl"]
 
     def _table(
@@ -296,18 +297,20 @@ def raw_bytes(images: int, side: int, *, pictures: bool) -> int:
     return images * (2 if pictures else 1) * 3 * side**2
 
 
-def restore_pictures(folder: epath.Path, digests: Digests) -> int:
+def restore_pictures(
+    folder: epath.Path, digests: Digests, listed: Iterable[str]
+) -> int:
     """Writes image files that were deleted from the folder of a set, or damaged.
 
     Args:
-      folder: of a set with `train/metadata.jsonl`.
+      folder: of a set with image files.
       digests: of its files.
+      listed: paths of all image files inside `train/`.
 
     Returns:
       the number of files written.
     """
     train = folder / "train"
-    listed = [row["file_name"] for row in files.read_jsonl(train / "metadata.jsonl")]
     lost = {name for name in listed if not digests.intact(f"{train}/{name}")}
     for shard in _shards(folder, ("train", "real")) if lost else ():
         with shard.open("rb") as file:
@@ -318,6 +321,17 @@ def restore_pictures(folder: epath.Path, digests: Digests) -> int:
             cells = pq.read_table(file, columns=["image"])["image"].to_pylist()
         _write_pictures(train, [x for x in cells if x["path"] in lost], digests)
     return len(lost)
+
+
+def listed_pictures(folder: epath.Path, digests: Digests) -> list[str]:
+    """Paths inside `train/` of all image files of a complete set."""
+    train = f"{folder.name}/train/"
+    names = [x.removeprefix(train) for x in digests.recorded() if x.startswith(train)]
+    found = [name for name in names if "/" in name]  # in the folder of a class
+    if found:
+        return found
+    rows = files.read_jsonl(folder / "train" / "metadata.jsonl")  # slow, if it is long
+    return [row["file_name"] for row in rows]
 
 
 def _write_pictures(
