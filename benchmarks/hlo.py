@@ -30,6 +30,7 @@ _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|called_computations|branch_computations|"
     r"true_computation|false_computation)=(%[\w.\-]+|\{[^}]*\})"
 )
+_CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -125,12 +126,6 @@ class Instruction:
         return found[1] if found else ""
 
     @property
-    def trips(self) -> int:
-        """How often a loop runs, if XLA knows it, else 1."""
-        found = _TRIPS.search(self.text)
-        return int(found[1]) if found else 1
-
-    @property
     def called(self) -> list[str]:
         """Names of the computations that it calls."""
         groups = _CALLED.findall(self.text)
@@ -168,6 +163,26 @@ class Module:
         """The same with the insides of fusions."""
         return self._count(("while", "conditional", "call", "async-start", "fusion"))
 
+    def trips(self, instruction: Instruction) -> int:
+        """How often an instruction runs what it calls: a loop's count, else 1.
+
+        XLA for TPUs does not write the count down, but the condition of a counted loop
+        is `counter < constant`, from 0 on.
+        """
+        if found := _TRIPS.search(instruction.text):
+            return int(found[1])
+        condition = _CONDITION.search(instruction.text)
+        if instruction.op != "while" or not condition:
+            return 1
+        inside = self.computations.get(condition[1], {})
+        limits = [
+            inside[instruction.operands[1]]
+            for instruction in inside.values()
+            if instruction.op == "compare" and "direction=LT" in instruction.text
+        ]
+        constant = len(limits) == 1 and limits[0].op == "constant"
+        return int(limits[0].operands[0]) if constant else 1
+
     def _count(self, callers: tuple[str, ...]) -> dict[str, float]:
         counts: dict[str, float] = collections.Counter()
 
@@ -177,7 +192,7 @@ class Module:
                 if instruction.op in callers:
                     for called in instruction.called:
                         if called in self.computations:
-                            visit(called, times * instruction.trips)
+                            visit(called, times * self.trips(instruction))
 
         visit(self.entry, 1)
         return dict(counts)
@@ -276,7 +291,7 @@ def _instruction(name: str, rest: str) -> Instruction:
         for dtype, shape, layout in _ARRAY.findall(type_)
     )
     operands = re.findall(r"%([\w.\-]+)", inner)
-    if op == "parameter":
+    if op == "parameter" or (op == "constant" and inner.isdigit()):
         operands = [inner]
     return Instruction(name, op, buffers, tuple(operands), text)
 

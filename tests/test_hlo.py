@@ -170,3 +170,20 @@ def test_the_summary_is_json():
     found = hlo.summary(compiled(lambda x: (x @ x.T).sum(), shape(8, 8)))
     assert json.loads(json.dumps(found))["bytes"] == pytest.approx(found["bytes"])
     assert np.isfinite(found["bytes"])
+
+
+def test_a_loop_without_its_count_runs_as_often_as_its_condition_says():
+    """XLA for TPUs writes the limit into the condition alone."""
+    count = 'backend_config={"known_trip_count":{"n":"5"}}'
+    condition = """
+  %limit = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} parameter(0)
+  ROOT %true = pred[]{:T(512)} compare(%i, %limit), direction=LT
+"""
+    known = hlo.Module(_TPU)
+    start = _TPU.index("  ROOT %true")
+    counted = f"{_TPU[:start]}{condition}{_TPU[_TPU.index('}', start) :]}"
+    for text, expected in ((counted, 5), (counted.replace(count, ""), 7)):
+        assert hlo.Module(text).runs["body"] == expected
+    assert known.runs["body"] == 5
+    assert hlo.Module(_TPU.replace(count, "")).runs["body"] == 1
