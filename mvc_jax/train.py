@@ -24,8 +24,8 @@ Flags:
   --config.SECTION.FIELD=VALUE     sets one field
   --workdir=FOLDER                 of this run's files
   --dry_run                        prints what would be done, and changes nothing
-  --verify                         hashes all of them first; otherwise a file counts as
-                                   unchanged while its size and time are the same
+  --verify                         hashes every file of the workdir first; else a large
+                                   one counts as unchanged by its size and time
   --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
                                    them again; the old ones move to FOLDER/earlier
   --from=WORKDIR                   starts from the config of another workdir, and takes
