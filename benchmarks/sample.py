@@ -202,6 +202,7 @@ def write_set(
     from etils import epath
 
     from mvc_jax import generate
+    from mvc_jax.digests import Digests
     from mvc_jax.generation import image_sampler, image_status, set_writer, synthetic
     from mvc_jax.mixing import recipes
     from mvc_jax.screening import screener
@@ -234,7 +235,8 @@ def write_set(
     ]
     writer = set_writer.SetWriter(
         store=synthetic.Store(
-            folder=epath.Path(folder) / "mixed",
+            folder=epath.Path(folder / "mixed"),
+            digests=Digests(folder / "mixed", folder / "digests.jsonl"),
             class_names=[f"class {k}" for k in range(mix.CLASSES)],
             model="random",
             shard_size=size,

@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 from shared_samplers import shared_programs
 
-from mvc_jax import files, generate, mix
+from mvc_jax import caption, encode, files, finetune, generate, mix, pairs, pretrain
 from mvc_jax import train as command
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
@@ -25,7 +25,7 @@ from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.mixing import operations
 from mvc_jax.screening import distances
-from mvc_jax.stage import Spec, open_stage, read_manifest
+from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
 
 IMAGES, LENGTH, WIDTH = 5, 12, 16  # real images; shape of `tiny`'s text states
@@ -54,8 +54,8 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     ids = [f"s/{i}" for i in range(IMAGES)]
     names, labels = ["one", "two"], [i % 2 for i in range(IMAGES)]
 
-    def finish(name, written, inputs=()):
-        open_stage(workdir, Spec(name, {}, inputs)).finish(written)
+    def finish(stage, written):
+        open_stage(workdir, stage.stage_spec(settings())).finish(written)
 
     folder = workdir / "caption"
     pixels = draw.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
@@ -68,7 +68,7 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     files.write_json(folder / "splits.json", {"pool": [], "train": ids, "test": []})
     dataset = {"name": "strokes", "class_names": names, "grey": False}
     files.write_json(folder / "dataset.json", dataset)
-    finish("caption", ["images.npy", "images.jsonl", "splits.json", "dataset.json"])
+    finish(caption, ["images.npy", "images.jsonl", "splits.json", "dataset.json"])
 
     folder = workdir / "encode"
     states = draw.normal(size=(IMAGES + 1, LENGTH, WIDTH)).astype(np.float32)
@@ -92,18 +92,19 @@ def finetuned(tiny, write_shards, tmp_path_factory):
     files.write_jsonl(folder / "prompts.jsonl", prompts)
     base = {"path": "", "variant": "", "revision": None}
     files.write_json(folder / "base.json", base)
-    finish("encode", [*written, "prompts.jsonl", "base.json"])
-
     model, params = tiny
-    written = diffusers_layout.save(workdir / "pretrain" / "model", model, params)
-    finish("pretrain", [f"model/{name}" for name in written])
+    base_files = diffusers_layout.save(workdir / "pretrain" / "model", model, params)
+    finish(pretrain, [f"model/{name}" for name in base_files])
+    finish(encode, [*written, "prompts.jsonl", "base.json"])
+    pairs.run(settings(), workdir)
+
     model, params = model.widened(params)
     noisy = jax.tree.map(
         lambda x: x + draw.normal(0, 0.05, x.shape).astype(np.float32), params["unet"]
     )
     params = params | {"unet": noisy}
     written = diffusers_layout.save(workdir / "finetune" / "model", model, params)
-    finish("finetune", [f"model/{name}" for name in written], ("encode",))
+    finish(finetune, [f"model/{name}" for name in written])
     return workdir
 
 
@@ -516,7 +517,7 @@ def test_recipes_of_other_settings_are_refused(finetuned, tmp_path, monkeypatch,
     config.stages = "generate"
     with pytest.raises(UserError, match=r"generate.text_scale: 3.0 -> 4.0") as error:
         command.run(config, epath.Path(workdir))
-    assert str(error.value).startswith("stage generate: wanted a stage mix that was")
+    assert str(error.value).startswith("stage generate: wanted the finished stage mix")
     assert not (workdir / "generate").exists()
 
 
