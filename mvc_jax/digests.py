@@ -20,6 +20,7 @@ from mvc_jax import files
 # Ticks of the clock of modification times, in ns.
 _TICK = 20_000_000
 _LONG_TICK = 2_000_000_000  # of file systems that store whole seconds
+_DAMAGED = (ValueError, TypeError, KeyError)  # raised by a row that is none
 
 
 class _Row(NamedTuple):
@@ -176,17 +177,24 @@ def _read(path: epath.PathLike, size: int, modified: int) -> tuple[dict, bool]:
     They were replaced or damaged, or the last one is incomplete.
     """
     del size, modified  # of the content that is remembered
-    lines = epath.Path(path).read_bytes().split(b"\n")
-    rows = dict(filter(None, map(_parse, lines)))
-    return rows, len(rows) + 1 < len(lines) or lines[-1] != b""
+    *lines, last = epath.Path(path).read_bytes().split(b"\n")
+    try:  # at once: much faster than line by line
+        found = [_entry(fields) for fields in json.loads(b"[%s]" % b",".join(lines))]
+    except _DAMAGED:
+        found = filter(None, map(_parse, lines))
+    rows = dict(found)
+    return rows, len(rows) < len(lines) or last != b""
+
+
+def _entry(fields: dict) -> tuple[str, _Row]:
+    return fields["name"], _Row(*(fields[name] for name in _Row._fields))
 
 
 def _parse(line: bytes) -> tuple[str, _Row] | None:
     """Name and row in a line of the records; None if it cannot be read."""
     try:
-        fields = json.loads(line)
-        return fields.pop("name"), _Row(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return _entry(json.loads(line))
+    except _DAMAGED:
         return None
 
 

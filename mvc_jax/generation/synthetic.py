@@ -311,7 +311,8 @@ def restore_pictures(
       the number of files written.
     """
     train = folder / "train"
-    lost = {name for name in listed if not digests.intact(f"{train}/{name}")}
+    start = f"{train}/"  # made once: there are many
+    lost = {name for name in listed if not digests.intact(start + name)}
     for shard in _shards(folder, ("train", "real")) if lost else ():
         with shard.open("rb") as file:
             paths = pq.read_table(file, columns=["image.path"])["path"].to_pylist()
@@ -340,7 +341,8 @@ def _write_pictures(
     """Writes the image files of some rows into the folder `train`."""
     for cell in cells:
         files.write_bytes(train / cell["path"], cell["bytes"])
-    digests.add(*(f"{train}/{cell['path']}" for cell in cells))
+    start = f"{train}/"
+    digests.add(*(start + cell["path"] for cell in cells))
 
 
 def real_row(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
