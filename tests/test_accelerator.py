@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -49,14 +48,19 @@ def rows_in(folder):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_every_part_runs_at_a_toy_size(devices, tmp_path):
-    parts = [part for part in accelerator.PARTS if devices == 1 or part != "PyTorch"]
+# Parts that use a mesh: run on 8 devices as well.
+SHARDED = ("fine-tuning", "sampling", "classifier", "encoding", "seeds")
+
+
+@pytest.mark.parametrize(
+    ("devices", "parts"), [(1, accelerator.PARTS), (8, SHARDED)], ids=["one", "eight"]
+)
+def test_every_part_runs_at_a_toy_size(devices, parts, tmp_path):
     flags = ["--rehearse", "--minutes=100", f"--parts={','.join(parts)}"]
     code, output, errors = script(*flags, f"--out={tmp_path}", devices=devices)
     rows = rows_in(tmp_path)
     assert code == 0, output + errors
-    assert {row["part"] for row in rows} == {*parts}
+    assert {row["part"] for row in rows} == {"card", *parts}
     without = os.environ.get("MVC_JAX_WITHOUT_TORCH") == "1"
     for row in rows:
         if without and row["part"] == "PyTorch":
@@ -104,29 +108,8 @@ def test_a_wrong_flag_is_named(flag, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def yields_then_raises(text, kind="RuntimeError"):
-    yield {"setting": "first", "figure": 1.0, "unit": "s"}
-    raise {"RuntimeError": RuntimeError, "absent": ModuleNotFoundError}[kind](
-        text, **({"name": "torch"} if kind == "absent" else {})
-    )
-
-
-def kills_itself():
-    yield {"setting": "first", "figure": 1.0, "unit": "s"}
-    print("the last words")
-    sys.stdout.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def sleeps_with_a_child(file):
-    child = subprocess.Popen(["sleep", "600"])
-    pathlib.Path(file).write_text(str(child.pid))
-    yield {"setting": "first", "figure": 1.0, "unit": "s"}
-    time.sleep(600)
-
-
 def rows_of(function, tmp_path, **arguments):
-    run = Run("part", f"test_accelerator:{function}", 60, arguments, fresh=True)
+    run = Run("part", f"toy_parts:{function}", 60, arguments, fresh=True)
     context = multiprocessing.get_context("spawn")
     log = tmp_path / "part.log"
     return accelerator.rows_of(run, context, log, str(tmp_path / "xla"), 60.0)

@@ -1,7 +1,6 @@
 """The digits config end to end, as a user runs it: whole, killed, rerun, documented."""
 
 import contextlib
-import errno
 import hashlib
 import importlib
 import json
@@ -21,8 +20,8 @@ from etils import epath
 from fork_server import ROOT, user_environment
 from PIL import Image
 
-from mvc_jax import files, train
 from mvc_jax import stage as contract
+from mvc_jax import train
 from mvc_jax.command import command_line, pipeline, plan, price, run_config
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
@@ -86,6 +85,10 @@ def here(monkeypatch):
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def manifest_of(workdir, name):
+    return json.loads((workdir / name / "manifest.json").read_text())
 
 
 def test_every_stage_ends_with_a_manifest_and_the_terminal_with_the_table(whole):
@@ -275,21 +278,48 @@ def killed_in(server, workdir, stage, marker, delay):
     assert run.wait()[0] == -signal.SIGKILL
 
 
-def test_a_run_killed_in_four_stages_ends_with_the_same_files(
+def full_disk_in(server, workdir, stage, artifacts, draw):
+    """Runs until the disk refuses one of the artifacts that are yet to come."""
+    folder = workdir / stage
+    ahead = [name for name in sorted(artifacts) if not (folder / name).exists()]
+    path = folder / draw.choice(ahead)
+    code = draw.choice(["ENOSPC", "EDQUOT", "EFBIG", "EROFS"])
+    run = server.start(
+        "full_disk:main",
+        str(path),
+        code,
+        arguments(workdir),
+        folder=workdir.parent / "full",
+    )
+    status, _, errors = run.wait()
+    assert status == 2, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith(f"error: {path}: wanted space to write, got "), last
+    assert "Traceback" not in errors
+    assert not path.exists() and not (folder / "manifest.json").exists()
+    assert not list(workdir.rglob(".tmp-*"))
+
+
+def test_a_run_stopped_in_every_stage_ends_with_the_same_files(
     whole, fork_server, tmp_path
 ):
-    """SIGKILL at random moments, then the same command again."""
+    """By SIGKILL at random moments, and by a full disk at any artifact."""
     seed = random.SystemRandom().randrange(1000)
-    print(f"delays drawn from seed {seed}")
+    print(f"delays and files drawn from seed {seed}")
     draw = random.Random(seed)
     workdir, expected = tmp_path / "run", whole[0]
-    for stage, marker in (
-        ("pretrain", "checkpoints/unet/*"),
-        ("finetune", "checkpoints/*"),
-        ("generate", "mixed/data/*"),
-        ("classify", "results/*"),
-    ):
-        killed_in(fork_server, workdir, stage, marker, draw.uniform(0, 0.5))
+    markers = {
+        "pretrain": "checkpoints/unet/*",
+        "finetune": "checkpoints/*",
+        "generate": "mixed/data/*",
+        "classify": "results/*",
+    }
+    for stage in STAGES:
+        if stage in markers:
+            delay = draw.uniform(0, 0.5)
+            killed_in(fork_server, workdir, stage, markers[stage], delay)
+        artifacts = manifest_of(expected, stage)["artifacts"]
+        full_disk_in(fork_server, workdir, stage, artifacts, draw)
     flags = ["train", *arguments(workdir)]
     run = fork_server.start("mvc_jax.train:main", flags, folder=tmp_path / "last")
     code, _, errors = run.wait()
@@ -298,17 +328,12 @@ def test_a_run_killed_in_four_stages_ends_with_the_same_files(
         assert digests(workdir / part) == digests(expected / part), part
     for part in ("caption/captions.jsonl", "evaluate/metrics.json"):
         assert (workdir / part).read_bytes() == (expected / part).read_bytes(), part
-    leftovers = [p for p in workdir.rglob("*") if p.name.startswith(".tmp-")]
-    assert not leftovers
+    assert not list(workdir.rglob(".tmp-*"))
 
 
 @pytest.fixture
 def copied(whole, tmp_path):
     return pathlib.Path(shutil.copytree(whole[0], tmp_path / "run"))
-
-
-def manifest_of(workdir, name):
-    return json.loads((workdir / name / "manifest.json").read_text())
 
 
 def known_files(workdir, name):
@@ -435,24 +460,6 @@ def test_a_base_model_given_by_path_takes_the_place_of_pretrain(
         "finetune/model/unet/diffusion_pytorch_model.safetensors",
     ):
         assert (workdir / part).read_bytes() == (expected / part).read_bytes(), part
-
-
-def test_a_full_disk_is_one_sentence(here, capsys, monkeypatch, tmp_path):
-    """Writes that fail as on a full disk; complete files stay."""
-    write = files.write_bytes
-
-    def full(path, content):
-        if "captions" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, content)
-
-    monkeypatch.setattr(files, "write_bytes", full)
-    assert here(tmp_path) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "captions.jsonl" in last
-    assert "a full disk" in last
-    assert (tmp_path / "caption" / "splits.json").exists()
-    assert not (tmp_path / "caption" / "manifest.json").exists()
 
 
 @pytest.fixture(scope="session")
