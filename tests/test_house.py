@@ -49,6 +49,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "checkpoints",
         "data",
         "generation",
+        "metrics",
         "models",
         "training",
     },

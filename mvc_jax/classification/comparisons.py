@@ -1,0 +1,189 @@
+"""What the accuracies of the runs say: differences, questions, the headline.
+
+A run is compared with the one that differs from it in nothing but what is asked about:
+the same test images, seeds and augmentation.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from mvc_jax.classification import runs
+from mvc_jax.metrics import differences
+
+Correct = Mapping[str, Bool[np.ndarray, "S T"]]  # of each run: seed s, test image t
+
+_FEW_SEEDS, _FEW_IMAGES = 3, 200  # below which an interval says little
+
+
+def _real(run: runs.Run) -> tuple:
+    return ("real", "", run.policy, run.mix)
+
+
+# What is asked of every run that has the answer's other side, and which side that is.
+QUESTIONS = {
+    "Do the synthetic images help": (
+        lambda run: run.regime != "real" and run.set == "mixed",
+        _real,
+    ),
+    "Does mixing captions help": (
+        lambda run: run.set == "mixed",
+        lambda run: (run.regime, "unmixed", run.policy, run.mix),
+    ),
+    "Does fine-tuning help": (
+        lambda run: run.set == "mixed",
+        lambda run: (run.regime, "pretrained", run.policy, run.mix),
+    ),
+}
+
+
+def difference(name: str, correct: Correct, confidence: float) -> dict[str, Any] | None:
+    """A run against `real` with its augmentation, else against plain `real`.
+
+    Returns:
+      `against`, the name of the other run, and the fields of `differences.Difference`;
+      None if there is no such run, or it is this one.
+    """
+    made, run = _by_parts(correct), runs.parse(name)
+    for parts in (_real(run), ("real", "", "none", "")):
+        other = made.get(parts)
+        if other not in (None, name):
+            found = differences.paired(correct[name], correct[other], confidence)
+            return {"against": other, **vars(found)}
+    return None
+
+
+def answers(correct: Correct, confidence: float) -> list[dict[str, Any]]:
+    """Answers every question about every run for which there is another side.
+
+    Whether a difference counts is decided after a correction for how often the same
+    question is asked (`differences.holm`); the intervals are of each by itself.
+
+    Returns:
+      for each: `question`, `run`, `against`, the fields of `differences.Difference`,
+      `asked` (how often), `verdict` ("yes", "no" or "unclear") and `sentence`. Runs
+      without augmentation come first.
+    """
+    made, found = _by_parts(correct), []
+    ordered = sorted(map(runs.parse, correct), key=lambda run: "+" in run.name)
+    for question, (asks, other_side) in QUESTIONS.items():
+        pairs = [
+            (run.name, made[other_side(run)])
+            for run in ordered
+            if asks(run) and other_side(run) in made
+        ]
+        compared = [
+            differences.paired(correct[ours], correct[theirs], confidence)
+            for ours, theirs in pairs
+        ]
+        asked = [each.p for each in compared if each.p is not None]
+        adjusted = iter(differences.holm(asked))
+        for (ours, theirs), each in zip(pairs, compared, strict=True):
+            p = None if each.p is None else next(adjusted)
+            titles = [runs.parse(name).title for name in (ours, theirs)]
+            found.append(
+                {
+                    "question": f"{question}? {titles[0]}, over {_lower(titles[1])}:",
+                    "run": ours,
+                    "against": theirs,
+                    **vars(each),
+                    "asked": len(asked),
+                    "p_adjusted": p,
+                    **verdict(each, p, len(asked), correct[ours].shape, confidence),
+                }
+            )
+    return found
+
+
+def verdict(
+    found: differences.Difference,
+    p_adjusted: float | None,
+    asked: int,
+    shape: tuple[int, int],
+    confidence: float,
+) -> dict[str, str]:
+    """`verdict` and `sentence` of a difference.
+
+    Args:
+      found: the difference.
+      p_adjusted: its p-value after the correction; None: it cannot be known.
+      asked: how often the question is asked.
+      shape: number of seeds, number of test images.
+      confidence: of the interval.
+    """
+    seeds, images = shape
+    points = f"{100 * found.mean:+.1f} points"
+    if p_adjusted is None:
+        why = "one seed only" if seeds == 1 else f"the same with all {seeds} seeds"
+        return {"verdict": "unclear", "sentence": f"Unclear: {points}, {why}."}
+    interval = (
+        f"{points} ({confidence:.0%} interval {100 * found.low:+.1f} to "
+        f"{100 * found.high:+.1f})"
+    )
+    few = ""
+    if seeds < _FEW_SEEDS or images < _FEW_IMAGES:
+        few = f" {seeds} seeds and {images} test images can tell little."
+    significant = p_adjusted < 1 - confidence
+    if found.low <= 0 <= found.high:
+        return _sentence("unclear", f"No evidence either way: {interval}.{few}")
+    if not significant:
+        asking = f"for a question asked {asked} times that is no evidence (Holm)"
+        return _sentence("unclear", f"Unclear: {interval}; {asking}.{few}")
+    if found.low > 0:
+        return _sentence("yes", f"Yes: {interval}.{few}")
+    return _sentence("no", f"No, accuracy is lower: {interval}.{few}")
+
+
+def headline(correct: Correct, answered: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What to say first: the best run, and what is added to the best policy.
+
+    Returns:
+      `question` and `sentence` of each.
+    """
+    means = {name: float(right.mean()) for name, right in correct.items()}
+    best = max(means, key=means.__getitem__)
+    said = [
+        {
+            "question": "Which run is best?",
+            "sentence": f"{_told(best, means)}, the most accurate of {len(means)} on "
+            "these test images.",
+        }
+    ]
+    real = [name for name in means if runs.parse(name).regime == "real"]
+    about = [x for x in answered if x["question"].startswith([*QUESTIONS][0])]
+    if not real or not about:
+        return said
+    policy = max(real, key=means.__getitem__)
+    on_top = [each for each in about if each["against"] == policy]
+    question = "What do synthetic images add to the best training without them?"
+    if on_top:
+        added = max(on_top, key=lambda each: means[each["run"]])
+        sentence = f"{_told(added['run'], means)}, against {_told(policy, means)}. "
+        said.append({"question": question, "sentence": sentence + added["sentence"]})
+    else:
+        nothing = f"Not tried: no run adds any to {_told(policy, means)}."
+        said.append({"question": question, "sentence": nothing})
+    plain = [x for x in about if x["against"] == "real" and x["run"] == "combined"]
+    if plain and policy != "real":
+        question = "And over real images without augmentation?"
+        said.append({"question": question, "sentence": plain[0]["sentence"]})
+    return said
+
+
+def _sentence(verdict_: str, sentence: str) -> dict[str, str]:
+    return {"verdict": verdict_, "sentence": sentence}
+
+
+def _by_parts(names: Mapping[str, Any]) -> dict[tuple, str]:
+    parsed = map(runs.parse, names)
+    return {(run.regime, run.set, run.policy, run.mix): run.name for run in parsed}
+
+
+def _told(name: str, means: Mapping[str, float]) -> str:
+    return f"{runs.parse(name).title} ({100 * means[name]:.1f} %)"
+
+
+def _lower(title: str) -> str:
+    return title[0].lower() + title[1:]
