@@ -84,7 +84,11 @@ setup(
     # beside the package, and mvc_jax/configs.py makes them importable.
     packages=[*find_packages(include=["mvc_jax", "mvc_jax.*"]), "mvc_jax.configs"],
     package_dir={"mvc_jax.configs": "configs"},
-    package_data={"mvc_jax": ["*.j2"], "mvc_jax.augment": ["*.csv"]},
+    package_data={
+        "mvc_jax": ["*.j2"],
+        "mvc_jax.augment": ["*.csv"],
+        "mvc_jax.command": ["*.j2"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mvc-jax = mvc_jax.train:main"]},

@@ -16,6 +16,8 @@ Other settings: what is not affected is taken over, or what is affected made aga
     python -m mvc_jax.train --workdir=runs/digits --config.classify.steps=500 \\
       --redo=classify
 A run that was stopped is resumed by the same command.
+The same with several seeds, which draw other splits, and an interval over them:
+    mvc-jax repeat --seeds=0,1,2 --config=configs/digits.py --workdir=runs/splits
 
 Flags:
   --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
@@ -55,6 +57,7 @@ from mvc_jax.command import (
     pipeline,
     plan,
     price,
+    repeat,
     results,
     run_config,
     run_folder,
@@ -78,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with preemption.handled():
         workdir = None
         try:
-            command = command_line.parse(
-                list(sys.argv if argv is None else argv), about=__doc__
-            )
+            words = list(sys.argv if argv is None else argv)
+            if words[1:2] == ["repeat"]:
+                return repeat.run(words, main)
+            command = command_line.parse(words, about=__doc__)
             workdir = command.workdir
             options = {"redo": command.redo, "source": command.source}
             if command.dry_run:

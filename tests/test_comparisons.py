@@ -87,25 +87,22 @@ def test_asking_often_takes_more_evidence():
 )
 def test_a_verdict_needs_an_interval_and_a_corrected_p(low, high, p, verdict, words):
     found = Difference(0.033, low, high, p / 4)
-    answer = comparisons.verdict(found, p, 4, (5, 1000), 0.95)
+    answer = comparisons.verdict(found, p, 4, 0.95)
     assert answer["verdict"] == verdict
     assert words in answer["sentence"]
     lower = Difference(-0.033, -high, -low, p / 4)
-    against = comparisons.verdict(lower, p, 4, (5, 1000), 0.95)
+    against = comparisons.verdict(lower, p, 4, 0.95)
     assert against["verdict"] == {"yes": "no"}.get(verdict, verdict)
     if verdict == "yes":
         assert against["sentence"].startswith("No, accuracy is lower: -3.3 points (95%")
 
 
-@pytest.mark.parametrize("shape", [(2, 1000), (5, 199), (2, 100)])
+@pytest.mark.parametrize("shape", [(2, 1000), (5, 199), (2, 100), (3, 200)])
 def test_few_seeds_or_images_are_said(shape):
-    found = Difference(-0.125, -0.189, -0.061, 0.001)
-    sentence = comparisons.verdict(found, 0.001, 1, shape, 0.95)["sentence"]
-    assert sentence.endswith(
-        f" {shape[0]} seeds and {shape[1]} test images can tell little."
-    )
-    enough = comparisons.verdict(found, 0.001, 1, (3, 200), 0.95)["sentence"]
-    assert "little" not in enough
+    correct = {"real": noisy(0.5, 0, *shape), "combined": noisy(0.9, 1, *shape)}
+    [answer] = comparisons.answers(correct, 0.95)
+    little = f" {shape[0]} seeds and {shape[1]} test images can tell little."
+    assert answer["sentence"].endswith(little) == (shape != (3, 200))
 
 
 @pytest.mark.parametrize(
@@ -149,3 +146,26 @@ def test_the_headline_says_what_was_not_tried():
     )
     alone = {"combined": noisy(0.6, 0)}
     assert len(comparisons.headline(alone, comparisons.answers(alone, 0.95))) == 1
+
+
+def test_an_interval_over_splits_is_that_of_their_means():
+    """Of Student, with two degrees of freedom: computed by hand."""
+
+    def answered(mean):
+        question = "Do the synthetic images help? Real + synthetic, over real only:"
+        row = {"question": question, "run": "combined", "against": "real"}
+        return [row | {"mean": mean, "low": 0.01, "high": 0.02, "verdict": "yes"}]
+
+    def over_splits(*means):
+        [answer] = comparisons.answers_over_splits([*map(answered, means)], 0.95)
+        return answer
+
+    answer = over_splits(0.03, 0.004, 0.034)
+    assert answer["mean"] == pytest.approx(0.02267, abs=1e-5)
+    assert answer["low"] == pytest.approx(-0.01780, abs=1e-5)
+    assert answer["high"] == pytest.approx(0.06313, abs=1e-5)
+    assert answer["sentence"].startswith("No evidence either way: +2.3 points")
+    assert over_splits(0.03, 0.04)["sentence"].endswith(" 2 splits can tell little.")
+    for same in ([0.03], [0.03] * 3):
+        answer = over_splits(*same)
+        assert answer["verdict"] == "unclear" and answer["low"] is None

@@ -4,7 +4,7 @@ A run is compared with the one that differs from it in nothing but what is asked
 the same test images, seeds and augmentation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from mvc_jax.metrics import differences
 
 Correct = Mapping[str, Bool[np.ndarray, "S T"]]  # of each run: seed s, test image t
 
-_FEW_SEEDS, _FEW_IMAGES = 3, 200  # below which an interval says little
+# Below these an interval says little.
+_FEW_SEEDS, _FEW_IMAGES, _FEW_SPLITS = 3, 200, 3
 
 
 def _real(run: runs.Run) -> tuple:
@@ -78,31 +79,77 @@ def answers(correct: Correct, confidence: float) -> list[dict[str, Any]]:
             differences.paired(correct[ours], correct[theirs], confidence)
             for ours, theirs in pairs
         ]
-        asked = [each.p for each in compared if each.p is not None]
-        adjusted = iter(differences.holm(asked))
-        for (ours, theirs), each in zip(pairs, compared, strict=True):
-            p = None if each.p is None else next(adjusted)
+        for (ours, theirs), answer in zip(
+            pairs, _decided(compared, confidence, *_words(correct)), strict=True
+        ):
             titles = [runs.parse(name).title for name in (ours, theirs)]
-            found.append(
-                {
-                    "question": f"{question}? {titles[0]}, over {_lower(titles[1])}:",
-                    "run": ours,
-                    "against": theirs,
-                    **vars(each),
-                    "asked": len(asked),
-                    "p_adjusted": p,
-                    **verdict(each, p, len(asked), correct[ours].shape, confidence),
-                }
-            )
+            asked = f"{question}? {titles[0]}, over {_lower(titles[1])}:"
+            found.append({"question": asked, "run": ours, "against": theirs, **answer})
     return found
+
+
+def answers_over_splits(
+    answered: Sequence[Sequence[Mapping[str, Any]]], confidence: float
+) -> list[dict[str, Any]]:
+    """The questions that several splits have answered, with intervals over splits.
+
+    Args:
+      answered: `answers` of each split, of the same runs.
+      confidence: of the intervals.
+
+    Returns:
+      as `answers`.
+    """
+    by_question: dict[str, list[tuple[dict, differences.Difference]]] = {}
+    for same in zip(*answered, strict=True):
+        values = np.asarray([each["mean"] for each in same])
+        about = {key: same[0][key] for key in ("question", "run", "against")}
+        compared = differences.over_splits(values, confidence)
+        family = about["question"].split("?")[0]
+        by_question.setdefault(family, []).append((about, compared))
+    splits = len(answered)
+    same = "one split only" if splits == 1 else f"the same on all {splits} splits"
+    few = f" {splits} splits can tell little." if splits < _FEW_SPLITS else ""
+    return [
+        {**about, **answer}
+        for pairs in by_question.values()
+        for (about, _), answer in zip(
+            pairs, _decided([x for _, x in pairs], confidence, same, few), strict=True
+        )
+    ]
+
+
+def _words(correct: Correct) -> tuple[str, str]:
+    """Why there is no interval where there is none; that there is little to go by."""
+    seeds, images = next(iter(correct.values())).shape
+    same = "one seed only" if seeds == 1 else f"the same with all {seeds} seeds"
+    if seeds >= _FEW_SEEDS and images >= _FEW_IMAGES:
+        return same, ""
+    return same, f" {seeds} seeds and {images} test images can tell little."
+
+
+def _decided(
+    compared: Sequence[differences.Difference], confidence: float, same: str, few: str
+) -> list[dict[str, Any]]:
+    """The fields of each answer to one question, corrected for asking all of them."""
+    known = [each.p for each in compared if each.p is not None]
+    adjusted = iter(differences.holm(known))
+    decided = []
+    for each in compared:
+        p = None if each.p is None else next(adjusted)
+        said = verdict(each, p, len(known), confidence, same=same, few=few)
+        decided.append({**vars(each), "asked": len(known), "p_adjusted": p, **said})
+    return decided
 
 
 def verdict(
     found: differences.Difference,
     p_adjusted: float | None,
     asked: int,
-    shape: tuple[int, int],
     confidence: float,
+    *,
+    same: str = "without spread",
+    few: str = "",
 ) -> dict[str, str]:
     """`verdict` and `sentence` of a difference.
 
@@ -110,21 +157,17 @@ def verdict(
       found: the difference.
       p_adjusted: its p-value after the correction; None: it cannot be known.
       asked: how often the question is asked.
-      shape: number of seeds, number of test images.
       confidence: of the interval.
+      same: why there is no interval, where there is none.
+      few: a sentence to add.
     """
-    seeds, images = shape
     points = f"{100 * found.mean:+.1f} points"
     if p_adjusted is None:
-        why = "one seed only" if seeds == 1 else f"the same with all {seeds} seeds"
-        return {"verdict": "unclear", "sentence": f"Unclear: {points}, {why}."}
+        return _sentence("unclear", f"Unclear: {points}, {same}.")
     interval = (
         f"{points} ({confidence:.0%} interval {100 * found.low:+.1f} to "
         f"{100 * found.high:+.1f})"
     )
-    few = ""
-    if seeds < _FEW_SEEDS or images < _FEW_IMAGES:
-        few = f" {seeds} seeds and {images} test images can tell little."
     significant = p_adjusted < 1 - confidence
     if found.low <= 0 <= found.high:
         return _sentence("unclear", f"No evidence either way: {interval}.{few}")

@@ -75,6 +75,25 @@ def paired(
     return Difference(mean, float(low), float(high), float(p))
 
 
+def over_splits(values: Float[np.ndarray, " N"], confidence: float) -> Difference:
+    """The mean of one difference in each of N splits, with Student's interval.
+
+    Returns:
+      without an interval if there is one split, or if all values are the same.
+    """
+    from scipy import stats  # takes a second to import
+
+    mean, error = float(values.mean()), 0.0
+    if len(values) > 1:
+        error = float(stats.sem(values))
+    if error <= np.finfo(np.float64).eps:  # rounding is no spread
+        return Difference(mean)
+    freedom = len(values) - 1
+    low, high = stats.t.interval(confidence, freedom, loc=mean, scale=error)
+    p = 2 * stats.t.sf(abs(mean) / error, freedom)
+    return Difference(mean, float(low), float(high), float(p))
+
+
 def standard_error(difference: Float[np.ndarray, "S T"]) -> tuple[float, float]:
     """The standard error of the mean over random seeds and images; degrees of freedom.
 

@@ -1,0 +1,211 @@
+"""`mvc-jax repeat`: one run with several seeds, and what holds over all of them.
+
+A seed draws its own split of the data, base, generator and classifiers: it is a run of
+its own, in a folder of its own. An interval over the classifiers of one split does not
+know how much splits differ; one over splits does.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath, epy
+
+from mvc_jax import files, stage
+from mvc_jax.command import command_line, run_config
+from mvc_jax.errors import UserError
+
+with epy.lazy_imports():
+    from mvc_jax.classification import comparisons
+
+Program = Callable[[list[str]], int]  # takes a command line, returns its exit code
+_HELP = """The same run with several seeds, each in a folder of its own:
+    mvc-jax repeat --seeds=0,1,2 --config=configs/digits.py --workdir=runs/splits
+makes runs/splits/seed-0, seed-1 and seed-2, and compares them in
+runs/splits/splits.html. The other flags are those of a single run (`mvc-jax --help`).
+What was stopped is resumed, and a seed is added, by the same command.
+"""
+
+
+def run(argv: Sequence[str], program: Program) -> int:
+    """Runs the program once for each seed, then compares.
+
+    Args:
+      argv: the name of the program, "repeat", and its flags: `--seeds=0,1,2`,
+        `--workdir=FOLDER`, and those of a single run, for all.
+      program: what a single run is.
+
+    Returns:
+      the exit code of the first run that did not succeed, else 0.
+
+    Raises:
+      UserError: a flag is wrong, or the runs have different settings.
+    """
+    seeds, flags = _parse_seeds(argv[2:])
+    words = [x for x in flags if not x.lstrip("-").startswith("workdir=")]
+    workdir = command_line.parse([argv[0], *flags], about=_HELP).workdir
+    folders = {seed: workdir / f"seed-{seed}" for seed in seeds}
+    for seed, folder in folders.items():
+        own = [f"--workdir={folder}", f"--config.seed={seed}"]
+        code = program([argv[0], *_with_config(words, folder), *own])
+        if code:
+            return code
+    if "--dry_run" in words:
+        return 0
+    finished = {x: f for x, f in folders.items() if stage.is_complete(f, "evaluate")}
+    if len(finished) < len(folders):
+        print("no comparison of the seeds: the stage evaluate was not run")
+        return 0
+    _require_same_settings(finished)
+    summary = summarise({seed: _metrics(folder) for seed, folder in finished.items()})
+    text = markdown(summary)
+    files.write_json(workdir / "splits.json", summary)
+    files.write_text(workdir / "splits.md", text)
+    files.write_text(workdir / "splits.html", _page(summary))
+    print(f"\n{text}\nreport: {workdir / 'splits.html'}")
+    return 0
+
+
+def summarise(metrics: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What holds over the splits.
+
+    Args:
+      metrics: `metrics.json` of each seed's run, all of the same settings.
+
+    Returns:
+      `seeds`; `confidence`; `rows`, accuracies by run and seed, as `evaluate` orders
+      them; `questions`, differences with intervals over splits (`over_splits`).
+    """
+    first, *_ = metrics.values()
+    asked = [each["questions"] for each in metrics.values()]
+    return {
+        "seeds": [*metrics],
+        "confidence": first["confidence"],
+        "rows": [
+            {
+                "title": rows[0]["title"],
+                "run": rows[0]["name"],
+                "accuracies": [row["accuracy"]["mean"] for row in rows],
+            }
+            for rows in zip(*(each["runs"] for each in metrics.values()), strict=True)
+        ],
+        "questions": comparisons.answers_over_splits(asked, first["confidence"]),
+    }
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The summary as two tables below its headline."""
+    seeds = summary["seeds"]
+    lines = [f"# {len(seeds)} splits", ""]
+    for each in summary["questions"][:1]:
+        lines += [f"{each['question']} {each['sentence']}", ""]
+    lines.append(
+        f"| test accuracy, % | {' | '.join(f'seed {x}' for x in seeds)} | mean |"
+    )
+    lines.append("|---|" + "---:|" * (len(seeds) + 1))
+    for row in summary["rows"]:
+        values = [*row["accuracies"], float(np.mean(row["accuracies"]))]
+        cells = " | ".join(f"{100 * value:.1f}" for value in values)
+        lines.append(f"| {row['title']} | {cells} |")
+    if summary["questions"]:
+        interval = f"{summary['confidence']:.0%} interval over splits"
+        lines += ["", f"| question | difference, points | {interval} | verdict |"]
+        lines.append("|---|---:|---:|---|")
+    for each in summary["questions"]:
+        low, high = each["low"], each["high"]
+        ends = "–" if low is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+        lines.append(
+            f"| {each['question'].rstrip(':')} | {100 * each['mean']:+.1f} | {ends} | "
+            f"{each['verdict']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _page(summary: Mapping[str, Any]) -> str:
+    import jinja2  # here, so that `train` starts fast
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(epath.Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("repeat.html.j2").render(**summary)
+
+
+def _metrics(folder: epath.Path) -> dict[str, Any]:
+    return files.read_json(folder / "evaluate" / "metrics.json")
+
+
+def _parse_seeds(flags: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Takes `--seeds` out of the flags; refuses those that a repetition sets itself.
+
+    Raises:
+      UserError: the seeds are not distinct numbers; or a flag is one of a single run.
+    """
+    text, rest = "0,1,2", []
+    for flag in flags:
+        name, equals, value = flag.lstrip("-").partition("=")
+        if name == "seeds":
+            text = value
+        elif name in ("config.seed", "from"):
+            raise UserError(
+                f"--{name}",
+                wanted="a flag of all seeds alike",
+                got=flag,
+                fix="Choose the seeds by --seeds=0,1,2."
+                if name != "from"
+                else "Leave it out: every seed makes its own stages.",
+            )
+        elif name == "workdir" and not equals:
+            raise UserError(
+                "--workdir",
+                wanted="--workdir=FOLDER",
+                got=flag,
+                fix="Write it with the equals sign.",
+            )
+        else:
+            rest.append(flag)
+    seeds = text.split(",")
+    numbers = [int(x) for x in seeds if re.fullmatch(r"\s*\d+\s*", x)]
+    if len(numbers) < len(seeds) or len({*numbers}) < len(numbers):
+        raise UserError(
+            "--seeds",
+            wanted="different whole numbers, separated by commas",
+            got=repr(text),
+            fix="Write e.g. --seeds=0,1,2.",
+        )
+    return numbers, rest
+
+
+def _with_config(flags: Sequence[str], folder: epath.Path) -> list[str]:
+    """The flags of a seed's run: a new one starts from the config of an earlier one."""
+    has_config = any(re.match("--?config(=|$)", flag) for flag in flags)
+    if has_config or run_config.path_in(folder).exists():
+        return [*flags]
+    for other in files.matching(folder.parent, "seed-*"):
+        if run_config.path_in(other).exists():
+            return [f"--config={run_config.path_in(other)}", *flags]
+    return [*flags]
+
+
+def _require_same_settings(folders: Mapping[int, epath.Path]) -> None:
+    """Checks that the runs differ in their seed alone.
+
+    Raises:
+      UserError: they do not.
+    """
+    configs = {x: files.read_json(run_config.path_in(f)) for x, f in folders.items()}
+    (first, config), *others = configs.items()
+    for seed, other in others:
+        lines = stage.differences(other, config)
+        lines = [x for x in lines if not x.startswith("seed:")]
+        if lines:
+            raise UserError(
+                str(folders[seed]),
+                wanted=f"the settings of {folders[first]}, but for the seed",
+                got=f"others ({'; '.join(lines)})",
+                fix="Pass these fields to `repeat`, or choose a new --workdir.",
+            )
