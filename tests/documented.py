@@ -33,6 +33,7 @@ SHORT = (
 SHORTENED = (
     # Another seed is another program for every stage: minutes of compilation.
     ("--config.seed=1", ["--config.stages=caption"]),
+    ("mvc-jax repeat", ["--config.stages=caption"]),
     # Its companions are trained in test_companions and drawn in test_ablation.
     ("digits.py:ablation", ["--config.stages=caption"]),
     # 4 GB of Stable Diffusion from the hub.
@@ -60,19 +61,23 @@ def commands() -> Iterator[list[str]]:
 
 
 def train_flags(words: list[str]) -> list[str] | None:
-    """The flags that a command passes to `train`; None if it does not run it."""
+    """The flags of a single run in a command; None if it runs none."""
     runs = "mvc_jax.train" in words or "mvc-jax" in words or "launch/demo.sh" in words
-    return [word for word in words if word.startswith("--")] if runs else None
+    flags = [word for word in words if word.startswith("--")]
+    return [word for word in flags if not word.startswith("--seeds")] if runs else None
 
 
 def train_arguments(words: list[str]) -> list[str] | None:
-    """The flags of a command that can run here, shortened; else None."""
+    """The arguments of a command that can run here, shortened; else None."""
     flags = train_flags(words)
-    if flags is None or "mvc_jax.train" not in words:  # demo.sh installs packages
+    if flags is None or "launch/demo.sh" in words:  # which installs packages
         return None
     line = " ".join(words)
     more = next(more for part, more in SHORTENED if part in line)
     if more is None:
         return None
     short = [f"--config.{x}" for x in SHORT] if "configs/digits.py" in line else []
-    return [*flags, *short, *more]
+    repeated = [
+        word for word in words if word == "repeat" or word.startswith("--seeds")
+    ]
+    return [*repeated, *flags, *short, *more]
