@@ -439,6 +439,7 @@ def test_edited_captions_are_used(run, tmp_path):
         ("data.resample=nearest", "lanczos or area"),
         ("data.window=9,3", "config.data.window"),
         ("data.prompt=a photo", "{label}"),
+        ("data.prompt={caption:.40}, a {label}", "config.data.prompt"),
         ("data.per_class=9", "config.data.per_class"),
         ("caption.captioner=clip", "blip2 or flax or file or template or attributes"),
         ("caption.template={caption}", "config.caption.template"),

@@ -105,6 +105,9 @@ def test_templates(template, with_caption, without):
         "{ label }",
         "{{label}}",
         "{label} {{caption}}",
+        "{caption:.40}, a photo of {label}",
+        "{caption!s}, a photo of {label}",
+        "{caption.upper}, a photo of {label}",
     ],
 )
 def test_a_template_has_the_label_and_known_fields_written_plainly(template):
