@@ -24,6 +24,7 @@ __all__ = ["FIELDS", "apply_preset", "fast", "get_config"]
 __all__ += ["parse_argument", "whole_number", "choice"]  # for the other configs
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
+SPACINGS = ("auto", "trailing", "leading", "linspace")  # diffusion/timesteps.py
 ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")  # those of models/attention.py
 DTYPES = ("auto", "float32", "bfloat16")
 _MAX_BATCH = 10**6
@@ -569,6 +570,12 @@ _GENERATE = Section(
             "of the sampler",
             999,
             hint="The model has 1000 training timesteps; the default is 50.",
+        ),
+        "timestep_spacing": one_of(
+            "auto",
+            SPACINGS,
+            "of the sampler, as diffusers names them; auto: trailing, which starts in "
+            "noise, or in a workdir older than this field what it began with",
         ),
         "text_scale": _scale(7.5, "s_T of InstructPix2Pix, guidance by the text"),
         "text_scale_most": _scale_most("text_scale"),

@@ -20,6 +20,7 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax import files
+from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Spec, open_stage
 from mvc_jax.work import Sizes, Work
@@ -76,9 +77,11 @@ _MEMORY_HINT = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks that the warm-up of `finetune` ends, and the targets of adapters."""
-    section, base = config.finetune.to_dict(), config.base
+    """Checks the warm-up of `finetune`, its samples, and the targets of adapters."""
+    section, base, draws = config.finetune.to_dict(), config.base, config.generate
     require_at_most("config.finetune", section, "warmup", "steps")
+    if section["sample_every"]:
+        timesteps.require_noise(draws.sampler, draws.steps, draws.timestep_spacing)
     if section["mode"] == "lora" and base.path:
         if pipeline_folder.is_hub_name(base.path):
             return  # its layers are known after the download
@@ -482,6 +485,7 @@ def make_gallery(
         options.steps,
         alphas_cumprod=model.alphas_cumprod,
         prediction_type=model.prediction_type,
+        spacing=options.timestep_spacing,
     )
     key = rng.purpose_key(config.seed, "finetune/samples")
     shape = (*cache.moments.shape[1:3], model.latent_channels)

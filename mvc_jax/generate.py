@@ -66,6 +66,7 @@ _GROWS = ("generate.include_real", "generate.folder")
 def check(config: ConfigDict) -> None:
     """Checks the section `generate`."""
     section = config.generate
+    timesteps.require_noise(section.sampler, section.steps, section.timestep_spacing)
     names = {*section.sets}
     if section.conditioning != "all":  # which leaves out what cannot be drawn
         names |= {*conditionings.parse_names(section.conditioning)}
@@ -88,7 +89,10 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     sets, side = len(section.sets), config.data.size
     images = section.limit or sets * sizes.recipes
     each = timesteps.evaluations(
-        section.sampler, section.steps, tuple(section.guidance_interval)
+        section.sampler,
+        section.steps,
+        tuple(section.guidance_interval),
+        section.timestep_spacing,
     )
     written = images + (sets * sizes.images if section.include_real else 0)
     stored = section.size if section.size > 0 else side
@@ -118,22 +122,28 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
             * (3 * base.unet_bytes(side) + 4 * 3 * side**2),
         },
         lower=("generate.batch_size", "generate.shard_size"),
+        remark=timesteps.start_in_words(
+            section.sampler, section.steps, section.timestep_spacing
+        ),
     )
 
 
 def stage_spec(config: ConfigDict) -> Spec:
     """What the sets depend on; images can be added to them."""
     section = config.generate.to_dict()
+    section["timestep_spacing"] = timesteps.named(section["timestep_spacing"])
     settings = {
         "seed": config.seed,
         "data": config.data.to_dict(),
         "base": config.base.to_dict(),
         "generate": {k: v for k, v in section.items() if k not in _NO_RESULT},
     }
+    spacing = timesteps.EARLIER[section["sampler"]]
     return Spec(
         "generate",
         settings,
         inputs=("finetune", "mix"),
+        earlier={"generate.timestep_spacing": spacing},
         grows=_GROWS,
         grows_with=("mix",),
         restores=("*/data/*.parquet", "*/removed.png"),
@@ -261,6 +271,7 @@ def open_sampler(
     settings = image_sampler.Settings(
         sampler=section.sampler,
         steps=section.steps,
+        spacing=section.timestep_spacing,
         guidance_interval=tuple(section.guidance_interval),
         guidance_rescale=section.guidance_rescale,
         grey=train.grey,
@@ -414,6 +425,7 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
         image_scale=(section.image_scale, section.image_scale_most),
         sampler=section.sampler,
         steps=section.steps,
+        spacing=timesteps.named(section.timestep_spacing),
         guidance_interval=tuple(section.guidance_interval),
         guidance_rescale=section.guidance_rescale,
         filters=dataset_card.filters_in_words(

@@ -73,6 +73,8 @@ class Spec:
       grows_with: those of `inputs` with which it grows (rule 8).
       restores: patterns of the artifacts that it makes again when they were damaged
         (rule 6), and that nobody edits.
+      earlier: dotted setting -> what a stage was made with whose record lacks it, as it
+        is newer; by default that is the field's default.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Spec:
     grows: Sequence[str] = ()
     grows_with: Sequence[str] = ()
     restores: Sequence[str] = ()
+    earlier: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "settings", _as_on_disk(self.settings))
@@ -387,7 +390,7 @@ def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) ->
         if not path.exists():
             continue
         record = _read(path)
-        lines = differences(spec.settings, record["settings"])
+        lines = differences(spec.settings, record["settings"], earlier=spec.earlier)
         larger = [
             f"{name}:"
             for name in spec.grows
@@ -420,10 +423,15 @@ def way_out(*names: str) -> str:
 
 def recorded_inputs(workdir: epath.PathLike, name: str) -> set[str]:
     """Names of the stages that a stage read; empty without a record of it."""
+    return {*recorded(workdir, name).get("inputs", ())}
+
+
+def recorded(workdir: epath.PathLike, name: str) -> dict[str, Any]:
+    """The record of a stage, finished or not; {} without one that can be read."""
     for file in (_FINISHED, _STARTED):
         with contextlib.suppress(OSError, UserError):
-            return {*_read(epath.Path(workdir) / name / file)["inputs"]}
-    return set()
+            return _read(epath.Path(workdir) / name / file)
+    return {}
 
 
 def is_complete(workdir: epath.PathLike, name: str) -> bool:
@@ -449,18 +457,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
+def differences(
+    new: Any, old: Any, prefix: str = "", *, earlier: Mapping[str, Any] | None = None
+) -> list[str]:
     """One line `field: old -> new` for each leaf in which two nested dicts differ.
 
-    A config field that the old dict lacks, since it is newer, had its default value.
+    A config field that the old dict lacks, since it is newer, had its value in
+    `earlier`, or else its default.
     """
     if not (isinstance(new, dict) and isinstance(old, dict)):
         return [] if new == old else [f"{prefix}: {old!r} -> {new!r}"]
-    lines = []
+    known, lines = earlier or {}, []
     for key in sorted({*new, *old}):
         inner = f"{prefix}.{key}" if prefix else key
-        before = old[key] if key in old else _default(inner)
-        lines += differences(new.get(key, _NONE), before, inner)
+        before = old[key] if key in old else known.get(inner, _default(inner))
+        lines += differences(new.get(key, _NONE), before, inner, earlier=known)
     return lines
 
 

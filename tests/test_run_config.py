@@ -10,6 +10,7 @@ from test_redo import content
 from mvc_jax import files, train
 from mvc_jax.command import command_line, run_config
 from mvc_jax.configs import common, digits
+from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 
@@ -130,6 +131,37 @@ def test_fields_that_are_newer_than_the_file_have_their_defaults(run, kept, work
     assert run() == 0
     assert worked == []
     assert type(run_config.read(kept.parent).generate.text_scale) is float
+
+
+def test_a_set_that_is_older_than_its_spacing_goes_on_as_it_began(run, kept, worked):
+    """Finished or not, and whatever the default has become."""
+    up_to = [*train.STAGES[: train.STAGES.index("generate") + 1]]
+    only = f"--config.stages={','.join(up_to)}"
+    spacing = "--config.generate.timestep_spacing"
+    path = kept.parent / "generate" / "manifest.json"
+    assert run(*FLAGS, only) == 0 and worked == up_to
+    assert files.read_json(path)["settings"]["generate"]["timestep_spacing"] == (
+        timesteps.DEFAULT
+    )
+    for file in (kept, path):  # as a version wrote them that had no such field
+        record = files.read_json(file)
+        del record.get("settings", record)["generate"]["timestep_spacing"]
+        files.write_json(file, record)
+    old = path.read_bytes()
+    worked.clear()
+    assert run_config.read(kept.parent).generate.timestep_spacing == "leading"
+    assert (
+        run(only) == run(*FLAGS, only) == run(*FLAGS, only, f"{spacing}=leading") == 0
+    )
+    assert worked == [] and path.read_bytes() == old
+    assert run(*FLAGS, only, f"{spacing}=trailing") == 2
+    assert run(*FLAGS, only, "--config.mix.per_image=9") == 0
+    assert worked == ["mix", "generate"]
+    grown = files.read_json(path)["settings"]["generate"]["timestep_spacing"]
+    assert grown == "leading"  # of all its images
+    assert run(*FLAGS, only, "--config.mix.per_image=9", "--redo=generate") == 0
+    made = files.read_json(path)["settings"]["generate"]["timestep_spacing"]
+    assert made == timesteps.DEFAULT
 
 
 DAMAGED = {

@@ -379,6 +379,13 @@ def test_a_field_that_is_newer_than_a_stage_had_its_default(tmp_path):
     assert stage.read_manifest(tmp_path, "mix") == known
 
 
+def test_a_newer_field_may_have_had_another_value_than_its_default():
+    new, old = {"generate": {"timestep_spacing": "leading"}}, {"generate": {}}
+    earlier = {"generate.timestep_spacing": "leading"}
+    assert differences(new, old, earlier=earlier) == []
+    assert differences(new, old) == ["generate.timestep_spacing: 'auto' -> 'leading'"]
+
+
 def test_a_parquet_file_that_the_stage_did_not_write_is_named(tmp_path):
     opened = open_stage(tmp_path, Spec("generate", {}))
     files.write_text(opened.folder / "mixed/data/train-00000.parquet", "rows")

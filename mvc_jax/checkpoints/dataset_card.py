@@ -90,6 +90,7 @@ def in_words(
     image_scale: tuple[float, float],
     sampler: str,
     steps: int,
+    spacing: str,
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
     filters: str,
@@ -105,6 +106,7 @@ def in_words(
       image_scale: minimum and maximum guidance scale of the image.
       sampler: its name.
       steps: of the sampler.
+      spacing: of its timesteps, as diffusers names it.
       guidance_interval: fractions of the training timesteps with guidance.
       guidance_rescale: of the guided prediction.
       filters: from `filters_in_words`.
@@ -118,7 +120,7 @@ def in_words(
     if per_image is not None:
         words["text scale"] = _span(*text_scale)
         words["image scale"] = _span(*image_scale)
-    words["sampler"] = f"{sampler}, {steps} steps"
+    words["sampler"] = f"{sampler}, {steps} steps, {spacing} timesteps"
     words["guidance interval"] = _span(*guidance_interval)
     words["guidance rescale"] = f"{guidance_rescale:g}"
     if filters:

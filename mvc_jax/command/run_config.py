@@ -7,13 +7,15 @@ command does, not what the workdir is made of, so they have their defaults there
 
 import contextlib
 import importlib.util
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import configs, files
+from mvc_jax import configs, files, stage
 from mvc_jax.configs import common, fields
+from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError
 
 DEFAULT = "configs/digits.py"
@@ -58,6 +60,35 @@ def read(workdir: epath.PathLike) -> ConfigDict | None:
     return None
 
 
+def as_begun(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    redo: Collection[str] = (),
+    source: epath.PathLike | None = None,
+) -> ConfigDict:
+    """The config with what `auto` stands for in stages that are older than its field.
+
+    So they count as unchanged, and go on as they began.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      redo: stages that are made again, for which it is the default.
+      source: another workdir, from which stages may be taken over.
+    """
+    if config.generate.timestep_spacing != timesteps.AUTO or "generate" in redo:
+        return config
+    folders = [workdir] if source is None else [workdir, source]
+    records = (stage.recorded(folder, "generate") for folder in folders)
+    settings = next((r["settings"]["generate"] for r in records if r), None)
+    if settings is None or "timestep_spacing" in settings:
+        return config
+    config = config.copy_and_resolve_references()
+    config.generate.timestep_spacing = timesteps.EARLIER[settings["sampler"]]
+    return config.lock()
+
+
 def _load_python(path_and_argument: str) -> ConfigDict:
     """Calls `get_config(argument)` of a file."""
     path, _, argument = path_and_argument.partition(":")
@@ -95,7 +126,10 @@ def _load_python(path_and_argument: str) -> ConfigDict:
 
 
 def _load_json(path: epath.Path) -> ConfigDict:
-    """Reads what `write` wrote; fields that are newer than the file have defaults."""
+    """Reads what `write` wrote; fields that are newer than the file have defaults.
+
+    Where the default is not what was done without the field, they have that instead.
+    """
     try:
         values = files.read_json(path)
     except FileNotFoundError as error:
@@ -103,6 +137,11 @@ def _load_json(path: epath.Path) -> ConfigDict:
     except (OSError, ValueError, RecursionError) as error:
         why = f"a damaged file ({error})"
         raise _error(path, "the JSON that a run wrote", why) from error
+    with contextlib.suppress(
+        LookupError, TypeError, AttributeError
+    ):  # `_merge` says it
+        section = values["generate"]
+        section.setdefault("timestep_spacing", timesteps.EARLIER[section["sampler"]])
     config = ConfigDict(_merge(common.FIELDS, values, path))
     for name in _OF_A_COMMAND:
         default = common.FIELDS.flat()[name].default
