@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import decode, splits
+from mvc_jax.data import captions, decode, splits
 from mvc_jax.metrics import statistics
 from mvc_jax.screening import distances, removed
 from mvc_jax.stage import Spec, open_stage, read_manifest
@@ -96,7 +96,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             resample=config.data.resample,
         ),
         "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),
-        "notes": _notes(classify["seeds"], workdir / "caption"),
+        "notes": _cut_captions(workdir / "encode")
+        + _notes(classify["seeds"], workdir / "caption"),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
     stage.finish(["metrics.json"], runs=len(results))
@@ -287,6 +288,12 @@ def _filters(
         return {}
     counts = {name: removed.count(removed.read(generate / name)) for name in names}
     return {"facts": files.read_json(generate / removed.FACTS), "sets": counts}
+
+
+def _cut_captions(encode: epath.Path) -> list[str]:
+    """Returns how many captions did not fit into their prompts, as sentences."""
+    cut = captions.cut_by_class(files.read_jsonl(encode / "prompts.jsonl"))
+    return [f"{captions.counted(cut, kept)}." for kept in cut if cut[kept]]
 
 
 def _notes(seeds: int, caption: epath.Path) -> list[str]:
