@@ -436,6 +436,12 @@ _MIX = Section(
             "class", ("class", "any"), "whether partners are of the same class"
         ),
         "partners": count(1, "m: partners per image", 10_000, hint="The paper uses 1."),
+        "partner_prompt": one_of(
+            "auto",
+            ("auto", "other", "any"),
+            "other: partners of another prompt are preferred, as mixing equal ones "
+            "changes nothing; auto: other, or in a workdir older than this field any",
+        ),
         "dims": Field(
             8,
             "d: text dims that fine mixing replaces; supplement: below 10",

@@ -87,7 +87,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             _row(name, results, test.labels, len(test.class_names), confidence)
             for name in results
         ],
-        "questions": _answers(results, confidence),
+        "questions": _with_unchanged(
+            _answers(results, confidence), read_manifest(workdir, "mix")["counts"]
+        ),
         "sets": _describe_sets(
             workdir / "generate",
             set_names,
@@ -204,6 +206,24 @@ def _answers(results: dict[str, dict], confidence: float) -> list[dict[str, Any]
                 }
             )
     return answers
+
+
+def _with_unchanged(
+    answers: list[dict[str, Any]], recipes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Adds how much of the sets is the same, where mixing is compared with none."""
+    unchanged = recipes.get("unchanged", 0)  # not counted by older versions
+    if not unchanged:
+        return answers
+    remark = (
+        f" {unchanged} of the {recipes['recipes']} recipes change nothing: these images "
+        "are the same in both sets."
+    )
+    about_mixing = [each["against"].startswith("combined:unmixed") for each in answers]
+    return [
+        {**each, "sentence": each["sentence"] + remark} if is_about else each
+        for each, is_about in zip(answers, about_mixing, strict=True)
+    ]
 
 
 def _verdict(difference: dict[str, Any], confidence: float) -> dict[str, str]:

@@ -35,6 +35,7 @@ from mvc_jax.stage import (
     Stage,
     is_complete,
     open_stage,
+    read_manifest,
     require_inputs,
 )
 from mvc_jax.training.console import Progress
@@ -388,7 +389,11 @@ def finish_set(
         size=f"as the real images, at most {config.data.size} pixels along a side"
         if side < 0
         else f"{side} x {side} pixels",
-        settings={**settings_in_words(config, name), "weights": store.model},
+        settings={
+            **settings_in_words(config, name),
+            **unchanged_in_words(workdir, name),
+            "weights": store.model,
+        },
         redrawn=Counter(note["reason"] for note in notes if note["kept"]),
         left_out=left_out,
         base=config.base.path or "made by the stage pretrain",
@@ -415,6 +420,7 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
         dims_on=mix.dims_on,
         partners=mix.partners,
         partner=mix.partner,
+        prefers_other_prompts=mix.partner_prompt != "any",
     )
     mixes = conditionings.CONDITIONINGS[name].partners is None and not mix.file
     return dataset_card.in_words(
@@ -439,6 +445,20 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
             outliers_quantile=filters.outliers_quantile,
         ),
     )
+
+
+def unchanged_in_words(workdir: epath.Path, name: str) -> dict[str, str]:
+    """How many recipes change nothing, for the card of a set that mixes.
+
+    Empty where a version of `mix` made them that did not count them.
+    """
+    counts = read_manifest(workdir, "mix")["counts"]
+    if conditionings.CONDITIONINGS[name].partners is not None:
+        return {}
+    if "unchanged" not in counts:
+        return {}
+    words = f"{counts['unchanged']} of {counts['recipes']}"
+    return {"recipes that change nothing": words}
 
 
 def restore_pictures(stage: Stage, section: ConfigDict) -> None:

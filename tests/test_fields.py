@@ -197,6 +197,7 @@ def test_choices_are_those_of_the_rooms():
         "mix.dims_on": recipes.DIMS_ON,
         "mix.modes": recipes.MODES,
         "mix.partner": recipes.PARTNERS,
+        "mix.partner_prompt": ("auto", *recipes.PARTNER_PROMPTS),
         "mix.positions": recipes.POSITIONS,
     }
     for name, choices in rooms.items():

@@ -133,35 +133,43 @@ def test_fields_that_are_newer_than_the_file_have_their_defaults(run, kept, work
     assert type(run_config.read(kept.parent).generate.text_scale) is float
 
 
-def test_a_set_that_is_older_than_its_spacing_goes_on_as_it_began(run, kept, worked):
-    """Finished or not, and whatever the default has become."""
+def test_stages_that_are_older_than_a_field_go_on_as_they_began(run, kept, worked):
+    """Whatever the default of the field has become."""
     up_to = [*train.STAGES[: train.STAGES.index("generate") + 1]]
     only = f"--config.stages={','.join(up_to)}"
     spacing = "--config.generate.timestep_spacing"
-    path = kept.parent / "generate" / "manifest.json"
+    fields = {"mix": "partner_prompt", "generate": "timestep_spacing"}
+
+    def recorded():
+        records = {name: kept.parent / name / "manifest.json" for name in fields}
+        found = {n: files.read_json(p)["settings"][n] for n, p in records.items()}
+        return {name: found[name].get(field) for name, field in fields.items()}
+
+    assert run(*FLAGS, f"--config.stages={','.join(up_to[:-1])}") == 0
+    for file in (kept, kept.parent / "mix" / "manifest.json"):
+        remove(file, "mix", "partner_prompt")  # as a version wrote it without the field
     assert run(*FLAGS, only) == 0 and worked == up_to
-    assert files.read_json(path)["settings"]["generate"]["timestep_spacing"] == (
-        timesteps.DEFAULT
-    )
-    for file in (kept, path):  # as a version wrote them that had no such field
-        record = files.read_json(file)
-        del record.get("settings", record)["generate"]["timestep_spacing"]
-        files.write_json(file, record)
-    old = path.read_bytes()
+    for file in (kept, kept.parent / "generate" / "manifest.json"):
+        remove(file, "generate", "timestep_spacing")
     worked.clear()
-    assert run_config.read(kept.parent).generate.timestep_spacing == "leading"
+    old = run_config.read(kept.parent)
+    assert (old.generate.timestep_spacing, old.mix.partner_prompt) == ("leading", "any")
     assert (
         run(only) == run(*FLAGS, only) == run(*FLAGS, only, f"{spacing}=leading") == 0
     )
-    assert worked == [] and path.read_bytes() == old
+    assert worked == [] and recorded() == {"mix": None, "generate": None}
     assert run(*FLAGS, only, f"{spacing}=trailing") == 2
-    assert run(*FLAGS, only, "--config.mix.per_image=9") == 0
-    assert worked == ["mix", "generate"]
-    grown = files.read_json(path)["settings"]["generate"]["timestep_spacing"]
-    assert grown == "leading"  # of all its images
-    assert run(*FLAGS, only, "--config.mix.per_image=9", "--redo=generate") == 0
-    made = files.read_json(path)["settings"]["generate"]["timestep_spacing"]
-    assert made == timesteps.DEFAULT
+    grown = (*FLAGS, only, "--config.mix.per_image=9")
+    assert run(*grown) == 0 and worked == ["mix", "generate"]
+    assert recorded() == {"mix": "any", "generate": "leading"}  # of all images
+    assert run(*grown, "--redo=generate") == 0
+    assert recorded() == {"mix": "any", "generate": timesteps.DEFAULT}
+
+
+def remove(file, section, field):
+    record = files.read_json(file)
+    del record.get("settings", record)[section][field]
+    files.write_json(file, record)
 
 
 DAMAGED = {

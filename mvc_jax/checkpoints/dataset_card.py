@@ -138,16 +138,19 @@ def mixing_in_words(
     dims_on: str,
     partners: int,
     partner: str,
+    prefers_other_prompts: bool,
 ) -> dict[str, str]:
     """How recipes were drawn, by name: fields of `recipes.Drawing`.
 
-    `tokens` are the minimum and the maximum number.
+    `tokens` are the minimum and the maximum number; `prefers_other_prompts` is whether
+    `partner_prompt` is `other`.
     """
     return {
         "modes, in turn": ", ".join(modes),
         "coarse mixing": f"{_span(*tokens)} tokens; which: {positions}",
         "fine mixing": f"{dims} dims; of tokens: {dims_on}",
-        "partners": f"{partners}; of class: {partner}",
+        "partners": f"{partners}; of class: {partner}; of another prompt: "
+        + ("preferred" if prefers_other_prompts else "as drawn"),
     }
 
 

@@ -7,7 +7,7 @@ command does, not what the workdir is made of, so they have their defaults there
 
 import contextlib
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from etils import epath
@@ -17,9 +17,15 @@ from mvc_jax import configs, files, stage
 from mvc_jax.configs import common, fields
 from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError
+from mvc_jax.mixing import recipes
 
 DEFAULT = "configs/digits.py"
 _FILE = "config.json"
+# A field that is `auto` -> what its section did before there was the field.
+_BEFORE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "generate.timestep_spacing": lambda section: timesteps.EARLIER[section["sampler"]],
+    "mix.partner_prompt": lambda section: recipes.EARLIER_PARTNER_PROMPT,
+}
 _OF_A_COMMAND = ("stages", "generate.limit")
 
 
@@ -77,15 +83,16 @@ def as_begun(
       redo: stages that are made again, for which it is the default.
       source: another workdir, from which stages may be taken over.
     """
-    if config.generate.timestep_spacing != timesteps.AUTO or "generate" in redo:
-        return config
-    folders = [workdir] if source is None else [workdir, source]
-    records = (stage.recorded(folder, "generate") for folder in folders)
-    settings = next((r["settings"]["generate"] for r in records if r), None)
-    if settings is None or "timestep_spacing" in settings:
-        return config
     config = config.copy_and_resolve_references()
-    config.generate.timestep_spacing = timesteps.EARLIER[settings["sampler"]]
+    folders = [workdir] if source is None else [workdir, source]
+    for name, before in _BEFORE.items():
+        section, field = name.split(".")
+        if config[section][field] != "auto" or section in redo:
+            continue
+        records = (stage.recorded(folder, section) for folder in folders)
+        settings = next((r["settings"][section] for r in records if r), None)
+        if settings is not None and field not in settings:
+            config[section][field] = before(settings)
     return config.lock()
 
 
