@@ -251,7 +251,7 @@ def test_raising_per_image_appends(encoded):
     after = (workdir / "mix" / "recipes.jsonl").read_bytes()
     assert after.startswith(before) and len(after) > len(before)
     counts = read_manifest(workdir, "mix")["counts"]
-    # Those of the only image of its class, and coarse ones with the one without caption.
+    # The only one of its class, and coarse ones with the image without a caption.
     assert counts["recipes"] == 3 * len(ROWS) and 3 <= counts["unchanged"] < 3 * 4
     with pytest.raises(UserError, match="mix.per_image: 3 -> 2"):
         run(workdir, per_image=2)

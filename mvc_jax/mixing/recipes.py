@@ -184,7 +184,7 @@ def _draw_partners(
 ) -> list[int]:
     """Up to `drawing.partners` images but the source; it if it is the only one.
 
-    With `partner_prompt` `other`, those of its own prompt only where others are too few.
+    With `partner_prompt` `other`, those of its own prompt only where others are few.
     """
     label = rows[source]["label"] if drawing.partner == "class" else None
     among = range(len(rows)) if label is None else classes[label]
