@@ -216,8 +216,8 @@ def _with_unchanged(
     if not unchanged:
         return answers
     remark = (
-        f" {unchanged} of the {recipes['recipes']} recipes change nothing: these images"
-        " are the same in both sets."
+        f" {unchanged} of the {recipes['recipes']} recipes change nothing: these "
+        "images are the same in both sets."
     )
     about_mixing = [each["against"].startswith("combined:unmixed") for each in answers]
     return [
