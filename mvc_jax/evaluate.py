@@ -202,7 +202,7 @@ def _answers(results: dict[str, dict], confidence: float) -> list[dict[str, Any]
                     "run": ours,
                     "against": theirs,
                     **difference,
-                    **_verdict(difference, confidence),
+                    **_verdict(difference, confidence, len(results[ours]["seeds"])),
                 }
             )
     return answers
@@ -226,10 +226,13 @@ def _with_unchanged(
     ]
 
 
-def _verdict(difference: dict[str, Any], confidence: float) -> dict[str, str]:
+def _verdict(
+    difference: dict[str, Any], confidence: float, seeds: int
+) -> dict[str, str]:
     points = f"{100 * difference['mean']:+.1f} points"
     if difference["low"] is None:
-        return {"verdict": "unclear", "sentence": f"Unclear: {points}, one seed only."}
+        why = "one seed only" if seeds == 1 else f"the same with all {seeds} seeds"
+        return {"verdict": "unclear", "sentence": f"Unclear: {points}, {why}."}
     interval = (
         f"{points} ({confidence:.0%} interval {100 * difference['low']:+.1f} to "
         f"{100 * difference['high']:+.1f})"

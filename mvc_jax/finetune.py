@@ -65,6 +65,11 @@ _NO_RESULT = (
     "remat",
     "accumulate",
 )
+_FEWER = "steps that were taken stay: more of them go on"
+_NOT_LONGER = (
+    "the cosine falls to 0 at the last step, so that other steps begin anew; with "
+    "finetune.schedule=constant, a model that was finished would go on"
+)
 # Activations of Stable Diffusion 1.5's step as compiled for an H100, relative to those
 # without `remat` (docs/scaling.md).
 _ACTIVATIONS = {"none": 1.0, "blocks": 0.18, "full": 0.16}
@@ -128,13 +133,20 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
 
 
 def stage_spec(config: ConfigDict) -> Spec:
-    """What the fine-tuned model depends on."""
+    """What the fine-tuned model depends on; at a constant rate it may train on."""
     settings = {
         "seed": config.seed,
         "base": config.base.to_dict(),
         "finetune": result_settings(config.finetune),
     }
-    return Spec("finetune", settings, inputs=("encode", "pairs"))
+    goes_on = config.finetune.schedule == "constant"
+    return Spec(
+        "finetune",
+        settings,
+        inputs=("encode", "pairs"),
+        grows=("finetune.steps",) if goes_on else (),
+        remarks={"finetune.steps": _FEWER if goes_on else _NOT_LONGER},
+    )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

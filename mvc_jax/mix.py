@@ -81,6 +81,7 @@ def stage_spec(config: ConfigDict) -> Spec:
         inputs=("encode",),
         grows=("mix.levels", "mix.per_image"),
         earlier={"mix.partner_prompt": recipes.EARLIER_PARTNER_PROMPT},
+        named_files={"mix.file": "mix.file_sha256"},
     )
 
 

@@ -32,6 +32,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from mvc_jax import artifacts, files
@@ -75,6 +76,9 @@ class Spec:
         (rule 6), and that nobody edits.
       earlier: dotted setting -> what a stage was made with whose record lacks it, as it
         is newer; by default that is the field's default.
+      remarks: dotted setting -> what to say where it has changed.
+      named_files: dotted setting of a user's file -> that of its sha256, by which alone
+        it is known: it may be moved, and after the stage is finished, deleted.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Spec:
     grows_with: Sequence[str] = ()
     restores: Sequence[str] = ()
     earlier: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    remarks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    named_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "settings", _as_on_disk(self.settings))
@@ -188,6 +194,12 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     found = compare(workdir, spec, inputs)
     if found.changed:
         raise found.error()
+    for path in found.deleted:
+        logging.warning(
+            "%s is no longer there; the stage %s, which is finished, was made from it",
+            path,
+            spec.name,
+        )
     hashes = {name: input_.identity for name, input_ in inputs.items()}
     digests = artifacts.digests_of(folder)
     stage = Stage(spec.name, folder, False, spec.settings, hashes, digests)
@@ -320,6 +332,7 @@ class Found:
       record: its content.
       changed: a line for each setting and input with which rule 3 or 5 applies.
       growth: a line for each with which rule 8 applies.
+      deleted: the user's files that are no longer there, which it was made from.
     """
 
     name: str
@@ -327,6 +340,7 @@ class Found:
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     changed: Sequence[str] = ()
     growth: Sequence[str] = ()
+    deleted: Sequence[str] = ()
 
     @property
     def finished(self) -> bool:
@@ -390,7 +404,8 @@ def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) ->
         if not path.exists():
             continue
         record = _read(path)
-        lines = differences(spec.settings, record["settings"], earlier=spec.earlier)
+        settings, deleted = _by_content(spec, record["settings"], file == _FINISHED)
+        lines = differences(settings, record["settings"], earlier=spec.earlier)
         larger = [
             f"{name}:"
             for name in spec.grows
@@ -398,6 +413,11 @@ def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) ->
         ]
         growth = [line for line in lines if line.startswith((*larger,))]
         changed = [line for line in lines if line not in growth]
+        changed += [
+            remark
+            for name, remark in spec.remarks.items()
+            if any(line.startswith(f"{name}:") for line in changed)
+        ]
         for name in sorted({*inputs, *record["inputs"]}):
             before, now = record["inputs"].get(name), inputs.get(name, Input(""))
             if before is not None and now.identity in (before, None):
@@ -408,7 +428,7 @@ def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) ->
                 changed.append(f"stage {name} grows")
             else:
                 changed.append(f"stage {name} was run again")
-        return Found(spec.name, path, record, changed, growth)
+        return Found(spec.name, path, record, changed, growth, deleted)
     return Found(spec.name)
 
 
@@ -475,6 +495,43 @@ def differences(
     return lines
 
 
+def _by_content(
+    spec: Spec, recorded: dict[str, Any], finished: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings with the recorded names of the user's files that are the same.
+
+    Returns:
+      these settings; the files that are no longer there, which count as the same.
+    """
+    settings, deleted = _as_on_disk(spec.settings), []
+    for path, digest in spec.named_files.items():
+        new, old = (
+            [_get(s, name) for name in (path, digest)] for s in (settings, recorded)
+        )
+        if not old[1]:
+            continue
+        gone = finished and new[0] == old[0] and new[1] == ""
+        deleted += [old[0]] if gone else []
+        if gone or new[1] == old[1]:
+            _set(settings, path, old[0])
+            _set(settings, digest, old[1])
+    return settings, deleted
+
+
+def _get(settings: Any, name: str) -> Any:
+    """A setting by its dotted name; None where there is none."""
+    for key in name.split("."):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
+
+
+def _set(settings: dict[str, Any], name: str, value: Any) -> None:
+    *above, last = name.split(".")
+    for key in above:
+        settings = settings[key]
+    settings[last] = value
+
+
 def _default(name: str) -> Any:
     """A config field's default as on disk; {} for a section, `_NONE` for others."""
     part: Any = common.FIELDS
@@ -494,10 +551,7 @@ def _start(stage: Stage) -> None:
 
 
 def _is_larger(new: dict, old: dict, field: str) -> bool:
-    *above, last = field.split(".")
-    for part in above:
-        new, old = new.get(part, {}), old.get(part, {})
-    now, before = new.get(last), old.get(last)
+    now, before = _get(new, field), _get(old, field)
     return type(now) is type(before) and isinstance(now, int) and now > before
 
 

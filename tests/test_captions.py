@@ -50,7 +50,8 @@ TAGS = ",".join(f"tag{letter}" for letter in "abcdefghijklmnopqrst")
         ("two tags," + TAGS, 19, "two tags,taga,tagb,tagc,tagd"),
         ("一" * 30, 19, "一" * 11),
         ("红色圆形、蓝色方形。绿色三角形", 16, "红色圆形、蓝色方"),
-        ("สวัสดีครับ", 10, "สวัส"),  # not between a consonant and its vowel sign
+        ("สวัสดีครับ", 12, "สวัส"),
+        ("สวัสดีครับ", 10, "ส"),  # not between a consonant and its vowel sign
         ("5" * 40 + " five", 19, "5" * 11),
         ("a " + "5" * 40, 19, "a " + "5" * 10),
         ("x " + "👨\u200d👩\u200d👧" * 3, 12, "x"),  # three persons are one picture

@@ -421,13 +421,13 @@ def test_captions_that_are_cut_and_lost_are_counted_by_class(workdir, base, capl
     config.data.prompt = "{caption} {label}"
     with caplog.at_level("INFO"):
         encode.run(config, workdir)
-    assert "4 captions were cut (one 2, photo 2) to the 16 tokens" in caplog.text
+    assert "4 captions were cut (one 2, photo 2) to the 12 tokens" in caplog.text
     counts = files.read_json(workdir / "encode" / "manifest.json")["counts"]
     assert (counts["captions_cut"], counts["captions_lost"]) == (4, 0)
     written = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     assert [row.get("caption_kept") for row in written] == ["part"] * 4 + [None] * 7
     lost = captions.cut_by_class([row | {"caption_kept": "none"} for row in written])
-    encode.report_cut_captions(lost, 16)
+    encode.report_cut_captions(lost, 12)
     assert "11 captions were lost (one 6, photo 5): the class prompt" in caplog.text
 
 

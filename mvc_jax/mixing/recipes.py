@@ -50,8 +50,8 @@ class Drawing:
       class_prompt: whether words of the class prompt may be replaced as well.
       partner: whether partners are of the same `class` or of `any`.
       partners: m, number of partners.
-      partner_prompt: whether those of an `other` prompt than the source's are preferred,
-        since mixing equal prompts changes nothing, or `any` are drawn alike.
+      partner_prompt: whether those of an `other` prompt than the source's are
+        preferred, since mixing equal prompts changes nothing, or `any` are drawn alike.
       dims: d, number of dims that fine mixing replaces.
       dims_per_token: whether each token has its own dims.
       dims_on: tokens that fine mixing applies to: `all`, or the caption's `words` (and
