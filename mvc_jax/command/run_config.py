@@ -23,8 +23,8 @@ DEFAULT = "configs/digits.py"
 _FILE = "config.json"
 # A field that is `auto` -> what its section did before there was the field.
 _BEFORE: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "generate.timestep_spacing": lambda section: timesteps.EARLIER[section["sampler"]],
-    "mix.partner_prompt": lambda section: recipes.EARLIER_PARTNER_PROMPT,
+    "generate.timestep_spacing": lambda s: timesteps.EARLIER[s.get("sampler", "ddim")],
+    "mix.partner_prompt": lambda s: recipes.EARLIER_PARTNER_PROMPT,
 }
 _OF_A_COMMAND = ("stages", "generate.limit")
 
