@@ -144,11 +144,10 @@ def _load_json(path: epath.Path) -> ConfigDict:
     except (OSError, ValueError, RecursionError) as error:
         why = f"a damaged file ({error})"
         raise _error(path, "the JSON that a run wrote", why) from error
-    with contextlib.suppress(
-        LookupError, TypeError, AttributeError
-    ):  # `_merge` says it
-        section = values["generate"]
-        section.setdefault("timestep_spacing", timesteps.EARLIER[section["sampler"]])
+    for name, before in _BEFORE.items():
+        section, field = name.split(".")
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            values[section].setdefault(field, before(values[section]))
     config = ConfigDict(_merge(common.FIELDS, values, path))
     for name in _OF_A_COMMAND:
         default = common.FIELDS.flat()[name].default
