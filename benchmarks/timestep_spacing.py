@@ -26,7 +26,6 @@ ROWS = (  # sampler, spacings, steps
     ("ddim", ("linspace",), (12, 50)),
     ("euler", ("leading", "trailing", "linspace"), (5, 12)),
     ("dpmpp_2m", ("leading", "trailing", "linspace"), (5, 12, 20)),
-    ("ddim", ("leading", "trailing"), (334, 501)),
 )
 
 
