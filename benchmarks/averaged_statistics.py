@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--schedule", choices=optim.SCHEDULES, default="constant")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     images, labels = read(arguments.data, "train", arguments.images)
@@ -47,7 +48,9 @@ def main() -> None:
         ema_decay=0.999,
     )
     tx = optim.optimizer("sgd", 1.0, weight_decay=5e-4, momentum=0.9)
-    schedule = optim.schedule("cosine", arguments.rate, warmup=0, steps=arguments.steps)
+    schedule = optim.schedule(
+        arguments.schedule, arguments.rate, warmup=0, steps=arguments.steps
+    )
     rates = jnp.asarray([schedule(step) for step in range(arguments.steps)])
     step = jax.jit(
         lambda state, batch: classifier.train_seeds(state, batch, spec=spec, tx=tx)
