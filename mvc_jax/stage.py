@@ -208,8 +208,10 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
         _start(stage)
     else:
         record = found.record
-        if not found.growth:  # without the fields that are newer than its files
-            stage.settings = record["settings"]
+        # Without the fields that are newer than its files.
+        stage.settings = record["settings"]
+        if found.growth:
+            stage.settings = _known_to(record["settings"], spec.settings)
         stage.grew_from = record.get("grew_from", [])
         if not found.finished:
             stage.earlier = record.get("earlier", {})
@@ -493,6 +495,13 @@ def differences(
         before = old[key] if key in old else known.get(inner, _default(inner))
         lines += differences(new.get(key, _NONE), before, inner, earlier=known)
     return lines
+
+
+def _known_to(record: Any, settings: Any) -> Any:
+    """Settings without the fields that a record does not have."""
+    if not (isinstance(record, dict) and isinstance(settings, dict)):
+        return settings
+    return {k: _known_to(record[k], v) for k, v in settings.items() if k in record}
 
 
 def _by_content(
