@@ -3,10 +3,10 @@
 A spacing is what PyTorch's diffusers calls `timestep_spacing` (Lin et al., arXiv
 2305.08891, table 2), with an offset of 1. It differs between its schedulers:
 
-              trailing           leading                      linspace
-  ddim        T - 1, T - 1 - T/S, ...   (S - 1) (T // S) + 1, ..., 1   T - 1, ..., 0
-  euler       the same           the same                     the same, not rounded
-  dpmpp_2m    the same           S (T // (S + 1)) + 1, ...    T - 1, ..., without 0
+              trailing       leading                         linspace
+  ddim        from T - 1     from (S - 1) (T // S) + 1       from T - 1 to 0
+  euler       the same       the same                        the same, not rounded
+  dpmpp_2m    the same       from S (T // (S + 1)) + 1       from T - 1, without 0
 
 Samples start as pure noise, so the first timestep should be one of (nearly) pure noise.
 """
@@ -139,10 +139,8 @@ def require_noise(
         for count in range(1, num_train_timesteps)
         if not _lacking_noise(sampler, count, spacing, num_train_timesteps)
     ]
-    nearest = [
-        *[n for n in fine if n < steps][-1:],
-        *[n for n in fine if n > steps][:1],
-    ]
+    fewer, more = [n for n in fine if n < steps], [n for n in fine if n > steps]
+    nearest = fewer[-1:] + more[:1]
     other = next(
         (
             f", or --config.generate.timestep_spacing={name}"
