@@ -83,6 +83,7 @@ def random_prompts(count: int) -> tuple[list[dict], np.ndarray]:
             "id": f"{i}.png",
             "label": label,
             "class_name": f"class {label}",
+            "prompt": f"{i}",
             "caption_start": 1,
             "caption_tokens": words,
             "tokens": words + CLASS_PROMPT + 2,

@@ -24,6 +24,7 @@ __all__ = ["FIELDS", "apply_preset", "fast", "get_config"]
 __all__ += ["parse_argument", "whole_number", "choice"]  # for the other configs
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
+SPACINGS = ("auto", "trailing", "leading", "linspace")  # diffusion/timesteps.py
 ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")  # those of models/attention.py
 DTYPES = ("auto", "float32", "bfloat16")
 _MAX_BATCH = 10**6
@@ -435,6 +436,12 @@ _MIX = Section(
             "class", ("class", "any"), "whether partners are of the same class"
         ),
         "partners": count(1, "m: partners per image", 10_000, hint="The paper uses 1."),
+        "partner_prompt": one_of(
+            "auto",
+            ("auto", "other", "any"),
+            "other: partners of another prompt are preferred, as mixing equal ones "
+            "changes nothing; auto: other, or in a workdir older than this field any",
+        ),
         "dims": Field(
             8,
             "d: text dims that fine mixing replaces; supplement: below 10",
@@ -569,6 +576,12 @@ _GENERATE = Section(
             "of the sampler",
             999,
             hint="The model has 1000 training timesteps; the default is 50.",
+        ),
+        "timestep_spacing": one_of(
+            "auto",
+            SPACINGS,
+            "of the sampler, as diffusers names them; auto: trailing, which starts in "
+            "noise, or in a workdir older than this field what it began with",
         ),
         "text_scale": _scale(7.5, "s_T of InstructPix2Pix, guidance by the text"),
         "text_scale_most": _scale_most("text_scale"),

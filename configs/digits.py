@@ -6,7 +6,9 @@ scikit-learn's 1,797 digits, split by id: a base pool of 900 in place of web ima
 seen by the base model only; ten training images per class; all others are test. Two CPU
 cores, 2026-11-24: 373 s with an empty compilation cache, 1.6 GiB; seed 0: real only
 82.3 %, real + synthetic 85.3 %, real + affine 91.4 % (5 classifiers each); the README
-has other seeds.
+has other seeds. That was with `--config.generate.timestep_spacing=leading` and
+`--config.mix.partner_prompt=any`, the defaults of then; with those of now: not yet
+measured.
 
     python -m mvc_jax.train --config=configs/digits.py:ablation --workdir=runs/ablation
 

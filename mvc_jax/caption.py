@@ -177,12 +177,17 @@ def stage_spec(config: ConfigDict) -> Spec:
     """What images, splits and captions depend on."""
     section = config.caption.to_dict() | {"version": VERSION}
     section.pop("batch_size")  # does not change captions
-    if section["captioner"] == "file":  # the file's edits must change the settings, too
+    if section["captioner"] == "file":  # which is known by its content
         path = epath.Path(section["file"])
         section["file_sha256"] = files.sha256(path) if path.is_file() else ""
     data = config.data.to_dict()
     settings = {"seed": config.seed, "data": data, "caption": section}
-    return Spec("caption", settings, restores=("contact_sheet.png",))
+    return Spec(
+        "caption",
+        settings,
+        restores=("contact_sheet.png",),
+        named_files={"caption.file": "caption.file_sha256"},
+    )
 
 
 def _require_classes(config: ConfigDict, source: Source) -> None:

@@ -135,13 +135,27 @@ def _check_network(section: ConfigDict, size: int) -> None:
         checkpoint = classifier_checkpoint.find(found, field=field)
         network = _network(section, 2, checkpoint, dtype="float32")
         _check_size(section.model, size, network.stride)
+        _check_batch(section, size, network.stride)
         classifier_weights.check_tensors(checkpoint, network)
         return
     options = {key: section[key] for key in ("width", "stem", "stem_stride")}
     classifiers.check_options(section.model, options)
     variant = classifiers.VARIANTS[section.model]
-    _check_size(
-        section.model, size, variant.min_size(section.stem, section.stem_stride)
+    stride = variant.min_size(section.stem, section.stem_stride)
+    _check_size(section.model, size, stride)
+    _check_batch(section, size, stride)
+
+
+def _check_batch(section: ConfigDict, size: int, stride: int) -> None:
+    """Refuses batches that batch normalisation makes constant."""
+    if section.batch_size > 1 or size > stride:
+        return
+    raise UserError(
+        "config.classify.batch_size",
+        wanted=f"2 or more: {section.model} reduces {size} pixels to one, whose mean "
+        "and variance over a batch of one image say nothing",
+        got=f"{section.batch_size}",
+        fix="Raise it.",
     )
 
 

@@ -124,7 +124,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     except UserError:
         if fresh and not files.matching(stage.folder, "*/*.npy"):
             stage.abandon()  # nothing was written, so other settings may follow
-            (stage.folder / "base.json").unlink(missing_ok=True)
+            for name in ("base.json", "prompts.jsonl"):
+                (stage.folder / name).unlink(missing_ok=True)
         raise
     stage.finish(written, **counts)
 
@@ -143,15 +144,21 @@ def encode(
     base = _find_base(config, workdir, stage)
     model, _ = diffusers_layout.load(base, (), config.base.variant)
     train = splits.read_split(workdir / "caption", "train")
-    texts = captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids)
-    rows, prompts = prompt_rows(
-        model,
-        train,
-        texts,
-        template=config.data.prompt,
-        class_type=config.data.class_type,
-    )
-    files.write_jsonl(folder / "prompts.jsonl", rows)
+    listed = folder / "prompts.jsonl"
+    if not stage.digests.intact(listed):
+        rows = prompt_rows(
+            model,
+            train,
+            captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids),
+            template=config.data.prompt,
+            class_type=config.data.class_type,
+        )
+        files.write_jsonl(listed, rows)
+        stage.digests.add(listed)
+    rows = files.read_jsonl(listed)  # of the run that began, where it goes on
+    prompts = distinct_prompts(rows)
+    cut = captions.cut_by_class(rows)
+    report_cut_captions(cut, model.context_length)
 
     parts = (
         _text_part(folder, model, prompts, section.dtype),
@@ -169,7 +176,12 @@ def encode(
     logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
     shard_names = [name for part in parts for name in part.writer.names]
     written = ["base.json", "prompts.jsonl", *shard_names]
-    return written, {"images": len(train.images), "prompts": len(prompts)}
+    return written, {
+        "images": len(train.images),
+        "prompts": len(prompts),
+        "captions_cut": sum(cut["part"].values()),
+        "captions_lost": sum(cut["none"].values()),
+    }
 
 
 def _find_base(config: ConfigDict, workdir: epath.Path, stage: Stage) -> epath.Path:
@@ -263,7 +275,7 @@ def prompt_rows(
     *,
     template: str,
     class_type: str,
-) -> tuple[list[dict], list[str]]:
+) -> list[dict]:
     """Prompts of the training images, with the positions of their captions' tokens.
 
     Args:
@@ -277,8 +289,8 @@ def prompt_rows(
       rows `{"id", "label", "class_name", "prompt", "state", "caption_start",
       "caption_tokens", "tokens"}`: `state` is the index of the prompt among the
       distinct ones; the caption has `caption_tokens` tokens from `caption_start` on,
-      where BOS is token 0; `tokens` counts all tokens with BOS and EOS.
-      the distinct prompts, `""` first.
+      where BOS is token 0; `tokens` counts all tokens with BOS and EOS. Where not all
+      of a caption fits, `caption_kept` is `"part"` or `"none"`.
     """
     rows: list[dict] = []
     index_of = {"": 0}
@@ -304,8 +316,31 @@ def prompt_rows(
             "caption_tokens": model.count_tokens(prompt.caption) - 2,
             "tokens": model.count_tokens(prompt.text),
         }
+        if prompt.kept != "all":
+            row["caption_kept"] = prompt.kept
         rows.append(row)
-    return rows, list(index_of)
+    return rows
+
+
+def distinct_prompts(rows: Sequence[dict]) -> list[str]:
+    """The prompts of `prompt_rows` by their `state`, `""` first."""
+    prompts = {0: ""} | {row["state"]: row["prompt"] for row in rows}
+    return [prompts[state] for state in sorted(prompts)]
+
+
+def report_cut_captions(cut: captions.CutCaptions, length: int) -> None:
+    """Logs how many captions of each class are cut, and how many are lost."""
+    if cut["part"]:
+        logging.info(
+            "%s to the %d tokens of a prompt", captions.counted(cut, "part"), length
+        )
+    if cut["none"]:
+        logging.warning(
+            "%s: the class prompt fills the %d tokens of a prompt; shorten "
+            "config.data.prompt or the class name",
+            captions.counted(cut, "none"),
+            length,
+        )
 
 
 def _text_part(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import decode, splits
+from mvc_jax.data import captions, decode, splits
 from mvc_jax.metrics import statistics
 from mvc_jax.screening import distances, removed
 from mvc_jax.stage import Spec, open_stage, read_manifest
@@ -87,7 +87,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             _row(name, results, test.labels, len(test.class_names), confidence)
             for name in results
         ],
-        "questions": _answers(results, confidence),
+        "questions": _with_unchanged(
+            _answers(results, confidence), read_manifest(workdir, "mix")["counts"]
+        ),
         "sets": _describe_sets(
             workdir / "generate",
             set_names,
@@ -96,7 +98,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             resample=config.data.resample,
         ),
         "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),
-        "notes": _notes(classify["seeds"], workdir / "caption"),
+        "notes": _cut_captions(workdir / "encode")
+        + _notes(classify["seeds"], workdir / "caption"),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
     stage.finish(["metrics.json"], runs=len(results))
@@ -199,16 +202,37 @@ def _answers(results: dict[str, dict], confidence: float) -> list[dict[str, Any]
                     "run": ours,
                     "against": theirs,
                     **difference,
-                    **_verdict(difference, confidence),
+                    **_verdict(difference, confidence, len(results[ours]["seeds"])),
                 }
             )
     return answers
 
 
-def _verdict(difference: dict[str, Any], confidence: float) -> dict[str, str]:
+def _with_unchanged(
+    answers: list[dict[str, Any]], recipes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Adds how much of the sets is the same, where mixing is compared with none."""
+    unchanged = recipes.get("unchanged", 0)  # not counted by older versions
+    if not unchanged:
+        return answers
+    remark = (
+        f" {unchanged} of the {recipes['recipes']} recipes change nothing: these "
+        "images are the same in both sets."
+    )
+    about_mixing = [each["against"].startswith("combined:unmixed") for each in answers]
+    return [
+        {**each, "sentence": each["sentence"] + remark} if is_about else each
+        for each, is_about in zip(answers, about_mixing, strict=True)
+    ]
+
+
+def _verdict(
+    difference: dict[str, Any], confidence: float, seeds: int
+) -> dict[str, str]:
     points = f"{100 * difference['mean']:+.1f} points"
     if difference["low"] is None:
-        return {"verdict": "unclear", "sentence": f"Unclear: {points}, one seed only."}
+        why = "one seed only" if seeds == 1 else f"the same with all {seeds} seeds"
+        return {"verdict": "unclear", "sentence": f"Unclear: {points}, {why}."}
     interval = (
         f"{points} ({confidence:.0%} interval {100 * difference['low']:+.1f} to "
         f"{100 * difference['high']:+.1f})"
@@ -287,6 +311,12 @@ def _filters(
         return {}
     counts = {name: removed.count(removed.read(generate / name)) for name in names}
     return {"facts": files.read_json(generate / removed.FACTS), "sets": counts}
+
+
+def _cut_captions(encode: epath.Path) -> list[str]:
+    """Returns how many captions did not fit into their prompts, as sentences."""
+    cut = captions.cut_by_class(files.read_jsonl(encode / "prompts.jsonl"))
+    return [f"{captions.counted(cut, kept)}." for kept in cut if cut[kept]]
 
 
 def _notes(seeds: int, caption: epath.Path) -> list[str]:

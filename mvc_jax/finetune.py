@@ -20,6 +20,7 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax import files
+from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Spec, open_stage
 from mvc_jax.work import Sizes, Work
@@ -64,6 +65,11 @@ _NO_RESULT = (
     "remat",
     "accumulate",
 )
+_FEWER = "steps that were taken stay: more of them go on"
+_NOT_LONGER = (
+    "the cosine falls to 0 at the last step, so that other steps begin anew; with "
+    "finetune.schedule=constant, a model that was finished would go on"
+)
 # Activations of Stable Diffusion 1.5's step as compiled for an H100, relative to those
 # without `remat` (docs/scaling.md).
 _ACTIVATIONS = {"none": 1.0, "blocks": 0.18, "full": 0.16}
@@ -76,9 +82,11 @@ _MEMORY_HINT = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks that the warm-up of `finetune` ends, and the targets of adapters."""
-    section, base = config.finetune.to_dict(), config.base
+    """Checks the warm-up of `finetune`, its samples, and the targets of adapters."""
+    section, base, draws = config.finetune.to_dict(), config.base, config.generate
     require_at_most("config.finetune", section, "warmup", "steps")
+    if section["sample_every"]:
+        timesteps.require_noise(draws.sampler, draws.steps, draws.timestep_spacing)
     if section["mode"] == "lora" and base.path:
         if pipeline_folder.is_hub_name(base.path):
             return  # its layers are known after the download
@@ -125,13 +133,20 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
 
 
 def stage_spec(config: ConfigDict) -> Spec:
-    """What the fine-tuned model depends on."""
+    """What the fine-tuned model depends on; at a constant rate it may train on."""
     settings = {
         "seed": config.seed,
         "base": config.base.to_dict(),
         "finetune": result_settings(config.finetune),
     }
-    return Spec("finetune", settings, inputs=("encode", "pairs"))
+    goes_on = config.finetune.schedule == "constant"
+    return Spec(
+        "finetune",
+        settings,
+        inputs=("encode", "pairs"),
+        grows=("finetune.steps",) if goes_on else (),
+        remarks={"finetune.steps": _FEWER if goes_on else _NOT_LONGER},
+    )
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -482,6 +497,7 @@ def make_gallery(
         options.steps,
         alphas_cumprod=model.alphas_cumprod,
         prediction_type=model.prediction_type,
+        spacing=options.timestep_spacing,
     )
     key = rng.purpose_key(config.seed, "finetune/samples")
     shape = (*cache.moments.shape[1:3], model.latent_channels)

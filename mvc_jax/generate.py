@@ -35,6 +35,7 @@ from mvc_jax.stage import (
     Stage,
     is_complete,
     open_stage,
+    read_manifest,
     require_inputs,
 )
 from mvc_jax.training.console import Progress
@@ -66,6 +67,7 @@ _GROWS = ("generate.include_real", "generate.folder")
 def check(config: ConfigDict) -> None:
     """Checks the section `generate`."""
     section = config.generate
+    timesteps.require_noise(section.sampler, section.steps, section.timestep_spacing)
     names = {*section.sets}
     if section.conditioning != "all":  # which leaves out what cannot be drawn
         names |= {*conditionings.parse_names(section.conditioning)}
@@ -88,7 +90,10 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     sets, side = len(section.sets), config.data.size
     images = section.limit or sets * sizes.recipes
     each = timesteps.evaluations(
-        section.sampler, section.steps, tuple(section.guidance_interval)
+        section.sampler,
+        section.steps,
+        tuple(section.guidance_interval),
+        section.timestep_spacing,
     )
     written = images + (sets * sizes.images if section.include_real else 0)
     stored = section.size if section.size > 0 else side
@@ -118,22 +123,28 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
             * (3 * base.unet_bytes(side) + 4 * 3 * side**2),
         },
         lower=("generate.batch_size", "generate.shard_size"),
+        remark=timesteps.start_in_words(
+            section.sampler, section.steps, section.timestep_spacing
+        ),
     )
 
 
 def stage_spec(config: ConfigDict) -> Spec:
     """What the sets depend on; images can be added to them."""
     section = config.generate.to_dict()
+    section["timestep_spacing"] = timesteps.named(section["timestep_spacing"])
     settings = {
         "seed": config.seed,
         "data": config.data.to_dict(),
         "base": config.base.to_dict(),
         "generate": {k: v for k, v in section.items() if k not in _NO_RESULT},
     }
+    spacing = timesteps.EARLIER[section["sampler"]]
     return Spec(
         "generate",
         settings,
         inputs=("finetune", "mix"),
+        earlier={"generate.timestep_spacing": spacing},
         grows=_GROWS,
         grows_with=("mix",),
         restores=("*/data/*.parquet", "*/removed.png"),
@@ -261,6 +272,7 @@ def open_sampler(
     settings = image_sampler.Settings(
         sampler=section.sampler,
         steps=section.steps,
+        spacing=section.timestep_spacing,
         guidance_interval=tuple(section.guidance_interval),
         guidance_rescale=section.guidance_rescale,
         grey=train.grey,
@@ -377,7 +389,11 @@ def finish_set(
         size=f"as the real images, at most {config.data.size} pixels along a side"
         if side < 0
         else f"{side} x {side} pixels",
-        settings={**settings_in_words(config, name), "weights": store.model},
+        settings={
+            **settings_in_words(config, name),
+            **unchanged_in_words(workdir, name),
+            "weights": store.model,
+        },
         redrawn=Counter(note["reason"] for note in notes if note["kept"]),
         left_out=left_out,
         base=config.base.path or "made by the stage pretrain",
@@ -404,6 +420,7 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
         dims_on=mix.dims_on,
         partners=mix.partners,
         partner=mix.partner,
+        prefers_other_prompts=mix.partner_prompt != "any",
     )
     mixes = conditionings.CONDITIONINGS[name].partners is None and not mix.file
     return dataset_card.in_words(
@@ -414,6 +431,7 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
         image_scale=(section.image_scale, section.image_scale_most),
         sampler=section.sampler,
         steps=section.steps,
+        spacing=timesteps.named(section.timestep_spacing),
         guidance_interval=tuple(section.guidance_interval),
         guidance_rescale=section.guidance_rescale,
         filters=dataset_card.filters_in_words(
@@ -427,6 +445,20 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
             outliers_quantile=filters.outliers_quantile,
         ),
     )
+
+
+def unchanged_in_words(workdir: epath.Path, name: str) -> dict[str, str]:
+    """How many recipes change nothing, for the card of a set that mixes.
+
+    Empty where a version of `mix` made them that did not count them.
+    """
+    counts = read_manifest(workdir, "mix")["counts"]
+    if conditionings.CONDITIONINGS[name].partners is not None:
+        return {}
+    if "unchanged" not in counts:
+        return {}
+    words = f"{counts['unchanged']} of {counts['recipes']}"
+    return {"recipes that change nothing": words}
 
 
 def restore_pictures(stage: Stage, section: ConfigDict) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import shards
 from mvc_jax.errors import UserError
-from mvc_jax.mixing import checks, recipe_file, recipes
+from mvc_jax.mixing import checks, recipe_file, recipes, unchanged
 from mvc_jax.stage import Spec, open_stage
 from mvc_jax.work import Sizes, Work
 
@@ -67,8 +67,10 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
 def stage_spec(config: ConfigDict) -> Spec:
     """What the recipes depend on; more of them leave the earlier ones unchanged."""
     section = config.mix.to_dict()
+    section["partner_prompt"] = partner_prompt(section["partner_prompt"])
     if section["file"]:  # whose content counts, and determines the number of recipes
         section.pop("per_image")
+        section.pop("partner_prompt")
         path = epath.Path(section["file"])
         section["file_sha256"] = files.sha256(path) if path.is_file() else ""
     names = [name for scale in _SCALES for name in (scale, f"{scale}_most")]
@@ -78,6 +80,8 @@ def stage_spec(config: ConfigDict) -> Spec:
         {"seed": config.seed, "mix": section, "generate": scales},
         inputs=("encode",),
         grows=("mix.levels", "mix.per_image"),
+        earlier={"mix.partner_prompt": recipes.EARLIER_PARTNER_PROMPT},
+        named_files={"mix.file": "mix.file_sha256"},
     )
 
 
@@ -88,7 +92,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
-    _, length, width = shards.Shards(workdir / "encode" / "text_states").shape
+    states = shards.Shards(workdir / "encode" / "text_states")
+    _, length, width = states.shape
     shape = {"length": length, "width": width}
     drawing, classes = drawing_of(config), recipes.classes_of(rows)
     try:
@@ -120,7 +125,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     for name, text in written.items():
         files.write_text(stage.folder / name, text)
     logging.info("%d recipes", len(made))
-    stage.finish(list(written), recipes=len(made))
+    are_unchanged = unchanged.unchanged(made, rows, states.row)
+    unchanged.warn(made, are_unchanged)
+    stage.finish(list(written), recipes=len(made), unchanged=sum(are_unchanged))
+
+
+def partner_prompt(chosen: str) -> str:
+    """What `mix.partner_prompt` stands for."""
+    return recipes.Drawing.partner_prompt if chosen == "auto" else chosen
 
 
 def drawing_of(config: ConfigDict) -> recipes.Drawing:
@@ -134,6 +146,7 @@ def drawing_of(config: ConfigDict) -> recipes.Drawing:
         class_prompt=section.class_prompt,
         partner=section.partner,
         partners=section.partners,
+        partner_prompt=partner_prompt(section.partner_prompt),
         dims=section.dims,
         dims_per_token=section.dims_per_token,
         dims_on=section.dims_on,

@@ -32,6 +32,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from mvc_jax import artifacts, files
@@ -73,6 +74,11 @@ class Spec:
       grows_with: those of `inputs` with which it grows (rule 8).
       restores: patterns of the artifacts that it makes again when they were damaged
         (rule 6), and that nobody edits.
+      earlier: dotted setting -> what a stage was made with whose record lacks it, as it
+        is newer; by default that is the field's default.
+      remarks: dotted setting -> what to say where it has changed.
+      named_files: dotted setting of a user's file -> that of its sha256, by which alone
+        it is known: it may be moved, and after the stage is finished, deleted.
     """
 
     name: str
@@ -81,6 +87,9 @@ class Spec:
     grows: Sequence[str] = ()
     grows_with: Sequence[str] = ()
     restores: Sequence[str] = ()
+    earlier: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    remarks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    named_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "settings", _as_on_disk(self.settings))
@@ -185,6 +194,12 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     found = compare(workdir, spec, inputs)
     if found.changed:
         raise found.error()
+    for path in found.deleted:
+        logging.warning(
+            "%s is no longer there; the stage %s, which is finished, was made from it",
+            path,
+            spec.name,
+        )
     hashes = {name: input_.identity for name, input_ in inputs.items()}
     digests = artifacts.digests_of(folder)
     stage = Stage(spec.name, folder, False, spec.settings, hashes, digests)
@@ -193,8 +208,10 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
         _start(stage)
     else:
         record = found.record
-        if not found.growth:  # without the fields that are newer than its files
-            stage.settings = record["settings"]
+        # Without the fields that are newer than its files.
+        stage.settings = record["settings"]
+        if found.growth:
+            stage.settings = _known_to(record["settings"], spec.settings)
         stage.grew_from = record.get("grew_from", [])
         if not found.finished:
             stage.earlier = record.get("earlier", {})
@@ -317,6 +334,7 @@ class Found:
       record: its content.
       changed: a line for each setting and input with which rule 3 or 5 applies.
       growth: a line for each with which rule 8 applies.
+      deleted: the user's files that are no longer there, which it was made from.
     """
 
     name: str
@@ -324,6 +342,7 @@ class Found:
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     changed: Sequence[str] = ()
     growth: Sequence[str] = ()
+    deleted: Sequence[str] = ()
 
     @property
     def finished(self) -> bool:
@@ -387,7 +406,8 @@ def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) ->
         if not path.exists():
             continue
         record = _read(path)
-        lines = differences(spec.settings, record["settings"])
+        settings, deleted = _by_content(spec, record["settings"], file == _FINISHED)
+        lines = differences(settings, record["settings"], earlier=spec.earlier)
         larger = [
             f"{name}:"
             for name in spec.grows
@@ -395,6 +415,11 @@ def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) ->
         ]
         growth = [line for line in lines if line.startswith((*larger,))]
         changed = [line for line in lines if line not in growth]
+        changed += [
+            remark
+            for name, remark in spec.remarks.items()
+            if any(line.startswith(f"{name}:") for line in changed)
+        ]
         for name in sorted({*inputs, *record["inputs"]}):
             before, now = record["inputs"].get(name), inputs.get(name, Input(""))
             if before is not None and now.identity in (before, None):
@@ -405,7 +430,7 @@ def compare(workdir: epath.PathLike, spec: Spec, inputs: Mapping[str, Input]) ->
                 changed.append(f"stage {name} grows")
             else:
                 changed.append(f"stage {name} was run again")
-        return Found(spec.name, path, record, changed, growth)
+        return Found(spec.name, path, record, changed, growth, deleted)
     return Found(spec.name)
 
 
@@ -420,10 +445,15 @@ def way_out(*names: str) -> str:
 
 def recorded_inputs(workdir: epath.PathLike, name: str) -> set[str]:
     """Names of the stages that a stage read; empty without a record of it."""
+    return {*recorded(workdir, name).get("inputs", ())}
+
+
+def recorded(workdir: epath.PathLike, name: str) -> dict[str, Any]:
+    """The record of a stage, finished or not; {} without one that can be read."""
     for file in (_FINISHED, _STARTED):
         with contextlib.suppress(OSError, UserError):
-            return {*_read(epath.Path(workdir) / name / file)["inputs"]}
-    return set()
+            return _read(epath.Path(workdir) / name / file)
+    return {}
 
 
 def is_complete(workdir: epath.PathLike, name: str) -> bool:
@@ -449,19 +479,66 @@ def versions() -> dict[str, str]:
     return found
 
 
-def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
+def differences(
+    new: Any, old: Any, prefix: str = "", *, earlier: Mapping[str, Any] | None = None
+) -> list[str]:
     """One line `field: old -> new` for each leaf in which two nested dicts differ.
 
-    A config field that the old dict lacks, since it is newer, had its default value.
+    A config field that the old dict lacks, since it is newer, had its value in
+    `earlier`, or else its default.
     """
     if not (isinstance(new, dict) and isinstance(old, dict)):
         return [] if new == old else [f"{prefix}: {old!r} -> {new!r}"]
-    lines = []
+    known, lines = earlier or {}, []
     for key in sorted({*new, *old}):
         inner = f"{prefix}.{key}" if prefix else key
-        before = old[key] if key in old else _default(inner)
-        lines += differences(new.get(key, _NONE), before, inner)
+        before = old[key] if key in old else known.get(inner, _default(inner))
+        lines += differences(new.get(key, _NONE), before, inner, earlier=known)
     return lines
+
+
+def _known_to(record: Any, settings: Any) -> Any:
+    """Settings without the fields that a record does not have."""
+    if not (isinstance(record, dict) and isinstance(settings, dict)):
+        return settings
+    return {k: _known_to(record[k], v) for k, v in settings.items() if k in record}
+
+
+def _by_content(
+    spec: Spec, recorded: dict[str, Any], finished: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings with the recorded names of the user's files that are the same.
+
+    Returns:
+      these settings; the files that are no longer there, which count as the same.
+    """
+    settings, deleted = _as_on_disk(spec.settings), []
+    for path, digest in spec.named_files.items():
+        new, old = (
+            [_get(s, name) for name in (path, digest)] for s in (settings, recorded)
+        )
+        if not old[1]:
+            continue
+        gone = finished and new[0] == old[0] and new[1] == ""
+        deleted += [old[0]] if gone else []
+        if gone or new[1] == old[1]:
+            _set(settings, path, old[0])
+            _set(settings, digest, old[1])
+    return settings, deleted
+
+
+def _get(settings: Any, name: str) -> Any:
+    """A setting by its dotted name; None where there is none."""
+    for key in name.split("."):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
+
+
+def _set(settings: dict[str, Any], name: str, value: Any) -> None:
+    *above, last = name.split(".")
+    for key in above:
+        settings = settings[key]
+    settings[last] = value
 
 
 def _default(name: str) -> Any:
@@ -483,10 +560,7 @@ def _start(stage: Stage) -> None:
 
 
 def _is_larger(new: dict, old: dict, field: str) -> bool:
-    *above, last = field.split(".")
-    for part in above:
-        new, old = new.get(part, {}), old.get(part, {})
-    now, before = new.get(last), old.get(last)
+    now, before = _get(new, field), _get(old, field)
     return type(now) is type(before) and isinstance(now, int) and now > before
 
 

@@ -138,6 +138,7 @@ def run(
     runtime.set_up(config.compilation_cache)
     with run_folder.locked(workdir), run_folder.locked(source, "from"):
         moved = stages_to_move(redo, stages, config, workdir, source)
+        config = run_config.as_begun(config, workdir, redo=moved, source=source)
         if verify:
             verify_files([x for x in STAGES if x not in moved], config, workdir)
         steps = _plan(config, workdir, moved, source)
@@ -179,6 +180,7 @@ def dry_run(
     common.FIELDS.check(config)
     stages = pipeline.select(config)
     moved = stages_to_move(redo, stages, config, workdir, source)
+    config = run_config.as_begun(config, workdir, redo=moved, source=source)
     steps = _plan(config, workdir, moved, source)
     prices = price.make(steps, config, workdir, source=source)
     print(price.table(prices, workdir))

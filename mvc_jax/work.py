@@ -140,6 +140,7 @@ class Work:
       host: what -> bytes of the host's memory at one time, at least.
       devices: what -> bytes of the memory of all devices at one time, at least.
       lower: fields of the config that can be lowered where memory is too small.
+      remark: what else should be known before it starts; "": nothing.
     """
 
     makes: dict[str, int]
@@ -152,6 +153,7 @@ class Work:
     host: dict[str, int] = dataclasses.field(default_factory=dict)
     devices: dict[str, int] = dataclasses.field(default_factory=dict)
     lower: tuple[str, ...] = ()
+    remark: str = ""
 
     @property
     def disk_bytes(self) -> int:

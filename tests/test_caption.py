@@ -418,6 +418,12 @@ def test_edited_captions_are_used(run, tmp_path):
     assert captions[:2] == ["a rusty bolt", ""] and "1 cleaned, 1 empty" in output
     assert {row["captioner"] for row in rows(again / "captions.jsonl")} == {"file"}
 
+    moved = edited.rename(tmp_path / "moved.jsonl")
+    code, output, _ = run(mine[0], f"caption.file={moved}", workdir="again")
+    assert code == 0 and "warning" not in output
+    code, output, _ = run(*mine, workdir="again")
+    assert code == 0 and f"{edited} is no longer there" in " ".join(output.split())
+
     edited.write_text(json.dumps(lines[0] | {"id": "bolt/nope.png"}))
     code, output, _ = run(*mine, workdir="third")
     assert code == 2 and "bolt/nope.png" in output
@@ -439,6 +445,7 @@ def test_edited_captions_are_used(run, tmp_path):
         ("data.resample=nearest", "lanczos or area"),
         ("data.window=9,3", "config.data.window"),
         ("data.prompt=a photo", "{label}"),
+        ("data.prompt={caption:.40}, a {label}", "config.data.prompt"),
         ("data.per_class=9", "config.data.per_class"),
         ("caption.captioner=clip", "blip2 or flax or file or template or attributes"),
         ("caption.template={caption}", "config.caption.template"),

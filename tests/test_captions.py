@@ -40,6 +40,52 @@ def test_the_caption_is_truncated_to_its_longest_prefix_that_fits(caption, max_t
     assert text == [t for t in texts if count_tokens(t) <= max_tokens][-1]
 
 
+TAGS = ",".join(f"tag{letter}" for letter in "abcdefghijklmnopqrst")
+
+
+@pytest.mark.parametrize(
+    ("caption", "max_tokens", "expected"),
+    [
+        (TAGS, 19, "taga,tagb,tagc,tagd,tage,tagf"),
+        ("two tags," + TAGS, 19, "two tags,taga,tagb,tagc,tagd"),
+        ("一" * 30, 19, "一" * 11),
+        ("红色圆形、蓝色方形。绿色三角形", 16, "红色圆形、蓝色方"),
+        ("สวัสดีครับ", 12, "สวัส"),
+        ("สวัสดีครับ", 10, "ส"),  # not between a consonant and its vowel sign
+        ("5" * 40 + " five", 19, "5" * 11),
+        ("a " + "5" * 40, 19, "a " + "5" * 10),
+        ("x " + "👨\u200d👩\u200d👧" * 3, 12, "x"),  # three persons are one picture
+    ],
+)
+def test_a_text_without_spaces_is_cut_too(caption, max_tokens, expected):
+    """Where a word has no end that fits, it is cut inside, else not at all."""
+
+    def count(text):  # a token per letter of some scripts, as CLIP has none for them
+        words = re.findall(r"[a-zA-Zé]+|[^\sa-zA-Zé]", text)
+        return 2 + len(words)
+
+    options = {"count_tokens": count, "max_tokens": max_tokens, **THREE}
+    found = captions.prompt(captions.PROMPT, caption, **options)
+    assert found.caption == expected and found.kept == "part"
+    assert found.text == f"{expected}, {ALONE}" and count(found.text) <= max_tokens
+
+
+def test_what_is_kept_of_a_caption():
+    assert (
+        prompt("a bold stroke.").kept == prompt("").kept == prompt(" , ").kept == "all"
+    )
+    assert prompt("a bold stroke", 9).kept == "part"
+    assert prompt("a bold stroke", 7).kept == "none"
+    assert prompt("a bold stroke", 7, "a {label}").kept == "all"  # there is no place
+    rows = [{"class_name": name, "caption_kept": "part"} for name in "aabcdefg"]
+    rows += [{"class_name": "b", "caption_kept": "none"}, {"class_name": "b"}]
+    cut = captions.cut_by_class(rows)
+    assert captions.counted(cut, "none") == "1 captions were lost (b 1)"
+    assert captions.counted(cut, "part") == (
+        "8 captions were cut (a 2, b 1, c 1, d 1, e 1 and 2 more classes)"
+    )
+
+
 @pytest.mark.parametrize("caption", ["", "  \n", ",", ". ; ,"])
 def test_a_caption_without_words_leaves_the_class_prompt(caption):
     assert prompt(caption).text == ALONE
@@ -105,6 +151,9 @@ def test_templates(template, with_caption, without):
         "{ label }",
         "{{label}}",
         "{label} {{caption}}",
+        "{caption:.40}, a photo of {label}",
+        "{caption!s}, a photo of {label}",
+        "{caption.upper}, a photo of {label}",
     ],
 )
 def test_a_template_has_the_label_and_known_fields_written_plainly(template):
@@ -143,6 +192,9 @@ def test_every_template_that_passes_the_check_can_be_filled_in(template):
         ("a scan of a brain mri of a brain mri of a brain", "a scan of a brain mri"),
         ("a dog and a cat", "a dog and a cat"),
         ("a\x00b \u200b", "a b"),
+        ("خانه\u200cها", "خانه\u200cها"),  # one word of Persian
+        ("a 👨\u200d👩\u200d👧", "a 👨\u200d👩\u200d👧"),  # one picture
+        ("\ufeffco\u00adop \u200d", "coop"),
         ("", ""),
     ],
 )

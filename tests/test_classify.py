@@ -275,6 +275,20 @@ def test_options_that_a_network_does_not_have_are_refused(fields, hint):
     assert hint in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("size", "batch", "good"), [(8, 1, False), (8, 2, True), (16, 1, True)]
+)
+def test_a_batch_of_one_pixel_of_one_image_is_refused(size, batch, good):
+    """Batch normalisation would make a constant of it."""
+    config = digits.get_config()  # its network reduces 8 pixels to one
+    config.classify.update({"size": size, "batch_size": batch})
+    if good:
+        classify.check(config)
+        return
+    with pytest.raises(UserError, match="batch_size: wanted 2 or more.*got 1. Raise"):
+        classify.check(config)
+
+
 def test_choices_are_those_of_the_parts():
     assert set(runs.MIXES) == set(classifier._MIXES)
 

@@ -244,6 +244,12 @@ def test_crop_pad_and_stretch():
     padded = fit(wide, 24, resize="pad", resample="area")
     assert padded[:8].max() == padded[16:].max() == 0
     np.testing.assert_array_equal(padded[8:16], wide)
+    for shape in ((8, 600), (600, 8), (1, 4000)):  # something of each stays
+        grey = np.full((*shape, 3), 200, np.uint8)
+        for resize in ("pad", "crop", "stretch"):
+            assert (fit(grey, 32, resize=resize) == 200).sum() >= 3 * 32
+        padded = fit(grey, 32, resize="pad")
+        assert undo_fit(padded, shape[1], shape[0], resize="pad").min() == 200
     stretched = fit(wide, 24, resize="stretch", resample="area")
     assert (stretched[:, 8:16] == 255).all() and stretched[:, :7].max() == 0
 

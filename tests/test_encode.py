@@ -16,7 +16,7 @@ from sd_parity import jit_fast
 from mvc_jax import encode, errors, files, finetune
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
-from mvc_jax.data import shards
+from mvc_jax.data import captions, shards
 from mvc_jax.data.cache import open_cache, pair_rows, read_pairs
 from mvc_jax.errors import UserError
 from mvc_jax.training import console, rng, sharding
@@ -410,3 +410,41 @@ def test_a_damaged_cache_is_refused_before_training(whole, workdir):
         UserError, match="00001.npy.*Delete it and run the stage encode"
     ):
         open_cache(workdir / "encode").verify()
+
+
+def test_captions_that_are_cut_and_lost_are_counted_by_class(workdir, base, caplog):
+    path = workdir / "caption" / "captions.jsonl"
+    long = " ".join(["stroke"] * 99)
+    rows = [row | {"caption": long} for row in files.read_jsonl(path)[:4]]
+    files.write_jsonl(path, rows + files.read_jsonl(path)[4:])
+    config = make_config(base)
+    config.data.prompt = "{caption} {label}"
+    with caplog.at_level("INFO"):
+        encode.run(config, workdir)
+    assert "4 captions were cut (one 2, photo 2) to the 12 tokens" in caplog.text
+    counts = files.read_json(workdir / "encode" / "manifest.json")["counts"]
+    assert (counts["captions_cut"], counts["captions_lost"]) == (4, 0)
+    written = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
+    assert [row.get("caption_kept") for row in written] == ["part"] * 4 + [None] * 7
+    lost = captions.cut_by_class([row | {"caption_kept": "none"} for row in written])
+    encode.report_cut_captions(lost, 12)
+    assert "11 captions were lost (one 6, photo 5): the class prompt" in caplog.text
+
+
+def test_a_cache_goes_on_with_the_prompts_that_it_began_with(workdir, base):
+    """Those of a version that cut captions elsewhere, too."""
+    config = make_config(base)
+    encode.run(config, workdir)
+    record = workdir / "encode" / "manifest.json"
+    known = files.read_json(record)
+    path = workdir / "encode" / "prompts.jsonl"
+    rows = files.read_jsonl(path)
+    files.write_jsonl(path, [row | {"tokens": 9} for row in rows])
+    described = {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+    known["artifacts"]["prompts.jsonl"] = described
+    files.write_json(record, known)
+    (workdir / "digests" / "encode.jsonl").unlink()
+    (workdir / "encode" / "text_states" / "00000.npy").unlink()
+    encode.run(config, workdir)
+    assert {row["tokens"] for row in files.read_jsonl(path)} == {9}
+    assert files.read_json(record)["artifacts"] == known["artifacts"]

@@ -32,6 +32,7 @@ def results(**accuracies):
         ([0.9, 0.8, 0.65], "unclear", ["-1.7 points"]),
         ([0.8, 0.8, 0.8], "unclear", ["+0.0 points"]),
         ([0.95], "unclear", ["+15.0 points", "one seed"]),
+        ([0.9, 0.9, 0.9], "unclear", ["Unclear: +10.0 points, the same with all 3"]),
     ],
 )
 def test_a_verdict_needs_an_interval_without_zero(ours, verdict, words):
@@ -41,6 +42,33 @@ def test_a_verdict_needs_an_interval_without_zero(ours, verdict, words):
     assert answer["verdict"] == verdict
     for word in words:
         assert word in answer["sentence"]
+
+
+def test_a_claim_about_mixing_says_how_much_of_the_sets_is_the_same():
+    found = results(
+        combined=[0.9, 0.8], real=[0.8, 0.8], combined_of_unmixed=[0.8, 0.8]
+    )
+    answers = evaluate._answers(found, 0.95)
+    assert evaluate._with_unchanged(answers, {"recipes": 8}) == answers
+    assert evaluate._with_unchanged(answers, {"recipes": 8, "unchanged": 0}) == answers
+    against = {a["against"]: a["sentence"] for a in answers}
+    counted = evaluate._with_unchanged(answers, {"recipes": 8, "unchanged": 4})
+    said = {
+        a["against"]: a["sentence"].removeprefix(against[a["against"]]) for a in counted
+    }
+    assert said == {
+        "real": "",
+        "combined:unmixed": " 4 of the 8 recipes change nothing: these images are the "
+        "same in both sets.",
+    }
+
+
+def test_captions_that_were_cut_or_lost_are_noted(tmp_path):
+    rows = [{"class_name": "cat", "caption_kept": "part"}, {"class_name": "dog"}]
+    files.write_jsonl(tmp_path / "prompts.jsonl", rows)
+    assert evaluate._cut_captions(epath.Path(tmp_path)) == [
+        "1 captions were cut (cat 1)."
+    ]
 
 
 def test_only_questions_whose_runs_were_made_are_answered():

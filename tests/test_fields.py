@@ -15,7 +15,7 @@ from mvc_jax.command import command_line
 from mvc_jax.configs import common
 from mvc_jax.configs.fields import Field, Section, as_flag, help_of
 from mvc_jax.data import decode
-from mvc_jax.diffusion import samplers
+from mvc_jax.diffusion import samplers, timesteps
 from mvc_jax.errors import UserError
 from mvc_jax.generation import conditionings, synthetic
 from mvc_jax.mixing import recipes
@@ -193,9 +193,11 @@ def test_choices_are_those_of_the_rooms():
         "generate.format": tuple(synthetic.SUFFIXES),
         "generate.sampler": tuple(samplers.SAMPLERS),
         "generate.sets": tuple(conditionings.CONDITIONINGS),
+        "generate.timestep_spacing": (timesteps.AUTO, *timesteps.SPACINGS),
         "mix.dims_on": recipes.DIMS_ON,
         "mix.modes": recipes.MODES,
         "mix.partner": recipes.PARTNERS,
+        "mix.partner_prompt": ("auto", *recipes.PARTNER_PROMPTS),
         "mix.positions": recipes.POSITIONS,
     }
     for name, choices in rooms.items():

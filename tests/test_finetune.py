@@ -17,7 +17,7 @@ from etils import epath
 from PIL import Image
 from sd_parity import jit_fast
 
-from mvc_jax import finetune, train
+from mvc_jax import files, finetune, train
 from mvc_jax.checkpoints import diffusers_layout, lora_file, tensor_file
 from mvc_jax.configs import common
 from mvc_jax.data.cache import pairs_of_all_classes
@@ -206,6 +206,14 @@ def test_learning_rates_warm_up_and_stay_or_fall(name, warmup):
         np.testing.assert_allclose(rates[9::2][:4], [1e-3, 1e-4, 1e-4, 1e-5], rtol=1e-5)
 
 
+def test_milestones_that_round_to_one_step_all_count():
+    made = optim.schedule(
+        "multistep", 1.0, warmup=0, steps=4, milestones=(0.5, 0.55, 0.75)
+    )
+    rates = [float(made(step)) for step in range(4)]
+    np.testing.assert_allclose(rates, [1, 1, 1e-2, 1e-3], rtol=1e-5)
+
+
 def test_the_default_settings_train():
     """By the default schedule, from the first step on."""
     section = common.get_config().finetune
@@ -336,6 +344,31 @@ def test_settings_without_influence_on_the_result_may_change(base, finished, cap
     assert run(base, finished, "--config.finetune.remat=blocks") == 0
     assert run(base, finished, "--config.finetune.learning_rate=0.5") == 2
     assert "finetune.learning_rate: 0.0002 -> 0.5" in capsys.readouterr().err
+
+
+def test_steps_raised_after_the_end_say_the_way_on(base, finished, capsys):
+    assert run(base, finished, "--config.finetune.steps=6") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "finetune.steps: 4 -> 6; the cosine falls to 0 at the last step" in said
+    assert "with finetune.schedule=constant" in said and "--redo=finetune" in said
+
+
+def test_at_a_constant_rate_a_finished_model_trains_on(base, encoded, capsys):
+    """And equals the one that was not finished in between."""
+    shutil.copytree(encoded, encoded / "whole")
+    constant = ("--config.finetune.schedule=constant", "--config.finetune.samples=2")
+    assert run(base, encoded, *constant, "--config.finetune.steps=2") == 0
+    assert run(base, encoded, *constant, "--config.finetune.steps=4") == 0
+    assert run(base, encoded / "whole", *constant) == 0
+    name = "finetune/model/unet/diffusion_pytorch_model.safetensors"
+    assert (encoded / name).read_bytes() == (encoded / "whole" / name).read_bytes()
+    record = files.read_json(encoded / "finetune" / "manifest.json")
+    assert record["counts"]["steps"] == 4 and len(record["grew_from"]) == 1
+    capsys.readouterr()
+    assert run(base, encoded, *constant, "--config.finetune.steps=3") == 2
+    assert "finetune.steps: 4 -> 3; steps that were taken stay" in (
+        " ".join(capsys.readouterr().err.split())
+    )
 
 
 @pytest.fixture

@@ -365,6 +365,7 @@ def test_unusable_images_are_redrawn_or_left_out_and_listed(make, monkeypatch):
     counts = read_manifest(workdir, "generate")["counts"]
     assert counts == {"images": 14, "redrawn": 1, "left_out": 1}
     card = (folder / "README.md").read_text()
+    assert "| recipes that change nothing | `" in card
     assert "Drawn again with other noise: 1 (1 NaN). Left out: 1 (1 NaN)." in card
     (folder / "data" / "train-00003.parquet").unlink()  # not that of image 6
     make(workdir, per_image=3, max_redraws=2)
@@ -567,8 +568,10 @@ def test_images_of_any_size_in_any_format(make):
     assert np.abs(pixels(small) - averaged).max() <= 1  # it rounds along each axis
 
 
-def test_a_contact_sheet_leaves_the_stage_unchanged(make):
-    workdir = make(limit=3)
+def test_a_contact_sheet_leaves_the_stage_unchanged(make, caplog):
+    with caplog.at_level("INFO"):
+        workdir = make(limit=3)
+    assert "samples start at timestep 999 of 0 to 999 (ddim" in caplog.text
     folder = workdir / "generate"
     assert [path.name for path in folder.iterdir()] == [generate.CONTACT_SHEET]
     with Image.open(folder / generate.CONTACT_SHEET) as picture:

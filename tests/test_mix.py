@@ -1,6 +1,7 @@
 """The mixing operations, and the stage that draws recipes."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from recipe_rows import (
 from mvc_jax import files, mix
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
-from mvc_jax.mixing import operations, recipes
+from mvc_jax.mixing import operations, recipes, unchanged
 from mvc_jax.stage import Spec, open_stage, read_manifest
 
 B = 4
@@ -179,6 +180,36 @@ def test_valid_edits_are_accepted_and_followed(tmp_path, made, edit):
     np.testing.assert_array_equal(mixed[0], numpy_mix(E[0], by_id, made[0]))
 
 
+@given(drawings, st.lists(indices, min_size=B, max_size=B), st.integers(0, L))
+@settings(deadline=None, max_examples=60)
+def test_a_recipe_that_changes_nothing_is_known(drawing, ks, shared):
+    """Also where prompts are one, or begin with the same words."""
+    drawing = recipes.Drawing(**drawing)
+    begun = np.concatenate([E[:1], F])
+    begun[1:6, :shared] = begun[1, :shared]  # i0 to i4 share their first words
+    rows = [row | {"state": 8} if row["id"] == "i6" else row for row in ROWS]  # i7's
+    by_id = {row["id"]: begun[row["state"]] for row in rows}
+    made = [draw(k, drawing) for k in ks]
+    expected = [
+        np.array_equal(numpy_mix(by_id[r["source"]], by_id, r), by_id[r["source"]])
+        for r in made
+    ]
+    assert unchanged.unchanged(made, rows, lambda i: begun[i]) == expected
+
+
+def test_partners_without_another_caption_are_counted(encoded, caplog):
+    """Captions A A A B: only fine mixing of B, and of A with B, changes anything."""
+    same = {"i0", "i2", "i6"}
+    rows = [r | {"prompt": "A", "state": 1} if r["id"] in same else r for r in ROWS]
+    with caplog.at_level("WARNING", logger="absl"):
+        workdir = encoded(rows)
+        made = run(workdir, modes=("fine",), partner_prompt="any")
+    counts = read_manifest(workdir, "mix")["counts"]
+    equal = [r for r in made if {r["source"], *r["partners"]} <= same]
+    assert equal and counts["unchanged"] == len(equal) + 4  # and four of i4 with itself
+    assert f"in: a {len(equal)}, c 4" in caplog.text
+
+
 # The stage.
 
 
@@ -194,7 +225,7 @@ def encoded(tmp_path, write_shards):
     def make(rows=ROWS):
         stage = open_stage(tmp_path, Spec("encode", {}))
         files.write_jsonl(stage.folder / "prompts.jsonl", rows)
-        array = np.zeros((2, L, D), np.float32)
+        array = np.concatenate([E[:1], F])
         names = write_shards(stage.folder / "text_states", array)
         stage.finish(["prompts.jsonl", *names])
         return tmp_path
@@ -220,7 +251,8 @@ def test_raising_per_image_appends(encoded):
     after = (workdir / "mix" / "recipes.jsonl").read_bytes()
     assert after.startswith(before) and len(after) > len(before)
     counts = read_manifest(workdir, "mix")["counts"]
-    assert counts == {"recipes": 3 * len(ROWS)}
+    # The only one of its class, and coarse ones with the image without a caption.
+    assert counts["recipes"] == 3 * len(ROWS) and 3 <= counts["unchanged"] < 3 * 4
     with pytest.raises(UserError, match="mix.per_image: 3 -> 2"):
         run(workdir, per_image=2)
     with pytest.raises(UserError, match="mix.tokens: 2 -> 3"):
@@ -333,11 +365,14 @@ def test_short_captions_and_few_partners_are_warned_of_once(encoded, caplog):
     coarse = [r for r in made if r["mode"] == "coarse"]
     short = sum(len(r["positions"]) < 3 for r in coarse)
     assert 0 < short < len(coarse)
-    tokens, single, few = warnings_of(caplog)
+    tokens, single, few, unchanged_ = warnings_of(caplog)
     assert f"{short} of {len(coarse)} recipes mix fewer than 3" in tokens
     assert single.endswith("a single training image, mixed with itself, in: c")
     assert few.endswith(
         "fewer than 3 other images (config.mix.partners), so that all are mixed, in: b"
+    )
+    assert re.match(
+        rf"\d+ of {len(made)} recipes change nothing, .*, in: a \d+, c 4", (unchanged_)
     )
     assert {len(r["partners"]) for r in made} == {1, 2, 3}
 

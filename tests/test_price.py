@@ -264,6 +264,8 @@ def test_a_finished_stage_costs_nothing_and_tells_how_many_images_there_are(tmp_
     table = price.table([first, *others], epath.Path(tmp_path))
     assert table.splitlines()[1].split() == ["caption", "done"]
     assert "\n9 of 10 stages to do; 1,800 synthetic images" in table
+    start = "samples start at timestep 999 of 0 to 999 (ddim, 12 steps, trailing)"
+    assert f"\ngenerate: {start}\n" in table
 
 
 def test_nothing_to_do_is_not_priced(tmp_path, monkeypatch):

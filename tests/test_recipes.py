@@ -1,5 +1,7 @@
 """Drawn recipes: functions of (seed, k), within what their settings allow."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from recipe_rows import (
     BY_ID,
@@ -99,6 +101,47 @@ def test_partners_are_of_the_class_unless_any_is_allowed(drawing, k, seed):
     assert len(partners) == min(drawing.partners, max(len(others), 1))
     for donors in (made["donors"], made["dim_donors"]):
         assert set(donors) <= set(range(len(partners)))
+
+
+@given(drawings, indices, seeds)
+@settings(deadline=None, max_examples=100)
+def test_partners_of_another_prompt_are_preferred(drawing, k, seed):
+    """As many as there are; with prompts that all differ, nothing else is drawn."""
+    drawing = recipes.Drawing(**drawing)
+    same = {"i0", "i2", "i6", "i1", "i5"}  # three of class a, two of b
+    rows = [r | {"prompt": "p"} if r["id"] in same else r for r in ROWS]
+    made = draw(k, drawing, seed, rows)
+    either = [
+        draw(k, dataclasses.replace(drawing, partner_prompt=choice), seed)
+        for choice in recipes.PARTNER_PROMPTS
+    ]
+    assert either[0] == either[1]
+    before = dataclasses.replace(drawing, partner_prompt="any")
+    assert draw(k, before, seed, rows)["partners"] == either[0]["partners"]
+    if drawing.partner_prompt == "other":
+        source = made["source"]
+        prompts = {row["id"]: row["prompt"] for row in rows}
+        among = {r["id"] for r in rows} - {source}
+        if drawing.partner == "class":
+            among = {
+                id_ for id_ in among if BY_ID[id_]["label"] == BY_ID[source]["label"]
+            }
+        others = {id_ for id_ in among if prompts[id_] != prompts[source]}
+        found = {id_ for id_ in made["partners"] if id_ in others}
+        assert len(found) == min(drawing.partners, len(others))
+    assert len({*made["partners"]}) == len(either[0]["partners"])
+
+
+def test_every_preferred_partner_is_drawn():
+    rows = [r | {"prompt": "A"} if r["id"] != "i3" else r for r in ROWS]  # A A A B
+    made = [draw(k, rows=rows) for k in range(40 * len(ROWS))]
+    pairs = {(r["source"], *r["partners"]) for r in made if r["label"] == "a"}
+    to_other = {("i0", "i3"), ("i2", "i3"), ("i6", "i3")}
+    assert pairs == to_other | {("i3", id_) for id_ in ("i0", "i2", "i6")}
+    two = recipes.Drawing(partners=2)
+    made = [draw(k, two, rows=rows) for k in range(40 * len(ROWS))]
+    pairs = {(r["source"], *r["partners"]) for r in made if r["source"] == "i0"}
+    assert pairs == {("i0", "i3", "i2"), ("i0", "i3", "i6")}
 
 
 def test_every_partner_position_donor_and_dim_is_drawn():

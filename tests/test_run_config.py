@@ -10,6 +10,7 @@ from test_redo import content
 from mvc_jax import files, train
 from mvc_jax.command import command_line, run_config
 from mvc_jax.configs import common, digits
+from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 
@@ -130,6 +131,46 @@ def test_fields_that_are_newer_than_the_file_have_their_defaults(run, kept, work
     assert run() == 0
     assert worked == []
     assert type(run_config.read(kept.parent).generate.text_scale) is float
+
+
+def test_stages_that_are_older_than_a_field_go_on_as_they_began(run, kept, worked):
+    """Whatever the default of the field has become."""
+    up_to = [*train.STAGES[: train.STAGES.index("generate") + 1]]
+    only = f"--config.stages={','.join(up_to)}"
+    spacing = "--config.generate.timestep_spacing"
+    fields = {"mix": "partner_prompt", "generate": "timestep_spacing"}
+
+    def recorded():
+        records = {name: kept.parent / name / "manifest.json" for name in fields}
+        found = {n: files.read_json(p)["settings"][n] for n, p in records.items()}
+        return {name: found[name].get(field) for name, field in fields.items()}
+
+    assert run(*FLAGS, f"--config.stages={','.join(up_to[:-1])}") == 0
+    for file in (kept, kept.parent / "mix" / "manifest.json"):
+        remove(file, "mix", "partner_prompt")  # as a version wrote it without the field
+    assert run(*FLAGS, only) == 0 and worked == up_to
+    for file in (kept, kept.parent / "generate" / "manifest.json"):
+        remove(file, "generate", "timestep_spacing")
+    worked.clear()
+    old = run_config.read(kept.parent)
+    assert (old.generate.timestep_spacing, old.mix.partner_prompt) == ("leading", "any")
+    assert (
+        run(only) == run(*FLAGS, only) == run(*FLAGS, only, f"{spacing}=leading") == 0
+    )
+    assert worked == [] and recorded() == {"mix": None, "generate": None}
+    assert run(*FLAGS, only, f"{spacing}=trailing") == 2
+    grown = (*FLAGS, only, "--config.mix.per_image=9")
+    assert run(*grown) == 0 and worked == ["mix", "generate"]
+    assert recorded() == {"mix": None, "generate": None}  # as all images were drawn
+    assert run(*grown) == 0 and len(worked) == 2
+    assert run(*grown, "--redo=generate") == 0
+    assert recorded() == {"mix": None, "generate": timesteps.DEFAULT}
+
+
+def remove(file, section, field):
+    record = files.read_json(file)
+    del record.get("settings", record)[section][field]
+    files.write_json(file, record)
 
 
 DAMAGED = {

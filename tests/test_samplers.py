@@ -1,5 +1,8 @@
 """Samplers against PyTorch's: the same noise and predictions, the same latents."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,24 +11,29 @@ from sd_families import SCHEDULERS, normal
 
 from mvc_jax.checkpoints.scheduler_config import ddim_config
 from mvc_jax.diffusion import instruct_pix2pix, samplers
-from mvc_jax.diffusion.timesteps import evaluations, leading, linspace
+from mvc_jax.diffusion.timesteps import (
+    DEFAULT,
+    EARLIER,
+    SPACINGS,
+    evaluations,
+    leading,
+    require_noise,
+    start_in_words,
+    timesteps_of,
+)
 from mvc_jax.errors import UserError
 from mvc_jax.models import noise_schedule
 from mvc_jax.training.throughput import count_flops
 
 THEIRS = {  # on the config of an exported folder
-    "ddim": ("DDIMScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}),
-    "euler": ("EulerDiscreteScheduler", {}),
-}
-TIMESTEPS = {
-    "ddim": leading,
-    "dpmpp_2m": linspace,
-    "euler": leading,
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
 }
 ALPHAS = noise_schedule.alphas_cumprod(SCHEDULERS["sd1"])
 SHAPE = (2, 2, 3, 4)
 names = pytest.mark.parametrize("name", samplers.SAMPLERS)
+spacings = pytest.mark.parametrize("spacing", SPACINGS)
 prediction_types = pytest.mark.parametrize(
     "prediction_type", ["epsilon", "v_prediction"]
 )
@@ -35,38 +43,54 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def make(name, steps, prediction_type="epsilon", alphas_cumprod=ALPHAS):
+def make(name, steps, prediction_type="epsilon", alphas_cumprod=ALPHAS, **options):
     return samplers.make(
-        name, steps, alphas_cumprod=alphas_cumprod, prediction_type=prediction_type
+        name,
+        steps,
+        alphas_cumprod=alphas_cumprod,
+        prediction_type=prediction_type,
+        **options,
     )
 
 
-def scheduler(name, steps, prediction_type="epsilon"):
+def unchecked(name, steps, prediction_type, spacing):
+    """Also where a sample would not start in noise."""
+    return functools.partial(
+        samplers.SAMPLERS[name],
+        alphas_cumprod=ALPHAS,
+        prediction_type=prediction_type,
+        steps=steps,
+        spacing=spacing,
+    )
+
+
+def scheduler(name, steps, prediction_type="epsilon", **fields):
     import diffusers
 
-    class_, fields = THEIRS[name]
     config = SCHEDULERS["sd1"] | {"prediction_type": prediction_type}
-    made = getattr(diffusers, class_).from_config(ddim_config(config), **fields)
+    made = getattr(diffusers, THEIRS[name]).from_config(ddim_config(config), **fields)
     made.set_timesteps(steps)
     return made
 
 
 @names
+@spacings
 @prediction_types
 @pytest.mark.parametrize("steps", [1, 2, 7, 15, 20])
-def test_every_step_equals_pytorch(torch, name, prediction_type, steps):
+def test_every_step_equals_pytorch(torch, name, spacing, prediction_type, steps):
     """What the network sees at each step, and the latents at the end."""
-    theirs = scheduler(name, steps, prediction_type)
+    theirs = scheduler(name, steps, prediction_type, timestep_spacing=spacing)
     noise = normal(f"{name} start", *SHAPE)
     predictions = normal(f"{name} predictions", steps, *SHAPE)
     seen = []
 
     def predict(latents, timesteps):
-        seen.append((np.asarray(latents), int(timesteps[0])))
+        seen.append((np.asarray(latents), float(timesteps[0])))
         return jnp.asarray(predictions[len(seen) - 1])
 
     with jax.disable_jit():  # a scan is then a loop in Python
-        drawn = make(name, steps, prediction_type)(predict, jnp.asarray(noise))
+        sampler = unchecked(name, steps, prediction_type, spacing)
+        drawn = sampler(predict, jnp.asarray(noise))
     latents = torch.from_numpy(noise) * theirs.init_noise_sigma
     for prediction, (inputs, t), timestep in zip(
         predictions, seen, theirs.timesteps, strict=True
@@ -108,14 +132,62 @@ def scale_of(array):
 
 
 @names
-@pytest.mark.parametrize("steps", [3, 26, 50, 333, 501, 999])
-def test_timesteps_equal_pytorch_for_any_number_of_steps(torch, name, steps):
-    """At 26 steps diffusers' own Flax DPM-Solver differed."""
+@spacings
+@pytest.mark.parametrize("steps", [3, 26, 50, 61, 333, 501, 998])
+def test_timesteps_equal_pytorch_for_any_number_of_steps(torch, name, spacing, steps):
+    """At 26 steps diffusers' own Flax DPM-Solver differed.
+
+    With 61 `trailing` ones, PyTorch's end with a timestep -1, which there is not.
+    """
     del torch
-    timesteps = TIMESTEPS[name](1000, steps)
-    np.testing.assert_array_equal(timesteps, scheduler(name, steps).timesteps.numpy())
+    timesteps = timesteps_of(name, steps, spacing)
+    theirs = scheduler(name, steps, timestep_spacing=spacing).timesteps.numpy()
+    extra = theirs[steps:].tolist()
+    assert extra == ([-1] if (spacing, steps) == ("trailing", 61) else [])
+    np.testing.assert_array_equal(timesteps, theirs[:steps])
     assert len(set(timesteps.tolist())) == steps
     assert 0 <= timesteps.min() <= timesteps.max() < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "spacing", "words"),
+    [
+        ("ddim", 1, "leading", "start at timestep 1. Use 7, or"),
+        ("ddim", 2, "leading", "start at timestep 501. Use 7, or"),
+        ("euler", 334, "leading", "start at timestep 667. Use 333 or 425, or"),
+        ("ddim", 501, "leading", "start at timestep 501. Use 500 or 850,"),
+        ("dpmpp_2m", 501, "leading", "start at timestep 502. Use 499 or 849, or"),
+        ("ddim", 501, "trailing", "go down by 1 each, 500 in all, .* Use 500 or 850."),
+        ("ddim", 2, "linspace", "go down by 500 each, 500 in all, .* Use 7 or"),
+    ],
+)
+def test_steps_that_do_not_start_in_noise_are_refused(name, steps, spacing, words):
+    """Of Stable Diffusion's noisy latents at timestep 501, half are the image."""
+    with pytest.raises(UserError, match="config.generate.steps") as error:
+        make(name, steps, spacing=spacing)
+    words = words.replace(". Use", r"\. Use")
+    assert re.search(words, str(error.value)), str(error.value)
+    for count in map(int, re.findall(r"\d+", str(error.value).split(" Use ")[1])):
+        make(name, count, spacing=spacing)
+    for name_, other in re.findall(r"(timestep_spacing)=(\w+)", str(error.value)):
+        require_noise(name, steps, other)
+        assert name_ and other != spacing
+
+
+@names
+def test_samples_start_in_noise_by_default(name):
+    for steps in (*range(1, 151), 200, 250, 333, 500, 999):
+        if (name, steps) != ("ddim", 200):
+            make(name, steps)
+        assert timesteps_of(name, steps)[0] == 999
+    assert start_in_words(name, 12) == (
+        f"samples start at timestep 999 of 0 to 999 ({name}, 12 steps, {DEFAULT})"
+    )
+    assert EARLIER[name] != DEFAULT
+
+
+def test_an_export_has_the_spacing_that_we_draw_with():
+    assert ddim_config(SCHEDULERS["sd1"])["timestep_spacing"] == DEFAULT
 
 
 @names
@@ -152,7 +224,7 @@ def test_each_converges_and_the_second_order_is_better_than_the_first():
         """Of x_t / spread_t, which the exact flow keeps."""
         sampler = make(name, steps)
         drawn = jax.jit(lambda noise: sampler(denoise, noise))(noise)
-        first = ALPHAS[TIMESTEPS[name](1000, steps)[0]]
+        first = ALPHAS[timesteps_of(name, steps)[0]]
         start = noise / np.sqrt(0.25 * first + 1 - first)
         return float(np.abs(drawn / 0.5 - start).mean())
 
@@ -191,11 +263,12 @@ def test_evaluations_are_counted_as_they_are_drawn(name, interval):
 
 def test_ddim_ends_at_the_first_noise_level_of_training():
     """Where no noise is predicted, latents are only rescaled from level to level."""
-    timesteps = leading(1000, 4)
-    assert timesteps.tolist() == [751, 501, 251, 1]
+    timesteps = leading(1000, 8)
+    assert timesteps.tolist() == [876, 751, 626, 501, 376, 251, 126, 1]
     noise = jnp.asarray(normal("start", *SHAPE))
-    drawn = make("ddim", 4)(lambda latents, _: jnp.zeros_like(latents), noise)
-    expected = noise * np.sqrt(ALPHAS[0] / ALPHAS[751])
+    sampler = make("ddim", 8, spacing="leading")
+    drawn = sampler(lambda latents, _: jnp.zeros_like(latents), noise)
+    expected = noise * np.sqrt(ALPHAS[0] / ALPHAS[876])
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)
 
 
@@ -212,7 +285,8 @@ def test_steps_are_fewer_than_the_timesteps_of_training(name, trained):
     for steps in (0, -1, trained):
         with pytest.raises(UserError, match=f"1 to {trained - 1}; .* got {steps}"):
             make(name, steps, alphas_cumprod=alphas)
-    assert TIMESTEPS[name](trained, trained - 1).max() <= trained - 1
+    most = timesteps_of(name, trained - 1, num_train_timesteps=trained)
+    assert most.max() <= trained - 1
 
 
 def test_other_predictions_are_refused():

@@ -30,7 +30,7 @@ def test_noise_is_kept_and_the_sampler_is_latent_ddim(family):
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing",
     }
     assert ddim_config(config) == config
 

@@ -379,6 +379,39 @@ def test_a_field_that_is_newer_than_a_stage_had_its_default(tmp_path):
     assert stage.read_manifest(tmp_path, "mix") == known
 
 
+def test_a_newer_field_may_have_had_another_value_than_its_default():
+    new, old = {"generate": {"timestep_spacing": "leading"}}, {"generate": {}}
+    earlier = {"generate.timestep_spacing": "leading"}
+    assert differences(new, old, earlier=earlier) == []
+    assert differences(new, old) == ["generate.timestep_spacing: 'auto' -> 'leading'"]
+
+
+def test_a_user_s_file_is_known_by_its_content(tmp_path, caplog):
+    """Moved, or named by another path, it is the same; deleted, it was the recorded."""
+
+    def spec(path, digest):
+        named = {"mix.file": "mix.file_sha256"}
+        settings = {"mix": {"file": path, "file_sha256": digest}}
+        return Spec("mix", settings, named_files=named)
+
+    def changed(path, digest):
+        return stage.compare(tmp_path, spec(path, digest), {}).changed
+
+    opened = open_stage(tmp_path, spec("a.jsonl", "12"))
+    assert changed("a.jsonl", "") == ["mix.file_sha256: '12' -> ''"]  # is yet needed
+    assert changed("/b.jsonl", "12") == []
+    opened.finish([])
+    before = contents(tmp_path)
+    for path, digest in (("a.jsonl", "12"), ("/b.jsonl", "12")):
+        assert open_stage(tmp_path, spec(path, digest)).complete
+    assert caplog.text == ""
+    assert open_stage(tmp_path, spec("a.jsonl", "")).complete
+    assert "a.jsonl is no longer there; the stage mix, which is finished" in caplog.text
+    assert contents(tmp_path) == before
+    assert len(changed("b.jsonl", "34")) == len(changed("b.jsonl", "")) == 2
+    assert changed("a.jsonl", "34") == ["mix.file_sha256: '12' -> '34'"]
+
+
 def test_a_parquet_file_that_the_stage_did_not_write_is_named(tmp_path):
     opened = open_stage(tmp_path, Spec("generate", {}))
     files.write_text(opened.folder / "mixed/data/train-00000.parquet", "rows")

@@ -90,6 +90,7 @@ def in_words(
     image_scale: tuple[float, float],
     sampler: str,
     steps: int,
+    spacing: str,
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
     filters: str,
@@ -105,6 +106,7 @@ def in_words(
       image_scale: minimum and maximum guidance scale of the image.
       sampler: its name.
       steps: of the sampler.
+      spacing: of its timesteps, as diffusers names it.
       guidance_interval: fractions of the training timesteps with guidance.
       guidance_rescale: of the guided prediction.
       filters: from `filters_in_words`.
@@ -118,7 +120,7 @@ def in_words(
     if per_image is not None:
         words["text scale"] = _span(*text_scale)
         words["image scale"] = _span(*image_scale)
-    words["sampler"] = f"{sampler}, {steps} steps"
+    words["sampler"] = f"{sampler}, {steps} steps, {spacing} timesteps"
     words["guidance interval"] = _span(*guidance_interval)
     words["guidance rescale"] = f"{guidance_rescale:g}"
     if filters:
@@ -136,16 +138,19 @@ def mixing_in_words(
     dims_on: str,
     partners: int,
     partner: str,
+    prefers_other_prompts: bool,
 ) -> dict[str, str]:
     """How recipes were drawn, by name: fields of `recipes.Drawing`.
 
-    `tokens` are the minimum and the maximum number.
+    `tokens` are the minimum and the maximum number; `prefers_other_prompts` is whether
+    `partner_prompt` is `other`.
     """
     return {
         "modes, in turn": ", ".join(modes),
         "coarse mixing": f"{_span(*tokens)} tokens; which: {positions}",
         "fine mixing": f"{dims} dims; of tokens: {dims_on}",
-        "partners": f"{partners}; of class: {partner}",
+        "partners": f"{partners}; of class: {partner}; of another prompt: "
+        + ("preferred" if prefers_other_prompts else "as drawn"),
     }
 
 

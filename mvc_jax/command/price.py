@@ -176,6 +176,9 @@ def table(prices: Sequence[Price], workdir: epath.Path) -> str:
     ]
     if any(row[4].startswith(_OVER) for row in rows):
         lines += ["", f"{_OVER}: activations are not known before a step is compiled"]
+    remarks = [f"{p.step.name}: {p.work.remark}" for p in prices if p.work]
+    remarks = [remark for remark in remarks if not remark.endswith(": ")]
+    lines += ["", *remarks] if remarks else []
     return "\n".join([*lines, "", line(prices, workdir)])
 
 

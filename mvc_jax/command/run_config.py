@@ -7,17 +7,25 @@ command does, not what the workdir is made of, so they have their defaults there
 
 import contextlib
 import importlib.util
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import configs, files
+from mvc_jax import configs, files, stage
 from mvc_jax.configs import common, fields
+from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError
+from mvc_jax.mixing import recipes
 
 DEFAULT = "configs/digits.py"
 _FILE = "config.json"
+# A field that is `auto` -> what its section did before there was the field.
+_BEFORE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "generate.timestep_spacing": lambda s: timesteps.EARLIER[s.get("sampler", "ddim")],
+    "mix.partner_prompt": lambda s: recipes.EARLIER_PARTNER_PROMPT,
+}
 _OF_A_COMMAND = ("stages", "generate.limit")
 
 
@@ -58,6 +66,36 @@ def read(workdir: epath.PathLike) -> ConfigDict | None:
     return None
 
 
+def as_begun(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    redo: Collection[str] = (),
+    source: epath.PathLike | None = None,
+) -> ConfigDict:
+    """The config with what `auto` stands for in stages that are older than its field.
+
+    So they count as unchanged, and go on as they began.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      redo: stages that are made again, for which it is the default.
+      source: another workdir, from which stages may be taken over.
+    """
+    config = config.copy_and_resolve_references()
+    folders = [workdir] if source is None else [workdir, source]
+    for name, before in _BEFORE.items():
+        section, field = name.split(".")
+        if config[section][field] != "auto" or section in redo:
+            continue
+        records = (stage.recorded(folder, section) for folder in folders)
+        settings = next((r["settings"][section] for r in records if r), None)
+        if settings is not None and field not in settings:
+            config[section][field] = before(settings)
+    return config.lock()
+
+
 def _load_python(path_and_argument: str) -> ConfigDict:
     """Calls `get_config(argument)` of a file."""
     path, _, argument = path_and_argument.partition(":")
@@ -95,7 +133,10 @@ def _load_python(path_and_argument: str) -> ConfigDict:
 
 
 def _load_json(path: epath.Path) -> ConfigDict:
-    """Reads what `write` wrote; fields that are newer than the file have defaults."""
+    """Reads what `write` wrote; fields that are newer than the file have defaults.
+
+    Where the default is not what was done without the field, they have that instead.
+    """
     try:
         values = files.read_json(path)
     except FileNotFoundError as error:
@@ -103,6 +144,10 @@ def _load_json(path: epath.Path) -> ConfigDict:
     except (OSError, ValueError, RecursionError) as error:
         why = f"a damaged file ({error})"
         raise _error(path, "the JSON that a run wrote", why) from error
+    for name, before in _BEFORE.items():
+        section, field = name.split(".")
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            values[section].setdefault(field, before(values[section]))
     config = ConfigDict(_merge(common.FIELDS, values, path))
     for name in _OF_A_COMMAND:
         default = common.FIELDS.flat()[name].default

@@ -1,10 +1,13 @@
 """The caption file (`captions.jsonl`), and prompts built from captions."""
 
 import bisect
+import collections
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -12,6 +15,23 @@ from mvc_jax import files
 from mvc_jax.errors import UserError
 
 PROMPT = "{caption}, a photo of {class_type} {label}"
+# Not printable, but part of a word: joiners (Persian, Indic scripts, emoji families),
+# and the tags that spell the flag of a region.
+_KEPT = {"\u200c", "\u200d", *map(chr, range(0xE0020, 0xE0080))}
+# Not printable, but within words: soft hyphens, marks of direction, and the like.
+_NO_WIDTH = {"\u00ad", "\u200e", "\u200f", "\u2060", "\ufeff"}
+_NO_WIDTH |= {*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))}
+# Where a caption is cut: between words, behind a comma between two tags, and in scripts
+# that are written without spaces between characters.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_PIECE = re.compile(
+    rf"\s*(?:[{_UNSPACED}]|[^\s,;|，、。；{_UNSPACED}]+|.)[,;|，、。；]*"
+)
+_MAX_CLASSES = 5  # that are named
+_TRAILING = " ,.;|，、。；"
 
 
 def write_captions(
@@ -126,11 +146,13 @@ def clean(caption: str, *, collapse: bool = True) -> str:
     """Normalises a caption.
 
     Whitespace becomes single spaces, and control characters and trailing punctuation
-    are removed. With `collapse`, a phrase that the captioner repeats immediately is
-    kept once: `"a brain, a brain and a brain"` -> `"a brain"`.
+    are removed; joiners, which are part of words and of emoji, stay. With `collapse`, a
+    phrase that the captioner repeats immediately is kept once: `"a brain, a brain and a
+    brain"` -> `"a brain"`.
     """
-    printable = (c if c.isprintable() else " " for c in str(caption))
-    words = "".join(printable).split()
+    shown = (c for c in str(caption) if c not in _NO_WIDTH)
+    printable = (c if c.isprintable() or c in _KEPT else " " for c in shown)
+    words = [w for w in "".join(printable).split() if {*w} - _KEPT]
     return " ".join(_collapse_repeats(words) if collapse else words).rstrip(" ,;:")
 
 
@@ -193,12 +215,14 @@ class Prompt:
     Attributes:
       text: the whole prompt.
       before: the part of it that precedes the caption.
-      caption: the words of the caption that fit.
+      caption: as much of the caption as fits.
+      kept: of the caption: `"all"`, a `"part"` or, though there is one, `"none"`.
     """
 
     text: str
     before: str
     caption: str
+    kept: str = "all"
 
 
 def fill(template: str, caption: str, *, class_type: str, class_name: str) -> Prompt:
@@ -239,10 +263,12 @@ def prompt(
     count_tokens: Callable[[str], int],
     max_tokens: int,
 ) -> Prompt:
-    """Fills in a template with as many words of the caption as fit.
+    """Fills in a template with as much of the caption as fits.
 
     The supplement combines a BLIP-2 caption with a class prompt. That the caption is
-    truncated, so that the label survives CLIP's context length, is our choice.
+    truncated, so that the label survives CLIP's context length, is our choice. It is
+    cut between words, behind a comma within one, or between the characters of a script
+    without spaces; where the next of these pieces would not even fit alone, within it.
 
     Args:
       template: with `{caption}`, `{class_type}` and `{label}`.
@@ -255,24 +281,79 @@ def prompt(
     Raises:
       UserError: the class prompt alone does not fit.
     """
-    words = caption.split()
+    caption = " ".join(caption.split())
 
-    def with_words(count: int) -> Prompt:
-        kept = " ".join(words[:count]).rstrip(" ,.;")
-        return fill(template, kept, class_type=class_type, class_name=class_name)
+    def made(text: str) -> Prompt:
+        text = text.rstrip(_TRAILING)
+        return fill(template, text, class_type=class_type, class_name=class_name)
 
-    # Bisection, since a caption may have thousands of words.
-    longest = bisect.bisect_right(
-        range(1, len(words) + 1),
-        max_tokens,
-        key=lambda count: count_tokens(with_words(count).text),
-    )
-    class_prompt = with_words(0).text
-    if count_tokens(class_prompt) > max_tokens:
+    def fits(text: str) -> bool:
+        return count_tokens(made(text).text) <= max_tokens
+
+    if not fits(""):
+        class_prompt = made("").text
         raise UserError(
             f"class prompt {class_prompt!r}",
             wanted=f"at most {max_tokens} tokens",
             got=f"{count_tokens(class_prompt)}",
             fix="Shorten config.data.class_type, config.data.prompt or the class name.",
         )
-    return with_words(longest)
+    if fits(caption):
+        return made(caption)
+    ends = [found.end() for found in _PIECE.finditer(caption)]
+    ends = [i for i in ends if i == len(caption) or _is_between(caption, i)]
+    end = _longest(caption, ends, fits)
+    after = next(stop for stop in ends if stop > end)
+    if not fits(caption[end:after]):
+        inside = [i for i in range(end + 1, after) if _is_between(caption, i)]
+        end = _longest(caption, inside, fits, at_least=end)
+    found = made(caption[:end])
+    kept = "part" if found.caption else "none"
+    return dataclasses.replace(found, kept=kept)
+
+
+def _longest(
+    text: str, ends: Sequence[int], fits: Callable[[str], bool], at_least: int = 0
+) -> int:
+    """The last of these ends up to which a text fits; `at_least` if none does."""
+    # Bisection, since a caption may have thousands of words.
+    count = bisect.bisect_left(ends, True, key=lambda end: not fits(text[:end]))
+    while count and not fits(text[: ends[count - 1]]):
+        count -= 1  # a longer text may have fewer tokens
+    return ends[count - 1] if count else at_least
+
+
+def _is_between(text: str, i: int) -> bool:
+    """Whether no character as it is read is cut apart before `text[i]`."""
+    joined = unicodedata.category(text[i]) in ("Mn", "Mc", "Me") or text[i] in _KEPT
+    return not joined and text[i - 1] not in _KEPT
+
+
+CutCaptions = dict[str, collections.Counter[str]]
+
+
+def cut_by_class(rows: Sequence[Mapping[str, Any]]) -> CutCaptions:
+    """How many captions do not fit into their prompts.
+
+    Args:
+      rows: of `prompts.jsonl`.
+
+    Returns:
+      `part`, those that were cut, and `none`, those that were lost: class -> number.
+    """
+    return {
+        kept: collections.Counter(
+            row["class_name"] for row in rows if row.get("caption_kept") == kept
+        )
+        for kept in ("part", "none")
+    }
+
+
+def counted(cut: CutCaptions, kept: str) -> str:
+    """As in `12 captions were cut (cat 10, dog 2)`; the largest classes are named."""
+    counts = cut[kept]
+    named = [f"{name} {n}" for name, n in counts.most_common(_MAX_CLASSES)]
+    rest = len(counts) - len(named)
+    more = f" and {rest} more classes" if rest else ""
+    what = {"part": "cut", "none": "lost"}[kept]
+    return f"{counts.total()} captions were {what} ({', '.join(named)}{more})"

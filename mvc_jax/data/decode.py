@@ -240,6 +240,10 @@ def fit(
     if resize == "crop":
         return np.asarray(ImageOps.fit(picture, box, method))
     if resize == "pad":
+        if round(min(picture.size) / max(picture.size) * size) == 0:
+            # Of a narrow image Pillow would leave nothing: one row or column stays.
+            wide = picture.width > picture.height
+            picture = picture.resize((size, 1) if wide else (1, size), method)
         return np.asarray(ImageOps.pad(picture, box, method))
     return np.asarray(picture.resize(box, method))
 

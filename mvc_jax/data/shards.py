@@ -188,6 +188,11 @@ class Shards:
     def dtype(self) -> np.dtype:
         return np.dtype(self._layout.dtype)
 
+    def row(self, index: int) -> np.ndarray:
+        """One row, which is not copied."""
+        shard, offset = divmod(index, self._layout.rows_per_shard)
+        return self._mapped(shard)[offset]
+
     def take(self, indices: Int[np.ndarray, " B"]) -> np.ndarray:
         """Reads the rows [B, ...] at `indices` in [0, N), in any order, with repeats.
 

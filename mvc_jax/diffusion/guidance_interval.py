@@ -4,13 +4,13 @@ The paper's interval is one of noise levels sigma; this one is of their order, t
 """
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 ALWAYS = (0.0, 1.0)
 
 
 def segments(
-    timesteps: Int[np.ndarray, " S"],
+    timesteps: Int[np.ndarray, " S"] | Float[np.ndarray, " S"],
     num_train_timesteps: int,
     interval: tuple[float, float],
 ) -> list[tuple[int, int, bool]]:

@@ -7,8 +7,8 @@ is a `lax.scan` of its own, and guidance costs nothing outside its interval.
 
 PyTorch's diffusers draws the same from an exported folder with its own scheduler, which
 is DDIM, and with two others made `from_config(scheduler.config)`:
-`EulerDiscreteScheduler`, and `DPMSolverMultistepScheduler` with
-`timestep_spacing="linspace"`.
+`EulerDiscreteScheduler` and `DPMSolverMultistepScheduler`. Another spacing than the
+config's is given with it: `from_config(config, timestep_spacing="leading")`.
 
 UniPC (arXiv 2302.04867) is not here: its paper claims most at 5 to 10 steps, fewer than
 guidance with large scales leaves room for.
@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mvc_jax.diffusion.guidance_interval import ALWAYS, segments
-from mvc_jax.diffusion.timesteps import TIMESTEPS
+from mvc_jax.diffusion.timesteps import AUTO, named, require_noise, timesteps_of
 from mvc_jax.errors import UserError
 
 Predict = Callable[[Array, Array], Array]  # (latents, timesteps [B]) -> prediction
@@ -42,13 +42,15 @@ def ddim(
     alphas_cumprod: Float[np.ndarray, " T"],
     prediction_type: str,
     steps: int,
+    spacing: str = AUTO,
     unguided: Predict | None = None,
     guidance_interval: tuple[float, float] = ALWAYS,
 ) -> Float[Array, "B h w c"]:
     """DDIM with eta = 0: Song et al., arXiv 2010.02502, equations 12 and 16.
 
     Ends at the first noise level of training instead of at 0, as Stable Diffusion does
-    (diffusers' `set_alpha_to_one=False`).
+    (diffusers' `set_alpha_to_one=False`). Each step goes down by T // S timesteps, as
+    in PyTorch, also where the next one does not begin there.
 
     Args:
       predict: the network, guidance included.
@@ -56,6 +58,7 @@ def ddim(
       alphas_cumprod: of the noise schedule.
       prediction_type: of the network, `epsilon` or `v_prediction`.
       steps: S, from 1 to T - 1.
+      spacing: of the timesteps, as `timesteps_of` takes it.
       unguided: the network without guidance, for the steps outside the interval.
       guidance_interval: as `guidance_interval.segments` takes it.
     """
@@ -71,7 +74,7 @@ def ddim(
         x_0, e = _split(latents, prediction, alpha, sigma, prediction_type)
         return next_squared**0.5 * x_0 + (1 - next_squared) ** 0.5 * e
 
-    timesteps = TIMESTEPS["ddim"](trained, steps)
+    timesteps = timesteps_of("ddim", steps, spacing, trained)
     parts = segments(timesteps, trained, guidance_interval)
     return _scan(step, noise, (timesteps,), parts, predict, unguided)
 
@@ -83,6 +86,7 @@ def euler(
     alphas_cumprod: Float[np.ndarray, " T"],
     prediction_type: str,
     steps: int,
+    spacing: str = AUTO,
     unguided: Predict | None = None,
     guidance_interval: tuple[float, float] = ALWAYS,
 ) -> Float[Array, "B h w c"]:
@@ -90,13 +94,20 @@ def euler(
 
     Without lines 6 to 8, the second-order correction. Integrates x = x_0 + s noise,
     s = sigma / alpha, from the largest s down to 0; the network sees alpha x. The steps
-    equal DDIM's, but the last one ends without noise.
+    equal DDIM's where T is a multiple of S, but the last one ends without noise.
+    Starts, as PyTorch does, at x = s noise, and with `leading` spacing, whose largest
+    s is smaller, at x = sqrt(1 + s^2) noise.
 
     The arguments are those of `ddim`.
     """
     trained = len(alphas_cumprod)
-    timesteps = TIMESTEPS["euler"](trained, steps)
-    squared = alphas_cumprod[timesteps]
+    timesteps = timesteps_of("euler", steps, spacing, trained)
+    if named(spacing) == "linspace":  # between timesteps: s is interpolated
+        levels = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+        squared = 1 / (1 + np.interp(timesteps, np.arange(trained), levels) ** 2)
+        squared = squared.astype(np.float32)
+    else:
+        squared = alphas_cumprod[timesteps]
     alpha, sigma = np.sqrt(squared), np.sqrt(1 - squared)
     ds = np.diff(sigma / alpha, append=np.float32(0))
 
@@ -107,7 +118,8 @@ def euler(
 
     coefficients = (timesteps, alpha, sigma, ds)
     parts = segments(timesteps, trained, guidance_interval)
-    return _scan(step, noise / alpha[0], coefficients, parts, predict, unguided)
+    start = noise / alpha[0] * (1 if named(spacing) == "leading" else sigma[0])
+    return _scan(step, start, coefficients, parts, predict, unguided)
 
 
 def dpmpp_2m(
@@ -117,6 +129,7 @@ def dpmpp_2m(
     alphas_cumprod: Float[np.ndarray, " T"],
     prediction_type: str,
     steps: int,
+    spacing: str = AUTO,
     unguided: Predict | None = None,
     guidance_interval: tuple[float, float] = ALWAYS,
 ) -> Float[Array, "B h w c"]:
@@ -133,7 +146,7 @@ def dpmpp_2m(
     The arguments are those of `ddim`.
     """
     trained = len(alphas_cumprod)
-    timesteps = TIMESTEPS["dpmpp_2m"](trained, steps)
+    timesteps = timesteps_of("dpmpp_2m", steps, spacing, trained)
     squared = alphas_cumprod[timesteps].astype(np.float64)
     alpha = np.append(np.sqrt(squared), 1.0)
     sigma = np.append(np.sqrt(1.0 - squared), 0.0)
@@ -164,6 +177,7 @@ def make(
     *,
     alphas_cumprod: Float[np.ndarray, " T"],
     prediction_type: str,
+    spacing: str = AUTO,
 ) -> Sampler:
     """The sampler of a config and a model.
 
@@ -172,13 +186,14 @@ def make(
       steps: S.
       alphas_cumprod: of the model's noise schedule.
       prediction_type: of the model.
+      spacing: of the timesteps, as `timesteps_of` takes it.
 
     Returns:
       `(predict, noise, *, unguided=None, guidance_interval=ALWAYS) -> latents`.
 
     Raises:
-      UserError: no sampler has that name, or the model was trained on too few timesteps
-        for so many steps.
+      UserError: no sampler has that name, the model was trained on too few timesteps
+        for so many steps, or these would not start in noise.
     """
     if name not in SAMPLERS:
         raise UserError(
@@ -195,11 +210,13 @@ def make(
             got=f"{steps}",
             fix="Typical are 50, or 20 with dpmpp_2m.",
         )
+    require_noise(name, steps, spacing, trained)
     return functools.partial(
         SAMPLERS[name],
         alphas_cumprod=alphas_cumprod,
         prediction_type=prediction_type,
         steps=steps,
+        spacing=spacing,
     )
 
 

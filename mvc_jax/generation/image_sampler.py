@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mvc_jax import files
 from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
-from mvc_jax.diffusion import instruct_pix2pix, samplers
+from mvc_jax.diffusion import instruct_pix2pix, samplers, timesteps
 from mvc_jax.generation import ablation
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.image_status import Drawn, image_status
@@ -40,6 +41,7 @@ class Settings:
     Attributes:
       sampler: its name.
       steps: of the sampler.
+      spacing: of its timesteps, as `timesteps.timesteps_of` takes it.
       guidance_interval: fractions of the training timesteps between which guidance is
         applied.
       guidance_rescale: phi of the guided prediction, in [0, 1].
@@ -51,6 +53,7 @@ class Settings:
 
     sampler: str
     steps: int
+    spacing: str = timesteps.AUTO
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     grey: bool = False
@@ -119,6 +122,13 @@ class ImageSampler:
             self._programs[self._controlled] = jit_sample_images(
                 model, network, self.settings, self._mesh
             )
+            start = timesteps.start_in_words(
+                self.settings.sampler,
+                self.settings.steps,
+                self.settings.spacing,
+                len(model.alphas_cumprod),
+            )
+            logging.info("%s", start)
         shardings = sharding.tree_shardings(params, self._mesh)
         self._params = jax.device_put(params, shardings)
         self._loaded = folder, self._controlled
@@ -223,6 +233,7 @@ def jit_sample_images(
             settings.steps,
             alphas_cumprod=model.alphas_cumprod,
             prediction_type=model.prediction_type,
+            spacing=settings.spacing,
         ),
         guidance_interval=settings.guidance_interval,
         guidance_rescale=settings.guidance_rescale,

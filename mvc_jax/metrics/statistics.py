@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float, Int
 _BINS = 15  # of confidence, as in Guo et al.
 
 
+_ROUNDING = 1e-9  # by which equal differences of accuracies may differ
+
+
 def paired_difference(
     ours: Float[np.ndarray, " S"], theirs: Float[np.ndarray, " S"], confidence: float
 ) -> dict[str, float | None]:
@@ -20,17 +23,16 @@ def paired_difference(
       confidence: of the interval, in (0, 1).
 
     Returns:
-      `mean`, `low` and `high`; with one seed `low` and `high` are None.
+      `mean`, `low` and `high`; with one seed, or with equal differences, whose spread
+      is not known, `low` and `high` are None.
     """
     from scipy import stats  # takes a second to import
 
     difference = ours - theirs
     mean, count = float(difference.mean()), len(difference)
-    if count < 2:
+    if count < 2 or np.ptp(difference) < _ROUNDING:
         return {"mean": mean, "low": None, "high": None}
     error = stats.sem(difference)
-    if error == 0:  # SciPy's interval of a constant is NaN
-        return {"mean": mean, "low": mean, "high": mean}
     low, high = stats.t.interval(confidence, count - 1, loc=mean, scale=error)
     return {"mean": mean, "low": float(low), "high": float(high)}
 

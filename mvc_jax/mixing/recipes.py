@@ -31,6 +31,8 @@ from mvc_jax.data import order
 MODES = ("coarse", "fine", "both")
 POSITIONS = ("caption", "first", "span", "all")
 PARTNERS = ("class", "any")
+PARTNER_PROMPTS = ("other", "any")
+EARLIER_PARTNER_PROMPT = "any"  # before it could be chosen
 DIMS_ON = ("all", "words")
 NO_MIXING = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
 
@@ -48,6 +50,8 @@ class Drawing:
       class_prompt: whether words of the class prompt may be replaced as well.
       partner: whether partners are of the same `class` or of `any`.
       partners: m, number of partners.
+      partner_prompt: whether those of an `other` prompt than the source's are
+        preferred, since mixing equal prompts changes nothing, or `any` are drawn alike.
       dims: d, number of dims that fine mixing replaces.
       dims_per_token: whether each token has its own dims.
       dims_on: tokens that fine mixing applies to: `all`, or the caption's `words` (and
@@ -63,6 +67,7 @@ class Drawing:
     class_prompt: bool = False
     partner: str = "class"
     partners: int = 1
+    partner_prompt: str = "other"
     dims: int = 8
     dims_per_token: bool = False
     dims_on: str = "all"
@@ -70,18 +75,43 @@ class Drawing:
     image_scale: tuple[float, float] = (1.5, 1.5)
 
 
-def classes_of(rows: Sequence[Mapping]) -> dict[int, list[int]]:
+class Classes(dict[int, list[int]]):
+    """Label -> ascending indices of its rows.
+
+    Args:
+      rows: of `encode`, one for each training image.
+    """
+
+    def __init__(self, rows: Sequence[Mapping]):
+        super().__init__()
+        self._prompts: dict[str, list[int]] = {}
+        self._places: dict[tuple[int | None, str], list[int]] = {}
+        for i, row in enumerate(rows):
+            self.setdefault(row["label"], []).append(i)
+            self._prompts.setdefault(row["prompt"], []).append(i)
+
+    def sharing(self, prompt: str, label: int | None) -> list[int]:
+        """Ascending places in a class of the rows with this prompt; None: in all."""
+        if label is None:
+            return self._prompts[prompt]
+        key = label, prompt
+        if key not in self._places:
+            members = self[label]
+            mine = self._prompts[prompt]
+            places = [(bisect.bisect_left(members, row), row) for row in mine]
+            self._places[key] = [p for p, row in places if members[p : p + 1] == [row]]
+        return self._places[key]
+
+
+def classes_of(rows: Sequence[Mapping]) -> Classes:
     """Label -> ascending indices of its rows."""
-    classes: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        classes.setdefault(row["label"], []).append(i)
-    return classes
+    return Classes(rows)
 
 
 def make_recipe(
     k: int,
     rows: Sequence[Mapping],
-    classes: Mapping[int, Sequence[int]],
+    classes: Classes,
     drawing: Drawing,
     *,
     seed: int,
@@ -108,8 +138,7 @@ def make_recipe(
     round_, i = divmod(k, len(rows))
     source, mode = rows[i], drawing.modes[round_ % len(drawing.modes)]
     rng = order.generator(seed, "mix/partner", k)
-    among = classes[source["label"]] if drawing.partner == "class" else range(len(rows))
-    partners = [rows[j] for j in _draw_partners(rng, among, i, drawing.partners)]
+    partners = [rows[j] for j in _draw_partners(rng, rows, classes, i, drawing)]
     recipe = {
         "index": k,
         "source": source["id"],
@@ -147,18 +176,46 @@ def make_recipe(
 
 
 def _draw_partners(
-    rng: np.random.Generator, among: Sequence[int], source: int, count: int
+    rng: np.random.Generator,
+    rows: Sequence[Mapping],
+    classes: Classes,
+    source: int,
+    drawing: Drawing,
 ) -> list[int]:
-    """Up to `count` of the images in `among` but the source; it if it is the only one.
+    """Up to `drawing.partners` images but the source; it if it is the only one.
 
-    `among` is ascending.
+    With `partner_prompt` `other`, those of its own prompt only where others are few.
     """
-    others = len(among) - 1
-    if not others:
+    label = rows[source]["label"] if drawing.partner == "class" else None
+    among = range(len(rows)) if label is None else classes[label]
+    if len(among) == 1:
         return [source]
-    chosen = rng.choice(others, size=min(count, others), replace=False)
     place = bisect.bisect_left(among, source)
-    return [among[j + (j >= place)] for j in chosen.tolist()]
+    same = [place]
+    if drawing.partner_prompt == "other":
+        same = classes.sharing(rows[source]["prompt"], label)
+    drawn = _draw_without(rng, len(among), same, drawing.partners)
+    if len(drawn) < drawing.partners and len(same) > 1:
+        own = bisect.bisect_left(same, place)
+        left = drawing.partners - len(drawn)
+        drawn += [same[k] for k in _draw_without(rng, len(same), [own], left)]
+    return [among[k] for k in drawn]
+
+
+def _draw_without(
+    rng: np.random.Generator, count: int, excluded: Sequence[int], number: int
+) -> list[int]:
+    """Up to `number` of [0, count) without those excluded, which are ascending."""
+    others = count - len(excluded)
+    if not others:
+        return []
+    chosen = rng.choice(others, size=min(number, others), replace=False)
+    # How many others are before each of those excluded.
+    before = range(len(excluded))
+    return [
+        j + bisect.bisect_right(before, j, key=lambda k: excluded[k] - k)
+        for j in chosen.tolist()
+    ]
 
 
 def _common_words(rows: Sequence[Mapping], class_prompt: bool, length: int) -> range:
@@ -205,7 +262,7 @@ def _draw_donors(rng: np.random.Generator, partners: int, count: int) -> list[in
 
 def make_levels(
     rows: Sequence[Mapping],
-    classes: Mapping[int, Sequence[int]],
+    classes: Classes,
     drawing: Drawing,
     *,
     seed: int,
@@ -236,7 +293,7 @@ def make_levels(
     levels: list[dict] = []
     for label in sorted(classes)[:max_sources]:
         i, partners, words = _first_with_words(
-            rows, classes[label], drawing, seed, length
+            rows, classes, label, drawing, seed, length
         )
         rng = order.generator(seed, "mix/levels", i)
         donors = _draw_donors(rng, len(partners), length)
@@ -279,20 +336,20 @@ def make_levels(
 
 def _first_with_words(
     rows: Sequence[Mapping],
-    members: Sequence[int],
+    classes: Classes,
+    label: int,
     drawing: Drawing,
     seed: int,
     length: int,
 ) -> tuple[int, list[Mapping], range]:
-    """The first of these images with words to mix, its partners, and the positions.
+    """The first image of a class with words to mix, its partners, and the positions.
 
     If none has any, the first image.
     """
     found = []
-    for i in members:
-        among = members if drawing.partner == "class" else range(len(rows))
+    for i in classes[label]:
         rng = order.generator(seed, "mix/levels/partner", i)
-        partners = [rows[j] for j in _draw_partners(rng, among, i, drawing.partners)]
+        partners = [rows[j] for j in _draw_partners(rng, rows, classes, i, drawing)]
         words = _common_words([rows[i], *partners], drawing.class_prompt, length)
         found.append((i, partners, words))
         if words:

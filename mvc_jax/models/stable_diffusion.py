@@ -186,7 +186,7 @@ class StableDiffusion:
         self,
         params: Params,
         latents: Float[Array, "B h w C"],
-        timesteps: Int[Array, " B"],
+        timesteps: Int[Array, " B"] | Float[Array, " B"],
         text_states: Float[Array, "B L D"],
         residuals: tuple[Sequence[Array], Array] | None = None,
     ) -> Float[Array, "B h w c"]:

@@ -18,7 +18,7 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "timestep_spacing": "leading",
+    "timestep_spacing": "trailing",
 }
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,5 +1,6 @@
 """Optimisers, learning-rate schedules and averaged parameters, by name and number."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def schedule(
 
     Args:
       name: `constant`; `cosine`, which decays to 0 at `steps`; or `multistep`, which is
-        multiplied by `gamma` at each of the `milestones`.
+        multiplied by `gamma` at each of the `milestones`, those that round to one step
+        included.
       peak: the learning rate after the warm-up.
       warmup: number of warm-up steps.
       steps: number of training steps.
@@ -35,7 +37,8 @@ def schedule(
         return warmup_cosine(peak, warmup=warmup, steps=steps)
     # Not `optax.warmup_constant_schedule`, which stays at 0 without warm-up steps.
     fractions = milestones if name == "multistep" else ()
-    scales = {round(fraction * steps) - warmup: gamma for fraction in fractions}
+    at_step = Counter(round(fraction * steps) - warmup for fraction in fractions)
+    scales = {step: gamma**count for step, count in at_step.items()}
     after = optax.piecewise_constant_schedule(peak, scales)
     before = optax.linear_schedule(0.0, peak, warmup)
     return optax.join_schedules([before, after], [warmup])

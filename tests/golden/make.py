@@ -12,6 +12,7 @@ import sys
 import tempfile
 
 import numpy as np
+import torch  # noqa: F401  # first: ours hides what is not imported yet from libraries
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # this checkout's, not an installed one
