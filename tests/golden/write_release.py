@@ -160,7 +160,9 @@ def stable_diffusion(folder: pathlib.Path, tokenizer) -> None:
         requires_safety_checker=False,
     ).save_pretrained(str(folder), safe_serialization=True)
     write_ids(folder / "tokenizer")
-    control = diffusers.ControlNetModel.from_unet(unet)
+    control = diffusers.ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(8, 16, 32)
+    )
     fill(control)
     control.save_pretrained(str(folder / "controlnet"), safe_serialization=True)
 
