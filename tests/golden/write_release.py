@@ -76,14 +76,19 @@ def vocabulary() -> tuple:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def fill(module) -> None:
-    """Draws the parameters of a `torch.nn.Module`."""
-    import torch
+def redraw(path: pathlib.Path) -> None:
+    """Replaces the numbers in a file, and nothing else."""
+    import safetensors
+    import safetensors.numpy
 
-    for name, tensor in module.state_dict().items():
-        if tensor.dtype == torch.float32:
-            name = name.removeprefix("text_model.")  # transformers 5 has none
-            tensor.copy_(torch.from_numpy(drawn(name, tuple(tensor.shape))))
+    with safetensors.safe_open(str(path), "np") as file:
+        metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(str(path))
+    for name, tensor in tensors.items():
+        if tensor.dtype == np.float32:
+            # transformers 5 has no prefix in a text encoder.
+            tensors[name] = drawn(name.removeprefix("text_model."), tensor.shape)
+    safetensors.numpy.save_file(tensors, str(path), metadata)
 
 
 def clip_tokenizer(folder: pathlib.Path):
@@ -147,8 +152,6 @@ def stable_diffusion(folder: pathlib.Path, tokenizer) -> None:
     scheduler = diffusers.PNDMScheduler(
         beta_schedule="scaled_linear", skip_prk_steps=True, **noise
     )
-    for module in (unet, vae, text):
-        fill(module)
     diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
@@ -163,7 +166,6 @@ def stable_diffusion(folder: pathlib.Path, tokenizer) -> None:
     control = diffusers.ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(8, 16, 32)
     )
-    fill(control)
     control.save_pretrained(str(folder / "controlnet"), safe_serialization=True)
 
 
@@ -188,7 +190,6 @@ def clip(folder: pathlib.Path, tokenizer) -> None:
         projection_dim=12,
     )
     model = transformers.CLIPModel(config)
-    fill(model)
     model.save_pretrained(str(folder), safe_serialization=True)
     images = transformers.CLIPImageProcessor(
         size={"shortest_edge": 8},
@@ -198,7 +199,6 @@ def clip(folder: pathlib.Path, tokenizer) -> None:
     transformers.CLIPProcessor(images, tokenizer).save_pretrained(str(folder))
     write_ids(folder)
     tower = transformers.CLIPVisionModelWithProjection(model.config.vision_config)
-    fill(tower)
     tower.save_pretrained(str(folder / "tower"), safe_serialization=True)
     images.save_pretrained(str(folder / "tower"))
 
@@ -251,7 +251,6 @@ def vit_gpt2(folder: pathlib.Path) -> None:
         eos_token_id=0,
     )
     model = transformers.VisionEncoderDecoderModel(config)
-    fill(model)
     model.save_pretrained(str(folder), safe_serialization=True)
     size = {"height": 8, "width": 8}
     transformers.ViTImageProcessor(size=size).save_pretrained(str(folder))
@@ -309,7 +308,6 @@ def blip2(folder: pathlib.Path) -> None:
         num_query_tokens=4,
     )
     model = transformers.Blip2ForConditionalGeneration(config)
-    fill(model)
     model.save_pretrained(str(folder), safe_serialization=True)
     processor = transformers.Blip2Processor(images, tokenizer)
     processor.save_pretrained(str(folder))
@@ -324,13 +322,11 @@ def classifiers(folder: pathlib.Path) -> None:
     )
     config.num_labels = 3
     model = transformers.ResNetForImageClassification(config)
-    fill(model)
     model.save_pretrained(str(folder / "transformers"), safe_serialization=True)
     processor = transformers.ViTImageProcessor(size={"height": 36, "width": 36})
     processor.save_pretrained(str(folder / "transformers"))
     for name in ("resnet18", "efficientnet_b0"):
         model = timm.create_model(name, num_classes=3)
-        fill(model)
         timm.models._hub.save_for_hf(model, str(folder / name), safe_serialization=True)
 
 
@@ -351,7 +347,6 @@ def adapters(folder: pathlib.Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"])
     if hasattr(unet, "add_adapter"):
         unet.add_adapter(config)
-        fill(unet)
         layers = peft.get_peft_model_state_dict(unet)
         diffusers.StableDiffusionPipeline.save_lora_weights(
             str(folder / "diffusers"), unet_lora_layers=layers
@@ -366,11 +361,9 @@ def adapters(folder: pathlib.Path) -> None:
                 for name in unet.attn_processors
             }
         )
-        fill(unet)
         unet.save_attn_procs(str(folder / "diffusers"), safe_serialization=True)
         unet.set_default_attn_processor()
     wrapped = peft.get_peft_model(unet, config)
-    fill(wrapped)
     wrapped.save_pretrained(str(folder / "peft"), safe_serialization=True)
 
 
@@ -396,6 +389,8 @@ def main() -> None:
     blip2(folder / "blip2")
     classifiers(folder / "classifiers")
     adapters(folder / "adapters")
+    for file in folder.rglob("*.safetensors"):
+        redraw(file)
     for file in (folder / "scratch").iterdir():
         file.unlink()
     (folder / "scratch").rmdir()
