@@ -103,7 +103,11 @@ def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
       size: `small` or `sd15`.
       unet: fields of the UNet's config to change.
     """
-    from mvc_jax.checkpoints import diffusers_layout, scheduler_config
+    from mvc_jax.checkpoints import (
+        clip_tokenizer,
+        diffusers_layout,
+        scheduler_config,
+    )
     from mvc_jax.models import stable_diffusion
     from mvc_jax.pretraining import tokenizer
 
@@ -116,7 +120,7 @@ def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
     tokenizer.train(
         folder / "tokenizer", ["a photo of a part"], vocab_size=520, max_length=77
     )
-    read = diffusers_layout.read_tokenizer(folder / "tokenizer")
+    read = clip_tokenizer.read(folder / "tokenizer")[0]
     model = stable_diffusion.StableDiffusion(configs, read)
     draw = np.random.default_rng(0)
     params = {

@@ -24,6 +24,7 @@ with epy.lazy_imports():
     from mvc_jax.checkpoints import (
         base_sizes,
         clip_checkpoint,
+        clip_tokenizer,
         controlnet_checkpoint,
         diffusers_layout,
     )
@@ -249,7 +250,7 @@ def _new_model(
     config: ConfigDict, tokenizer_folder: epath.Path
 ) -> stable_diffusion.StableDiffusion:
     """The architecture of the config, without weights."""
-    tokenizer = diffusers_layout.read_tokenizer(tokenizer_folder)
+    tokenizer, _ = clip_tokenizer.read(tokenizer_folder)
     return small.stable_diffusion(tokenizer, **_architecture(config))
 
 

@@ -70,7 +70,7 @@ def tiny(tmp_path_factory):
 
     8 px images, 2x2 latents, 12 tokens of width 16; its biases are not zero.
     """
-    from mvc_jax.checkpoints import diffusers_layout
+    from mvc_jax.checkpoints import clip_tokenizer, diffusers_layout
     from mvc_jax.models import stable_diffusion
     from mvc_jax.pretraining import tokenizer
     from mvc_jax.pretraining.small import SCHEDULER
@@ -79,7 +79,7 @@ def tiny(tmp_path_factory):
     tokenizer.train(
         folder, ["a bold stroke, a photo of digit one"], vocab_size=540, max_length=12
     )
-    read = diffusers_layout.read_tokenizer(folder)
+    read = clip_tokenizer.read(folder)[0]
     unet = {
         "sample_size": 2,
         "in_channels": 4,

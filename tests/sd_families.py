@@ -15,7 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mvc_jax.checkpoints import diffusers_layout, scheduler_config, weights
+from mvc_jax.checkpoints import (
+    clip_tokenizer,
+    diffusers_layout,
+    scheduler_config,
+    weights,
+)
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 from mvc_jax.pretraining import tokenizer
 
@@ -197,11 +202,11 @@ def _tokenizer(pad_token: str) -> Any:
         tokenizer.train(
             pathlib.Path(folder), [WORDS] * 5, vocab_size=560, max_length=77
         )
-        read = diffusers_layout.read_tokenizer(folder)
+        read = clip_tokenizer.read(folder)[0]
         # Through the disk: reading makes a pad token special, also within a prompt.
         read.pad_token = pad_token
         read.save_pretrained(folder)
-        return diffusers_layout.read_tokenizer(folder)
+        return clip_tokenizer.read(folder)[0]
 
 
 def random(prefix: str, shapes: Any) -> Any:

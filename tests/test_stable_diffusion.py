@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sd_parity import jit_fast
 
-from mvc_jax.checkpoints import diffusers_layout, weights
+from mvc_jax.checkpoints import clip_tokenizer, diffusers_layout, weights
 from mvc_jax.errors import UserError
 from mvc_jax.pretraining import tokenizer
 
@@ -165,7 +165,7 @@ def test_the_trained_tokenizer_is_clip_s(tmp_path):
     tokenizer.train(
         tmp_path, ["bold slanted strokes"] * 5, vocab_size=600, max_length=8
     )
-    read = diffusers_layout.read_tokenizer(tmp_path)
+    read = clip_tokenizer.read(tmp_path)[0]
     assert read.tokenize("Bold strokes") == ["bold</w>", "strokes</w>"]
     ids = read("bold", padding="max_length", max_length=8)["input_ids"]
     assert ids[0] == read.bos_token_id

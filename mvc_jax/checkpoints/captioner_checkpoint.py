@@ -12,7 +12,8 @@ from mvc_jax import files
 from mvc_jax.checkpoints import hub
 from mvc_jax.errors import UserError
 
-_PROCESSOR = "preprocessor_config.json"
+# One suffices; the second is what the processors of transformers 5 write.
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model")  # one suffices
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _INDEX = ".index.json"  # suffix of the index of weights in shards
@@ -67,7 +68,7 @@ def check(model: str, layout: Layout) -> epath.Path | None:
         field=field(model),
         fix=_how_to_convert("", layout, model),
     )
-    others = (("config.json",), (_PROCESSOR,), _TOKENIZERS)
+    others = (("config.json",), _PROCESSORS, _TOKENIZERS)
     hub.require_files(found, others, field=field(model))
     return None
 
@@ -112,7 +113,7 @@ def _check_folder(
             fix="Use another checkpoint, or another config.caption.captioner.",
         )
     _check_weights(folder, layout, model, fix)
-    for names in ((_PROCESSOR,), _TOKENIZERS):
+    for names in (_PROCESSORS, _TOKENIZERS):
         if not any((folder / name).exists() for name in names):
             raise UserError(
                 field(model),

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from mvc_jax import files
-from mvc_jax.checkpoints import diffusers_layout, hub, pipeline_folder, weights
+from mvc_jax.checkpoints import clip_tokenizer, hub, pipeline_folder, weights
 from mvc_jax.errors import UserError
 from mvc_jax.models.clip import Clip, Params, image_processor
 from mvc_jax.models.flax_classes import ACT2FN, transformers
@@ -24,7 +24,12 @@ INDEX_ENTRIES = {  # for the model_index.json of a pipeline with an image encode
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _MODEL_TYPES = ("clip", "clip_vision_model")
-_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")
+_PROCESSORS = (
+    "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
+    "CLIPImageProcessorPil",
+    "CLIPFeatureExtractor",
+)
 _PATTERNS = ("*.json", "*.txt", "model*.safetensors")
 _TEXT_TOWER = r"^(text_model|text_projection|logit_scale)"
 _WHOLE_NUMBERS = (
@@ -74,6 +79,8 @@ def check(path: epath.PathLike, *, field: str, text: bool = False) -> Clip | Non
         found = hub.check_name(str(path), _PATTERNS, field=named)
         if not isinstance(found, epath.Path):
             hub.require_files(found, (("config.json",), _WEIGHTS), field=named)
+            if text and (lacks := pipeline_folder.missing_of_tokenizer(found)):
+                hub.require_files(found, (lacks,), field=named)
             return None
         folder = found
     folder = _find(path, field, folder)
@@ -183,7 +190,7 @@ def _read_architecture(folder: epath.Path, field: str, text: bool) -> Clip:
         vision = transformers.CLIPVisionConfig.from_dict(config)
     for part in (vision, text_config) if text else (vision,):
         _check_config(part, str(folder / "config.json"))
-    tokenizer = diffusers_layout.read_tokenizer(folder) if text else None
+    tokenizer = clip_tokenizer.read(folder)[0] if text else None
     processor = _read_processor(folder, vision.image_size)
     return Clip(vision, processor, text_config if text else None, tokenizer)
 
@@ -217,11 +224,9 @@ def _check_config(config: Any, path: str) -> None:
 
 def _read_processor(folder: epath.Path, side: int) -> transformers.CLIPImageProcessor:
     """The checkpoint's image processor, or CLIP's default if there is no file of it."""
-    candidates = (folder / "preprocessor_config.json", folder.parent / PROCESSOR)
-    path = next((path for path in candidates if path.exists()), None)
-    if path is None:
+    path, config = _processor_config(folder)
+    if not config:
         return image_processor(side)
-    config = pipeline_folder.read_json(path)
     kinds = ("image_processor_type", "feature_extractor_type")
     kind = next((config[name] for name in kinds if name in config), _PROCESSORS[0])
     try:
@@ -245,3 +250,16 @@ def _read_processor(folder: epath.Path, side: int) -> transformers.CLIPImageProc
             fix="Use preprocessor_config.json and config.json of the same checkpoint.",
         )
     return processor
+
+
+def _processor_config(folder: epath.Path) -> tuple[epath.Path, dict[str, Any]]:
+    """The file of the image processor, and its options; {} if there is none.
+
+    From 5 on, transformers' CLIPProcessor writes them into its own file.
+    """
+    for path in (folder / "preprocessor_config.json", folder.parent / PROCESSOR):
+        if path.exists():
+            return path, pipeline_folder.read_json(path)
+    path = folder / "processor_config.json"
+    config = pipeline_folder.read_json(path) if path.exists() else {}
+    return path, config.get("image_processor") or {}

@@ -6,8 +6,7 @@ that `pretrain` wrote, a folder, or a checkpoint on the Hugging Face hub.
 
 import importlib.metadata
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -15,17 +14,17 @@ from etils import epath
 
 from mvc_jax import files
 from mvc_jax.checkpoints import (
+    clip_tokenizer,
     families,
     pipeline_folder,
     scheduler_config,
+    tensor_file,
     weights,
 )
 from mvc_jax.errors import UserError
-from mvc_jax.models.flax_classes import transformers
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 WEIGHTS = pipeline_folder.WEIGHTS
-TOKENIZER_FILES = pipeline_folder.TOKENIZER_FILES
 _TORCH_CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -33,6 +32,7 @@ _TORCH_CLASSES = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
+_TEXT_MODEL = "text_model."  # begins the names of a text encoder
 _NO_LENGTH = 1e9  # a tokenizer's model_max_length above it stands for none
 
 
@@ -62,7 +62,9 @@ def load(
     for name in components:
         file = pipeline_folder.find_weights(folder, name, variant)
         kinds[name] = weights.check(file)
-        params[name] = weights.read(file, _shapes(folder, model, name))
+        params[name] = weights.read(
+            file, _shapes(folder, model, name), name_of=_name_of(file, name)
+        )
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         logging.info("%s is stored in several precisions: %s", path, found)
@@ -113,7 +115,8 @@ def check_base(
     for name in WEIGHTS:
         file = pipeline_folder.find_weights(folder, name, variant)
         weights.check(file)
-        weights.check_tensors(file, _shapes(folder, model, name))
+        shapes = _shapes(folder, model, name)
+        weights.check_tensors(file, shapes, name_of=_name_of(file, name))
     if size:
         families.check_size(model.configs, size)
     if (folder / pipeline_folder.MADE_BY).exists() and not finetuned:
@@ -171,7 +174,10 @@ def save(
         weights.write(folder / name / file, params[name])
         written += [f"{name}/config.json", f"{name}/{file}"]
     files.write_json(folder / pipeline_folder.SCHEDULER, model.configs["scheduler"])
-    _write_tokenizer(folder / "tokenizer", model.tokenizer)
+    tokenizer = clip_tokenizer.write(
+        folder / "tokenizer", model.tokenizer, model.tokenizer_files
+    )
+    written += [f"tokenizer/{name}" for name in tokenizer]
     pipeline = "StableDiffusionPipeline"
     if model.conditioned:
         pipeline = "StableDiffusionInstructPix2PixPipeline"
@@ -188,34 +194,7 @@ def save(
         files.write_json(folder / pipeline_folder.MADE_BY, made_by)
         written.append(pipeline_folder.MADE_BY)
     files.write_json(folder / pipeline_folder.INDEX, index)
-    tokenizer = [f"tokenizer/{name}" for name in TOKENIZER_FILES]
-    return [*written, *tokenizer, pipeline_folder.SCHEDULER, pipeline_folder.INDEX]
-
-
-def read_tokenizer(folder: epath.PathLike) -> transformers.CLIPTokenizerFast:
-    """CLIP's tokenizer from its folder, local or remote."""
-    folder = epath.Path(folder)
-    for name in TOKENIZER_FILES[:2]:
-        if not (folder / name).exists():
-            raise UserError(
-                str(folder / name),
-                wanted="a file of CLIP's tokenizer",
-                got="no such file",
-                fix="Copy the checkpoint's whole tokenizer folder.",
-            )
-    with tempfile.TemporaryDirectory() as local:  # the library reads local files only
-        for name in TOKENIZER_FILES:
-            if (folder / name).exists():
-                (folder / name).copy(epath.Path(local) / name)
-        try:
-            return transformers.CLIPTokenizerFast.from_pretrained(local)
-        except Exception as error:  # the type that the library's Rust code raises
-            raise UserError(
-                str(folder),
-                wanted="the files of CLIP's tokenizer",
-                got=f"damaged ones ({error})",
-                fix="Copy the checkpoint's whole tokenizer folder.",
-            ) from error
+    return [*written, pipeline_folder.SCHEDULER, pipeline_folder.INDEX]
 
 
 def _read_architecture(folder: epath.Path) -> StableDiffusion:
@@ -226,27 +205,32 @@ def _read_architecture(folder: epath.Path) -> StableDiffusion:
         configs[name] = families.completed(name, config)
         families.check_config(name, configs[name], str(folder / file))
     configs["scheduler"] = scheduler_config.ddim_config(configs["scheduler"])
-    tokenizer = read_tokenizer(folder / "tokenizer")
+    tokenizer, found = clip_tokenizer.read(folder / "tokenizer")
     length = tokenizer.model_max_length
     if isinstance(length, int | float) and length > _NO_LENGTH:
         # PyTorch's pipeline would pad prompts to it, beyond the encoder's positions.
-        text = configs["text_encoder"]
-        tokenizer.model_max_length = text["max_position_embeddings"]
+        length = configs["text_encoder"]["max_position_embeddings"]
+        tokenizer.model_max_length = length
+        found = clip_tokenizer.with_length(found, length)
     families.check_fit(
         configs,
         vocab_size=len(tokenizer),
         max_length=tokenizer.model_max_length,
         folder=str(folder),
     )
-    return StableDiffusion(configs, tokenizer)
+    return StableDiffusion(configs, tokenizer, found)
 
 
-def _write_tokenizer(folder: epath.Path, tokenizer) -> None:
-    with tempfile.TemporaryDirectory() as local:
-        tokenizer.save_pretrained(local)
-        for name in TOKENIZER_FILES:
-            content = (epath.Path(local) / name).read_bytes()
-            files.write_bytes(folder / name, content)
+def _name_of(file: epath.Path, component: str) -> Callable[[weights.Path], str]:
+    """How a component's file names its parameters.
+
+    From transformers 5 on, a text encoder's names leave out `text_model.`.
+    """
+    if component == "text_encoder":
+        stored = tensor_file.entries(file)
+        if not any(name.startswith(_TEXT_MODEL) for name in stored):
+            return lambda path: weights.torch_name(path).removeprefix(_TEXT_MODEL)
+    return weights.torch_name
 
 
 def _shapes(folder: epath.Path, model: StableDiffusion, component: str) -> Any:

@@ -6,7 +6,7 @@ checkpoints of another kind or family, suggest a fix.
 
 import fnmatch
 import re
-from collections.abc import Set
+from collections.abc import Collection, Set
 from typing import Any
 
 from etils import epath
@@ -20,21 +20,19 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
-TOKENIZER_FILES = (
+TOKENIZER_FILES = (  # of CLIP, in the forms of all releases of its library
     "vocab.json",
     "merges.txt",
+    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 )
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS} | {"scheduler": SCHEDULER}
 MADE_BY = "mvc_jax.json"  # marks a model that this program fine-tuned
-_REQUIRED = (  # besides weights
-    INDEX,
-    *CONFIGS.values(),
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES[:2]),
-)
+_REQUIRED = (INDEX, *CONFIGS.values())  # besides weights and tokenizer
 _OPTIONAL = (  # CLIP's image tower
     "image_encoder/config.json",
     "image_encoder/model.safetensors",
@@ -130,11 +128,23 @@ def weight_files(
 def download_patterns(variant: str = "") -> list[str]:
     """`fnmatch` patterns of the files of a repository that `load` reads."""
     patterns = [*_REQUIRED, "README.md", MADE_BY, *_OPTIONAL]
-    patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES[2:]]
+    patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     for component in WEIGHTS:
         names = [*_candidates(component, variant), *_shards(component, variant)]
         patterns += [f"{component}/{name}" for name in names]
     return patterns
+
+
+def missing_of_tokenizer(names: Collection[str]) -> list[str]:
+    """What the files of CLIP's tokenizer lack; [] if its library can read them.
+
+    Until 4.x it wrote `vocab.json` and `merges.txt`, from 5 on `tokenizer.json` alone.
+    """
+    parts, whole = TOKENIZER_FILES[:2], TOKENIZER_FILES[2]
+    lacks = [name for name in parts if name not in names]
+    return (
+        [f"{' and '.join(lacks)} (or {whole})"] if lacks and whole not in names else []
+    )
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
@@ -237,6 +247,8 @@ def _require_files(
       kind: class of the pipeline.
     """
     missing = [file for file in _REQUIRED if file not in present]
+    tokenizer = {file.removeprefix("tokenizer/") for file in present}
+    missing += [f"tokenizer/{files}" for files in missing_of_tokenizer(tokenizer)]
     others: list[set[str]] = []
     for part in WEIGHTS:
         if not any(f"{part}/{x}" in present for x in _candidates(part, variant)):

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from mvc_jax import devices, files
 from mvc_jax.checkpoints import captioner_checkpoint, weights
 from mvc_jax.errors import UserError
-from mvc_jax.models import vit_gpt2
+from mvc_jax.models import tokenizer_release, vit_gpt2
 from mvc_jax.models.flax_classes import transformers
 from mvc_jax.models.vit_gpt2 import Params, VitGpt2
 
@@ -101,8 +101,9 @@ def load(model: str, dtype: str) -> tuple[VitGpt2, Params]:
         network.generation_config = transformers.GenerationConfig.from_pretrained(
             str(folder)
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        str(folder), config=config.decoder
+    name, options = tokenizer_release.class_and_options(str(folder))
+    tokenizer = getattr(transformers, name).from_pretrained(
+        str(folder), config=config.decoder, **options
     )
     preprocess = _read_processor(folder, config.encoder.image_size, model)
     params = _read_params(folder, network.params_shape_tree)

@@ -32,6 +32,7 @@ from jaxtyping import UInt8
 
 from mvc_jax import files
 from mvc_jax.errors import UserError
+from mvc_jax.models import tokenizer_release
 
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 _PROGRAM = (sys.executable, "-P", "-m", "mvc_jax.models.blip2")
@@ -350,9 +351,10 @@ def _processor(folder: str, config):
     """
     import transformers
 
+    tokenizer, options = tokenizer_release.class_and_options(folder)
     processor = transformers.Blip2Processor(
         transformers.BlipImageProcessor.from_pretrained(folder),
-        transformers.AutoTokenizer.from_pretrained(folder),
+        getattr(transformers, tokenizer).from_pretrained(folder, **options),
         num_query_tokens=config.num_query_tokens,
     )
     if config.image_token_index is None:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +44,7 @@ class StableDiffusion:
       configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`; the last is
         DDIM's, with the noise and the `prediction_type` of the model.
       tokenizer: CLIP's; None: no text will be read.
+      tokenizer_files: the files that it was read from, by name; {} for a new one.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
       attention: implementation in the UNet, one of `attention.CHOICES`.
       remat: what the UNet's backward pass recomputes, one of `remat.MODES`.
@@ -54,6 +55,9 @@ class StableDiffusion:
 
     configs: dict[str, dict[str, Any]]
     tokenizer: transformers.CLIPTokenizerFast | None
+    tokenizer_files: Mapping[str, bytes] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
     dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"

@@ -236,7 +236,7 @@ def with_scaling_factor(
     factor = float(np.float32(1.0 / deviation))
     logging.info("scaling factor of the latents: %.4g", factor)
     vae = {**model.configs["vae"], "scaling_factor": factor}
-    return StableDiffusion({**model.configs, "vae": vae}, model.tokenizer)
+    return dataclasses.replace(model, configs={**model.configs, "vae": vae})
 
 
 def vae_step(
