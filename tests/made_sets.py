@@ -6,6 +6,7 @@ import numpy as np
 from etils import epath
 
 from mvc_jax.checkpoints import dataset_card
+from mvc_jax.data import class_folders as naming
 from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
 
@@ -64,12 +65,12 @@ def store(folder, names=NAMES, size=4, **form):
     return synthetic.Store(path, digests, names, "0badf00d", size, **form)
 
 
-def write(folder, names=NAMES, rows=ROWS, size=4, real=False, **form):
+def write(folder, names=NAMES, rows=ROWS, size=4, real=False, images=IMAGES, **form):
     """A set as `generate` writes it, shard by shard."""
     made = store(folder, names, size, **form)
     for part in made.missing(len(rows)):
         mine = slice(part.start, part.stop)
-        made.write(part, list(IMAGES[mine]), rows[mine])
+        made.write(part, list(images[mine]), rows[mine])
     if real:
         made.write_real(list(IMAGES[:3]), REAL, 0)
     made.finish()
@@ -86,7 +87,7 @@ def card(
         about="The method.",
         dataset="beans `and` peas",
         classes=names,
-        folders=class_folders or class_folders(names),
+        folders=class_folders or naming.class_folders(names),
         counts=np.bincount(labels, minlength=len(names)).tolist(),
         real=[int(real)] * len(names),
         size=f"8 x 6 pixels, {format}",

@@ -273,12 +273,12 @@ _NUMBERS = """\
 import json
 from torchvision.datasets import ImageFolder
 
-torch_pictures = ImageFolder("train")
+pictures = ImageFolder("train")
 with open("train/metadata.jsonl", encoding="utf-8") as file:
     rows = [json.loads(row) for row in file]
 name_of = {os.path.dirname(row["file_name"]): row["label"] for row in rows}
-labels = [names.index(name_of[folder]) for folder in torch_pictures.classes]
-torch_pictures.target_transform = labels.__getitem__
+labels = [names.index(name_of[folder]) for folder in pictures.classes]
+pictures.target_transform = labels.__getitem__
 """
 
 
@@ -303,13 +303,14 @@ def _loading(facts: Facts) -> str:
         ]
     body = "\n".join(lines)
     columns = (
-        "`label` is the class, by its number in the table above, `source` the real image "
-        "that conditioned the synthetic one; the other columns are how to generate it "
-        "again."
+        "`label` is the class, by its number in the table above, `source` the real "
+        "image that conditioned the synthetic one; the other columns are how to "
+        "generate it again."
     )
     sections = [
-        "## Load it\n\nRun this in the folder, or write its path, or the dataset's name "
-        f"on the hub, in place of `os.getcwd()`.\n\n```python\n{body}\n```\n\n{columns}"
+        "## Load it\n\nRun this in the folder, or write its path, or the dataset's "
+        "name on the hub, in place of `os.getcwd()`.\n\n"
+        f"```python\n{body}\n```\n\n{columns}"
     ]
     if facts.pictures:
         sections += _about_folders(facts, refused)
@@ -325,18 +326,18 @@ def _about_folders(facts: Facts, refused: Sequence[str]) -> list[str]:
     """
     found = [
         "`train/<class>/` holds the same images as files, for torchvision's "
-        "`ImageFolder`, Keras, TFDS and timm. They number the folders that there are, in "
-        "sorted order (timm: 2 before 10), and Hugging Face's `imagefolder` the labels "
-        "in it: join classes by their names, not by numbers. So that torchvision's "
-        "numbers are those of `dataset`:",
+        "`ImageFolder`, Keras, TFDS and timm. They number the folders that there are, "
+        "in sorted order (timm: 2 before 10), and Hugging Face's `imagefolder` the "
+        "labels in it: join classes by their names, not by numbers. So that "
+        "torchvision's numbers are those of `dataset`:",
         f"```python\n{_NUMBERS}```",
     ]
     counts = zip(facts.classes, facts.counts, facts.real, strict=True)
     absent = [name for name, *numbers in counts if not any(numbers)]
     if absent:
         found.append(
-            f"No image was kept of {_listed(absent)}: there is no folder, and the numbers "
-            "of later folders are lower than in a dataset that has one."
+            f"No image was kept of {_listed(absent)}: there is no folder, and the "
+            "numbers of later folders are lower than in a dataset that has one."
         )
     if refused:
         found.append(
@@ -346,7 +347,7 @@ def _about_folders(facts: Facts, refused: Sequence[str]) -> list[str]:
     if hidden := [x for x in facts.folders if x.startswith((".", "__"))]:
         found.append(
             f"Some readers leave out the folders {_listed(hidden)}: Keras those that "
-            "begin with a dot, `datasets` before 3 also those with `__`."
+            "begin with a dot, `datasets` 2 also those with `__`."
         )
     return found
 

@@ -100,6 +100,10 @@ def label(
     known = set(tree.classes)
     for number, row in enumerate(rows, start=1):
         name, label_ = text(row.get(file_column)), text(row.get(label_column))
+        if row.get(file_column) in on_disk:  # also if it begins with a blank
+            name = row[file_column]
+        if row.get(label_column) in name.split("/")[:-1]:
+            label_ = nfc(row[label_column])
         inside = posixpath.normpath(name.replace("\\", "/"))
         image = on_disk.get(inside, prefix + inside)
         if split_column:
