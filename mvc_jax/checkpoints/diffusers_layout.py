@@ -30,7 +30,8 @@ _TORCH_CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
+    # Not CLIPTokenizer, which without ftfy splits Chinese and Japanese into characters.
+    "tokenizer": ("transformers", "CLIPTokenizerFast"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
 _NO_LENGTH = 1e9  # a tokenizer's model_max_length above it stands for none
