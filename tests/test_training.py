@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import types
 
 import flax
 import jax
@@ -209,9 +210,8 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, monkeypatch):
     `benchmarks/consumers.sh` asks TensorBoard itself.
     """
     for second, (first, steps) in enumerate([(0, (20, 40, 60, 80)), (60, (80, 100))]):
-        monkeypatch.setattr(
-            event_file_writer.time, "time", lambda now=second: 1e9 + now
-        )
+        clock = types.SimpleNamespace(time=lambda now=second: 1e9 + now)
+        monkeypatch.setattr(event_file_writer, "time", clock)  # it names the file
         log = MetricsLog(tmp_path, "toy", from_step=first)
         for step in steps:
             log.write(step, loss=float(step + second))
