@@ -11,7 +11,7 @@ and `pixels/`, the images at the classifiers' size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from mvc_jax.work import Sizes, Work
 with epy.lazy_imports():
     from mvc_jax import devices
     from mvc_jax.checkpoints import (
+        classifier_card,
         classifier_checkpoint,
         classifier_export,
         classifier_weights,
@@ -287,6 +288,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             data,
             seeds=config.classify.seeds,
             variant=config.classify.model,
+            fit_options={
+                "resize": config.data.resize,
+                "resample": config.data.resample,
+                "data_size": config.data.size,
+            },
         )
     trainer.progress.close()
     stage.finish(artifacts, runs=len(parsed), fits=len(parsed) * config.classify.seeds)
@@ -301,8 +307,13 @@ def _train(
     *,
     seeds: int,
     variant: str,
+    fit_options: Mapping[str, Any],
 ) -> list[str]:
-    """Trains, tests and exports all seeds of a run; returns its files in the stage."""
+    """Trains, tests and exports all seeds of a run; returns its files in the stage.
+
+    Args:
+      fit_options: `resize`, `resample` and `data_size` of the images.
+    """
     folder = stage.folder
     result = f"results/{run_.slug}.json"
     models = [f"models/{run_.slug}/seed-{seed}" for seed in range(seeds)]
@@ -328,9 +339,12 @@ def _train(
                 variables,
                 variant=variant,
                 class_names=data.class_names,
-                mean=spec.mean,
-                std=spec.std,
-                size=data.test.shape[1],
+                preprocessing=classifier_card.Preprocessing(
+                    **fit_options,
+                    size=data.test.shape[1],
+                    mean=spec.mean,
+                    std=spec.std,
+                ),
             )
             found.append({**_result(probabilities, data.test_labels), **facts})
     seen = {

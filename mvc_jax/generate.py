@@ -384,6 +384,7 @@ def finish_set(
         about=conditionings.CONDITIONINGS[name].about,
         dataset=files.read_json(workdir / "caption" / "dataset.json")["name"],
         classes=store.class_names,
+        folders=store.folders,
         counts=class_counts(labels, store.class_names),
         real=class_counts(store.labels(real=True), store.class_names),
         size=f"as the real images, at most {config.data.size} pixels along a side"

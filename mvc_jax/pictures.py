@@ -6,9 +6,11 @@ import io
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
+from absl import logging
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -20,9 +22,10 @@ class Cell(TypedDict):
 
 
 class Row(TypedDict):
-    """A row of a grid."""
+    """A row of a grid; `number`, of its class, is shown if no font has its name."""
 
     name: str
+    number: NotRequired[int]
     cells: Sequence[Cell]
 
 
@@ -64,9 +67,11 @@ def grid(
       panels: number of panels side by side; 0: two if there are more than five rows.
       notes: paragraphs below the grid.
     """
-    font = _font(max(tile // 5, 9))
     gap, margin, top = max(tile // 16, 2), tile // 4, tile // 2
-    names = max(math.ceil(font.getlength(row["name"])) for row in rows)
+    shown = _shown_names(rows)
+    fonts = [_font(max(tile // 5, 9), name) for name in shown]
+    widths = [font.getlength(name) for font, name in zip(fonts, shown, strict=True)]
+    names = math.ceil(max(widths))
     headings = [cell["heading"] for cell in rows[0]["cells"]]
     lefts, left = [], 2 * margin + names
     for i, heading in enumerate(headings):
@@ -76,7 +81,7 @@ def grid(
     panels = panels or (1 if len(rows) <= 5 else 2)
     per_panel = math.ceil(len(rows) / panels)
     width, bottom = panels * left + margin, top + per_panel * (tile + gap) + margin
-    small = _font(max(tile // 8, 9))
+    small = _font(max(tile // 8, 9), " ".join(notes))
     lines = [line for note in notes for line in _wrap(note, small, width - 2 * margin)]
     below = len(lines) * tile // 6 + margin if lines else 0
     image = Image.new("RGB", (width, bottom + below), "white")
@@ -87,7 +92,7 @@ def grid(
     for n, row in enumerate(rows):
         x, y = n // per_panel * left, top + n % per_panel * (tile + gap)
         middle = (x + margin + names, y + tile / 2)
-        draw.text(middle, row["name"], "#222222", font, anchor="rm")
+        draw.text(middle, shown[n], "#222222", fonts[n], anchor="rm")
         for cell_left, heading, cell in zip(lefts, headings, row["cells"], strict=True):
             if n % per_panel == 0:
                 above = (x + cell_left + tile / 2, top - 2 * gap)
@@ -191,10 +196,71 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
+def _shown_names(rows: Sequence[Row]) -> list[str]:
+    """The names of rows; the number of the class in place of what no font has."""
+    unknown = [row["name"] for row in rows if _font_file(row["name"]) is None]
+    if unknown:
+        logging.warning(
+            "no font on this machine can write %s: pictures show the class's number; "
+            "install one, such as Debian's fonts-noto-core or fonts-noto-cjk",
+            ", ".join(dict.fromkeys(unknown)),
+        )
+    shown = []
+    for n, row in enumerate(rows):
+        number = f"class {row['number']}" if "number" in row else f"row {n + 1}"
+        shown.append(number if row["name"] in unknown else row["name"])
+    return shown
+
+
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Returns DejaVu Sans from Matplotlib, since class names are not always Latin."""
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """A font that has the characters of a text, as far as there is one."""
+    return ImageFont.truetype(_font_file(text) or _dejavu(), size)
+
+
+def _dejavu() -> str:
+    """DejaVu Sans from Matplotlib: Latin, Greek, Cyrillic, Arabic and more."""
     import matplotlib
 
     folder = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
-    return ImageFont.truetype(os.path.join(folder, "DejaVuSans.ttf"), size)
+    return os.path.join(folder, "DejaVuSans.ttf")
+
+
+@functools.cache
+def _font_file(text: str) -> str | None:
+    """The first font that has all characters of a text, DejaVu Sans before others."""
+    wanted = {ord(x) for x in text if not x.isspace() and not _is_invisible(x)}
+    if wanted <= _characters(_dejavu()):
+        return _dejavu()
+    return next((x for x in _system_fonts() if wanted <= _characters(x)), None)
+
+
+def _is_invisible(character: str) -> bool:
+    """Joiners, variation selectors and the like, which need no glyph."""
+    is_selector = "\ufe00" <= character <= "\ufe0f"
+    return is_selector or unicodedata.category(character) in ("Cf", "Cc")
+
+
+@functools.cache
+def _system_fonts() -> list[str]:
+    """The machine's fonts, regular ones without serifs first."""
+    from matplotlib import font_manager
+
+    def order(path: str) -> tuple:
+        name = os.path.basename(path).lower()
+        return "regular" not in name, "sans" not in name, "serif" in name, path
+
+    found = font_manager.findSystemFonts()
+    return sorted((x for x in found if "lastresort" not in x.lower()), key=order)
+
+
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    """Code points that a font has; none if it is damaged or cannot be scaled."""
+    from matplotlib import ft2font
+
+    try:
+        ImageFont.truetype(path, 12)
+        return frozenset(ft2font.FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()

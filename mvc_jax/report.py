@@ -191,7 +191,8 @@ def _grid(inputs: _Inputs, columns: int) -> list[dict]:
         for mode, rows in zip(modes, shown[source], strict=True):
             cells += [_cell(inputs, "mixed", row, mode) for row in rows]
             cells += [{"heading": mode, "image": None}] * (columns - len(rows))
-        grid.append({"name": inputs.class_names[label], "cells": cells})
+        name = inputs.class_names[label]
+        grid.append({"name": name, "number": label, "cells": cells})
     return grid
 
 

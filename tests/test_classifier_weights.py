@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from etils import epath
+from PIL import Image
 from test_classifier_parity import images, random_variables
 
 from mvc_jax.checkpoints import (
+    classifier_card,
     classifier_checkpoint,
     classifier_export,
     classifier_names,
     classifier_weights,
 )
+from mvc_jax.data import decode
 from mvc_jax.errors import UserError
 from mvc_jax.models import efficientnet
 from mvc_jax.models.classifiers import VARIANTS
@@ -38,7 +41,13 @@ TENSORFLOW = EFFICIENT.clone(**classifier_checkpoint.TENSORFLOW)
 OPTIONS = {"xla_backend_optimization_level": 0}
 
 
-def export(folder, model, variant=None, variables=None, classes=CLASSES, size=36):
+def preprocessing(size=36, resize="stretch", resample="lanczos", data_size=0):
+    return classifier_card.Preprocessing(
+        resize, resample, data_size or size, size, MEAN, STD
+    )
+
+
+def export(folder, model, variant=None, variables=None, classes=CLASSES, **done):
     """Writes a network by `classifier_export`."""
     variant = variant or ("efficientnet_b0" if "Eff" in repr(model) else "resnet18")
     variables = random_variables(model) if variables is None else variables
@@ -48,9 +57,7 @@ def export(folder, model, variant=None, variables=None, classes=CLASSES, size=36
         variables,
         variant=variant,
         class_names=classes,
-        mean=MEAN,
-        std=STD,
-        size=size,
+        preprocessing=preprocessing(**done),
     )
     return variables
 
@@ -623,3 +630,34 @@ def test_timm_names_of_all_variables():
     }
     assert "blocks.0.0.se.conv_reduce.bias" in found
     assert "bn1.running_mean" in found and "bn1.num_batches_tracked" not in found
+
+
+@pytest.mark.parametrize("resize", classifier_card.CROP_MODES)
+@pytest.mark.parametrize("data_size", [32, 48])
+@pytest.mark.parametrize("resample", ["lanczos", "area"])
+def test_the_preprocessing_travels_with_it(
+    tmp_path, monkeypatch, resize, resample, data_size
+):
+    """The lines in the card are exact; `benchmarks/consumers.sh` compares timm's."""
+    export(
+        tmp_path, RESNET, size=32, resize=resize, resample=resample, data_size=data_size
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    crop_mode = {"stretch": "squash", "crop": "center", "pad": "border"}[resize]
+    assert config["pretrained_cfg"]["crop_mode"] == crop_mode
+    assert config["pretrained_cfg"]["crop_pct"] == 1.0
+    assert config["mvc_jax"].get("fill") == ([0, 0, 0] if resize == "pad" else None)
+    card = (tmp_path / "README.md").read_text()
+    assert "import timm" not in card and "--config.classify.pretrained" in card
+    done = preprocessing(32, resize, resample, data_size)
+    of_timm = classifier_card.text(config, done, in_timm=True)
+    assert ("fill = (0, 0, 0)" in of_timm) == (resize == "pad")
+    image = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(card.split("```python\n")[-1].split("```")[0], scope)
+    pixels = decode.fit(image, data_size, resize=resize, resample=resample)
+    pixels = decode.fit(pixels, 32, resample="area")
+    wanted = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+    np.testing.assert_array_equal(scope["pixels"][0], wanted.transpose(2, 0, 1))

@@ -12,7 +12,12 @@ import pytest
 from etils import epath
 
 from mvc_jax import caption, classify
-from mvc_jax.checkpoints import classifier_export, classifier_weights, hub
+from mvc_jax.checkpoints import (
+    classifier_card,
+    classifier_export,
+    classifier_weights,
+    hub,
+)
 from mvc_jax.classification import classifier, runs, training_set
 from mvc_jax.configs import digits, folder
 from mvc_jax.data import splits
@@ -156,9 +161,9 @@ def pretrained(tmp_path_factory):
         variables,
         variant="resnet8",
         class_names=list("abcdefg"),
-        mean=(0.1, 0.2, 0.3),
-        std=(0.4, 0.5, 0.6),
-        size=32,
+        preprocessing=classifier_card.Preprocessing(
+            "stretch", "lanczos", 32, 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+        ),
     )
     return folder, variables
 

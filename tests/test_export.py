@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import texts
 import yaml
 from base_folders import to_variant
 from hypothesis import strategies as st
@@ -227,6 +228,25 @@ def test_the_index_names_classes_of_pytorch(folders):
     classes = {name: value[1] for name, value in index.items() if type(value) is list}
     assert classes["unet"] == "UNet2DConditionModel"
     assert not any(str(class_).startswith("Flax") for class_ in classes.values())
+
+
+def test_the_tokenizer_that_is_named_gives_our_ids(folders):
+    """As the pipeline calls it; the slow class splits CJK unless ftfy is installed."""
+    import transformers
+
+    library, name = json.loads((folders / "merged" / "model_index.json").read_text())[
+        "tokenizer"
+    ]
+    assert library == "transformers"
+    ours = diffusers_layout.load(folders / "merged", components=())[0]
+    for load in (getattr(transformers, name), transformers.AutoTokenizer):
+        theirs = load.from_pretrained(folders / "merged" / "tokenizer")
+        length = theirs.model_max_length
+        padded = {"padding": "max_length", "truncation": True, "max_length": length}
+        ids = theirs(list(texts.TEXTS), **padded, return_tensors="np")["input_ids"]
+        np.testing.assert_array_equal(ids, ours.tokenize(list(texts.TEXTS)))
+    for text in texts.TEXTS:  # also those that are cut
+        assert theirs(text)["input_ids"] == ours.tokenizer(text)["input_ids"]
 
 
 FACTS = model_card.Facts(

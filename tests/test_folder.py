@@ -138,6 +138,24 @@ def test_two_forms_of_an_accent_are_one_class(tmp_path, form):
     assert source[1]["image"].shape == (4, 4, 3)
 
 
+@pytest.mark.parametrize("parts", [("",), ("train/", "test/")])
+def test_classes_are_numbered_as_their_folders_on_disk_sort(tmp_path, parts):
+    """As torchvision does it; `é` sorts elsewhere where it is two characters."""
+    names = (E["NFD"], "caff")
+    write(tmp_path, *(f"{part}{name}/a.png" for part in parts for name in names))
+    source = read(tmp_path)
+    assert source.class_names == (E["NFC"], "caff")
+    assert source.class_folders == names
+
+
+def test_classes_in_a_table_are_numbered_as_their_folders(tmp_path):
+    rows = [("1/a.png", "zebra"), ("2/b.png", "ant")]
+    write(tmp_path, *(path for path, _ in rows), **{"metadata.csv": csv_of(rows)})
+    source = read(tmp_path)
+    assert source.class_names == ("zebra", "ant")
+    assert source.class_folders == ("1", "2")
+
+
 @pytest.mark.parametrize("below", ["", "images/", "unknown/"])
 def test_a_test_part_without_labels_is_one_line(tmp_path, below):
     write(tmp_path, "train/cat/a.png", "train/cat/b.png", "val/cat/a.png")

@@ -1,98 +1,21 @@
 """A set of synthetic images on disk: other tools read what was drawn."""
 
-import contextlib
-import functools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import yaml
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_sets import IMAGES, NAMES, PARTS, REAL, ROWS, card, write
 from PIL import Image
 
 from mvc_jax.checkpoints import dataset_card
 from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.sources import open_source
-from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
-
-NAMES = ("brain tumor", "naïve class", "healthy")
-ROWS = [
-    {
-        "index": k,
-        "label": k % 3,
-        "source": f"s/{k}",
-        "partners": ["s/9", "s/8"],
-        "mode": "both",
-        "positions": [1, 5][: k % 3],
-        "donors": [0, 1][: k % 3],
-        "dims": [[2, 7], [0, 9]][: k % 3],
-        "dim_donors": [0, 1][: 2 * (k % 3)],
-        "dim_tokens": [1, 1 + k % 3],
-        "prompt": "a cat",
-        "seed": 1 << 40,
-        "noise_seed": k,
-        "redraws": k % 2,
-        "text_scale": 7.5,
-        "image_scale": 1.5,
-        "steps": 3,
-        "sampler": "ddim",
-        "guidance_interval": [0.0, 0.5],
-        "guidance_rescale": 0.5,
-        "model": "0badf00d",
-    }
-    for k in range(7)
-]
-NOTHING = dict.fromkeys(synthetic.PROVENANCE)
-REAL = [
-    NOTHING | {"index": i, "label": i, "source": f"s/{i}", "mode": "real"}
-    for i in range(3)
-]
-IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 6, 3), dtype=np.uint8)
-
-
-def store(folder, names=NAMES, size=4, **form):
-    path = epath.Path(folder)
-    digests = Digests(path, f"{path.parent}-digests/{path.name}")
-    return synthetic.Store(path, digests, names, "0badf00d", size, **form)
-
-
-def write(folder, names=NAMES, rows=ROWS, size=4, real=False, **form):
-    """A set as `generate` writes it, shard by shard."""
-    made = store(folder, names, size, **form)
-    for part in made.missing(len(rows)):
-        mine = slice(part.start, part.stop)
-        made.write(part, list(IMAGES[mine]), rows[mine])
-    if real:
-        made.write_real(list(IMAGES[:3]), REAL, 0)
-    made.finish()
-    dataset_card.write(made.folder, card(names, rows, real=real, **form))
-    return pathlib.Path(folder)
-
-
-def card(names=NAMES, rows=ROWS, *, real=False, pictures=True, format="png"):
-    labels = [row["label"] for row in rows]
-    return dataset_card.Facts(
-        set="mixed",
-        about="The method.",
-        dataset="beans `and` peas",
-        classes=names,
-        counts=np.bincount(labels, minlength=len(names)).tolist(),
-        real=[int(real)] * len(names),
-        size=f"8 x 6 pixels, {format}",
-        settings={"sampler": "ddim, 3 steps"},
-        redrawn={"NaN": 2},
-        left_out={"black": 1, "copies": 3},
-        base="some/base",
-        license={"license": "other", "license_name": "unknown-see-the-base"},
-        pictures=pictures,
-    )
 
 
 def content(folder):
@@ -337,61 +260,43 @@ def test_hugging_face_reads_the_folder(tmp_path, datasets, real, inside):
         assert found == row | {"label": NAMES[row["label"]]}
 
 
-PARTS = (
-    "dev",
-    "test",
-    "valid",
-    "bullet train",
-    "a.b",
-    "cat's",
-    "c+",
-    "(d)",
-    "हिन्दी",
-    "数",
-)
-
-
-def test_the_documented_line_reads_all_classes_as_class_labels(tmp_path, datasets):
-    """Also those that the library would take for splits, if it guessed."""
-    rows = [ROWS[0] | {"index": k, "label": k % 10} for k in range(7)]
-    folder = write(tmp_path / "set", names=PARTS, rows=rows)
-    lines = (folder / "README.md").read_text().split("```")[1].splitlines()
-    scope = {
-        "load_dataset": functools.partial(
-            datasets.load_dataset, cache_dir=str(tmp_path / "cache")
-        )
-    }
-    with contextlib.chdir(folder):
-        exec("\n".join(line for line in lines if "pictures" in line), scope)
-    found = scope["pictures"]["train"]
-    assert len(found) == 7
-    label = found.features["label"]
-    assert label.names == sorted(PARTS[:7])
-    for row in found:
-        assert label.names[row["label"]] == PARTS[row["index"] % 10]
-
-
 # Other readers.
 
 
-def test_tfds_reads_the_folder(tmp_path, tensorflow_is_there):
-    folder = write(tmp_path / "set")
-    script = (
-        "import json, sys, tensorflow_datasets as tfds\n"
-        "builder = tfds.ImageFolder(sys.argv[1])\n"
-        "names = builder.info.features['label'].names\n"
-        "for row in builder.as_dataset(split='train').as_numpy_iterator():\n"
-        "    name = row['image/filename'].decode().rpartition('/')[2]\n"
-        "    print(json.dumps([name, names[row['label']], row['image'].tolist()]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    rows = sorted(map(json.loads, done.stdout.splitlines()))
-    assert [name for name, _, _ in rows] == [f"{k:08d}.png" for k in range(7)]
-    assert [label for _, label, _ in rows] == [NAMES[row["label"]] for row in ROWS]
-    np.testing.assert_array_equal([image for _, _, image in rows], IMAGES)
+@pytest.mark.parametrize("where", ["folder:{}/train", "folder:{}", "parquet:{}/data/*"])
+@pytest.mark.parametrize(
+    ("names", "folders"),
+    [
+        (("invalid", "valid"), ()),
+        (("test", "train"), ()),
+        (("no image", "test", "zebra"), ()),
+        (("train",), ()),
+        (("test/x", "train/y"), ()),  # no folder can be called so
+        (("goldfish", "crane"), ("n01443537", "n02012849")),
+        (PARTS, ()),
+    ],
+    ids=lambda names: names[0] if names else "",
+)
+def test_our_sources_read_it_whatever_the_classes_are_called(
+    tmp_path, names, folders, where
+):
+    """No class is taken for a part, and labels are as torchvision numbers folders."""
+    drawn = [k for k, name in enumerate(names) if name != "no image"]
+    rows = [ROWS[0] | {"index": i, "label": drawn[i % len(drawn)]} for i in range(7)]
+    folder = write(tmp_path, names=names, rows=rows, class_folders=folders)
+    found = open_source(where.format(folder))
+    assert found.is_test is None and found.defects == {}
+    of_index = {row["index"]: names[row["label"]] for row in rows}
+    for id_, label in zip(found.ids, found.labels, strict=True):
+        index = int(id_.rpartition("/")[2].removesuffix(".png"))
+        assert found.class_names[label] == of_index.pop(index)
+    assert of_index == {}
+    if where.startswith("folder"):
+        _, classes = image_folder(folder / "train")
+        folder_of = dict(zip(names, folders or class_folders(names), strict=True))
+        assert [folder_of[name] for name in found.class_names] == classes
+    else:
+        assert found.class_names == names
 
 
 def test_our_sources_read_both_forms(tmp_path):
@@ -421,3 +326,18 @@ def test_the_card_describes_the_set(tmp_path):
     assert "Drawn again with other noise: 2 (2 NaN)." in text
     assert "Left out: 4 (1 black, 3 copies)." in text
     assert "``beans `and` peas``" in text
+
+
+def test_the_card_names_what_others_cannot_read():
+    """Tried with `datasets` 2.21 to 5.2 and Keras 3.15 (benchmarks/consumers.sh)."""
+    text = dataset_card.text(card(names=("a", "b", "c")))
+    assert "imagefolder" in text and "cannot read" not in text
+    assert "No image was kept" not in text
+    names = ("a::b", ".net", "d$", "e\\f", "__init", "plain", "gone")
+    text = dataset_card.text(card(names=names, rows=ROWS[:1]))
+    assert 'load_dataset("imagefolder"' not in text
+    assert "cannot read the folders `a::b`, `d$`, `e\\f`, " in text
+    assert "leave out the folders `.net`, `__init`: " in text
+    assert (
+        "No image was kept of `.net`, `d$`, `e\\f`, `__init`, `plain`, `gone`" in text
+    )

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import types
 
 import flax
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from tensorboardX import event_file_writer
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
@@ -25,7 +27,7 @@ from mvc_jax.training.loop import (
     jit_step,
     weighted_mean,
 )
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.metrics import MetricsLog, event_pb2
 from mvc_jax.training.throughput import count_flops, peak_tflops
 from mvc_jax.training.train_logger import DrawHook, TrainLogger
 from mvc_jax.training.validation import Validation
@@ -200,6 +202,32 @@ def test_rows_that_a_killed_run_wrote_after_its_checkpoint_are_dropped(tmp_path)
     rows = rows_of(tmp_path)
     assert 123.0 not in [row.get("loss") for row in rows]
     assert sorted(row["step"] for row in rows if "loss" in row) == [1, 2, 3, 4]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, monkeypatch):
+    """Also the step that the run resumed from; by the rule of TensorBoard's loader.
+
+    `benchmarks/consumers.sh` asks TensorBoard itself.
+    """
+    for second, (first, steps) in enumerate([(0, (20, 40, 60, 80)), (60, (80, 100))]):
+        clock = types.SimpleNamespace(time=lambda now=second: 1e9 + now)
+        monkeypatch.setattr(event_file_writer, "time", clock)  # it names the file
+        log = MetricsLog(tmp_path, "toy", from_step=first)
+        for step in steps:
+            log.write(step, loss=float(step + second))
+        log.close()
+    shown = []
+    for path in sorted((tmp_path / "tensorboard" / "toy").iterdir()):
+        content = path.read_bytes()
+        while content:  # length, its checksum, an event, its checksum
+            end = 12 + int.from_bytes(content[:8], "little")
+            event = event_pb2.Event.FromString(content[12:end])
+            content = content[end + 4 :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = [row for row in shown if row[0] < event.step]
+            shown += [(event.step, x.simple_value) for x in event.summary.value]
+    assert shown == [(20, 20), (40, 40), (60, 60), (80, 81), (100, 101)]
+    assert shown == [(row["step"], row["loss"]) for row in rows_of(tmp_path)]
 
 
 def test_rows_are_on_the_disk_before_the_checkpoint_that_has_them(

@@ -8,8 +8,8 @@ import flax.traverse_util
 from etils import epath
 
 from mvc_jax import files
+from mvc_jax.checkpoints import classifier_card, model_card, weights
 from mvc_jax.checkpoints import classifier_names as names
-from mvc_jax.checkpoints import weights
 from mvc_jax.checkpoints.classifier_checkpoint import CONFIG, OURS, TENSORFLOW, WEIGHTS
 from mvc_jax.models.classifiers import VARIANTS
 
@@ -21,11 +21,9 @@ def write(
     *,
     variant: str,
     class_names: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-    size: int,
+    preprocessing: classifier_card.Preprocessing,
 ) -> None:
-    """Writes `model.safetensors` and `config.json` in timm's layout.
+    """Writes `model.safetensors` and `config.json` in timm's layout, and a card.
 
     `classifier_checkpoint.find` and `classifier_weights.read` read exactly the same
     variables back. A network that timm does not have is written as timm would write it,
@@ -37,8 +35,7 @@ def write(
       variables: `params` and `batch_stats`.
       variant: the name that `model` was made by.
       class_names: K names.
-      mean, std: per channel, of pixels in [0, 1], as in training.
-      size: image size in pixels.
+      preprocessing: of the images, as in training.
     """
     folder = epath.Path(folder)
     leaves = flax.traverse_util.flatten_dict(variables)
@@ -47,17 +44,18 @@ def write(
     weights.write(
         folder / WEIGHTS, variables, name_of=names.timm_name, counters=counters
     )
-    config = _config(model, variant, class_names, size, list(mean), list(std))
+    config = _config(model, variant, class_names, preprocessing)
     files.write_json(folder / CONFIG, config)
+    in_timm = not config["architecture"].startswith(OURS)
+    card = classifier_card.text(config, preprocessing, in_timm=in_timm)
+    files.write_text(folder / model_card.FILE, card)
 
 
 def _config(
     model: Any,
     variant: str,
     class_names: Sequence[str],
-    size: int,
-    mean: list[float],
-    std: list[float],
+    done: classifier_card.Preprocessing,
 ) -> dict[str, Any]:
     """timm's config.json, as on the Hugging Face hub."""
     default = VARIANTS[variant].make(num_classes=model.num_classes)
@@ -83,14 +81,16 @@ def _config(
         "pretrained_cfg": {
             "tag": "",
             "custom_load": False,
-            "input_size": [3, size, size],
+            "input_size": [3, done.size, done.size],
             "fixed_input_size": False,
-            "interpolation": "bicubic",
+            "interpolation": done.interpolation,
             "crop_pct": 1.0,
-            "mean": mean,
-            "std": std,
+            "crop_mode": classifier_card.CROP_MODES[done.resize],
+            "mean": list(done.mean),
+            "std": list(done.std),
             "num_classes": len(class_names),
             "first_conv": "conv_stem" if family == "EfficientNet" else "conv1",
             "classifier": naming.head if naming else "fc",
         },
+        "mvc_jax": done.for_config(),
     }

@@ -5,6 +5,7 @@ Its front matter lists the files of each configuration; without it,
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ class Facts:
       set: its name in the run.
       about: a sentence on what distinguishes this set.
       dataset: name of the real dataset.
-      classes: their names.
+      classes: their names, in the order of labels.
+      folders: what the folder of each class is called, in `train/`.
       counts: synthetic images of each class.
       real: real images of each class in the folder; all 0 if there are none.
       size: of the images, as text.
@@ -49,6 +51,7 @@ class Facts:
     about: str
     dataset: str
     classes: Sequence[str]
+    folders: Sequence[str]
     counts: Sequence[int]
     real: Sequence[int]
     size: str
@@ -231,16 +234,21 @@ _REFERENCES = """\
 
 def _counts(facts: Facts) -> str:
     real = any(facts.real)
-    lines = ["| class | synthetic |", "|---|---|"]
-    if real:
-        lines = ["| class | synthetic | real |", "|---|---|---|"]
+    headings = ["label", "class", "synthetic", *["real"] * real]
+    lines = [_cells(headings), _cells(["---"] * len(headings))]
     rows = zip(facts.classes, facts.counts, facts.real, strict=True)
-    rows = [(code(name).replace("|", r"\|"), *numbers) for name, *numbers in rows]
-    total = ("all", sum(facts.counts), sum(facts.real))
-    for name, synthetic_count, real_count in [*rows, total]:
-        end = f" {real_count} |" if real else ""
-        lines.append(f"| {name} | {synthetic_count} |{end}")
+    rows = [(k, _in_cell(name), *numbers) for k, (name, *numbers) in enumerate(rows)]
+    total = ("", "all", sum(facts.counts), sum(facts.real))
+    lines += [_cells(row[: len(headings)]) for row in [*rows, total]]
     return f"## Images\n\nSize: {facts.size}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _cells(values: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, values)) + " |"
+
+
+def _in_cell(name: str) -> str:
+    return code(name).replace("|", r"\|")
 
 
 def _redrawn(facts: Facts) -> str:
@@ -266,29 +274,88 @@ def _base(facts: Facts) -> str:
     return f"## Base model\n\n{table(rows)}"
 
 
+_NUMBERS = """\
+import json
+from torchvision.datasets import ImageFolder
+
+pictures = ImageFolder("train")
+with open("train/metadata.jsonl", encoding="utf-8") as file:
+    rows = [json.loads(row) for row in file]
+name_of = {os.path.dirname(row["file_name"]): row["label"] for row in rows}
+labels = [names.index(name_of[folder]) for folder in pictures.classes]
+pictures.target_transform = labels.__getitem__
+"""
+
+
 def _loading(facts: Facts) -> str:
-    lines = ["from datasets import load_dataset", "", 'dataset = load_dataset(".")']
+    lines = [
+        "import os",
+        "from datasets import load_dataset",
+        "",
+        "folder = os.getcwd()",
+        'dataset = load_dataset(folder)["train"]',
+        'names = dataset.features["label"].names',
+    ]
     if any(facts.real):
-        lines[-1] += "  # real and synthetic"
-        lines.append('synthetic = load_dataset(".", "synthetic")')
-    if facts.pictures:
+        lines[-2] += "  # real and synthetic"
+        lines.append('synthetic = load_dataset(folder, "synthetic")["train"]')
+    refused = [x for x in facts.folders if re.search(r"::|\\|\$", x)]
+    if facts.pictures and not refused:
         lines += [
-            'pictures = load_dataset("imagefolder", data_files={"train": "train/**"})',
+            'files = {"train": "train/**"}',
+            'pictures = load_dataset("imagefolder", data_files=files)["train"]',
             'pictures = pictures.class_encode_column("label")',
         ]
     body = "\n".join(lines)
     columns = (
-        "`label` is the class, `source` the real image that conditioned the synthetic "
-        "one; the other columns are how to generate it again."
+        "`label` is the class, by its number in the table above, `source` the real "
+        "image that conditioned the synthetic one; the other columns are how to "
+        "generate it again."
     )
-    folder = (
-        " `train/<class>/` holds the same images as files, for torchvision's "
-        "`ImageFolder`, Keras and TFDS. They number the folders that there are, in "
-        "sorted order: where a class has no image, or the classes of another dataset "
-        "are in another order, join by names, not by numbers."
-    )
-    return (
-        "## Load it\n\nRun this in the folder, or replace the dot by the dataset's "
-        f"name on the hub.\n\n```python\n{body}\n```\n\n"
-        f"{columns}{folder if facts.pictures else ''}\n"
-    )
+    sections = [
+        "## Load it\n\nRun this in the folder, or write its path, or the dataset's "
+        "name on the hub, in place of `os.getcwd()`.\n\n"
+        f"```python\n{body}\n```\n\n{columns}"
+    ]
+    if facts.pictures:
+        sections += _about_folders(facts, refused)
+    return "\n\n".join(sections) + "\n"
+
+
+def _about_folders(facts: Facts, refused: Sequence[str]) -> list[str]:
+    """Paragraphs on the folder `train/`.
+
+    Args:
+      facts: the content of the card.
+      refused: folders because of which Hugging Face's `imagefolder` reads none.
+    """
+    found = [
+        "`train/<class>/` holds the same images as files, for torchvision's "
+        "`ImageFolder`, Keras, TFDS and timm. They number the folders that there are, "
+        "in sorted order (timm: 2 before 10), and Hugging Face's `imagefolder` the "
+        "labels in it: join classes by their names, not by numbers. So that "
+        "torchvision's numbers are those of `dataset`:",
+        f"```python\n{_NUMBERS}```",
+    ]
+    counts = zip(facts.classes, facts.counts, facts.real, strict=True)
+    absent = [name for name, *numbers in counts if not any(numbers)]
+    if absent:
+        found.append(
+            f"No image was kept of {_listed(absent)}: there is no folder, and the "
+            "numbers of later folders are lower than in a dataset that has one."
+        )
+    if refused:
+        found.append(
+            f"Hugging Face's `imagefolder` cannot read the folders {_listed(refused)}, "
+            "because of `::`, a backslash or `$`: use `dataset`."
+        )
+    if hidden := [x for x in facts.folders if x.startswith((".", "__"))]:
+        found.append(
+            f"Some readers leave out the folders {_listed(hidden)}: Keras those that "
+            "begin with a dot, `datasets` 2 also those with `__`."
+        )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(code, names))

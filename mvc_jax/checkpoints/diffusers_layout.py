@@ -29,7 +29,8 @@ _TORCH_CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
+    # Not CLIPTokenizer, which without ftfy splits Chinese and Japanese into characters.
+    "tokenizer": ("transformers", "CLIPTokenizerFast"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
 _TEXT_MODEL = "text_model."  # begins the names of a text encoder

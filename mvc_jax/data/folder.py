@@ -108,7 +108,8 @@ class Folder:
         index = {key: label for label, key in enumerate(names)}
         self._open, self._decoder = tree.open, decoder
         self.class_names = tuple(names.values())
-        self.class_folders = tuple(names)
+        folder_of = tree.folders_of_classes()
+        self.class_folders = tuple(folder_of[key] for key in names)
         self.ids = tuple(sorted(tree.labels))
         labels, splits = zip(*(tree.labels[i] for i in self.ids), strict=True)
         self.labels = np.asarray([index[key] for key in labels], np.int32)
@@ -377,6 +378,8 @@ def _label_part(
     ):
         return
     tree.classes.update(keys.values())
+    for name, key in keys.items() if role == "train" else ():
+        tree.class_folders.setdefault(key, set()).add(name)
     for path in tree.images:
         if name := folder(path):
             tree.labels[path] = (keys[name], role)
@@ -485,11 +488,16 @@ def _check_labels(tree: Tree) -> None:
 
 
 def _class_names(tree: Tree, base: str) -> dict[str, str]:
-    """Names of the classes in the order of labels, distinct where words.txt allows."""
+    """Class -> its name, distinct where words.txt allows, in the order of labels.
+
+    That is the order of the folders, as torchvision's `ImageFolder` numbers them.
+    """
     known = [p for p in (f"{base}words.txt", "words.txt") if p in tree.others]
     words = label_table.parse(tree, known[0]) if known else []
     glosses = {row["file_name"]: text(row["label"]) for row in words}
-    forms = {key: (key, key, key) for key in sorted(tree.classes)}
+    folder_of = tree.folders_of_classes()
+    ordered = sorted(tree.classes, key=lambda key: (folder_of[key], key))
+    forms = {key: (key, key, key) for key in ordered}
     for key in forms:
         if re.fullmatch(r"n\d{8}", key) and (gloss := glosses.get(key)):
             first = gloss.split(",")[0]

@@ -100,6 +100,10 @@ def label(
     known = set(tree.classes)
     for number, row in enumerate(rows, start=1):
         name, label_ = text(row.get(file_column)), text(row.get(label_column))
+        if row.get(file_column) in on_disk:  # also if it begins with a blank
+            name = row[file_column]
+        if row.get(label_column) in name.split("/")[:-1]:
+            label_ = nfc(row[label_column])
         inside = posixpath.normpath(name.replace("\\", "/"))
         image = on_disk.get(inside, prefix + inside)
         if split_column:
@@ -126,6 +130,12 @@ def label(
         else:
             reason = _add(tree, image, (label_, role), here)
             tree.rows[image] = row
+            if role == "train":
+                part = part_of(image, parts)
+                inner = image[len(part if part.startswith(prefix) else prefix) :]
+                top, slash, _ = inner.partition("/")
+                if slash:
+                    tree.class_folders.setdefault(label_, set()).add(top)
         if reason:
             tree.defects[image] = reason
 
@@ -228,25 +238,35 @@ def role_of(image: str, parts: dict[str, str], *, by_name: bool = False) -> str:
       parts: prefix -> role.
       by_name: whether the name of its folder counts as well.
     """
-    found = [prefix for prefix in parts if prefix and image.startswith(prefix)]
-    if found:
-        return parts[max(found, key=len)]
+    if part := part_of(image, parts):
+        return parts[part]
     if by_name and (named := layout.role(image.partition("/")[0])[0]):
         return named
     return parts.get("", "")
 
 
+def part_of(image: str, parts: dict[str, str]) -> str:
+    """The prefix of the innermost part that an image is in, "" if it is in none."""
+    found = [prefix for prefix in parts if prefix and image.startswith(prefix)]
+    return max(found, key=len, default="")
+
+
 def split_by_folder(tree: Tree, table: Table, parts: dict[str, str]) -> dict[str, str]:
     """The parts by which images of a table in the root are split, if they are parts.
 
-    Where every row's label is the name of its folder, the folders are classes.
+    Where every row's label is the name of its folder, or every folder has one label and
+    every label one folder, the folders are classes.
     """
     rows = parse(tree, table.path)
     columns = {key.strip().lower(): key for row in rows for key in row}
     names = next((columns[c] for c in FILE_COLUMNS if c in columns), None)
     labels = next((columns[c] for c in LABEL_COLUMNS if c in columns), None)
     pairs = [(text(row.get(names)), text(row.get(labels))) for row in rows]
-    if all(class_key(n.partition("/")[0]) == class_key(l_) for n, l_ in pairs):
+    pairs = {(name.partition("/")[0], label_) for name, label_ in pairs}
+    one_to_one = len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
+    if (one_to_one and len(pairs) > 1) or all(
+        class_key(folder) == class_key(label_) for folder, label_ in pairs
+    ):
         return {"": "train"}
     return {"": "train"} | parts
 

@@ -30,11 +30,12 @@ def write_contact_sheet(folder: epath.Path) -> None:
     members = [np.flatnonzero(train.labels == label) for label in range(len(names))]
     columns = min(max(map(len, members)), _COLUMNS)
     rows: list[pictures.Row] = []
-    for name, mine in zip(names, members, strict=True):
+    for label, (name, mine) in enumerate(zip(names, members, strict=True)):
         images = [Image.fromarray(train.images[i]) for i in mine[:columns]]
         images += [None] * (columns - len(images))
         cells = [pictures.Cell(heading="", image=image) for image in images]
-        rows.append(pictures.Row(name=f"{_short(name)} ({len(mine)})", cells=cells))
+        name = f"{_short(name)} ({len(mine)})"
+        rows.append(pictures.Row(name=name, number=label, cells=cells))
     content = pictures.grid_png(rows, _TILE, max_bytes=_SHEET_BYTES)
     files.write_bytes(folder / "contact_sheet.png", content)
 

@@ -1,5 +1,6 @@
 """What is known of a folder of images before one is decoded."""
 
+import collections
 import dataclasses
 import os
 from typing import Any
@@ -24,6 +25,7 @@ class Tree:
       labels: image -> (class, split), where the split is train, val or test.
       rows: image -> its row in a table.
       classes: all that occur, including those whose images are all defects.
+      class_folders: class -> names, as on disk, of the folders of its training images.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Tree:
     labels: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     classes: set[str] = dataclasses.field(default_factory=set)
+    class_folders: dict[str, set[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.system = None  # of fsspec; None: the local one
@@ -65,6 +68,19 @@ class Tree:
         )
         error.details = (*layout.lines(self.images, self.others), *error.details)
         return error
+
+    def folders_of_classes(self) -> dict[str, str]:
+        """Class -> the folder that holds its training images, or its name.
+
+        It is its name where it has none, or several, or shares it with another class.
+        """
+        shared = collections.Counter(x for y in self.class_folders.values() for x in y)
+        found = {}
+        for class_ in self.classes:
+            mine = self.class_folders.get(class_, ())
+            (folder,) = mine if len(mine) == 1 else (class_,)
+            found[class_] = folder if shared[folder] <= 1 else class_
+        return found
 
     def class_of(self, name: str, known: set[str]) -> str:
         """The class among `known` that a name means, or the name itself.

@@ -83,10 +83,10 @@ def contact_sheet(
         ]
         for row, image in zip(cells, _draw(sampler, name, same_noise), strict=True):
             row.append(_cell(heading, image))
-    names = [train.class_names[train.labels[i]] for i in sources]
+    labels = [int(train.labels[i]) for i in sources]
     rows = [
-        pictures.Row(name=name[:_MAX_NAME], cells=row)
-        for name, row in zip(names, cells, strict=True)
+        pictures.Row(name=train.class_names[k][:_MAX_NAME], number=k, cells=row)
+        for k, row in zip(labels, cells, strict=True)
     ]
     _write(path, rows)
 
@@ -165,7 +165,8 @@ def level_figure(
         label, image = first["label"], train.images[places[source]]
         cells = [_cell("source", image)]
         cells.append(_cell("unmixed", _draw(sampler, "unmixed", [first])[0]))
-        rows.append(pictures.Row(name=label[:_MAX_NAME], cells=cells))
+        number = train.class_names.index(label)
+        rows.append(pictures.Row(name=label[:_MAX_NAME], number=number, cells=cells))
     for level in sorted({recipe["level"] for recipe in recipes}):  # dims come first
         of_level = [found.get(level) for found in by_source.values()]
         heading = _level_heading(level, next(filter(None, of_level)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -98,6 +99,11 @@ class Store:
     format: str = "png"
     pictures: bool = True
     class_folders: Sequence[str] = ()
+
+    @functools.cached_property
+    def folders(self) -> Sequence[str]:
+        """What the folder of each class is called."""
+        return self.class_folders or class_folders(self.class_names)
 
     def missing(self, count: int) -> list[Part]:
         """The parts of images 0 to `count - 1` that are not on disk, by shard.
@@ -215,10 +221,12 @@ class Store:
         rows: Sequence[dict[str, Any]],
     ) -> pa.Table:
         """Encodes images, writes their files, and returns the table of a shard."""
-        folders = self.class_folders or class_folders(self.class_names)
         names = [
             _picture(
-                folders[row["label"]], row["index"], self.format, row["mode"] == "real"
+                self.folders[row["label"]],
+                row["index"],
+                self.format,
+                row["mode"] == "real",
             )
             for row in rows
         ]

@@ -175,7 +175,8 @@ def _sheet(
             {"heading": "removed", "image": image},
             {"heading": "nearest", "image": real(row["real"])},
         ]
-        grid.append(pictures.Row(name=name, cells=cells))
+        number = train.class_names.index(row["label"])
+        grid.append(pictures.Row(name=name, number=number, cells=cells))
     return pictures.grid_png(grid, _TILE, max_bytes=_SHEET_BYTES)
 
 

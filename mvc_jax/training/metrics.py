@@ -72,12 +72,17 @@ class _Board:
     """
 
     def __init__(self, folder: str, from_step: int):
-        """Opens a new file; TensorBoard hides what others have from `from_step` on."""
+        """Opens a new file; TensorBoard hides what others have after `from_step`.
+
+        From its step on, a START hides events. At step 0 nothing was trained, and rows
+        of what has no steps are written again.
+        """
         directory_check(folder)
         self._writer = EventsWriter(os.path.join(folder, "events"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step=from_step, file_version="brain.Event:2")
-        self._write(step=from_step, session_log=start)
+        first = from_step + 1 if from_step else 0
+        self._write(step=first, file_version="brain.Event:2")
+        self._write(step=first, session_log=start)
 
     def add(self, step: int, content: Any) -> None:
         self._write(step=step, summary=content)

@@ -1,0 +1,1 @@
+"""What the tests use in place of torchvision, which no test may depend on."""
