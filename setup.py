@@ -43,10 +43,13 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    "cuda": ["jax[cuda12]"],
+    # PyTorch's wheels on PyPI are for CUDA 13 as well; files of two versions of CUDA
+    # overwrite each other.
+    "cuda": ["jax[cuda13]"],
+    "cuda12": ["jax[cuda12]"],  # for older drivers
     "tpu": ["jax[tpu]"],
     # To compile for devices that are absent, by benchmarks/compile_for.py.
-    "aot-gpu": ["jax[cuda12]"],
+    "aot-gpu": ["jax[cuda13]"],
     "aot-tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
     "medical": ["pydicom>=3"],  # DICOM
@@ -54,7 +57,7 @@ EXTRAS = {
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.
-    "torch": ["torch==2.13.0", "peft>=0.21"],
+    "torch": ["torch>=2.10", "peft>=0.21"],
     "dev": [
         "pytest",
         "pytest-xdist",
