@@ -54,6 +54,7 @@ EXTRAS = {
     "caption": ["torch"],  # BLIP-2
     "medical": ["pydicom>=3"],  # DICOM
     "heic": ["pillow-heif"],
+    "gcs": ["gcsfs"],  # sources at gs://
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.
@@ -65,6 +66,7 @@ EXTRAS = {
         "ruff",
         "beartype",
         "datasets>=4",
+        "gcsfs",
         "pydicom>=3",
         "uv",
     ],
