@@ -43,18 +43,22 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    "cuda": ["jax[cuda12]"],
+    # PyTorch's wheels on PyPI are for CUDA 13 as well; files of two versions of CUDA
+    # overwrite each other.
+    "cuda": ["jax[cuda13]"],
+    "cuda12": ["jax[cuda12]"],  # for older drivers
     "tpu": ["jax[tpu]"],
     # To compile for devices that are absent, by benchmarks/compile_for.py.
-    "aot-gpu": ["jax[cuda12]"],
+    "aot-gpu": ["jax[cuda13]"],
     "aot-tpu": ["jax[tpu]"],
     "caption": ["torch"],  # BLIP-2
     "medical": ["pydicom>=3"],  # DICOM
     "heic": ["pillow-heif"],
+    "gcs": ["gcsfs"],  # sources at gs://
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.
-    "torch": ["torch==2.13.0", "peft>=0.21"],
+    "torch": ["torch>=2.10", "peft>=0.21"],
     "dev": [
         "pytest",
         "pytest-xdist",
@@ -62,6 +66,7 @@ EXTRAS = {
         "ruff",
         "beartype",
         "datasets>=4",
+        "gcsfs",
         "pydicom>=3",
         "uv",
     ],

@@ -12,8 +12,8 @@ reaches them. A row is printed as soon as it is known, and with `--out` appended
 
 The compilers are packages, in an environment of their own:
 
-    pip install -e '.[aot-tpu]'    # v5e, v5p, v6e
-    pip install -e '.[aot-gpu]'    # h100, h200, a100, l4; 5 GB
+    pip install -c requirements.lock -e '.[aot-tpu]'         # v5e, v5p, v6e
+    pip install -c requirements-cuda.lock -e '.[aot-gpu]'    # h100, ..., l4; 5 GB
 """
 
 import argparse

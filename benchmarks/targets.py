@@ -1,7 +1,7 @@
 """Accelerators that are absent: their descriptions, and meshes to compile for.
 
 The descriptions are data, in `devices.toml`. Compilers for TPUs and GPUs come as
-packages (`pip install mvc_jax[aot-tpu]`, `mvc_jax[aot-gpu]`) and need no device.
+packages, the extras `aot-tpu` and `aot-gpu`, and need no device.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 
 _FILE = pathlib.Path(__file__).with_name("devices.toml")
-_CUDA, _CUDNN = (12, 9), (9, 12)  # of the pinned wheels; kernels are chosen for them
+# Of requirements-cuda.lock; kernels are chosen for them.
+_CUDA, _CUDNN = (13, 2), (9, 26)
 _PER_HOST = 8  # GPUs
 # Libraries look for a TPU and its metadata server otherwise, and wait for minutes.
 _ENVIRONMENT = {
@@ -83,15 +84,17 @@ def find(name: str) -> Target:
         )
     section = descriptions()[name]
     gpu = section.get("gpu")
-    module, extra = (
-        ("jax_plugins.xla_cuda12", "aot-gpu") if gpu else ("libtpu", "aot-tpu")
+    module, extra, lock = (
+        ("jax_plugins.xla_cuda13", "aot-gpu", "requirements-cuda.lock")
+        if gpu
+        else ("libtpu", "aot-tpu", "requirements.lock")
     )
     if not _installed(module):
         raise UserError(
             f"--target={name}",
             wanted=f"a compiler for it, the module {module}",
             got="it is not installed",
-            fix=f"In an environment of its own: pip install -e '.[{extra}]'",
+            fix=f"In an environment of its own: pip install -c {lock} -e '.[{extra}]'",
         )
     return Target(
         name=name,

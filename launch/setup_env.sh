@@ -1,15 +1,16 @@
 # Sourced by the scripts of this folder. `prepare_env [EXTRA...]` creates or repairs the
 # virtual environment $venv, installs the package with these extras of setup.py at the
-# versions of requirements.lock, and changes to the repository root. It installs nothing
-# if nothing has changed since the last time. Environment variables:
+# locked versions, and changes to the repository root. It installs nothing if nothing has
+# changed since the last time. Environment variables:
 #
 #   PYTHON   a CPython >= 3.11 (default: the first one found)
 #   VENV     the environment's folder (default: .venv in the repository root)
 #   EXTRAS   more extras, for example EXTRAS=cuda or EXTRAS=cuda,caption
 #
-# Extras are only ever added, so scripts with different ones can share an environment. An
-# environment created here is created again if its Python or its path has changed or an
-# installation was interrupted; one created by hand is only installed into.
+# Extras are only ever added, so scripts with different ones can share an environment, but
+# not those for two versions of CUDA. An environment created here is created again if its
+# Python or its path has changed or an installation was interrupted; one created by hand
+# is only installed into.
 
 root=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${VENV:-$root/.venv}
@@ -29,13 +30,30 @@ fingerprint() {
   "$1" -I -S -c '
 import hashlib, os, sys
 assert sys.implementation.name == "cpython" and sys.version_info >= (3, 11)
-root, venv = sys.argv[1:]
+root, venv = sys.argv[1:3]
 python = os.path.realpath(sys._base_executable)
 place = (root, venv, python, sys.version_info[:3])
-names = "setup.py", "requirements.lock"
+names = "setup.py", *sys.argv[3:]
 wanted = [open(os.path.join(root, name), "rb").read() for name in names]
 print(*(hashlib.sha256(repr(x).encode()).hexdigest() for x in (place, wanted)))
-' "$root" "$venv" 2>/dev/null
+' "$root" "$venv" "$lock" 2>/dev/null
+}
+
+# Prints the extras $1 (one per line) and those that the environment has.
+all_extras() {
+  (echo "$1"; sed 1d "$stamp" 2>/dev/null || true) | sed '/^$/d' | sort -u
+}
+
+# Sets $lock, the file with the versions for the extras $1 (one per line).
+choose_lock() {
+  local cuda cuda12
+  cuda=$(echo "$1" | grep -xE 'cuda|aot-gpu' | head -n 1 || true)
+  cuda12=$(echo "$1" | grep -xF cuda12 || true)
+  if [ -n "$cuda" ] && [ -n "$cuda12" ]; then
+    fail "EXTRAS: wanted one version of CUDA in $venv, got $cuda and cuda12;" \
+      "set VENV to a new folder for one of them."
+  fi
+  lock=requirements${cuda:+-cuda}${cuda12:+-cuda12}.lock
 }
 
 # Prints the path of an interpreter that can create an environment.
@@ -95,9 +113,7 @@ make_env() {
 
 install_env() {
   local extras=$1 quiet= names
-  if [ -e "$stamp" ]; then
-    extras=$( (echo "$extras"; sed 1d "$stamp") | sed '/^$/d' | sort -u)
-  fi
+  extras=$(all_extras "$extras")
   if ! env_is_sound; then make_env; fi
   echo "launch: installing into $venv; this can take minutes." >&2
   rm -f "$stamp"
@@ -107,7 +123,7 @@ install_env() {
   names=$(echo "$extras" | paste -s -d , -)
   cd "$root"
   "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
-    -c requirements.lock -e ".${names:+[$names]}" >&2
+    -c "$lock" -e ".${names:+[$names]}" >&2
   (fingerprint "$venv/bin/python"; echo "$extras") >"$stamp.new"
   mv "$stamp.new" "$stamp"
 }
@@ -119,11 +135,13 @@ prepare_env() {
     grep -qF "    \"$extra\": [" "$root/setup.py" ||
       fail "EXTRAS: wanted names of extras in setup.py, got $extra; correct it."
   done
+  choose_lock "$(all_extras "$extras")"
   if ! env_is_ready "$extras"; then
     exec 9<"$root"  # scripts started at once take turns
     if command -v flock >/dev/null; then
       flock -n 9 || { echo "launch: waiting for another installation." >&2; flock 9; }
     fi
+    choose_lock "$(all_extras "$extras")"
     if ! env_is_ready "$extras"; then install_env "$extras"; fi
     exec 9<&-
   fi

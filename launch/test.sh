@@ -18,7 +18,7 @@ requirements = importlib.metadata.requires("jax")
 print(next(re.split("[ ;]", x)[0] for x in requirements if x.startswith("libtpu")))')
   rm -rf "$venv/libtpu.new"
   "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps \
-    --target "$venv/libtpu.new" "$wanted"
+    -c requirements.lock --target "$venv/libtpu.new" "$wanted"
   mv "$venv/libtpu.new" "$venv/libtpu"
 fi
 

@@ -1,62 +1,111 @@
-"""Sources at URLs: the same images as on disk, from a server that speaks HTTP."""
+"""Sources at URLs: the same images as on disk, from servers that speak plain HTTP, the
+Hugging Face hub's protocol and Google's; and what is said where one is missing."""
 
-import functools
-import http.server
-import io
+import dataclasses
 import pathlib
-import re
+import sys
 import threading
+import types
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+import remote_servers
+from test_caption import encoded, picture
 
+from mvc_jax import train
+from mvc_jax.data import gather, remote
 from mvc_jax.data.sources import open_source
 from mvc_jax.errors import UserError
+from mvc_jax.training import runtime
+
+SERVERS = {  # protocol -> its server, and the URL of a data set there
+    "http": (remote_servers.Web, "{}/me/parts"),
+    "hf": (remote_servers.Hub, "hf://datasets/me/parts"),
+    "gs": (remote_servers.Bucket, "gs://me/parts"),
+}
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Lists folders, and serves parts of files as object stores do."""
+@dataclasses.dataclass
+class Place:
+    """A data set on disk, and on a server of it.
 
-    def log_message(self, *_):
+    Attributes:
+      protocol: a key of `SERVERS`.
+      folder: on disk.
+      url: on the server.
+      server: of the folder.
+    """
+
+    protocol: str
+    folder: pathlib.Path
+    url: str
+    server: remote_servers.Server
+
+
+@pytest.fixture(params=SERVERS)
+def place(request, tmp_path, monkeypatch):
+    """A data set without files; no client waits before it tries again."""
+    handler, url = SERVERS[request.param]
+    folder = tmp_path / "served" / "me" / "parts"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(remote, "_WAITS", (0, 0))
+    with remote_servers.serve(tmp_path / "served", handler) as server:
+        if request.param == "hf":
+            use_hub(monkeypatch, server.url)
+        if request.param == "gs":
+            use_google(monkeypatch, server.url)
+        forget(request.param)
+        yield Place(request.param, folder, url.format(server.url), server)
+        forget(request.param)
+
+
+def use_hub(monkeypatch, url):
+    """What HF_ENDPOINT does when the library is imported."""
+    from huggingface_hub import constants, file_download
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    template = template.replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    patient = types.SimpleNamespace(sleep=lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", patient)
+
+
+def use_google(monkeypatch, url):
+    # Else it asks Google, by gRPC, what kind of bucket it is.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+
+    async def sleep(seconds):
         pass
 
-    def send_head(self):
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not asked:
-            return super().send_head()
-        content = pathlib.Path(self.translate_path(self.path)).read_bytes()
-        first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-        last = min(last, len(content) - 1)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.send_header("Content-Length", str(last - first + 1))
-        self.end_headers()
-        return io.BytesIO(content[first : last + 1])
-
-    def end_headers(self):
-        self.send_header("Accept-Ranges", "bytes")
-        super().end_headers()
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
 
 
-@pytest.fixture
-def server(tmp_path):
-    """The URL of `tmp_path`."""
-    handler = functools.partial(Handler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
+def forget(protocol):
+    """Makes fsspec forget the servers and lists of a protocol."""
+    fsspec.get_filesystem_class(protocol).clear_instance_cache()
 
 
-def png(value):
-    buffer = io.BytesIO()
-    Image.new("RGB", (3, 2), (value, 0, 7)).save(buffer, "PNG")
-    return buffer.getvalue()
+def add_images(folder, parts=("seg_train", "seg_test"), count=2):
+    """Class folders of distinct images, under names that URLs must quote."""
+    for k, part in enumerate(parts):
+        for j, name in enumerate(("hex nut", "M2.5 + 50% é#1")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                content = encoded(picture(1000 * k + 100 * j + i, size=(6, 4)))
+                (folder / part / name / f"{i} a.png").write_bytes(content)
+
+
+def add_parquet(folder):
+    for k, part in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test")):
+        images = [encoded(picture(10 * k + i, size=(6, 4))) for i in range(4)]
+        table = pa.table({"image": images, "label": list("abab")})
+        (folder / "data").mkdir(exist_ok=True)
+        pq.write_table(table, folder / "data" / f"{part}.parquet", row_group_size=2)
 
 
 def equal(ours, theirs):
@@ -67,34 +116,134 @@ def equal(ours, theirs):
         np.testing.assert_array_equal(ours[k]["image"], theirs[k]["image"])
 
 
-def test_a_folder(tmp_path, server):
-    for k, part in enumerate(
-        ("seg_train/cat", "seg_train/dog", "seg_test/Cat", "seg_test/dog")
-    ):
-        (tmp_path / "data" / part).mkdir(parents=True)
-        for i in range(2):
-            (tmp_path / "data" / part / f"{i}.png").write_bytes(png(10 * k + i))
-    equal(open_source(f"folder:{server}/data"), open_source(f"folder:{tmp_path}/data"))
+def test_a_folder(place):
+    add_images(place.folder)
+    ours = open_source(f"folder:{place.url}")
+    equal(ours, open_source(f"folder:{place.folder}"))
+    assert len(ours) == 8 and ours.is_remote
+    answers = 2 if place.protocol == "hf" else 1  # the hub sends readers elsewhere
+    assert sum("png" in path for path in place.server.asked) == answers * len(ours)
 
 
-def test_parquet(tmp_path, server):
-    for k, part in enumerate(("train-00000-of-00001", "test-00000-of-00001")):
-        images = pa.array([png(10 * k + i) for i in range(4)], pa.binary())
-        table = pa.table({"image": images, "label": pa.array(list("abab"))})
-        (tmp_path / "data").mkdir(exist_ok=True)
-        pq.write_table(table, tmp_path / "data" / f"{part}.parquet", row_group_size=2)
-    local = open_source(f"parquet:{tmp_path}/data")
-    equal(open_source(f"parquet:{server}/data"), local)
-    (tmp_path / "data" / "test-00000-of-00001.parquet").unlink()
-    one = open_source(f"parquet:{server}/data/train-00000-of-00001.parquet")
+def test_parquet(place):
+    add_parquet(place.folder)
+    local = open_source(f"parquet:{place.folder}")
+    equal(open_source(f"parquet:{place.url}"), local)
+    equal(open_source(f"parquet:{place.url}/**/*.parquet"), local)
+    one = open_source(f"parquet:{place.url}/data/train-00001-of-00002.parquet")
     assert len(one) == 4
+    (place.folder / "data" / "train-00001-of-00002.parquet").unlink()
+    forget(place.protocol)
+    with pytest.raises(UserError, match="got no such file"):
+        open_source(f"parquet:{place.url}")
+
+
+def test_a_folder_that_holds_the_others_again(place):
+    """They are compared by what the server lists of them, where it does."""
+    add_images(place.folder, parts=("seg_train", "seg_test", "again/seg_train"))
+    for path in (place.folder / "seg_test").rglob("*.png"):
+        inside = path.relative_to(place.folder)
+        (place.folder / "again" / inside).parent.mkdir(parents=True, exist_ok=True)
+        (place.folder / "again" / inside).write_bytes(path.read_bytes())
+    for path in (place.folder / "seg_train").rglob("*.png"):
+        inside = path.relative_to(place.folder)
+        (place.folder / "again" / inside).write_bytes(path.read_bytes())
+    ours = open_source(f"folder:{place.url}")
+    assert len(ours) == 8 and "same 8 images" in ours.remarks[0]
+    if place.protocol != "http":
+        assert not any("png" in path for path in place.server.asked)
+
+
+def test_many_images_are_asked_for_at_a_time(place):
+    """Each answer waits until eight are asked for."""
+    add_images(place.folder, parts=("train",), count=16)
+    source = open_source(f"folder:{place.url}")
+    place.server.together = threading.Barrier(8, timeout=20)
+    options = gather.ReaderOptions(8)
+    found = list(gather.read_images(source, range(len(source)), options))
+    assert [image is not None for _, image, _ in found] == [True] * 32
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-def test_what_is_not_there(kind, server):
-    with pytest.raises(UserError, match="config.data.source"):
-        open_source(f"{kind}:{server}/nowhere")
+@pytest.mark.parametrize("fault", [503, "cut"])
+def test_what_fails_in_passing_is_tried_again(place, kind, fault):
+    (add_images if kind == "folder" else add_parquet)(place.folder)
+    place.server.faults = {".p": [fault, fault, None]}
+    if place.protocol != "http":  # whose lists have a length, too
+        lists = "tree" if place.protocol == "hf" else "/o"
+        place.server.faults[lists] = [503, None]
+    equal(open_source(f"{kind}:{place.url}"), open_source(f"{kind}:{place.folder}"))
+    assert {len(left) for left in place.server.faults.values()} == {1}
+
+
+def test_a_list_that_breaks_off_is_not_taken_for_all(place, monkeypatch):
+    add_images(place.folder)
+    second = {"http": "hex", "hf": "tree", "gs": "/o"}[place.protocol]
+    place.server.faults = {second: [None, 503]}  # the first page is answered
+    with pytest.raises(UserError, match="Check the connection"):
+        open_source(f"folder:{place.url}")
+    place.server.faults = {}
+    assert len(open_source(f"folder:{place.url}")) == 8
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch, capfd):
+    """Runs `caption` on the data set; returns (exit code, terminal, its folder)."""
+    monkeypatch.setattr(runtime, "set_up", lambda folder: None)
+
+    def run_(kind, name="", *flags):
+        words = [
+            "train",
+            "--config=configs/folder.py:path=nowhere",
+            f"--config.data.source={kind}:{place.url}{name}",
+            f"--workdir={tmp_path / 'run'}",
+            "--config.stages=caption",
+            "--config.data.size=8",
+            *flags,
+        ]
+        code = train.main(words)
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err, tmp_path / "run"
+
+    return run_
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_a_missing_name_and_no_credentials(place, run, kind):
+    code, output, _ = run(kind, "/nowhere")
+    assert code == 2 and "config.data.source" in output
+    assert "Traceback" not in output and output.count("wanted") == 1
+    (add_images if kind == "folder" else add_parquet)(place.folder)
+    place.server.locked = True
+    forget(place.protocol)
+    code, output, workdir = run(kind)
+    assert code == 2 and "Sign in" in output and not (workdir / "caption").exists()
+    assert "Traceback" not in output and output.count("wanted") == 1
+    login = {"hf": "hf auth login", "gs": "gcloud auth application-default login"}
+    assert login.get(place.protocol, "Sign in, or") in output
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_a_connection_that_breaks_for_good(place, run, kind):
+    """It is not a bad image, which a run may skip; nothing half-written stays."""
+    (add_images if kind == "folder" else add_parquet)(place.folder)
+    skip = "--config.data.on_bad_image=skip"
+    name = "1 a.png" if kind == "folder" else "test.parquet"
+    place.server.faults = {name: ["cut"]}
+    code, output, workdir = run(kind, "", skip)
+    assert code == 2 and "Check the connection and run the same command" in output
+    assert "Traceback" not in output and output.count("wanted") == 1
+    assert not [*workdir.glob("caption/*")]
+    place.server.faults = {}
+    code, output, workdir = run(kind, "", skip)
+    assert code == 0, output
+    assert (workdir / "caption" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_a_protocol_that_nothing_reads(kind, monkeypatch):
     with pytest.raises(UserError, match="protocol that fsspec knows"):
         open_source(f"{kind}:foo://bucket/data")
-    with pytest.raises(UserError, match="pip install gcsfs"):
-        open_source(f"{kind}:gs://bucket/data")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match="pip install s3fs"):
+        open_source(f"{kind}:s3://bucket/data")

@@ -31,6 +31,8 @@ class Source(Protocol):
       defects: id or path -> reason, for images that are known to be unusable before
         decoding, e.g. `{"cats/a.png": "empty file"}`. Their ids are not in `ids`.
       remarks: sentences about data that is ignored on purpose.
+
+    One whose reading waits for a server has `is_remote` True.
     """
 
     class_names: tuple[str, ...]

@@ -46,7 +46,9 @@ from mvc_jax.data.captions import readable
 from mvc_jax.data.decode import SUFFIXES, BadImage, Decoder
 from mvc_jax.data.example import Example
 from mvc_jax.data.label_table import NOT_AN_IMAGE, nfc, printable, text
+from mvc_jax.data.remote import Remote
 from mvc_jax.data.tree import Tree
+from mvc_jax.errors import UserError
 
 _SYSTEM_FILES = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 _ARCHIVE = re.compile(r"\.(zip|7z|rar|tgz|tar(\.\w+)?)$", re.IGNORECASE)
@@ -77,6 +79,7 @@ class Folder:
     Attributes:
       class_folders: what the folder of each class is called, `class_names` are words.
       is_validation: bool [N], images kept for validation; None: there are none.
+      is_remote: whether reading waits for a server.
 
     Args:
       root: path of the folder; `~` is expanded; or a URL of fsspec, e.g. `gs://...`.
@@ -107,6 +110,7 @@ class Folder:
         names = _class_names(tree, base)
         index = {key: label for label, key in enumerate(names)}
         self._open, self._decoder = tree.open, decoder
+        self.is_remote = tree.remote is not None
         self.class_names = tuple(names.values())
         folder_of = tree.folders_of_classes()
         self.class_folders = tuple(folder_of[key] for key in names)
@@ -149,8 +153,8 @@ class Folder:
 
 def _walk(tree: Tree) -> None:
     """Lists everything, following links; each file is stat'ed once and not opened."""
-    if tree.system is not None:
-        _walk_remote(tree)
+    if tree.remote is not None:
+        _walk_remote(tree, tree.remote)
         return
     pending: list[tuple[str, tuple]] = [("", ())]
     while pending:
@@ -172,16 +176,11 @@ def _walk(tree: Tree) -> None:
         names.sort()  # the order of the file system is arbitrary
 
 
-def _walk_remote(tree: Tree) -> None:
+def _walk_remote(tree: Tree, remote: Remote) -> None:
     """Lists everything below a URL."""
-    try:
-        found = tree.system.find(tree.path, detail=True)
-    except Exception as error:  # of a dozen libraries
-        tree.defects["."] = f"cannot be read: {type(error).__name__}: {error}"
-        return
     folders = set()
-    for path, entry in sorted(found.items()):
-        inside = path[len(tree.path) :].lstrip("/")
+    for path, entry in remote.find().items():
+        inside = remote.name(path[len(tree.path) :].lstrip("/"))
         parts = inside.split("/")
         if any(p.startswith(".") or p.lower() in _SYSTEM_FILES for p in parts):
             tree.junk += 1
@@ -192,6 +191,7 @@ def _walk_remote(tree: Tree) -> None:
             tree.defects[inside] = "empty file"
         else:
             (tree.images if is_image else tree.others).append(inside)
+            tree.entries[inside] = {"name": path} | entry
     tree.folders += sorted(folders)
 
 
@@ -325,9 +325,9 @@ def _detect(tree: Tree, paths: Sequence[str]) -> layout.Layout:
         return layout.Layout(roles)
 
     def is_copy(a: str, b: str) -> bool:
-        if tree.system is not None:
-            a, b = (tree.open(path).read() for path in (a, b))
-            return a == b
+        if tree.remote is not None:
+            known = a in tree.entries and b in tree.entries
+            return known and tree.remote.same(tree.entries[a], tree.entries[b])
         a, b = (os.path.join(tree.path, path) for path in (a, b))
         return os.path.exists(a) and filecmp.cmp(a, b, shallow=False)
 
@@ -398,19 +398,27 @@ def _label_part(
 
 def _split_frames(tree: Tree) -> dict[str, tuple[str, int]]:
     """Labels the frames of DICOM files in their place; id -> its file and frame."""
-    frames = {}
-    for path in [p for p in tree.labels if p.lower().endswith(scans.DICOM_SUFFIXES)]:
-        label = tree.labels.pop(path)
+
+    def count(path: str) -> int | str:
+        """Its frames, or why they cannot be counted."""
         try:
             with tree.open(path) as file:
-                count = scans.frames_of_dicom(file.read())
+                return scans.frames_of_dicom(file.read())
+        except UserError:
+            raise
         except scans.Unreadable as error:
-            tree.defects[path] = str(error)
-            continue
+            return str(error)
         except Exception as error:  # of pydicom, for damaged headers
-            tree.defects[path] = f"damaged: {error or type(error).__name__}"
+            return f"damaged: {error or type(error).__name__}"
+
+    frames = {}
+    paths = [p for p in tree.labels if p.lower().endswith(scans.DICOM_SUFFIXES)]
+    for path, found in zip(paths, tree.map(count, paths), strict=True):
+        label = tree.labels.pop(path)
+        if isinstance(found, str):
+            tree.defects[path] = found
             continue
-        for k in range(count):
+        for k in range(found):
             id_ = f"{path}#{k:04d}"
             tree.labels[id_], frames[id_] = label, (path, k)
     return frames

@@ -32,7 +32,8 @@ class ReaderOptions:
       resize: as for `decode.fit`.
       resample: as for `decode.fit`.
       max_pixels: larger images are not decoded.
-      threads: for decoding; 0: two per core, since some wait for the disk, at most 16.
+      threads: for decoding; 0: two per core, since some wait for the disk, at most 16;
+        16 where they wait for a server.
     """
 
     size: int
@@ -97,6 +98,8 @@ def read_images(
             return index, None, str(error)
 
     threads = options.threads or min(2 * (os.cpu_count() or 1), _MAX_THREADS)
+    if getattr(source, "is_remote", False) and not options.threads:
+        threads = _MAX_THREADS
     # The longer grain's buffer, the more each element costs.
     prefetch = _PREFETCH_BYTES // (3 * options.size**2)
     prefetch = int(np.clip(prefetch, threads, 8 * threads))

@@ -66,6 +66,9 @@ class Parquet:
       label_column: name of the column of labels.
       keep_validation: whether validation images neither join train nor are test.
 
+    Attributes:
+      is_remote: whether reading waits for a server.
+
     Raises:
       UserError: no file matches; a file cannot be read, lacks a column or differs from
         the others; or no row can be used.
@@ -80,13 +83,13 @@ class Parquet:
         label_column: str = "label",
         keep_validation: bool = False,
     ):
-        system, paths = None, []
-        if remote.is_remote(pattern):
-            system, paths = _find_remote(pattern)
-        shards = [
-            _Shard(path, image_column, label_column, system)
-            for path in paths or _find(pattern)
-        ]
+        self.is_remote = remote.is_remote(pattern)
+        each = remote.parallel if self.is_remote else map
+        files = remote.Remote(pattern) if self.is_remote else None
+        paths = _find(pattern) if files is None else _find_remote(files, pattern)
+        shards = list(
+            each(lambda path: _Shard(path, image_column, label_column, files), paths)
+        )
         _require_same_layout(shards)
         self._decoder, self._shards = decoder, shards
         self._starts, self._groups = _row_groups(shards)
@@ -95,16 +98,16 @@ class Parquet:
         self._read_group = functools.lru_cache(cached)(self._read_group)
         self._reading = threading.Lock()
 
-        parts = [shard.read_rows() for shard in shards]
+        parts = list(each(_Shard.read_rows, shards))
         values = pa.chunked_array([part.labels for part in parts])
         paths = [path for part in parts for path in part.paths]
         reasons = [reason for part in parts for reason in part.reasons]
         folder = os.path.commonpath([shard.path.parent for shard in shards])
-        files = [shard.path.relative_to(folder) for shard in shards]
+        names = [shard.path.relative_to(folder) for shard in shards]
         rows = [len(part.labels) for part in parts]
-        names = _names_of_rows(files, rows, paths, reasons)
+        ids = _names_of_rows(names, rows, paths, reasons)
         self.class_names, labels = _classes(values, shards[0].class_names, reasons)
-        pairs = zip(names, reasons, strict=True)
+        pairs = zip(ids, reasons, strict=True)
         self.remarks = ()
         self.defects = {name: reason for name, reason in pairs if reason}
         self._rows = np.flatnonzero([not reason for reason in reasons])
@@ -112,13 +115,13 @@ class Parquet:
             raise UserError(
                 "config.data.source",
                 wanted="rows with an image and a label",
-                got=f"no usable row among {len(names)} in {pattern!r}",
+                got=f"no usable row among {len(ids)} in {pattern!r}",
                 fix="Name other files.",
                 details=[f"{name}: {reason}" for name, reason in self.defects.items()],
             )
         self.labels = labels[self._rows]
-        self.ids = tuple(names[row] for row in self._rows)
-        splits = np.repeat(list(map(_split, files)), rows)[self._rows]
+        self.ids = tuple(ids[row] for row in self._rows)
+        splits = np.repeat(list(map(_split, names)), rows)[self._rows]
         kept = splits == "validation"
         self.is_validation = kept if keep_validation and kept.any() else None
         if self.is_validation is not None:
@@ -135,7 +138,8 @@ class Parquet:
 
     def column(self, name: str) -> list[str] | None:
         """Another column as texts, "" where it is null; None if there is none."""
-        columns = [shard.read_column(name) for shard in self._shards]
+        each = remote.parallel if self.is_remote else map
+        columns = list(each(lambda shard: shard.read_column(name), self._shards))
         if None in columns:
             return None
         values = [value for column in columns for value in column]
@@ -191,10 +195,17 @@ class _Shard:
       UserError: it is not a Parquet file, or lacks one of the columns.
     """
 
-    def __init__(self, path: str, image_column: str, label_column: str, system: Any):
-        self._system = system  # of fsspec; None: the local one
+    def __init__(
+        self,
+        path: str,
+        image_column: str,
+        label_column: str,
+        files: remote.Remote | None,
+    ):
+        self._remote = files
         self._place = path  # a `pathlib.Path` would lose a slash of a URL
-        self.path, self.metadata = pathlib.Path(path), None
+        self.path = pathlib.Path(path if files is None else files.name(path))
+        self.metadata = None
         try:
             with self._open() as file:
                 self.metadata, schema = file.metadata, file.schema_arrow
@@ -224,13 +235,14 @@ class _Shard:
         self.layout = f"{columns}, {self._label_type} labels of {self.class_names}"
 
     def _open(self) -> pq.ParquetFile:
-        path = self.path if self._system is None else self._open_remote("rb")
-        return pq.ParquetFile(path, metadata=self.metadata)
+        return pq.ParquetFile(
+            self.path if self._remote is None else self._remote.open(self._place),
+            metadata=self.metadata,
+        )
 
     def _require_no_pointer(self) -> None:
         """Raises a `UserError` for what Git LFS leaves in the place of a large file."""
-        opened = self.path.open if self._system is None else self._open_remote
-        with contextlib.suppress(OSError), opened("rb") as file:
+        with contextlib.suppress(OSError), self._open_bytes() as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise UserError(
                     str(self.path),
@@ -239,8 +251,10 @@ class _Shard:
                     fix="Run `git lfs pull` in its repository.",
                 )
 
-    def _open_remote(self, mode: str) -> Any:
-        return self._system.open(self._place, mode)
+    def _open_bytes(self) -> Any:
+        if self._remote is None:
+            return self.path.open("rb")
+        return self._remote.open(self._place)
 
     def _broken(self, wanted: str, error: Exception) -> UserError:
         return UserError(
@@ -306,7 +320,7 @@ class _Shard:
         """Why the image of a row without bytes cannot be used, "" if it can."""
         if not path:
             return "no image"
-        if self._system is not None:
+        if self._remote is not None:
             return f"a path and no bytes, in a remote file: {path}"
         try:
             file = self.resolve(path)
@@ -345,32 +359,19 @@ def _find(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def _find_remote(url: str) -> tuple[Any, list[str]]:
-    """fsspec's file system of a URL, and the paths there that it matches, sorted."""
-    system, path = remote.open_filesystem(url)
-    try:
-        if glob.has_magic(path):
-            found = [p for p in system.glob(path) if p.endswith(".parquet")]
-        elif path.endswith(".parquet"):
-            found = [path] if system.exists(path) else []
-        else:
-            found = [p for p in system.find(path) if p.endswith(".parquet")]
-    except Exception as error:  # of a dozen libraries
-        raise _unreachable(url, f"{type(error).__name__}: {error}") from error
+def _find_remote(files: remote.Remote, url: str) -> list[str]:
+    """Paths on the server that a URL matches, sorted."""
+    found = [path for path in files.find() if path.endswith(".parquet")]
     if not found:
-        raise _unreachable(url, "no Parquet file there")
-    if found != [path]:
+        raise UserError(
+            "config.data.source",
+            wanted=f"Parquet files at {url}",
+            got="no Parquet file there",
+            fix="Correct it.",
+        )
+    if found != [files.path]:  # one file by its name is meant
         _require_complete(found)
-    return system, sorted(found)
-
-
-def _unreachable(url: str, got: str) -> UserError:
-    return UserError(
-        "config.data.source",
-        wanted=f"Parquet files at {url}",
-        got=got,
-        fix="Correct it, or sign in (`hf auth login`, `gcloud auth login`).",
-    )
+    return found
 
 
 def _require_complete(paths: Collection[str]) -> None:

@@ -130,6 +130,7 @@ class ClassSubset:
         folder_of = dict(zip(source.class_names, folders_of(source), strict=True))
         self.class_folders = tuple(folder_of[name] for name in class_names)
         self.defects, self.remarks = source.defects, source.remarks
+        self.is_remote = getattr(source, "is_remote", False)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,12 +2,16 @@
 
 import collections
 import dataclasses
+import io
 import os
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from mvc_jax.data import layout, remote
 from mvc_jax.data.layout import class_key
 from mvc_jax.errors import UserError
+
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass
@@ -26,6 +30,7 @@ class Tree:
       rows: image -> its row in a table.
       classes: all that occur, including those whose images are all defects.
       class_folders: class -> names, as on disk, of the folders of its training images.
+      entries: file -> what a server says of it; of a remote folder.
     """
 
     name: str
@@ -39,17 +44,28 @@ class Tree:
     rows: dict[str, dict] = dataclasses.field(default_factory=dict)
     classes: set[str] = dataclasses.field(default_factory=set)
     class_folders: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self.system = None  # of fsspec; None: the local one
+        self.remote = None
         self.path = os.path.expanduser(self.name)
         if remote.is_remote(self.name):
-            self.system, self.path = remote.open_filesystem(self.name)
+            self.remote = remote.Remote(self.name)
+            self.path = self.remote.path
 
     def open(self, path: str) -> Any:
-        """Opens a file for reading, by its path in the tree."""
-        path = os.path.join(self.path, path)
-        return open(path, "rb") if self.system is None else self.system.open(path, "rb")
+        """Opens a file for reading, by its path in the tree; a remote one is read."""
+        if self.remote is None:
+            return open(os.path.join(self.path, path), "rb")
+        return io.BytesIO(self.remote.read(self.entries[path]["name"]))
+
+    def map(
+        self, function: Callable[[str], _Result], paths: Iterable[str]
+    ) -> list[_Result]:
+        """The results for paths, in their order; remote ones are read side by side."""
+        if self.remote is None:
+            return list(map(function, paths))
+        return remote.parallel(function, paths)
 
     def error(self, *, wanted: str, got: str, fix: str) -> UserError:
         """An error that lists the defects."""

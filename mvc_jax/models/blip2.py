@@ -110,7 +110,8 @@ def check_torch() -> None:
             "config.caption.captioner",
             wanted="PyTorch, in which BLIP-2 runs",
             got="none in this Python",
-            fix='Install it: pip install "mvc_jax[caption]". Or use another captioner.',
+            fix="Install it by the line for this machine's devices in "
+            "docs/your-own-images.md, section 1. Or use another captioner.",
         )
 
 

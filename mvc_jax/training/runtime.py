@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from mvc_jax.errors import UserError
+from mvc_jax.training import cuda_libraries
 
 _compile_seconds = [0.0]
 _program_bytes: dict[str, int] = {}
@@ -54,6 +55,9 @@ def set_up(compilation_cache: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     _schedule_depth_first()
     _enlarge_compiler_stacks()
+    if not cuda_libraries.has_driver():
+        # JAX asks each library of CUDA for its version, and CUPTI 13.2 crashes then.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if not compilation_cache:
         return
     try:
@@ -87,7 +91,8 @@ def _set_jax(name: str, value: epath.Path | float) -> None:
 def start() -> None:
     """Starts JAX's backend, which holds the devices from then on, and logs their names.
 
-    `compile_seconds` counts from here. Further calls do nothing.
+    Logs which cuDNN was loaded, on NVIDIA's GPUs. Warns of what keeps JAX from using a
+    GPU. `compile_seconds` counts from here. Further calls do nothing.
     """
     import jax  # here: flags are parsed and checked without it
 
@@ -97,7 +102,32 @@ def start() -> None:
 
     jax.monitoring.register_event_duration_secs_listener(add)
     kinds = sorted({device.device_kind for device in jax.devices()})
-    logging.info("%d device(s): %s", jax.device_count(), ", ".join(kinds))
+    cudnn = cuda_libraries.loaded_cudnn()
+    logging.info(
+        "%d device(s): %s%s",
+        jax.device_count(),
+        ", ".join(kinds),
+        f"; cuDNN {cudnn}" if cudnn else "",
+    )
+    _warn_of_cuda()
+
+
+def _warn_of_cuda() -> None:
+    """Warns of libraries for two versions of CUDA, and of a driver that is missing."""
+    if twice := cuda_libraries.for_two_versions(cuda_libraries.installed()):
+        logging.warning(
+            "libraries for two versions of CUDA are installed, of which some overwrite "
+            "each other's files: %s. Make a new environment with the extra cuda and "
+            "requirements-cuda.lock, or with cuda12 and requirements-cuda12.lock",
+            "; ".join(" and ".join(packages) for packages in twice.values()),
+        )
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    wanted = (not asked or "cuda" in asked) and cuda_libraries.has_plugin()
+    if wanted and not cuda_libraries.has_driver():
+        logging.warning(
+            "JAX for NVIDIA GPUs is installed, but their driver is not: no "
+            "libcuda.so.1 was found"
+        )
 
 
 def ask_devices() -> Devices:
