@@ -642,6 +642,7 @@ _CLASSIFIERS = (
     "efficientnet_b1",
     "efficientnet_b2",
     "efficientnet_b3",
+    "efficientnet_lite0",
     "shake_shake26_2x96d",
     "pyramidnet272",
 )
