@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import decode, splits
-from mvc_jax.metrics import statistics
-from mvc_jax.screening import distances, removed
+from mvc_jax.metrics import distances, statistics
+from mvc_jax.screening import removed
 from mvc_jax.stage import Spec, open_stage, read_manifest
 from mvc_jax.work import Sizes, Work
 
