@@ -29,7 +29,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     "augment": set(),
     "data": set(),
     "diffusion": set(),
-    "metrics": {"data"},
+    "metrics": {"checkpoints", "data", "models"},
     "models": set(),
     "training": set(),
     "checkpoints": {"models"},

@@ -253,7 +253,7 @@ def test_blocks_are_counted():
     steps: list[int] = []
     own = [compare.describe(x, WANTED, steps.append) for x in (a, b)]
     compare.compare(*own, WANTED, steps.append)
-    assert sum(steps) == compare.blocks_of(75, [100], 6)
+    assert sum(steps) == compare.blocks_of(75, [100])
 
 
 def len_of(block):

@@ -276,3 +276,9 @@ def prompt(
             fix="Shorten config.data.class_type, config.data.prompt or the class name.",
         )
     return with_words(longest)
+
+
+def class_texts(class_names: Sequence[str], class_type: str) -> list[str]:
+    """`"a photo of {class_type} {class name}"` of each class, for zero-shot labels."""
+    names = map(readable, class_names)
+    return [f"a photo of {f'{class_type} {name}'.strip()}" for name in names]

@@ -132,7 +132,7 @@ def compare(
     return metrics, search.nearest(b, a)
 
 
-def blocks_of(real: int, others: Collection[int], dims: int) -> int:
+def blocks_of(real: int, others: Collection[int]) -> int:
     """How many blocks `describe` and `compare` visit for sets of these sizes."""
     a = Points(np.empty((real, 0), np.uint8))
     found = count_blocks(a, a)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from mvc_jax.data.decode import fit
-from mvc_jax.metrics.points import Block, Points, visit_blocks
+from mvc_jax.metrics.points import Block, Points, Stored, visit_blocks
 
 MAX_SIZE = 32  # pixels along a side at which images are compared
 _STEPS = 2**14  # quantisation of the coordinates of a unit vector
@@ -43,7 +43,7 @@ def pixels(images: Iterable[np.ndarray], size: int) -> Points:
     return pixel_points(levels)
 
 
-def pixel_points(levels: Num[np.ndarray, "N P"]) -> Points:
+def pixel_points(levels: Num[np.ndarray, "N P"] | Stored) -> Points:
     """Rows of P pixel values in [0, 255] as points, see `pixels`."""
     return Points(levels, 255 * float(np.sqrt(levels.shape[1])), 1 / 255)
 

@@ -145,7 +145,7 @@ def visit_blocks(
     def work(task: tuple[int, int]) -> list[_Result]:
         return [visit(x) for x in _strips(a, b, center, *task)]
 
-    threads = min(os.cpu_count() or 1, len(tasks))
+    threads = min(workers(), len(tasks))
     if threads < 2:
         for task in tasks:
             yield from work(task)
@@ -163,6 +163,11 @@ def visit_blocks(
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+
+
+def workers() -> int:
+    """How many threads visit blocks."""
+    return os.cpu_count() or 1
 
 
 def count_blocks(a: Points, b: Points) -> int:
