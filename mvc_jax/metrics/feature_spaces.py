@@ -74,13 +74,17 @@ class ClipTexts:
     params: Any
     batch: int
 
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Any, Any], Array]:
+        return jax.jit(self.model.text_embeddings)
+
     def embed(self, texts: Sequence[str]) -> Float[np.ndarray, "N P"]:
         """Embeddings of length 1."""
-        encode, found = jax.jit(self.model.text_embeddings), []
+        found = []
         for start in range(0, len(texts), self.batch):
             ids = self.model.tokenize(texts[start : start + self.batch])
             padded = np.pad(ids, ((0, self.batch - len(ids)), (0, 0)), mode="edge")
-            found.append(np.asarray(encode(self.params, padded))[: len(ids)])
+            found.append(np.asarray(self._compiled(self.params, padded))[: len(ids)])
         return unit(np.concatenate(found))
 
 
