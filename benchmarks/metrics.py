@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mvc_jax.metrics import compare, distances  # noqa: E402
 from mvc_jax.metrics.points import Points  # noqa: E402
 
-NAMES = ("kid", "cmmd", "frechet_distance", "precision_recall", "vendi")
+NAMES = ("kid", "cmmd", "frechet", "prdc", "vendi")
 K = 5
 
 

@@ -776,13 +776,13 @@ _CLASSIFY = Section(
 )
 
 _METRICS = (
-    "frechet_distance",
+    "frechet",
     "kid",
     "cmmd",
-    "precision_recall",
+    "prdc",
     "vendi",
     "text",
-    "domain_shift",
+    "shift",
     "classes",
 )
 
@@ -802,7 +802,7 @@ _EVALUATE = Section(
         ),
         "metrics": Field(
             _METRICS,
-            "what of each set is computed besides copies and diversity",
+            "of each set, besides copies and diversity (docs/metrics.md)",
             choices=_METRICS,
             distinct=True,
             hint="Choose some of these.",

@@ -160,7 +160,7 @@ def _add_accuracy_scores(sets: dict[str, Any], results: dict[str, dict]) -> None
     """
     for result in results.values():
         plain = result["policy"] == "none" and not result.get("mix")
-        if result["regime"] == "synthetic" and plain and result["set"] in sets:
+        if result["regime"] == "synthetic_only" and plain and result["set"] in sets:
             score = float(_accuracies(result).mean())
             sets[result["set"]]["classification_accuracy_score"] = score
 

@@ -15,7 +15,7 @@ from mvc_jax.metrics.kernel_means import KernelSums, polynomial
 from mvc_jax.metrics.neighbourhoods import Balls, NearestSquares
 from mvc_jax.metrics.points import Points, visit_blocks
 
-ALL = ("kid", "cmmd", "frechet_distance", "precision_recall", "vendi")
+ALL = ("kid", "cmmd", "frechet", "prdc", "vendi")
 WANTED = compare.Wanted(ALL, neighbours=3)
 
 

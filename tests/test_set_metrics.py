@@ -18,7 +18,7 @@ from mvc_jax.metrics import (
     set_metrics,
 )
 
-ALL = ("frechet_distance", "kid", "precision_recall", "vendi", "domain_shift")
+ALL = ("frechet", "kid", "prdc", "vendi", "shift")
 
 
 def noise(count, *, seed, low=0, high=256):

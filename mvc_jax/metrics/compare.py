@@ -31,7 +31,7 @@ class Wanted:
     """Which metrics to compute.
 
     Attributes:
-      names: of `kid`, `cmmd`, `frechet_distance`, `precision_recall`, `vendi`.
+      names: of `kid`, `cmmd`, `frechet`, `prdc`, `vendi`.
       neighbours: k of precision, recall, density and coverage.
     """
 
@@ -70,7 +70,7 @@ def describe(points: Points, wanted: Wanted, advance: Advance | None = None) -> 
     kernels = _kernels(points, points, wanted)
     sums = {k: KernelSums(v, len(points), len(points)) for k, v in kernels.items()}
     squares = NearestSquares(len(points), wanted.neighbours)
-    if "precision_recall" in wanted.names and len(points) > wanted.neighbours:
+    if "prdc" in wanted.names and len(points) > wanted.neighbours:
         found["squares"] = squares
     _run(points, points, {**found, **sums}, advance)
     return Own(
@@ -117,13 +117,13 @@ def compare(
             metrics["kid"], metrics["kid_error"] = kernel_means.kid(
                 real.polynomial, other.polynomial, *across
             )
-    if "frechet_distance" in wanted.names:
+    if "frechet" in wanted.names:
         distance = moments.frechet_distance(a, b) if several else None
         metrics["frechet_distance"] = distance
     if "cmmd" in sums:
         across = sums["cmmd"].rows
         metrics["cmmd"] = kernel_means.cmmd(real.gaussian, other.gaussian, across)
-    if "precision_recall" in wanted.names:
+    if "prdc" in wanted.names:
         names = ("precision", "recall", "density", "coverage")
         scores = balls.scores(wanted.neighbours) if balls else dict.fromkeys(names)
         metrics |= scores

@@ -186,7 +186,7 @@ class SetMetrics:
         )
         if options.embed_texts is not None and options.class_texts is not None:
             metrics |= _texts(found, options)
-        if "domain_shift" in options.metrics:
+        if "shift" in options.metrics:
             a, b = self.train.statistics, found.statistics
             metrics["histogram_shift"] = domain_shift.histogram_shift(a, b)
             metrics["spectrum_shift"] = domain_shift.spectrum_shift(a, b)
@@ -341,7 +341,7 @@ def cost(train: Points, sizes: Sequence[int]) -> str:
     """
     some = train[np.arange(min(_TIMED, len(train)))]
     began = time.perf_counter()
-    compare.describe(some, Wanted(("kid", "precision_recall")))
+    compare.describe(some, Wanted(("kid", "prdc")))
     seconds = time.perf_counter() - began
     pairs = sum(n * n // 2 + n * len(train) for n in sizes) + len(train) ** 2 // 2
     seconds *= pairs / max(len(some) ** 2, 1) / points.workers()
