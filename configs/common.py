@@ -655,6 +655,7 @@ _CLASSIFIERS = (
     "efficientnet_b1",
     "efficientnet_b2",
     "efficientnet_b3",
+    "efficientnet_lite0",
     "shake_shake26_2x96d",
     "pyramidnet272",
 )
@@ -787,16 +788,47 @@ _CLASSIFY = Section(
     },
 )
 
+_METRICS = (
+    "frechet",
+    "kid",
+    "cmmd",
+    "prdc",
+    "vendi",
+    "text",
+    "shift",
+    "classes",
+)
+
 _EVALUATE = Section(
     "metrics of all classifiers and sets",
     {
+        "features": one_of(
+            "pixels",
+            ("pixels", "clip", "dinov2", *_CLASSIFIERS),
+            "space in which sets are compared (docs/metrics.md); all but pixels need "
+            "weights",
+        ),
+        "weights": Field(
+            "",
+            "of `features`: folder, file or hub name; empty: for clip that of "
+            "generate.clip, or of the base",
+        ),
+        "metrics": Field(
+            _METRICS,
+            "of each set, besides copies and diversity (docs/metrics.md)",
+            choices=_METRICS,
+            distinct=True,
+            hint="Choose some of these.",
+        ),
+        "neighbours": count(5, "k of precision, recall, density and coverage", 1000),
+        "batch_size": _batch(64, "images embedded at once"),
         "confidence": Field(
             0.95,
             "level of the intervals",
             above=0,
             below=1,
             hint="A common value is 0.95.",
-        )
+        ),
     },
 )
 

@@ -5,24 +5,39 @@ Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.j
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath, epy
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from mvc_jax import files
 from mvc_jax.data import captions, decode, splits
-from mvc_jax.metrics import statistics
-from mvc_jax.screening import distances, removed
-from mvc_jax.stage import Spec, open_stage, read_manifest
+from mvc_jax.metrics import (
+    compare,
+    distances,
+    image_features,
+    set_metrics,
+    statistics,
+)
+from mvc_jax.screening import removed, settings
+from mvc_jax.stage import Spec, Stage, open_stage, read_manifest
+from mvc_jax.training.console import Progress
 from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
+    from mvc_jax.checkpoints import diffusers_layout
     from mvc_jax.classification import runs
     from mvc_jax.generation import synthetic
+    from mvc_jax.metrics import feature_spaces
+
+_SIDE = distances.MAX_SIZE
+_FEATURES = "features"  # folder, deleted at the end
+_ROW_BYTES = 4096  # of an image's features, as of 1,024 dims
 
 # (question, run, reference): is `run` more accurate than `reference`? Each is answered
 # for every augmentation with which both were run.
@@ -39,27 +54,67 @@ _WITH_AUGMENTATION = "Do they help on top of augmentation, {}?"
 
 
 def check(config: ConfigDict) -> None:
-    """Nothing: no field depends on another one, or on a file."""
+    """Checks the files of the feature space; starts no JAX backend.
+
+    Raises:
+      UserError: they are missing, or of another network.
+    """
+    section = config.evaluate
+    if section.features == "pixels":
+        return
+    weights = _weights(config)
+    if section.features == "clip" and not weights:
+        made = not config.base.path and config.pretrain.image_encoder.steps > 0
+        if made or (
+            config.base.path and settings.may_have_image_encoder(config.base.path)
+        ):
+            return
+    feature_spaces.check(section.features, weights)
+
+
+def _weights(config: ConfigDict) -> str:
+    """The weights that the config names for the feature space; "": none."""
+    section = config.evaluate
+    clip = config.generate.clip if section.features == "clip" else ""
+    return section.weights or clip
 
 
 def price(config: ConfigDict, sizes: Sizes) -> Work:
-    """What there is to describe: every synthetic image is compared with every real."""
-    images = len(config.generate.sets) * sizes.recipes
+    """What there is to describe: every image is compared with every other.
+
+    That of two sets with each other is counted once, and of a set with itself half.
+    """
+    counts = [sizes.test, *[sizes.recipes] * len(config.generate.sets)]
+    pairs = sum(n * n // 2 + n * sizes.images for n in counts) + sizes.images**2 // 2
+    side = min(config.data.size, _SIDE)
     return Work(
-        {"runs": len(config.classify.runs), "images": images},
-        unit="images",
-        speed={"size": config.data.size, "real images": sizes.images},
+        {
+            "runs": len(config.classify.runs),
+            "images": sum(counts[1:]),
+            "pairs of images": pairs,
+        },
+        unit="pairs of images",
+        speed={
+            "size": config.data.size,
+            "features": config.evaluate.features,
+            "metrics": sorted(config.evaluate.metrics),
+        },
+        on_devices=config.evaluate.features != "pixels",
+        disk={"features": (sum(counts) + sizes.images) * (3 * side**2 + _ROW_BYTES)},
+        leaves=0,
     )
 
 
 def stage_spec(config: ConfigDict) -> Spec:
     """What the metrics depend on."""
+    section = config.evaluate.to_dict()
     settings = {
         "seed": config.seed,
         "data": config.data.to_dict(),
-        "evaluate": config.evaluate.to_dict(),
+        "evaluate": {k: v for k, v in section.items() if k != "batch_size"},
     }
-    return Spec("evaluate", settings, inputs=("classify",), restores=("metrics.json",))
+    made = ("metrics.json", "nearest/*")
+    return Spec("evaluate", settings, inputs=("classify",), restores=made)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -71,11 +126,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     classify = read_manifest(workdir, "classify")["settings"]["classify"]
     generate = read_manifest(workdir, "generate")
     results = _read_results(workdir / "classify" / "results", classify["runs"])
-    train = splits.read_split(workdir / "caption", "train")
     test = splits.read_split(workdir / "caption", "test")
     split_ids = files.read_json(workdir / "caption" / "splits.json")
     confidence = config.evaluate.confidence
     set_names = generate["settings"]["generate"]["sets"]
+    measured, tables = _measure_sets(config, workdir, stage, set_names)
+    _add_accuracy_scores(measured["images"]["sets"], results)
     metrics = {
         "class_names": list(test.class_names),
         "counts": {name: len(ids) for name, ids in split_ids.items()},
@@ -90,19 +146,26 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "questions": _with_unchanged(
             _answers(results, confidence), read_manifest(workdir, "mix")["counts"]
         ),
-        "sets": _describe_sets(
-            workdir / "generate",
-            set_names,
-            train,
-            resize=config.data.resize,
-            resample=config.data.resample,
-        ),
+        **measured,
         "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),
         "notes": _cut_captions(workdir / "encode")
         + _notes(classify["seeds"], workdir / "caption"),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
-    stage.finish(["metrics.json"], runs=len(results))
+    stage.finish(["metrics.json", *tables], runs=len(results))
+    (stage.folder / _FEATURES).rmtree(missing_ok=True)
+
+
+def _add_accuracy_scores(sets: dict[str, Any], results: dict[str, dict]) -> None:
+    """Adds the accuracy of classifiers trained on a set alone, where there are any.
+
+    The classification accuracy score: Ravuri & Vinyals, arXiv 1905.10887.
+    """
+    for result in results.values():
+        plain = result["policy"] == "none" and not result.get("mix")
+        if result["regime"] == "synthetic_only" and plain and result["set"] in sets:
+            score = float(_accuracies(result).mean())
+            sets[result["set"]]["classification_accuracy_score"] = score
 
 
 def _read_results(folder: epath.Path, names: list[str]) -> dict[str, dict]:
@@ -244,59 +307,110 @@ def _verdict(
     return {"verdict": "unclear", "sentence": f"No evidence either way: {interval}."}
 
 
-def _describe_sets(
-    generate: epath.Path, names: list[str], train: splits.Split, **fit: str
-) -> dict[str, dict[str, float | int]]:
+def _measure_sets(
+    config: ConfigDict, workdir: epath.Path, stage: Stage, names: list[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Describes the training images and each synthetic set in numbers.
 
     Args:
-      generate: the stage's folder.
+      config: of the run.
+      workdir: of the run.
+      stage: the opened stage.
       names: of the sets.
-      train: the training images.
-      **fit: `resize` and `resample` of `decode.fit`.
+
+    Returns:
+      the parts `sets` and `images` of the metrics; the files written, relative to the
+      stage's folder.
     """
-    size = train.images.shape[1]
-    real = distances.pixels(train.images, size)
-    described = {"real": _describe(real, train.labels)}
-    among = distances.nearest(real, real, skip_self=True)
-    copy_distance = distances.copy_distance(among.different)
-    if len(real) > 1:
-        described["real"]["nearest_real"] = float(among.distance.mean())
-    for name in names:
-        labels: list[int] = []
-        rows = synthetic.read_rows(generate / name, ("image", "label"))
-        points = distances.pixels(_images(rows, labels, size, **fit), size)
-        nearest = distances.nearest(points, real).distance
-        constant = points.levels.max(1) == points.levels.min(1)
-        described[name] = {
-            **_describe(points, np.asarray(labels, np.int32)),
-            "constant": int(constant.sum()),
-            "nearest_real": float(nearest.mean()),
-            "copies": int((nearest < copy_distance).sum()),
-        }
-    return described
+    section, space = config.evaluate, None
+    if section.features != "pixels":
+        weights = _weights(config) or diffusers_layout.resolved_base(workdir)
+        space = feature_spaces.load(section.features, weights, batch=section.batch_size)
+    sets = [_real_set(workdir, name) for name in ("train", "test")]
+    rows = {id_: i for i, id_ in enumerate(sets[0].names)}
+    fit = {name: config.data[name] for name in ("size", "resize", "resample")}
+    sets += [_synthetic_set(workdir / "generate" / x, rows, **fit) for x in names]
+    reading = Progress("evaluate: images", sum(map(len, sets)), unit="image")
+    found = [
+        image_features.extract(
+            images,
+            stage.folder / _FEATURES / images.name,
+            size=config.data.size,
+            embed=space and space.embed,
+            advance=reading.advance,
+        )
+        for images in sets
+    ]
+    reading.close()
+    options = _options(config, splits.class_names(workdir / "caption"), space)
+    sizes = [len(images) for images in sets]
+    cost = set_metrics.cost(found[0].features, sizes[1:])
+    logging.info("evaluate: nearest neighbours among %s", cost)
+    blocks = compare.blocks_of(sizes[0], sizes[1:])
+    comparing = Progress("evaluate: distances", blocks, unit="block")
+    measured = set_metrics.SetMetrics(
+        found[0], found[1], options, stage.folder, stage.digests, comparing.advance
+    )
+    described = measured.describe(found[2:])
+    comparing.close()
+    about = {"features": section.features, "weights": section.weights}
+    described["images"] = {**about, **described["images"]}
+    return described, measured.written
 
 
-def _images(
-    rows: Iterable[dict[str, Any]], labels: list[int], size: int, **fit: str
-) -> Iterator[np.ndarray]:
-    """Yields one image after another at one size, and appends its label.
+def _options(
+    config: ConfigDict,
+    class_names: Sequence[str],
+    space: feature_spaces.FeatureSpace | None,
+) -> set_metrics.Options:
+    """What to compute: CMMD and texts where the space is CLIP's."""
+    chosen = {*config.evaluate.metrics}
+    if config.evaluate.features != "clip":
+        chosen -= {"cmmd", "text"}
+    options = set_metrics.Options(chosen, config.evaluate.neighbours, class_names)
+    if space is None or space.text is None or "text" not in chosen:
+        return options
+    texts = captions.class_texts(class_names, config.data.class_type)
+    return dataclasses.replace(
+        options, class_texts=space.text.embed(texts), embed_texts=space.text.embed
+    )
 
-    Not `synthetic.read_images`: 200,000 images of 256 pixels are 39 GB.
-    """
-    for row in rows:
-        labels.append(row["label"])
-        yield decode.fit(row["image"], size, **fit)
+
+def _real_set(workdir: epath.Path, name: str) -> image_features.ImageSet:
+    split = splits.read_split(workdir / "caption", name)
+    prompts: dict[str, str] = {}
+    if name == "train":
+        rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
+        prompts = {row["id"]: row["prompt"] for row in rows}
+    known = all(id_ in prompts for id_ in split.ids)
+    return image_features.ImageSet(
+        name,
+        split.labels,
+        lambda start: (np.asarray(image) for image in split.images[start:]),
+        prompts=[prompts[id_] for id_ in split.ids] if known else (),
+        names=split.ids,
+    )
 
 
-def _describe(
-    points: distances.Points, labels: Int[np.ndarray, " N"]
-) -> dict[str, float | int]:
-    """Returns the count, and the mean distance of two images of the same class."""
-    members = [points[labels == label] for label in np.unique(labels)]
-    within = [distances.mean_pairwise(mine) for mine in members if len(mine) > 1]
-    diversity = float(np.mean(within)) if within else 0.0
-    return {"images": len(points), "diversity": diversity}
+def _synthetic_set(
+    folder: epath.Path, rows: dict[str, int], *, size: int, **fit: str
+) -> image_features.ImageSet:
+    """A set that `generate` made; `rows` are those of the training images by id."""
+    columns = ("index", "label", "source", "prompt")
+    made = list(synthetic.read_rows(folder, columns))
+
+    def images(start: int) -> Iterator[np.ndarray]:
+        for row in synthetic.read_rows(folder, ("image",), start=start):
+            yield decode.fit(row["image"], size, **fit)
+
+    return image_features.ImageSet(
+        folder.name,
+        np.asarray([row["label"] for row in made], np.int32),
+        images,
+        np.asarray([rows.get(row["source"], -1) for row in made], np.int64),
+        [row["prompt"] or "" for row in made],
+        [row["index"] for row in made],
+    )
 
 
 def _filters(
@@ -348,9 +462,10 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
         *notes,
         f"{spread} on one split and one generator; another split (--config.seed) "
         "changes every row.",
-        "Distances are root mean squared pixel differences of images in [0, 1], at no "
-        f"more than {distances.MAX_SIZE} pixels. A copy is nearer to a training image "
-        "than any two different training images are to each other.",
+        "Distances by pixels are root mean squared differences of images in [0, 1], at "
+        f"no more than {distances.MAX_SIZE} pixels. A copy is nearer to a training "
+        "image than any two different training images are to each other; a leak is "
+        "nearer to a test image than any different training image is.",
     ]
 
 

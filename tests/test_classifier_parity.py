@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 
 from mvc_jax.checkpoints import classifier_names, weights
+from mvc_jax.checkpoints.classifier_checkpoint import TENSORFLOW
 from mvc_jax.models import efficientnet, layers
 from mvc_jax.models import pyramidnet as pyramidnet_module
 from mvc_jax.models import shake_shake as shake_module
@@ -78,6 +79,29 @@ CASES = {
             [(1, 3, 1, 8, 1), (6, 3, 2, 16, 2), (6, 5, 2, 24, 2), (6, 5, 1, 56, 1)],
             0.5,
             draws,
+        ),
+    ),
+    "efficientnet_lite": Case(  # its stem and its head are not scaled
+        EfficientNet(
+            CLASSES,
+            0.5,
+            dropout=0.0,
+            drop_path=0.0,
+            stages=STAGES[:2],
+            lite=True,
+            **TENSORFLOW,
+        ),
+        size=32,
+        reference=lambda nets, draws: nets.as_tensorflow(
+            nets.EfficientNet(
+                CLASSES,
+                32,
+                1280,
+                [(1, 3, 1, 8, 1), (6, 3, 2, 16, 2)],
+                0.0,
+                draws,
+                lite=True,
+            )
         ),
     ),
 }

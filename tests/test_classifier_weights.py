@@ -38,6 +38,7 @@ BOTTLENECKS = ResNet(3, depths=(1, 2), width=8, inner=1)
 STAGES = efficientnet.STAGES[:3]
 EFFICIENT = EfficientNet(3, 0.5, dropout=0.0, drop_path=0.0, stages=STAGES)
 TENSORFLOW = EFFICIENT.clone(**classifier_checkpoint.TENSORFLOW)
+LITE = TENSORFLOW.clone(lite=True)
 OPTIONS = {"xla_backend_optimization_level": 0}
 
 
@@ -50,6 +51,8 @@ def preprocessing(size=36, resize="stretch", resample="lanczos", data_size=0):
 def export(folder, model, variant=None, variables=None, classes=CLASSES, **done):
     """Writes a network by `classifier_export`."""
     variant = variant or ("efficientnet_b0" if "Eff" in repr(model) else "resnet18")
+    if getattr(model, "lite", False):
+        variant = "efficientnet_lite0"
     variables = random_variables(model) if variables is None else variables
     classifier_export.write(
         folder,
@@ -173,6 +176,7 @@ def assert_equal(tree, other):
         ("timm", BOTTLENECKS),
         ("timm", EFFICIENT),
         ("timm", TENSORFLOW),
+        ("timm", LITE),
         ("torchvision", EFFICIENT),
         ("transformers", RESNET),
         ("transformers", BOTTLENECKS),
@@ -186,7 +190,7 @@ def test_a_round_trip_is_exact(tmp_path, model, library):
     np.testing.assert_allclose([found.mean, found.std], [MEAN, STD], rtol=1e-12)
     fields = {key: getattr(model, key) for key in found.fields}
     assert fields == found.fields
-    assert ("padding" in fields) == (model is TENSORFLOW)
+    assert ("padding" in fields) == (model in (TENSORFLOW, LITE))
     again, unused = classifier_weights.read(found, model)
     assert_equal(again, without_head(variables))
     head = found.naming.head
@@ -306,6 +310,19 @@ PUBLISHED = [
             "blocks.6.0.bn3.running_mean": (320,),
             "conv_head.weight": (1280, 320, 1, 1),
             "bn2.weight": (1280,),
+            "classifier.weight": (1000, 1280),
+        },
+    ),
+    (
+        "efficientnet_lite0",
+        "timm",
+        296,
+        {
+            "conv_stem.weight": (32, 3, 3, 3),
+            "blocks.0.0.conv_pw.weight": (16, 32, 1, 1),
+            "blocks.1.0.conv_pwl.weight": (24, 96, 1, 1),
+            "blocks.5.3.conv_dw.weight": (1152, 1, 5, 5),
+            "conv_head.weight": (1280, 320, 1, 1),
             "classifier.weight": (1000, 1280),
         },
     ),
@@ -498,8 +515,9 @@ def test_missing_and_misshapen_tensors_are_listed(tmp_path):
         (RESNET.clone(width=16), "a ResNet of 1, 2 basic blocks, 16 channels wide"),
         (BOTTLENECKS, "a ResNet of 1, 2 bottlenecks, 8 channels wide"),
         (EFFICIENT, "an EfficientNet of 5 blocks, 16 channels in its stem and 640 at"),
+        (LITE, "an EfficientNet-Lite of 5 blocks, 32 channels in its stem and 1280 at"),
     ],
-    ids=["deeper", "wider", "bottlenecks", "efficientnet"],
+    ids=["deeper", "wider", "bottlenecks", "efficientnet", "lite"],
 )
 def test_another_architecture_is_refused(tmp_path, other, looks):
     export(tmp_path, other)

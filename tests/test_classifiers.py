@@ -28,6 +28,7 @@ PUBLISHED = {
     ("efficientnet_b1", 1000): 7_794_184,
     ("efficientnet_b2", 1000): 9_109_994,
     ("efficientnet_b3", 1000): 12_233_232,
+    ("efficientnet_lite0", 1000): 4_652_008,  # timm's
     ("wrn16_4", 10): 2_748_890,
     ("wrn40_2", 10): 2_243_546,
     ("wrn28_10", 10): 36_479_194,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mvc_jax.screening import distances
+from mvc_jax.metrics import distances
+from mvc_jax.metrics import points as points_module
 
 
 @pytest.fixture(params=["pixels", "directions"])
@@ -39,7 +40,9 @@ def test_distances_match_their_definition():
 def test_a_distance_does_not_depend_on_the_batch(points, monkeypatch):
     ours, theirs = points[np.arange(20)], points[np.arange(20, 60)]
     whole = distances.nearest(ours, theirs)
-    monkeypatch.setattr(distances, "_BLOCK", 7)
+    monkeypatch.setattr(points_module, "_STRIP", 7)
+    monkeypatch.setattr(points_module, "_ROWS", 14)
+    monkeypatch.setattr(points_module, "_COLUMNS", 9)
     in_blocks = distances.nearest(ours, theirs)
     singly = [distances.nearest(ours[np.arange(i, i + 1)], theirs) for i in range(20)]
     for k, values in enumerate(whole):

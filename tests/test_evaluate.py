@@ -8,9 +8,10 @@ import pytest
 from etils import epath
 
 from mvc_jax import evaluate, files
-from mvc_jax.data import splits
 from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
+from mvc_jax.metrics import image_features, set_metrics
+from mvc_jax.metrics.image_features import ImageSet
 
 
 def results(**accuracies):
@@ -130,11 +131,34 @@ def described(tmp_path, train, drawn, drawn_labels=None):
     )
     (part,) = store.missing(len(rows))
     store.write(part, list(images), rows)
-    zeros = np.zeros(len(train), np.int32)
-    split = splits.Split(
-        images_of(train), zeros, tuple(map(str, train)), ("a", "b"), True
-    )
-    return evaluate._describe_sets(folder, ["mixed"], split)
+    sets = [
+        real_set("train", images_of(train)),
+        real_set("test", images_of([240])),
+        evaluate._synthetic_set(folder / "mixed", {}, size=4),
+    ]
+    return measured(tmp_path, sets)["sets"]
+
+
+def real_set(name, images, labels=None):
+    labels = np.zeros(len(images), np.int32) if labels is None else labels
+    names = [f"{name}{i}" for i in range(len(images))]
+    return ImageSet(name, labels, lambda start: iter(images[start:]), names=names)
+
+
+def measured(tmp_path, sets, metrics=("kid",)):
+    """Metrics of synthetic sets after train and test, of classes a and b, by pixels."""
+    folder = epath.Path(tmp_path) / "evaluate"
+    size = next(sets[0].images(0)).shape[0]
+    found = [
+        image_features.extract(
+            each, folder / each.name, size=size, embed=None, advance=lambda n: None
+        )
+        for each in sets
+    ]
+    options = set_metrics.Options(metrics, 2, ("a", "b"))
+    digests = Digests(folder, folder.parent / "evaluate.jsonl")
+    made = set_metrics.SetMetrics(*found[:2], options, folder, digests, lambda n: None)
+    return made.describe(found[2:])
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from mvc_jax.errors import UserError
 from mvc_jax.generation import image_sampler, image_status, preview, synthetic
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
+from mvc_jax.metrics import distances
 from mvc_jax.mixing import operations
-from mvc_jax.screening import distances
 from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
 

@@ -29,7 +29,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     "augment": set(),
     "data": set(),
     "diffusion": set(),
-    "metrics": set(),
+    "metrics": {"checkpoints", "data", "models"},
     "models": set(),
     "training": set(),
     "checkpoints": {"models"},
@@ -43,7 +43,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
         "models",
         "training",
     },
-    "screening": {"checkpoints", "data", "models"},
+    "screening": {"checkpoints", "data", "metrics", "models"},
     "classification": {
         "augment",
         "checkpoints",

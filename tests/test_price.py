@@ -64,6 +64,10 @@ def works_of(config, workdir, stages=None):
     return {p.step.name: p.work for p in prices_of(config, workdir, stages)}
 
 
+# Of 797 test images and three sets of 600 with each other and with 100 training images.
+PAIRS = 797**2 // 2 + 79_700 + 3 * (600**2 // 2 + 60_000) + 100**2 // 2
+
+
 def test_every_stage_of_the_digits_is_counted_and_nothing_is_written(tmp_path):
     works = works_of(digits.get_config(), tmp_path / "new")
     made = {name: work.makes for name, work in works.items()}
@@ -76,7 +80,7 @@ def test_every_stage_of_the_digits_is_counted_and_nothing_is_written(tmp_path):
         "mix": {"recipes": 600},
         "generate": {"images": 1800, "UNet evaluations": 1800 * 12 * 3},
         "classify": {"classifiers": 45, "steps": 45 * 250},
-        "evaluate": {"runs": 9, "images": 1800},
+        "evaluate": {"runs": 9, "images": 1800, "pairs of images": PAIRS},
         "report": {"page": 1},
     }
     assert [*made] == [*pipeline.STAGES]

@@ -384,7 +384,7 @@ def test_checks_and_a_finished_stage_import_no_heavy_library(finished):
         "from mvc_jax.screening import removed, screener, selection, settings\n"
         "config = ConfigDict(json.loads(sys.argv[1]))\n"
         "report.check(config)\n"
-        "evaluate.check(ConfigDict({'evaluate': {'confidence': 0.95}}))\n"
+        "evaluate.check(ConfigDict({'evaluate': {'features': 'pixels'}}))\n"
         "settings.check_filters(settings.FilterSettings(), partners=1, clip_path='',"
         " base_path='', pretrain_image_encoder=False)\n"
         "report.run(config, sys.argv[2])\n"
@@ -604,3 +604,30 @@ def test_a_name_is_written_in_a_font_of_the_machine(system_fonts, tmp_path, capl
     dark = [(picture == 0x22).all(-1).sum() for picture in (numbered, written)]
     assert dark[1] > dark[0] + 100  # two squares
     assert (grid_of("healthy") == grid_of("healthy")).all() and caplog.text == ""
+
+
+def test_image_metrics_are_a_table_with_counts_and_a_sentence_each(tmp_path):
+    """`finished` has none of them, as a run that is older than they."""
+    names = ("zero", f"one {EVIL}")
+    classes = [
+        {"name": x, "images": 12, "kid": k}
+        for x, k in zip(names, (0.371, None), strict=True)
+    ]
+    row = {"images": 4070, "kid": 0.0173, "precision": 0.613, "classes": classes}
+    images = {
+        "features": "dinov2",
+        "dims": 768,
+        "train_images": 1999,
+        "sets": {"test": row | {"images": 2917}, "mixed": row | {"kid": None}},
+        "notes": ["Few images."],
+    }
+    workdir = make_workdir(tmp_path, images=images)
+    page = run_page(workdir)
+    found = [
+        x for x in page.rows if x.startswith(("Metric", "KID", "Precision", "zero"))
+    ]
+    assert found[0] == "Metric test 2,917 images mixed 4,070 images Meaning"
+    assert found[1].startswith("KID, DINOv2 0.0173 – Distance of the distributions")
+    assert found[2].startswith("Precision, DINOv2 0.613 0.613 Fraction of its images")
+    assert found[3] == "zero 0.371 12 0.371 12"
+    assert "Few images." in page.text and "1,999 training images" in page.text

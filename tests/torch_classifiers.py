@@ -271,15 +271,41 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.conv_expand(y))
 
 
+class SameConv(nn.Conv2d):
+    """A convolution with TensorFlow's padding: an odd pixel goes to the end."""
+
+    def forward(self, x):
+        pads = []
+        for side, size, stride in zip(
+            x.shape[:1:-1], self.kernel_size, self.stride, strict=True
+        ):
+            outputs = -(-side // stride)
+            total = max((outputs - 1) * stride + size - side, 0)
+            pads += [total // 2, total - total // 2]
+        return self._conv_forward(F.pad(x, pads), self.weight, self.bias)
+
+
+def as_tensorflow(network):
+    """Replaces padding and epsilon by those of TensorFlow's EfficientNets."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__, module.padding = SameConv, (0, 0)
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    return network
+
+
 class MBConv(nn.Module):
-    def __init__(self, inputs, width, expand, size, stride, rate, draws):
+    def __init__(self, inputs, width, expand, size, stride, rate, draws, lite=False):
         super().__init__()
         middle = expand * inputs
+        self.activation = F.relu6 if lite else F.silu
         self.expand = expand > 1
         if self.expand:
             self.conv_pw, self.bn1 = conv(inputs, middle, 1), nn.BatchNorm2d(middle)
         depthwise = conv(middle, middle, size, stride, groups=middle)
-        self.conv_dw, self.se = depthwise, SqueezeExcite(middle, inputs // 4)
+        self.conv_dw = depthwise
+        self.se = nn.Identity() if lite else SqueezeExcite(middle, inputs // 4)
         norms = [nn.BatchNorm2d(middle), nn.BatchNorm2d(width)]
         if self.expand:
             self.conv_pwl = conv(middle, width, 1)
@@ -292,11 +318,11 @@ class MBConv(nn.Module):
     def forward(self, x):
         y = x
         if self.expand:
-            y = F.silu(self.bn1(self.conv_pw(y)))
-            y = self.se(F.silu(self.bn2(self.conv_dw(y))))
+            y = self.activation(self.bn1(self.conv_pw(y)))
+            y = self.se(self.activation(self.bn2(self.conv_dw(y))))
             y = self.bn3(self.conv_pwl(y))
         else:
-            y = self.se(F.silu(self.bn1(self.conv_dw(y))))
+            y = self.se(self.activation(self.bn1(self.conv_dw(y))))
             y = self.bn2(self.conv_pw(y))
         if not self.skip:
             return y
@@ -309,8 +335,9 @@ class MBConv(nn.Module):
 class EfficientNet(nn.Module):
     """timm's and torchvision's: PyTorch's padding, epsilon 1e-5; stages as ours."""
 
-    def __init__(self, classes, stem, top, table, drop_path, draws):
+    def __init__(self, classes, stem, top, table, drop_path, draws, lite=False):
         super().__init__()
+        self.activation = F.relu6 if lite else F.silu
         self.conv_stem, self.bn1 = conv(3, stem, 3, 2), nn.BatchNorm2d(stem)
         total, number, inputs, rows = sum(depth for *_, depth in table), 0, stem, []
         for expand, size, stride, width, depth in table:
@@ -318,7 +345,7 @@ class EfficientNet(nn.Module):
             for index in range(depth):
                 rate = drop_path * number / total
                 step = stride if index == 0 else 1
-                row.append(MBConv(inputs, width, expand, size, step, rate, draws))
+                row.append(MBConv(inputs, width, expand, size, step, rate, draws, lite))
                 inputs, number = width, number + 1
             rows.append(nn.Sequential(*row))
         self.blocks = nn.Sequential(*rows)
@@ -326,5 +353,6 @@ class EfficientNet(nn.Module):
         self.classifier = nn.Linear(top, classes)
 
     def forward(self, x):
-        x = self.blocks(F.silu(self.bn1(self.conv_stem(x))))
-        return self.classifier(F.silu(self.bn2(self.conv_head(x))).mean((2, 3)))
+        x = self.blocks(self.activation(self.bn1(self.conv_stem(x))))
+        x = self.activation(self.bn2(self.conv_head(x)))
+        return self.classifier(x.mean((2, 3)))

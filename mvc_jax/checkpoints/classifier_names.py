@@ -186,8 +186,9 @@ def structure(model: Any) -> dict[str, Any]:
     """The numbers that distinguish one network of a family from another."""
     if family_of(model) == "ResNet":
         return {"depths": model.depths, "width": model.width, "inner": model.inner}
-    depths = model.depths()
-    return {"blocks": sum(depths), "stem": model.scaled(32), "top": model.scaled(1280)}
+    stem, top = model.ends()
+    blocks = sum(model.depths())
+    return {"blocks": blocks, "stem": stem, "top": top, "lite": model.lite}
 
 
 def structure_of(shapes: Mapping[str, Sequence[int]], found: Naming) -> dict[str, Any]:
@@ -220,10 +221,14 @@ def structure_of(shapes: Mapping[str, Sequence[int]], found: Naming) -> dict[str
     }[found.library]
     matches = [re.search(pattern, name) for name in shapes]
     stem, top = shape("conv_stem.weight"), shape("conv_head.weight")
+    squeezes = any(
+        re.search(r"\.(se|squeeze_excite)\.|\.fc1\.", name) for name in shapes
+    )
     return {
         "blocks": len({match[1] for match in matches if match}),
         "stem": stem[0] if stem else 0,
         "top": top[0] if top else 0,
+        "lite": not squeezes,
     }
 
 
@@ -231,8 +236,9 @@ def describe(family: str, structure: Mapping[str, Any]) -> str:
     """Describes a structure, for errors."""
     if family == "EfficientNet":
         return (
-            f"an EfficientNet of {structure['blocks']} blocks, {structure['stem']} "
-            f"channels in its stem and {structure['top']} at its end"
+            f"an EfficientNet{'-Lite' * structure['lite']} of {structure['blocks']} "
+            f"blocks, {structure['stem']} channels in its stem and {structure['top']} "
+            "at its end"
         )
     kind = "bottlenecks" if structure["inner"] else "basic blocks"
     counts = ", ".join(map(str, structure["depths"]))

@@ -1,6 +1,6 @@
 """Reads pretrained classifiers: tensors of timm, torchvision and transformers.
 
-Supported are ResNet-18/34/50, WRN-50-2, EfficientNet-B0..B3, and what
+Supported are ResNet-18/34/50, WRN-50-2, EfficientNet-B0..B3 and -Lite0, and what
 `classifier_export` writes of the other networks. `classifier_checkpoint.find` finds and
 describes a checkpoint.
 """

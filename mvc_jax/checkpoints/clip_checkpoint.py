@@ -91,6 +91,12 @@ def check(path: epath.PathLike, *, field: str, text: bool = False) -> Clip | Non
     return model
 
 
+def has_text(path: epath.PathLike, *, field: str) -> bool:
+    """Whether a checkpoint has a text tower; one on the hub is downloaded first."""
+    config = pipeline_folder.read_json(_find(path, field) / "config.json")
+    return config.get("model_type") == "clip"
+
+
 def save(folder: epath.PathLike, model: Clip, params: Params) -> list[str]:
     """Writes the image tower into the folder of a diffusers pipeline.
 

@@ -147,6 +147,11 @@ def recorded_base(workdir: epath.PathLike) -> dict[str, Any]:
     }
 
 
+def resolved_base(workdir: epath.PathLike) -> epath.Path:
+    """The folder of the base model that `encode` recorded."""
+    return pipeline_folder.resolve(**recorded_base(workdir))[0]
+
+
 def save(
     folder: epath.PathLike,
     model: StableDiffusion,

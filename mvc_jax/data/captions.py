@@ -357,3 +357,9 @@ def counted(cut: CutCaptions, kept: str) -> str:
     more = f" and {rest} more classes" if rest else ""
     what = {"part": "cut", "none": "lost"}[kept]
     return f"{counts.total()} captions were {what} ({', '.join(named)}{more})"
+
+
+def class_texts(class_names: Sequence[str], class_type: str) -> list[str]:
+    """`"a photo of {class_type} {class name}"` of each class, for zero-shot labels."""
+    names = map(readable, class_names)
+    return [f"a photo of {f'{class_type} {name}'.strip()}" for name in names]

@@ -316,13 +316,18 @@ def _too_few(name: str, *, wanted: str, got: str) -> UserError:
 def count_images(folder: epath.PathLike) -> dict[str, Int[np.ndarray, " K"]]:
     """Images of each class by split, in the folder of the stage `caption`."""
     folder = epath.Path(folder)
-    classes = len(files.read_json(folder / "dataset.json")["class_names"])
+    classes = len(class_names(folder))
     rows = files.read_jsonl(folder / "images.jsonl")
     labels = {name: [r["label"] for r in rows if r["split"] == name] for name in SPLITS}
     return {
         name: np.bincount(np.asarray(mine, np.int64), minlength=classes)
         for name, mine in labels.items()
     }
+
+
+def class_names(folder: epath.PathLike) -> list[str]:
+    """Names of the classes, indexed by label, in the folder of the stage `caption`."""
+    return files.read_json(epath.Path(folder) / "dataset.json")["class_names"]
 
 
 def read_split(folder: epath.PathLike, name: str) -> Split:

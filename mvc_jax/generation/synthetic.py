@@ -404,17 +404,23 @@ def earlier_class_folder(class_name: str) -> str:
 
 
 def read_rows(
-    folder: epath.PathLike, columns: Sequence[str]
+    folder: epath.PathLike, columns: Sequence[str], *, start: int = 0
 ) -> Iterator[dict[str, Any]]:
     """Rows of the synthetic images of a set, in order, without the real ones.
 
     Args:
       folder: of the set.
       columns: `label`, columns of `PROVENANCE`, or `image`, uint8 [H, W, 3].
+      start: rows to leave out at the beginning.
     """
     for path in _shards(epath.Path(folder), ("train",)):
         with path.open("rb") as file:
+            count = pq.read_metadata(file).num_rows
+            if count <= start:
+                start -= count
+                continue
             table = pq.read_table(file, columns=list(columns))
+        table, start = table.slice(start), 0
         for row in table.to_pylist():
             if "image" in row:
                 row["image"] = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))

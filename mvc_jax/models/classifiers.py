@@ -87,6 +87,7 @@ VARIANTS = {
     "efficientnet_b1": _efficientnet("B1", 240),
     "efficientnet_b2": _efficientnet("B2", 260),
     "efficientnet_b3": _efficientnet("B3", 300),
+    "efficientnet_lite0": _efficientnet("LITE0", 224),
     "shake_shake26_2x96d": Variant(
         "shake_shake", "ShakeShake26x96", 32, 4, options=("width",)
     ),

@@ -4,10 +4,16 @@ There are two variants of the architecture. timm's `efficientnet_b0` and torchvi
 use PyTorch's padding and epsilon 1e-5, the defaults here; timm's `tf_efficientnet_b0`
 and transformers' use TensorFlow's padding "same" and epsilon 1e-3. Parameters have
 timm's names.
+
+EfficientNet-Lite (tensorflow/tpu, models/official/efficientnet/lite) is for devices
+without a fast sigmoid: ReLU6 in place of SiLU, no squeeze-and-excitation, and a stem
+and a head that `width` does not scale. Its published weights are timm's
+`tf_efficientnet_lite0`, with padding "same".
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -54,26 +60,29 @@ class SqueezeExcite(nn.Module):
 class MBConv(nn.Module):
     """1x1 expansion, depthwise convolution, squeeze-and-excitation, 1x1 projection.
 
-    `drop_path` is the probability that training drops an example's residual.
+    `drop_path` is the probability that training drops an example's residual; `lite` is
+    that of the network.
     """
 
     stage: Stage
     width: int
     stride: int
     drop_path: float
+    lite: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], layers: Layers) -> Array:
         inputs, expanded = x.shape[-1], self.stage.expand * x.shape[-1]
-        names = iter(("bn1", "bn2", "bn3"))
+        names, activation = iter(("bn1", "bn2", "bn3")), _activation(self.lite)
         y = x
         if self.stage.expand > 1:
             y = layers.conv(y, expanded, 1, name="conv_pw")
-            y = nn.silu(layers.norm(y, name=next(names)))
+            y = activation(layers.norm(y, name=next(names)))
         size, stride = self.stage.size, self.stride
         y = layers.conv(y, expanded, size, stride, depthwise=True, name="conv_dw")
-        y = nn.silu(layers.norm(y, name=next(names)))
-        y = SqueezeExcite(max(1, inputs // 4), name="se")(y, layers)
+        y = activation(layers.norm(y, name=next(names)))
+        if not self.lite:
+            y = SqueezeExcite(max(1, inputs // 4), name="se")(y, layers)
         project = "conv_pwl" if self.stage.expand > 1 else "conv_pw"
         y = layers.conv(y, self.width, 1, name=project)
         y = layers.norm(y, name=next(names))
@@ -98,6 +107,7 @@ class EfficientNet(nn.Module):
       drop_path: rate of the last block; it grows linearly from 0 at the first.
       padding, epsilon: see the top of this file.
       stages: the rows of table 1.
+      lite: see the top of this file.
       dtype: of the activations.
     """
 
@@ -109,6 +119,7 @@ class EfficientNet(nn.Module):
     padding: str = "symmetric"
     epsilon: float = 1e-5
     stages: tuple[tuple[int, ...], ...] = STAGES
+    lite: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -124,8 +135,9 @@ class EfficientNet(nn.Module):
         mask: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B K"]:
         layers = Layers(train, mask, self.dtype, self.padding, self.epsilon)
-        x = layers.conv(images, self.scaled(32), 3, 2, name="conv_stem")
-        x = nn.silu(layers.norm(x, name="bn1"))
+        activation, (stem, top) = _activation(self.lite), self.ends()
+        x = layers.conv(images, stem, 3, 2, name="conv_stem")
+        x = activation(layers.norm(x, name="bn1"))
         number, depths = 0, self.depths()
         for row, (stage, depth) in enumerate(zip(self.rows(), depths, strict=True)):
             for block in range(depth):
@@ -134,11 +146,12 @@ class EfficientNet(nn.Module):
                     self.scaled(stage.width),
                     stage.stride if block == 0 else 1,
                     self.drop_path * number / sum(depths),
+                    self.lite,
                     name=f"blocks_{row}_{block}",
                 )(x, layers)
                 number += 1
-        x = layers.conv(x, self.scaled(1280), 1, name="conv_head")
-        x = global_pool(nn.silu(layers.norm(x, name="bn2")))
+        x = layers.conv(x, top, 1, name="conv_head")
+        x = global_pool(activation(layers.norm(x, name="bn2")))
         if train and self.dropout:
             x = drop(x, x.shape, self.dropout, self.make_rng("dropout"))
         return head(x, self.num_classes, name="classifier")
@@ -151,6 +164,10 @@ class EfficientNet(nn.Module):
         """Number of blocks in each stage."""
         return [math.ceil(self.depth * stage.depth) for stage in self.rows()]
 
+    def ends(self) -> tuple[int, int]:
+        """Channels of the stem and of the head."""
+        return (32, 1280) if self.lite else (self.scaled(32), self.scaled(1280))
+
     def scaled(self, channels: int) -> int:
         """Channels times `width`, to a multiple of 8; loses at most a tenth."""
         exact = channels * self.width
@@ -158,7 +175,12 @@ class EfficientNet(nn.Module):
         return rounded if rounded >= 0.9 * exact else rounded + 8
 
 
+def _activation(lite: bool) -> Callable[[Array], Array]:
+    return nn.relu6 if lite else nn.silu
+
+
 B0 = functools.partial(EfficientNet)
 B1 = functools.partial(EfficientNet, depth=1.1)
 B2 = functools.partial(EfficientNet, width=1.1, depth=1.2, dropout=0.3)
 B3 = functools.partial(EfficientNet, width=1.2, depth=1.4, dropout=0.3)
+LITE0 = functools.partial(EfficientNet, lite=True)

@@ -23,6 +23,7 @@ __all__ = [
     "FlaxCLIPTextModule",
     "FlaxCLIPVisionTransformer",
     "FlaxControlNetModel",
+    "FlaxDinov2Module",
     "FlaxGEGLU",
     "FlaxTransformer2DModel",
     "FlaxUNet2DConditionModel",
@@ -75,3 +76,4 @@ with hidden("tensorflow", *_TORCH):
         FlaxCLIPTextModule,
         FlaxCLIPVisionTransformer,
     )
+    from transformers.models.dinov2.modeling_flax_dinov2 import FlaxDinov2Module

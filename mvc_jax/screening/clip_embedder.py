@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from mvc_jax.checkpoints import clip_checkpoint, diffusers_layout, pipeline_folder
+from mvc_jax.checkpoints import clip_checkpoint, diffusers_layout
 from mvc_jax.data import captions
 from mvc_jax.models import clip
 from mvc_jax.screening.settings import CLIP_FIELD, has_image_encoder
@@ -44,8 +44,7 @@ class ClipEmbedder:
 
         The text of a class is `"a photo of {class_type} {class name}"`.
         """
-        readable = map(captions.readable, class_names)
-        texts = [f"a photo of {f'{class_type} {name}'.strip()}" for name in readable]
+        texts = captions.class_texts(class_names, class_type)
         encode, classify = jax.jit(self.model.text_embeddings), jax.jit(clip.zero_shot)
         states = encode(self.params, self.model.tokenize(texts))
         scale = self.params["logit_scale"]
@@ -65,7 +64,7 @@ def load(workdir: epath.Path, clip_path: str, *, text: bool) -> ClipEmbedder | N
     """
     path = clip_path
     if not path:
-        path, _ = pipeline_folder.resolve(**diffusers_layout.recorded_base(workdir))
+        path = diffusers_layout.resolved_base(workdir)
         if not has_image_encoder(path):
             return None
     model, params = clip_checkpoint.load(path, field=CLIP_FIELD, text=text)

@@ -1,7 +1,7 @@
 """Filters that find wrong labels, near-copies and outliers among synthetic images.
 
 A finding is a function of the image, its recipe and the real training images alone:
-distances are exact (`screening/distances.py`) and classifiers see one image at a time,
+distances are exact (`metrics/distances.py`) and classifiers see one image at a time,
 so it does not depend on batches, shards or interruptions.
 """
 
@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import UserError
-from mvc_jax.screening import distances, folds
-from mvc_jax.screening.distances import Points
+from mvc_jax.metrics import distances
+from mvc_jax.metrics.distances import Points
+from mvc_jax.screening import folds
 from mvc_jax.screening.settings import FIELD, FilterSettings
 
 _MAX_REAL = 1000  # real images that the label filter is evaluated on

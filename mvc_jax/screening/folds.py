@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mvc_jax.data.order import generator
-from mvc_jax.screening.distances import Points
+from mvc_jax.metrics.distances import Points
 
 _MAX_COMPONENTS = 128  # principal components, input of the classifier
 _C = 100.0  # inverse regularisation; highest likelihood on digits

@@ -120,7 +120,7 @@ def check_filters(
     if not names_clip and not settings.use_embeddings:
         return
     available = bool(clip_path) or (
-        _may_have_image_encoder(base_path) if base_path else pretrain_image_encoder
+        may_have_image_encoder(base_path) if base_path else pretrain_image_encoder
     )
     settings.require_clip(available)
     if not settings.use_embeddings or not available:
@@ -143,7 +143,7 @@ def check_filters(
         clip_checkpoint.check(clip_path or base_path, field=CLIP_FIELD, text=by_text)
 
 
-def _may_have_image_encoder(base_path: str) -> bool:
+def may_have_image_encoder(base_path: str) -> bool:
     """Whether a base model has an image encoder; true of a name on the hub."""
     from mvc_jax.checkpoints import pipeline_folder
 

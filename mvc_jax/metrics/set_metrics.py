@@ -1,0 +1,380 @@
+"""All metrics of the sets of a run, against the training images, whole and by class.
+
+The test images are a set like the synthetic ones: what they score is what images score
+that are as real and as new as can be.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mvc_jax import files
+from mvc_jax.digests import Digests
+from mvc_jax.metrics import compare, distances, domain_shift, points
+from mvc_jax.metrics.compare import Own, Wanted
+from mvc_jax.metrics.distances import Nearest
+from mvc_jax.metrics.image_features import ImageFeatures
+from mvc_jax.metrics.points import Points
+
+_CLOSEST = 24  # pairs of a synthetic and a real image that are listed
+_NEW = 0.05  # fraction of test images that count as near to a training image
+_TIMED = 1024  # points of each side of the block that is timed
+Texts = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compute.
+
+    Attributes:
+      metrics: names, as in `config.evaluate.metrics`.
+      neighbours: k of precision, recall, density and coverage.
+      class_names: K names.
+      class_texts: unit embeddings [K, P] of a text for each class; None without texts.
+      embed_texts: texts -> unit embeddings; None without texts.
+    """
+
+    metrics: Collection[str]
+    neighbours: int
+    class_names: Sequence[str]
+    class_texts: np.ndarray | None = None
+    embed_texts: Texts | None = None
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.metrics, self.neighbours)
+
+
+class SetMetrics:
+    """The metrics of sets, computed one after another and kept on disk.
+
+    What is computed of a set is in the files `features/<set>.json`, which `evaluate`
+    deletes at the end, and `nearest/<set>.parquet`, which stays: a row per image, with
+    the training and test images that it is nearest to, its source, and how near. An
+    interrupted run goes on with the next set.
+
+    Attributes:
+      written: paths of the files to keep, relative to the stage's folder.
+    """
+
+    def __init__(
+        self,
+        train: ImageFeatures,
+        test: ImageFeatures,
+        options: Options,
+        folder: epath.Path,
+        digests: Digests,
+        advance: Callable[[int], None],
+    ):
+        """Compares the training images with themselves.
+
+        Args:
+          train: to which sets are compared.
+          test: as well.
+          options: what to compute.
+          folder: of the stage.
+          digests: of its files.
+          advance: called with the number of blocks that were just done.
+        """
+        self.train, self.test, self.written = train, test, []
+        self._options, self._advance = options, advance
+        self._folder, self._digests = folder, digests
+        compare.require_finite(train.features, "train")
+        self._own = compare.describe(train.features, options.wanted, advance)
+        self._among = self._own.nearest
+        if not self._same_space:
+            self._among = distances.nearest(train.pixels, train.pixels, skip_self=True)
+        self._across = distances.nearest(test.pixels, train.pixels)
+        self._by_class: dict[int, Own] = {}
+        self._copy_distance = distances.copy_distance(self._among.different)
+        self._leak_distance = distances.copy_distance(self._across.different)
+        self._new_distance = float(np.quantile(self._across.distance, _NEW))
+
+    def describe(self, sets: Sequence[ImageFeatures]) -> dict[str, Any]:
+        """Describes the training images and each set.
+
+        Returns:
+          as JSON values: `sets`, a short row for each, by pixels, and `images`, all
+          metrics, where the test images are a set too.
+        """
+        measured = {x.images.name: self._measured(x) for x in (self.test, *sets)}
+        rows: dict[str, Any] = {
+            "real": {
+                "images": len(self.train.images),
+                "diversity": _diversity(self.train),
+            }
+        }
+        if len(self.train.images) > 1:
+            rows["real"]["nearest_real"] = float(self._among.distance.mean())
+        for found in sets:
+            row = measured[found.images.name]
+            rows[found.images.name] = {
+                "images": row["images"],
+                "diversity": _diversity(found),
+                "constant": found.constant,
+                "nearest_real": row["nearest_train"],
+                "copies": row["copies"],
+                "leaks": row["leaks"],
+            }
+        dims = self.train.features.dims
+        images = {
+            "dims": dims,
+            "neighbours": self._options.neighbours,
+            "train_images": len(self.train.images),
+            "sets": measured,
+            "notes": notes(measured, dims),
+        }
+        return {"sets": rows, "images": images}
+
+    def _measured(self, found: ImageFeatures) -> dict[str, Any]:
+        """The metrics of a set, from the disk if they are there."""
+        name = found.images.name
+        table = f"nearest/{name}.parquet"
+        path, record = self._folder / table, self._folder / "features" / f"{name}.json"
+        self.written.append(table)
+        if record.exists() and self._digests.intact(path):
+            a, b = len(self.train.images), len(found.images)
+            self._advance(compare.blocks_of(a, [b]) - compare.blocks_of(a, []))
+        else:
+            row, columns = self.measure(found)
+            self._write_nearest(path, columns)
+            files.write_json(record, row)
+        return files.read_json(record)
+
+    def _write_nearest(self, path: epath.Path, columns: dict[str, Any]) -> None:
+        """Writes the columns, real images by their ids."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        train, test = (x.images.names for x in (self.train, self.test))
+        ids = {"train": train, "train_by_features": train, "source": train}
+        ids["test"] = test
+        named = {
+            name: pa.array([ids[name][i] if i >= 0 else None for i in values])
+            if name in ids
+            else pa.array(values)
+            for name, values in columns.items()
+        }
+        with files.replacing(path) as temporary, temporary.open("wb") as file:
+            pq.write_table(pa.table(named), file)
+        self._digests.add(path)
+
+    @property
+    def _same_space(self) -> bool:
+        return self.train.features is self.train.pixels
+
+    def measure(self, found: ImageFeatures) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Compares a set with the training and test images.
+
+        Args:
+          found: features of the set, with at least one image.
+
+        Returns:
+          its metrics, as JSON values; and columns of numbers and names for each of its
+          images: what it is nearest to.
+        """
+        options = self._options
+        images = found.images
+        compare.require_finite(found.features, images.name)
+        own = compare.describe(found.features, options.wanted, self._advance)
+        metrics, nearest = compare.compare(
+            self._own, own, options.wanted, self._advance
+        )
+        if options.embed_texts is not None and options.class_texts is not None:
+            metrics |= _texts(found, options)
+        if "shift" in options.metrics:
+            a, b = self.train.statistics, found.statistics
+            metrics["histogram_shift"] = domain_shift.histogram_shift(a, b)
+            metrics["spectrum_shift"] = domain_shift.spectrum_shift(a, b)
+        classes = self._classes(found)
+        spread = [row["within_class"] for row in classes if row["within_class"]]
+        metrics["within_class"] = float(np.mean(spread)) if spread else None
+        columns = self._columns(found, nearest)
+        described: dict[str, Any] = {"images": len(images), **metrics}
+        described |= self._copies(columns)
+        described["closest"] = self._closest(found, columns)
+        described["classes"] = classes
+        return described, columns
+
+    def _classes(self, found: ImageFeatures) -> list[dict[str, Any]]:
+        """A row per class; what needs images is None where there are none."""
+        options = self._options
+        rows = []
+        for label, name in enumerate(options.class_names):
+            real = np.flatnonzero(self.train.images.labels == label)
+            mine = np.flatnonzero(found.images.labels == label)
+            row: dict[str, Any] = {
+                "name": name,
+                "images": len(mine),
+                "real_images": len(real),
+                "within_class": None,
+            }
+            if len(mine) > 1:
+                row["within_class"] = distances.mean_pairwise(found.features[mine])
+            if "classes" in options.metrics and len(mine) and len(real):
+                if label not in self._by_class:
+                    self._by_class[label] = compare.describe(
+                        self.train.features[real], options.wanted
+                    )
+                own = compare.describe(found.features[mine], options.wanted)
+                row |= compare.compare(self._by_class[label], own, options.wanted)[0]
+            rows.append(row)
+        return rows
+
+    def _columns(self, found: ImageFeatures, nearest: Nearest) -> dict[str, Any]:
+        """For each image of a set what it is nearest to, and how near."""
+        in_pixels = nearest
+        if not self._same_space:
+            in_pixels = distances.nearest(found.pixels, self.train.pixels)
+        columns: dict[str, Any] = {
+            "name": found.images.names,
+            "label": found.images.labels,
+            "train": in_pixels.index,
+            "train_distance": in_pixels.distance,
+        }
+        if not self._same_space:
+            columns["train_by_features"] = nearest.index
+            columns["train_distance_by_features"] = nearest.distance
+        if found.images.sources is None:
+            return columns
+        test = distances.nearest(found.pixels, self.test.pixels)
+        columns |= {"test": test.index, "test_distance": test.distance}
+        sources = found.images.sources
+        known = np.flatnonzero(sources >= 0)
+        spaces = [("", found.pixels, self.train.pixels)]
+        if not self._same_space:
+            spaces.append(("_by_features", found.features, self.train.features))
+        for suffix, a, b in spaces:
+            distance = np.full(len(sources), np.nan)
+            distance[known] = distances.paired(a, b, known, sources[known])
+            columns[f"source_distance{suffix}"] = distance
+        columns["source"] = sources
+        return columns
+
+    def _copies(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """How near the images of a set are to real ones, in pixels."""
+        train = columns["train_distance"]
+        found: dict[str, Any] = {
+            "nearest_train": float(train.mean()),
+            "near_train": float((train < self._new_distance).mean()),
+        }
+        if "test" not in columns:
+            return found
+        test, source = columns["test_distance"], columns["source_distance"]
+        known = source[np.isfinite(source)]
+        return {
+            **found,
+            "nearest_test": float(test.mean()),
+            "copies": int((train < self._copy_distance).sum()),
+            "leaks": int((test < self._leak_distance).sum()),
+            "source_distance": float(known.mean()) if len(known) else None,
+        }
+
+    def _closest(
+        self, found: ImageFeatures, columns: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The pairs of a synthetic and a training image that are nearest, by pixels.
+
+        Beside each is how far the training images of its class are from their own
+        nearest, the least and the median.
+        """
+        rows = []
+        real, labels = self.train.images, self.train.images.labels
+        different = self._among.different
+        for i in np.argsort(columns["train_distance"], kind="stable")[:_CLOSEST]:
+            label = int(columns["label"][i])
+            mine = different[(labels == label) & np.isfinite(different)]
+            rows.append(
+                {
+                    "image": found.images.names[i],
+                    "label": label,
+                    "train": real.names[columns["train"][i]],
+                    "distance": float(columns["train_distance"][i]),
+                    "class_least": float(mine.min()) if len(mine) else None,
+                    "class_median": float(np.median(mine)) if len(mine) else None,
+                }
+            )
+        return rows
+
+
+def _texts(found: ImageFeatures, options: Options) -> dict[str, float | None]:
+    """CLIP's agreement of images with texts.
+
+    `clip_score`: 100 times the cosine of an image and its prompt, at least 0; Hessel et
+    al., arXiv 2104.08718, equation 1, with the weight 100 as is usual. It is None where
+    prompts are unknown. `label_agreement`: how often the text of the image's class is
+    the nearest of those of all classes, by arXiv 2103.00020.
+    """
+    images = found.images
+    unique = {text: i for i, text in enumerate(dict.fromkeys(images.prompts))}
+    texts = options.embed_texts([*unique]) if unique else None
+    which = np.asarray([unique[text] for text in images.prompts], np.int64)
+    total, agree, start = 0.0, 0, 0
+    for batch in found.features.features():
+        rows = slice(start, start + len(batch))
+        start = rows.stop
+        best = (batch @ options.class_texts.T).argmax(1)
+        agree += int((best == images.labels[rows]).sum())
+        if texts is not None:
+            cosine = np.einsum("nd,nd->n", batch, texts[which[rows]])
+            total += float(np.maximum(cosine, 0).sum())
+    score = 100 * total / len(images) if texts is not None else None
+    return {"clip_score": score, "label_agreement": agree / len(images)}
+
+
+def _diversity(found: ImageFeatures) -> float:
+    """The mean distance of two images of the same class, by pixels."""
+    labels = found.images.labels
+    members = [found.pixels[labels == label] for label in np.unique(labels)]
+    within = [distances.mean_pairwise(mine) for mine in members if len(mine) > 1]
+    return float(np.mean(within)) if within else 0.0
+
+
+def cost(train: Points, sizes: Sequence[int]) -> str:
+    """What comparing sets of these sizes with the training images costs, in words.
+
+    One block of the real features is timed.
+    """
+    some = train[np.arange(min(_TIMED, len(train)))]
+    began = time.perf_counter()
+    compare.describe(some, Wanted(("kid", "prdc")))
+    seconds = time.perf_counter() - began
+    pairs = sum(n * n // 2 + n * len(train) for n in sizes) + len(train) ** 2 // 2
+    seconds *= pairs / max(len(some) ** 2, 1) / points.workers()
+    about = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{pairs:.2g} pairs of images with {train.dims} dims: about {about}"
+
+
+def notes(described: dict[str, dict[str, Any]], dims: int) -> list[str]:
+    """What to know about the numbers of some sets, as sentences.
+
+    Args:
+      described: set -> its metrics.
+      dims: of the features.
+    """
+    found = []
+    for name, row in described.items():
+        empty = [x["name"] for x in row["classes"] if not x["images"]]
+        if empty and name != "test":
+            found.append(
+                f"{name} has no image of {len(empty)} classes "
+                f"({', '.join(empty[:10])}), of which there are no numbers."
+            )
+    few = {name: row["images"] for name, row in described.items()}
+    small = [f"{name} ({n})" for name, n in few.items() if n <= dims]
+    if small:
+        found.append(
+            f"Fewer images than the {dims} dims of a feature: {', '.join(small)}. The "
+            "Fréchet distance then says more about their number than about the images; "
+            "use KID."
+        )
+    elif min(few.values(), default=compare.KID_IMAGES) < compare.KID_IMAGES:
+        found.append(
+            f"Below {compare.KID_IMAGES:,} images the Fréchet distance is too large, "
+            "the more so the fewer they are; KID is not."
+        )
+    return found
