@@ -31,26 +31,13 @@ from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
     from mvc_jax.checkpoints import diffusers_layout
-    from mvc_jax.classification import runs
+    from mvc_jax.classification import comparisons, runs
     from mvc_jax.generation import synthetic
     from mvc_jax.metrics import feature_spaces
 
 _SIDE = distances.MAX_SIZE
 _FEATURES = "features"  # folder, deleted at the end
 _ROW_BYTES = 4096  # of an image's features, as of 1,024 dims
-
-# (question, run, reference): is `run` more accurate than `reference`? Each is answered
-# for every augmentation with which both were run.
-QUESTIONS = (
-    ("Do the synthetic images help over real images alone?", "combined", "real"),
-    ("Does mixing captions help over unmixed ones?", "combined", "combined:unmixed"),
-    (
-        "Does fine-tuning help over the base model as it is?",
-        "combined",
-        "combined:pretrained",
-    ),
-)
-_WITH_AUGMENTATION = "Do they help on top of augmentation, {}?"
 
 
 def check(config: ConfigDict) -> None:
@@ -130,6 +117,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     split_ids = files.read_json(workdir / "caption" / "splits.json")
     confidence = config.evaluate.confidence
     set_names = generate["settings"]["generate"]["sets"]
+    correct = {
+        name: _predictions(result) == test.labels for name, result in results.items()
+    }
+    answers = comparisons.answers(correct, confidence)
     measured, tables = _measure_sets(config, workdir, stage, set_names)
     _add_accuracy_scores(measured["images"]["sets"], results)
     metrics = {
@@ -140,12 +131,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "batch_size": classify["batch_size"],
         "confidence": confidence,
         "runs": [
-            _row(name, results, test.labels, len(test.class_names), confidence)
-            for name in results
+            _row(name, result, test.labels, len(test.class_names))
+            | {"difference": comparisons.difference(name, correct, confidence)}
+            for name, result in results.items()
         ],
-        "questions": _with_unchanged(
-            _answers(results, confidence), read_manifest(workdir, "mix")["counts"]
-        ),
+        "headline": comparisons.headline(correct, answers),
+        "questions": _with_unchanged(answers, read_manifest(workdir, "mix")["counts"]),
         **measured,
         "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),
         "notes": _cut_captions(workdir / "encode")
@@ -178,6 +169,10 @@ def _accuracies(result: dict) -> Float[np.ndarray, " S"]:
     return np.asarray([seed["accuracy"] for seed in result["seeds"]])
 
 
+def _predictions(result: dict) -> Int[np.ndarray, "S T"]:
+    return np.asarray([seed["predictions"] for seed in result["seeds"]])
+
+
 def _steps(results: dict[str, dict]) -> dict[str, int]:
     """Returns the maximum and minimum number of optimiser steps over all fits."""
     steps = [seed["steps"] for result in results.values() for seed in result["seeds"]]
@@ -185,16 +180,10 @@ def _steps(results: dict[str, dict]) -> dict[str, int]:
 
 
 def _row(
-    name: str,
-    results: dict[str, dict],
-    labels: Int[np.ndarray, " T"],
-    classes: int,
-    confidence: float,
+    name: str, result: dict, labels: Int[np.ndarray, " T"], classes: int
 ) -> dict[str, Any]:
     """Returns the metrics of one run."""
-    result = results[name]
-    accuracies = _accuracies(result)
-    predictions = np.asarray([seed["predictions"] for seed in result["seeds"]])
+    accuracies, predictions = _accuracies(result), _predictions(result)
     confusion = statistics.confusion_matrix(labels, predictions, classes)
     real_seen, synthetic_seen = result["real_seen"], result["synthetic_seen"]
     return {
@@ -214,7 +203,6 @@ def _row(
         "real_seen": real_seen,
         "synthetic_seen": synthetic_seen,
         "synthetic_per_real": synthetic_seen / real_seen if real_seen else None,
-        "difference": _difference(name, results, confidence),
     }
 
 
@@ -225,50 +213,6 @@ def _calibration_error(result: dict, correct: Bool[np.ndarray, "S T"]) -> float:
         for seed, mine in zip(result["seeds"], correct, strict=True)
     ]
     return float(np.mean(errors))
-
-
-def _difference(
-    name: str, results: dict[str, dict], confidence: float
-) -> dict[str, Any] | None:
-    """Returns the difference to `real`, else to `real` with the same augmentation."""
-    reference = "real" if "real" in results else "real" + _augmentation_suffix(name)
-    if reference == name or reference not in results:
-        return None
-    difference = statistics.paired_difference(
-        _accuracies(results[name]), _accuracies(results[reference]), confidence
-    )
-    return {"against": reference, **difference}
-
-
-def _augmentation_suffix(name: str) -> str:
-    """Returns "+affine" of the run "combined:unmixed+affine"."""
-    return name[len(name.split("+")[0]) :]
-
-
-def _answers(results: dict[str, dict], confidence: float) -> list[dict[str, Any]]:
-    """Answers the questions whose runs exist, without augmentation first."""
-    suffixes = dict.fromkeys(map(_augmentation_suffix, results))
-    answers = []
-    for suffix in sorted(suffixes, key=bool):
-        for question, run_, reference in QUESTIONS:
-            ours, theirs = run_ + suffix, reference + suffix
-            if ours not in results or theirs not in results:
-                continue
-            if suffix and reference == "real":
-                question = _WITH_AUGMENTATION.format(suffix[1:])
-            difference = statistics.paired_difference(
-                _accuracies(results[ours]), _accuracies(results[theirs]), confidence
-            )
-            answers.append(
-                {
-                    "question": question,
-                    "run": ours,
-                    "against": theirs,
-                    **difference,
-                    **_verdict(difference, confidence, len(results[ours]["seeds"])),
-                }
-            )
-    return answers
 
 
 def _with_unchanged(
@@ -282,29 +226,12 @@ def _with_unchanged(
         f" {unchanged} of the {recipes['recipes']} recipes change nothing: these "
         "images are the same in both sets."
     )
-    about_mixing = [each["against"].startswith("combined:unmixed") for each in answers]
     return [
-        {**each, "sentence": each["sentence"] + remark} if is_about else each
-        for each, is_about in zip(answers, about_mixing, strict=True)
+        {**each, "sentence": each["sentence"] + remark}
+        if runs.parse(each["against"]).set == "unmixed"
+        else each
+        for each in answers
     ]
-
-
-def _verdict(
-    difference: dict[str, Any], confidence: float, seeds: int
-) -> dict[str, str]:
-    points = f"{100 * difference['mean']:+.1f} points"
-    if difference["low"] is None:
-        why = "one seed only" if seeds == 1 else f"the same with all {seeds} seeds"
-        return {"verdict": "unclear", "sentence": f"Unclear: {points}, {why}."}
-    interval = (
-        f"{points} ({confidence:.0%} interval {100 * difference['low']:+.1f} to "
-        f"{100 * difference['high']:+.1f})"
-    )
-    if difference["low"] > 0:
-        return {"verdict": "yes", "sentence": f"Yes: {interval}."}
-    if difference["high"] < 0:
-        return {"verdict": "no", "sentence": f"No, accuracy is lower: {interval}."}
-    return {"verdict": "unclear", "sentence": f"No evidence either way: {interval}."}
 
 
 def _measure_sets(
@@ -455,13 +382,16 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
         )
     if bad:
         notes.append(f"{bad} images could not be used and were left out.")
-    spread = f"The spread is over {seeds} classifier seeds"
+    spread = (
+        f"A standard deviation is over {seeds} classifier seeds, an interval over "
+        "seeds and test images; both are of"
+    )
     if seeds == 1:
-        spread = "With one classifier seed there is no spread; the result is based"
+        spread = "With one classifier seed there is no spread; the result is of"
     return [
         *notes,
-        f"{spread} on one split and one generator; another split (--config.seed) "
-        "changes every row.",
+        f"{spread} one split and one generator. Another split changes every row: "
+        "`mvc-jax repeat` makes several, and intervals over them.",
         "Distances by pixels are root mean squared differences of images in [0, 1], at "
         f"no more than {distances.MAX_SIZE} pixels. A copy is nearer to a training "
         "image than any two different training images are to each other; a leak is "
@@ -489,7 +419,7 @@ def table(metrics: dict[str, Any]) -> str:
             *(_table_row(row, width, seeds, show_reference) for row in rows),
             *(
                 f"{each['question']} {each['sentence']}"
-                for each in metrics["questions"]
+                for each in [*metrics.get("headline", ()), *metrics["questions"]]
             ),
         ]
     )

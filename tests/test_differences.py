@@ -123,3 +123,26 @@ def test_holm_errs_in_one_of_twenty_families_at_most():
     families = generator.random((4000, 5))
     wrong = np.mean([min(differences.holm([*family])) < 0.05 for family in families])
     assert 0.035 < wrong < 0.06
+
+
+@given(
+    st.lists(st.integers(-1000, 1000), min_size=2, max_size=8),
+    st.sampled_from([0.5, 0.9, 0.95, 0.99]),
+)
+def test_the_interval_over_splits_is_that_of_the_t_test(values, confidence):
+    values = np.asarray(values) / 1000
+    found = differences.over_splits(values, confidence)
+    assert found.mean == pytest.approx(values.mean(), abs=1e-12)
+    if values.std() > 1e-9:  # SciPy warns if there is no spread
+        test = stats.ttest_1samp(values, 0)
+        expected = test.confidence_interval(confidence)
+        assert found.low == pytest.approx(expected.low, abs=1e-9)
+        assert found.high == pytest.approx(expected.high, abs=1e-9)
+        assert found.p == pytest.approx(test.pvalue, abs=1e-9)
+    else:
+        assert found.low is found.high is found.p is None
+
+
+def test_one_split_has_no_interval():
+    found = differences.over_splits(np.asarray([0.1]), 0.95)
+    assert (found.mean, found.low, found.high, found.p) == (0.1, None, None, None)
