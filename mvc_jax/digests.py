@@ -82,6 +82,9 @@ class Digests:
                 return False
             self.add(path)
             return True
+        with contextlib.suppress(FileNotFoundError):
+            if recorded.describes(*_stat(self._prefix + name)):
+                return True
         return self.holds(path, recorded.content)
 
     def holds(
@@ -187,7 +190,8 @@ def _read(path: epath.PathLike, size: int, modified: int) -> tuple[dict, bool]:
 
 
 def _entry(fields: dict) -> tuple[str, _Row]:
-    return fields["name"], _Row(*(fields[name] for name in _Row._fields))
+    size, sha256 = fields["bytes"], fields["sha256"]
+    return fields["name"], _Row(size, sha256, fields["modified"], fields["hashed"])
 
 
 def _parse(line: bytes) -> tuple[str, _Row] | None:
