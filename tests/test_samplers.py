@@ -145,7 +145,7 @@ def scale_of(array):
 def test_timesteps_equal_pytorch_for_any_number_of_steps(torch, name, spacing, steps):
     """At 26 steps diffusers' own Flax DPM-Solver differed.
 
-    With 61 or 998 `trailing` ones, PyTorch's end with a timestep -1, which there is not.
+    With 61 or 998 `trailing` ones, theirs end with a timestep -1, which there is not.
     """
     del torch
     timesteps = timesteps_of(name, steps, spacing)
