@@ -19,7 +19,7 @@ from sd_families import LATENTS, PROMPTS, normal
 
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
-from mvc_jax.diffusion.timesteps import timesteps_of
+from mvc_jax.diffusion.timesteps import leading
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 Arrays = dict[str, np.ndarray]
@@ -178,8 +178,8 @@ def schedule(family: str) -> Arrays:
         "alphas_cumprod": alphas,
         "noisy": np.asarray(loss.add_noise(*arguments, alphas)),
         "velocity": np.asarray(velocity),
-        "timesteps_50": timesteps_of("ddim", 50),
-        "timesteps_7": timesteps_of("ddim", 7),
+        "timesteps_50": leading(len(alphas), 50),
+        "timesteps_7": leading(len(alphas), 7),
     }
     return arrays | {"steps": single_steps(model, latents, predictions)}
 
