@@ -19,7 +19,7 @@ from sd_families import LATENTS, PROMPTS, normal
 
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.diffusion import instruct_pix2pix, loss, samplers
-from mvc_jax.diffusion.timesteps import timesteps_of
+from mvc_jax.diffusion.timesteps import leading
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 
 Arrays = dict[str, np.ndarray]
@@ -90,6 +90,10 @@ class Pipelines:
         diffusers.utils.logging.disable_progress_bar()
         read = diffusers.DiffusionPipeline.from_pretrained
         self.base, self.fine_tuned = read(root / "base"), read(root / "fine_tuned")
+        for pipeline in (self.base, self.fine_tuned):
+            made = type(pipeline.scheduler).from_config
+            config = pipeline.scheduler.config
+            pipeline.scheduler = made(config, timestep_spacing="leading")
         self.fine_tuned.set_progress_bar_config(disable=True)
 
 
@@ -174,8 +178,8 @@ def schedule(family: str) -> Arrays:
         "alphas_cumprod": alphas,
         "noisy": np.asarray(loss.add_noise(*arguments, alphas)),
         "velocity": np.asarray(velocity),
-        "timesteps_50": timesteps_of("ddim", 50),
-        "timesteps_7": timesteps_of("ddim", 7),
+        "timesteps_50": leading(len(alphas), 50),
+        "timesteps_7": leading(len(alphas), 7),
     }
     return arrays | {"steps": single_steps(model, latents, predictions)}
 
@@ -214,11 +218,13 @@ def single_steps(
 
 
 def make_sampler(model: StableDiffusion, steps: int) -> samplers.Sampler:
-    return samplers.make(
-        "ddim",
-        steps,
+    """As the golden files were drawn; so few steps would be refused."""
+    return functools.partial(
+        samplers.ddim,
         alphas_cumprod=model.alphas_cumprod,
         prediction_type=model.prediction_type,
+        steps=steps,
+        spacing="leading",
     )
 
 
