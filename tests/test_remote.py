@@ -132,6 +132,9 @@ def test_parquet(place):
     equal(open_source(f"parquet:{place.url}/**/*.parquet"), local)
     one = open_source(f"parquet:{place.url}/data/train-00001-of-00002.parquet")
     assert len(one) == 4
+    if place.protocol == "http":
+        query = f"{place.url}/data/train-00001-of-00002.parquet?download=true"
+        equal(open_source(f"parquet:{query}"), one)
     (place.folder / "data" / "train-00001-of-00002.parquet").unlink()
     forget(place.protocol)
     with pytest.raises(UserError, match="got no such file"):

@@ -178,8 +178,12 @@ def _walk(tree: Tree) -> None:
 
 def _walk_remote(tree: Tree, remote: Remote) -> None:
     """Lists everything below a URL."""
+    if not (found := remote.find()):
+        raise tree.error(
+            wanted="a folder with images", got="no file below it", fix="Correct it."
+        )
     folders = set()
-    for path, entry in remote.find().items():
+    for path, entry in found.items():
         inside = remote.name(path[len(tree.path) :].lstrip("/"))
         parts = inside.split("/")
         if any(p.startswith(".") or p.lower() in _SYSTEM_FILES for p in parts):

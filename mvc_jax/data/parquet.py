@@ -361,7 +361,8 @@ def _find(pattern: str) -> list[str]:
 
 def _find_remote(files: remote.Remote, url: str) -> list[str]:
     """Paths on the server that a URL matches, sorted."""
-    found = [path for path in files.find() if path.endswith(".parquet")]
+    listed = files.find(pattern=True)
+    found = [path for path in listed if files.name(path).endswith(".parquet")]
     if not found:
         raise UserError(
             "config.data.source",

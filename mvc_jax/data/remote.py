@@ -36,9 +36,9 @@ _SIGN_IN = {
     "az": "az login",
     "abfs": "az login",
 }
-_REFUSED = re.compile(
-    r"\b(forbidden|denied|unauthori[sz]ed|credentials?|gated)\b", re.IGNORECASE
-)
+_REFUSED = re.compile(r"\w*(Credentials|Auth|Refresh)\w*: |OSError: Forbidden")
+# Loggers that describe each further try, and each way to sign in, some by a traceback.
+_TALKATIVE = ("gcsfs", "google.auth", "huggingface_hub.utils._http")
 _LONG = 160  # letters
 _DIGESTS = ("md5Hash", "ETag", "blob_id")  # as Google, Amazon and the hub name them
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
@@ -71,9 +71,10 @@ class Remote:
         import fsspec
 
         self._url, self._protocol = url, url.partition("://")[0]
+        self._is_web = self._protocol in ("http", "https")
         self._broken: UserError | None = None
         self._sizes: dict[str, int] = {}  # of opened files, which need not be asked for
-        for name in ("gcsfs", "huggingface_hub.utils._http"):  # of each further try
+        for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             self._system, path = fsspec.core.url_to_fs(url)
@@ -89,18 +90,21 @@ class Remote:
             raise self._failed(url, error) from error
         self.path = path.rstrip("/") if path.strip("/") else path
 
-    def find(self) -> dict[str, dict[str, Any]]:
-        """Path -> what is known of it, for the files below the URL, or that it matches.
+    def find(self, *, pattern: bool = False) -> dict[str, dict[str, Any]]:
+        """Path -> what the server says of it, for all files below the URL.
 
-        A `size` may be None. Empty if there is none.
+        Args:
+          pattern: whether a URL with `*`, `?` or `[...]` stands for what it matches.
         """
-
         # A folder that cannot be listed would be left out.
-        whole = {"on_error": "raise"} if self._protocol in ("http", "https") else {}
+        whole = {"on_error": "raise"} if self._is_web else {}
+        pattern &= glob.has_magic(
+            self.path.partition("?")[0] if self._is_web else self.path
+        )
 
         def list_() -> dict[str, dict[str, Any]]:
             try:
-                if glob.has_magic(self.path):
+                if pattern:
                     return self._system.glob(self.path, detail=True, **whole)
                 return self._system.find(self.path, detail=True, **whole)
             except Exception:  # what came before is kept, and would be taken for all
@@ -115,15 +119,13 @@ class Remote:
         }
 
     def name(self, path: str) -> str:
-        """A path as people write it: URLs of web servers are quoted."""
-        is_web = self._protocol in ("http", "https")
-        return urllib.parse.unquote(path) if is_web else path
+        """A path as people write it: URLs of web servers are quoted, and may query."""
+        return urllib.parse.unquote(path.partition("?")[0]) if self._is_web else path
 
     def read(self, path: str) -> bytes:
         """All bytes of a file, by one request where the server allows it."""
-        options = (
-            {"block_size": 0} if self._protocol == "hf" else {}
-        )  # is not asked for
+        # The hub's file system would look for its size.
+        options = {"block_size": 0} if self._protocol == "hf" else {}
         return self._attempt(lambda: self._system.cat_file(path, **options), path)
 
     def open(self, path: str) -> "RangeReader":
@@ -248,7 +250,7 @@ def _is_missing(error: Exception) -> bool:
 def _is_refused(error: Exception) -> bool:
     if isinstance(error, PermissionError) or _status(error) in (401, 403):
         return True
-    return bool(_REFUSED.search(f"{type(error).__name__} {error}"))
+    return bool(_REFUSED.match(f"{type(error).__name__}: {error}"))
 
 
 def _passes(error: Exception) -> bool:
