@@ -92,6 +92,7 @@ def make_metrics() -> dict:
             "real_seen": int(mean * 20000),
             "synthetic_seen": int(mean * 19000),
             "per_class": [0.301 + mean / 30 + 0.011 * k for k in range(10)],
+            "confusion_counts": [{str(k): 97310 + k} for k in range(10)],
         }
 
     better = {"against": "real", "mean": 0.0312, "low": 0.0151, "high": 0.0473}
@@ -278,6 +279,19 @@ def test_seeds_and_classes_are_there(page):
     assert tables[1][3:] == ["82.3", "84.3"]
     expected = [f"{100 * x:.1f}" for x in make_metrics()["runs"][1]["per_class"]]
     assert tables[2][3:] == expected
+
+
+def test_the_confusion_of_older_metrics_is_read_as_well(page):
+    metrics = make_metrics()
+    shown = report._confusion(metrics)
+    assert shown["combined"][3] == [0, 0, 0, 97313, 0, 0, 0, 0, 0, 0]
+    for row in metrics["runs"]:
+        row["confusion"] = shown[row["name"]]
+        del row["confusion_counts"]
+    assert report._confusion(metrics) == shown
+    assert "97,319" in page.text or "97319" in page.text
+    metrics["class_names"] *= 3
+    assert report._confusion(metrics) == {}
 
 
 def test_the_answer_comes_before_the_table_and_its_settings(page):
