@@ -37,14 +37,16 @@ def classifier(folder: str) -> Arrays:
         return {
             "names": scope["names"],
             "input": shown.numpy(),
+            "logits": scope["model"](shown).numpy(),
             "probabilities": scope["probabilities"].numpy(),
             "exact_input": exact_input.numpy(),
-            "exact_probabilities": scope["model"](exact_input).softmax(-1)[0].numpy(),
+            "exact_logits": scope["model"](exact_input).numpy(),
         }
 
 
 def pipeline(folder: str) -> Arrays:
     """Draws by the exported pipeline, and by its adapters on the base."""
+    readers.declare_operators_of_torchvision()  # transformers imports it
     import diffusers
     import torch
 
