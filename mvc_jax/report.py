@@ -32,6 +32,7 @@ _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
 _SETS = ("unmixed", "mixed", "pretrained")  # first columns; other sets follow
 _PROVENANCE = ["index", "label", "source", "partners", "mode", "prompt"]
 _MAX_CLASSES = 20  # in the grid
+_MAX_CONFUSED = 20  # classes of a confusion matrix that is shown
 _EXAMPLES = 6  # rows of the comparison, and captions
 _MAX_NUMBERS = 12  # positions or dims shown of a recipe
 _MAX_POINTS = 400  # of a curve
@@ -179,6 +180,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         data=config.data.to_dict(),
         metrics=metrics,
         image_metrics=_image_metrics(metrics.get("images")),
+        confusion=_confusion(metrics),
         grid=grid,
         compared=compared,
         set_names=list(inputs.sets),
@@ -197,6 +199,22 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     files.write_bytes(stage.folder / "grid.png", picture)
     logging.info("the report is %s", stage.folder / "report.html")
     stage.finish(["report.html", "grid.png"], classes=len(grid))
+
+
+def _confusion(metrics: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """Run -> its confusion matrix, of up to `_MAX_CONFUSED` classes.
+
+    Older metrics have the matrix itself, or none.
+    """
+    classes = range(len(metrics["class_names"]))
+    found = {}
+    for row in metrics["runs"] if len(classes) <= _MAX_CONFUSED else ():
+        if "confusion_counts" in row:
+            counts = row["confusion_counts"]
+            found[row["name"]] = [[x.get(str(k), 0) for k in classes] for x in counts]
+        elif row.get("confusion"):
+            found[row["name"]] = row["confusion"]
+    return found
 
 
 def _render(*, scale: int, **values: Any) -> str:

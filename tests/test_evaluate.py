@@ -10,7 +10,7 @@ from etils import epath
 from mvc_jax import evaluate, files
 from mvc_jax.digests import Digests
 from mvc_jax.generation import synthetic
-from mvc_jax.metrics import image_features, set_metrics
+from mvc_jax.metrics import image_features, set_metrics, statistics
 from mvc_jax.metrics.image_features import ImageSet
 
 
@@ -230,3 +230,18 @@ def test_the_table_names_references_other_than_real():
     text = evaluate.table(metrics)
     assert "real only" not in text
     assert "against the run named" in text and "+2.1  real+flip" in text
+
+
+def test_the_confusion_of_many_classes_is_small_and_has_all_counts():
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(1000), 10)
+    predictions = draw.integers(0, 1000, (3, len(labels)))
+    predictions[:, ::2] = labels[::2]
+    wanted = statistics.confusion_matrix(labels, predictions, 1000)
+    rows = evaluate._counts(wanted)
+    found = np.zeros_like(wanted)
+    for label, row in enumerate(rows):
+        for predicted, count in row.items():
+            found[label, int(predicted)] = count
+    np.testing.assert_array_equal(found, wanted)
+    assert len(json.dumps(rows, indent=1)) < 300_000  # 15 million as a matrix

@@ -280,6 +280,23 @@ def test_seeds_and_classes_are_there(page):
     assert tables[2][3:] == expected
 
 
+def test_the_confusion_of_older_metrics_is_read_as_well(tmp_path):
+    """Theirs is a matrix; now it is the counts that are not zero."""
+    runs = make_metrics()["runs"]
+    runs[1]["confusion_counts"] = [{str(9 - k): 97310 + k} for k in range(10)]
+    workdir = make_workdir(tmp_path, runs=runs)
+    rows = run_page(workdir).rows
+    assert "zero · · · · · · · · · 97,310" in rows
+    metrics = make_metrics() | {"runs": runs}
+    counted = report._confusion(metrics)
+    assert counted.keys() == {"combined"}
+    del runs[1]["confusion_counts"]
+    runs[1]["confusion"] = counted["combined"]
+    assert report._confusion(metrics) == counted
+    metrics["class_names"] *= 3
+    assert report._confusion(metrics) == {}
+
+
 def test_the_answer_comes_before_the_table_and_its_settings(page):
     answer = page.text.index("Yes: it does.")
     assert answer < page.text.index("No evidence either way.") < page.text.index("81.2")
