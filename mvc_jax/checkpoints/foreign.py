@@ -31,6 +31,7 @@ _LORA = re.compile(
     r"(^lora_(unet|te\d?)_|lora_(down|up)\.weight$|lora\.(down|up)\.weight$"
     r"|_lora\.(down|up)\.weight$|\.lora_[AB](\.\w+)?\.weight$)"
 )
+_PROCESSORS = re.compile(r"\.processor\.(to_\w+_lora|\w+)\.(down|up)\.weight$")
 _LYCORIS = re.compile(r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_blocks)$")
 
 
@@ -92,7 +93,8 @@ def describe_files(
       source: name of the folder for PyTorch's libraries; by default `where`.
     """
     if LORA_FILE in inside:
-        return _describe_lora(f"{source or where}", "diffusers")
+        known = _recognised(folder / LORA_FILE) if folder is not None else None
+        return known or _describe_lora(f"{source or where}", "diffusers")
     if _PEFT[0] in inside:
         return _describe_lora(f"{source or where}", "peft")
     single = [x for x in inside if x.endswith(SINGLE_FILES)]
@@ -129,6 +131,8 @@ def _recognised(path: epath.Path) -> tuple[str, str] | None:
         kind = "kohya" if any(x.startswith("lora_") for x in names) else "diffusers"
         if all(x.startswith("base_model.model.") for x in names):
             kind = "peft"
+        if any(map(_PROCESSORS.search, names)):
+            kind = "diffusers before 0.22"
         return _describe_lora(str(path if kind != "peft" else path.parent), kind)
     if names and len(names) <= 2 and not any("." in name for name in names):
         load = f"p.load_textual_inversion({str(path)!r})"
@@ -142,6 +146,10 @@ def _recognised(path: epath.Path) -> tuple[str, str] | None:
 def _describe_lora(path: str, kind: str) -> tuple[str, str]:
     """Describes adapters by the library that wrote them."""
     merge = f"p.load_lora_weights({path!r}); p.fuse_lora(); p.unload_lora_weights()"
+    if kind == "diffusers before 0.22":
+        merge = (
+            f"u = p.unet; u.load_attn_procs({path!r}); u.fuse_lora(); u.unload_lora()"
+        )
     if kind == "peft":
         merge = (
             "from peft import PeftModel as A; "
@@ -181,8 +189,6 @@ def _training_state(folder: epath.Path, inside: list[str]) -> tuple[str, str] | 
     if not any(map(_TRAINER.fullmatch, inside)):
         return None
     found = "the state of a training run, which is no pipeline"
-    if LORA_FILE in inside:
-        return found, _describe_lora(str(folder), "diffusers")[1]
     if (folder.parent / INDEX).exists():
         return found, f"Use {folder.parent}, which its training wrote at its end."
     part = next((x for x in ("unet_ema", "unet") if x in inside), None)
