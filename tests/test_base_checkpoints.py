@@ -163,7 +163,7 @@ def test_variants_and_shards_as_pytorch_saves_them(
     assert (count > 1) == shards
     written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     asked = matching(written, pipeline_folder.download_patterns(variant or ""))
-    assert asked == written - {"tokenizer/tokenizer.json"}  # vocab.json says the same
+    assert asked == written
 
 
 def test_a_pickle_is_refused_with_a_command_that_works(
@@ -394,7 +394,7 @@ DAMAGED_FOLDERS = {
     "half": (_without(VAE, TEXT), "2 missing.*Download the whole checkpoint again"),
     "small files": (
         _without("tokenizer/merges.txt", "scheduler/scheduler_config.json"),
-        "2 missing: scheduler/scheduler_config.json; tokenizer/merges.txt",
+        "2 missing: scheduler/scheduler_config.json; tokenizer/merges.txt .or token",
     ),
     "cut": (
         lambda folder: (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-9]),
@@ -627,6 +627,88 @@ def test_the_variant_that_is_present_is_suggested(saved):
     )
     to_variant(saved)
     assert "Set --config.base.variant=fp16, which is present" in str(error_of(saved))
+
+
+def split_variants(folder, **variants):
+    """Leaves each component with the files of its own variant alone."""
+    for part, file in (("unet", UNET), ("vae", VAE), ("text_encoder", TEXT)):
+        named = variants.get(part, "")
+        path = folder / file
+        for variant in named.split("+") if named else ():
+            cast(path, np.float16, folder / file.replace(".", f".{variant}.", 1))
+        if named:
+            path.unlink()
+
+
+# What there is of each component -> the variants that can be read, and those components
+# that are then read without. diffusers' own reading is in the next test.
+BY_PART = {
+    "non_ema": ({"unet": "non_ema"}, {"non_ema": ["vae", "text_encoder"]}),
+    "fp16": ({"unet": "fp16", "vae": "fp16"}, {"fp16": ["text_encoder"]}),
+    "text": ({"text_encoder": "fp16"}, {"fp16": ["unet", "vae"]}),
+    "two": (
+        {"unet": "fp16+non_ema"},
+        {"fp16": ["vae", "text_encoder"], "non_ema": ["vae", "text_encoder"]},
+    ),
+    "none in common": ({"unet": "non_ema", "vae": "fp16"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", BY_PART)
+def test_a_component_without_the_variant_is_read_without(saved, tiny, case, caplog):
+    there, readable = BY_PART[case]
+    split_variants(saved, **there)
+    for variant in ("", "fp16", "non_ema", "ema"):
+        if variant not in readable:
+            message = str(error_of(saved, variant=variant))
+            first, *more = [*readable, None]
+            if first is None:
+                assert (
+                    "No variant has all: rename unet/diffusion_pytorch_model.non_ema."
+                    "safetensors to diffusion_pytorch_model.safetensors and rename vae/"
+                ) in message
+            else:
+                assert f"Set --config.base.variant={first}" in message
+                assert all(other is None or other in message for other in more)
+            continue
+        diffusers_layout.check_base(saved, variant)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            params = diffusers_layout.load(saved, variant=variant)[1]
+        without = readable[variant]
+        assert f"{', '.join(without)} has none and is read without" in caplog.text
+        for part, tree in params.items():
+            half = part in without
+            leaf = jax.tree.leaves(tree)[-1]
+            assert leaf.dtype == (np.float32 if half else np.float16)
+
+
+@pytest.mark.parametrize("case", BY_PART)
+def test_diffusers_reads_the_same_of_each_component(saved, torch, case):
+    import diffusers
+
+    there, readable = BY_PART[case]
+    split_variants(saved, **there)
+    for variant in readable:
+        theirs = diffusers.StableDiffusionPipeline.from_pretrained(
+            saved, variant=variant
+        )
+        params = diffusers_layout.load(saved, variant=variant)[1]
+        for part, tree in params.items():
+            state = getattr(theirs, part).state_dict()
+            for key, leaf in flax.traverse_util.flatten_dict(tree).items():
+                if leaf.ndim == 1:
+                    wanted = state[weights.torch_name(key)].numpy()
+                    np.testing.assert_array_equal(np.float32(leaf), wanted)
+
+
+def test_a_variant_that_a_component_has_as_a_pickle_is_refused(saved):
+    """Its plain weights would be other ones than those that were asked for."""
+    cast(saved / VAE, np.float16, saved / VAE.replace(".", ".non_ema.", 1))
+    (saved / UNET.replace(".safetensors", ".non_ema.bin")).write_bytes(b"")
+    message = str(error_of(saved, variant="non_ema"))
+    assert "1 missing: unet/diffusion_pytorch_model.non_ema.safetensors" in message
+    assert "Set --config.base.variant='', which is present" in message
 
 
 @pytest.mark.parametrize(

@@ -679,3 +679,86 @@ def test_the_preprocessing_travels_with_it(
     pixels = decode.fit(pixels, 32, resample="area")
     wanted = (pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
     np.testing.assert_array_equal(scope["pixels"][0], wanted.transpose(2, 0, 1))
+
+
+# People's own files.
+
+
+@pytest.mark.parametrize(
+    ("library", "model"),
+    [
+        ("timm", RESNET),
+        ("timm", EFFICIENT),
+        ("torchvision", EFFICIENT),
+        ("transformers", BOTTLENECKS),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.net.", "module.m."])
+def test_one_common_prefix_is_stripped(tmp_path, library, model, prefix, caplog):
+    variables = save_as(library, tmp_path, model)
+    tensors = {f"{prefix}{name}": x for name, x in stored(tmp_path).items()}
+    store(tmp_path, tensors | {"criterion.weight": np.zeros(3, np.float32)})
+    with caplog.at_level("INFO"):
+        found = find(tmp_path)
+    assert f"'{prefix}' is stripped from its names" in caplog.text
+    assert (found.prefix, found.num_classes) == (prefix, 3)
+    classifier_weights.check_tensors(found, model)
+    again, unused = classifier_weights.read(found, model)
+    assert_equal(again, without_head(variables))
+    head = f"{prefix}{found.naming.head}"
+    assert unused == tuple(
+        sorted([f"{head}.bias", f"{head}.weight", "criterion.weight"])
+    )
+
+
+def test_two_networks_in_a_file_are_refused(tmp_path):
+    export(tmp_path, RESNET)
+    tensors = stored(tmp_path)
+    store(
+        tmp_path,
+        {f"{part}.{x}": tensors[x] for part in ("student", "teacher") for x in tensors},
+    )
+    with pytest.raises(UserError, match=r"several, .* with student\., teacher\."):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("library", "model", "head"),
+    [
+        ("timm", RESNET, "fc"),
+        ("torchvision", EFFICIENT, "classifier"),
+        ("transformers", RESNET, "classifier"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_replaced_head_is_left_over_however_deep(
+    tmp_path, library, model, head, prefix
+):
+    variables = save_as(library, tmp_path, model)
+    tensors = {
+        f"{prefix}{name}": tensor
+        for name, tensor in stored(tmp_path).items()
+        if not name.startswith(f"{head}.")
+    }
+    zeros = np.zeros((3, 3), np.float32)
+    names = ["0.weight", "1.running_mean", "3.block.0.weight", "3.block.0.bias"]
+    names = sorted(f"{prefix}{head}.{name}" for name in names)
+    store(tmp_path, tensors | dict.fromkeys(names, zeros))
+    again, unused = read(tmp_path, model)
+    assert_equal(again, without_head(variables))
+    assert list(unused) == names
+
+
+@pytest.mark.parametrize("name", ["mine", "resnetblur18.in1k", "my-ResNetAA50"])
+def test_a_bare_file_is_said_to_be_taken_for_what(tmp_path, name, caplog):
+    export(tmp_path, RESNET)
+    (tmp_path / "config.json").unlink()
+    path = (tmp_path / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
+    if name != "mine":  # the same tensors, and another network
+        with pytest.raises(UserError, match="which has its tensors and computes other"):
+            find(path)
+        return
+    with caplog.at_level("WARNING"):
+        find(path)
+    assert "has no config.json: it is taken for a ResNet of timm" in caplog.text
+    assert "resnetaa and resnetblur have the same tensors" in caplog.text

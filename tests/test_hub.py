@@ -108,11 +108,13 @@ def cached(saved, tmp_path, monkeypatch):
     [
         ("", [UNET, VAE, TEXT]),
         ("fp16", [x.replace(".", ".fp16.", 1) for x in (UNET, VAE, TEXT)]),
+        ("non_ema", [UNET.replace(".", ".non_ema.", 1), VAE, TEXT]),
     ],
 )
 def test_only_required_files_are_downloaded_once(saved, monkeypatch, variant, wanted):
     if variant:
-        to_variant(saved)
+        to_variant(saved, variant, keep=True)
+    answer(monkeypatch, LISTING, cache=saved / "none")
     asked = []
 
     def download(name, allow_patterns, **options):
@@ -317,16 +319,27 @@ def test_a_whole_snapshot_in_the_cache_is_read_before_any_work(cached, monkeypat
     diffusers_layout.check_base(NAME)  # the download will complete it
 
 
-@pytest.mark.parametrize("variant", ["", "fp16"])
-def test_the_printed_command_downloads_what_is_needed(variant):
-    patterns = pipeline_folder.download_patterns(variant)
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("variant", ["", "fp16", "non_ema"])
+def test_the_printed_command_downloads_what_is_needed(variant, known):
+    """Where the hub did not list its files, plain weights too: some may be needed."""
+    needed = pipeline_folder.download_patterns(variant, frozenset(LISTING))
+    patterns = needed if known else pipeline_folder.download_patterns(variant)
+    assert matching(LISTING, needed) <= matching(LISTING, patterns)
     words = shlex.split(hub.download_command(NAME, patterns, "v1"))
     assert words[:5] == ["hf", "download", NAME, "--revision", "v1"]
     chosen = matching(LISTING, words[words.index("--include") + 1 :])
     assert matching(LISTING, patterns) <= chosen
     large = {x for x in chosen if x.endswith((".safetensors", ".bin", ".ckpt"))}
-    assert len(large) == 3
-    assert all((".fp16." in x) == bool(variant) for x in large)
+    plain = {UNET, VAE, TEXT}
+    own = {
+        file
+        for file in (name.replace(".", f".{variant}.", 1) for name in plain)
+        if variant and file in LISTING
+    }
+    of_own = {name.split("/")[0] for name in own}
+    rest = {x for x in plain if x.split("/")[0] not in of_own} if known else plain
+    assert large == own | rest
 
 
 def test_in_offline_mode_no_name_is_looked_up(cached, monkeypatch):

@@ -6,10 +6,12 @@ network by their shapes; the config says how pixels were normalised.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from mvc_jax.checkpoints import classifier_names as names
@@ -23,6 +25,7 @@ _INDEX = f"{WEIGHTS}.index.json"
 _PATTERNS = (WEIGHTS, _INDEX, "model-?????-of-?????.safetensors", CONFIG, PROCESSOR)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, ImageNet
 OURS = "mvc_jax_"  # prefix of architectures that timm does not have
+_SAME_TENSORS = re.compile(r"resnet(aa|blur)\d+", re.IGNORECASE)
 TENSORFLOW = {"padding": "same", "epsilon": 1e-3}  # fields of `tf_efficientnet_*`
 
 
@@ -42,6 +45,7 @@ class Checkpoint:
       mean, std: per channel, of pixels in [0, 1]; the network's input is
         (pixel - mean) / std.
       size: image size that it was made for, in pixels.
+      prefix: of all names of the network, as DataParallel or `torch.compile` adds one.
     """
 
     name: str
@@ -54,6 +58,12 @@ class Checkpoint:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int
+    prefix: str = ""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the network's tensors by name, without `prefix`."""
+        entries = tensor_file.entries(self.weights)
+        return _without(self.prefix, {k: entry.shape for k, entry in entries.items()})
 
 
 def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
@@ -72,7 +82,8 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
     config = _read_json(folder / CONFIG) if folder is not None else {}
     entries = tensor_file.entries(path)
     shapes = {key: entry.shape for key, entry in entries.items()}
-    naming = names.recognise(shapes)
+    naming, prefix = _recognised(shapes, name, field)
+    shapes = _without(prefix, shapes)
     architecture = str(config.get("architecture", ""))
     if architecture.startswith(OURS):
         naming, variant = _ours(naming, architecture.removeprefix(OURS), name, field)
@@ -87,8 +98,12 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
     classes = shapes.get(f"{head}.weight", (0,))[0]
     if size == 0:
         size = VARIANTS[variant].size if variant else 224
+    if prefix:
+        logging.info("%s %r: %r is stripped from its names", field, name, prefix)
+    if naming and not config:
+        _tell_what_was_taken(naming, variant, path, name, field)
     return Checkpoint(
-        name, field, path, naming, variant, fields, classes, mean, std, size
+        name, field, path, naming, variant, fields, classes, mean, std, size, prefix
     )
 
 
@@ -119,6 +134,68 @@ def variant_of(family: str, parts: Mapping[str, Any]) -> str:
         if names.family_of(model) == family and names.structure(model) == parts:
             return name
     return ""
+
+
+def _without(prefix: str, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Tensors by name without a prefix; those that do not have it are left out."""
+    return {
+        name.removeprefix(prefix): shape
+        for name, shape in shapes.items()
+        if name.startswith(prefix)
+    }
+
+
+def _recognised(
+    shapes: dict[str, Any], name: str, field: str
+) -> tuple[names.Naming | None, str]:
+    """The naming of a checkpoint's tensors, and a prefix that all have.
+
+    Raises:
+      UserError: it holds several networks.
+    """
+    if naming := names.recognise(shapes):
+        return naming, ""
+    prefixes = names.prefixes(shapes)
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{field} {name!r}",
+            wanted="one network",
+            got=f"several, whose names begin with {', '.join(sorted(prefixes))}",
+            fix="Keep the tensors of one, in a file of their own.",
+        )
+    prefix = next(iter(prefixes), "")
+    return names.recognise(_without(prefix, shapes)), prefix
+
+
+def _tell_what_was_taken(
+    naming: names.Naming, variant: str, path: epath.Path, name: str, field: str
+) -> None:
+    """Says what a file without a config is read as, which its tensors cannot prove.
+
+    Raises:
+      UserError: its name is that of another network with the same tensors.
+    """
+    if naming.family == "ResNet" and (other := _SAME_TENSORS.search(path.stem)):
+        raise UserError(
+            f"{field} {name!r}",
+            wanted="a ResNet that is not anti-aliased",
+            got=f"{other[0]}, which has its tensors and computes otherwise",
+            fix=f"Name a checkpoint of {variant or 'a ResNet'}.",
+        )
+    doubt = ""
+    if naming.family == "ResNet":
+        doubt = "; timm's resnetaa and resnetblur have the same tensors, and would be "
+        doubt += "misread"
+    logging.warning(
+        "%s %r has no %s: it is taken for %s of %s, with images normalised by "
+        "ImageNet's mean and deviation%s",
+        field,
+        name,
+        CONFIG,
+        variant or f"a {naming.family}",
+        naming.library,
+        doubt,
+    )
 
 
 def _locate(

@@ -6,7 +6,7 @@ libraries' names are derived from them. `structure` identifies a network by its 
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mvc_jax.models import efficientnet, resnet
@@ -170,16 +170,39 @@ def naming(library: str, family: str) -> Naming | None:
 
 def recognise(names: Mapping[str, Any]) -> Naming | None:
     """Recognises a naming by the tensors of the stem and of the first block."""
+    for candidate in NAMINGS:
+        if any(names.keys() >= {*first} for first in _first(candidate)):
+            return candidate
+    return None
+
+
+def prefixes(names: Mapping[str, Any]) -> set[str]:
+    """What stands before the names of a network, as `module.` or `model._orig_mod.`.
+
+    More than one where there are several networks.
+    """
+    found = set()
+    for candidate in NAMINGS:
+        for stem, block in _first(candidate):
+            ends = [name for name in names if name.endswith(f".{stem}")]
+            starts = [name.removesuffix(stem) for name in ends]
+            found |= {start for start in starts if start + block in names}
+    # transformers' own prefix of a network is not one of these.
+    own = tuple(candidate.prefix for candidate in NAMINGS if candidate.prefix)
+    return {
+        start.removesuffix(next(filter(start.endswith, own), "")) for start in found
+    }
+
+
+def _first(naming: Naming) -> Iterator[list[str]]:
+    """Names of a stem's and a first block's tensors, with and without a prefix."""
     first = {
         "ResNet": ("conv1.weight", "layer1.0.conv1.weight"),
         "EfficientNet": ("conv_stem.weight", "blocks.0.0.conv_dw.weight"),
-    }
-    for candidate in NAMINGS:
-        wanted = [candidate.name(timm) for timm in first[candidate.family]]
-        headless = [name.removeprefix(candidate.prefix) for name in wanted]
-        if names.keys() >= {*wanted} or names.keys() >= {*headless}:
-            return candidate
-    return None
+    }[naming.family]
+    wanted = [naming.name(timm) for timm in first]
+    yield wanted
+    yield [name.removeprefix(naming.prefix) for name in wanted]
 
 
 def structure(model: Any) -> dict[str, Any]:

@@ -32,9 +32,7 @@ def check(checkpoint: Checkpoint, model: Any) -> None:
     family = checkpoint.naming.family if checkpoint.naming else ""
     same = family == names.family_of(model)
     if family:
-        shapes = tensor_file.entries(checkpoint.weights)
-        shapes = {key: entry.shape for key, entry in shapes.items()}
-        found = names.structure_of(shapes, checkpoint.naming)
+        found = names.structure_of(checkpoint.shapes(), checkpoint.naming)
         same = same and found == names.structure(model)
         looks_like = names.describe(family, found)
         looks_like += f" ({checkpoint.variant})" if checkpoint.variant else ""
@@ -97,8 +95,14 @@ def _parts(
     head = head_name(model)
     body = {path: leaf for path, leaf in shapes.items() if path[1] != head}
     stored = set(tensor_file.entries(checkpoint.weights))
-    name_of = _stored_name(checkpoint.naming, model, stored)
-    unused = _unused(stored, {name_of(path) for path in shapes}, map(name_of, body))
+    name_of = _stored_name(checkpoint.naming, model, stored, checkpoint.prefix)
+    unused = _unused(
+        stored,
+        {name_of(path) for path in shapes},
+        map(name_of, body),
+        checkpoint.prefix,
+        checkpoint.naming.head if checkpoint.naming else head,
+    )
     ignored = "|".join([_COUNTERS, *(f"^{re.escape(name)}$" for name in unused)])
     return flax.traverse_util.unflatten_dict(body), ignored, name_of, unused
 
@@ -117,35 +121,51 @@ def head_name(model: Any) -> str:
 
 
 def _stored_name(
-    naming: names.Naming | None, model: Any, stored: set[str]
+    naming: names.Naming | None, model: Any, stored: set[str], start: str
 ) -> Callable[[weights.Path], str]:
-    """Returns a function from the path of a variable to its name in the file."""
+    """Returns a function from the path of a variable to its name in the file.
+
+    `start` is the checkpoint's prefix.
+    """
     if naming is None:
         return names.timm_name
     depths = model.depths() if naming.family == "EfficientNet" else ()
     prefix = naming.prefix
-    if any(name.startswith(prefix) for name in stored):
+    if any(name.startswith(start + prefix) for name in stored):
         prefix = ""  # the file has the prefix, so it is not removed
 
     def name_of(path):
-        return naming.name(names.timm_name(path), depths).removeprefix(prefix)
+        return start + naming.name(names.timm_name(path), depths).removeprefix(prefix)
 
     return name_of
 
 
-def _unused(stored: set[str], network: set[str], read: Iterable[str]) -> tuple:
+def _unused(
+    stored: set[str], network: set[str], read: Iterable[str], prefix: str, head: str
+) -> tuple[str, ...]:
     """Names of tensors that can be left unread: the head, and unknown modules.
 
-    An unknown tensor inside one of the network's own modules is not among them: the
-    file then computes something else, and `weights.read` raises.
+    All below the head's place is, as `fc.1.weight` of a head that was replaced by
+    several layers. An unknown tensor inside one of the network's own modules is not:
+    the file then computes something else, and `weights.read` raises.
+
+    Args:
+      stored: names in the file.
+      network: names of the network's tensors in it.
+      read: those that are read.
+      prefix: of the network's names.
+      head: name of the last layer, without the prefix.
     """
     read = set(read)
-    modules = {name.split(".")[0] for name in network}
-    return tuple(
-        sorted(
-            name
-            for name in stored - read
-            if not re.search(_COUNTERS, name)
-            and (name in network or name.split(".")[0] not in modules)
-        )
-    )
+
+    def module(name: str) -> str:
+        return name.removeprefix(prefix).split(".")[0]
+
+    modules = {module(name) for name in network} - {module(head)}
+
+    def left_over(name: str) -> bool:
+        inside = name.startswith(prefix) and module(name) in modules
+        return name in network or not inside
+
+    counted = re.compile(_COUNTERS).search
+    return tuple(sorted(x for x in stored - read if left_over(x) and not counted(x)))

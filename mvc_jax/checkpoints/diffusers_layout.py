@@ -66,6 +66,15 @@ def load(
         params[name] = weights.read(
             file, _shapes(folder, model, name), name_of=_name_of(file, name)
         )
+    read = pipeline_folder.variants(folder, variant)
+    if plain := [name for name in components if read[name] != variant]:
+        logging.info(
+            "%s: variant %s of %s alone; %s has none and is read without",
+            path,
+            variant,
+            ", ".join(name for name in read if read[name] == variant),
+            ", ".join(plain),
+        )
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         logging.info("%s is stored in several precisions: %s", path, found)

@@ -78,6 +78,15 @@ def check_name(
         raise _not_available(field, name, command, error) from error
 
 
+def names(name: str, revision: str = "") -> frozenset[str]:
+    """The names of a model's files; none where the hub does not tell them."""
+    try:
+        listed = "" if offline() else _list_files(name, revision)
+    except (OSError, ValueError):  # base classes of the library's errors
+        return frozenset()
+    return frozenset() if isinstance(listed, str) else listed[1]
+
+
 @functools.cache  # several stages check the same name
 def _list_files(name: str, revision: str) -> tuple[str, frozenset[str], bool] | str:
     """The commit of a revision, its files, and whether they are gated.

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from mvc_jax import files
-from mvc_jax.checkpoints import families, hub, tensor_file
+from mvc_jax.checkpoints import families, foreign, hub, tensor_file
 from mvc_jax.errors import UserError
 
 WEIGHTS = {
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (  # of CLIP, in the forms of all releases of its library
     "special_tokens_map.json",
     "added_tokens.json",
 )
-INDEX = "model_index.json"
+INDEX = foreign.INDEX
 SCHEDULER = "scheduler/scheduler_config.json"
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS} | {"scheduler": SCHEDULER}
 MADE_BY = "mvc_jax.json"  # marks a model that this program fine-tuned
@@ -38,12 +38,9 @@ _OPTIONAL = (  # CLIP's image tower
     "image_encoder/model.safetensors",
     "feature_extractor/preprocessor_config.json",
 )
-_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".msgpack", ".gguf")
-_VARIANT = re.compile(r"[a-z_]*model(?:\.([\w-]+))?\.safetensors")
-_CONVERT = (
-    "If you trust it, convert it once, with PyTorch: "
-    'python -c "from diffusers import {pipeline} as P; P.{load}.save_pretrained('
-    "'{target}', safe_serialization=True)\", and set --config.base.path={target}"
+_NAMED = re.compile(  # weights of a variant, or the index of their shards
+    r"[a-z_]*model\.([\w-]+?)(-\d{5}-of-\d{5})?\.safetensors"
+    r"|[a-z_]*model\.safetensors\.(index\.)?(?P<index>[\w-]+)(\.index)?\.json"
 )
 
 
@@ -70,7 +67,7 @@ def resolve(
     """
     name = str(path)
     if is_hub_name(name):
-        patterns = download_patterns(variant)
+        patterns = _patterns(name, variant, revision)
         folder = hub.download(name, patterns, field=field(name), revision=revision)
         check_files(folder, name, variant, revision)
         return folder, hub.commit_of(folder)
@@ -102,14 +99,15 @@ def look_up(
     name = str(path)
     if not is_hub_name(name):
         return resolve(path, variant, revision)[0]
-    patterns = download_patterns(variant)
+    patterns = _patterns(name, variant, revision)
     found = hub.check_name(name, patterns, field=field(name), revision=revision)
     if isinstance(found, epath.Path):
         check_files(found, name, variant, revision)
         return found
     if INDEX not in found:
         inside = sorted(file for file in found if "/" not in file)
-        got, fix = _describe_files(inside, f"https://huggingface.co/{name}/blob/main")
+        address = f"https://huggingface.co/{name}/blob/main"
+        got, fix = foreign.describe_files(inside, address, source=name)
         raise UserError(
             field(name), wanted="a model in the diffusers layout", got=got, fix=fix
         )
@@ -125,14 +123,32 @@ def weight_files(
     return sorted({entry.path for entry in tensor_file.entries(path).values()})
 
 
-def download_patterns(variant: str = "") -> list[str]:
-    """`fnmatch` patterns of the files of a repository that `load` reads."""
+def download_patterns(variant: str = "", present: Set[str] = frozenset()) -> list[str]:
+    """`fnmatch` patterns of the files of a repository that `load` reads.
+
+    Args:
+      variant: of the weights.
+      present: the repository's files; without them the patterns select the plain
+        weights too, which `load` reads of a component without the variant.
+    """
     patterns = [*_REQUIRED, "README.md", MADE_BY, *_OPTIONAL]
     patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     for component in WEIGHTS:
-        names = [*_candidates(component, variant), *_shards(component, variant)]
-        patterns += [f"{component}/{name}" for name in names]
+        chosen = [_variant_of(component, variant, present)] if present else []
+        for each in dict.fromkeys(chosen or [variant, ""]):
+            names = [*_candidates(component, each), *_shards(component, each)]
+            patterns += [f"{component}/{name}" for name in names]
     return patterns
+
+
+def variants(folder: epath.Path, variant: str) -> dict[str, str]:
+    """The variant that is read of each component: `variant`, or "" for lack of it.
+
+    As in diffusers: `unet/diffusion_pytorch_model.non_ema.safetensors` may be the only
+    file of that variant, beside plain weights of the others.
+    """
+    present = _files_in(folder)
+    return {part: _variant_of(part, variant, present) for part in WEIGHTS}
 
 
 def missing_of_tokenizer(names: Collection[str]) -> list[str]:
@@ -170,11 +186,14 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 def is_hub_name(path: epath.PathLike) -> bool:
     """Whether `resolve` would download `path` from the hub."""
-    return not hub.is_local(str(path)) and not _is_single_file(str(path))
+    return not hub.is_local(str(path)) and not foreign.is_single_file(str(path))
 
 
 def find_weights(folder: epath.Path, component: str, variant: str) -> epath.Path:
-    """The file that holds a component's weights, or the index of its shards."""
+    """The file that holds a component's weights, or the index of its shards.
+
+    It is the plain one where the component does not have the variant.
+    """
     found = _find(folder, component, variant)
     if found is None:
         raise UserError(
@@ -205,8 +224,8 @@ def check_files(
     Raises:
       UserError: it is of another kind or family, or lacks files.
     """
-    if _is_single_file(name) or not (folder / INDEX).exists():
-        got, fix = _describe(folder, name)
+    if foreign.is_single_file(name) or not (folder / INDEX).exists():
+        got, fix = foreign.describe(folder, name)
         raise UserError(
             field(name), wanted="a folder in the diffusers layout", got=got, fix=fix
         )
@@ -220,11 +239,9 @@ def check_files(
             fix="Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix.",
         )
     families.check_classes(index, str(folder / INDEX))
-    present = {
-        f"{path.parent.name}/{path.name}" for path in files.matching(folder, "*/*")
-    }
-    present |= {path.name for path in files.matching(folder, "*")}
-    _require_files(present, name, variant, revision, where=str(folder), kind=pipeline)
+    _require_files(
+        _files_in(folder), name, variant, revision, where=str(folder), kind=pipeline
+    )
 
 
 def _require_files(
@@ -249,21 +266,18 @@ def _require_files(
     missing = [file for file in _REQUIRED if file not in present]
     tokenizer = {file.removeprefix("tokenizer/") for file in present}
     missing += [f"tokenizer/{files}" for files in missing_of_tokenizer(tokenizer)]
-    others: list[set[str]] = []
-    for part in WEIGHTS:
-        if not any(f"{part}/{x}" in present for x in _candidates(part, variant)):
-            weights = sorted(fnmatch.filter(present, f"{part}/*model*.*"))
-            weights = [file.removeprefix(f"{part}/") for file in weights]
-            instead = f" (there is {', '.join(weights)})" if weights else ""
-            missing.append(f"{part}/{_file_name(part, variant)}{instead}")
-            others.append(set(weights))
+    lacking = _lacking(present, variant)
+    for part in lacking:
+        weights = _weights_in(present, part)
+        instead = f" (there is {', '.join(weights)})" if weights else ""
+        missing.append(f"{part}/{_file_name(part, variant)}{instead}")
     if missing:
         got, details = tensor_file.listed(missing)
         raise UserError(
             field(name),
             wanted=f"all files of a {kind} in {where}",
             got=f"{len(missing)} missing: {got}",
-            fix=_how_to_fix(name, variant, revision, kind, others),
+            fix=_how_to_fix(name, variant, revision, kind, present),
             details=details,
         )
 
@@ -284,23 +298,26 @@ def _local(name: str) -> epath.Path:
 
 
 def _how_to_fix(
-    name: str, variant: str, revision: str, pipeline: str, others: list[set[str]]
+    name: str, variant: str, revision: str, pipeline: str, present: Set[str]
 ) -> str:
-    """How to get missing files, given the weights that each component has instead."""
-    variants = [
-        {match[1] or "" for match in map(_VARIANT.fullmatch, part) if match}
-        for part in others
-    ]
-    if common := set.intersection(*variants) if variants else set():
-        found = min(common)
-        return f"Set --config.base.variant={found or repr('')}, which is present."
+    """How to get missing files, given those that are present."""
+    lacking = _lacking(present, variant)
+    pickled = any(
+        file.endswith(hub.PICKLES)
+        for part in lacking
+        for file in _weights_in(present, part)
+    )
+    if lacking and (known := _complete_variants(present)):
+        first, *more = (found or repr("") for found in known)
+        further = f", or {', '.join(more)}" if more else ""
+        return f"Set --config.base.variant={first}, which is present{further}."
     source = repr(name) + (f", variant={variant!r}" if variant else "")
-    convert = _CONVERT.format(
-        pipeline=pipeline,
-        load=f"from_pretrained({source}, safety_checker=None)",
-        target=f"{epath.Path(name).name}-safetensors",
-    ) + (" and --config.base.variant=''." if variant else ".")
-    if any(other.endswith(_SINGLE_FILES) for part in others for other in part):
+    load = f"from_pretrained({source}, safety_checker=None)"
+    target = f"{epath.Path(name).name}-safetensors"
+    convert = foreign.convert(pipeline, load, target)
+    if variant:
+        convert = convert.removesuffix(".") + " and --config.base.variant=''."
+    if pickled:
         return f"Pickles are never opened. {convert}"
     if is_hub_name(name):
         command = hub.download_command(name, download_patterns(variant), revision)
@@ -308,54 +325,71 @@ def _how_to_fix(
             f"With a network, and without HF_HUB_OFFLINE, run: {command}. If the hub "
             f"has only pickles, which are never opened: {convert}"
         )
+    if lacking and (moves := _without_variants(present)):
+        return f"No variant has all: {moves}; set --config.base.variant=''."
     return "Download the whole checkpoint again."
 
 
-def _describe(folder: epath.Path, name: str) -> tuple[str, str]:
-    """A description of a path without model_index.json, and a fix."""
-    fix = "Use a folder saved by save_pretrained, or a name on the hub."
-    inside = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir())
-    nested = [x for x in inside if (folder / x / INDEX).exists()]
-    if _is_single_file(name):
-        missing = "" if folder.exists() else ", which does not exist"
-        return f"a single file{missing}", _from_single_file(str(folder))
-    if not inside:
-        return "an empty one" if folder.is_dir() else "no such folder", fix
-    if nested:
-        return f"one without {INDEX}, around {nested[0]}", f"Use {folder / nested[0]}."
-    if "config.json" in inside:
-        config = read_json(folder / "config.json")
-        kind = config.get("_class_name") or config.get("architectures")
-        kind = kind[0] if isinstance(kind, list) and kind else kind
-        return f"one model, {kind or config.get('model_type')}, and no pipeline", fix
-    return _describe_files(inside, str(folder))
+def _without_variants(present: Set[str]) -> str:
+    """How to rename weights so that none is of a variant; "" if that cannot be."""
+    moves = []
+    for part in _lacking(present, ""):
+        stem = WEIGHTS[part].removesuffix(".safetensors")
+        found = sorted(fnmatch.filter(present, f"{part}/{stem}.*.safetensors"))
+        if not found or "-of-" in found[0]:
+            return ""
+        moves.append(f"rename {found[0]} to {WEIGHTS[part]}")
+    return " and ".join(moves)
 
 
-def _describe_files(inside: list[str], where: str) -> tuple[str, str]:
-    """A description of files among which is no model_index.json, and a fix."""
-    fix = "Use a folder saved by save_pretrained, or a name on the hub."
-    single = [x for x in inside if x.endswith(_SINGLE_FILES)]
-    if "pytorch_lora_weights.safetensors" in inside:
-        return "LoRA adapters, and no pipeline", fix
-    if single:
-        fix = _from_single_file(f"{where}/{single[0]}")
-        return f"single files ({', '.join(single)})", fix
-    return f"one without {INDEX}", fix
+def _patterns(name: str, variant: str, revision: str) -> list[str]:
+    """`download_patterns` of a hub name, whose files are looked up for a variant."""
+    return download_patterns(variant, hub.names(name, revision) if variant else set())
 
 
-def _from_single_file(path: str) -> str:
-    return (
-        _CONVERT.format(
-            pipeline="StableDiffusionPipeline",
-            load=f"from_single_file({path!r})",
-            target=f"{path.rpartition('/')[2].rpartition('.')[0]}-diffusers",
-        )
-        + "."
-    )
+def _files_in(folder: epath.Path) -> set[str]:
+    """Files of a model, relative to its folder."""
+    inner = files.matching(folder, "*/*")
+    names = {f"{path.parent.name}/{path.name}" for path in inner}
+    return names | {path.name for path in files.matching(folder, "*")}
+
+
+def _weights_in(present: Set[str], part: str) -> list[str]:
+    found = sorted(fnmatch.filter(present, f"{part}/*model*.*"))
+    return [file.removeprefix(f"{part}/") for file in found]
+
+
+def _has(present: Set[str], part: str, variant: str) -> bool:
+    return any(f"{part}/{name}" in present for name in _candidates(part, variant))
+
+
+def _variant_of(part: str, variant: str, present: Set[str]) -> str:
+    """`variant` where the component has it, in safetensors or pickles; else ""."""
+    pickles = fnmatch.filter(present, f"{part}/*model.{variant}[.-]*bin")
+    return variant if pickles or _has(present, part, variant) else ""
+
+
+def _lacking(present: Set[str], variant: str) -> list[str]:
+    """The components without weights to read; all if none has the variant."""
+    if variant and not any(_has(present, part, variant) for part in WEIGHTS):
+        return list(WEIGHTS)
+    return [
+        part
+        for part in WEIGHTS
+        if not _has(present, part, _variant_of(part, variant, present))
+    ]
+
+
+def _complete_variants(present: Set[str]) -> list[str]:
+    """Variants with which every component has weights."""
+    named = [_NAMED.fullmatch(file.rpartition("/")[2]) for file in sorted(present)]
+    known = {match[1] or match["index"] for match in named if match}
+    known -= {"index"}
+    return [found for found in ("", *sorted(known)) if not _lacking(present, found)]
 
 
 def _find(folder: epath.Path, component: str, variant: str) -> str | None:
-    names = _candidates(component, variant)
+    names = _candidates(component, variants(folder, variant)[component])
     return next((x for x in names if (folder / component / x).exists()), None)
 
 
@@ -387,7 +421,3 @@ def _shards(component: str, variant: str) -> list[str]:
         f"{stem}.{variant}{number}.safetensors",
         f"{stem}{number}.{variant}.safetensors",
     ]
-
-
-def _is_single_file(name: str) -> bool:
-    return name.endswith(_SINGLE_FILES) and not epath.Path(name).is_dir()
