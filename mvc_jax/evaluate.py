@@ -6,6 +6,7 @@ Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.j
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -323,8 +324,12 @@ def _synthetic_set(
     folder: epath.Path, rows: dict[str, int], *, size: int, **fit: str
 ) -> image_features.ImageSet:
     """A set that `generate` made; `rows` are those of the training images by id."""
-    columns = ("index", "label", "source", "prompt")
-    made = list(synthetic.read_rows(folder, columns))
+    labels, sources, prompts, indices = [], [], [], []
+    for row in synthetic.read_rows(folder, ("index", "label", "source", "prompt")):
+        labels.append(row["label"])
+        sources.append(rows.get(row["source"], -1))
+        prompts.append(sys.intern(row["prompt"] or ""))  # many are the same
+        indices.append(row["index"])
 
     def images(start: int) -> Iterator[np.ndarray]:
         for row in synthetic.read_rows(folder, ("image",), start=start):
@@ -332,11 +337,11 @@ def _synthetic_set(
 
     return image_features.ImageSet(
         folder.name,
-        np.asarray([row["label"] for row in made], np.int32),
+        np.asarray(labels, np.int32),
         images,
-        np.asarray([rows.get(row["source"], -1) for row in made], np.int64),
-        [row["prompt"] or "" for row in made],
-        [row["index"] for row in made],
+        np.asarray(sources, np.int64),
+        prompts,
+        indices,
     )
 
 
