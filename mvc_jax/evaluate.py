@@ -110,6 +110,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
+        _remove_features(stage)
         return
     classify = read_manifest(workdir, "classify")["settings"]["classify"]
     generate = read_manifest(workdir, "generate")
@@ -145,7 +146,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     }
     files.write_json(stage.folder / "metrics.json", metrics)
     stage.finish(["metrics.json", *tables], runs=len(results))
-    (stage.folder / _FEATURES).rmtree(missing_ok=True)
+    _remove_features(stage)
+
+
+def _remove_features(stage: Stage) -> None:
+    """Removes what only an unfinished stage needs."""
+    if (stage.folder / _FEATURES).exists():
+        (stage.folder / _FEATURES).rmtree()
 
 
 def _add_accuracy_scores(sets: dict[str, Any], results: dict[str, dict]) -> None:
@@ -251,7 +258,12 @@ def _measure_sets(
       stage's folder.
     """
     section, space = config.evaluate, None
-    if section.features != "pixels":
+    if section.features == "pixels":
+        logging.info(
+            "evaluate: sets are compared by their pixels, which needs no model; "
+            "--help=evaluate lists others"
+        )
+    else:
         weights = _weights(config) or diffusers_layout.resolved_base(workdir)
         space = feature_spaces.load(section.features, weights, batch=section.batch_size)
     sets = [_real_set(workdir, name) for name in ("train", "test")]

@@ -356,6 +356,11 @@ def notes(described: dict[str, dict[str, Any]], dims: int) -> list[str]:
     """
     found = []
     for name, row in described.items():
+        if row.get("copies") == row["images"]:
+            found.append(
+                f"{name}: every image is a copy of a training image; its metrics say "
+                "how well it copies."
+            )
         empty = [x["name"] for x in row["classes"] if not x["images"]]
         if empty and name != "test":
             found.append(
