@@ -6,6 +6,7 @@ Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.j
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
+        _remove_features(stage)
         return
     classify = read_manifest(workdir, "classify")["settings"]["classify"]
     generate = read_manifest(workdir, "generate")
@@ -144,7 +146,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     }
     files.write_json(stage.folder / "metrics.json", metrics)
     stage.finish(["metrics.json", *tables], runs=len(results))
-    (stage.folder / _FEATURES).rmtree(missing_ok=True)
+    _remove_features(stage)
+
+
+def _remove_features(stage: Stage) -> None:
+    """Removes what only an unfinished stage needs."""
+    if (stage.folder / _FEATURES).exists():
+        (stage.folder / _FEATURES).rmtree()
 
 
 def _add_accuracy_scores(sets: dict[str, Any], results: dict[str, dict]) -> None:
@@ -256,7 +264,12 @@ def _measure_sets(
       stage's folder.
     """
     section, space = config.evaluate, None
-    if section.features != "pixels":
+    if section.features == "pixels":
+        logging.info(
+            "evaluate: sets are compared by their pixels, which needs no model; "
+            "--help=evaluate lists others"
+        )
+    else:
         weights = _weights(config) or diffusers_layout.resolved_base(workdir)
         space = feature_spaces.load(section.features, weights, batch=section.batch_size)
     sets = [_real_set(workdir, name) for name in ("train", "test")]
@@ -329,8 +342,12 @@ def _synthetic_set(
     folder: epath.Path, rows: dict[str, int], *, size: int, **fit: str
 ) -> image_features.ImageSet:
     """A set that `generate` made; `rows` are those of the training images by id."""
-    columns = ("index", "label", "source", "prompt")
-    made = list(synthetic.read_rows(folder, columns))
+    labels, sources, prompts, indices = [], [], [], []
+    for row in synthetic.read_rows(folder, ("index", "label", "source", "prompt")):
+        labels.append(row["label"])
+        sources.append(rows.get(row["source"], -1))
+        prompts.append(sys.intern(row["prompt"] or ""))  # many are the same
+        indices.append(row["index"])
 
     def images(start: int) -> Iterator[np.ndarray]:
         for row in synthetic.read_rows(folder, ("image",), start=start):
@@ -338,11 +355,11 @@ def _synthetic_set(
 
     return image_features.ImageSet(
         folder.name,
-        np.asarray([row["label"] for row in made], np.int32),
+        np.asarray(labels, np.int32),
         images,
-        np.asarray([rows.get(row["source"], -1) for row in made], np.int64),
-        [row["prompt"] or "" for row in made],
-        [row["index"] for row in made],
+        np.asarray(sources, np.int64),
+        prompts,
+        indices,
     )
 
 

@@ -8,7 +8,9 @@ import pytest
 from etils import epath
 
 from mvc_jax import evaluate, files
+from mvc_jax.configs import digits
 from mvc_jax.digests import Digests
+from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
 from mvc_jax.metrics import image_features, set_metrics, statistics
 from mvc_jax.metrics.image_features import ImageSet
@@ -177,6 +179,43 @@ def test_copies_in_the_pool_are_noted_apart(tmp_path):
     notes = evaluate._notes(3, epath.Path(tmp_path))
     assert notes[0].startswith("1 training images are in test as well")
     assert notes[1].startswith("1 images of the base model's pool are in test as well")
+
+
+def with_features(name, **changes):
+    config = digits.get_config()
+    config.evaluate.features = name
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_feature_model_that_is_not_there_is_refused_before_any_work():
+    evaluate.check(digits.get_config())  # pixels need none
+    for name in ("clip", "dinov2", "efficientnet_lite0"):
+        with pytest.raises(UserError, match=f"feature space {name}"):
+            evaluate.check(with_features(name))
+    with pytest.raises(UserError, match="no folder"):
+        evaluate.check(with_features("clip", **{"generate.clip": "/no/such"}))
+    evaluate.check(with_features("clip", **{"pretrain.image_encoder.steps": 5}))
+
+
+def test_the_accuracy_of_training_on_a_set_alone_is_a_metric_of_it():
+    def result(regime, **more):
+        seeds = [{"accuracy": 0.5}, {"accuracy": 0.7}]
+        row = {"regime": regime, "policy": "none", "mix": "", "set": "mixed"}
+        return row | {"seeds": seeds} | more
+
+    sets: dict[str, dict] = {"test": {}, "mixed": {}, "unmixed": {}}
+    found = {
+        "synthetic_only": result("synthetic_only"),
+        "combined:unmixed": result("combined", set="unmixed"),
+        "synthetic_only:unmixed+flip": result(
+            "synthetic_only", set="unmixed", policy="flip"
+        ),
+    }
+    evaluate._add_accuracy_scores(sets, found)
+    score = {"classification_accuracy_score": pytest.approx(0.6)}
+    assert sets == {"test": {}, "mixed": score, "unmixed": {}}
 
 
 def test_maximum_and_minimum_of_the_steps_are_reported():

@@ -161,7 +161,9 @@ def test_identical_sets_are_all_copies(tmp_path):
     train = noise(8, seed=0)
     sets = [real_set("train", train), real_set("test", noise(5, seed=1))]
     copied = drawn_set("mixed", train, [0] * 8, range(8))
-    found = measured(tmp_path, [*sets, copied], ALL)["images"]["sets"]["mixed"]
+    images = measured(tmp_path, [*sets, copied], ALL)["images"]
+    assert "mixed: every image is a copy of a training image" in images["notes"][0]
+    found = images["sets"]["mixed"]
     assert found["copies"] == 8 and found["source_distance"] == 0
     assert found["near_train"] == 1
     assert found["frechet_distance"] == pytest.approx(0, abs=1e-6)

@@ -3,10 +3,11 @@
 A set is a folder of arrays for every `CHUNK` images: `pixels-00000.npy`, uint8 pixels
 at most 32 a side; `features-00000.npy`, float32 features of a network, where there is
 one; and, written last, `statistics-00000.npy`. So an interrupted run goes on with the
-next chunk, and memory holds one.
+next chunk; memory holds a few dozen images, and the features of a chunk.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,7 +20,8 @@ from mvc_jax.metrics.distances import MAX_SIZE, pixel_points
 from mvc_jax.metrics.domain_shift import ImageStatistics
 from mvc_jax.metrics.points import Points
 
-CHUNK = 1024  # images
+CHUNK = 4096  # images
+_AT_ONCE = 64  # that are in memory
 Images = Callable[[int], Iterator[UInt8[np.ndarray, "S S 3"]]]
 Embed = Callable[[Sequence[np.ndarray]], Float[np.ndarray, "b P"]]
 
@@ -95,13 +97,15 @@ def extract(
             rest = None
         else:
             rest = images.images(start) if rest is None else rest
-            _write_chunk(folder, start, [next(rest) for _ in range(count)], embed)
+            some = itertools.islice(rest, count)
+            _write_chunk(folder, start, some, embed, advance)
+            count = 0
         state = files.read_array(path)
-        some = ImageStatistics(size)
-        some.images, constant = int(state[0]), constant + int(state[1])
-        some.histograms = state[2 : 2 + 768].reshape(3, 256).astype(np.int64)
-        some.spectrum = state[2 + 768 :]
-        statistics.merge(some)
+        chunk = ImageStatistics(size)
+        chunk.images, constant = int(state[0]), constant + int(state[1])
+        chunk.histograms = state[2 : 2 + 768].reshape(3, 256).astype(np.int64)
+        chunk.spectrum = state[2 + 768 :]
+        statistics.merge(chunk)
         advance(count)
     pixels = pixel_points(_Chunks(folder, "pixels", len(images)))
     features = Points(_Chunks(folder, "features", len(images))) if embed else pixels
@@ -109,16 +113,27 @@ def extract(
 
 
 def _write_chunk(
-    folder: epath.Path, start: int, images: list[np.ndarray], embed: Embed | None
+    folder: epath.Path,
+    start: int,
+    images: Iterator[np.ndarray],
+    embed: Embed | None,
+    advance: Callable[[int], None],
 ) -> None:
-    size = images[0].shape[0]
-    side = min(size, MAX_SIZE)
-    small = np.stack([fit(x, side, resample="area").reshape(-1) for x in images])
+    statistics: ImageStatistics | None = None
+    pixels, features = [], []
+    while some := list(itertools.islice(images, _AT_ONCE)):
+        size = some[0].shape[0]
+        statistics = statistics or ImageStatistics(size)
+        statistics.add(some)
+        side = min(size, MAX_SIZE)
+        pixels += [fit(x, side, resample="area").reshape(-1) for x in some]
+        if embed is not None:
+            features.append(embed(some))
+        advance(len(some))
+    small = np.stack(pixels)
     files.write_array(_path(folder, "pixels", start), small)
-    if embed is not None:
-        files.write_array(_path(folder, "features", start), embed(images))
-    statistics = ImageStatistics(size)
-    statistics.add(images)
+    if features:
+        files.write_array(_path(folder, "features", start), np.concatenate(features))
     constant = int((small.max(1) == small.min(1)).sum())
     head = [statistics.images, constant]
     state = [head, statistics.histograms.reshape(-1), statistics.spectrum]

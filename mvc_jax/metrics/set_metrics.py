@@ -15,7 +15,7 @@ from etils import epath
 from mvc_jax import files
 from mvc_jax.digests import Digests
 from mvc_jax.metrics import compare, distances, domain_shift, points
-from mvc_jax.metrics.compare import Own, Wanted
+from mvc_jax.metrics.compare import Wanted
 from mvc_jax.metrics.distances import Nearest
 from mvc_jax.metrics.image_features import ImageFeatures
 from mvc_jax.metrics.points import Points
@@ -89,7 +89,6 @@ class SetMetrics:
         if not self._same_space:
             self._among = distances.nearest(train.pixels, train.pixels, skip_self=True)
         self._across = distances.nearest(test.pixels, train.pixels)
-        self._by_class: dict[int, Own] = {}
         self._copy_distance = distances.copy_distance(self._among.different)
         self._leak_distance = distances.copy_distance(self._across.different)
         self._new_distance = float(np.quantile(self._across.distance, _NEW))
@@ -216,12 +215,11 @@ class SetMetrics:
             if len(mine) > 1:
                 row["within_class"] = distances.mean_pairwise(found.features[mine])
             if "classes" in options.metrics and len(mine) and len(real):
-                if label not in self._by_class:
-                    self._by_class[label] = compare.describe(
-                        self.train.features[real], options.wanted
-                    )
-                own = compare.describe(found.features[mine], options.wanted)
-                row |= compare.compare(self._by_class[label], own, options.wanted)[0]
+                pair = [
+                    compare.describe(each, options.wanted)
+                    for each in (self.train.features[real], found.features[mine])
+                ]
+                row |= compare.compare(*pair, options.wanted)[0]
             rows.append(row)
         return rows
 
@@ -358,6 +356,11 @@ def notes(described: dict[str, dict[str, Any]], dims: int) -> list[str]:
     """
     found = []
     for name, row in described.items():
+        if row.get("copies") == row["images"]:
+            found.append(
+                f"{name}: every image is a copy of a training image; its metrics say "
+                "how well it copies."
+            )
         empty = [x["name"] for x in row["classes"] if not x["images"]]
         if empty and name != "test":
             found.append(
