@@ -7,25 +7,20 @@ command does, not what the workdir is made of, so they have their defaults there
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import configs, files, stage
+from mvc_jax.command import pipeline
 from mvc_jax.configs import common, fields
-from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError
-from mvc_jax.mixing import recipes
 
 DEFAULT = "configs/digits.py"
 _FILE = "config.json"
-# A field that is `auto` -> what its section did before there was the field.
-_BEFORE: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "generate.timestep_spacing": lambda s: timesteps.EARLIER[s.get("sampler", "ddim")],
-    "mix.partner_prompt": lambda s: recipes.EARLIER_PARTNER_PROMPT,
-}
+_AGED = ("mix", "generate")  # stages with a field that is `auto` by default
 _OF_A_COMMAND = ("stages", "generate.limit")
 
 
@@ -85,15 +80,21 @@ def as_begun(
     """
     config = config.copy_and_resolve_references()
     folders = [workdir] if source is None else [workdir, source]
-    for name, before in _BEFORE.items():
+    for name, before in _earlier(config).items():
         section, field = name.split(".")
         if config[section][field] != "auto" or section in redo:
             continue
         records = (stage.recorded(folder, section) for folder in folders)
         settings = next((r["settings"][section] for r in records if r), None)
         if settings is not None and field not in settings:
-            config[section][field] = before(settings)
+            config[section][field] = before
     return config.lock()
+
+
+def _earlier(config: ConfigDict) -> dict[str, str]:
+    """Fields that are `auto` -> what was done before there was the field."""
+    specs = [pipeline.module(name).stage_spec(config) for name in _AGED]
+    return {name: value for spec in specs for name, value in spec.earlier.items()}
 
 
 def _load_python(path_and_argument: str) -> ConfigDict:
@@ -144,11 +145,11 @@ def _load_json(path: epath.Path) -> ConfigDict:
     except (OSError, ValueError, RecursionError) as error:
         why = f"a damaged file ({error})"
         raise _error(path, "the JSON that a run wrote", why) from error
-    for name, before in _BEFORE.items():
-        section, field = name.split(".")
-        with contextlib.suppress(LookupError, TypeError, AttributeError):
-            values[section].setdefault(field, before(values[section]))
     config = ConfigDict(_merge(common.FIELDS, values, path))
+    for name, before in _earlier(config).items():
+        section, field = name.split(".")
+        if section in values and field not in values[section]:
+            config[section][field] = before
     for name in _OF_A_COMMAND:
         default = common.FIELDS.flat()[name].default
         config.update_from_flattened_dict({name: default})
