@@ -374,7 +374,7 @@ def test_a_folder_in_a_bucket_is_refused(shell):
 
 def test_pytorch_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "mvc_jax\[caption\]"'):
+    with pytest.raises(UserError, match="docs/your-own-images.md"):
         blip2_captioner.check_model("Salesforce/blip2-opt-2.7b")
     with pytest.raises(UserError, match="PyTorch"):
         next(blip2_captioner.captions("no.npy", [0], model="a/b", **OPTIONS))
