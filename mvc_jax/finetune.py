@@ -67,7 +67,7 @@ _NO_RESULT = (
 )
 _FEWER = "steps that were taken stay: more of them go on"
 _NOT_LONGER = (
-    "the cosine falls to 0 at the last step, so that other steps begin anew; with "
+    "the cosine falls to 0 at the last step, so that other steps start over; with "
     "finetune.schedule=constant, a model that was finished would go on"
 )
 # Activations of Stable Diffusion 1.5's step as compiled for an H100, relative to those

@@ -11,7 +11,8 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from absl import logging
@@ -218,17 +219,28 @@ def _confusion(metrics: dict[str, Any]) -> dict[str, list[list[int]]]:
 
 
 def _render(*, scale: int, **values: Any) -> str:
+    template = epath.Path(__file__).parent / "report.html.j2"
+    filters = {"data_uri": lambda image: pictures.data_uri(image, scale)}
+    return render(template, filters, scale=scale, **values)
+
+
+def render(
+    template: epath.Path,
+    filters: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    **values: Any,
+) -> str:
+    """The page of a template, which fails on a value that it lacks."""
     import jinja2  # here, so that a finished stage is skipped fast
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(epath.Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["data_uri"] = lambda image: pictures.data_uri(image, scale)
-    return environment.get_template("report.html.j2").render(scale=scale, **values)
+    environment.filters.update(filters)
+    return environment.get_template(template.name).render(**values)
 
 
 def _read_inputs(workdir: epath.Path, class_names: list[str]) -> _Inputs:

@@ -190,8 +190,8 @@ def headline(correct: Correct, answered: list[dict[str, Any]]) -> list[dict[str,
     said = [
         {
             "question": "Which run is best?",
-            "sentence": f"{_told(best, means)}, the most accurate of {len(means)} on "
-            "these test images.",
+            "sentence": f"{_percent(best, means)}, the most accurate of {len(means)} "
+            "on these test images.",
         }
     ]
     real = [name for name in means if runs.parse(name).regime == "real"]
@@ -203,10 +203,12 @@ def headline(correct: Correct, answered: list[dict[str, Any]]) -> list[dict[str,
     question = "What do synthetic images add to the best training without them?"
     if on_top:
         added = max(on_top, key=lambda each: means[each["run"]])
-        sentence = f"{_told(added['run'], means)}, against {_told(policy, means)}. "
+        sentence = (
+            f"{_percent(added['run'], means)}, against {_percent(policy, means)}. "
+        )
         said.append({"question": question, "sentence": sentence + added["sentence"]})
     else:
-        nothing = f"Not tried: no run adds any to {_told(policy, means)}."
+        nothing = f"Not tried: no run adds any to {_percent(policy, means)}."
         said.append({"question": question, "sentence": nothing})
     plain = [x for x in about if x["against"] == "real" and x["run"] == "combined"]
     if plain and policy != "real":
@@ -224,7 +226,7 @@ def _by_parts(names: Mapping[str, Any]) -> dict[tuple, str]:
     return {(run.regime, run.set, run.policy, run.mix): run.name for run in parsed}
 
 
-def _told(name: str, means: Mapping[str, float]) -> str:
+def _percent(name: str, means: Mapping[str, float]) -> str:
     return f"{runs.parse(name).title} ({100 * means[name]:.1f} %)"
 
 

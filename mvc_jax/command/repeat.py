@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath, epy
 
 from mvc_jax import files, stage
-from mvc_jax.command import command_line, run_config
+from mvc_jax.command import command_line, pipeline, run_config
 from mvc_jax.errors import UserError
 
 with epy.lazy_imports():
@@ -123,16 +123,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _page(summary: Mapping[str, Any]) -> str:
-    import jinja2  # here, so that `train` starts fast
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(epath.Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("repeat.html.j2").render(**summary)
+    template = epath.Path(__file__).parent / "repeat.html.j2"
+    return pipeline.module("report").render(template, **summary)
 
 
 def _metrics(folder: epath.Path) -> dict[str, Any]:
