@@ -31,6 +31,7 @@ SHORT = (
 # Part of a command -> the flags that shorten it further, with the reason; None: it
 # cannot run here. The first that matches is used.
 SHORTENED = (
+    ("://", None),  # servers
     # Another seed is another program for every stage: minutes of compilation.
     ("--config.seed=1", ["--config.stages=caption"]),
     ("mvc-jax repeat", ["--config.stages=caption"]),

@@ -87,7 +87,10 @@ def test_the_state_is_updated_in_place(compiled, name):
         (("--target=v9",), "wanted one of h100, "),
         (("--target=v5e", "--devices=3"), "wanted 1, 2 or 4, "),
         (("--target=v5e", "--devices=8", "--batch=12"), "Try --batch=16"),
-        (("--target=h100",), "pip install -e '.[aot-gpu]'"),
+        (
+            ("--target=h100",),
+            "pip install -c requirements-cuda.lock -e '.[aot-gpu]'",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_in_a_sentence(flags, words):

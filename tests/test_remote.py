@@ -70,6 +70,8 @@ def use_hub(monkeypatch, url):
     template = template.replace(constants.ENDPOINT, url)
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    # As a test of another library may have found it at its import.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     patient = types.SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr("huggingface_hub.utils._http.time", patient)
 

@@ -583,10 +583,11 @@ def test_a_dry_run_prints_every_stage_and_changes_nothing(
     assert content(tmp_path) == before
     printed = capsys.readouterr()
     assert printed.err == ""
-    first, *rows, blank, over, _, line = printed.out.splitlines()
+    first, *rows, blank, over, _, start, _, line = printed.out.splitlines()
     assert first.split() == ["stage", "makes", "disk,", "about", "memory", "time"]
     assert [row.split()[0] for row in rows] == list(train.STAGES)
     assert blank == "" and over.startswith("over: ")
+    assert start.startswith("generate: samples start at timestep 999 of 0 to 999")
     assert line.startswith("10 of 10 stages to do; 1,800 synthetic images; 64,800 UNet")
 
 
