@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,16 @@ class UserError(Exception):
         super().__init__(f"{name}: wanted {wanted}, got {got}. {fix}")
         self.name = name
         self.details = tuple(details)
+
+
+def shell_word(text: str) -> str:
+    """A word of a command as it is typed: in one line, whatever breaks it has."""
+    if " ".join(text.split()) == text:
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace(" ", "\\x20")
+    for character, name in zip("\n\t\r\v\f", "ntrvf", strict=True):
+        escaped = escaped.replace(character, f"\\{name}")
+    return f"$'{escaped}'"
 
 
 def require_at_most(prefix: str, fields: Mapping, name: str, limit: str) -> None:

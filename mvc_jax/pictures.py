@@ -198,7 +198,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def _shown_names(rows: Sequence[Row]) -> list[str]:
     """The names of rows; the number of the class in place of what no font has."""
-    unknown = [row["name"] for row in rows if _font_file(row["name"]) is None]
+    names = [" ".join(row["name"].split()) for row in rows]  # in one line
+    unknown = [name for name in names if _font_file(name) is None]
     if unknown:
         logging.warning(
             "no font on this machine can write %s: pictures show the class's number; "
@@ -206,9 +207,9 @@ def _shown_names(rows: Sequence[Row]) -> list[str]:
             ", ".join(dict.fromkeys(unknown)),
         )
     shown = []
-    for n, row in enumerate(rows):
+    for n, (name, row) in enumerate(zip(names, rows, strict=True)):
         number = f"class {row['number']}" if "number" in row else f"row {n + 1}"
-        shown.append(number if row["name"] in unknown else row["name"])
+        shown.append(number if name in unknown else name)
     return shown
 
 

@@ -28,7 +28,6 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +37,7 @@ from etils import epath
 from mvc_jax import artifacts, files
 from mvc_jax.configs import common, fields
 from mvc_jax.digests import Digests
-from mvc_jax.errors import UserError
+from mvc_jax.errors import UserError, shell_word
 
 _PACKAGES = (
     "mvc_jax",
@@ -378,7 +377,7 @@ class Found:
 
     def error(self) -> UserError:
         """The error of rule 3 or 5."""
-        workdir = shlex.quote(str(self.path.parent.parent))
+        workdir = shell_word(str(self.path.parent.parent))
         return UserError(
             str(self.path),
             wanted="the settings of this run",

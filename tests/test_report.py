@@ -596,6 +596,11 @@ def grid_of(name, **number):
     return np.asarray(pictures.grid(rows, 64))
 
 
+def test_a_name_of_several_lines_is_written_in_one(caplog):
+    np.testing.assert_array_equal(grid_of("a b\n\tc"), grid_of("a b c"))
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("name", ["数字", "हिन्दी", "ภาษา"])
 def test_a_name_that_no_font_has_is_its_number_with_a_warning(
     system_fonts, caplog, name

@@ -3,13 +3,14 @@
 import copy
 import os
 import shutil
+import subprocess
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvc_jax import files, stage
-from mvc_jax.errors import UserError
+from mvc_jax.errors import UserError, shell_word
 from mvc_jax.stage import Spec, differences, is_complete, open_stage, read_manifest
 
 SETTINGS = {"seed": 0, "mix": {"tokens": 4, "modes": ("coarse", "fine")}}
@@ -497,3 +498,15 @@ def test_verifying_hashes_all_and_deletes_what_is_made_again(tmp_path, caplog):
             assert not path.exists()
             assert name in caplog.text
     assert not open_stage(tmp_path, spec).complete
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/a", "a b", "a  b", "two\nlines 'q' \\n $HOME", "\t", "é\n\u0939  "]
+)
+def test_a_word_of_a_printed_command_is_what_a_shell_reads(text):
+    word = shell_word(text)
+    assert " ".join(word.split()) == word  # as messages are printed
+    done = subprocess.run(
+        ["bash", "-c", f"printf %s {word}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == text

@@ -4,7 +4,6 @@ Nothing is written: a run that a later stage would refuse does not start.
 """
 
 import dataclasses
-import shlex
 from collections.abc import Collection, Sequence
 from typing import Literal
 
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import stage
 from mvc_jax.command import pipeline, run_config
-from mvc_jax.errors import UserError
+from mvc_jax.errors import UserError, shell_word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ def make(
         wanted="stages that agree with this run",
         got=f"others ({'; '.join(f'{x.name}: {x.reason}' for x in refused)})",
         fix=f"Undo these changes; or {planner.fix}; or choose a new --workdir and add "
-        f"--from={shlex.quote(str(workdir))}, which takes over all other stages.",
+        f"--from={shell_word(str(workdir))}, which takes over all other stages.",
     )
     return [dataclasses.replace(x, error=error) if x.error else x for x in steps]
 
