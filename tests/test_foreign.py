@@ -1,4 +1,4 @@
-"""What is named as a base and is none: told apart, with commands that work.
+"""What is given as a base but is not one is recognised, with commands that work.
 
 The commands for PyTorch are run, and what they write is read as a base.
 """

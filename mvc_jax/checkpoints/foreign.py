@@ -1,7 +1,7 @@
-"""What people name as a base that is no pipeline: told apart, each with its way on.
+"""Recognises what is given as a base but is not a pipeline, and says how to make one.
 
-Only names, small JSON files and headers are read. The ways on are commands for
-PyTorch's diffusers, which write a folder in its layout.
+Only names, small JSON files and headers are read. The advice is commands for PyTorch's
+diffusers, which write a folder in its layout.
 """
 
 import re

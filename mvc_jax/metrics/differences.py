@@ -42,10 +42,10 @@ def paired(
 
     Each draw takes seeds and test images at random with replacement, the same for both
     (Owen, The pigeonhole bootstrap, arXiv 0712.1111). Its quantiles give the shape of
-    the interval. Its variance is too large where seeds err on different images (theorem
-    3 there), and too small for few seeds, so the width is that of the variance of the
-    mean in a two-way analysis of variance, with the degrees of freedom of Satterthwaite
-    (Biometrics Bulletin 2(6), 1946) and the quantile of Student's t.
+    the interval. Its variance is too large where seeds err on different images, and too
+    small for few seeds, so the width is that of the variance of the mean in a two-way
+    analysis of variance, with the degrees of freedom of Satterthwaite (Biometrics
+    Bulletin 2(6), 1946) and the quantile of Student's t.
 
     Args:
       ours: whether seed s is right about test image t.
