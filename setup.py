@@ -55,6 +55,7 @@ EXTRAS = {
     "medical": ["pydicom>=3"],  # DICOM
     "heic": ["pillow-heif"],
     "gcs": ["gcsfs"],  # sources at gs://
+    "inception": ["torch-fidelity"],  # FID
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.

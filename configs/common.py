@@ -804,14 +804,14 @@ _EVALUATE = Section(
     {
         "features": one_of(
             "pixels",
-            ("pixels", "clip", "dinov2", *_CLASSIFIERS),
+            ("pixels", "clip", "dinov2", "inception", *_CLASSIFIERS),
             "space in which sets are compared (docs/metrics.md); all but pixels need "
             "weights",
         ),
         "weights": Field(
             "",
             "of `features`: folder, file or hub name; empty: for clip that of "
-            "generate.clip, or of the base",
+            "generate.clip, or of the base; for inception the published ones",
         ),
         "metrics": Field(
             _METRICS,

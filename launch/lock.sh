@@ -27,7 +27,7 @@ lock() {
   echo "$file: $(grep -c '^[a-z]' "$file") packages"
 }
 
-extras="dev prepare torch caption medical heic gcs"
+extras="dev prepare torch caption medical heic gcs inception"
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 
@@ -35,7 +35,7 @@ echo 'torch==2.13.0' >"$constraints"  # what continuous integration has for CPUs
 lock requirements.lock "$extras tpu aot-tpu" -c "$constraints" "$@"
 
 # What does not depend on CUDA has the same version in all.
-grep '^[a-z]' requirements.lock | grep -vE '^(torch|triton|cuda|nvidia)[=-]' \
+grep '^[a-z]' requirements.lock | grep -vE '^((torch|torchvision|triton)=|(cuda|nvidia)-)' \
   >"$constraints"
 lock requirements-cuda.lock "$extras cuda aot-gpu" -c "$constraints" "$@"
 

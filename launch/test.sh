@@ -9,18 +9,27 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup_env.sh"
 
 prepare_env dev prepare torch
 
+# aside NAME PACKAGE...: installs packages alone into the folder NAME of the environment,
+# for tests that need them where nothing else may find them.
+aside() {
+  local folder=$venv/$1
+  if [ -d "$folder" ]; then return; fi
+  rm -rf "$folder.new"
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps \
+    -c requirements.lock --target "$folder.new" "${@:2}"
+  mv "$folder.new" "$folder"
+}
+
 # libtpu compiles for TPUs that are absent (tests/test_compiled.py). Beside JAX it would
-# be asked for a TPU by every process, so it has a folder of its own.
-if [ ! -d "$venv/libtpu" ] && [ -z "${MVC_JAX_WITHOUT_LIBTPU:-}" ]; then
-  wanted=$("$venv/bin/python" -c '
+# be asked for a TPU by every process.
+if [ -z "${MVC_JAX_WITHOUT_LIBTPU:-}" ]; then
+  aside libtpu "$("$venv/bin/python" -c '
 import importlib.metadata, re
 requirements = importlib.metadata.requires("jax")
-print(next(re.split("[ ;]", x)[0] for x in requirements if x.startswith("libtpu")))')
-  rm -rf "$venv/libtpu.new"
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps \
-    -c requirements.lock --target "$venv/libtpu.new" "$wanted"
-  mv "$venv/libtpu.new" "$venv/libtpu"
+print(next(re.split("[ ;]", x)[0] for x in requirements if x.startswith("libtpu")))')"
 fi
+# torchvision's wheels are for the PyTorch of PyPI; transformers would import them.
+aside torch-fidelity torch-fidelity torchvision
 
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m ruff check .

@@ -34,7 +34,7 @@ with epy.lazy_imports():
     from mvc_jax.checkpoints import diffusers_layout
     from mvc_jax.classification import comparisons, runs
     from mvc_jax.generation import synthetic
-    from mvc_jax.metrics import feature_spaces
+    from mvc_jax.metrics import feature_spaces, inception
 
 _SIDE = distances.MAX_SIZE
 _FEATURES = "features"  # folder, deleted at the end
@@ -270,7 +270,9 @@ def _measure_sets(
             "--help=evaluate lists others"
         )
     else:
-        weights = _weights(config) or diffusers_layout.resolved_base(workdir)
+        weights = _weights(config)
+        if section.features == "clip":
+            weights = weights or diffusers_layout.resolved_base(workdir)
         space = feature_spaces.load(section.features, weights, batch=section.batch_size)
     sets = [_real_set(workdir, name) for name in ("train", "test")]
     rows = {id_: i for i, id_ in enumerate(sets[0].names)}
@@ -300,6 +302,8 @@ def _measure_sets(
     described = measured.describe(found[2:])
     comparing.close()
     about = {"features": section.features, "weights": section.weights}
+    if section.features == "inception":
+        about["fid"] = space.published  # whether the Fréchet distance is the FID
     described["images"] = {**about, **described["images"]}
     return described, measured.written
 
@@ -307,7 +311,7 @@ def _measure_sets(
 def _options(
     config: ConfigDict,
     class_names: Sequence[str],
-    space: feature_spaces.FeatureSpace | None,
+    space: feature_spaces.FeatureSpace | inception.Inception | None,
 ) -> set_metrics.Options:
     """What to compute: CMMD and texts where the space is CLIP's."""
     chosen = {*config.evaluate.metrics}

@@ -23,7 +23,9 @@ LOCKS = {  # and the one cuDNN of each
     "requirements-cuda.lock": "nvidia-cudnn-cu13",
     "requirements-cuda12.lock": "nvidia-cudnn-cu12",
 }
-OF_CUDA = re.compile(r"(torch|triton|libtpu|jax-cuda|cuda|nvidia)($|-|\d)")
+OF_CUDA = re.compile(
+    r"(torch(?!-)|torchvision|triton|libtpu|jax-cuda|cuda|nvidia)($|-|\d)"
+)
 SETUP = {
     node.targets[0].id: ast.literal_eval(node.value)
     for node in ast.parse((ROOT / "setup.py").read_text()).body

@@ -24,6 +24,7 @@ from mvc_jax.checkpoints import (
     dinov2_checkpoint,
 )
 from mvc_jax.errors import UserError
+from mvc_jax.metrics import inception
 from mvc_jax.models import classifiers, clip, dinov2
 
 FIELD = "config.evaluate.weights"
@@ -104,6 +105,9 @@ def check(name: str, weights: str) -> None:
     Raises:
       UserError: they are missing, damaged, or of another network.
     """
+    if name == "inception":
+        inception.check(weights)
+        return
     if not weights:
         raise UserError(
             FIELD,
@@ -122,17 +126,21 @@ def check(name: str, weights: str) -> None:
         classifier_weights.check_tensors(checkpoint, network)
 
 
-def load(name: str, weights: epath.PathLike, *, batch: int) -> FeatureSpace:
+def load(
+    name: str, weights: epath.PathLike, *, batch: int
+) -> FeatureSpace | inception.Inception:
     """Loads the network of a feature space onto the first device.
 
     Args:
-      name: `clip`, `dinov2`, or a classifier of `classifiers.VARIANTS`.
+      name: `inception`, `clip`, `dinov2`, or a classifier of `classifiers.VARIANTS`.
       weights: folder, file or hub name.
       batch: images at once.
 
     Raises:
       UserError: see `check`.
     """
+    if name == "inception":
+        return inception.Inception(weights, batch=batch)
     if name == "clip":
         return _clip(weights, batch)
     if name == "dinov2":
