@@ -88,15 +88,17 @@ def grid(
     draw = ImageDraw.Draw(image)
     for n, line in enumerate(lines):
         draw.text((margin, bottom + n * tile // 6), line, "#222222", small)
-    heading_font, headings = _fit_headings(headings, tile)
+    known = enumerate(_written(headings), 1)
+    shown_headings = _fit_headings([x or f"column {n}" for n, x in known], tile)
     for n, row in enumerate(rows):
         x, y = n // per_panel * left, top + n % per_panel * (tile + gap)
         middle = (x + margin + names, y + tile / 2)
         draw.text(middle, shown[n], "#222222", fonts[n], anchor="rm")
-        for cell_left, heading, cell in zip(lefts, headings, row["cells"], strict=True):
+        columns = zip(lefts, shown_headings, row["cells"], strict=True)
+        for cell_left, (heading, font), cell in columns:
             if n % per_panel == 0:
                 above = (x + cell_left + tile / 2, top - 2 * gap)
-                draw.text(above, heading, "#666666", heading_font, anchor="ms")
+                draw.text(above, heading, "#666666", font, anchor="ms")
             if cell["image"] is not None:
                 shrinks = cell["image"].width > tile
                 method = (
@@ -172,16 +174,19 @@ def line_plot_svg(
 
 def _fit_headings(
     texts: Sequence[str], width: int
-) -> tuple[ImageFont.FreeTypeFont, list[str]]:
-    """Returns a font for headings of columns of this width, and shortened headings."""
-    fonts = [_font(max(width // part, 9)) for part in (5, 6, 7, 8)]
-    fitting = [f for f in fonts if max(map(f.getlength, texts)) <= width]
-    font, shortened = (fitting or fonts[-1:])[0], []
-    for text in texts:
+) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+    """Shortened headings of columns of this width, each with a font; of one size."""
+    for part in (5, 6, 7, 8):
+        fonts = [_font(max(width // part, 9), text) for text in texts]
+        pairs = list(zip(texts, fonts, strict=True))
+        if all(font.getlength(text) <= width for text, font in pairs):
+            return pairs
+    shortened = []
+    for text, font in pairs:
         while font.getlength(text) > width and len(text) > 2:
             text = text.rstrip("…")[:-1] + "…"
-        shortened.append(text)
-    return font, shortened
+        shortened.append((text, font))
+    return shortened
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
@@ -198,19 +203,25 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def _shown_names(rows: Sequence[Row]) -> list[str]:
     """The names of rows; the number of the class in place of what no font has."""
-    names = [" ".join(row["name"].split()) for row in rows]  # in one line
-    unknown = [name for name in names if _font_file(name) is None]
+    names = _written([row["name"] for row in rows])
+    numbers = [f"class {r['number']}" if "number" in r else "" for r in rows]
+    return [
+        name or number or f"row {n}"
+        for n, (name, number) in enumerate(zip(names, numbers, strict=True), 1)
+    ]
+
+
+def _written(texts: Sequence[str]) -> list[str]:
+    """Texts in one line each; "" and a warning for those that no font has."""
+    lines = [" ".join(text.split()) for text in texts]
+    unknown = [line for line in lines if _font_file(line) is None]
     if unknown:
         logging.warning(
-            "no font on this machine can write %s: pictures show the class's number; "
+            "no font on this machine can write %s: pictures show a number instead; "
             "install one, such as Debian's fonts-noto-core or fonts-noto-cjk",
             ", ".join(dict.fromkeys(unknown)),
         )
-    shown = []
-    for n, (name, row) in enumerate(zip(names, rows, strict=True)):
-        number = f"class {row['number']}" if "number" in row else f"row {n + 1}"
-        shown.append(number if name in unknown else name)
-    return shown
+    return ["" if line in unknown else line for line in lines]
 
 
 @functools.cache

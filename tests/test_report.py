@@ -613,6 +613,22 @@ def test_a_name_that_no_font_has_is_its_number_with_a_warning(
     np.testing.assert_array_equal(grid_of(name), grid_of("row 2"))
 
 
+def test_a_heading_that_no_font_has_is_a_number_and_else_is_in_a_font_that_has_it(
+    system_fonts, tmp_path, caplog
+):
+    def grid(heading):
+        cells = [pictures.Cell(heading=x, image=None) for x in ("source", heading)]
+        return np.asarray(pictures.grid([pictures.Row(name="a", cells=cells)], 64))
+
+    system_fonts()
+    np.testing.assert_array_equal(grid("数字"), grid("column 2"))
+    assert "数字" in caplog.text
+    system_fonts(font_with(tmp_path / "all.ttf", "数字"))
+    caplog.clear()
+    assert (grid("数字") != grid("column 2")).any()
+    assert caplog.text == ""
+
+
 def test_a_name_is_written_in_a_font_of_the_machine(system_fonts, tmp_path, caplog):
     system_fonts()
     numbered = grid_of("数\u200d字", number=7)
