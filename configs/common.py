@@ -820,7 +820,11 @@ _EVALUATE = Section(
             distinct=True,
             hint="Choose some of these.",
         ),
-        "neighbours": count(5, "k of precision, recall, density and coverage", 1000),
+        "neighbours": count(
+            5,
+            "k of precision, recall, density, coverage and predicted labels",
+            1000,
+        ),
         "batch_size": _batch(64, "images embedded at once"),
         "confidence": Field(
             0.95,

@@ -313,7 +313,12 @@ def _options(
     chosen = {*config.evaluate.metrics}
     if config.evaluate.features != "clip":
         chosen -= {"cmmd", "text"}
-    options = set_metrics.Options(chosen, config.evaluate.neighbours, class_names)
+    options = set_metrics.Options(
+        chosen,
+        config.evaluate.neighbours,
+        class_names,
+        confidence=config.evaluate.confidence,
+    )
     if space is None or space.text is None or "text" not in chosen:
         return options
     texts = captions.class_texts(class_names, config.data.class_type)

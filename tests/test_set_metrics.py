@@ -215,6 +215,6 @@ def test_texts_are_compared_with_images():
         return np.stack([eye[0], (eye[0] + eye[1]) / np.sqrt(2), -eye[2]])
 
     options = set_metrics.Options((), 2, ("a", "b", "c"), eye, embed_texts)
-    scores = set_metrics._texts(found, options)
-    assert scores["label_agreement"] == 0.5
+    scores, zero_shot = set_metrics._texts(found, options)
+    assert scores["label_agreement"] == 0.5 and zero_shot.tolist() == [0, 1, 1, 2]
     assert scores["clip_score"] == pytest.approx(100 * (1 + np.sqrt(0.5)) / 4)
