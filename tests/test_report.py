@@ -23,6 +23,7 @@ from mvc_jax import files, pictures, report
 from mvc_jax.data import duplicates, gather
 from mvc_jax.data.digits import NAMES, Digits
 from mvc_jax.mixing.recipes import MODES
+from mvc_jax.reporting import accuracy, image_rows, run_images
 from mvc_jax.stage import Spec, open_stage
 
 EVIL = "<script>alert(1)</script>"
@@ -288,13 +289,13 @@ def test_the_confusion_of_older_metrics_is_read_as_well(tmp_path):
     rows = run_page(workdir).rows
     assert "zero · · · · · · · · · 97,310" in rows
     metrics = make_metrics() | {"runs": runs}
-    counted = report._confusion(metrics)
+    counted = accuracy.confusion(metrics)
     assert counted.keys() == {"combined"}
     del runs[1]["confusion_counts"]
     runs[1]["confusion"] = counted["combined"]
-    assert report._confusion(metrics) == counted
+    assert accuracy.confusion(metrics) == counted
     metrics["class_names"] *= 3
-    assert report._confusion(metrics) == {}
+    assert accuracy.confusion(metrics) == {}
 
 
 def test_the_answer_comes_before_the_table_and_its_settings(page):
@@ -387,7 +388,7 @@ def test_a_data_uri_is_no_larger_than_shown():
 def test_a_second_run_does_nothing(finished, monkeypatch):
     paths = sorted((finished / "report").iterdir())
     before = [path.stat().st_mtime_ns for path in paths]
-    monkeypatch.setattr(report, "_read_inputs", None)  # would raise if called
+    monkeypatch.setattr(run_images, "read", None)  # would raise if called
     report.run(make_config(), finished)
     assert before == [path.stat().st_mtime_ns for path in paths]
     assert [path.name for path in paths] == ["grid.png", "manifest.json", "report.html"]
@@ -538,7 +539,7 @@ def test_ids_in_two_splits_are_reported(tmp_path, page):
 
 
 def test_only_the_first_of_many_classes_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_MAX_CLASSES", 4)
+    monkeypatch.setattr(image_rows, "MAX_CLASSES", 4)
     page = run_page(make_workdir(tmp_path))
     assert "The first 4 of 10 classes" in page.text
     assert len(page.images(", real image")) == 4

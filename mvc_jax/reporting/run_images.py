@@ -1,0 +1,131 @@
+"""Images of a run, and the texts about them: real ones, and those of synthetic sets."""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Iterable
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from etils import epath
+from PIL import Image
+
+from mvc_jax import files
+from mvc_jax.data import splits
+
+SETS = ("unmixed", "mixed", "pretrained")  # first columns; other sets follow
+_PROVENANCE = ["index", "label", "source", "partners", "mode", "prompt"]
+_MAX_NUMBERS = 12  # positions or dims shown of a recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class RunImages:
+    """Images of a run, and the texts about them.
+
+    Attributes:
+      generate: folder of the synthetic sets.
+      class_names: K strings indexed by label.
+      real: the training images.
+      captions: rows of `captions.jsonl` by image id.
+      recipes: rows of `recipes.jsonl` by index.
+      sets: set -> index -> provenance of a synthetic image, without its pixels.
+    """
+
+    generate: epath.Path
+    class_names: list[str]
+    real: splits.Split
+    captions: dict[str, dict]
+    recipes: dict[int, dict]
+    sets: dict[str, dict[int, dict]]
+
+    @functools.cached_property
+    def places(self) -> dict[str, int]:
+        """Row of `real` by image id."""
+        return {id_: i for i, id_ in enumerate(self.real.ids)}
+
+    def real_cell(self, id_: str, label: int, heading: str) -> dict:
+        """A cell of a training image."""
+        caption = self.captions.get(id_, {}).get("caption", "")
+        return {
+            "heading": heading,
+            "image": Image.fromarray(self.real.images[self.places[id_]]),
+            "alt": f"{self.class_names[label]}, {heading} image",
+            "tooltip": f"{heading} image {id_}\ncaption: {caption}",
+        }
+
+    def cell(self, set_name: str, row: dict, heading: str) -> dict:
+        """A cell of a synthetic image; `read_pixels` adds the image."""
+        lines = [f"{heading} image {row['index']}", f"prompt: {row['prompt']}"]
+        if set_name == "mixed":
+            lines.append(f"mixed in: {self.mixed(row)}")
+        return {
+            "heading": heading,
+            "set": set_name,
+            "index": row["index"],
+            "alt": f"{self.class_names[row['label']]}, {heading} image",
+            "tooltip": "\n".join(lines),
+        }
+
+    def mixed(self, row: dict) -> str:
+        """Describes the mixing: `token positions 1, 4 and text dims 7 from a.png`."""
+        recipe = self.recipes.get(row["index"], {})
+        taken = []
+        if recipe.get("positions"):
+            taken.append(f"token positions {_numbers(recipe['positions'])}")
+        if recipe.get("dims"):
+            same = len(recipe["dims"]) == 1
+            shown = _numbers(recipe["dims"][0]) if same else "that differ by token"
+            start, stop = recipe["dim_tokens"]
+            taken.append(f"text dims {shown} (tokens {start} to {stop - 1})")
+        return (
+            f"{' and '.join(taken) or 'nothing'} from {' and '.join(row['partners'])}"
+        )
+
+    def read_pixels(self, cells: Iterable[dict]) -> None:
+        """Reads the synthetic images of `cells`, and no others, into them."""
+        cells = list(cells)
+        for name in self.sets:
+            mine = [cell for cell in cells if cell.get("set") == name]
+            indices = {cell["index"] for cell in mine}
+            rows = _read_set(self.generate / name, ["index", "image"], indices)
+            pixels = {row["index"]: row["image"]["bytes"] for row in rows}
+            for cell in mine:
+                image = Image.open(io.BytesIO(pixels[cell["index"]]))
+                cell["image"] = image.convert("RGB")
+
+
+def read(workdir: epath.Path, class_names: list[str]) -> RunImages:
+    """The images of a finished run; of the synthetic ones what is known of them."""
+    captions = files.read_jsonl(workdir / "caption" / "captions.jsonl")
+    recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
+    names = [path.name for path in (workdir / "generate").iterdir() if path.is_dir()]
+    sets = {}
+    for name in [*(n for n in SETS if n in names), *sorted({*names} - {*SETS})]:
+        rows = _read_set(workdir / "generate" / name, _PROVENANCE)
+        sets[name] = {row["index"]: row for row in rows}
+    return RunImages(
+        generate=workdir / "generate",
+        class_names=class_names,
+        real=splits.read_split(workdir / "caption", "train"),
+        captions={row["id"]: row for row in captions},
+        recipes={row["index"]: row for row in recipes},
+        sets={name: rows for name, rows in sets.items() if rows},
+    )
+
+
+def _read_set(
+    folder: epath.Path, columns: list[str], indices: Iterable[int] | None = None
+) -> list[dict]:
+    """Reads rows of a synthetic set in the order of their index; None: all rows."""
+    keep = None if indices is None else pc.field("index").isin(sorted(indices))
+    rows = []
+    for path in files.matching(folder, "data/train-*.parquet"):
+        with path.open("rb") as file:
+            rows += pq.read_table(file, columns=columns, filters=keep).to_pylist()
+    return sorted(rows, key=lambda row: row["index"])
+
+
+def _numbers(values: list[int]) -> str:
+    rest = len(values) - _MAX_NUMBERS
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(map(str, values[:_MAX_NUMBERS])) + more
