@@ -135,6 +135,9 @@ class SetMetrics:
             "dims": dims,
             "neighbours": self._options.neighbours,
             "train_images": len(self.train.images),
+            "copy_distance": self._copy_distance,
+            "leak_distance": self._leak_distance,
+            "near_distance": self._new_distance,
             "sets": measured,
             "notes": remarks + notes(measured, dims),
         }
@@ -213,7 +216,11 @@ class SetMetrics:
         columns = self._columns(found, nearest)
         described: dict[str, Any] = {"images": len(images), **metrics}
         described |= self._copies(columns)
-        described["closest"] = self._closest(found, columns)
+        described["closest"] = self._closest(found, columns, "", self._among)
+        if not self._same_space:
+            described["closest_by_features"] = self._closest(
+                found, columns, "_by_features", self._own.nearest
+            )
         described["classes"] = classes
         described["other_class"] = self._other_class(found, predictions)
         if described["other_class"] is not None:
@@ -315,25 +322,32 @@ class SetMetrics:
         }
 
     def _closest(
-        self, found: ImageFeatures, columns: dict[str, Any]
+        self, found: ImageFeatures, columns: dict[str, Any], space: str, among: Nearest
     ) -> list[dict[str, Any]]:
-        """The pairs of a synthetic and a training image that are nearest, by pixels.
+        """The pairs of a synthetic and a training image that are nearest.
 
         Beside each is how far the training images of its class are from their own
         nearest, the least and the median.
+
+        Args:
+          found: the set.
+          columns: of its images.
+          space: what follows the names of the columns; "": by pixels.
+          among: the nearest other training image of each, in the same space.
         """
         rows = []
         real, labels = self.train.images, self.train.images.labels
-        different = self._among.different
-        for i in np.argsort(columns["train_distance"], kind="stable")[:_CLOSEST]:
+        different = among.different
+        nearest, distance = columns[f"train{space}"], columns[f"train_distance{space}"]
+        for i in np.argsort(distance, kind="stable")[:_CLOSEST]:
             label = int(columns["label"][i])
             mine = different[(labels == label) & np.isfinite(different)]
             rows.append(
                 {
                     "image": found.images.names[i],
                     "label": label,
-                    "train": real.names[columns["train"][i]],
-                    "distance": float(columns["train_distance"][i]),
+                    "train": real.names[nearest[i]],
+                    "distance": float(distance[i]),
                     "class_least": float(mine.min()) if len(mine) else None,
                     "class_median": float(np.median(mine)) if len(mine) else None,
                 }
