@@ -392,7 +392,7 @@ def _filters(
 def _caveats(seeds: int, workdir: epath.Path) -> dict[str, Any]:
     """`caveats`, sentences by what they limit, and `notes`, all of them."""
     caveats = {
-        "accuracy": _of_one_split(seeds),
+        "accuracy": _of_test_images(workdir / "caption") + _of_one_split(seeds),
         "copies": [_BY_PIXELS],
         "data": _cut_captions(workdir / "encode") + _of_data(workdir / "caption"),
     }
@@ -406,27 +406,36 @@ def _cut_captions(encode: epath.Path) -> list[str]:
     return [f"{captions.counted(cut, kept)}." for kept in cut if cut[kept]]
 
 
-def _of_data(caption: epath.Path) -> list[str]:
-    """Returns caveats about the data, as sentences."""
+def _of_test_images(caption: epath.Path) -> list[str]:
+    """Returns what was trained on images that are in test too, as sentences."""
+    if files.read_json(caption / "dataset.json")["duplicates"] != "keep":
+        return []
     rows = files.read_jsonl(caption / "duplicates.jsonl")
     copies = sum("pool" not in row for row in rows)
-    pool = len(rows) - copies
-    kept = files.read_json(caption / "dataset.json")["duplicates"] == "keep"
-    bad = len(files.read_jsonl(caption / "bad_images.jsonl"))
     notes = []
-    if copies and kept:
+    if copies:
         notes.append(
             f"{copies} training images are in test as well: every accuracy is too high "
             "(config.data.duplicates=remove takes them out of train)."
         )
-    elif copies:
-        notes.append(f"{copies} images that are also in test were removed from train.")
-    if pool and kept:
+    if pool := len(rows) - copies:
         notes.append(
             f"{pool} images of the base model's pool are in test as well: it has seen "
             "them (config.data.duplicates=remove takes them out of the pool)."
         )
-    if bad:
+    return notes
+
+
+def _of_data(caption: epath.Path) -> list[str]:
+    """Returns which images were left out, as sentences."""
+    notes = []
+    if files.read_json(caption / "dataset.json")["duplicates"] != "keep":
+        rows = files.read_jsonl(caption / "duplicates.jsonl")
+        if copies := sum("pool" not in row for row in rows):
+            notes.append(
+                f"{copies} images that are also in test were removed from train."
+            )
+    if bad := len(files.read_jsonl(caption / "bad_images.jsonl")):
         notes.append(f"{bad} images could not be used and were left out.")
     return notes
 

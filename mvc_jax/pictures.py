@@ -111,6 +111,8 @@ def grid(
 def line_plot_svg(
     lines: Sequence[Sequence[tuple[int, float]]],
     *,
+    x_title: str,
+    y_title: str,
     salt: str,
     line_colour: str,
     text_colour: str,
@@ -122,6 +124,8 @@ def line_plot_svg(
 
     Args:
       lines: points of each line.
+      x_title: what x is, with its unit.
+      y_title: the same of y.
       salt: makes the ids in the element unique within the page.
       line_colour: as CSS, such as `var(--accent)`.
       text_colour: the same.
@@ -142,7 +146,7 @@ def line_plot_svg(
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the user's matplotlibrc has no effect
         matplotlib.rcParams.update(settings)
-        drawing = figure.Figure(figsize=(3.2, 1.7), layout="constrained")
+        drawing = figure.Figure(figsize=(3.4, 2.0), layout="constrained")
         axes = drawing.subplots()
         for points in lines:
             x, y = zip(*points, strict=True) if points else ((), ())
@@ -157,6 +161,8 @@ def line_plot_svg(
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="y", color=axis, linewidth=0.6)
         axes.tick_params(colors=text, length=0)
+        axes.set_xlabel(x_title, color=text)
+        axes.set_ylabel(y_title, color=text)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)

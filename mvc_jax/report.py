@@ -1,11 +1,14 @@
-"""The artifacts of a run -> an HTML page and a picture.
+"""The artifacts of a run -> an HTML page, a text and a picture.
 
-Reads: the artifacts of its input stages, and `metrics.jsonl` and `timings.json` of the
-workdir. Writes: `report.html`, which needs no network (to mail or archive), and
-`grid.png`. Nothing is computed here that `evaluate` has not written.
+Reads: the artifacts of its input stages, and `metrics.jsonl`, `timings.json` and
+`finetune/samples/` of the workdir. Writes: `report.html`, which needs no network (to
+mail or archive), `report.md`, its facts as text, and `grid.png`. Nothing is computed
+here that `evaluate` has not written.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from absl import logging
 from etils import epath, epy
@@ -19,16 +22,20 @@ with epy.lazy_imports():
     from mvc_jax import pictures
     from mvc_jax.reporting import (
         accuracy,
+        album,
+        cost,
         figures,
         image_metrics,
         image_rows,
-        loss_curves,
+        likeness,
         page,
         records,
         run_images,
+        training_pictures,
     )
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
+_ARTIFACTS = ("report.html", "report.md", "grid.png")
 _PICTURE_BYTES = 150_000
 
 
@@ -48,46 +55,106 @@ def stage_spec(config: ConfigDict) -> Spec:
         "data": config.data.to_dict(),
         "report": config.report.to_dict(),
     }
-    return Spec(
-        "report", settings, inputs=_INPUTS, restores=("report.html", "grid.png")
-    )
+    return Spec("report", settings, inputs=_INPUTS, restores=_ARTIFACTS)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes the page and the picture."""
+    """Writes the page, the text and the picture."""
     workdir = epath.Path(workdir)
     stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
     metrics = files.read_json(workdir / "evaluate" / "metrics.json")
-    scale = config.report.grid_scale
     images = run_images.read(workdir, metrics["class_names"])
-    grid = image_rows.grid(images, config.report.grid_columns)
-    compared = image_rows.comparison(images)
-    images.read_pixels(cell for row in grid + compared for cell in row["cells"])
-    text = page.render(
-        page.TEMPLATES / "report.html.j2",
-        {"data_uri": lambda image: pictures.data_uri(image, scale)},
-        scale=scale,
-        title=config.report.title,
-        data=config.data.to_dict(),
-        metrics=metrics,
-        titles={run["name"]: run["title"] for run in metrics["runs"]},
-        image_metrics=image_metrics.table(metrics.get("images")),
-        confusion=accuracy.confusion(metrics),
-        grid=grid,
-        compared=compared,
-        set_names=list(images.sets),
-        captions=image_rows.captions(images),
-        splits=records.splits(workdir, images.captions),
-        curves=loss_curves.plots(workdir),
-        figures=figures.read(workdir / "generate"),
-        config=config.to_dict(),
-        timings=records.timings(workdir),
-        manifests=records.manifests(workdir),
-    )
-    files.write_text(stage.folder / "report.html", text)
-    picture = pictures.grid_png(grid, scale, max_bytes=_PICTURE_BYTES)
+    values = _measured(metrics, workdir)
+    values |= _pictures(metrics, images, workdir, config.report.grid_columns)
+    values |= {
+        "title": config.report.title,
+        "scale": config.report.grid_scale,
+        "data": config.data.to_dict(),
+        "config": config.to_dict(),
+        "settings": records.settings(config.to_dict()),
+        "splits": records.splits(workdir, images.captions),
+    }
+    values["contents"] = _contents(values)
+    for name in ("report.html", "report.md"):
+        text = page.render(page.TEMPLATES / f"{name}.j2", **values)
+        files.write_text(stage.folder / name, text)
+    grid = values["grid"]
+    picture = pictures.grid_png(grid, values["scale"], max_bytes=_PICTURE_BYTES)
     files.write_bytes(stage.folder / "grid.png", picture)
     logging.info("the report is %s", stage.folder / "report.html")
-    stage.finish(["report.html", "grid.png"], classes=len(grid))
+    stage.finish([*_ARTIFACTS], classes=len(grid))
+
+
+def _measured(metrics: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
+    """What sections show that is numbers and plots."""
+    manifests = records.manifests(workdir)
+    questions = metrics["questions"]
+    return {
+        "metrics": metrics,
+        "titles": {run["name"]: run["title"] for run in metrics["runs"]},
+        "asked": questions if metrics.get("headline") else questions[1:],
+        "accuracy": accuracy.table(metrics),
+        "by_class": accuracy.by_class(metrics),
+        "image_metrics": image_metrics.table(metrics.get("images")),
+        "data_caveats": accuracy.caveats(metrics, "data"),
+        "curves": training_pictures.curves(workdir),
+        "cost": cost.table(workdir, manifests),
+        "versions": records.versions(manifests),
+    }
+
+
+def _pictures(
+    metrics: dict[str, Any],
+    images: run_images.RunImages,
+    workdir: epath.Path,
+    columns: int,
+) -> dict[str, Any]:
+    """What sections show that is images; each is in `album` once."""
+    shown = {
+        "grid": image_rows.grid(images, columns),
+        "compared": image_rows.comparison(images),
+        "captions": image_rows.captions(images),
+        "copies": likeness.copies(metrics, images),
+        "other_class": likeness.other_class(metrics, images),
+    }
+    cells = list(run_images.cells_in(shown))
+    images.read_pixels(cells)
+    likeness.flag(cells, workdir / "evaluate", images)
+    stored = album.Album()
+    for cell in cells:
+        if cell["image"] is not None:
+            cell["picture"] = stored.add(cell["image"])
+    any_flag = any("flag" in cell for row in shown["grid"] for cell in row["cells"])
+    return {
+        **shown,
+        "album": stored,
+        "any_flag": any_flag,
+        "set_names": list(images.sets),
+        "figures": figures.read(workdir / "generate"),
+        "samples": training_pictures.samples(workdir),
+    }
+
+
+def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """The sections of the page that have something to show: name, heading."""
+    metrics = values["metrics"]
+    sections = {
+        "questions": ("Questions", values["asked"]),
+        "accuracy": ("Accuracy", True),
+        "classes": ("Classes", True),
+        "images": ("Images of every class", True),
+        "mixing": ("Is it the mixing?", True),
+        "copies": ("Copies", values["copies"]),
+        "labels": ("Another class", values["other_class"]),
+        "figures": ("Ablation", values["figures"]),
+        "metrics": ("Image metrics", values["image_metrics"]),
+        "sets": ("Synthetic sets", metrics["sets"]),
+        "captions": ("Captions", values["captions"]),
+        "training": ("Training", values["curves"] or values["samples"]),
+        "cost": ("Time and memory", values["cost"]),
+        "data": ("Data", True),
+        "settings": ("Settings", True),
+    }
+    return [(name, heading) for name, (heading, shown) in sections.items() if shown]

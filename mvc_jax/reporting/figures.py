@@ -1,6 +1,7 @@
 """Figures that `generate` has drawn."""
 
 import io
+from typing import Any
 
 from etils import epath
 from PIL import Image
@@ -14,7 +15,7 @@ _FIGURES = {
 _SIZE = 1400  # pixels
 
 
-def read(folder: epath.Path) -> list[dict]:
+def read(folder: epath.Path) -> list[dict[str, Any]]:
     """Reads the figures that `generate` has drawn, with their titles."""
     figures = []
     for name, title in _FIGURES.items():
@@ -22,5 +23,5 @@ def read(folder: epath.Path) -> list[dict]:
             image = Image.open(io.BytesIO((folder / name).read_bytes())).convert("RGB")
             image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
             uri = pictures.data_uri(image.quantize(256), _SIZE)
-            figures.append({"title": title, "uri": uri})
+            figures.append({"title": title, "uri": uri, "size": image.size})
     return figures

@@ -1,7 +1,10 @@
 """Numbers as pages and texts show them, with a minus sign and without noise."""
 
 import json
+import re
 from typing import Any
+
+import markupsafe
 
 NONE = "–"
 
@@ -21,6 +24,12 @@ def points(value: Any) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
+def tick(value: int | float) -> str:
+    """A label of an axis of differences, in percentage points."""
+    text = f"{round(100 * value, 1):+g}"
+    return "0" if text in ("+0", "-0") else text.replace("-", "−")
+
+
 def number(value: Any) -> str:
     """Any value of a table: counts in full, measures with four digits."""
     if value is None:
@@ -34,15 +43,15 @@ def number(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    if seconds < 0.1:
-        return f"{1000 * seconds:.2g} ms"
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+def distance(value: int | float | None) -> str:
+    """A distance with three digits."""
+    return NONE if value is None else f"{value:.3g}"
+
+
+def prose(text: str) -> markupsafe.Markup:
+    """A sentence in HTML, where `code` is between backticks."""
+    escaped = str(markupsafe.escape(text))
+    return markupsafe.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escaped))
 
 
 def spaced(name: str) -> str:
@@ -50,4 +59,18 @@ def spaced(name: str) -> str:
     return name.replace("_", " ")
 
 
-FILTERS = {each.__name__: each for each in (percent, points, number, duration, spaced)}
+def line(text: str) -> str:
+    """A text in one line of Markdown that means no markup."""
+    one = " ".join(str(text).split())
+    return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", one)
+
+
+def cell(text: str) -> str:
+    """A text in a cell of a table in Markdown."""
+    return line(text).replace("|", "\\|")
+
+
+FILTERS = {
+    each.__name__: each
+    for each in (percent, points, tick, number, distance, prose, spaced, line, cell)
+}

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-_SPACES = {"pixels": "pixels", "clip": "CLIP", "dinov2": "DINOv2"}
+from mvc_jax.reporting.likeness import SPACES
+
 _METRICS = {  # key -> (title, one sentence); `{}` is the space
     "kid": (
         "KID, {}",
@@ -85,7 +86,7 @@ def table(images: dict[str, Any] | None) -> dict[str, Any] | None:
     """Rows and columns of what `evaluate` measured of images; None: an older run."""
     if images is None:
         return None
-    space = _SPACES.get(images["features"], images["features"])
+    space = SPACES.get(images["features"], images["features"])
     sets = images["sets"]
     rows = [
         {

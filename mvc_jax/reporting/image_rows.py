@@ -55,15 +55,11 @@ def comparison(images: RunImages) -> list[dict]:
         for name, rows in images.sets.items():
             heading = row["mode"] if name == "mixed" else name
             cells.append(images.cell(name, rows[row["index"]], heading))
-        captions = (
-            images.captions.get(id_, {}).get("caption") for id_ in row["partners"]
-        )
         compared.append(
             {
                 "name": images.class_names[label],
-                "prompt": row["prompt"],
                 "mixed": images.mixed(row),
-                "partner_captions": [caption for caption in captions if caption],
+                "words": images.words(row),
                 "cells": cells,
             }
         )

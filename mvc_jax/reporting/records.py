@@ -1,4 +1,4 @@
-"""What stages recorded of themselves: manifests, times, splits."""
+"""What stages recorded of themselves, and of the data."""
 
 from typing import Any
 
@@ -25,12 +25,21 @@ def manifests(workdir: epath.Path) -> dict[str, dict]:
     }
 
 
-def timings(workdir: epath.Path) -> dict[str, dict[str, float]]:
-    """Reads the times of stages, without those of a damaged file."""
-    names = ("seconds", "compile_seconds", "peak_rss_mib")
-    return {
-        stage: row
-        for stage, row in files.read_record(workdir / "timings.json").items()
-        if isinstance(row, dict)
-        and all(type(row.get(name)) in (int, float) for name in names)
-    }
+def versions(manifests: dict[str, dict]) -> dict[str, dict[str, list[str]]]:
+    """Package -> version -> the stages that used it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for stage, manifest in manifests.items():
+        for package, version in manifest["versions"].items():
+            found.setdefault(package, {}).setdefault(version, []).append(stage)
+    return found
+
+
+def settings(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The fields of a config with their dotted names, in order."""
+    found: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += settings(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import io
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -44,27 +46,50 @@ class RunImages:
         return {id_: i for i, id_ in enumerate(self.real.ids)}
 
     def real_cell(self, id_: str, label: int, heading: str) -> dict:
-        """A cell of a training image."""
-        caption = self.captions.get(id_, {}).get("caption", "")
+        """A cell of a training image, with what is known of it."""
+        caption = self.captions.get(id_, {}).get("caption")
         return {
             "heading": heading,
             "image": Image.fromarray(self.real.images[self.places[id_]]),
             "alt": f"{self.class_names[label]}, {heading} image",
-            "tooltip": f"{heading} image {id_}\ncaption: {caption}",
+            "facts": [("Training image", id_), ("Class", self.class_names[label])],
+            "words": [{"of": "Caption", "pieces": [(caption, False)]}]
+            if caption
+            else [],
         }
 
     def cell(self, set_name: str, row: dict, heading: str) -> dict:
         """A cell of a synthetic image; `read_pixels` adds the image."""
-        lines = [f"{heading} image {row['index']}", f"prompt: {row['prompt']}"]
+        facts = [
+            ("Image", f"{row['index']} of the set {set_name}"),
+            ("Class", self.class_names[row["label"]]),
+            ("Source", row["source"]),
+        ]
         if set_name == "mixed":
-            lines.append(f"mixed in: {self.mixed(row)}")
+            facts += [("Mixed in", self.mixed(row)), ("Mode", row["mode"])]
+        recipe = self.recipes.get(row["index"], {})
+        if "noise_seed" in recipe:
+            facts.append(("Noise seed", str(recipe["noise_seed"])))
+        if row["prompt"]:
+            facts.append(("Prompt", row["prompt"]))
         return {
             "heading": heading,
             "set": set_name,
             "index": row["index"],
             "alt": f"{self.class_names[row['label']]}, {heading} image",
-            "tooltip": "\n".join(lines),
+            "facts": facts,
+            "words": self.words(row) if set_name == "mixed" else [],
         }
+
+    def words(self, row: dict) -> list[dict]:
+        """The captions that were mixed, in pieces of which some are marked."""
+        found = []
+        for n, id_ in enumerate((row["source"], *row["partners"])):
+            caption = self.captions.get(id_, {}).get("caption")
+            if caption:
+                of = "Source’s caption" if n == 0 else "Partner’s caption"
+                found.append({"of": of, "pieces": [(caption, False)]})
+        return found
 
     def mixed(self, row: dict) -> str:
         """Describes the mixing: `token positions 1, 4 and text dims 7 from a.png`."""
@@ -92,6 +117,30 @@ class RunImages:
             for cell in mine:
                 image = Image.open(io.BytesIO(pixels[cell["index"]]))
                 cell["image"] = image.convert("RGB")
+
+
+def cells_in(value: Any) -> Iterator[dict]:
+    """All cells in what sections show: dicts with an `image`, or a `set` to read it."""
+    if isinstance(value, dict):
+        if "image" in value and "heading" in value or "set" in value:
+            yield value
+        else:
+            value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from cells_in(each)
+
+
+def marked(text: str, ranges: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
+    """Cuts a text into pieces: (piece, whether it is in one of the ranges).
+
+    Args:
+      text: to cut.
+      ranges: [start, stop) of characters, which may touch and overlap.
+    """
+    flags = [any(start <= i < stop for start, stop in ranges) for i in range(len(text))]
+    pieces = itertools.groupby(zip(text, flags, strict=True), key=lambda pair: pair[1])
+    return [("".join(x for x, _ in piece), flag) for flag, piece in pieces]
 
 
 def read(workdir: epath.Path, class_names: list[str]) -> RunImages:
