@@ -121,6 +121,7 @@ def _pictures(
     }
     cells = list(run_images.cells_in(shown))
     images.read_pixels(cells)
+    images.read_words(cells)
     likeness.flag(cells, workdir / "evaluate", images)
     stored = album.Album()
     for cell in cells:

@@ -59,7 +59,7 @@ def comparison(images: RunImages) -> list[dict]:
             {
                 "name": images.class_names[label],
                 "mixed": images.mixed(row),
-                "words": images.words(row),
+                "mixed_cell": next(x for x in cells if x.get("set") == "mixed"),
                 "cells": cells,
             }
         )

@@ -13,10 +13,13 @@ from etils import epath
 from PIL import Image
 
 from mvc_jax import files
-from mvc_jax.data import splits
+from mvc_jax.data import shards, splits
+from mvc_jax.mixing import marked_words
 
 SETS = ("unmixed", "mixed", "pretrained")  # first columns; other sets follow
 _PROVENANCE = ["index", "label", "source", "partners", "mode", "prompt"]
+_RECIPE = {"source", "partners", "mode", "noise_seed", "positions", "donors"}
+_RECIPE |= {"dims", "dim_donors", "dim_tokens"}
 _MAX_NUMBERS = 12  # positions or dims shown of a recipe
 
 
@@ -26,6 +29,7 @@ class RunImages:
 
     Attributes:
       generate: folder of the synthetic sets.
+      encode: folder of the prompts.
       class_names: K strings indexed by label.
       real: the training images.
       captions: rows of `captions.jsonl` by image id.
@@ -34,6 +38,7 @@ class RunImages:
     """
 
     generate: epath.Path
+    encode: epath.Path
     class_names: list[str]
     real: splits.Split
     captions: dict[str, dict]
@@ -66,11 +71,11 @@ class RunImages:
             ("Source", row["source"]),
         ]
         if set_name == "mixed":
-            facts += [("Mixed in", self.mixed(row)), ("Mode", row["mode"])]
+            facts += [("Mode", row["mode"]), ("Mixed in", self.mixed(row))]
         recipe = self.recipes.get(row["index"], {})
         if "noise_seed" in recipe:
             facts.append(("Noise seed", str(recipe["noise_seed"])))
-        if row["prompt"]:
+        if row["prompt"] and set_name != "mixed":
             facts.append(("Prompt", row["prompt"]))
         return {
             "heading": heading,
@@ -78,18 +83,45 @@ class RunImages:
             "index": row["index"],
             "alt": f"{self.class_names[row['label']]}, {heading} image",
             "facts": facts,
-            "words": self.words(row) if set_name == "mixed" else [],
+            "words": [],
         }
 
-    def words(self, row: dict) -> list[dict]:
-        """The captions that were mixed, in pieces of which some are marked."""
-        found = []
-        for n, id_ in enumerate((row["source"], *row["partners"])):
-            caption = self.captions.get(id_, {}).get("caption")
-            if caption:
-                of = "Source’s caption" if n == 0 else "Partner’s caption"
-                found.append({"of": of, "pieces": [(caption, False)]})
-        return found
+    def read_words(self, cells: Iterable[dict]) -> None:
+        """Reads what was mixed in the images of `cells` into them, as `words`.
+
+        Prompts in pieces of which some are marked; in a run whose prompts are not
+        there, captions.
+        """
+        mixed = [cell for cell in cells if cell.get("set") == "mixed"]
+        rows = [self.recipes.get(cell["index"], {}) for cell in mixed]
+        ids = {id_ for row in rows for id_ in (row.get("source"), *_partners(row))}
+        encode, prompts, shape = self.encode, {}, (0, 0)
+        if (encode / "prompts.jsonl").exists():
+            prompts = marked_words.read_prompts(encode, ids)
+            _, *shape = shards.Shards(encode / "text_states").shape
+        for cell, row in zip(mixed, rows, strict=True):
+            cell["words"] = self._captions(row)
+            if row.keys() >= _RECIPE and prompts.keys() >= {row["source"]}:
+                made = marked_words.provenance(
+                    row, prompts, length=shape[0], width=shape[1]
+                )
+                cell["words"] = [
+                    {"of": of, "pieces": marked(each["caption"], each["marked"])}
+                    for of, each in zip(
+                        _roles(row, "prompt"), made["words"], strict=False
+                    )
+                ]
+                cell["facts"].insert(-1, ("In words", " ".join(made["mixed"])))
+
+    def _captions(self, row: dict) -> list[dict]:
+        """The captions of source and partners, without marks."""
+        ids = [row["source"], *_partners(row)] if row else []
+        captions = [self.captions.get(id_, {}).get("caption") for id_ in ids]
+        return [
+            {"of": of, "pieces": [(caption, False)]}
+            for of, caption in zip(_roles(row, "caption"), captions, strict=False)
+            if caption
+        ]
 
     def mixed(self, row: dict) -> str:
         """Describes the mixing: `token positions 1, 4 and text dims 7 from a.png`."""
@@ -117,6 +149,22 @@ class RunImages:
             for cell in mine:
                 image = Image.open(io.BytesIO(pixels[cell["index"]]))
                 cell["image"] = image.convert("RGB")
+
+
+def _partners(row: dict) -> list[str]:
+    return row.get("partners", [])
+
+
+def _roles(row: dict, what: str) -> list[str]:
+    """What the source's and the partners' texts are called."""
+    partners = _partners(row)
+    numbers = range(1, len(partners) + 1)
+    if len(partners) == 1:
+        return [f"Source’s {what}", f"Partner’s {what}"]
+    return [
+        f"Source’s {what}",
+        *(f"{what} of partner {n}".capitalize() for n in numbers),
+    ]
 
 
 def cells_in(value: Any) -> Iterator[dict]:
@@ -154,6 +202,7 @@ def read(workdir: epath.Path, class_names: list[str]) -> RunImages:
         sets[name] = {row["index"]: row for row in rows}
     return RunImages(
         generate=workdir / "generate",
+        encode=workdir / "encode",
         class_names=class_names,
         real=splits.read_split(workdir / "caption", "train"),
         captions={row["id"]: row for row in captions},
