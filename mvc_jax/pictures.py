@@ -30,9 +30,9 @@ class Row(TypedDict):
 
 
 def png(image: Image.Image) -> bytes:
-    """Encodes an image as PNG."""
+    """Encodes an image as PNG, of up to 4 million pixels as small as it gets."""
     buffer = io.BytesIO()
-    image.save(buffer, "png", optimize=True)
+    image.save(buffer, "png", optimize=image.width * image.height <= 4_000_000)
     return buffer.getvalue()
 
 
@@ -98,14 +98,18 @@ def grid(
                 above = (x + cell_left + tile / 2, top - 2 * gap)
                 draw.text(above, heading, "#666666", heading_font, anchor="ms")
             if cell["image"] is not None:
-                shrinks = cell["image"].width > tile
-                method = (
-                    Image.Resampling.LANCZOS if shrinks else Image.Resampling.NEAREST
-                )
-                image.paste(
-                    cell["image"].resize((tile, tile), method), (x + cell_left, y)
-                )
+                fitted = _fitted(cell["image"], tile)
+                middle = x + cell_left + (tile - fitted.width) // 2
+                image.paste(fitted, (middle, y + (tile - fitted.height) // 2))
     return image
+
+
+def _fitted(image: Image.Image, tile: int) -> Image.Image:
+    """An image whose longer side is `tile`; a small one shows its pixels."""
+    scale = tile / max(image.size)
+    method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    width, height = (max(round(scale * x), 1) for x in image.size)
+    return image.resize((width, height), method)
 
 
 def line_plot_svg(
