@@ -118,6 +118,7 @@ def _pictures(
         "captions": image_rows.captions(images),
         "copies": likeness.copies(metrics, images),
         "other_class": likeness.other_class(metrics, images),
+        "figures": figures.read(images),
     }
     cells = list(run_images.cells_in(shown))
     images.read_pixels(cells)
@@ -133,7 +134,6 @@ def _pictures(
         "album": stored,
         "any_flag": any_flag,
         "set_names": list(images.sets),
-        "figures": figures.read(workdir / "generate"),
         "samples": training_pictures.samples(workdir),
     }
 
@@ -149,7 +149,7 @@ def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
         "mixing": ("Is it the mixing?", True),
         "copies": ("Copies", values["copies"]),
         "labels": ("Another class", values["other_class"]),
-        "figures": ("Ablation", values["figures"]),
+        "figures": ("Figures", values["figures"]),
         "metrics": ("Image metrics", values["image_metrics"]),
         "sets": ("Synthetic sets", metrics["sets"]),
         "captions": ("Captions", values["captions"]),

@@ -305,7 +305,11 @@ def _append(rows: Sequence[Row], column: Sequence[Cell]) -> None:
 
 
 def _sources(by_source: Collection[str], train: Split, count: int) -> list[int]:
-    """Rows of up to `count` images that have a recipe; classes take turns."""
+    """Rows of up to `count` images that have a recipe, by class.
+
+    Classes take turns, so that all have as many.
+    """
     rows = np.flatnonzero([id_ in by_source for id_ in train.ids])
     pairs = np.stack([rows, rows], axis=1)
-    return pairs_of_all_classes(pairs, train.labels, count)[:, 0].tolist()
+    chosen = pairs_of_all_classes(pairs, train.labels, count)[:, 0].tolist()
+    return sorted(chosen, key=lambda row: (train.labels[row], row))

@@ -90,10 +90,10 @@ class RunImages:
         """Reads what was mixed in the images of `cells` into them, as `words`.
 
         Prompts in pieces of which some are marked; in a run whose prompts are not
-        there, captions.
+        there, captions. A cell has its `recipe`, or is one of the set `mixed`.
         """
-        mixed = [cell for cell in cells if cell.get("set") == "mixed"]
-        rows = [self.recipes.get(cell["index"], {}) for cell in mixed]
+        mixed = [x for x in cells if x.get("set") == "mixed" or "recipe" in x]
+        rows = [x.get("recipe") or self.recipes.get(x["index"], {}) for x in mixed]
         ids = {id_ for row in rows for id_ in (row.get("source"), *_partners(row))}
         encode, prompts, shape = self.encode, {}, (0, 0)
         if (encode / "prompts.jsonl").exists():
@@ -111,7 +111,8 @@ class RunImages:
                         _roles(row, "prompt"), made["words"], strict=False
                     )
                 ]
-                cell["facts"].insert(-1, ("In words", " ".join(made["mixed"])))
+                if made["mixed"]:
+                    cell["facts"].insert(-1, ("In words", " ".join(made["mixed"])))
 
     def _captions(self, row: dict) -> list[dict]:
         """The captions of source and partners, without marks."""
