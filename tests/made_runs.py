@@ -114,6 +114,84 @@ def make_metrics() -> dict:
     }  # fmt: skip
 
 
+def measured(names: list[str], classes: int, *, seeds: int = 2) -> dict:
+    """Metrics as `evaluate` writes them now, of a run with these class names.
+
+    Args:
+      names: K of them.
+      classes: how many of them have images, from the first on.
+      seeds: of the classifiers; with one, differences have no intervals.
+    """
+    rng, count = np.random.default_rng(0), len(names)
+    ends = (-0.05, 0.09) if seeds > 1 else (None, None)
+    spread = dict(zip(("low", "high"), ends, strict=True))
+    metrics = make_metrics() | {"class_names": names, "seeds": seeds}
+    for run in metrics["runs"]:
+        confusion = rng.multinomial(60, np.eye(count) * 0.6 + 0.4 / count)
+        run["confusion_counts"] = [
+            {str(k): int(n) for k, n in enumerate(row) if n} for row in confusion
+        ]
+        run["per_class"] = (np.diag(confusion) / 60).tolist()
+        run["accuracy"]["per_seed"] = run["accuracy"]["per_seed"][:seeds]
+        run["calibration_error"] = 0.1
+        run["difference_by_class"] = None
+        if run["difference"]:
+            run["difference"] |= spread
+            means = rng.uniform(-0.1, 0.1, count).tolist()
+            run["difference_by_class"] = [
+                {"images": 30, "mean": x, **spread} for x in means
+            ]
+    sets = {x: _measured_set(names, classes, x) for x in ("test", "unmixed", "mixed")}
+    metrics["headline"] = [{"question": "Which is best?", "sentence": "Real only."}]
+    metrics["caveats"] = {
+        "accuracy": [f"Of one split: see `mvc-jax repeat` {EVIL}."],
+        "copies": ["By pixels."],
+        "data": ["Two images were left out."],
+    }
+    metrics["images"] = {
+        "features": "pixels",
+        "dims": 192,
+        "train_images": 2 * classes,
+        "copy_distance": 0.0517,
+        "sets": sets,
+        "notes": ["Few images."],
+    }
+    return metrics
+
+
+def _measured_set(names: list[str], classes: int, name: str) -> dict:
+    """Of images that `make_workdir` makes: four of each class, by its first image."""
+    digits = Digits().labels
+    train = [f"digits/{np.flatnonzero(digits == k)[0]:04d}" for k in range(classes)]
+    closest = [
+        {"image": 4 * k, "label": k, "train": train[k], "distance": 0.0413 + 0.02 * k}
+        | {"class_least": 0.0617, "class_median": 0.0718}
+        for k in range(classes)
+    ]
+    certain = [
+        {"image": 4 * k + 1, "label": k, "predicted": (k + 1) % classes, "votes": 5}
+        | {"ratio": 0.8, "nearest": {"train": train[(k + 1) % classes]}}
+        | {"own": {"train": train[k], "distance": 0.219}}
+        for k in range(classes)
+    ]
+    for row in certain:
+        row["nearest"]["distance"] = 0.173
+    counts = {"images": 4, "nearest": 1, "test_images": 7, "test_nearest": 1}
+    rule = {"images": 40, "count": 9, "fraction": 0.225, "effective": 11.0}
+    rule |= {"test": {"images": 70, "count": 10, "fraction": 0.143}}
+    rule |= {"difference": 0.082, "low": -0.03, "high": 0.2}
+    classes_ = [{"name": x, "images": 4, "kid": 0.1} for x in names]
+    found = {"images": 40, "kid": 0.01, "classes": classes_, "closest": closest}
+    found |= {"copies": 3, "leaks": 1} if name != "test" else {}
+    found["other_class"] = {
+        "neighbours": 5,
+        "rules": {"nearest": rule},
+        "classes": [counts] * len(names),
+        "most_certain": certain,
+    }
+    return found
+
+
 def finish(workdir, stage: str, artifacts: list[str], **counts: int) -> None:
     open_stage(workdir, Spec(stage, {})).finish(artifacts, **counts)
 
@@ -123,6 +201,7 @@ def make_workdir(
     *,
     made=("mixed", "unmixed", "pretrained"),
     modes=("coarse", "fine"),
+    classes=10,
     **changes,
 ):
     """Writes a run finished up to `evaluate`; `changes` replace metrics."""
@@ -130,7 +209,7 @@ def make_workdir(
     labels = source.labels
     ids = {
         k: [f"digits/{i:04d}" for i in np.flatnonzero(labels == k)[:4]]
-        for k in range(10)
+        for k in range(classes)
     }
     parts = {"pool": slice(2, 3), "train": slice(0, 2), "test": slice(3, 4)}
     split = {n: [i for k in ids for i in ids[k][part]] for n, part in parts.items()}

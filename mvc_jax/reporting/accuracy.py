@@ -21,7 +21,7 @@ def table(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       `axis` of the differences; `against`, the name of the reference that most rows
-      have; `interval`, its name; `caveats`, sentences; `least_steps`.
+      have; `interval`, its name; `has_intervals`; `caveats`, sentences; `least_steps`.
     """
     found = [run["difference"] for run in metrics["runs"] if run["difference"]]
     names = [each["against"] for each in found]
@@ -30,6 +30,7 @@ def table(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "axis": interval_axis.axis(found),
         "against": max(dict.fromkeys(names), key=names.count, default=""),
         "interval": f"{100 * confidence:g}% interval" if confidence else "interval",
+        "has_intervals": any(each["low"] is not None for each in found),
         "caveats": caveats(metrics, "accuracy"),
         "least_steps": metrics.get("least_steps", metrics["steps"]),
     }
