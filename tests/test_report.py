@@ -1,5 +1,6 @@
 """The report: contents of the page, escaping, and missing inputs."""
 
+import itertools
 import os
 import re
 import shutil
@@ -8,7 +9,17 @@ import sys
 
 import numpy as np
 import pytest
-from made_runs import EVIL, Page, make_config, make_metrics, make_workdir, pixels
+from made_runs import (
+    EVIL,
+    NAMES,
+    Page,
+    make_config,
+    make_metrics,
+    make_workdir,
+    measured,
+    pixels,
+    pixels_of,
+)
 from PIL import Image
 
 from mvc_jax import files, pictures, report
@@ -30,6 +41,15 @@ def page(finished):
     return Page(finished / "report" / "report.html")
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The page of a run whose metrics are those of now, and its text."""
+    names = [*NAMES[:3], f"three {EVIL} | *x*", *NAMES[4:]]
+    workdir = make_workdir(tmp_path_factory.mktemp("full"), **measured(names, 10))
+    page = run_page(workdir)
+    return page, (workdir / "report" / "report.md").read_text()
+
+
 def run_page(workdir) -> Page:
     report.run(make_config(), workdir)
     return Page(workdir / "report" / "report.html")
@@ -43,6 +63,103 @@ def test_the_page_loads_nothing_from_the_network(page):
     assert not re.search(r"https?:|@import|url\((?!#)", page.source)
     policy = [a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a]
     assert policy[0].startswith("default-src 'none'")
+
+
+def test_every_picture_is_whole_and_every_reference_has_its_element(page, full):
+    for each in (page, full[0]):
+        assert len(each.drawings) > 40
+        assert all(pixels_of(uri).size for uri in {uri for _, uri in each.drawings})
+        assert all(alt for alt, _ in each.drawings)
+        ids = [a["id"] for _, a in each.tags if "id" in a]
+        assert len(ids) == len({*ids})
+        to = [a[k] for _, a in each.tags for k in ("href", "for") if k in a]
+        to += [a["aria-labelledby"] for _, a in each.tags if "aria-labelledby" in a]
+        fragments = {x.removeprefix("#") for x in to if not x.startswith("data:")}
+        assert fragments <= {*ids}
+        stored = [a["href"] for tag, a in each.tags if tag == "image"]
+        assert len(stored) == len({*stored}) < len(each.drawings)
+
+
+def test_headings_are_in_order_and_sections_are_in_the_contents(full):
+    page, _ = full
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    linked = [a["href"][1:] for tag, a in page.tags if tag == "a"]
+    assert linked == [a["id"] for tag, a in page.tags if tag == "h2"]
+    assert linked[-1] == "settings" and len(linked) == 14
+
+
+def test_every_plot_has_titles_of_its_axes(full):
+    page, _ = full
+    axes = page.source.count('<td class="chart axis">')
+    assert page.source.count("difference, percentage points</text>") == axes == 4
+    plots = [a for _, a in page.tags if "Loss of" in a.get("aria-label", "")]
+    assert page.source.count(">optimiser step</text>") == len(plots) == 1
+    maps = page.source.count('<table class="map">')
+    assert page.source.count(">predicted class</th>") == maps == 3
+
+
+def test_caveats_are_beside_what_they_limit(full):
+    page, _ = full
+    found = re.findall(r'<p class="caveat">(.*?)</p>', page.source)
+    assert found[0].startswith("Of one split: see <code>mvc-jax repeat</code> &lt;scri")
+    before = {
+        each: re.findall(r'<h2 id="(\w+)"', page.source[: page.source.index(each)])
+        for each in found
+    }
+    assert before[found[0]] == []  # with the headline
+    names = [before[each][-1] for each in found[1:]]
+    assert names == ["copies", "metrics", "cost", "data"]
+
+
+def test_copies_and_images_of_another_class_are_beside_real_ones(full):
+    page, _ = full
+    text = " ".join(page.text.split())
+    assert "nearer than 0.0517 by pixels" in text
+    assert text.count("0.0413 apart: a copy") == 2  # in both sets
+    assert "0.0613 apart" in text and "0.0613 apart: a copy" not in text
+    assert "at least 0.0617, in the median 0.0718" in text
+    alts = [alt for alt, _ in page.drawings]
+    start = alts.index("zero, image 0 of unmixed")
+    assert alts[start : start + 2] == [
+        "zero, image 0 of unmixed",
+        "zero, training image",
+    ]
+    np.testing.assert_array_equal(
+        pixels_of(page.drawings[start][1]), pixels("unmixed", 0)
+    )
+    assert "9 of 40 22.5 14.3 +8.2 −3.0 to +20.0" in page.row("mixed 9")
+    start = alts.index("zero, image 1 of unmixed")
+    assert alts[start + 1 : start + 3] == [
+        "one, training image",
+        "zero, training image",
+    ]
+
+
+def test_the_text_has_the_facts_of_the_page(full):
+    _, text = full
+    for said in (
+        "**Which is best?** Real only.",
+        "| Real and synthetic | `combined` | 84.3 ± 1.2 | +3.1 | −5.0 to +9.0 |",
+        "| Does it help? | yes | Yes: it does. |",
+        "| mixed | 40 | 3 | 1 | 0, zero | digits/0000 | 0.0413 | pixels | 0.0617 |",
+        "| mixed | 9 of 40 | 22.5 | 14.3 | +8.2 | −3.0 to +20.0 |",
+        "| KID, pixels | 0.01 | 0.01 | 0.01 |",
+        "| finetune | 1,234.6 | 65.4 | 2,345 |",
+        "> Two images were left out.",
+        "> Of one split: see `mvc-jax repeat`",
+        "--config=config.json",
+        r"three \<script\>alert(1)\</script\> \| \*x\*",
+    ):
+        assert said in text, said
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    columns = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    assert all(
+        a == b
+        for a, b, row in zip(columns, columns[1:], rows[1:], strict=False)
+        if row.startswith("|--")
+    )
 
 
 def test_untrusted_text_is_escaped(page):

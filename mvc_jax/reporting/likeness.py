@@ -67,11 +67,16 @@ def _pairs(rows: Any, name: str, images: RunImages) -> list[dict]:
             {
                 **row,
                 "name": images.class_names[row["label"]],
-                "drawn": images.cell(name, drawn, f"image {row['image']}"),
+                "drawn": _drawn(images, name, drawn),
                 "real": images.real_cell(row["train"], label, "training"),
             }
         )
     return pairs[:_SHOWN]
+
+
+def _drawn(images: RunImages, name: str, row: Mapping[str, Any]) -> dict:
+    number = f"image {row['index']}"
+    return images.cell(name, row, number, f"{number} of {name}")
 
 
 def other_class(metrics: Mapping[str, Any], images: RunImages) -> dict[str, Any] | None:
@@ -125,11 +130,15 @@ def _clearest(rows: Any, name: str, images: RunImages) -> list[dict]:
         drawn = images.sets[name].get(row["image"])
         if drawn is None:
             continue
-        cells = [images.cell(name, drawn, f"image {row['image']}")]
+        cells = [_drawn(images, name, drawn)]
         for key, label in (("nearest", row["predicted"]), ("own", row["label"])):
             if row[key] and row[key]["train"] in images.places:
                 heading = f"real {images.class_names[label]}"
-                cells.append(images.real_cell(row[key]["train"], label, heading))
+                cells.append(
+                    images.real_cell(
+                        row[key]["train"], label, heading, "training image"
+                    )
+                )
         clearest.append(
             {
                 **row,

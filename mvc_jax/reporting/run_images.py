@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from mvc_jax import files
-from mvc_jax.data import shards, splits
+from mvc_jax.data import splits
 from mvc_jax.mixing import marked_words
 
 SETS = ("unmixed", "mixed", "pretrained")  # first columns; other sets follow
@@ -50,20 +50,20 @@ class RunImages:
         """Row of `real` by image id."""
         return {id_: i for i, id_ in enumerate(self.real.ids)}
 
-    def real_cell(self, id_: str, label: int, heading: str) -> dict:
+    def real_cell(self, id_: str, label: int, heading: str, alt: str = "") -> dict:
         """A cell of a training image, with what is known of it."""
         caption = self.captions.get(id_, {}).get("caption")
         return {
             "heading": heading,
             "image": Image.fromarray(self.real.images[self.places[id_]]),
-            "alt": f"{self.class_names[label]}, {heading} image",
+            "alt": f"{self.class_names[label]}, {alt or heading + ' image'}",
             "facts": [("Training image", id_), ("Class", self.class_names[label])],
             "words": [{"of": "Caption", "pieces": [(caption, False)]}]
             if caption
             else [],
         }
 
-    def cell(self, set_name: str, row: dict, heading: str) -> dict:
+    def cell(self, set_name: str, row: dict, heading: str, alt: str = "") -> dict:
         """A cell of a synthetic image; `read_pixels` adds the image."""
         facts = [
             ("Image", f"{row['index']} of the set {set_name}"),
@@ -81,7 +81,7 @@ class RunImages:
             "heading": heading,
             "set": set_name,
             "index": row["index"],
-            "alt": f"{self.class_names[row['label']]}, {heading} image",
+            "alt": f"{self.class_names[row['label']]}, {alt or heading + ' image'}",
             "facts": facts,
             "words": [],
         }
@@ -98,7 +98,8 @@ class RunImages:
         encode, prompts, shape = self.encode, {}, (0, 0)
         if (encode / "prompts.jsonl").exists():
             prompts = marked_words.read_prompts(encode, ids)
-            _, *shape = shards.Shards(encode / "text_states").shape
+            index = files.read_json(encode / "text_states" / "index.json")
+            shape = index["row_shape"]  # nothing else of the states is needed
         for cell, row in zip(mixed, rows, strict=True):
             cell["words"] = self._captions(row)
             if row.keys() >= _RECIPE and prompts.keys() >= {row["source"]}:
