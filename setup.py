@@ -91,9 +91,9 @@ setup(
     packages=[*find_packages(include=["mvc_jax", "mvc_jax.*"]), "mvc_jax.configs"],
     package_dir={"mvc_jax.configs": "configs"},
     package_data={
-        "mvc_jax": ["*.j2"],
         "mvc_jax.augment": ["*.csv"],
         "mvc_jax.command": ["*.j2"],
+        "mvc_jax.reporting": ["templates/*", "templates/sections/*"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

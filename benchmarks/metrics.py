@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mvc_jax.metrics import compare, distances  # noqa: E402
+from mvc_jax.metrics import compare, distances, other_class  # noqa: E402
 from mvc_jax.metrics.points import Points  # noqa: E402
 
 NAMES = ("kid", "cmmd", "frechet", "prdc", "vendi")
@@ -82,10 +82,12 @@ def everything(
 ) -> dict[str, float]:
     wanted = compare.Wanted(NAMES, neighbours=K)
     own = [compare.describe(Points(x), wanted) for x in (real, synthetic)]
-    found, nearest = compare.compare(*own, wanted)
+    labels = np.arange(len(synthetic)) % classes
+    search = other_class.LabelSearch(np.arange(len(real)) % classes, labels, K)
+    found, nearest = compare.compare(*own, wanted, also={"labels": search})
+    found["other_class"] = float((search.predictions().label != labels).mean())
     found["nearest"] = float(nearest.distance.mean())
     found["nearest_real"] = float(own[0].nearest.distance.mean())
-    labels = np.arange(len(synthetic)) % classes
     within = [
         distances.mean_pairwise(Points(synthetic[labels == label]))
         for label in range(classes)

@@ -457,7 +457,8 @@ _MIX = Section(
         ),
         "file": Field("", "edited recipes.jsonl to use; empty: draw the recipes"),
         "levels": Field(
-            False, "True: also levels.jsonl, for Figure 5 of the supplement"
+            False,
+            "True: also levels.jsonl, for Figure 5 of the supplement (levels.png)",
         ),
     },
 )
@@ -549,8 +550,18 @@ _GENERATE = Section(
             distinct=True,
             hint="Choose some of these.",
         ),
+        "coarse_fine": Field(
+            0,
+            "rows of Figures 1 to 3 of the supplement (coarse_fine.png): a real image, "
+            "then coarse and fine mixing of it; 0: none",
+            at_least=0,
+            at_most=100,
+            hint="10 rows show ten classes.",
+        ),
         "conditioning": Field(
-            "", '"all", or some sets to show in conditionings.png; empty: none'
+            "",
+            '"all", or some sets to show in Figure 4 of the supplement '
+            "(conditionings.png); empty: none",
         ),
         "clip": Field(
             "",
@@ -820,7 +831,11 @@ _EVALUATE = Section(
             distinct=True,
             hint="Choose some of these.",
         ),
-        "neighbours": count(5, "k of precision, recall, density and coverage", 1000),
+        "neighbours": count(
+            5,
+            "k of precision, recall, density, coverage and predicted labels",
+            1000,
+        ),
         "batch_size": _batch(64, "images embedded at once"),
         "confidence": Field(
             0.95,

@@ -12,12 +12,13 @@ measured.
 
     python -m mvc_jax.train --config=configs/digits.py:ablation --workdir=runs/ablation
 
-also makes figures 4 and 5 of the supplement (`generate/conditionings.png`,
-`levels.png`), for which the base gets an image encoder and a ControlNet. Two CPU cores,
-2026-11-24, seed 0, at the end of training: 80 % of the images in a batch are nearest to
-their own text (loss 1.05); the ControlNet's loss is 0.062 with half of the prompts
-dropped, where the base alone had 0.081 with a tenth dropped. The classifiers' training
-images, and so their accuracies, are those of the command above.
+also makes the figures of the supplement (`generate/coarse_fine.png`,
+`conditionings.png`, `levels.png`), for which the base gets an image encoder and a
+ControlNet. Two CPU cores, 2026-11-24, seed 0, at the end of training: 80 % of the
+images in a batch are nearest to their own text (loss 1.05); the ControlNet's loss is
+0.062 with half of the prompts dropped, where the base alone had 0.081 with a tenth
+dropped. The classifiers' training images, and so their accuracies, are those of the
+command above.
 
 `:preset=fast`, or `:ablation,preset=fast`, samples with fewer steps (`common.fast`).
 """
@@ -82,4 +83,5 @@ def get_config(argument: str = "") -> ConfigDict:
         config.pretrain.controlnet.steps = 500
         config.mix.levels = True
         config.generate.conditioning = "all"
+        config.generate.coarse_fine = 10
     return common.apply_preset(config, given)

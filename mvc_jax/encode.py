@@ -3,8 +3,9 @@
 Reads: the base model, training images, captions. Writes, in shards: `moments/`
 [V N, h, w, 2c], with image i in row i and, where `encode.flip` makes V = 2, its mirror
 image in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty one
-first. Also `prompts.jsonl`, a row for each training image, and `base.json`, the base
-model, of which later stages read the same revision.
+first. Also `prompts.jsonl`, a row for each training image; `offsets.jsonl`, where the
+tokens of each distinct prompt are in it; and `base.json`, the base model, of which
+later stages read the same revision.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files
 from mvc_jax.data import captions, shards, splits
 from mvc_jax.errors import UserError, require_disk_space
+from mvc_jax.mixing import marked_words
 from mvc_jax.stage import Spec, Stage, is_complete, open_stage
 from mvc_jax.training.console import Progress
 from mvc_jax.work import BaseSizes, Sizes, Work
@@ -34,6 +36,8 @@ with epy.lazy_imports():
     from mvc_jax.checkpoints import base_sizes, diffusers_layout, pipeline_folder
     from mvc_jax.models import stable_diffusion
     from mvc_jax.training import sharding
+
+_TOKENIZED = 4096  # prompts at once
 
 
 def check(config: ConfigDict) -> None:
@@ -124,7 +128,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     except UserError:
         if fresh and not files.matching(stage.folder, "*/*.npy"):
             stage.abandon()  # nothing was written, so other settings may follow
-            for name in ("base.json", "prompts.jsonl"):
+            for name in ("base.json", "prompts.jsonl", marked_words.OFFSETS):
                 (stage.folder / name).unlink(missing_ok=True)
         raise
     stage.finish(written, **counts)
@@ -157,6 +161,10 @@ def encode(
         stage.digests.add(listed)
     rows = files.read_jsonl(listed)  # of the run that began, where it goes on
     prompts = distinct_prompts(rows)
+    offsets = folder / marked_words.OFFSETS
+    if not stage.digests.intact(offsets):
+        write_offsets(offsets, model, prompts)
+        stage.digests.add(offsets)
     cut = captions.cut_by_class(rows)
     report_cut_captions(cut, model.context_length)
 
@@ -175,7 +183,7 @@ def encode(
         fill(part, params, size=size, mesh=mesh)
     logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
     shard_names = [name for part in parts for name in part.writer.names]
-    written = ["base.json", "prompts.jsonl", *shard_names]
+    written = ["base.json", "prompts.jsonl", marked_words.OFFSETS, *shard_names]
     return written, {
         "images": len(train.images),
         "prompts": len(prompts),
@@ -320,6 +328,17 @@ def prompt_rows(
             row["caption_kept"] = prompt.kept
         rows.append(row)
     return rows
+
+
+def write_offsets(
+    path: epath.Path, model: stable_diffusion.StableDiffusion, prompts: Sequence[str]
+) -> None:
+    """Writes a row for each prompt: start and stop of its tokens, one after another."""
+    rows = []
+    for start in range(0, len(prompts), _TOKENIZED):
+        some = model.token_offsets(prompts[start : start + _TOKENIZED])
+        rows += [{"offsets": [x for pair in pairs for x in pair]} for pairs in some]
+    files.write_jsonl(path, rows)
 
 
 def distinct_prompts(rows: Sequence[dict]) -> list[str]:

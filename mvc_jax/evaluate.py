@@ -39,6 +39,12 @@ with epy.lazy_imports():
 _SIDE = distances.MAX_SIZE
 _FEATURES = "features"  # folder, deleted at the end
 _ROW_BYTES = 4096  # of an image's features, as of 1,024 dims
+_BY_PIXELS = (
+    "Distances by pixels are root mean squared differences of images in [0, 1], at no "
+    f"more than {_SIDE} pixels a side. A copy is nearer to a training image than "
+    "any two different training images are to each other; a leak is nearer to a test "
+    "image than any different training image is."
+)
 
 
 def check(config: ConfigDict) -> None:
@@ -134,15 +140,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "confidence": confidence,
         "runs": [
             _row(name, result, test.labels, len(test.class_names))
-            | {"difference": comparisons.difference(name, correct, confidence)}
+            | comparisons.against_reference(
+                name, correct, test.labels, len(test.class_names), confidence
+            )
             for name, result in results.items()
         ],
         "headline": comparisons.headline(correct, answers),
         "questions": _with_unchanged(answers, read_manifest(workdir, "mix")["counts"]),
         **measured,
         "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),
-        "notes": _cut_captions(workdir / "encode")
-        + _notes(classify["seeds"], workdir / "caption"),
+        **_caveats(classify["seeds"], workdir),
     }
     files.write_json(stage.folder / "metrics.json", metrics)
     stage.finish(["metrics.json", *tables], runs=len(results))
@@ -317,7 +324,12 @@ def _options(
     chosen = {*config.evaluate.metrics}
     if config.evaluate.features != "clip":
         chosen -= {"cmmd", "text"}
-    options = set_metrics.Options(chosen, config.evaluate.neighbours, class_names)
+    options = set_metrics.Options(
+        chosen,
+        config.evaluate.neighbours,
+        class_names,
+        confidence=config.evaluate.confidence,
+    )
     if space is None or space.text is None or "text" not in chosen:
         return options
     texts = captions.class_texts(class_names, config.data.class_type)
@@ -381,34 +393,59 @@ def _filters(
     return {"facts": files.read_json(generate / removed.FACTS), "sets": counts}
 
 
+def _caveats(seeds: int, workdir: epath.Path) -> dict[str, Any]:
+    """`caveats`, sentences by what they limit, and `notes`, all of them."""
+    caveats = {
+        "accuracy": _of_test_images(workdir / "caption") + _of_one_split(seeds),
+        "copies": [_BY_PIXELS],
+        "data": _cut_captions(workdir / "encode") + _of_data(workdir / "caption"),
+    }
+    notes = [*caveats["data"], *caveats["accuracy"], *caveats["copies"]]
+    return {"caveats": caveats, "notes": notes}
+
+
 def _cut_captions(encode: epath.Path) -> list[str]:
     """Returns how many captions did not fit into their prompts, as sentences."""
     cut = captions.cut_by_class(files.read_jsonl(encode / "prompts.jsonl"))
     return [f"{captions.counted(cut, kept)}." for kept in cut if cut[kept]]
 
 
-def _notes(seeds: int, caption: epath.Path) -> list[str]:
-    """Returns caveats about the data and the numbers, as sentences."""
+def _of_test_images(caption: epath.Path) -> list[str]:
+    """Returns what was trained on images that are in test too, as sentences."""
+    if files.read_json(caption / "dataset.json")["duplicates"] != "keep":
+        return []
     rows = files.read_jsonl(caption / "duplicates.jsonl")
     copies = sum("pool" not in row for row in rows)
-    pool = len(rows) - copies
-    kept = files.read_json(caption / "dataset.json")["duplicates"] == "keep"
-    bad = len(files.read_jsonl(caption / "bad_images.jsonl"))
     notes = []
-    if copies and kept:
+    if copies:
         notes.append(
             f"{copies} training images are in test as well: every accuracy is too high "
             "(config.data.duplicates=remove takes them out of train)."
         )
-    elif copies:
-        notes.append(f"{copies} images that are also in test were removed from train.")
-    if pool and kept:
+    if pool := len(rows) - copies:
         notes.append(
             f"{pool} images of the base model's pool are in test as well: it has seen "
             "them (config.data.duplicates=remove takes them out of the pool)."
         )
-    if bad:
+    return notes
+
+
+def _of_data(caption: epath.Path) -> list[str]:
+    """Returns which images were left out, as sentences."""
+    notes = []
+    if files.read_json(caption / "dataset.json")["duplicates"] != "keep":
+        rows = files.read_jsonl(caption / "duplicates.jsonl")
+        if copies := sum("pool" not in row for row in rows):
+            notes.append(
+                f"{copies} images that are also in test were removed from train."
+            )
+    if bad := len(files.read_jsonl(caption / "bad_images.jsonl")):
         notes.append(f"{bad} images could not be used and were left out.")
+    return notes
+
+
+def _of_one_split(seeds: int) -> list[str]:
+    """Returns what the spread of an accuracy does not know, as a sentence."""
     spread = (
         f"A standard deviation is over {seeds} classifier seeds, an interval over "
         "seeds and test images; both are of"
@@ -416,13 +453,8 @@ def _notes(seeds: int, caption: epath.Path) -> list[str]:
     if seeds == 1:
         spread = "With one classifier seed there is no spread; the result is of"
     return [
-        *notes,
         f"{spread} one split and one generator. Another split changes every row: "
-        "`mvc-jax repeat` makes several, and intervals over them.",
-        "Distances by pixels are root mean squared differences of images in [0, 1], at "
-        f"no more than {distances.MAX_SIZE} pixels. A copy is nearer to a training "
-        "image than any two different training images are to each other; a leak is "
-        "nearer to a test image than any different training image is.",
+        "`mvc-jax repeat` makes several, and intervals over them."
     ]
 
 

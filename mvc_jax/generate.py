@@ -45,6 +45,7 @@ with epy.lazy_imports():
     from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
     from mvc_jax.generation import (
         ablation,
+        figures,
         image_sampler,
         image_status,
         preview,
@@ -56,10 +57,9 @@ with epy.lazy_imports():
     from mvc_jax.training import sharding
 
 CONTACT_SHEET = "contact_sheet.png"
-CONDITIONING_FIGURE = "conditionings.png"
-LEVEL_FIGURE = "levels.png"
+FIGURES = ("coarse_fine", "conditionings", "levels")  # 1 to 3, 4, 5 of the supplement
 # Fields that change the speed or the figures, but no image.
-_NO_RESULT = ("batch_size", "attention", "limit", "conditioning")
+_NO_RESULT = ("batch_size", "attention", "limit", "conditioning", "coarse_fine")
 _ROW_BYTES = 600  # of the provenance of an image, in each of two forms
 _GROWS = ("generate.include_real", "generate.folder")
 
@@ -71,6 +71,13 @@ def check(config: ConfigDict) -> None:
     names = {*section.sets}
     if section.conditioning != "all":  # which leaves out what cannot be drawn
         names |= {*conditionings.parse_names(section.conditioning)}
+    if section.coarse_fine and "mixed" not in section.sets:
+        raise UserError(
+            "config.generate.coarse_fine",
+            wanted="the set mixed in config.generate.sets, whose images it shows",
+            got=f"{section.coarse_fine}, and the sets {', '.join(section.sets)}",
+            fix="Add mixed to the sets, or set it to 0.",
+        )
     check_filters(
         FilterSettings(**section.filter),
         # Recipes from a file may have any number of partners.
@@ -159,17 +166,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     was_complete = is_complete(workdir, "generate")
     stage = open_stage(workdir, stage_spec(config))
-    figures = requested_figures(config, workdir)
+    requested = requested_figures(config, workdir)
     if stage.complete:
         restore_pictures(stage, section)
-        intact = stage.digests.intact
-        missing = [name for name in figures if not intact(stage.folder / name)]
+        missing = [x for x in requested if not _has_figure(stage, x)]
         if missing:
             require_inputs(workdir, stage_spec(config))
             recipes, train = read_recipes(workdir), read_train(workdir)
-            sampler = open_sampler(config, workdir, recipes, train)
+            sampler = None
+            if missing != ["coarse_fine"]:  # which needs no model
+                sampler = open_sampler(config, workdir, recipes, train)
             draw_figures(config, workdir, missing, sampler, recipes, train)
-            stage.digests.add(*(stage.folder / name for name in missing))
+            stage.digests.add(*figure_files(stage.folder, missing))
         return
     artifacts, counts, drawing = [], Counter(), False
     try:
@@ -210,8 +218,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if nothing_added or not files.matching(stage.folder, "*/data/*"):
             stage.abandon()  # other settings are allowed
         raise
-    draw_figures(config, workdir, figures, sampler, recipes, train)
-    stage.digests.add(*(stage.folder / name for name in figures))
+    draw_figures(config, workdir, requested, sampler, recipes, train)
+    stage.digests.add(*figure_files(stage.folder, requested))
     artifacts += filters.write_facts(stage.folder)
     names = ("images", "redrawn", "left_out", *filters.count_names)
     stage.finish(artifacts, **{name: counts[name] for name in names})
@@ -477,48 +485,76 @@ def draw_contact_sheet(config: ConfigDict, workdir: epath.Path) -> None:
     require_inputs(workdir, stage_spec(config))
     recipes, train = read_recipes(workdir), read_train(workdir)
     sampler = open_sampler(config, workdir, recipes, train)
-    preview.contact_sheet(
-        workdir / "generate" / CONTACT_SHEET,
-        sampler,
-        recipes,
-        train,
-        limit=config.generate.limit,
+    sheet = preview.contact_sheet(
+        cells_of(config, workdir, sampler, train), recipes, limit=config.generate.limit
     )
-    figures = requested_figures(config, workdir)
-    draw_figures(config, workdir, figures, sampler, recipes, train)
+    path = workdir / "generate" / CONTACT_SHEET
+    files.write_bytes(path, figures.png(sheet, panels=0))
+    requested = requested_figures(config, workdir)
+    draw_figures(config, workdir, requested, sampler, recipes, train)
+
+
+def cells_of(
+    config: ConfigDict,
+    workdir: epath.Path,
+    sampler: image_sampler.ImageSampler | None,
+    train: splits.Split,
+) -> preview.Cells:
+    rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    return preview.Cells(train, prompts, sampler, config.seed)
 
 
 def requested_figures(config: ConfigDict, workdir: epath.Path) -> list[str]:
-    """The figures that `generate.conditioning` and `mix.levels` request."""
-    figures = []
-    if conditionings.parse_names(config.generate.conditioning):
-        figures.append(CONDITIONING_FIGURE)
-    if read_levels(workdir):
-        figures.append(LEVEL_FIGURE)
-    return figures
+    """Those of `FIGURES` that are asked for.
+
+    By `generate.coarse_fine`, which needs a whole set, `generate.conditioning` and
+    `mix.levels`.
+    """
+    wanted = (
+        config.generate.coarse_fine and not config.generate.limit,
+        conditionings.parse_names(config.generate.conditioning),
+        read_levels(workdir),
+    )
+    return [x for x, is_wanted in zip(FIGURES, wanted, strict=True) if is_wanted]
+
+
+def figure_files(folder: epath.Path, names: Sequence[str]) -> list[epath.Path]:
+    return [path for name in names for path in figures.paths(folder, name)]
+
+
+def _has_figure(stage: Stage, name: str) -> bool:
+    """Whether a figure is there; that of an older version has no data."""
+    data, picture = (stage.folder / f"{name}{x}" for x in (".parquet", ".png"))
+    is_older = data.name not in stage.digests.recorded()
+    intact = stage.digests.intact
+    return intact(picture) and (is_older or intact(data))
 
 
 def draw_figures(
     config: ConfigDict,
     workdir: epath.Path,
-    figures: Sequence[str],
-    sampler: image_sampler.ImageSampler,
+    names: Sequence[str],
+    sampler: image_sampler.ImageSampler | None,
     recipes: Sequence[dict],
     train: splits.Split,
 ) -> None:
     """Draws some of `requested_figures`."""
-    folder, names = workdir / "generate", config.generate.conditioning
-    if CONDITIONING_FIGURE in figures:
-        left_out = preview.conditioning_figure(
-            folder / CONDITIONING_FIGURE,
-            sampler,
-            recipes,
-            train,
-            names=conditionings.parse_names(names),
-            optional=names == "all",
-        )
-        for sentence in left_out:
-            logging.warning("generate.conditioning: %s", sentence)
-    if LEVEL_FIGURE in figures:
-        levels = read_levels(workdir)
-        preview.level_figure(folder / LEVEL_FIGURE, sampler, levels, train)
+    folder, conditioning = workdir / "generate", config.generate.conditioning
+    cells = cells_of(config, workdir, sampler, train) if names else None
+    for name in names:
+        if name == "coarse_fine":
+            rows = config.generate.coarse_fine
+            figure = preview.coarse_fine_figure(cells, folder / "mixed", rows=rows)
+        elif name == "conditionings":
+            figure, left_out = preview.conditioning_figure(
+                cells,
+                recipes,
+                names=conditionings.parse_names(conditioning),
+                optional=conditioning == "all",
+            )
+            for sentence in left_out:
+                logging.warning("generate.conditioning: %s", sentence)
+        else:
+            figure = preview.level_figure(cells, read_levels(workdir))
+        figures.write(folder, name, figure)

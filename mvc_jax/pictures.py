@@ -30,9 +30,9 @@ class Row(TypedDict):
 
 
 def png(image: Image.Image) -> bytes:
-    """Encodes an image as PNG."""
+    """Encodes an image as PNG, of up to 4 million pixels as small as it gets."""
     buffer = io.BytesIO()
-    image.save(buffer, "png", optimize=True)
+    image.save(buffer, "png", optimize=image.width * image.height <= 4_000_000)
     return buffer.getvalue()
 
 
@@ -100,19 +100,25 @@ def grid(
                 above = (x + cell_left + tile / 2, top - 2 * gap)
                 draw.text(above, heading, "#666666", font, anchor="ms")
             if cell["image"] is not None:
-                shrinks = cell["image"].width > tile
-                method = (
-                    Image.Resampling.LANCZOS if shrinks else Image.Resampling.NEAREST
-                )
-                image.paste(
-                    cell["image"].resize((tile, tile), method), (x + cell_left, y)
-                )
+                fitted = _fitted(cell["image"], tile)
+                middle = x + cell_left + (tile - fitted.width) // 2
+                image.paste(fitted, (middle, y + (tile - fitted.height) // 2))
     return image
+
+
+def _fitted(image: Image.Image, tile: int) -> Image.Image:
+    """An image whose longer side is `tile`; a small one shows its pixels."""
+    scale = tile / max(image.size)
+    method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    width, height = (max(round(scale * x), 1) for x in image.size)
+    return image.resize((width, height), method)
 
 
 def line_plot_svg(
     lines: Sequence[Sequence[tuple[int, float]]],
     *,
+    x_title: str,
+    y_title: str,
     salt: str,
     line_colour: str,
     text_colour: str,
@@ -124,6 +130,8 @@ def line_plot_svg(
 
     Args:
       lines: points of each line.
+      x_title: what x is, with its unit.
+      y_title: the same of y.
       salt: makes the ids in the element unique within the page.
       line_colour: as CSS, such as `var(--accent)`.
       text_colour: the same.
@@ -144,7 +152,7 @@ def line_plot_svg(
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the user's matplotlibrc has no effect
         matplotlib.rcParams.update(settings)
-        drawing = figure.Figure(figsize=(3.2, 1.7), layout="constrained")
+        drawing = figure.Figure(figsize=(3.4, 2.0), layout="constrained")
         axes = drawing.subplots()
         for points in lines:
             x, y = zip(*points, strict=True) if points else ((), ())
@@ -159,6 +167,8 @@ def line_plot_svg(
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.grid(axis="y", color=axis, linewidth=0.6)
         axes.tick_params(colors=text, length=0)
+        axes.set_xlabel(x_title, color=text)
+        axes.set_ylabel(y_title, color=text)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)

@@ -299,6 +299,9 @@ def run_stage(
         "compile_seconds": round(runtime.compile_seconds() - compiled, 2),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
+    used = runtime.own_devices() if name in pipeline.MESH_STAGES else None
+    if used is not None:
+        timing["devices"] = {"kind": used.kind, "count": used.count}
     run_folder.record_timing(workdir, name, timing)
     price.record(priced, config.compilation_cache, timing)
     logging.info("%s: done in %.1f s", name, seconds)

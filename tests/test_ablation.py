@@ -21,7 +21,7 @@ from mvc_jax.checkpoints import (
 )
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError
-from mvc_jax.generation import ablation, preview, synthetic
+from mvc_jax.generation import ablation, figures, preview, synthetic
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.models import clip
 from mvc_jax.pretraining import companions
@@ -131,7 +131,7 @@ def run(request, tiny, write_shards, tmp_path_factory):
     config.mix.tokens = config.mix.dims = 2
     config.generate.steps, config.generate.batch_size = 2, 8
     config.generate.sets = tuple(CONDITIONINGS)
-    config.generate.conditioning = "all"
+    config.generate.conditioning, config.generate.coarse_fine = "all", 3
     mix.run(config, workdir)
     return config, workdir
 
@@ -162,17 +162,70 @@ def test_every_conditioning_draws_different_images(run, drawn):
             assert name == other or (pixels != drawn[other]).any(), (name, other)
 
 
-def test_figures_show_every_conditioning_and_level(run, drawn):
+def _figure(workdir, name, columns, rows):
+    """A figure, whose picture has a tile of at least 128 pixels for each image."""
+    data, picture = figures.paths(workdir / "generate", name)
+    with Image.open(picture) as image:
+        width, height = image.size
+    assert width > columns * 128 and height > rows * 128
+    figure = figures.read(data)
+    assert [len(row.cells) for row in figure.rows] == [columns] * rows
+    return figure
+
+
+def test_figure_4_shows_the_images_of_every_set(run, drawn):
+    """The first image of a source is drawn with the same noise as in the sets."""
     _, workdir = run
-    width, height = _size(workdir / "generate" / "conditionings.png")
-    assert height > (1 + len(CONDITIONINGS)) * 128 and width > IMAGES * 128
-    width, height = _size(workdir / "generate" / "levels.png")
-    assert width > 8 * 128 and height > 2 * 128
+    found = _figure(workdir, "conditionings", IMAGES, 1 + len(CONDITIONINGS))
+    train = generate.read_train(workdir)
+    places = {id_: i for i, id_ in enumerate(train.ids)}
+    original, *others = found.rows
+    assert {row.name for row in others} == {*preview.TITLES.values()}
+    for cell in original.cells:
+        place = places[cell.provenance["source"]]
+        np.testing.assert_array_equal(cell.image, train.images[place])
+        assert cell.heading == cell.label == train.class_names[train.labels[place]]
+    recipes = {recipe["index"]: recipe for recipe in generate.read_recipes(workdir)}
+    for row in others:
+        for real, cell in zip(original.cells, row.cells, strict=True):
+            index = cell.provenance["index"]
+            recipe = recipes[index]
+            assert cell.provenance["source"] == recipe["source"]
+            assert recipe["source"] == real.provenance["source"]
+            assert cell.provenance["noise_seed"] == recipe["noise_seed"]
+            np.testing.assert_array_equal(cell.image, drawn[cell.set][index])
+            prompted = CONDITIONINGS[cell.set].text in preview._CAPTIONED
+            assert ("prompt" in cell.provenance) == prompted
 
 
-def _size(path):
-    with Image.open(path) as image:
-        return image.size
+def test_figure_5_has_the_recipes_of_the_levels(run, drawn):
+    _, workdir = run
+    levels = generate.read_levels(workdir)
+    found = _figure(workdir, "levels", 8, len(levels) // 6)
+    by_index = {row["index"]: row for row in levels}
+    for row in found.rows:
+        real, unmixed, *mixed = row.cells
+        assert (real.set, unmixed.set) == (figures.REAL, "unmixed")
+        assert unmixed.provenance["mode"] == "unmixed"
+        assert [cell.provenance["mode"] for cell in mixed] == 3 * ["fine"] + 3 * [
+            "coarse"
+        ]
+        for cell in mixed:
+            recipe = by_index[cell.provenance["index"]]
+            for key in ("source", "partners", "positions", "dims", "noise_seed"):
+                assert cell.provenance[key] == recipe[key]
+            assert cell.label == row.name == recipe["label"]
+
+
+def test_figures_1_to_3_show_images_of_the_set(run, drawn):
+    _, workdir = run
+    found = _figure(workdir, "coarse_fine", 2, 3)
+    for row in found.rows:
+        real, coarse = row.cells
+        assert (real.heading, coarse.heading) == ("real", "coarse")
+        assert coarse.provenance["source"] == real.provenance["source"]
+        index = coarse.provenance["index"]
+        np.testing.assert_array_equal(coarse.image, drawn["mixed"][index])
 
 
 def test_with_a_controlnet_only_the_text_is_guided(run, drawn):
@@ -218,9 +271,10 @@ def test_all_leaves_out_what_has_no_model_and_mentions_it(run, tmp_path):
     shutil.rmtree(plain / "pretrain" / "controlnet")
     shutil.rmtree(plain / "pretrain" / "model" / "image_encoder")
     generate.check(config)
-    sentences = preview.conditioning_figure(
-        plain / "some.png",
-        *_opened(config, plain),
+    sampler, recipes, train = _opened(config, plain)
+    figure, sentences = preview.conditioning_figure(
+        preview.Cells(train, {}, sampler),
+        recipes,
         names=[*CONDITIONINGS],
         optional=True,
     )
@@ -228,7 +282,8 @@ def test_all_leaves_out_what_has_no_model_and_mentions_it(run, tmp_path):
     for field, count in (("image_encoder", 2), ("controlnet", 1)):
         fix = f"--config.pretrain.{field}.steps=500"
         assert sum(fix in sentence for sentence in sentences) == count
-    assert _size(plain / "some.png")[1] > (1 + len(CONDITIONINGS) - 3) * 128
+    assert len(figure.rows) == 1 + len(CONDITIONINGS) - 3
+    assert figure.notes[-3:] == sentences
 
 
 def _config(**fields):
@@ -244,6 +299,10 @@ REFUSED = {
         "config.generate.conditioning.*all, or some of mixed.*'caption,unmixed'",
     ),
     "a repeated name": ({"conditioning": "unmixed,unmixed"}, "each once"),
+    "no mixed set": (
+        {"sets": ("unmixed",), "coarse_fine": 4},
+        "config.generate.coarse_fine.*the set mixed in config.generate.sets",
+    ),
     "no image tower": (
         {"conditioning": "image_embedding"},
         "config.generate.clip.*pretrain.image_encoder.steps is 0",

@@ -41,6 +41,22 @@ def test_there_may_be_nothing_to_compare_with():
     assert comparisons.difference("combined", {"combined": right([0.5])}, 0.95) is None
 
 
+def test_a_class_is_compared_as_the_whole_with_its_own_images():
+    correct = {"real": noisy(0.6, 1), "combined": noisy(0.7, 2)}
+    labels = np.repeat([0, 2], [100, 300])
+    found = comparisons.against_reference("combined", correct, labels, 4, 0.95)
+    assert found["difference"] == comparisons.difference("combined", correct, 0.95)
+    rows = found["difference_by_class"]
+    assert [row["images"] for row in rows] == [100, 0, 300, 0]
+    assert rows[1] == {"images": 0, "mean": None, "low": None, "high": None}
+    weighted = (100 * rows[0]["mean"] + 300 * rows[2]["mean"]) / 400
+    assert weighted == pytest.approx(found["difference"]["mean"])
+    for row in (rows[0], rows[2]):
+        assert row["low"] < row["mean"] < row["high"]
+    alone = comparisons.against_reference("real", correct, labels, 4, 0.95)
+    assert alone == {"difference": None, "difference_by_class": None}
+
+
 def test_every_question_is_asked_of_every_run_that_has_another_side():
     names = ["combined+flip", "real", "combined", "combined:unmixed", "real+flip"]
     names += ["two_phase", "two_phase:pretrained+flip", "replace_any:unmixed"]

@@ -150,7 +150,8 @@ def test_the_ablation_and_a_preset_of_the_digits_combine():
         run_config.load(f"configs/digits.py:{argument}").to_dict()
         for argument in ("ablation,preset=fast", "ablation", "preset=fast")
     )
-    assert both["generate"] == fast["generate"] | {"conditioning": "all"}
+    figures = {"conditioning": "all", "coarse_fine": 10}
+    assert both["generate"] == fast["generate"] | figures
     assert both | {"generate": ablation["generate"]} == ablation
 
 

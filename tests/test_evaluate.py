@@ -163,11 +163,20 @@ def test_duplicates_and_bad_images_are_noted(tmp_path, copies, policy, bad, word
     files.write_json(tmp_path / "dataset.json", {"duplicates": policy})
     files.write_jsonl(tmp_path / "duplicates.jsonl", [{}] * copies)
     files.write_jsonl(tmp_path / "bad_images.jsonl", [{}] * bad)
-    notes = evaluate._notes(3, epath.Path(tmp_path))
-    assert "over 3 classifier seeds, an interval over seeds and test" in notes[-2]
-    assert "With one classifier seed" in evaluate._notes(1, epath.Path(tmp_path))[-2]
-    assert len(notes) == 2 + len(words)
-    for word, note in zip(words, notes, strict=False):
+    files.write_jsonl(tmp_path / "encode" / "prompts.jsonl", [])
+    caption = tmp_path / "caption"
+    caption.mkdir()
+    for name in ("dataset.json", "duplicates.jsonl", "bad_images.jsonl"):
+        (tmp_path / name).rename(caption / name)
+    found = evaluate._caveats(3, epath.Path(tmp_path))
+    notes, caveats = found["notes"], found["caveats"]
+    *of_test, spread = caveats["accuracy"]
+    assert "over 3 classifier seeds, an interval over seeds and test" in spread
+    assert "With one classifier seed" in evaluate._of_one_split(1)[0]
+    said = [*of_test, *caveats["data"]]
+    assert notes == [*caveats["data"], *of_test, spread, *caveats["copies"]]
+    assert bool(of_test) == (copies > 0 and policy == "keep")
+    for word, note in zip(words, said, strict=True):
         assert word in note
 
 
@@ -176,7 +185,7 @@ def test_copies_in_the_pool_are_noted_apart(tmp_path):
     rows = [{"train": "a", "test": "b"}, {"pool": "c", "test": "b"}]
     files.write_jsonl(tmp_path / "duplicates.jsonl", rows)
     files.write_jsonl(tmp_path / "bad_images.jsonl", [])
-    notes = evaluate._notes(3, epath.Path(tmp_path))
+    notes = evaluate._of_test_images(epath.Path(tmp_path))
     assert notes[0].startswith("1 training images are in test as well")
     assert notes[1].startswith("1 images of the base model's pool are in test as well")
 

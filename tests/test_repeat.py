@@ -70,7 +70,7 @@ def test_the_headline_is_the_interval_over_the_splits(tmp_path, program, capsys)
     assert text in shown and f"report: {tmp_path}/splits.html" in shown
     page = (tmp_path / "splits.html").read_text()
     assert said in page and "−1.8 to +6.3" in page
-    assert 'href="seed-2/report/report.html"' in page and "http" not in page
+    assert 'href="seed-2/report/report.html"' in page and "//" not in page
     summary = json.loads((tmp_path / "splits.json").read_text())
     assert summary["seeds"] == [0, 1, 2]
     assert summary["rows"][1]["accuracies"] == [0.83, 0.854, 0.874]

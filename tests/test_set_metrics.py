@@ -192,7 +192,18 @@ def test_a_network_s_space_has_distances_beside_those_of_pixels(tmp_path):
     metrics = set_metrics.SetMetrics(
         *sets[:2], options, folder, digests, lambda n: None
     )
-    _, columns = metrics.measure(sets[2])
+    row, columns = metrics.measure(sets[2])
+    for key, space in (("closest", ""), ("closest_by_features", "_by_features")):
+        order = np.argsort(columns[f"train_distance{space}"])
+        assert [x["image"] for x in row[key]] == order.tolist()
+        assert row[key][0]["distance"] == columns[f"train_distance{space}"].min()
+        near = columns[f"train{space}"][order[0]]
+        assert row[key][0]["train"] == sets[0].images.names[near]
+    apart = [np.linalg.norm(embed(train) - embed(train)[i], axis=1) for i in range(6)]
+    own = [np.sort(x)[1] for x in apart]
+    first = row["closest_by_features"][0]
+    assert first["class_least"] == pytest.approx(min(own), rel=1e-6)
+    assert first["class_median"] == pytest.approx(np.median(own), rel=1e-6)
     features = [distances.Points(embed(x)) for x in (drawn, train)]
     expected = distances.nearest(*features)
     np.testing.assert_array_equal(columns["train_by_features"], expected.index)
@@ -215,6 +226,6 @@ def test_texts_are_compared_with_images():
         return np.stack([eye[0], (eye[0] + eye[1]) / np.sqrt(2), -eye[2]])
 
     options = set_metrics.Options((), 2, ("a", "b", "c"), eye, embed_texts)
-    scores = set_metrics._texts(found, options)
-    assert scores["label_agreement"] == 0.5
+    scores, zero_shot = set_metrics._texts(found, options)
+    assert scores["label_agreement"] == 0.5 and zero_shot.tolist() == [0, 1, 1, 2]
     assert scores["clip_score"] == pytest.approx(100 * (1 + np.sqrt(0.5)) / 4)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from mvc_jax.classification import runs
 from mvc_jax.metrics import differences
@@ -17,6 +17,7 @@ Correct = Mapping[str, Bool[np.ndarray, "S T"]]  # of each run: seed s, test ima
 
 # Below these an interval says little.
 _FEW_SEEDS, _FEW_IMAGES, _FEW_SPLITS = 3, 200, 3
+_CLASS_DRAWS = 2000  # of the bootstrap of one of many classes
 
 
 def _real(run: runs.Run) -> tuple:
@@ -54,6 +55,42 @@ def difference(name: str, correct: Correct, confidence: float) -> dict[str, Any]
             found = differences.paired(correct[name], correct[other], confidence)
             return {"against": other, **vars(found)}
     return None
+
+
+def against_reference(
+    name: str,
+    correct: Correct,
+    labels: Int[np.ndarray, " T"],
+    classes: int,
+    confidence: float,
+) -> dict[str, Any]:
+    """A run against its reference, whole and by class.
+
+    Args:
+      name: of the run.
+      correct: of all runs.
+      labels: of the test images.
+      classes: K.
+      confidence: of the intervals.
+
+    Returns:
+      `difference`, see there; and `difference_by_class`, None without a reference, else
+      for each class `images`, how many test images it has, and the same fields. The
+      intervals are of each class by itself: of many, some exclude zero by chance.
+    """
+    found = difference(name, correct, confidence)
+    if found is None:
+        return {"difference": None, "difference_by_class": None}
+    ours, theirs = correct[name], correct[found["against"]]
+    by_class = []
+    for label in range(classes):
+        mine = np.flatnonzero(labels == label)
+        row = {"images": len(mine), "mean": None, "low": None, "high": None}
+        if len(mine):
+            pair = ours[:, mine], theirs[:, mine]
+            row |= vars(differences.paired(*pair, confidence, draws=_CLASS_DRAWS))
+        by_class.append(row)
+    return {"difference": found, "difference_by_class": by_class}
 
 
 def answers(correct: Correct, confidence: float) -> list[dict[str, Any]]:

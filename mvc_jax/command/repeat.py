@@ -13,11 +13,12 @@ import numpy as np
 from etils import epath, epy
 
 from mvc_jax import files, stage
-from mvc_jax.command import command_line, pipeline, run_config
+from mvc_jax.command import command_line, run_config
 from mvc_jax.errors import UserError
 
 with epy.lazy_imports():
     from mvc_jax.classification import comparisons
+    from mvc_jax.reporting import page
 
 Program = Callable[[list[str]], int]  # takes a command line, returns its exit code
 _HELP = """The same run with several seeds, each in a folder of its own:
@@ -124,7 +125,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def _page(summary: Mapping[str, Any]) -> str:
     template = epath.Path(__file__).parent / "repeat.html.j2"
-    return pipeline.module("report").render(template, **summary)
+    return page.render(template, **summary)
 
 
 def _metrics(folder: epath.Path) -> dict[str, Any]:

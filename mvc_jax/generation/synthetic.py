@@ -21,7 +21,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from mvc_jax.errors import UserError
 
 with epy.lazy_imports():  # a complete set is recognised without it
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
@@ -244,7 +245,7 @@ class Store:
             "label": pa.array([row["label"] for row in rows], pa.int64()),
         }
         for name, type_ in PROVENANCE.items():
-            columns[name] = pa.array([row[name] for row in rows], _arrow_type(type_))
+            columns[name] = pa.array([row[name] for row in rows], arrow_type(type_))
         return pa.table(columns)
 
     def _encode(self, image: np.ndarray) -> bytes:
@@ -404,7 +405,11 @@ def earlier_class_folder(class_name: str) -> str:
 
 
 def read_rows(
-    folder: epath.PathLike, columns: Sequence[str], *, start: int = 0
+    folder: epath.PathLike,
+    columns: Sequence[str],
+    *,
+    start: int = 0,
+    indices: Collection[int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the synthetic images of a set, in order, without the real ones.
 
@@ -412,14 +417,16 @@ def read_rows(
       folder: of the set.
       columns: `label`, columns of `PROVENANCE`, or `image`, uint8 [H, W, 3].
       start: rows to leave out at the beginning.
+      indices: of the images to read; None: all.
     """
+    keep = None if indices is None else pc.field("index").isin(sorted(indices))
     for path in _shards(epath.Path(folder), ("train",)):
         with path.open("rb") as file:
             count = pq.read_metadata(file).num_rows
             if count <= start:
                 start -= count
                 continue
-            table = pq.read_table(file, columns=list(columns))
+            table = pq.read_table(file, columns=list(columns), filters=keep)
         table, start = table.slice(start), 0
         for row in table.to_pylist():
             if "image" in row:
@@ -448,10 +455,10 @@ def read_images(
     return np.stack(images), np.asarray(labels, np.int32), sources
 
 
-def _arrow_type(type_: str | list) -> pa.DataType:
-    """The Arrow type of a column, as `PROVENANCE` writes it."""
+def arrow_type(type_: str | list) -> pa.DataType:
+    """The Arrow type of a column, as `PROVENANCE` names it."""
     if isinstance(type_, list):
-        return pa.list_(_arrow_type(type_[0]))
+        return pa.list_(arrow_type(type_[0]))
     return pa.type_for_alias(type_)
 
 

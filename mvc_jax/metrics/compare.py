@@ -1,7 +1,8 @@
 """All metrics of two sets of features, in one pass over their distances."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -83,7 +84,11 @@ def describe(points: Points, wanted: Wanted, advance: Advance | None = None) -> 
 
 
 def compare(
-    real: Own, other: Own, wanted: Wanted, advance: Advance | None = None
+    real: Own,
+    other: Own,
+    wanted: Wanted,
+    advance: Advance | None = None,
+    also: Mapping[str, Accumulator] = MappingProxyType({}),
 ) -> tuple[dict[str, float | None], Nearest]:
     """Compares a set with a real one.
 
@@ -92,6 +97,7 @@ def compare(
       other: M images.
       wanted: which metrics.
       advance: called with the number of blocks that were just done.
+      also: are shown the same blocks, whose rows are the real images.
 
     Returns:
       the metrics by name, None where there are too few images for one; and of each of
@@ -104,7 +110,7 @@ def compare(
     balls = None
     if real.radii is not None and other.radii is not None:
         balls = Balls(real.radii, other.radii)
-    found: dict[str, Accumulator] = {"nearest": search, **sums}
+    found: dict[str, Accumulator] = {"nearest": search, **sums, **also}
     if balls is not None:
         found["balls"] = balls
     _run(a, b, found, advance)

@@ -14,7 +14,7 @@ from etils import epath
 
 from mvc_jax import files
 from mvc_jax.digests import Digests
-from mvc_jax.metrics import compare, distances, domain_shift, points
+from mvc_jax.metrics import compare, distances, domain_shift, other_class, points
 from mvc_jax.metrics.compare import Wanted
 from mvc_jax.metrics.distances import Nearest
 from mvc_jax.metrics.image_features import ImageFeatures
@@ -32,10 +32,11 @@ class Options:
 
     Attributes:
       metrics: names, as in `config.evaluate.metrics`.
-      neighbours: k of precision, recall, density and coverage.
+      neighbours: k of precision, recall, density and coverage, and of predicted labels.
       class_names: K names.
       class_texts: unit embeddings [K, P] of a text for each class; None without texts.
       embed_texts: texts -> unit embeddings; None without texts.
+      confidence: of intervals.
     """
 
     metrics: Collection[str]
@@ -43,6 +44,7 @@ class Options:
     class_names: Sequence[str]
     class_texts: np.ndarray | None = None
     embed_texts: Texts | None = None
+    confidence: float = 0.95
 
     @property
     def wanted(self) -> Wanted:
@@ -54,7 +56,8 @@ class SetMetrics:
 
     What is computed of a set is in the files `features/<set>.json`, which `evaluate`
     deletes at the end, and `nearest/<set>.parquet`, which stays: a row per image, with
-    the training and test images that it is nearest to, its source, and how near. An
+    the training and test images that it is nearest to, its source, how near, and its
+    predicted label. An
     interrupted run goes on with the next set.
 
     Attributes:
@@ -101,6 +104,14 @@ class SetMetrics:
           metrics, where the test images are a set too.
         """
         measured = {x.images.name: self._measured(x) for x in (self.test, *sets)}
+        confidence, test = self._options.confidence, measured["test"]["other_class"]
+        remarks: list[str] = []
+        for name in [x.images.name for x in sets] if test else ():
+            found = other_class.with_baseline(
+                measured[name]["other_class"], test, confidence
+            )
+            measured[name]["other_class"] = found
+            remarks += other_class.notes(name, found, confidence)
         rows: dict[str, Any] = {
             "real": {
                 "images": len(self.train.images),
@@ -124,8 +135,11 @@ class SetMetrics:
             "dims": dims,
             "neighbours": self._options.neighbours,
             "train_images": len(self.train.images),
+            "copy_distance": self._copy_distance,
+            "leak_distance": self._leak_distance,
+            "near_distance": self._new_distance,
             "sets": measured,
-            "notes": notes(measured, dims),
+            "notes": remarks + notes(measured, dims),
         }
         return {"sets": rows, "images": images}
 
@@ -151,6 +165,7 @@ class SetMetrics:
 
         train, test = (x.images.names for x in (self.train, self.test))
         ids = {"train": train, "train_by_features": train, "source": train}
+        ids |= {"train_of_predicted": train, "train_of_own": train}
         ids["test"] = test
         named = {
             name: pa.array([ids[name][i] if i >= 0 else None for i in values])
@@ -180,11 +195,17 @@ class SetMetrics:
         images = found.images
         compare.require_finite(found.features, images.name)
         own = compare.describe(found.features, options.wanted, self._advance)
-        metrics, nearest = compare.compare(
-            self._own, own, options.wanted, self._advance
+        search = other_class.LabelSearch(
+            self.train.images.labels, images.labels, options.neighbours
         )
+        metrics, nearest = compare.compare(
+            self._own, own, options.wanted, self._advance, {"labels": search}
+        )
+        predictions = search.predictions()
         if options.embed_texts is not None and options.class_texts is not None:
-            metrics |= _texts(found, options)
+            scores, zero_shot = _texts(found, options)
+            metrics |= scores
+            predictions = dataclasses.replace(predictions, zero_shot=zero_shot)
         if "shift" in options.metrics:
             a, b = self.train.statistics, found.statistics
             metrics["histogram_shift"] = domain_shift.histogram_shift(a, b)
@@ -195,9 +216,37 @@ class SetMetrics:
         columns = self._columns(found, nearest)
         described: dict[str, Any] = {"images": len(images), **metrics}
         described |= self._copies(columns)
-        described["closest"] = self._closest(found, columns)
+        described["closest"] = self._closest(found, columns, "", self._among)
+        if not self._same_space:
+            described["closest_by_features"] = self._closest(
+                found, columns, "_by_features", self._own.nearest
+            )
         described["classes"] = classes
+        described["other_class"] = self._other_class(found, predictions)
+        if described["other_class"] is not None:
+            columns |= predictions.columns()
         return described, columns
+
+    def _other_class(
+        self, found: ImageFeatures, predictions: other_class.Predictions
+    ) -> dict[str, Any] | None:
+        """Images that show another class; None if there is one class only."""
+        images, real = found.images, self.train.images
+        if len(np.unique(real.labels)) < 2:
+            return None
+        classes = len(self._options.class_names)
+        return {
+            "neighbours": min(self._options.neighbours, len(real)),
+            **other_class.describe(predictions, images.labels, images.sources, classes),
+            "most_certain": other_class.most_certain(
+                predictions,
+                images.labels,
+                images.names,
+                found.features,
+                self.train.features,
+                real.names,
+            ),
+        }
 
     def _classes(self, found: ImageFeatures) -> list[dict[str, Any]]:
         """A row per class; what needs images is None where there are none."""
@@ -273,25 +322,32 @@ class SetMetrics:
         }
 
     def _closest(
-        self, found: ImageFeatures, columns: dict[str, Any]
+        self, found: ImageFeatures, columns: dict[str, Any], space: str, among: Nearest
     ) -> list[dict[str, Any]]:
-        """The pairs of a synthetic and a training image that are nearest, by pixels.
+        """The pairs of a synthetic and a training image that are nearest.
 
         Beside each is how far the training images of its class are from their own
         nearest, the least and the median.
+
+        Args:
+          found: the set.
+          columns: of its images.
+          space: what follows the names of the columns; "": by pixels.
+          among: the nearest other training image of each, in the same space.
         """
         rows = []
         real, labels = self.train.images, self.train.images.labels
-        different = self._among.different
-        for i in np.argsort(columns["train_distance"], kind="stable")[:_CLOSEST]:
+        different = among.different
+        nearest, distance = columns[f"train{space}"], columns[f"train_distance{space}"]
+        for i in np.argsort(distance, kind="stable")[:_CLOSEST]:
             label = int(columns["label"][i])
             mine = different[(labels == label) & np.isfinite(different)]
             rows.append(
                 {
                     "image": found.images.names[i],
                     "label": label,
-                    "train": real.names[columns["train"][i]],
-                    "distance": float(columns["train_distance"][i]),
+                    "train": real.names[nearest[i]],
+                    "distance": float(distance[i]),
                     "class_least": float(mine.min()) if len(mine) else None,
                     "class_median": float(np.median(mine)) if len(mine) else None,
                 }
@@ -299,8 +355,10 @@ class SetMetrics:
         return rows
 
 
-def _texts(found: ImageFeatures, options: Options) -> dict[str, float | None]:
-    """CLIP's agreement of images with texts.
+def _texts(
+    found: ImageFeatures, options: Options
+) -> tuple[dict[str, float | None], np.ndarray]:
+    """CLIP's agreement of images with texts, and the class of each image's nearest.
 
     `clip_score`: 100 times the cosine of an image and its prompt, at least 0; Hessel et
     al., arXiv 2104.08718, equation 1, with the weight 100 as is usual. It is None where
@@ -311,17 +369,18 @@ def _texts(found: ImageFeatures, options: Options) -> dict[str, float | None]:
     unique = {text: i for i, text in enumerate(dict.fromkeys(images.prompts))}
     texts = options.embed_texts([*unique]) if unique else None
     which = np.asarray([unique[text] for text in images.prompts], np.int64)
-    total, agree, start = 0.0, 0, 0
+    zero_shot = np.empty(len(images), np.int64)
+    total, start = 0.0, 0
     for batch in found.features.features():
         rows = slice(start, start + len(batch))
         start = rows.stop
-        best = (batch @ options.class_texts.T).argmax(1)
-        agree += int((best == images.labels[rows]).sum())
+        zero_shot[rows] = (batch @ options.class_texts.T).argmax(1)
         if texts is not None:
             cosine = np.einsum("nd,nd->n", batch, texts[which[rows]])
             total += float(np.maximum(cosine, 0).sum())
     score = 100 * total / len(images) if texts is not None else None
-    return {"clip_score": score, "label_agreement": agree / len(images)}
+    agreement = float((zero_shot == images.labels).mean())
+    return {"clip_score": score, "label_agreement": agreement}, zero_shot
 
 
 def _diversity(found: ImageFeatures) -> float:

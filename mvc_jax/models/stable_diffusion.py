@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +130,31 @@ class StableDiffusion:
     def count_tokens(self, text: str) -> int:
         """Number of tokens of `text` with BOS and EOS, without truncation."""
         return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    def token_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """[start, stop) of the characters of each token of `tokenize`.
+
+        Without BOS, EOS and padding. Tokens of one character's bytes have its range;
+        accents that were composed with a letter are in that of its token.
+        """
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            max_length=self.context_length,
+            truncation=True,
+            return_offsets_mapping=True,
+        )
+        found = []
+        for text, pairs in zip(texts, encoded["offset_mapping"], strict=True):
+            offsets = [(start, stop) for start, stop in pairs[1:-1]]
+            starts = [*(start for start, _ in offsets[1:]), len(text)]
+            for n, (start, stop) in enumerate(offsets):
+                while stop < starts[n] and unicodedata.combining(text[stop]):
+                    stop += 1
+                offsets[n] = start, stop
+            found.append(offsets)
+        return found
 
     def text_states(
         self, params: Params, ids: Int[Array, "B L"]

@@ -1,0 +1,1 @@
+"""Pages that show what was made and measured, for people."""
