@@ -25,7 +25,7 @@ from PIL import Image
 from mvc_jax import files, pictures, report
 from mvc_jax.data.digits import Digits
 from mvc_jax.mixing.recipes import MODES
-from mvc_jax.reporting import image_rows, run_images
+from mvc_jax.reporting import image_metrics, image_rows, run_images
 
 
 @pytest.fixture(scope="module")
@@ -471,3 +471,17 @@ def test_image_metrics_are_a_table_with_counts_and_a_sentence_each(tmp_path):
     assert found[2].startswith("Precision, DINOv2 0.613 0.613 Fraction of its images")
     assert found[3] == "zero 0.371 12 0.371 12"
     assert "Few images." in page.text and "1,999 training images" in page.text
+
+
+@pytest.mark.parametrize(
+    ("images", "title"),
+    [
+        ({"features": "inception", "fid": True}, "FID"),
+        ({"features": "inception", "fid": False}, "Fréchet distance, Inception"),
+        ({"features": "resnet50"}, "Fréchet distance, resnet50"),
+    ],
+)
+def test_only_the_published_weights_of_inception_give_an_fid(images, title):
+    row = {"images": 9, "frechet_distance": 1.5, "classes": []}
+    table = image_metrics.table({**images, "sets": {"test": row}})
+    assert [(x["title"], x["values"]) for x in table["rows"]] == [(title, [1.5])]

@@ -80,6 +80,10 @@ _METRICS = {  # key -> (title, one sentence); `{}` is the space
         "Difference of the radial power spectra; 10 dB are a factor of ten.",
     ),
 }
+_FID = (
+    "FID",
+    "Fréchet distance, by the published weights of Inception; too large for few images.",
+)
 
 
 def table(images: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -87,6 +91,7 @@ def table(images: dict[str, Any] | None) -> dict[str, Any] | None:
     if images is None:
         return None
     space = SPACES.get(images["features"], images["features"])
+    metrics = {**_METRICS, "frechet_distance": _FID} if images.get("fid") else _METRICS
     sets = images["sets"]
     rows = [
         {
@@ -94,7 +99,7 @@ def table(images: dict[str, Any] | None) -> dict[str, Any] | None:
             "about": about,
             "values": [sets[name].get(key) for name in sets],
         }
-        for key, (title, about) in _METRICS.items()
+        for key, (title, about) in metrics.items()
         if any(sets[name].get(key) is not None for name in sets)
     ]
     classes = [

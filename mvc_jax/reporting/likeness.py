@@ -12,7 +12,12 @@ from mvc_jax.reporting.accuracy import caveats
 from mvc_jax.reporting.run_images import RunImages
 
 _SHOWN = 6  # of each set
-SPACES = {"pixels": "pixels", "clip": "CLIP", "dinov2": "DINOv2"}
+SPACES = {
+    "pixels": "pixels",
+    "clip": "CLIP",
+    "dinov2": "DINOv2",
+    "inception": "Inception",
+}
 _RULES = {
     "nearest": "The class of most of the {} nearest training images",
     "zero_shot": "The class whose text is nearest, by CLIP",
