@@ -82,7 +82,7 @@ _METRICS = {  # key -> (title, one sentence); `{}` is the space
 }
 _FID = (
     "FID",
-    "Fréchet distance, by the published weights of Inception; too large for few images.",
+    "Fréchet distance by Inception’s published weights; too large for few images.",
 )
 
 
