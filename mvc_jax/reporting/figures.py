@@ -73,11 +73,11 @@ def _cell(
         facts.insert(0, ("Conditioning", CONDITIONINGS[cell.set].about))
     if made.get("partners"):
         facts.append(("Partners", ", ".join(made["partners"])))
-    if "noise_seed" in made:
-        facts.append(("Noise seed", str(made["noise_seed"])))
     if "text_scale" in made:
         scales = f"text {made['text_scale']:g}, image {made['image_scale']:g}"
         facts.append(("Guidance", scales))
+    if "noise_seed" in made:
+        facts.append(("Noise seed", str(made["noise_seed"])))
     shown = {
         "heading": cell.heading,
         "image": Image.fromarray(cell.image),
