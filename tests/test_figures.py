@@ -12,6 +12,7 @@ from PIL import Image
 from mvc_jax import files, generate, pictures, report
 from mvc_jax.configs import common
 from mvc_jax.data.splits import Split
+from mvc_jax.errors import UserError
 from mvc_jax.generation import figures, preview
 from mvc_jax.generation.figures import Cell, Figure, Row
 from mvc_jax.mixing import marked_words, recipes
@@ -119,6 +120,13 @@ def test_a_source_that_is_mixed_with_itself_is_mentioned(tmp_path, caplog):
     found = preview.coarse_fine_figure(cells, folder, rows=2)
     sentence = "Mixing changes nothing in 1 of 2 images: the class has a single"
     assert found.notes[1].startswith(sentence) and sentence in caplog.text
+
+
+def test_a_set_without_images_has_no_figure(tmp_path):
+    cells, folder, _ = made(tmp_path, [("b", "coarse")])
+    (folder / "data" / "train-00000.parquet").unlink()
+    with pytest.raises(UserError, match="images in the set mixed to show, got none"):
+        preview.coarse_fine_figure(cells, folder, rows=2)
 
 
 def test_a_figure_of_an_older_version_is_kept_and_a_lost_one_drawn(tmp_path):

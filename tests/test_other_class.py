@@ -196,6 +196,21 @@ def test_the_interval_of_two_fractions_is_the_published_one():
     assert found == pytest.approx((0.0524, 0.3339), abs=1e-4)
 
 
+def test_the_interval_covers_the_difference_where_images_share_sources():
+    """Six images of each of 60 sources, whose flags are correlated, and 300 others."""
+    rng, draws = np.random.default_rng(0), 400
+    groups, covered, above = np.repeat(np.arange(60), 6), 0, 0
+    for _ in range(draws):
+        of_source = rng.beta(0.15 * 3, 0.85 * 3, 60)  # a correlation of 1/4
+        flags = rng.random(360) < of_source[groups]
+        other = float((rng.random(300) < 0.15).mean())
+        effective = statistics.effective_count(flags, groups)
+        ours = float(flags.mean()), effective
+        low, high = statistics.difference_of_fractions(ours, (other, 300.0), 0.95)
+        covered, above = covered + (low <= 0 <= high), above + (low > 0)
+    assert 0.92 <= covered / draws <= 0.98 and above / draws < 0.05
+
+
 @given(st.data())
 @settings(max_examples=30)
 def test_images_of_one_source_are_no_more_than_independent_ones(data):

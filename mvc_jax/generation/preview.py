@@ -151,12 +151,22 @@ def coarse_fine_figure(cells: Cells, mixed: epath.Path, *, rows: int) -> Figure:
       cells: of the run.
       mixed: folder of the set, whose images are shown.
       rows: maximum number of sources; classes take turns.
+
+    Raises:
+      UserError: the set has no image.
     """
     train = cells.train
     found: dict[str, dict[str, list[int]]] = {}
     for row in synthetic.read_rows(mixed, ("index", "source", "mode")):
         modes = found.setdefault(row["source"], {})
         modes.setdefault(row["mode"], []).append(row["index"])
+    if not found:
+        raise UserError(
+            "config.generate.coarse_fine",
+            wanted="images in the set mixed to show",
+            got="none: all were left out or removed by filters",
+            fix="Set it to 0; mixed/redrawn.jsonl and removed.jsonl say why.",
+        )
     modes = [mode for mode in MODES if any(mode in x for x in found.values())]
     # Sources with an image of every mode, where a class has any.
     shown = {
