@@ -110,6 +110,9 @@ def test_every_stage_ends_with_a_manifest_and_the_terminal_with_the_table(whole)
     timings = json.loads((workdir / "timings.json").read_text())
     assert set(timings) == set(STAGES)
     assert timings["pretrain"]["compile_seconds"] > 0
+    known = {name for name, row in timings.items() if "devices" in row}
+    assert known == {*pipeline.MESH_STAGES}
+    assert timings["generate"]["devices"] == {"kind": "cpu", "count": 1}
 
 
 def test_a_run_makes_what_its_price_said(whole, tmp_path):

@@ -383,6 +383,18 @@ def test_damaged_records_of_a_run_are_left_out_with_a_warning(tmp_path, damage):
     assert "81.2 ± 1.1" in page.text
 
 
+def test_an_accelerator_s_hours_are_told_for_an_image(tmp_path):
+    workdir = make_workdir(tmp_path)  # 120 images
+    row = {"seconds": 3600.0, "compile_seconds": 600.0, "peak_rss_mib": 1}
+    row["devices"] = {"kind": "NVIDIA H200", "count": 2}
+    files.write_json(workdir / "timings.json", {"generate": row})
+    page = run_page(workdir)
+    told = "generate per image made 120 25 30 0.017 2 × NVIDIA H200 Times are of"
+    assert page.row("generate per image").startswith(told)
+    said = "`generate`: 25 s per image made, 30 s with compiling, 0.017 device hours"
+    assert said in (workdir / "report" / "report.md").read_text()
+
+
 def test_images_removed_by_filters_are_a_table(tmp_path):
     assert "Removed by filters" not in run_page(make_workdir(tmp_path / "a")).text
     counts = {"mixed": {"images": 61, "label": 59, "copies": 13}}
