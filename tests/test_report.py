@@ -80,6 +80,24 @@ def test_every_picture_is_whole_and_every_reference_has_its_element(page, full):
         assert len(stored) == len({*stored}) < len(each.drawings)
 
 
+def test_every_element_is_closed_and_where_it_may_be(full):
+    opened = []
+    for closing, tag, rest in re.findall(r"<(/?)([a-z0-9]+)([^>]*)>", full[0].source):
+        if closing:
+            assert opened.pop() == tag
+        elif not rest.endswith("/") and tag not in (
+            "meta",
+            "link",
+            "img",
+            "br",
+            "input",
+        ):
+            phrasing = {*opened} & {"p", "span", "small", "b", "h3"}
+            assert not (phrasing and tag in ("div", "p", "table", "details", "dl"))
+            opened.append(tag)
+    assert opened == []
+
+
 def test_headings_are_in_order_and_sections_are_in_the_contents(full):
     page, _ = full
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
