@@ -201,7 +201,9 @@ def make(workdir: epath.Path, images: int, model_mib: int) -> None:
         "generate": lambda folder: made.generate(folder, opened.digests),
         "classify": made.classify,
         "evaluate": made.evaluate,
-        "report": lambda folder: made.texts(folder, "report.html", "grid.png"),
+        "report": lambda folder: made.texts(
+            folder, "report.html", "report.md", "grid.png"
+        ),
     }
     for name, write in writers.items():
         began = time.perf_counter()

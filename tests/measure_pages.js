@@ -32,6 +32,7 @@ const measure = (frame) => {
     focusable: all('details.view > summary').every((x) => x.tabIndex == 0),
     runs: all('.chosen > [class^=run]').filter((x) => box(x).height > 0).length,
     maps: all('.maps > *').filter((x) => box(x).height > 0).length,
+    mapsCut: all('.maps .scroll').filter((x) => x.scrollWidth > x.clientWidth + 1).length,
     last: page.querySelector('section:last-of-type h2').id,
   };
 };

@@ -30,6 +30,7 @@ from mvc_jax.train import STAGES
 from mvc_jax.training import runtime
 
 CACHE = ROOT / ".pytest_cache" / "xla-one-device"
+TIMED = ("report.html", "report.md")  # they show how long the stages took
 
 
 def arguments(workdir, *more):
@@ -109,6 +110,9 @@ def test_every_stage_ends_with_a_manifest_and_the_terminal_with_the_table(whole)
     timings = json.loads((workdir / "timings.json").read_text())
     assert set(timings) == set(STAGES)
     assert timings["pretrain"]["compile_seconds"] > 0
+    known = {name for name, row in timings.items() if "devices" in row}
+    assert known == {*pipeline.MESH_STAGES}
+    assert timings["generate"]["devices"] == {"kind": "cpu", "count": 1}
 
 
 def test_a_run_makes_what_its_price_said(whole, tmp_path):
@@ -417,8 +421,7 @@ def test_damage_to_finished_stages_is_made_again_or_named(
     run = fork_server.start("mvc_jax.train:main", flags, folder=tmp_path / "output")
     code, _, errors = run.wait()
     assert code == 0, errors
-    # The report shows how long the stages took.
-    same_as(whole[0], copied, [x for x, _ in again if x.name != "report.html"])
+    same_as(whole[0], copied, [x for x, _ in again if x.name not in TIMED])
 
 
 def test_damage_to_unfinished_stages_is_made_again(
@@ -438,7 +441,7 @@ def test_damage_to_unfinished_stages_is_made_again(
     run = fork_server.start("mvc_jax.train:main", flags, folder=tmp_path / "output")
     code, _, errors = run.wait()
     assert code == 0, errors
-    same_as(whole[0], copied, [x for x in known if x.name != "report.html"])
+    same_as(whole[0], copied, [x for x in known if x.name not in TIMED])
 
 
 def test_a_base_model_given_by_path_takes_the_place_of_pretrain(

@@ -80,6 +80,24 @@ def test_every_picture_is_whole_and_every_reference_has_its_element(page, full):
         assert len(stored) == len({*stored}) < len(each.drawings)
 
 
+def test_every_element_is_closed_and_where_it_may_be(full):
+    opened = []
+    for closing, tag, rest in re.findall(r"<(/?)([a-z0-9]+)([^>]*)>", full[0].source):
+        if closing:
+            assert opened.pop() == tag
+        elif not rest.endswith("/") and tag not in (
+            "meta",
+            "link",
+            "img",
+            "br",
+            "input",
+        ):
+            phrasing = {*opened} & {"p", "span", "small", "b", "h3"}
+            assert not (phrasing and tag in ("div", "p", "table", "details", "dl"))
+            opened.append(tag)
+    assert opened == []
+
+
 def test_headings_are_in_order_and_sections_are_in_the_contents(full):
     page, _ = full
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
@@ -381,6 +399,18 @@ def test_damaged_records_of_a_run_are_left_out_with_a_warning(tmp_path, damage):
     page = run_page(workdir)
     assert "Time and memory" not in page.text
     assert "81.2 ± 1.1" in page.text
+
+
+def test_an_accelerator_s_hours_are_told_for_an_image(tmp_path):
+    workdir = make_workdir(tmp_path)  # 120 images
+    row = {"seconds": 3600.0, "compile_seconds": 600.0, "peak_rss_mib": 1}
+    row["devices"] = {"kind": "NVIDIA H200", "count": 2}
+    files.write_json(workdir / "timings.json", {"generate": row})
+    page = run_page(workdir)
+    told = "generate per image made 120 25 30 0.017 2 × NVIDIA H200 Times are of"
+    assert page.row("generate per image").startswith(told)
+    said = "`generate`: 25 s per image made, 30 s with compiling, 0.017 device hours"
+    assert said in (workdir / "report" / "report.md").read_text()
 
 
 def test_images_removed_by_filters_are_a_table(tmp_path):

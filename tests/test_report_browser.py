@@ -122,6 +122,7 @@ def test_an_image_opens_large_above_the_page_and_one_at_a_time(seen, width):
 def test_one_run_is_chosen_and_its_confusion_is_beside_that_of_real(seen, width):
     found = seen[f"ten {width}"]
     assert found["runs"] == 1 and found["maps"] == 2
+    assert found["mapsCut"] == 0
 
 
 def test_the_browser_logs_no_error(pages, tmp_path):

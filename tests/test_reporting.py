@@ -56,6 +56,7 @@ def test_an_axis_holds_every_number_and_zero_with_a_few_labels(rows):
         ("number", None, "–"),
         ("number", True, "yes"),
         ("distance", 0.085817, "0.0858"),
+        ("distance", 0.15, "0.150"),
         ("prose", "see `a<b` <i>", "see <code>a&lt;b</code> &lt;i&gt;"),
         ("cell", "a|b\n*c* <i>", r"a\|b \*c\* \<i\>"),
     ],

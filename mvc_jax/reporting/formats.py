@@ -44,8 +44,8 @@ def number(value: Any) -> str:
 
 
 def distance(value: int | float | None) -> str:
-    """A distance with three digits."""
-    return NONE if value is None else f"{value:.3g}"
+    """A distance with three digits, the last of which may be zero."""
+    return NONE if value is None else f"{value:#.3g}"
 
 
 def prose(text: str) -> markupsafe.Markup:

@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any
 
+from absl import logging
 from etils import epath
 from PIL import Image
 
@@ -75,7 +76,11 @@ def samples(workdir: epath.Path) -> list[dict[str, Any]]:
     places = sorted({last * n // (_MAX_GRIDS - 1) for n in range(_MAX_GRIDS)})
     grids = []
     for step, path in (found[i] for i in places if found):
-        image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        try:
+            image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        except (OSError, SyntaxError):  # how Pillow calls what is damaged
+            logging.warning("%s cannot be read: the report leaves it out", path)
+            continue
         image.thumbnail((_MAX_SIZE, _MAX_SIZE), Image.Resampling.LANCZOS)
         grids.append({"step": step, "size": image.size, "uri": album.inline(image)})
     return grids
