@@ -8,7 +8,9 @@ XLA compiles for a device from its description, and the compiled program tells w
 will hold, move and call. Nothing runs: seconds are those of the roofline, the larger of
 FLOPs over the peak in bfloat16 and bytes over the bandwidth of memory, and no program
 reaches them. A row is printed as soon as it is known, and with `--out` appended to
-`compiled.jsonl`; the text of each program can be kept beside it by `--text`.
+`compiled.jsonl`; the text of each program can be kept beside it by `--text`. On TPUs
+most of the time goes into the code of each kernel: `--no-code` stops before, when
+kernels and buffers are known, so that its memory lacks that of the code.
 
 The compilers are packages, in an environment of their own:
 
@@ -24,7 +26,7 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from typing import Any
 
 import targets
@@ -51,7 +53,7 @@ _COLUMNS = (
     "bound by",
     "kernels",
     "collectives",
-    "copies and transposes, GB",
+    "copies and transposes, GB, and where most come from",
 )
 
 
@@ -62,12 +64,21 @@ def main() -> None:
         if arguments.all:
             sheet(arguments, chosen)
             return
+        if arguments.no_code and chosen[0].gpu:
+            raise UserError(
+                "--no-code",
+                wanted="a TPU: programs of GPUs compile in two minutes",
+                got=f"--target={chosen[0].name}",
+                fix="Leave it out.",
+            )
         print(header(), flush=True)
         row = compile_one(arguments, chosen[0])
     except UserError as error:
         sys.exit(str(error))
     print(line(row), flush=True)
     record(arguments, row)
+    if arguments.no_code:
+        os._exit(0)  # the compiler cannot be stopped
 
 
 def parse() -> argparse.Namespace:
@@ -89,7 +100,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--classifier-size", type=int, default=32, help="pixels")
     parser.add_argument("--policy", default="randaugment", help="of the classifier")
     parser.add_argument("--seeds", type=int, default=1, help="side by side")
+    parser.add_argument(
+        "--no-code", action="store_true", help="stop before it, on TPUs"
+    )
     parser.add_argument("--all", action="store_true", help="the sheet of the targets")
+    parser.add_argument("--limit", type=int, default=1200, help="s, a row of --all")
     parser.add_argument("--out", type=pathlib.Path, help="folder of compiled.jsonl")
     parser.add_argument("--text", type=pathlib.Path, help="file for the program's text")
     return parser.parse_args()
@@ -97,32 +112,36 @@ def parse() -> argparse.Namespace:
 
 def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
     """Compiles one program; returns its row."""
-    targets.set_environment()
+    dumped = tempfile.TemporaryDirectory() if arguments.no_code else None
+    targets.set_environment(dumped.name if dumped else "")
+    import compiled
     import hlo
     import programs
-
-    from mvc_jax.training import memory
 
     known = {field.name for field in dataclasses.fields(programs.Options)}
     given = {name: value for name, value in vars(arguments).items() if name in known}
     options = programs.Options(**given)
     mesh = targets.mesh(target, arguments.devices, arguments.fsdp)
     program = programs.build(arguments.program, options, mesh)
+    row = {
+        "target": target.name,
+        "program": arguments.program,
+        "devices": arguments.devices,
+        "settings": settings(arguments, program.examples),
+        "memory": target.memory,
+    }
     lowered = program.function.lower(*program.arguments)
-    began, used = time.monotonic(), sum(os.times()[:4])
-    compiled = lowered.compile()
-    seconds, used = time.monotonic() - began, sum(os.times()[:4]) - used
-    text = compiled.as_text()
+    try:
+        done = compiled.compile_(lowered, pathlib.Path(dumped.name) if dumped else None)
+    except compiled.TooLarge as error:
+        return row | {"error": f"does not fit: {error}"}
     if arguments.text:
-        arguments.text.write_text(text)
-    held, new = memory.program_bytes(compiled)
+        arguments.text.write_text(done.text)
     plain = dataclasses.replace(options, attention="xla")
     # On one device: what a `shard_map` computes would count once, not on each device.
     alone = programs.build(arguments.program, plain, targets.mesh(target, 1))
     flops = alone.flops() / mesh.size
-    module = hlo.Module(text)
-    found = hlo.summary(module)
-    analysis = compiled.memory_analysis()
+    found = hlo.summary(hlo.Module(done.text))
     moved = sum(size for _, size in found["collectives"].values())
     times = {
         "FLOPs": flops / target.peak,
@@ -130,18 +149,9 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
         "interconnect": moved / target.interconnect,
     }
     return {
-        "target": target.name,
-        "program": arguments.program,
-        "devices": arguments.devices,
-        "settings": settings(arguments, program.examples),
-        "compile_seconds": seconds,
-        "processor_seconds": used,
-        "arguments": held,
-        "temporary": new,
-        "memory": target.memory,
-        "fits": held + new <= target.memory,
-        "results": analysis.output_size_in_bytes,
-        "in_place": analysis.alias_size_in_bytes,
+        **row,
+        **done.fields(),
+        "fits": done.arguments + done.temporary <= target.memory,
         "flops": flops,
         "roofline_seconds": max(times.values()),
         "bound": max(times, key=times.get),
@@ -167,15 +177,26 @@ def settings(arguments: argparse.Namespace, examples: int) -> str:
     return ", ".join(shown)
 
 
-# What the sheet holds for every target, most important first: the sizes that the stages
-# take by default, and the largest that fit.
+# What the sheet holds for every target, what compiles soonest first: the sizes that
+# the stages take by default, and pairs of batches, whose difference is what an example
+# takes (docs/scaling.md).
 _SHEET = (
-    {"program": "finetune", "batch": 8},
-    {"program": "finetune", "batch": 50, "remat": "blocks"},
-    {"program": "lora", "batch": 8, "remat": "blocks"},
-    {"program": "generate"},
     {"program": "encode"},
     {"program": "classify", "batch": 128},
+    {"program": "generate"},
+    {"program": "generate", "batch": 4},
+    {"program": "generate", "size": 256},
+    {"program": "finetune", "batch": 8},
+    {"program": "finetune", "batch": 32},
+    {"program": "finetune", "batch": 8, "size": 256},
+    {"program": "finetune", "batch": 50, "size": 256},
+    {"program": "finetune", "batch": 8, "remat": "blocks"},
+    {"program": "finetune", "batch": 50, "remat": "blocks"},
+    {"program": "finetune", "batch": 50, "remat": "blocks", "size": 256},
+    {"program": "lora", "batch": 8},
+    {"program": "lora", "batch": 32},
+    {"program": "lora", "batch": 8, "remat": "blocks"},
+    {"program": "lora", "batch": 32, "remat": "blocks"},
 )
 
 
@@ -186,20 +207,30 @@ def sheet(arguments: argparse.Namespace, chosen: list[targets.Target]) -> None:
         for options in _SHEET:
             flags = [f"--{key}={value}" for key, value in options.items()]
             command = [sys.executable, __file__, f"--target={target.name}", *flags]
+            if arguments.no_code and not target.gpu:
+                command.append("--no-code")
             if arguments.out:
                 command.append(f"--out={arguments.out}")
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=arguments.limit
+                )
+                reason = _reason(done)
+            except subprocess.TimeoutExpired:
+                reason = f"not compiled: more than {arguments.limit} s"
+            if not reason:
                 print(done.stdout.splitlines()[-1], flush=True)
                 continue
             row = {"target": target.name, "devices": 1, **options}
-            row |= {"settings": " ".join(flags[1:]), "error": _reason(done)}
+            row |= {"settings": " ".join(flags[1:]), "error": reason}
             print(line(row), flush=True)
             record(arguments, row)
 
 
 def _reason(done: subprocess.CompletedProcess) -> str:
-    """Why a process failed, in one line."""
+    """Why a process failed, in one line; "" if it did not."""
+    if done.returncode == 0:
+        return ""
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         return f"does not compile: the compiler crashed ({name})"
@@ -219,8 +250,9 @@ def line(row: dict[str, Any]) -> str:
         return f"| {' | '.join(cells + [''] * (len(_COLUMNS) - len(cells)))} |"
     held, new = row["arguments"] / GIB, row["temporary"] / GIB
     fits = "" if row["fits"] else ": does not fit"
+    fits += " without its code" if row["code"] is None else ""
     cells += [
-        f"{row['compile_seconds']:.0f}, {row['processor_seconds']:.0f}",
+        f"{row['seconds']:.0f}, {row['processor_seconds']:.0f}",
         f"{held:.1f}",
         f"{new:.1f}",
         f"{held + new:.1f}{fits}",
@@ -238,9 +270,16 @@ def line(row: dict[str, Any]) -> str:
             f"{name} {size / 1e9:.1f}"
             for name, size in row["moves"].items()
             if size > 5e7
-        ),
+        )
+        + _most(row["origins"]),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _most(origins: dict[str, float]) -> str:
+    """The layers that most bytes of copies and transposes come from, for the table."""
+    names = [name.replace("\\'", "'") for name, size in origins.items() if size > 5e7]
+    return f"; {', '.join(names)}" if names else ""
 
 
 def record(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
