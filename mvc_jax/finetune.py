@@ -73,6 +73,8 @@ _NOT_LONGER = (
 # Activations of Stable Diffusion 1.5's step as compiled for an H100, relative to those
 # without `remat` (docs/scaling.md).
 _ACTIVATIONS = {"none": 1.0, "blocks": 0.18, "full": 0.16}
+# Weights and two moments in float32, of which adapters leave the weights in bfloat16.
+_FROZEN = 6
 _MEMORY_HINT = (
     "Lower config.finetune.batch_size ({batch_size}) or raise "
     "config.finetune.accumulate ({accumulate}); set config.finetune.remat ({remat}) to "
@@ -274,8 +276,6 @@ def what_fits(
     gradients = held // 3 if mode == "full" else 0
     activations = max(new - gradients, 1)
     room = size - held - gradients
-    if room <= 0:
-        return "Its state and gradients alone do not fit."
     now = _ACTIVATIONS[remat]
     found = []
     for choice, fraction in _ACTIVATIONS.items():
@@ -286,9 +286,25 @@ def what_fits(
     if micro > 0:
         found.append(f"accumulate={math.ceil(batch_size / micro)}")
         found.append(f"batch_size={micro * accumulate}")
+    if mode == "full":
+        found += _adapters_that_fit(held // _FROZEN, activations, size, remat)
+    words = "Its state and gradients alone do not fit. " if room <= 0 else ""
     if not found:
-        return "None of these alone will do."
-    return f"By the memory of Stable Diffusion 1.5 would fit: {', '.join(found)}."
+        return words.strip() or "None of these alone will do."
+    return (
+        f"{words}By the memory of Stable Diffusion 1.5 would fit: {', '.join(found)}."
+    )
+
+
+def _adapters_that_fit(held: int, activations: int, size: int, remat: str) -> list[str]:
+    """`mode=lora` with the least `remat` with which it fits, if it does with any."""
+    now = _ACTIVATIONS[remat]
+    for choice, fraction in _ACTIVATIONS.items():
+        needed = held + activations * fraction / now
+        if fraction <= now and needed <= size:
+            more = "" if choice == remat else f" with remat={choice}"
+            return [f"mode=lora{more} ({needed / 2**30:.1f} GiB)"]
+    return []
 
 
 def load_base(
