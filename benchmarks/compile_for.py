@@ -19,10 +19,12 @@ The compilers are packages, in an environment of their own:
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -38,23 +40,33 @@ _PROGRAMS = ("finetune", "lora", "generate", "encode", "classify", "pretrain")
 _FAMILIES = ("sd15", "sd21", "small", "tiny")
 _REMAT = ("none", "blocks", "full")
 _ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")
-_COLUMNS = (
-    "program",
-    "devices",
-    "settings",
-    "compiled in, s, and of the processor",
-    "memory, GiB: arguments",
-    "+ temporary",
-    "= peak",
-    "of",
-    "TFLOP",
-    "GB accessed",
-    "roofline, ms",
-    "bound by",
-    "kernels",
-    "collectives",
-    "copies and transposes, GB, and where most come from",
-)
+_COLUMNS = {  # how each is aligned
+    "program": "---",
+    "device": "---",
+    "settings": "---",
+    "compiled in, s of the processor": "---:",
+    "memory, GiB: arguments + temporary = peak of all": "---",
+    "TFLOP": "---:",
+    "GB accessed": "---:",
+    "roofline, ms, and its bound": "---",
+    "kernels": "---",
+    "collectives": "---",
+    "copies and transposes, GB, and where most come from": "---",
+}
+_LIBRARIES = {
+    "__cublas$lt$matmul": "cuBLAS",
+    "__cublas$gemm": "cuBLAS",
+    "__cudnn$convBackwardFilter": "conv. kernel gradient",
+    "__cudnn$convBackwardInput": "conv. input gradient",
+    "__cudnn$convBiasActivationForward": "conv.",
+    "__cudnn$convForward": "conv.",
+    "__cudnn$fmhaSoftmax": "attention",
+    "__cudnn$fmhaSoftmaxBackward": "attention gradient",
+    "convolution": "conv.",
+    "tpu_custom_call": "Pallas",
+}
+# Of TPUs, which compute nothing.
+_NO_KERNELS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")
 
 
 def main() -> None:
@@ -239,47 +251,58 @@ def _reason(done: subprocess.CompletedProcess) -> str:
 
 
 def header() -> str:
-    return f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
+    return f"| {' | '.join(_COLUMNS)} |\n|{'|'.join(_COLUMNS.values())}|"
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the Markdown table."""
     cells = [row["program"], f"{row['devices']} {row['target']}", row["settings"]]
     if "error" in row:
-        cells += [row["error"]]
+        cells += ["", row["error"]]
         return f"| {' | '.join(cells + [''] * (len(_COLUMNS) - len(cells)))} |"
     held, new = row["arguments"] / GIB, row["temporary"] / GIB
-    fits = "" if row["fits"] else ": does not fit"
-    fits += " without its code" if row["code"] is None else ""
+    memory = f"{held:.1f} + {new:.1f} = {held + new:.1f} of {row['memory'] / GIB:.1f}"
+    memory += "" if row["fits"] else ": does not fit"
+    memory += ", without code" if row["code"] is None else ""
+    moved = [f"{name} {size / 1e9:.1f}" for name, size in _large(row["moves"])]
+    origins = [_layer(name) for name, _ in _large(row["origins"])]
     cells += [
-        f"{row['seconds']:.0f}, {row['processor_seconds']:.0f}",
-        f"{held:.1f}",
-        f"{new:.1f}",
-        f"{held + new:.1f}{fits}",
-        f"{row['memory'] / GIB:.1f}",
-        f"{row['flops'] / 1e12:.2f}",
-        f"{row['bytes'] / 1e9:.0f}",
-        f"{1e3 * row['roofline_seconds']:.0f}",
-        row["bound"],
-        ", ".join(f"{count:.0f} {name}" for name, count in row["kernels"].items()),
+        f"{row['processor_seconds']:.0f}",
+        memory,
+        f"{row['flops'] / 1e12:,.2f}",
+        f"{row['bytes'] / 1e9:,.0f}",
+        f"{1e3 * row['roofline_seconds']:,.0f}, {row['bound']}",
+        ", ".join(_kernels(row["kernels"])),
         ", ".join(
-            f"{count:.0f} {name} {size / 1e9:.2f} GB"
+            f"{count:,.0f} {name}, {size / 1e9:.2f} GB"
             for name, (count, size) in row["collectives"].items()
         ),
-        ", ".join(
-            f"{name} {size / 1e9:.1f}"
-            for name, size in row["moves"].items()
-            if size > 5e7
-        )
-        + _most(row["origins"]),
+        "; ".join(filter(None, (", ".join(moved), ", ".join(dict.fromkeys(origins))))),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _most(origins: dict[str, float]) -> str:
-    """The layers that most bytes of copies and transposes come from, for the table."""
-    names = [name.replace("\\'", "'") for name, size in origins.items() if size > 5e7]
-    return f"; {', '.join(names)}" if names else ""
+def _kernels(counts: dict[str, float]) -> list[str]:
+    """Kernels and how often they run, those of one kind and dtype as one."""
+    found: dict[str, float] = collections.Counter()
+    for name, count in counts.items():
+        kind, _, dtype = name.partition(" ")
+        if " " in dtype:  # "matrix product bf16"
+            kind, _, dtype = name.rpartition(" ")
+        if kind not in _NO_KERNELS and not kind.startswith("AsyncCollective"):
+            found[f"{_LIBRARIES.get(kind, kind)} {dtype}"] += count
+    return [f"{count:,.0f} {name}" for name, count in found.items()]
+
+
+def _large(sizes: dict[str, float]) -> list[tuple[str, float]]:
+    """Those of 0.05 GB and more, as the table rounds."""
+    return [(name, size) for name, size in sizes.items() if size > 5e7]
+
+
+def _layer(origin: str) -> str:
+    """The last two names of a layer or a parameter."""
+    keys = re.findall(r"\['(\w+)'\]", origin.replace("\\'", "'"))
+    return "/".join(keys[-2:]) or origin
 
 
 def record(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
