@@ -142,6 +142,10 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
         "settings": settings(arguments, program.examples),
         "memory": target.memory,
     }
+    plain = dataclasses.replace(options, attention="xla")
+    # On one device: what a `shard_map` computes would count once, not on each device.
+    alone = programs.build(arguments.program, plain, targets.mesh(target, 1))
+    flops = alone.flops() / mesh.size
     lowered = program.function.lower(*program.arguments)
     try:
         done = compiled.compile_(lowered, pathlib.Path(dumped.name) if dumped else None)
@@ -149,10 +153,6 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
         return row | {"error": f"does not fit: {error}"}
     if arguments.text:
         arguments.text.write_text(done.text)
-    plain = dataclasses.replace(options, attention="xla")
-    # On one device: what a `shard_map` computes would count once, not on each device.
-    alone = programs.build(arguments.program, plain, targets.mesh(target, 1))
-    flops = alone.flops() / mesh.size
     found = hlo.summary(hlo.Module(done.text))
     moved = sum(size for _, size in found["collectives"].values())
     times = {
