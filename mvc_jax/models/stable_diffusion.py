@@ -187,10 +187,12 @@ class StableDiffusion:
 
         Of large images a few at a time, as in `decode_in_parts`.
         """
+        # A TPU keeps four images in tiles of eight: 184 instead of 45 GB are accessed.
+        tpu = devices.platform(self.mesh) == "tpu"
         return self._in_parts(
             lambda part: self.moments(params, part / 127.5 - 1.0),
             pixels,
-            math.prod(pixels.shape[1:3]),
+            math.prod(pixels.shape[1:3]) // (4 if tpu else 1),
         )
 
     def decode(self, params: Params, latents: Float[Array, "B h w c"]) -> Array:
