@@ -8,8 +8,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Pixels that a device encodes or decodes at once: Stable Diffusion's decoder then has
-# 2.7 GiB of activations, its encoder 1.5 (docs/scaling.md).
+# Pixels that a device encodes or decodes at once, at least: Stable Diffusion's decoder
+# then has 2.7 GiB of activations, its encoder 1.6 (docs/scaling.md).
 AUTOENCODER_PIXELS = 4 * 512**2
 
 

@@ -305,6 +305,9 @@ def test_large_images_are_decoded_in_parts_on_their_devices(tiny, monkeypatch):
     pixels = jax.ShapeDtypeStruct((40, 8, 8, 3), np.uint8)
     (loop,) = _loops(jax.make_jaxpr(model.encode_pixels)(params, pixels))
     assert loop.params["length"] == 5
+    with monkeypatch.context() as patch:  # twice as many at once: all five of a device
+        patch.setattr(stable_diffusion.devices, "platform", lambda mesh: "tpu")
+        assert not _loops(jax.make_jaxpr(model.encode_pixels)(params, pixels))
 
     rows = jnp.arange(12.0)
     sizes = []

@@ -187,12 +187,10 @@ class StableDiffusion:
 
         Of large images a few at a time, as in `decode_in_parts`.
         """
-        # A TPU keeps four images in tiles of eight: 184 instead of 45 GB are accessed.
-        tpu = devices.platform(self.mesh) == "tpu"
         return self._in_parts(
             lambda part: self.moments(params, part / 127.5 - 1.0),
             pixels,
-            math.prod(pixels.shape[1:3]) // (4 if tpu else 1),
+            math.prod(pixels.shape[1:3]),
         )
 
     def decode(self, params: Params, latents: Float[Array, "B h w c"]) -> Array:
@@ -221,11 +219,16 @@ class StableDiffusion:
     def _in_parts(
         self, function: Callable[[Array], Array], rows: Array, pixels: int
     ) -> Array:
-        """`function` of rows, each an image of so many pixels."""
+        """`function` of rows, each an image of so many pixels.
+
+        On TPUs twice as many at once: layers of four images of 512 pixels access four
+        times the bytes for each image that layers of eight do (docs/scaling.md).
+        """
+        tpu = devices.platform(self.mesh) == "tpu"
         return _map_parts(
             function,
             rows,
-            size=work.AUTOENCODER_PIXELS // pixels,
+            size=work.AUTOENCODER_PIXELS * (2 if tpu else 1) // pixels,
             devices=1 if self.mesh is None else self.mesh.size,
         )
 
