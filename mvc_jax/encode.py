@@ -83,6 +83,13 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     least, most = (n * number * math.prod(base.text_shape()) for n in sizes.prompts)
     batch = section.batch_size * side**2
     at_once = min(batch, max(work.AUTOENCODER_PIXELS, side**2))
+    of_images = {
+        "a batch of images": 3 * batch,
+        "some of it in the autoencoder": 4 * at_once * 2 * base.vae_channels,
+    }
+    # The hidden layers of CLIP's text encoders are four times as wide as its states.
+    hidden = 4 * section.batch_size * math.prod(base.text_shape())
+    of_texts = {"a batch of prompts in the text encoder": 4 * hidden}
     return Work(
         {"images": images, "prompts, at most": sizes.prompts[1]},
         unit="images",
@@ -97,7 +104,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
         asks=moments + least,
         leaves=moments + least,
         host={"a batch of images": 3 * batch},
-        devices={"a batch in the autoencoder": 4 * at_once * 2 * base.vae_channels},
+        devices=max(of_images, of_texts, key=lambda found: sum(found.values())),
         lower=("encode.batch_size",),
     )
 
