@@ -34,6 +34,7 @@ _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_SLICES = ("dynamic-slice", "gather", "slice")  # they read what they return
 # These move nothing: names for parts of other buffers, and the ends of what started.
 _FREE = {
     "after-all",
@@ -228,14 +229,18 @@ class Module:
     def _bytes_of(self, instruction: Instruction, computation: dict) -> float:
         if instruction.op == "async-start":
             return 0.0  # its computation is visited
+        if instruction.op in (*_SLICES, "slice-start"):
+            # A start's result comes after its operand.
+            part = instruction.buffers[instruction.op == "slice-start"]
+            source = computation.get(instruction.operands[0])
+            near = bool(source and source.buffers[0].on_chip)
+            return float(part.bytes * (2 - near - part.on_chip))
         written = instruction.buffers
         if instruction.op == "copy-start":
             written = written[:1]  # then the operand, and a context
         elif instruction.op.endswith("-start"):
             written = written[-1:]
         written = [buffer for buffer in written if not buffer.on_chip]
-        if instruction.op in ("dynamic-slice", "slice", "gather"):
-            return 2.0 * sum(buffer.bytes for buffer in written)
         slices: dict[int, float] = {}
         overwritten = 0.0
         if instruction.op == "fusion":
@@ -265,7 +270,7 @@ class Module:
                 continue
             place = int(instruction.operands[0])
             uses = users[instruction.name]
-            if all(use.op in ("dynamic-slice", "slice", "gather") for use in uses):
+            if all(use.op in _SLICES for use in uses):
                 slices[place] = float(sum(use.buffers[0].bytes for use in uses))
             elif len(uses) == 1 and uses[0].op == "dynamic-update-slice":
                 update = inside.get(uses[0].operands[1])

@@ -41,6 +41,7 @@ class Options:
       dtype: of activations while training, as in the config.
       preset: of `generate`: "" or `fast`.
       classifier: its name.
+      classifier_size: of its images in pixels along a side.
       policy: its augmentation.
       stem: of a ResNet; "" for its own.
       optimizer: of a classifier; "" for the config's.
@@ -57,6 +58,7 @@ class Options:
     dtype: str = "auto"
     preset: str = ""
     classifier: str = "wrn28_10"
+    classifier_size: int = 32
     policy: str = "randaugment"
     stem: str = ""
     optimizer: str = ""
@@ -226,6 +228,7 @@ def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
 def _encode(options: Options, mesh: jax.sharding.Mesh) -> Program:
     size = options.batch or common.get_config().encode.batch_size
     model = architecture(options, conditioned=False)
+    model = dataclasses.replace(model, mesh=mesh)
     params = _placed({"vae": model.shapes("vae")}, sharding.replicated(mesh))
     shape = (size, options.size, options.size, 3)
     images = _shape(shape, "uint8", sharding.batch_sharding(mesh))
@@ -235,7 +238,7 @@ def _encode(options: Options, mesh: jax.sharding.Mesh) -> Program:
 def _classify(options: Options, mesh: jax.sharding.Mesh) -> Program:
     section = common.get_config().classify
     size = options.batch or section.batch_size
-    side, classes, images = 32, 10, 10_000
+    side, classes, images = options.classifier_size, 10, 10_000
     network = classifiers.make(
         options.classifier,
         num_classes=classes,

@@ -114,11 +114,18 @@ def _installed(module: str) -> bool:
         return False
 
 
-def set_environment() -> None:
-    """Sets what the compilers read, before JAX is imported."""
+def set_environment(dump: str = "") -> None:
+    """Sets what the compilers read, before JAX is imported.
+
+    Args:
+      dump: folder into which XLA writes what it has compiled so far, if any.
+    """
     runtime.set_up("")
     os.environ.update(_ENVIRONMENT)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_GPU_FLAGS}".strip()
+    flags = [os.environ.get("XLA_FLAGS", ""), _GPU_FLAGS]
+    if dump:
+        flags += [f"--xla_dump_to={dump}", "--xla_dump_hlo_as_text"]
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 
 
 def mesh(target: Target, devices: int, fsdp: int = 1) -> Any:

@@ -22,7 +22,7 @@ from etils import epath, epy
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from mvc_jax import files
+from mvc_jax import files, work
 from mvc_jax.data import captions, shards, splits
 from mvc_jax.errors import UserError, require_disk_space
 from mvc_jax.mixing import marked_words
@@ -82,6 +82,14 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     moments = images * number * math.prod(base.moments_shape(side))
     least, most = (n * number * math.prod(base.text_shape()) for n in sizes.prompts)
     batch = section.batch_size * side**2
+    at_once = min(batch, max(work.AUTOENCODER_PIXELS, side**2))
+    of_images = {
+        "a batch of images": 3 * batch,
+        "some of it in the autoencoder": 4 * at_once * 2 * base.vae_channels,
+    }
+    # The hidden layers of CLIP's text encoders are four times as wide as its states.
+    hidden = 4 * section.batch_size * math.prod(base.text_shape())
+    of_texts = {"a batch of prompts in the text encoder": 4 * hidden}
     return Work(
         {"images": images, "prompts, at most": sizes.prompts[1]},
         unit="images",
@@ -96,7 +104,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
         asks=moments + least,
         leaves=moments + least,
         host={"a batch of images": 3 * batch},
-        devices={"a batch in the autoencoder": 4 * batch * 2 * base.vae_channels},
+        devices=max(of_images, of_texts, key=lambda found: sum(found.values())),
         lower=("encode.batch_size",),
     )
 
@@ -147,6 +155,7 @@ def encode(
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     base = _find_base(config, workdir, stage)
     model, _ = diffusers_layout.load(base, (), config.base.variant)
+    model = dataclasses.replace(model, mesh=mesh)
     train = splits.read_split(workdir / "caption", "train")
     listed = folder / "prompts.jsonl"
     if not stage.digests.intact(listed):

@@ -70,9 +70,15 @@ _NOT_LONGER = (
     "the cosine falls to 0 at the last step, so that other steps start over; with "
     "finetune.schedule=constant, a model that was finished would go on"
 )
-# Activations of Stable Diffusion 1.5's step as compiled for an H100, relative to those
-# without `remat` (docs/scaling.md).
-_ACTIVATIONS = {"none": 1.0, "blocks": 0.18, "full": 0.16}
+# Activations of Stable Diffusion 1.5's step by mode and `remat`, relative to those of
+# full fine-tuning without it, as compiled for an H100 (docs/scaling.md). Adapters with
+# `full` were not compiled: at most those with `blocks`.
+_ACTIVATIONS = {
+    "full": {"none": 1.0, "blocks": 0.18, "full": 0.16},
+    "lora": {"none": 0.84, "blocks": 0.2, "full": 0.2},
+}
+# Weights and two moments in float32, of which adapters leave the weights in bfloat16.
+_FROZEN = 6
 _MEMORY_HINT = (
     "Lower config.finetune.batch_size ({batch_size}) or raise "
     "config.finetune.accumulate ({accumulate}); set config.finetune.remat ({remat}) to "
@@ -274,11 +280,9 @@ def what_fits(
     gradients = held // 3 if mode == "full" else 0
     activations = max(new - gradients, 1)
     room = size - held - gradients
-    if room <= 0:
-        return "Its state and gradients alone do not fit."
-    now = _ACTIVATIONS[remat]
+    now = _ACTIVATIONS[mode][remat]
     found = []
-    for choice, fraction in _ACTIVATIONS.items():
+    for choice, fraction in _ACTIVATIONS[mode].items():
         if fraction < now and activations * fraction / now <= room:
             gib = (held + gradients + activations * fraction / now) / 2**30
             found.append(f"remat={choice} ({gib:.1f} GiB)")
@@ -286,9 +290,34 @@ def what_fits(
     if micro > 0:
         found.append(f"accumulate={math.ceil(batch_size / micro)}")
         found.append(f"batch_size={micro * accumulate}")
+    if mode == "full":
+        found += _adapters_that_fit(held // _FROZEN, activations / now, size, remat)
+    words = "Its state and gradients alone do not fit. " if room <= 0 else ""
     if not found:
-        return "None of these alone will do."
-    return f"By the memory of Stable Diffusion 1.5 would fit: {', '.join(found)}."
+        return words.strip() or "None of these alone will do."
+    return (
+        f"{words}By the memory of Stable Diffusion 1.5 would fit: {', '.join(found)}."
+    )
+
+
+def _adapters_that_fit(
+    held: int, activations: float, size: int, remat: str
+) -> list[str]:
+    """`mode=lora` with the least `remat` with which it fits, if it does with any.
+
+    Args:
+      held: bytes of the frozen base.
+      activations: bytes of those of full fine-tuning without `remat`.
+      size: bytes that there are.
+      remat: of the step that does not fit; no less is proposed.
+    """
+    choices = list(_ACTIVATIONS["lora"])
+    for choice in choices[choices.index(remat) :]:
+        needed = held + activations * _ACTIVATIONS["lora"][choice]
+        if needed <= size:
+            more = "" if choice == remat else f" with remat={choice}"
+            return [f"mode=lora{more} ({needed / 2**30:.1f} GiB)"]
+    return []
 
 
 def load_base(

@@ -8,6 +8,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# Pixels that a device encodes or decodes at once, at least: Stable Diffusion's decoder
+# then has 2.7 GiB of activations, its encoder 1.6 (docs/scaling.md).
+AUTOENCODER_PIXELS = 4 * 512**2
+
 
 @dataclasses.dataclass(frozen=True)
 class BaseSizes:

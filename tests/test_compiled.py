@@ -4,6 +4,7 @@ libtpu, its compiler, is installed by launch/test.sh into a folder of its own: b
 JAX it would be asked for a TPU by every process.
 """
 
+import ast
 import json
 import os
 import pathlib
@@ -33,9 +34,14 @@ def need_libtpu():
 
 
 def compile_for(*flags):
+    return run(ROOT / "benchmarks" / "compile_for.py", *flags)
+
+
+def run(*arguments):
+    """Python, with the benchmarks and libtpu on its path."""
     paths = (ROOT, ROOT / "benchmarks", LIBTPU)
     return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "compile_for.py", *flags],
+        [sys.executable, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
@@ -79,6 +85,42 @@ def test_the_state_is_updated_in_place(compiled, name):
     assert row["branches"] == 0
     metrics = 4096  # bytes at most
     assert row["in_place"] >= row["results"] - metrics > 0
+
+
+SUMMED = """
+import jax, jax.numpy as jnp
+import hlo, targets
+from jax.sharding import NamedSharding, PartitionSpec
+from mvc_jax.models import sharded_layers
+
+targets.set_environment()
+mesh = targets.mesh(targets.find("v5e"), devices=16, fsdp=16)
+spec, stages = PartitionSpec("fsdp"), sharded_layers.summing_stages(mesh)
+
+def gradient(shard, cotangent):
+    gather = lambda shard: sharded_layers.gather(shard, spec, jnp.bfloat16, stages)
+    return jax.vjp(gather, shard)[1](cotangent)[0]
+
+specs = spec, PartitionSpec(("data", "fsdp"))
+gradient = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=spec)
+shapes = [
+    jax.ShapeDtypeStruct((size, 1280), dtype, sharding=NamedSharding(mesh, spec))
+    for size, dtype, spec in zip((1280, 16 * 1280), (jnp.float32, jnp.bfloat16), specs)
+]
+compiled = jax.jit(gradient).lower(*shapes).compile()
+print(hlo.collectives(hlo.Module(compiled.as_text())))
+"""
+
+
+def test_on_a_square_slice_each_chip_receives_its_part_of_a_gradient():
+    """libtpu makes a sum of which each keeps all of a single one over 4x4."""
+    need_libtpu()
+    done = run("-c", SUMMED)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = 1280 * 1280 * 4  # bytes
+    assert ast.literal_eval(done.stdout) == {
+        ("reduce-scatter", "f32"): (2, whole + whole / 4)  # rows, then columns
+    }
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from mvc_jax import files, finetune
+from mvc_jax import files, finetune, work
 from mvc_jax.data import order
 from mvc_jax.data.cache import open_cache, read_pairs
 from mvc_jax.diffusion import samplers
 from mvc_jax.generation import image_sampler
-from mvc_jax.models import stable_diffusion
+from mvc_jax.models import sharded_layers, stable_diffusion
 from mvc_jax.training import memory, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state, fit, jit_step, place_batch
@@ -254,12 +255,42 @@ def test_image_k_is_the_same_on_any_mesh_and_in_any_batch(tiny, cache):
     assert np.abs(one - reordered).max() <= 1
 
 
+def test_tpus_sum_gradients_over_rows_and_then_over_columns(monkeypatch):
+    """Each device keeps the part that it would keep of a single sum."""
+    mesh = sharding.make_mesh(1, 8)
+    assert sharded_layers.summing_stages(mesh) == (None,)
+    monkeypatch.setattr(sharded_layers.devices, "platform", lambda mesh: "tpu")
+    stages = ((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert sharded_layers.summing_stages(mesh) == stages
+
+    spec, rows = PartitionSpec(None, "fsdp"), PartitionSpec(sharding.BATCH_AXES)
+    inputs = jnp.arange(8.0 * 24).reshape(8, 24) % 5
+    weights = jnp.arange(8.0 * 16).reshape(8, 16) % 7
+
+    def loss(kernel):
+        layer = jax.shard_map(
+            lambda k, x: x @ sharded_layers.gather(k, spec, jnp.float32, stages),
+            mesh=mesh,
+            in_specs=(spec, rows),
+            out_specs=rows,
+        )
+        return (layer(kernel, inputs) * weights).sum()
+
+    gradient = jax.jit(jax.grad(loss))(jnp.ones((24, 16)))
+    np.testing.assert_array_equal(gradient, inputs.T @ weights)
+
+
+def _loops(jaxpr):
+    """The outermost loops of a traced function."""
+    return [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+
+
 def test_large_images_are_decoded_in_parts_on_their_devices(tiny, monkeypatch):
     model, params = tiny
     params = {"vae": params["vae"]}
     latents = np.random.default_rng(0).normal(size=(40, 2, 2, 4)).astype(np.float32)
     whole = jax.jit(model.decode)(params, latents)
-    monkeypatch.setattr(stable_diffusion, "_DECODED", 3 * 8**2)  # 5 rows are 5 parts
+    monkeypatch.setattr(work, "AUTOENCODER_PIXELS", 3 * 8**2)  # 5 rows are 5 parts
     mesh = make_mesh("8")
     model = dataclasses.replace(model, mesh=mesh)
     placed = jax.device_put(latents, sharding.batch_sharding(mesh))
@@ -271,6 +302,12 @@ def test_large_images_are_decoded_in_parts_on_their_devices(tiny, monkeypatch):
     images = decode(params, placed)
     assert images.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
     np.testing.assert_allclose(images, whole, rtol=1e-5, atol=1e-5)
+    pixels = jax.ShapeDtypeStruct((40, 8, 8, 3), np.uint8)
+    (loop,) = _loops(jax.make_jaxpr(model.encode_pixels)(params, pixels))
+    assert loop.params["length"] == 5
+    with monkeypatch.context() as patch:  # twice as many at once: all five of a device
+        patch.setattr(stable_diffusion.devices, "platform", lambda mesh: "tpu")
+        assert not _loops(jax.make_jaxpr(model.encode_pixels)(params, pixels))
 
     rows = jnp.arange(12.0)
     sizes = []

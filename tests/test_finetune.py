@@ -413,9 +413,14 @@ def test_a_lack_of_memory_is_answered_with_what_would_fit():
     assert "accumulate=2, batch_size=25" in words
     words = finetune.what_fits(9 * gib, 53 * gib, 37 * gib, remat="full", **full)
     assert "remat" not in words and "accumulate=2" in words
-    assert "do not fit" in finetune.what_fits(
-        9 * gib, 53 * gib, 12 * gib, remat="none", **full
-    )
+    words = finetune.what_fits(9 * gib, 53 * gib, 12 * gib, remat="none", **full)
+    assert "state and gradients alone do not fit" in words
+    # The frozen base takes 1.5 GiB in bfloat16, the activations 10.
+    assert "fit: mode=lora with remat=blocks (11.5 GiB)." in words
+    words = finetune.what_fits(9 * gib, 53 * gib, 52 * gib, remat="none", **full)
+    assert words.endswith("mode=lora (43.5 GiB).")
+    words = finetune.what_fits(9 * gib, 53 * gib, 2 * gib, remat="none", **full)
+    assert words == "Its state and gradients alone do not fit."
     lora = {**full, "mode": "lora", "batch_size": 1}
     assert "None of these" in finetune.what_fits(
         2 * gib, 30 * gib, 3 * gib, remat="none", **lora

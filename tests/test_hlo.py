@@ -51,6 +51,35 @@ backend_config={"known_trip_count":{"n":"5"}}
 }
 """
 
+# A part that is fetched to the chip while others work, and used there.
+_FETCHED = """
+HloModule jit_f
+
+ENTRY %main (a: f32[10,8,128]) -> f32[2,8,128] {
+  %a = f32[10,8,128]{2,1,0:T(8,128)} parameter(0)
+  %near = ((f32[10,8,128]{2,1,0:T(8,128)}), f32[2,8,128]{2,1,0:T(8,128)S(1)}, \
+s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:8], [0:128]}
+  %b = f32[2,8,128]{2,1,0:T(8,128)S(1)} slice-done(%near)
+  ROOT %c = f32[2,8,128]{2,1,0:T(8,128)} negate(%b)
+}
+"""
+_FETCHED_LATER = """
+HloModule jit_f
+
+%part (p: f32[10,8,128]) -> f32[2,8,128] {
+  %p = f32[10,8,128]{2,1,0:T(8,128)} parameter(0)
+  ROOT %s = f32[2,8,128]{2,1,0:T(8,128)S(1)} slice(%p), slice={[0:2], [0:8], [0:128]}
+}
+
+ENTRY %main (a: f32[10,8,128]) -> f32[2,8,128] {
+  %a = f32[10,8,128]{2,1,0:T(8,128)} parameter(0)
+  %near = ((f32[10,8,128]{2,1,0:T(8,128)}), f32[2,8,128]{2,1,0:T(8,128)S(1)}, \
+s32[]{:S(2)}) async-start(%a), calls=%part
+  %b = f32[2,8,128]{2,1,0:T(8,128)S(1)} async-done(%near)
+  ROOT %c = f32[2,8,128]{2,1,0:T(8,128)} negate(%b)
+}
+"""
+
 # One gather beside two fusions, as a TPU compiler prints it, and another one.
 _BESIDE = """
 HloModule jit_f
@@ -101,6 +130,12 @@ def test_tiles_pad_memory_on_chip_is_free_and_loops_are_multiplied():
     fusion = 2 * 8 * 128 * 4 + 4  # the slice, the result and the index
     assert module.bytes_accessed() == loop + fusion
     assert hlo.moves(module) == {}
+
+
+@pytest.mark.parametrize("text", [_FETCHED, _FETCHED_LATER])
+def test_of_what_is_fetched_in_part_the_part_counts(text):
+    part = 2 * 8 * 128 * 4
+    assert hlo.Module(text).bytes_accessed() == part + part  # read, and written
 
 
 @pytest.mark.parametrize("length", [1, 7])

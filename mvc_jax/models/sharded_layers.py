@@ -10,16 +10,22 @@ parameter, each device receiving its shard.
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from mvc_jax import devices
+
 _WHOLE = PartitionSpec()
+# Of `psum_scatter`, one sum after another: groups of places on the axis; None: all.
+Stages = tuple[tuple[tuple[int, ...], ...] | None, ...]
+_AT_ONCE: Stages = (None,)
 
 
 def mapped(
@@ -39,6 +45,7 @@ def mapped(
         gathers its kernel anyway; other layers drop theirs and gather them again.
     """
     shardings = flax.traverse_util.flatten_dict(weights or {})
+    stages = _AT_ONCE if batch is None else summing_stages(batch.mesh)
     within = False  # a layer: its copy is intercepted again
 
     def intercept(next_call, args, kwargs, context):
@@ -54,7 +61,8 @@ def mapped(
             return next_call(*args, **kwargs)
         params = layer.variables["params"]
         specs = {name: _spec(shardings.get((*layer.path, name))) for name in params}
-        call = functools.partial(_call, layer.clone(parent=None, name=None), specs)
+        alike = layer.clone(parent=None, name=None)
+        call = functools.partial(_call, alike, specs, stages)
         if specs["kernel"] != _WHOLE and not recomputed(layer.path):
             call = jax.checkpoint(call)
         within = True
@@ -75,14 +83,38 @@ def _spec(sharding: NamedSharding | None) -> PartitionSpec:
     return _WHOLE if sharding is None else sharding.spec
 
 
-def _call(layer, specs, shards, inputs):
+def summing_stages(mesh: Mesh) -> Stages:
+    """How gradients are summed over the devices that share the weights.
+
+    On TPUs over rows of chips and then over columns: of one sum over a whole square
+    slice (4x4, 8x8) or all three axes of one, of which each chip keeps a part, libtpu
+    makes a sum of which each keeps all, twice the bytes (docs/scaling.md).
+    """
+    size = mesh.shape["fsdp"]
+    if devices.platform(mesh) != "tpu" or size < 8:
+        return _AT_ONCE
+    first = min(n for n in range(1, size + 1) if size % n == 0 and n * n >= size)
+    return two_stages(first, size // first)
+
+
+def two_stages(first: int, second: int) -> Stages:
+    """Sums over `first` parts and then over `second`, in the order of a single one."""
+    places = [range(i * second, (i + 1) * second) for i in range(first)]
+    return tuple(zip(*places, strict=True)), tuple(map(tuple, places))
+
+
+def _call(layer, specs, stages, shards, inputs):
     dtype = layer.dtype or inputs.dtype
-    params = {name: gather(leaf, specs[name], dtype) for name, leaf in shards.items()}
+    params = {
+        name: gather(leaf, specs[name], dtype, stages) for name, leaf in shards.items()
+    }
     return layer.apply({"params": params}, inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather(shard: Array, spec: PartitionSpec, dtype: Any) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(
+    shard: Array, spec: PartitionSpec, dtype: Any, stages: Stages = _AT_ONCE
+) -> Array:
     """The whole parameter in `dtype`, of which each device of a `shard_map` has a part.
 
     Its gradient is the sum over all devices, in the dtype of the shard.
@@ -91,6 +123,7 @@ def gather(shard: Array, spec: PartitionSpec, dtype: Any) -> Array:
       shard: the part of this device.
       spec: how the parameter is sharded: one axis at most, over one of the mesh's.
       dtype: of the result.
+      stages: of the sum; see `summing_stages`.
     """
     whole = shard.astype(dtype)
     for place, name in _sharded(spec):
@@ -98,15 +131,19 @@ def gather(shard: Array, spec: PartitionSpec, dtype: Any) -> Array:
     return jax.lax.pcast(whole, _others(spec), to="varying")
 
 
-def _gather_forward(shard, spec, dtype):
-    return gather(shard, spec, dtype), shard.dtype.type(0)
+def _gather_forward(shard, spec, dtype, stages):
+    return gather(shard, spec, dtype, stages), shard.dtype.type(0)
 
 
-def _gather_backward(spec, dtype, like, gradient):
+def _gather_backward(spec, dtype, stages, like, gradient):
     gradient = gradient.astype(like.dtype)
-    for place, name in _sharded(spec):
+    for (place, name), groups in itertools.product(_sharded(spec), stages):
         gradient = jax.lax.psum_scatter(
-            gradient, name, scatter_dimension=place, tiled=True
+            gradient,
+            name,
+            scatter_dimension=place,
+            axis_index_groups=groups,
+            tiled=True,
         )
     return (jax.lax.psum(gradient, _others(spec)),)
 

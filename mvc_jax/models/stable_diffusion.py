@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
-from mvc_jax import devices
+from mvc_jax import devices, work
 from mvc_jax.models import attention, lora, noise_schedule, remat, sharded_layers
 from mvc_jax.models.flax_classes import (
     FlaxAutoencoderKL,
@@ -31,7 +31,6 @@ from mvc_jax.models.flax_classes import (
 Params = dict[str, Any]
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
 _TRACED = 64  # latents or pixels a side, a power of two, to trace shapes with
-_DECODED = 4 * 512**2  # pixels that a device decodes at once: 2.7 GiB of activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +183,15 @@ class StableDiffusion:
         return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
     def encode_pixels(self, params: Params, pixels: UInt8[Array, "B H W 3"]) -> Array:
-        """`moments` of images in [0, 255], the range in which they are stored."""
-        return self.moments(params, pixels / 127.5 - 1.0)
+        """`moments` of images in [0, 255], the range in which they are stored.
+
+        Of large images a few at a time, as in `decode_in_parts`.
+        """
+        return self._in_parts(
+            lambda part: self.moments(params, part / 127.5 - 1.0),
+            pixels,
+            math.prod(pixels.shape[1:3]),
+        )
 
     def decode(self, params: Params, latents: Float[Array, "B h w c"]) -> Array:
         """Images [B, H, W, 3], about [-1, 1], of *scaled* latents."""
@@ -204,11 +210,25 @@ class StableDiffusion:
         The activations of the last layers are the largest of all while images are
         drawn: 0.6 GiB for each of 512 pixels a side.
         """
-        pixels = np.prod(latents.shape[1:3]) * self.downsampling**2
-        return _map_parts(
+        return self._in_parts(
             lambda part: self.decode(params, part),
             latents,
-            size=int(_DECODED // pixels),
+            math.prod(latents.shape[1:3]) * self.downsampling**2,
+        )
+
+    def _in_parts(
+        self, function: Callable[[Array], Array], rows: Array, pixels: int
+    ) -> Array:
+        """`function` of rows, each an image of so many pixels.
+
+        On TPUs twice as many at once: layers of four images of 512 pixels access four
+        times the bytes for each image that layers of eight do (docs/scaling.md).
+        """
+        tpu = devices.platform(self.mesh) == "tpu"
+        return _map_parts(
+            function,
+            rows,
+            size=work.AUTOENCODER_PIXELS * (2 if tpu else 1) // pixels,
             devices=1 if self.mesh is None else self.mesh.size,
         )
 

@@ -222,7 +222,8 @@ def encode(
 ) -> Float[np.ndarray, "N h w c2"]:
     """Moments of images, from the parameters `vae`."""
     size = sharding.padded_size(batch_size, mesh)
-    run = sharding.over_batches(model.encode_pixels, {"vae": vae}, size=size, mesh=mesh)
+    encode_pixels = dataclasses.replace(model, mesh=mesh).encode_pixels
+    run = sharding.over_batches(encode_pixels, {"vae": vae}, size=size, mesh=mesh)
     starts = range(0, len(images), size)
     return np.concatenate([*run(images[i : i + size] for i in starts)])
 
