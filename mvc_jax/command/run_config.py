@@ -7,7 +7,7 @@ command does, not what the workdir is made of, so they have their defaults there
 
 import contextlib
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from etils import epath
@@ -66,7 +66,7 @@ def as_begun(
     workdir: epath.PathLike,
     *,
     redo: Collection[str] = (),
-    source: epath.PathLike | None = None,
+    sources: Sequence[epath.PathLike] = (),
 ) -> ConfigDict:
     """The config with what `auto` stands for in stages that are older than its field.
 
@@ -76,15 +76,14 @@ def as_begun(
       config: of the run.
       workdir: of the run.
       redo: stages that are made again, for which it is the default.
-      source: another workdir, from which stages may be taken over.
+      sources: other workdirs, from which stages may be taken over.
     """
     config = config.copy_and_resolve_references()
-    folders = [workdir] if source is None else [workdir, source]
     for name, before in _earlier(config).items():
         section, field = name.split(".")
         if config[section][field] != "auto" or section in redo:
             continue
-        records = (stage.recorded(folder, section) for folder in folders)
+        records = (stage.recorded(folder, section) for folder in [workdir, *sources])
         settings = next((r["settings"][section] for r in records if r), None)
         if settings is not None and field not in settings:
             config[section][field] = before
