@@ -148,7 +148,7 @@ class Stage:
         manifest = {
             "stage": self.name,
             "settings": self.settings,
-            "settings_hash": _hash(self.settings),
+            "settings_hash": hash_of(self.settings),
             "inputs": self.inputs,
             "artifacts": described,
             "counts": counts,
@@ -640,7 +640,7 @@ def _as_on_disk(value: Any) -> Any:
 def _identity(manifest: dict) -> str:
     """Hash by which later stages recognise this one as their input."""
     # Without versions: equal artifacts are equal inputs, whichever version made them.
-    return _hash([manifest[key] for key in ("settings", "inputs", "artifacts")])
+    return hash_of([manifest[key] for key in ("settings", "inputs", "artifacts")])
 
 
 def _read(path: epath.Path) -> dict:
@@ -658,7 +658,8 @@ def _read(path: epath.Path) -> dict:
         ) from error
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """Sixteen hex digits of a hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -62,6 +62,7 @@ from mvc_jax.command import (
     results,
     run_config,
     run_folder,
+    sweep,
 )
 from mvc_jax.command.redo import ending_redo, move_aside, stages_to_move
 from mvc_jax.command.take_over import take_over, take_over_parts
@@ -85,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = list(sys.argv if argv is None else argv)
             if words[1:2] == ["repeat"]:
                 return repeat.run(words, main)
+            if words[1:2] == ["sweep"]:
+                sweep.run(words, sweep.Program(planned, run))
+                return 0
             command = command_line.parse(words, about=__doc__)
             workdir = command.workdir
             sources = [] if command.source is None else [command.source]

@@ -84,6 +84,11 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in str(path) and not str(path).startswith("gs:")
 
 
+def workdirs(folder: epath.Path) -> list[epath.Path]:
+    """The workdirs in a folder, by name."""
+    return [x for x in files.matching(folder, "*") if (x / "config.json").exists()]
+
+
 def remove_temporaries(workdir: epath.Path) -> None:
     """Deletes what a killed run left in the workdir outside of its stages."""
     patterns = (".tmp-*", "earlier/*/.tmp-*")

@@ -73,6 +73,7 @@ def take_over_parts(
     with _appearing(workdir, name) as temporary:
         for part, source in found.values():
             for path in part.paths:
+                (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 run_folder.link_or_copy(source / name / path, temporary / path)
             run_folder.copy_part_records(name, part, source, workdir)
         stage.begin(workdir, spec, temporary)
