@@ -55,6 +55,7 @@ from ml_collections import ConfigDict
 from mvc_jax import stage
 from mvc_jax.command import (
     command_line,
+    compare,
     pipeline,
     plan,
     price,
@@ -86,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = list(sys.argv if argv is None else argv)
             if words[1:2] == ["repeat"]:
                 return repeat.run(words, main)
+            if words[1:2] == ["compare"]:
+                compare.run(words)
+                return 0
             if words[1:2] == ["sweep"]:
                 sweep.run(words, sweep.Program(planned, run))
                 return 0

@@ -147,15 +147,21 @@ def compared(
     return _decided(found, confidence, [_words(ours) for ours, _ in cut])
 
 
-def accuracy(
-    correct: Bool[np.ndarray, "S T"], confidence: float
-) -> differences.Difference:
-    """The accuracy of a run, with its interval for other seeds and test images."""
+def accuracy(correct: Bool[np.ndarray, "S T"], confidence: float) -> dict[str, Any]:
+    """The accuracy of a run, with its interval for other seeds and test images.
+
+    Returns:
+      `accuracy`, `low` and `high` in [0, 1], the latter None where they cannot be
+      known, and `seeds`.
+    """
     found = differences.paired(correct, np.zeros_like(correct), confidence)
-    if found.low is None:
-        return differences.Difference(found.mean)
-    ends = max(found.low, 0.0), min(found.high, 1.0)
-    return differences.Difference(found.mean, *ends)
+    low, high = found.low, found.high
+    return {
+        "accuracy": found.mean,
+        "low": None if low is None else max(low, 0.0),
+        "high": None if high is None else min(high, 1.0),
+        "seeds": len(correct),
+    }
 
 
 def answers_over_splits(
@@ -305,6 +311,11 @@ def _by_parts(names: Collection[str]) -> dict[tuple, str]:
 
 def _percent(name: str, means: Mapping[str, float]) -> str:
     return f"{runs.parse(name).title} ({100 * means[name]:.1f} %)"
+
+
+def lower_title(name: str) -> str:
+    """The title of a run, within a sentence."""
+    return _lower(runs.parse(name).title)
 
 
 def _lower(title: str) -> str:

@@ -7,12 +7,19 @@ from typing import Any
 
 from etils import epath, epy
 
-from mvc_jax import files
+from mvc_jax import files, stage
 from mvc_jax.reporting import formats, tables
 from mvc_jax.reporting.tables import Cell
 
 with epy.lazy_imports():
+    from mvc_jax.classification import tested
     from mvc_jax.reporting import page
+
+
+def read(workdir: epath.Path) -> "tested.Tested":
+    """The results of a workdir's classifiers, which are finished."""
+    settings = stage.read_manifest(workdir, "classify")["settings"]
+    return tested.read(workdir, settings["classify"]["runs"])
 
 
 def write(
@@ -41,6 +48,25 @@ def write(
     html = page.render(template, document=document, picture=_inline(shown, content))
     files.write_text(path.parent / f"{path.name}.html", html)
     print(f"\n{document.markdown()}\nreport: {path.parent / path.name}.html")
+
+
+def accuracy_cell(found: Mapping[str, Any] | None) -> Cell:
+    """An accuracy in percent, as `comparisons.accuracy` describes it, if any."""
+    if found is None:
+        return Cell(formats.NONE)
+    low, high = found["low"], found["high"]
+    ends = f"{formats.percent(low)} to {formats.percent(high)}"
+    return Cell(formats.percent(found["accuracy"]), "" if low is None else ends)
+
+
+def points(found: Mapping[str, Any]) -> str:
+    """A difference with its interval, within a sentence."""
+    ends = f"{formats.points(found['low'])} to {formats.points(found['high'])}"
+    return f"{formats.points(found['mean'])} points ({ends})"
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def difference_columns(*names: str, confidence: float) -> list[Cell]:

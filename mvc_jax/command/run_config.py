@@ -21,7 +21,7 @@ from mvc_jax.errors import UserError
 DEFAULT = "configs/digits.py"
 _FILE = "config.json"
 _AGED = ("mix", "generate")  # stages with a field that is `auto` by default
-_OF_A_COMMAND = ("stages", "generate.limit")
+OF_A_COMMAND = ("stages", "generate.limit")
 
 
 def path_in(workdir: epath.PathLike) -> epath.Path:
@@ -45,7 +45,7 @@ def load(path_and_argument: str) -> ConfigDict:
 def write(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Makes `config` the one that the workdir goes on with."""
     values, defaults = config.to_dict(), common.FIELDS.flat()
-    for name in _OF_A_COMMAND:
+    for name in OF_A_COMMAND:
         *sections, field = name.split(".")
         section = values
         for part in sections:
@@ -59,6 +59,13 @@ def read(workdir: epath.PathLike) -> ConfigDict | None:
     with contextlib.suppress(UserError):
         return _load_json(path_in(workdir))
     return None
+
+
+def value(config: ConfigDict, name: str) -> Any:
+    """The value of a field, by its dotted name."""
+    for part in name.split("."):
+        config = config[part]
+    return config
 
 
 def as_begun(
@@ -149,7 +156,7 @@ def _load_json(path: epath.Path) -> ConfigDict:
         section, field = name.split(".")
         if section in values and field not in values[section]:
             config[section][field] = before
-    for name in _OF_A_COMMAND:
+    for name in OF_A_COMMAND:
         default = common.FIELDS.flat()[name].default
         config.update_from_flattened_dict({name: default})
     return config

@@ -24,7 +24,7 @@ from mvc_jax.command import (
 from mvc_jax.errors import UserError
 
 with epy.lazy_imports():
-    from mvc_jax.command import sweep_results
+    from mvc_jax.command import sweep_report
 
 HELP = """A run for each value of a field, each in a folder of its own, compared:
     mvc-jax sweep --vary mix.tokens=1,2,4,8 --config=configs/digits.py \\
@@ -99,7 +99,7 @@ def run(argv: Sequence[str], program: Program) -> epath.Path:
         if any(each.work for each in everything):
             logging.info("%d points: %s", len(points), sweep.line(prices))
         sweep.run()
-        sweep_results.write(axes, points, command.config, command.workdir)
+        sweep_report.write(axes, points, command.config, command.workdir)
     return command.workdir
 
 

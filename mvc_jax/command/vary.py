@@ -8,13 +8,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mvc_jax.command import pipeline
+from mvc_jax.command import pipeline, run_config
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
 from mvc_jax.stage import hash_of
 
 _EXAMPLE = "Write e.g. --vary mix.tokens=1,2,4,8."
-_NOT_OF_A_RUN = ("stages", "generate.limit")  # of a command
 _SAFE = re.compile(r"[^\w.,+:=-]")
 _LONGEST = 120  # characters of a folder's name
 
@@ -78,7 +77,7 @@ def parse(text: str) -> Axis:
     field = common.FIELDS.find(name)
     if isinstance(field, fields.Section):
         raise field.error(f"config.{name}", "a sweep over a section")
-    if name in _NOT_OF_A_RUN:
+    if name in run_config.OF_A_COMMAND:
         raise UserError(
             flag,
             wanted="a field that changes what a run ends with",
