@@ -46,7 +46,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import logging
 from etils import epath, epy
@@ -128,7 +128,7 @@ def run(
     redo: Sequence[str] = (),
     sources: Sequence[epath.Path] = (),
     verify: bool = False,
-    alone: bool = True,
+    announce: Callable[[Sequence[plan.Step]], None] | None = None,
 ) -> None:
     """Checks everything that needs no device, then runs the selected stages.
 
@@ -140,7 +140,8 @@ def run(
         parts of others (`take_over.take_over_parts`).
       verify: whether to hash every file in the workdir first; otherwise one whose size
         and modification time did not change is taken for unchanged.
-      alone: whether to print what it takes and its results; not for one of many runs.
+      announce: for one of many runs: called with the plan before any work, in place of
+        printing what it takes and its results.
     """
     common.FIELDS.check(config)
     stages = pipeline.select(config)
@@ -161,7 +162,9 @@ def run(
         plan.require_possible(steps)
         prices = price.make(steps, config, workdir)
         price.require_room(prices, workdir)
-        if alone and any(each.work for each in prices):
+        if announce:
+            announce(steps)
+        elif any(each.work for each in prices):
             logging.info(price.line(prices, workdir))
         _prepare(steps, config, workdir)
         if moved:
@@ -170,7 +173,7 @@ def run(
         donors = {name: () if name in moved else sources for name in stages}
         with ending_redo(workdir):
             worked = _run_stages(stages, config, workdir, prices, donors)
-    if not alone:
+    if announce:
         return
     if config.generate.limit and "generate" in stages:
         print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")

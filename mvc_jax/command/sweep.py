@@ -6,6 +6,7 @@ value does not change (`take_over.py`), so that only what differs is made again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Program:
     Attributes:
       planned: (config, workdir, redo=, sources=) -> the config as it would be used, and
         its plan; raises `UserError`.
-      run: (config, workdir, redo=, sources=, verify=, alone=) makes it.
+      run: (config, workdir, redo=, sources=, verify=, announce=) makes it.
     """
 
     planned: Callable[..., tuple[ConfigDict, list[plan.Step]]]
@@ -166,18 +167,18 @@ class _Sweep:
     def run(self) -> None:
         """Makes every point; those that are finished have nothing to do."""
         for number, point in enumerate(self._points, start=1):
-            folder, sources = self._folders[point.name], self._sources(point)
-            options = {"redo": self._command.redo, "sources": sources}
-            _, steps = self._program.planned(point.config, folder, **options)
             count = f"{number} of {len(self._points)}"
-            logging.info("%s (%s): %s", point.name, count, self._in_words(steps))
             self._program.run(
                 point.config,
-                folder,
-                **options,
+                self._folders[point.name],
+                redo=self._command.redo,
+                sources=self._sources(point),
                 verify=self._command.verify,
-                alone=False,
+                announce=functools.partial(self._announce, f"{point.name} ({count})"),
             )
+
+    def _announce(self, name: str, steps: Sequence[plan.Step]) -> None:
+        logging.info("%s: %s", name, self._in_words(steps))
 
     def line(self, prices: dict[str, list[price.Price]]) -> str:
         """What the whole sweep takes, in one line."""
