@@ -18,6 +18,10 @@ Other settings: what is not affected is taken over, or what is affected made aga
 A run that was stopped is resumed by the same command.
 The same with several seeds, which draw other splits, and an interval over them:
     mvc-jax repeat --seeds=0,1,2 --config=configs/digits.py --workdir=runs/splits
+A run for each value of a field, and finished runs side by side:
+    mvc-jax sweep --vary mix.tokens=1,2,4,8 --from=runs/digits --workdir=runs/tokens
+    mvc-jax compare runs/digits runs/fine
+(`mvc-jax repeat --help`, `sweep --help` and `compare --help` say more.)
 
 Flags:
   --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
@@ -31,7 +35,8 @@ Flags:
   --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
                                    them again; the old ones move to FOLDER/earlier
   --from=WORKDIR                   starts from the config of another workdir, and takes
-                                   over its stages where all settings agree
+                                   over its stages where all settings agree, and
+                                   parts of others that they leave as they are
   --help, --help=SECTION           prints this, or every field of a section
   --version                        prints the version
 
