@@ -144,7 +144,7 @@ def test_two_fields_make_a_grid(tmp_path, worked):
     text = (tmp_path / "sweep.md").read_text()
     assert "| mix.tokens \\\\ mix.partner | class | any |" in text.replace("\\", "\\\\")
     page = (tmp_path / "sweep.html").read_text()
-    assert page.count('class="n shaded" style="--shade: 0.60"') == 2
+    assert page.count('class="n shaded" style="--shade: 0.60"') == 1
     assert page.count('class="n"') and "Darker is higher" in page
 
 

@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> None:
     members = _read(folders)
     confidence = members[0].config.evaluate.confidence
     summary = summarise(members, confidence)
-    run_folder.check(out, 0)
+    run_folder.check(out, 0.0)
     document.write(out / "compare", _document(members, summary), summary)
 
 
