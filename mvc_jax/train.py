@@ -351,6 +351,8 @@ def run_stage(
     used = runtime.own_devices() if name in pipeline.MESH_STAGES else None
     if used is not None:
         timing["devices"] = {"kind": used.kind, "count": used.count}
+    if taken:
+        timing["taken_over"] = [*taken]
     run_folder.record_timing(workdir, name, timing)
     if not taken:
         price.record(priced, config.compilation_cache, timing)

@@ -69,9 +69,9 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def difference_columns(*names: str, confidence: float) -> list[Cell]:
+def difference_columns(*names: str, confidence: float, over: str = "") -> list[Cell]:
     """Headings of a table of differences, behind those of what is compared."""
-    interval = f"{confidence:.0%} interval"
+    interval = f"{confidence:.0%} interval{over}"
     first, *words = names
     return [
         Cell(first),
