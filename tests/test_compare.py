@@ -61,11 +61,12 @@ def test_other_test_images_have_no_paired_differences(tmp_path, made):
 
 
 def test_other_classes_are_refused_with_the_first_difference(tmp_path, made, capsys):
-    a, b = made("a"), made("b", "--config.data.classes=cat,bird")
+    a = made("a", "--config.data.classes=one,two")
+    b = made("b", "--config.data.classes=one,six")
     assert compared(tmp_path, a, b) == (2, None)
     error = capsys.readouterr().err
-    assert f"error: {b}: wanted the classes of {a}, got other classes: 'bird'" in error
-    assert f"is only in it, and 'dog' is only in {a}" in error
+    assert f"error: {b}: wanted the classes of {a}, got other classes: 'six'" in error
+    assert f"is only in it, and 'two' is only in {a}" in error
 
 
 def test_workdirs_of_one_name_are_called_by_their_paths(tmp_path, made):

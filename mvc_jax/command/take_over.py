@@ -56,9 +56,9 @@ def take_over_parts(
       the names of the parts.
     """
     folder, module = workdir / name, pipeline.module(name)
-    if not sources or not hasattr(module, "parts"):
+    if not sources or (folder.exists() and [*folder.iterdir()]):
         return []
-    if folder.exists() and [*folder.iterdir()]:
+    if not hasattr(module, "parts"):
         return []
     spec, found = module.stage_spec(config), {}
     for source in sources:
