@@ -24,7 +24,17 @@ from mvc_jax.classification import duration, runs
 from mvc_jax.data import splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.models import classifiers
-from mvc_jax.stage import Spec, Stage, is_complete, open_stage
+from mvc_jax.stage import (
+    Part,
+    Spec,
+    Stage,
+    differences,
+    is_complete,
+    open_stage,
+    read_manifest,
+    same,
+    without,
+)
 from mvc_jax.work import Sizes, Work
 
 with epy.lazy_imports():
@@ -237,6 +247,40 @@ def stage_spec(config: ConfigDict) -> Spec:
     }
     made = ("results/*", "models/*")
     return Spec("classify", settings, inputs=("generate",), restores=made)
+
+
+def parts(
+    config: ConfigDict, workdir: epath.PathLike, other: epath.PathLike
+) -> list[Part]:
+    """The runs of another workdir that would have the same results.
+
+    Their images and settings are the same, whatever other runs there are.
+    """
+    theirs = read_manifest(other, "classify")["settings"]
+    if not same("caption", workdir, other):
+        return []
+    ours, found = stage_spec(config).settings, []
+    for run_ in map(runs.parse, config.classify.runs):
+        if run_.name not in theirs["classify"]["runs"]:
+            continue
+        unused = {"runs", *runs.unused_fields(run_)}
+        settings = [without(each, "classify", unused) for each in (ours, theirs)]
+        if differences(*settings):
+            continue
+        if not run_.set or _same_set(run_.set, workdir, other):
+            paths = (f"results/{run_.slug}.json", f"models/{run_.slug}")
+            found.append(Part(run_.slug, paths))
+    return found
+
+
+def _same_set(name: str, workdir: epath.PathLike, other: epath.PathLike) -> bool:
+    """Whether a synthetic set has the same images, sources and partners."""
+    listed = [read_manifest(x, "generate")["artifacts"] for x in (workdir, other)]
+    shards = [
+        {file: what for file, what in each.items() if file.startswith(f"{name}/data/")}
+        for each in listed
+    ]
+    return shards[0] == shards[1] and bool(shards[0])
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

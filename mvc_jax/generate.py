@@ -31,12 +31,16 @@ from mvc_jax.generation import conditionings, synthetic
 from mvc_jax.mixing import recipe_file
 from mvc_jax.screening.settings import FilterSettings, check_filters
 from mvc_jax.stage import (
+    Part,
     Spec,
     Stage,
+    differences,
     is_complete,
     open_stage,
     read_manifest,
     require_inputs,
+    same,
+    without,
 )
 from mvc_jax.training.console import Progress
 from mvc_jax.work import Sizes, Work
@@ -60,6 +64,7 @@ CONTACT_SHEET = "contact_sheet.png"
 FIGURES = ("coarse_fine", "conditionings", "levels")  # 1 to 3, 4, 5 of the supplement
 # Fields that change the speed or the figures, but no image.
 _NO_RESULT = ("batch_size", "attention", "limit", "conditioning", "coarse_fine")
+_OF_ONE_SET = {"noise_scale": "noised", "interpolation": "interpolated"}
 _ROW_BYTES = 600  # of the provenance of an image, in each of two forms
 _GROWS = ("generate.include_real", "generate.folder")
 
@@ -156,6 +161,42 @@ def stage_spec(config: ConfigDict) -> Spec:
         grows_with=("mix",),
         restores=("*/data/*.parquet", "*/removed.png"),
     )
+
+
+def parts(
+    config: ConfigDict, workdir: epath.PathLike, other: epath.PathLike
+) -> list[Part]:
+    """The sets of another workdir that would be drawn again as they are.
+
+    Another `mix.tokens` does not change `unmixed` images, nor `finetune.steps` those of
+    the base as it is.
+    """
+    workdir, other = epath.Path(workdir), epath.Path(other)
+    spec = stage_spec(config)
+    ours, theirs = spec.settings, read_manifest(other, "generate")["settings"]
+    if not all(same(name, workdir, other) for name in ("caption", "encode")):
+        return []
+    same_model = same("finetune", workdir, other)
+    recipes = [read_recipes(folder) for folder in (workdir, other)]
+    filters = config.generate.filter  # which read the whole recipe
+    screens = bool(filters.label or filters.copies or filters.outliers)
+    found = []
+    for name in {*config.generate.sets} & {*theirs["generate"]["sets"]}:
+        conditioning = conditionings.CONDITIONINGS[name]
+        unused = {"sets", *(x for x, set_ in _OF_ONE_SET.items() if set_ != name)}
+        settings = [without(each, "generate", unused) for each in (ours, theirs)]
+        if differences(*settings, earlier=spec.earlier):
+            continue
+        if conditioning.finetuned and not same_model:
+            continue
+        drawn = [
+            rows if screens else [conditioning.applied(row, name) for row in rows]
+            for rows in recipes
+        ]
+        if drawn[0] == drawn[1]:
+            pictures = ("train",) if config.generate.folder else ()
+            found.append(Part(name, [f"{name}/{x}" for x in ("data", *pictures)]))
+    return found
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

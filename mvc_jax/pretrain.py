@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax.data import captions, splits
 from mvc_jax.errors import UserError, require_at_most
-from mvc_jax.stage import Spec, open_stage
+from mvc_jax.stage import Part, Spec, differences, open_stage, read_manifest
 from mvc_jax.work import BaseSizes, Sizes, Work
 
 with epy.lazy_imports():
@@ -33,6 +34,8 @@ with epy.lazy_imports():
     from mvc_jax.training import checkpoint, sharding, train_logger
 
 _KEPT = 2  # checkpoints of each network
+_NETWORKS = ("vae", "unet", "image_encoder", "controlnet")
+_OF_PROMPTS = ("prompt", "class_type")  # fields of `data`
 
 
 def check(config: ConfigDict) -> None:
@@ -105,10 +108,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     """What there is to train; the companions' networks are not in the bytes."""
     section, side, base = config.pretrain, config.data.size, sizes.base
     count, vae, unet = base.parameters, section.vae, section.unet
-    loops = {
-        f"{name} steps": section[name].steps
-        for name in ("vae", "unet", "image_encoder", "controlnet")
-    }
+    loops = {f"{name} steps": section[name].steps for name in _NETWORKS}
     denoiser = count["unet"] + count["text_encoder"]
     # Weights and two moments; of the UNet an average too.
     saved = 4 * (3 * count["vae"] + 4 * denoiser)
@@ -148,6 +148,44 @@ def stage_spec(config: ConfigDict) -> Spec:
     return Spec("pretrain", settings, inputs=("caption",))
 
 
+def parts(
+    config: ConfigDict, workdir: epath.PathLike, other: epath.PathLike
+) -> list[Part]:
+    """The trained networks of another workdir whose pool is the same.
+
+    Another `data.per_class` leaves it as it is, so that only exports are made again.
+    """
+    ours = stage_spec(config).settings
+    theirs = read_manifest(other, "pretrain")["settings"]
+    same_words = all(ours["data"][x] == theirs["data"][x] for x in _OF_PROMPTS)
+    if ours["seed"] != theirs["seed"] or not same_words:
+        return []
+    pools = [_read_pool(folder) for folder in (workdir, other)]
+    texts = [(p.ids, p.class_names, t) for p, t in pools]
+    (mine, _), (their, _) = pools
+    same_labels = np.array_equal(mine.labels, their.labels)
+    if texts[0] != texts[1] or not same_labels:
+        return []
+    if not np.array_equal(mine.images, their.images):
+        return []
+    if not differences(ours["pretrain"], theirs["pretrain"], "pretrain"):
+        names = [name for name in _NETWORKS if config.pretrain[name].steps]
+    elif not differences(
+        ours["pretrain"]["vae"], theirs["pretrain"]["vae"], "pretrain.vae"
+    ):
+        names = ["vae"]  # which is trained first, by itself
+    else:
+        names = []
+    return [Part(name, (f"checkpoints/{name}",)) for name in names]
+
+
+def _read_pool(workdir: epath.PathLike) -> tuple[splits.Split, list[str]]:
+    """The images of the pool and their captions."""
+    folder = epath.Path(workdir) / "caption"
+    pool = splits.read_split(folder, "pool")
+    return pool, captions.read_captions(folder / "captions.jsonl", pool.ids)
+
+
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains the base model on the pool and writes it."""
     stage = open_stage(workdir, stage_spec(config))
@@ -166,9 +204,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             train_logger.TrainLogger(workdir, f"pretrain/{name}", log_every=log_every),
         )
 
-    caption_folder = epath.Path(workdir) / "caption"
-    pool = splits.read_split(caption_folder, "pool")
-    texts = captions.read_captions(caption_folder / "captions.jsonl", pool.ids)
+    pool, texts = _read_pool(workdir)
     names = [pool.class_names[label] for label in pool.labels]
     words = {"template": config.data.prompt, "class_type": config.data.class_type}
     folder = stage.folder / "model"

@@ -28,7 +28,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -94,6 +94,23 @@ class Spec:
         object.__setattr__(self, "settings", _as_on_disk(self.settings))
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Files of a finished stage that one with other settings would make again.
+
+    Attributes:
+      name: for people; also that of its rows in `metrics.jsonl`: `<stage>/<name>/...`.
+      paths: of its files and folders, relative to the stage's folder.
+    """
+
+    name: str
+    paths: Sequence[str]
+
+    def has(self, file: str) -> bool:
+        """Whether a file, by its path relative to the stage's folder, is in it."""
+        return any(file == path or file.startswith(f"{path}/") for path in self.paths)
+
+
 @dataclasses.dataclass
 class Stage:
     """An opened stage: where it writes, and whether any work is left.
@@ -131,7 +148,7 @@ class Stage:
         manifest = {
             "stage": self.name,
             "settings": self.settings,
-            "settings_hash": _hash(self.settings),
+            "settings_hash": hash_of(self.settings),
             "inputs": self.inputs,
             "artifacts": described,
             "counts": counts,
@@ -231,6 +248,34 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     if not stage.complete:
         files.remove_temporaries(folder)
     return stage
+
+
+def begin(workdir: epath.PathLike, spec: Spec, folder: epath.Path) -> None:
+    """Makes `folder` one of a stage that was begun, and is resumed (rule 4).
+
+    Args:
+      workdir: of the run, with all inputs of the stage.
+      spec: of the stage.
+      folder: that will be the stage's.
+    """
+    read = {name: read_input(workdir, name, reader=spec.name) for name in spec.inputs}
+    inputs = {name: _identity(manifest) for name, manifest in read.items()}
+    record = {"settings": spec.settings, "inputs": inputs}
+    files.write_json(folder / _STARTED, record)
+
+
+def same(name: str, workdir: epath.PathLike, other: epath.PathLike) -> bool:
+    """Whether two workdirs have the same finished stage, with the same files."""
+    ours, theirs = (read_manifest(folder, name) for folder in (workdir, other))
+    return _identity(ours) == _identity(theirs)
+
+
+def without(
+    settings: dict[str, Any], section: str, names: Collection[str]
+) -> dict[str, Any]:
+    """Settings without some fields of a section."""
+    kept = {key: value for key, value in settings[section].items() if key not in names}
+    return settings | {section: kept}
 
 
 def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
@@ -595,7 +640,7 @@ def _as_on_disk(value: Any) -> Any:
 def _identity(manifest: dict) -> str:
     """Hash by which later stages recognise this one as their input."""
     # Without versions: equal artifacts are equal inputs, whichever version made them.
-    return _hash([manifest[key] for key in ("settings", "inputs", "artifacts")])
+    return hash_of([manifest[key] for key in ("settings", "inputs", "artifacts")])
 
 
 def _read(path: epath.Path) -> dict:
@@ -613,7 +658,8 @@ def _read(path: epath.Path) -> dict:
         ) from error
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """Sixteen hex digits of a hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

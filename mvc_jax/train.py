@@ -18,6 +18,10 @@ Other settings: what is not affected is taken over, or what is affected made aga
 A run that was stopped is resumed by the same command.
 The same with several seeds, which draw other splits, and an interval over them:
     mvc-jax repeat --seeds=0,1,2 --config=configs/digits.py --workdir=runs/splits
+A run for each value of a field, and finished runs side by side:
+    mvc-jax sweep --vary mix.tokens=1,2,4,8 --from=runs/digits --workdir=runs/tokens
+    mvc-jax compare runs/digits runs/fine
+(`mvc-jax repeat --help`, `sweep --help` and `compare --help` say more.)
 
 Flags:
   --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
@@ -31,7 +35,8 @@ Flags:
   --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
                                    them again; the old ones move to FOLDER/earlier
   --from=WORKDIR                   starts from the config of another workdir, and takes
-                                   over its stages where all settings agree
+                                   over its stages where all settings agree, and
+                                   parts of others that they leave as they are
   --help, --help=SECTION           prints this, or every field of a section
   --version                        prints the version
 
@@ -42,10 +47,11 @@ Exit codes:
   130  stopped by Ctrl-C
 """
 
+import contextlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import logging
 from etils import epath, epy
@@ -54,6 +60,7 @@ from ml_collections import ConfigDict
 from mvc_jax import stage
 from mvc_jax.command import (
     command_line,
+    compare,
     pipeline,
     plan,
     price,
@@ -61,9 +68,10 @@ from mvc_jax.command import (
     results,
     run_config,
     run_folder,
+    sweep,
 )
 from mvc_jax.command.redo import ending_redo, move_aside, stages_to_move
-from mvc_jax.command.take_over import take_over
+from mvc_jax.command.take_over import take_over, take_over_parts
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError, no_room
 from mvc_jax.training import console, preemption, runtime
@@ -84,9 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = list(sys.argv if argv is None else argv)
             if words[1:2] == ["repeat"]:
                 return repeat.run(words, main)
+            if words[1:2] == ["compare"]:
+                compare.run(words)
+                return 0
+            if words[1:2] == ["sweep"]:
+                sweep.run(words, sweep.Program(planned, run))
+                return 0
             command = command_line.parse(words, about=__doc__)
             workdir = command.workdir
-            options = {"redo": command.redo, "source": command.source}
+            sources = [] if command.source is None else [command.source]
+            options = {"redo": command.redo, "sources": sources}
             if command.dry_run:
                 dry_run(command.config, workdir, **options)
             else:
@@ -116,8 +131,9 @@ def run(
     workdir: epath.Path,
     *,
     redo: Sequence[str] = (),
-    source: epath.Path | None = None,
+    sources: Sequence[epath.Path] = (),
     verify: bool = False,
+    announce: Callable[[Sequence[plan.Step]], None] | None = None,
 ) -> None:
     """Checks everything that needs no device, then runs the selected stages.
 
@@ -125,9 +141,12 @@ def run(
       config: of the run.
       workdir: of the run.
       redo: stages to move aside and make again, or `all`.
-      source: another workdir, from which finished stages that agree are taken over.
+      sources: other workdirs, from which finished stages that agree are taken over, and
+        parts of others (`take_over.take_over_parts`).
       verify: whether to hash every file in the workdir first; otherwise one whose size
         and modification time did not change is taken for unchanged.
+      announce: for one of many runs: called with the plan before any work, in place of
+        printing what it takes and its results.
     """
     common.FIELDS.check(config)
     stages = pipeline.select(config)
@@ -136,25 +155,31 @@ def run(
         pipeline.module("caption").require_outside(config, workdir)
     run_folder.check(workdir, config.min_free_disk_gib)
     runtime.set_up(config.compilation_cache)
-    with run_folder.locked(workdir), run_folder.locked(source, "from"):
-        moved = stages_to_move(redo, stages, config, workdir, source)
-        config = run_config.as_begun(config, workdir, redo=moved, source=source)
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(run_folder.locked(workdir))
+        for source in sources:
+            locks.enter_context(run_folder.locked(source, "from"))
+        moved = stages_to_move(redo, stages, config, workdir, sources)
+        config = run_config.as_begun(config, workdir, redo=moved, sources=sources)
         if verify:
             verify_files([x for x in STAGES if x not in moved], config, workdir)
-        steps = _plan(config, workdir, moved, source)
+        steps = _plan(config, workdir, moved, sources)
         plan.require_possible(steps)
-        prices = price.make(steps, config, workdir, source=source)
+        prices = price.make(steps, config, workdir)
         price.require_room(prices, workdir)
-        if any(each.work for each in prices):
+        if announce:
+            announce(steps)
+        elif any(each.work for each in prices):
             logging.info(price.line(prices, workdir))
         _prepare(steps, config, workdir)
         if moved:
             move_aside(redo, moved, stages, workdir)
-        taken = [step.name for step in steps if step.taken_over]
-        if taken:
-            take_over(taken, source, workdir)
+        take_over({s.name: s.source for s in steps if s.source}, workdir)
+        donors = {name: () if name in moved else sources for name in stages}
         with ending_redo(workdir):
-            worked = _run_stages(stages, config, workdir, prices)
+            worked = _run_stages(stages, config, workdir, prices, donors)
+    if announce:
+        return
     if config.generate.limit and "generate" in stages:
         print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
         return
@@ -170,33 +195,47 @@ def dry_run(
     workdir: epath.Path,
     *,
     redo: Sequence[str] = (),
-    source: epath.Path | None = None,
+    sources: Sequence[epath.Path] = (),
 ) -> None:
     """Prints what `run` would do and what that takes; changes nothing.
 
     Raises:
       UserError: as `run` would, before it starts.
     """
-    common.FIELDS.check(config)
-    stages = pipeline.select(config)
-    moved = stages_to_move(redo, stages, config, workdir, source)
-    config = run_config.as_begun(config, workdir, redo=moved, source=source)
-    steps = _plan(config, workdir, moved, source)
-    prices = price.make(steps, config, workdir, source=source)
+    config, steps = planned(config, workdir, redo=redo, sources=sources)
+    prices = price.make(steps, config, workdir)
     print(price.table(prices, workdir))
     plan.require_possible(steps)
     price.require_room(prices, workdir)
+
+
+def planned(
+    config: ConfigDict,
+    workdir: epath.Path,
+    *,
+    redo: Sequence[str] = (),
+    sources: Sequence[epath.Path] = (),
+) -> tuple[ConfigDict, list[plan.Step]]:
+    """The config as `run` would use it, and the plan; changes nothing.
+
+    Raises:
+      UserError: a field is wrong. A stage that is refused is in the plan.
+    """
+    common.FIELDS.check(config)
+    moved = stages_to_move(redo, pipeline.select(config), config, workdir, sources)
+    config = run_config.as_begun(config, workdir, redo=moved, sources=sources)
+    return config, _plan(config, workdir, moved, sources)
 
 
 def _plan(
     config: ConfigDict,
     workdir: epath.Path,
     moved: Sequence[str],
-    source: epath.Path | None,
+    sources: Sequence[epath.Path],
 ) -> list[plan.Step]:
     """The plan, whose stages with work are checked; changes nothing."""
     stages = pipeline.select(config)
-    steps = plan.make(stages, config, workdir, redo=moved, source=source)
+    steps = plan.make(stages, config, workdir, redo=moved, sources=sources)
     try:
         todo = [step.name for step in steps if step.state != "done"]
         check_stages(todo, config)
@@ -215,7 +254,7 @@ def _prepare(
     """The first changes of the workdir in a run that nothing refuses."""
     run_folder.remove_temporaries(workdir)
     preview = {"generate"} if config.generate.limit else set()
-    works = [s.name for s in steps if s.state != "done" or s.taken_over]
+    works = [s.name for s in steps if s.state != "done" or s.source]
     if {*works} - preview or run_config.read(workdir) is None:
         run_config.write(config, workdir)
 
@@ -225,6 +264,7 @@ def _run_stages(
     config: ConfigDict,
     workdir: epath.Path,
     prices: Sequence[price.Price],
+    donors: Mapping[str, Sequence[epath.Path]],
 ) -> list[str]:
     """Runs stages up to the preview, if there is one; returns those that had work."""
     worked, priced = [], {each.step.name: each for each in prices}
@@ -232,7 +272,8 @@ def _run_stages(
         if name == "generate" and config.generate.limit:
             pipeline.module(name).run(config, workdir)
             break
-        if run_stage(name, config, workdir, priced[name]):
+        taken = take_over_parts(name, config, workdir, donors[name])
+        if run_stage(name, config, workdir, priced[name], taken=taken):
             worked.append(name)
     return worked
 
@@ -280,9 +321,17 @@ def check_mesh(data: int, fsdp: int) -> None:
 
 
 def run_stage(
-    name: str, config: ConfigDict, workdir: epath.Path, priced: price.Price
+    name: str,
+    config: ConfigDict,
+    workdir: epath.Path,
+    priced: price.Price,
+    *,
+    taken: Sequence[str] = (),
 ) -> bool:
-    """Runs one stage and records its time; returns whether there was any work."""
+    """Runs one stage and records its time; returns whether there was any work.
+
+    `taken` are the parts that were taken over, whose time is not in it.
+    """
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
     began, compiled = time.monotonic(), runtime.compile_seconds()
@@ -302,8 +351,11 @@ def run_stage(
     used = runtime.own_devices() if name in pipeline.MESH_STAGES else None
     if used is not None:
         timing["devices"] = {"kind": used.kind, "count": used.count}
+    if taken:
+        timing["taken_over"] = [*taken]
     run_folder.record_timing(workdir, name, timing)
-    price.record(priced, config.compilation_cache, timing)
+    if not taken:
+        price.record(priced, config.compilation_cache, timing)
     logging.info("%s: done in %.1f s", name, seconds)
     return True
 

@@ -35,6 +35,8 @@ SHORTENED = (
     # Another seed is another program for every stage: minutes of compilation.
     ("--config.seed=1", ["--config.stages=caption"]),
     ("mvc-jax repeat", ["--config.stages=caption"]),
+    # A sweep is run in test_pipeline.
+    ("mvc-jax sweep", ["--dry_run"]),
     # Its companions are trained in test_companions and drawn in test_ablation.
     ("digits.py:ablation", ["--config.stages=caption"]),
     # 4 GB of Stable Diffusion from the hub.
@@ -50,6 +52,8 @@ SHORTENED = (
     ("runs/digits", []),
 )
 
+_OF_SEVERAL = ("--seeds", "--vary")  # flags of commands that make several runs
+
 
 def commands() -> Iterator[list[str]]:
     """The words of every shell command of the documents."""
@@ -64,8 +68,9 @@ def commands() -> Iterator[list[str]]:
 def train_flags(words: list[str]) -> list[str] | None:
     """The flags of a single run in a command; None if it runs none."""
     runs = "mvc_jax.train" in words or "mvc-jax" in words or "launch/demo.sh" in words
-    flags = [word for word in words if word.startswith("--")]
-    return [word for word in flags if not word.startswith("--seeds")] if runs else None
+    if not runs or "compare" in words:
+        return None
+    return [x for x in words if x.startswith("--") and not x.startswith(_OF_SEVERAL)]
 
 
 def train_arguments(words: list[str]) -> list[str] | None:
@@ -78,7 +83,7 @@ def train_arguments(words: list[str]) -> list[str] | None:
     if more is None:
         return None
     short = [f"--config.{x}" for x in SHORT] if "configs/digits.py" in line else []
-    repeated = [
-        word for word in words if word == "repeat" or word.startswith("--seeds")
+    several = [
+        x for x in words if x in ("repeat", "sweep") or x.startswith(_OF_SEVERAL)
     ]
-    return [*repeated, *flags, *short, *more]
+    return [*several, *flags, *short, *more]

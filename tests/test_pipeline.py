@@ -264,6 +264,43 @@ def test_a_second_workdir_takes_over_what_a_change_does_not_affect(
     assert digests(workdir) == before
 
 
+def test_a_sweep_draws_and_trains_only_what_a_value_changes(
+    whole, fork_server, tmp_path
+):
+    workdir, _ = whole
+    record = json.loads((workdir / "config.json").read_text())["mix"]
+    flags = [
+        f"--from={workdir}",
+        f"--vary=mix.tokens={record['tokens'] - 1},{record['tokens']}",
+        "--config.classify.runs=real,combined,combined:unmixed",
+    ]
+    words = ["train", "sweep", f"--workdir={tmp_path}", *flags]
+    run = fork_server.start("mvc_jax.train:main", words, folder=tmp_path / "output")
+    code, told, errors = run.wait()
+    assert code == 0, errors
+    own, other = (tmp_path / f"mix.tokens={record['tokens'] - x}" for x in (0, 1))
+    same = {
+        "finetune/model/unet/diffusion_pytorch_model.safetensors",
+        "generate/unmixed/data/train-00000.parquet",
+        "generate/pretrained/data/train-00000.parquet",
+        "classify/results/real.json",
+        "classify/results/combined-unmixed.json",
+    }
+    for name in same:
+        assert (other / name).samefile(workdir / name), name
+        assert (own / name).samefile(workdir / name), name
+    changed = {"generate/mixed/data/train-00000.parquet"}
+    for name in changed | {"classify/results/combined.json"}:
+        assert not (other / name).samefile(workdir / name), name
+        assert (own / name).samefile(workdir / name), name
+    listed = manifest_of(other, "classify")["artifacts"]
+    assert {f"classify/{x}" for x in listed} >= {x for x in same if "results" in x}
+    summary = json.loads((tmp_path / "sweep.json").read_text())
+    assert summary["same"] == ["real", "combined:unmixed"]
+    assert summary["affected"] == ["combined"]
+    assert "# Sweep over mix.tokens" in told
+
+
 def test_a_stage_without_its_input_is_refused(here, capsys, tmp_path):
     assert here(tmp_path, "--config.stages=generate,classify") == 2
     errors = capsys.readouterr().err

@@ -141,6 +141,7 @@ def create_state(
     return jax.device_put(state, shardings, may_alias=False)
 
 
+@functools.cache
 def count_parameters(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Number of parameters and statistics of a network; starts no backend."""
     shapes = jax.eval_shape(

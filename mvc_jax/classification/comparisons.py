@@ -4,7 +4,7 @@ A run is compared with the one that differs from it in nothing but what is asked
 the same test images, seeds and augmentation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,14 @@ def against_reference(
     return {"difference": found, "difference_by_class": by_class}
 
 
+def without_synthetic(name: str, names: Collection[str]) -> str | None:
+    """Of `names` the run on real images alone that is else like this one, if any is."""
+    run = runs.parse(name)
+    if run.regime == "real":
+        return None
+    return _by_parts(names).get(_real(run))
+
+
 def answers(correct: Correct, confidence: float) -> list[dict[str, Any]]:
     """Answers every question about every run for which there is another side.
 
@@ -112,17 +120,48 @@ def answers(correct: Correct, confidence: float) -> list[dict[str, Any]]:
             for run in ordered
             if asks(run) and other_side(run) in made
         ]
-        compared = [
-            differences.paired(correct[ours], correct[theirs], confidence)
-            for ours, theirs in pairs
-        ]
-        for (ours, theirs), answer in zip(
-            pairs, _decided(compared, confidence, *_words(correct)), strict=True
-        ):
+        answered = compared(
+            [(correct[ours], correct[theirs]) for ours, theirs in pairs], confidence
+        )
+        for (ours, theirs), answer in zip(pairs, answered, strict=True):
             titles = [runs.parse(name).title for name in (ours, theirs)]
             asked = f"{question}? {titles[0]}, over {_lower(titles[1])}:"
             found.append({"question": asked, "run": ours, "against": theirs, **answer})
     return found
+
+
+def compared(
+    pairs: Sequence[tuple[Bool[np.ndarray, "S T"], Bool[np.ndarray, "S2 T"]]],
+    confidence: float,
+) -> list[dict[str, Any]]:
+    """Is the first of each pair more accurate? Corrected for asking that of all pairs.
+
+    Seeds that only one of the two has are left out.
+
+    Returns:
+      of each the fields that `answers` describes, from those of
+      `differences.Difference` on.
+    """
+    cut = [tuple(x[: min(map(len, pair))] for x in pair) for pair in pairs]
+    found = [differences.paired(*pair, confidence) for pair in cut]
+    return _decided(found, confidence, [_words(ours) for ours, _ in cut])
+
+
+def accuracy(correct: Bool[np.ndarray, "S T"], confidence: float) -> dict[str, Any]:
+    """The accuracy of a run, with its interval for other seeds and test images.
+
+    Returns:
+      `accuracy`, `low` and `high` in [0, 1], the latter None where they cannot be
+      known, and `seeds`.
+    """
+    found = differences.paired(correct, np.zeros_like(correct), confidence)
+    low, high = found.low, found.high
+    return {
+        "accuracy": found.mean,
+        "low": None if low is None else max(low, 0.0),
+        "high": None if high is None else min(high, 1.0),
+        "seeds": len(correct),
+    }
 
 
 def answers_over_splits(
@@ -141,9 +180,9 @@ def answers_over_splits(
     for same in zip(*answered, strict=True):
         values = np.asarray([each["mean"] for each in same])
         about = {key: same[0][key] for key in ("question", "run", "against")}
-        compared = differences.over_splits(values, confidence)
+        mean = differences.over_splits(values, confidence)
         family = about["question"].split("?")[0]
-        by_question.setdefault(family, []).append((about, compared))
+        by_question.setdefault(family, []).append((about, mean))
     splits = len(answered)
     same = "one split only" if splits == 1 else f"the same on all {splits} splits"
     few = f" {splits} splits can tell little." if splits < _FEW_SPLITS else ""
@@ -151,14 +190,16 @@ def answers_over_splits(
         {**about, **answer}
         for pairs in by_question.values()
         for (about, _), answer in zip(
-            pairs, _decided([x for _, x in pairs], confidence, same, few), strict=True
+            pairs,
+            _decided([x for _, x in pairs], confidence, [(same, few)] * len(pairs)),
+            strict=True,
         )
     ]
 
 
-def _words(correct: Correct) -> tuple[str, str]:
+def _words(correct: Bool[np.ndarray, "S T"]) -> tuple[str, str]:
     """Why there is no interval where there is none; that there is little to go by."""
-    seeds, images = next(iter(correct.values())).shape
+    seeds, images = correct.shape
     same = "one seed only" if seeds == 1 else f"the same with all {seeds} seeds"
     if seeds >= _FEW_SEEDS and images >= _FEW_IMAGES:
         return same, ""
@@ -166,13 +207,18 @@ def _words(correct: Correct) -> tuple[str, str]:
 
 
 def _decided(
-    compared: Sequence[differences.Difference], confidence: float, same: str, few: str
+    found: Sequence[differences.Difference],
+    confidence: float,
+    words: Sequence[tuple[str, str]],
 ) -> list[dict[str, Any]]:
-    """The fields of each answer to one question, corrected for asking all of them."""
-    known = [each.p for each in compared if each.p is not None]
+    """The fields of each answer to one question, corrected for asking all of them.
+
+    `words` are the `same` and the `few` of `verdict` for each.
+    """
+    known = [each.p for each in found if each.p is not None]
     adjusted = iter(differences.holm(known))
     decided = []
-    for each in compared:
+    for each, (same, few) in zip(found, words, strict=True):
         p = None if each.p is None else next(adjusted)
         said = verdict(each, p, len(known), confidence, same=same, few=few)
         decided.append({**vars(each), "asked": len(known), "p_adjusted": p, **said})
@@ -258,13 +304,18 @@ def _sentence(verdict_: str, sentence: str) -> dict[str, str]:
     return {"verdict": verdict_, "sentence": sentence}
 
 
-def _by_parts(names: Mapping[str, Any]) -> dict[tuple, str]:
+def _by_parts(names: Collection[str]) -> dict[tuple, str]:
     parsed = map(runs.parse, names)
     return {(run.regime, run.set, run.policy, run.mix): run.name for run in parsed}
 
 
 def _percent(name: str, means: Mapping[str, float]) -> str:
     return f"{runs.parse(name).title} ({100 * means[name]:.1f} %)"
+
+
+def lower_title(name: str) -> str:
+    """The title of a run, within a sentence."""
+    return _lower(runs.parse(name).title)
 
 
 def _lower(title: str) -> str:

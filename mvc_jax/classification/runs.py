@@ -72,6 +72,21 @@ class Run:
         return title[0].upper() + title[1:]
 
 
+def unused_fields(run: Run) -> set[str]:
+    """Fields of `config.classify` on which the results of a run do not depend."""
+    used = {
+        "probability": run.regime == "probabilistic"
+        or run.regime.startswith("replace"),
+        "phase_two": run.regime == "two_phase",
+        "phase_two_rate": run.regime == "two_phase",
+        "ratio": bool(run.set),
+        "alpha": bool(run.mix),
+        "randaugment_count": run.policy == "randaugment",
+        "randaugment_magnitude": run.policy == "randaugment",
+    }
+    return {name for name, is_used in used.items() if not is_used}
+
+
 def parse(name: str) -> Run:
     """Splits a name: `"two_phase:unmixed+affine"`; the set defaults to `mixed`.
 

@@ -25,7 +25,7 @@ class Step:
         run: start from nothing; refused: raise an error.
       reason: why, in words; "" where the state says it all.
       error: why it is refused; None also where another refused stage is the reason.
-      taken_over: whether its files are taken over from another workdir first.
+      source: the other workdir from which its files are taken over first; None: none.
       also: of a refused stage, the one that would have to be selected, too.
     """
 
@@ -33,7 +33,7 @@ class Step:
     state: Literal["done", "resume", "grow", "run", "refused"]
     reason: str = ""
     error: UserError | None = None
-    taken_over: bool = False
+    source: epath.Path | None = None
     also: tuple[str, ...] = ()
 
 
@@ -43,7 +43,7 @@ def make(
     workdir: epath.PathLike,
     *,
     redo: Collection[str] = (),
-    source: epath.PathLike | None = None,
+    sources: Sequence[epath.Path] = (),
 ) -> list[Step]:
     """Plans a run; changes nothing.
 
@@ -52,13 +52,14 @@ def make(
       config: of the run.
       workdir: of the run; it need not exist.
       redo: stages that are moved aside first: with each, all that depend on it.
-      source: another workdir, from which finished stages that agree are taken over.
+      sources: other workdirs: a finished stage that agrees is taken over from the first
+        that has one.
 
     Returns:
       a step for each selected stage, in the pipeline's order, and for each stage that
       is taken over because a selected one reads it. A preview ends with `generate`.
     """
-    planner = _Planner(config, epath.Path(workdir), redo, source)
+    planner = _Planner(config, epath.Path(workdir), redo, sources)
     steps = planner.steps(stages)
     refused = [step for step in steps if step.error]
     if not refused:
@@ -98,7 +99,7 @@ def behind(
     Returns:
       (name -> why, of those that are behind; how to bring them up to date).
     """
-    planner = _Planner(config, epath.Path(workdir), (), None)
+    planner = _Planner(config, epath.Path(workdir), (), ())
     wrong = planner.wrong(names)
     return wrong, _flags(*planner.way_to([*wrong])) if wrong else ""
 
@@ -117,10 +118,10 @@ class _Planner:
         config: ConfigDict,
         workdir: epath.Path,
         redo: Collection[str],
-        source: epath.PathLike | None,
+        sources: Sequence[epath.Path],
     ):
         self._config, self._workdir, self._redo = config, workdir, redo
-        self._source = None if source is None else epath.Path(source)
+        self._sources = sources
         self._before = run_config.read(workdir)
         self._damaged: dict[str, str] = {}  # stages -> what is wrong with their files
         self.fix = ""  # for what the selected stages lack
@@ -132,7 +133,7 @@ class _Planner:
         for name in pipeline.needed(stages, self._config):
             selected = name in stages
             step = self._select(name) if selected else self._look_at(name)
-            if step and (selected or step.taken_over):
+            if step and (selected or step.source):
                 steps.append(step)
             if selected and name == "generate" and self._config.generate.limit:
                 break
@@ -200,7 +201,7 @@ class _Planner:
             self._wrong[name] = others[0] if others else own
             return None
         self._known[name], self._found[name] = found.as_input(), found
-        return Step(name, "done", taken_over=self._is_taken_over(found))
+        return Step(name, "done", source=self._source_of(found))
 
     def _select(self, name: str) -> Step:
         """The step of a selected stage."""
@@ -273,23 +274,23 @@ class _Planner:
             if self._differs_from_before(spec):
                 self._known[name] = stage.Input("")
             return Step(name, "run", self._not_taken.get(name, ""))
-        taken = self._is_taken_over(found)
+        source = self._source_of(found)
         if found.grows:
-            return Step(name, "grow", "; ".join(found.growth), taken_over=taken)
+            return Step(name, "grow", "; ".join(found.growth), source=source)
         if not found.finished:
             return Step(name, "resume", "it is unfinished")
         if lost:
             return Step(name, "resume", f"missing or damaged: {', '.join(lost)}")
-        return Step(name, "done", taken_over=taken)
+        return Step(name, "done", source=source)
 
     def _find(self, spec: stage.Spec, inputs: dict[str, stage.Input]) -> stage.Found:
-        """The stage in the workdir; where there is none, the source's if it agrees.
+        """The stage in the workdir; where there is none, that of a source if it agrees.
 
         Raises:
           UserError: the record in the workdir is damaged.
         """
         found = stage.compare(self._workdir, spec, inputs)
-        if found.path or not self._source or spec.name in self._redo:
+        if found.path or not self._sources or spec.name in self._redo:
             return found
         if self._running & {*spec.inputs}:  # what they end with is not known
             return found
@@ -297,22 +298,34 @@ class _Planner:
         if folder.exists() and [*folder.iterdir()]:
             self._not_taken[spec.name] = f"not taken over: {folder} is not empty"
             return found
-        try:
-            other = stage.compare(self._source, spec, inputs)
-            if not other.finished:
-                return found
-            lost = other.lost(spec.restores)
-            wrong = [*other.changed] or [
-                f"{name} is missing or damaged" for name in lost
-            ]
-        except UserError as error:
-            wrong = [str(error)]
-        if wrong:
-            self._not_taken[spec.name] = f"not taken over: {'; '.join(wrong)}"
-        return found if wrong else other
+        for source in self._sources:
+            other, wrong = self._agrees(source, spec, inputs)
+            if other:
+                self._not_taken.pop(spec.name, None)
+                return other
+            if wrong:
+                reason = f"not taken over: {'; '.join(wrong)}"
+                self._not_taken.setdefault(spec.name, reason)
+        return found
 
-    def _is_taken_over(self, found: stage.Found) -> bool:
-        return found.path is not None and found.path.parent.parent == self._source
+    def _agrees(
+        self, source: epath.Path, spec: stage.Spec, inputs: dict[str, stage.Input]
+    ) -> tuple[stage.Found | None, list[str]]:
+        """The stage of another workdir if it can be taken over, else why it cannot."""
+        try:
+            other = stage.compare(source, spec, inputs)
+            if not other.finished:
+                return None, []
+            lost = other.lost(spec.restores)
+        except UserError as error:
+            return None, [str(error)]
+        lines = [f"{name} is missing or damaged" for name in lost]
+        wrong = [*other.changed] or lines
+        return None if wrong else other, wrong
+
+    def _source_of(self, found: stage.Found) -> epath.Path | None:
+        folder = None if found.path is None else found.path.parent.parent
+        return folder if folder in self._sources else None
 
     def _differs_from_before(self, spec: stage.Spec) -> bool:
         """Whether a stage that is no longer there had other settings."""

@@ -59,8 +59,6 @@ def make(
     steps: Sequence[plan.Step],
     config: ConfigDict,
     workdir: epath.Path,
-    *,
-    source: epath.Path | None = None,
 ) -> list[Price]:
     """Prices each step of a plan.
 
@@ -68,11 +66,10 @@ def make(
       steps: of the plan.
       config: of the run, checked.
       workdir: of the run; it need not exist.
-      source: another workdir, from which stages are taken over.
     """
     if all(step.state in _NO_WORK for step in steps):
         return [Price(step) for step in steps]
-    sizes = _sizes(steps, config, workdir, source)
+    sizes = _sizes(steps, config, workdir)
     priced = []
     for step in steps:
         work, why = None, ""
@@ -218,7 +215,6 @@ def _sizes(
     steps: Sequence[plan.Step],
     config: ConfigDict,
     workdir: epath.Path,
-    source: epath.Path | None,
 ) -> Sizes:
     """How much there is to work on; the arguments are those of `make`."""
     planned = {step.name: step for step in steps}
@@ -228,7 +224,7 @@ def _sizes(
         step = planned.get(name)
         if step is not None and step.state != "done":
             return None
-        found = source if step is not None and step.taken_over else workdir
+        found = workdir if step is None or step.source is None else step.source
         return found if is_complete(found, name) else None
 
     def recipes(images: int) -> int:

@@ -29,7 +29,7 @@ def stages_to_move(
     stages: Sequence[str],
     config: ConfigDict,
     workdir: epath.Path,
-    source: epath.Path | None = None,
+    sources: Sequence[epath.Path] = (),
 ) -> list[str]:
     """The stages that --redo is about, and all that depend on them; changes nothing.
 
@@ -38,7 +38,7 @@ def stages_to_move(
       stages: the selected ones.
       config: of the run.
       workdir: of the run.
-      source: another workdir, from which stages are taken over.
+      sources: other workdirs, from which stages are taken over.
 
     Returns:
       them, in the pipeline's order; [] without --redo, or where the run goes on with
@@ -57,7 +57,7 @@ def stages_to_move(
     again = pipeline.dependents(stages if "all" in names else names, config, workdir)
     if not names or _journal(workdir).get("redo") != [*names]:
         return again
-    steps = plan.make(stages, config, workdir, source=source)
+    steps = plan.make(stages, config, workdir, sources=sources)
     if any(step.state == "refused" and step.name in again for step in steps):
         return again
     logging.info("going on with --redo=%s, which was interrupted", ",".join(names))

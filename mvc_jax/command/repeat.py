@@ -13,8 +13,10 @@ import numpy as np
 from etils import epath, epy
 
 from mvc_jax import files, stage
-from mvc_jax.command import command_line, run_config
+from mvc_jax.command import command_line, document, run_config
 from mvc_jax.errors import UserError
+from mvc_jax.reporting import tables
+from mvc_jax.reporting.tables import Cell, Table
 
 with epy.lazy_imports():
     from mvc_jax.classification import comparisons
@@ -101,26 +103,33 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines = [f"# {len(seeds)} splits", ""]
     for each in summary["questions"][:1]:
         lines += [f"{each['question']} {each['sentence']}", ""]
-    lines.append(
-        f"| test accuracy, % | {' | '.join(f'seed {x}' for x in seeds)} | mean |"
-    )
-    lines.append("|---|" + "---:|" * (len(seeds) + 1))
-    for row in summary["rows"]:
-        values = [*row["accuracies"], float(np.mean(row["accuracies"]))]
-        cells = " | ".join(f"{100 * value:.1f}" for value in values)
-        lines.append(f"| {row['title']} | {cells} |")
+    rows = [
+        [
+            Cell(row["title"]),
+            *(Cell(f"{100 * value:.1f}") for value in row["accuracies"]),
+            Cell(f"{100 * float(np.mean(row['accuracies'])):.1f}"),
+        ]
+        for row in summary["rows"]
+    ]
+    names = [f"seed {seed}" for seed in seeds]
+    columns = tables.headings("test accuracy, %", *names, "mean")
+    lines.append(Table("", columns, rows).markdown())
     if summary["questions"]:
-        interval = f"{summary['confidence']:.0%} interval over splits"
-        lines += ["", f"| question | difference, points | {interval} | verdict |"]
-        lines.append("|---|---:|---:|---|")
-    for each in summary["questions"]:
-        low, high = each["low"], each["high"]
-        ends = "–" if low is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
-        lines.append(
-            f"| {each['question'].rstrip(':')} | {100 * each['mean']:+.1f} | {ends} | "
-            f"{each['verdict']} |"
+        columns = document.difference_columns(
+            "question", confidence=summary["confidence"], over=" over splits"
         )
+        rows = [
+            [Cell(each["question"].rstrip(":")), *_cells(each)]
+            for each in summary["questions"]
+        ]
+        lines += ["", Table("", columns, rows).markdown()]
     return "\n".join(lines) + "\n"
+
+
+def _cells(each: Mapping[str, Any]) -> list[Cell]:
+    low, high = each["low"], each["high"]
+    ends = "–" if low is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return [Cell(f"{100 * each['mean']:+.1f}"), Cell(ends), Cell(each["verdict"])]
 
 
 def _page(summary: Mapping[str, Any]) -> str:

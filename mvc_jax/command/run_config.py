@@ -7,7 +7,7 @@ command does, not what the workdir is made of, so they have their defaults there
 
 import contextlib
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from etils import epath
@@ -21,7 +21,7 @@ from mvc_jax.errors import UserError
 DEFAULT = "configs/digits.py"
 _FILE = "config.json"
 _AGED = ("mix", "generate")  # stages with a field that is `auto` by default
-_OF_A_COMMAND = ("stages", "generate.limit")
+OF_A_COMMAND = ("stages", "generate.limit")
 
 
 def path_in(workdir: epath.PathLike) -> epath.Path:
@@ -45,7 +45,7 @@ def load(path_and_argument: str) -> ConfigDict:
 def write(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Makes `config` the one that the workdir goes on with."""
     values, defaults = config.to_dict(), common.FIELDS.flat()
-    for name in _OF_A_COMMAND:
+    for name in OF_A_COMMAND:
         *sections, field = name.split(".")
         section = values
         for part in sections:
@@ -61,12 +61,19 @@ def read(workdir: epath.PathLike) -> ConfigDict | None:
     return None
 
 
+def value(config: ConfigDict, name: str) -> Any:
+    """The value of a field, by its dotted name."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
 def as_begun(
     config: ConfigDict,
     workdir: epath.PathLike,
     *,
     redo: Collection[str] = (),
-    source: epath.PathLike | None = None,
+    sources: Sequence[epath.PathLike] = (),
 ) -> ConfigDict:
     """The config with what `auto` stands for in stages that are older than its field.
 
@@ -76,15 +83,14 @@ def as_begun(
       config: of the run.
       workdir: of the run.
       redo: stages that are made again, for which it is the default.
-      source: another workdir, from which stages may be taken over.
+      sources: other workdirs, from which stages may be taken over.
     """
     config = config.copy_and_resolve_references()
-    folders = [workdir] if source is None else [workdir, source]
     for name, before in _earlier(config).items():
         section, field = name.split(".")
         if config[section][field] != "auto" or section in redo:
             continue
-        records = (stage.recorded(folder, section) for folder in folders)
+        records = (stage.recorded(folder, section) for folder in [workdir, *sources])
         settings = next((r["settings"][section] for r in records if r), None)
         if settings is not None and field not in settings:
             config[section][field] = before
@@ -150,7 +156,7 @@ def _load_json(path: epath.Path) -> ConfigDict:
         section, field = name.split(".")
         if section in values and field not in values[section]:
             config[section][field] = before
-    for name in _OF_A_COMMAND:
+    for name in OF_A_COMMAND:
         default = common.FIELDS.flat()[name].default
         config.update_from_flattened_dict({name: default})
     return config

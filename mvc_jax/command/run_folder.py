@@ -15,6 +15,7 @@ from etils import epath
 
 from mvc_jax import files
 from mvc_jax.errors import UserError, no_room
+from mvc_jax.stage import Part
 
 _METRICS, _TIMINGS = "metrics.jsonl", "timings.json"
 _BOARDS, _DIGESTS = "tensorboard", "digests"
@@ -83,6 +84,11 @@ def is_local(path: epath.Path) -> bool:
     return "://" not in str(path) and not str(path).startswith("gs:")
 
 
+def workdirs(folder: epath.Path) -> list[epath.Path]:
+    """The workdirs in a folder, by name."""
+    return [x for x in files.matching(folder, "*") if (x / "config.json").exists()]
+
+
 def remove_temporaries(workdir: epath.Path) -> None:
     """Deletes what a killed run left in the workdir outside of its stages."""
     patterns = (".tmp-*", "earlier/*/.tmp-*")
@@ -131,6 +137,24 @@ def copy_records(name: str, source: epath.Path, workdir: epath.Path) -> None:
         files.write_bytes(_digests(workdir, name), digests.read_bytes())
 
 
+def copy_part_records(
+    name: str, part: Part, source: epath.Path, workdir: epath.Path
+) -> None:
+    """Copies what another workdir has of a part of a stage."""
+    logs = f"{name}/{part.name}/"
+    mine = [row for row in _rows(workdir) if not _logged(row).startswith(logs)]
+    others = [row for row in _rows(source) if _logged(row).startswith(logs)]
+    if others:
+        files.write_jsonl(workdir / _METRICS, [*mine, *others])
+    for folder in _boards(source, [name]):
+        if f"{folder.name}_".startswith(logs.replace("/", "_")):
+            link_or_copy(folder, workdir / _BOARDS / folder.name)
+    records = files.read_rows(_digests(source, name))
+    mine = [row for row in files.read_rows(_digests(workdir, name)) if row]
+    others = [row for row in records if part.has(row.get("name", ""))]
+    files.write_jsonl(_digests(workdir, name), [*mine, *others])
+
+
 def link_or_copy(source: epath.Path, target: epath.Path) -> None:
     """Makes `target` a file or folder with the content of `source`.
 
@@ -165,7 +189,11 @@ def _digests(workdir: epath.Path, name: str) -> epath.Path:
 
 
 def _stage_of(row: Any) -> str:
-    return str(row.get("stage", "")).split("/")[0] if isinstance(row, dict) else ""
+    return _logged(row).split("/")[0]
+
+
+def _logged(row: Any) -> str:
+    return str(row.get("stage", "")) if isinstance(row, dict) else ""
 
 
 def _rows(workdir: epath.Path) -> list[dict]:

@@ -72,7 +72,7 @@ def _images(
     }
     found = []
     for name, (images, what) in made.items():
-        if images and name in rows:
+        if images and name in rows and not rows[name].get("taken_over"):
             row, used = rows[name], devices(rows[name])
             running = max(row["seconds"] - row["compile_seconds"], 0)
             found.append(
