@@ -145,7 +145,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             )
             for name, result in results.items()
         ],
-        "headline": comparisons.headline(correct, answers),
+        "headline": comparisons.headline(
+            {name: float(each.mean()) for name, each in correct.items()}, answers
+        ),
         "questions": _with_unchanged(answers, read_manifest(workdir, "mix")["counts"]),
         **measured,
         "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),

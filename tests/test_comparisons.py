@@ -132,6 +132,10 @@ def test_without_a_spread_there_is_no_verdict(seeds, why):
     assert "+100.0 points" in answer["sentence"] and why in answer["sentence"]
 
 
+def means(correct):
+    return {name: each.mean() for name, each in correct.items()}
+
+
 def test_the_headline_asks_what_is_added_to_the_best_policy():
     correct = {
         "real": noisy(0.55, 0),
@@ -141,7 +145,7 @@ def test_the_headline_asks_what_is_added_to_the_best_policy():
         "two_phase+affine": noisy(0.74, 4),
     }
     answered = comparisons.answers(correct, 0.95)
-    best, added, plain = comparisons.headline(correct, answered)
+    best, added, plain = comparisons.headline(means(correct), answered)
     mean = 100 * correct["real+affine"].mean()
     assert best["sentence"].startswith(
         f"Real only + affine augmentation ({mean:.1f} %), the most accurate of 5 on"
@@ -156,12 +160,14 @@ def test_the_headline_asks_what_is_added_to_the_best_policy():
 def test_the_headline_says_what_was_not_tried():
     correct = {"real": noisy(0.6, 0), "real+flip": noisy(0.7, 1)}
     correct["combined"] = noisy(0.65, 2)
-    said = comparisons.headline(correct, comparisons.answers(correct, 0.95))
+    said = comparisons.headline(means(correct), comparisons.answers(correct, 0.95))
     assert said[1]["sentence"].startswith(
         "Not tried: no run adds any to Real only + fl"
     )
     alone = {"combined": noisy(0.6, 0)}
-    assert len(comparisons.headline(alone, comparisons.answers(alone, 0.95))) == 1
+    assert (
+        len(comparisons.headline(means(alone), comparisons.answers(alone, 0.95))) == 1
+    )
 
 
 def test_an_interval_over_splits_is_that_of_their_means():

@@ -262,19 +262,27 @@ def verdict(
     return _sentence("no", f"No, accuracy is lower: {interval}.{few}")
 
 
-def headline(correct: Correct, answered: list[dict[str, Any]]) -> list[dict[str, str]]:
+def headline(
+    means: Mapping[str, float],
+    answered: Sequence[Mapping[str, Any]],
+    where: str = "on these test images",
+) -> list[dict[str, str]]:
     """What to say first: the best run, and what is added to the best policy.
+
+    Args:
+      means: the accuracy of each run.
+      answered: from `answers` or `answers_over_splits`.
+      where: the best run is the most accurate.
 
     Returns:
       `question` and `sentence` of each.
     """
-    means = {name: float(right.mean()) for name, right in correct.items()}
     best = max(means, key=means.__getitem__)
     said = [
         {
             "question": "Which run is best?",
             "sentence": f"{_percent(best, means)}, the most accurate of {len(means)} "
-            "on these test images.",
+            f"{where}.",
         }
     ]
     real = [name for name in means if runs.parse(name).regime == "real"]

@@ -77,23 +77,34 @@ def summarise(metrics: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
       metrics: `metrics.json` of each seed's run, all of the same settings.
 
     Returns:
-      `seeds`; `confidence`; `rows`, accuracies by run and seed, as `evaluate` orders
-      them; `questions`, differences with intervals over splits (`over_splits`).
+      `seeds`; `confidence`; `rows`, accuracies by run and seed with their `mean`, as
+      `evaluate` orders them; `headline`; `questions`, differences with intervals over
+      splits (`over_splits`).
     """
     first, *_ = metrics.values()
     asked = [each["questions"] for each in metrics.values()]
-    return {
-        "seeds": [*metrics],
-        "confidence": first["confidence"],
-        "rows": [
+    answers = comparisons.answers_over_splits(asked, first["confidence"])
+    found = []
+    for rows in zip(*(each["runs"] for each in metrics.values()), strict=True):
+        accuracies = [row["accuracy"]["mean"] for row in rows]
+        found.append(
             {
                 "title": rows[0]["title"],
                 "run": rows[0]["name"],
-                "accuracies": [row["accuracy"]["mean"] for row in rows],
+                "accuracies": accuracies,
+                "mean": float(np.mean(accuracies)),
             }
-            for rows in zip(*(each["runs"] for each in metrics.values()), strict=True)
-        ],
-        "questions": comparisons.answers_over_splits(asked, first["confidence"]),
+        )
+    return {
+        "seeds": [*metrics],
+        "confidence": first["confidence"],
+        "rows": found,
+        "headline": comparisons.headline(
+            {row["run"]: row["mean"] for row in found},
+            answers,
+            where="by its mean over the splits",
+        ),
+        "questions": answers,
     }
 
 
@@ -101,13 +112,13 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as two tables below its headline."""
     seeds = summary["seeds"]
     lines = [f"# {len(seeds)} splits", ""]
-    for each in summary["questions"][:1]:
+    for each in summary["headline"]:
         lines += [f"{each['question']} {each['sentence']}", ""]
     rows = [
         [
             Cell(row["title"]),
             *(Cell(f"{100 * value:.1f}") for value in row["accuracies"]),
-            Cell(f"{100 * float(np.mean(row['accuracies'])):.1f}"),
+            Cell(f"{100 * row['mean']:.1f}"),
         ]
         for row in summary["rows"]
     ]
