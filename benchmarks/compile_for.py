@@ -124,7 +124,9 @@ def parse() -> argparse.Namespace:
 
 def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
     """Compiles one program; returns its row."""
-    dumped = tempfile.TemporaryDirectory() if arguments.no_code else None
+    dumped = None
+    if arguments.no_code:
+        dumped = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     targets.set_environment(dumped.name if dumped else "")
     import compiled
     import hlo
@@ -151,6 +153,9 @@ def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
         done = compiled.compile_(lowered, pathlib.Path(dumped.name) if dumped else None)
     except compiled.TooLarge as error:
         return row | {"error": f"does not fit: {error}"}
+    finally:
+        if dumped:
+            dumped.cleanup()
     if arguments.text:
         arguments.text.write_text(done.text)
     found = hlo.summary(hlo.Module(done.text))
