@@ -61,8 +61,8 @@ def test_other_test_images_have_no_paired_differences(tmp_path, made):
 
 
 def test_other_classes_are_refused_with_the_first_difference(tmp_path, made, capsys):
-    a = made("a", "--config.data.classes=one,two")
-    b = made("b", "--config.data.classes=one,six")
+    a = made("a", "--config.data.classes=one,two", "--config.data.pool=100")
+    b = made("b", "--config.data.classes=one,six", "--config.data.pool=100")
     assert compared(tmp_path, a, b) == (2, None)
     error = capsys.readouterr().err
     assert f"error: {b}: wanted the classes of {a}, got other classes: 'six'" in error
