@@ -88,8 +88,15 @@ def use_google(monkeypatch, url):
 
 
 def forget(protocol):
-    """Makes fsspec forget the servers and lists of a protocol."""
+    """Makes fsspec forget the servers and lists of a protocol, and the hub a session.
+
+    A session that began offline stays so.
+    """
     fsspec.get_filesystem_class(protocol).clear_instance_cache()
+    if protocol == "hf":
+        from huggingface_hub.utils import _http
+
+        _http.reset_sessions()
 
 
 def add_images(folder, parts=("seg_train", "seg_test"), count=2):

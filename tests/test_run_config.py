@@ -87,7 +87,7 @@ def test_a_fresh_workdir_is_one_of_the_digits(run, worked, kept):
 
 def test_it_is_written_before_the_first_stage_works(run, kept, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "run_stage", lambda *_: seen.append(kept.exists()))
+    monkeypatch.setattr(train, "run_stage", lambda *_, **__: seen.append(kept.exists()))
     run("--config.stages=caption,pretrain")
     assert seen == [True, True]
 

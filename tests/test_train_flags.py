@@ -22,7 +22,7 @@ def started(monkeypatch):
     """Records (stage, config) instead of running the stage."""
     calls = []
 
-    def record(name, config, workdir, priced):
+    def record(name, config, workdir, priced, *, taken):
         calls.append((name, config))
         return True
 
@@ -557,7 +557,7 @@ def test_a_contact_sheet_of_a_finished_run_is_checked(started, workdir, capsys, 
 def test_the_message_at_the_end_of_a_run(
     started, workdir, capsys, monkeypatch, raised, code, words
 ):
-    def run_stage(*_):
+    def run_stage(*_, **__):
         raise raised
 
     monkeypatch.setattr(train, "run_stage", run_stage)
@@ -634,7 +634,7 @@ def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeyp
     temporary = workdir / ".tmp-1-metrics.jsonl"
     messages = []
 
-    def run_stage(*_):
+    def run_stage(*_, **__):
         temporary.write_text("half")
         capsys.readouterr()  # the price of the first
         messages.append(failure(capsys, *command))
@@ -648,12 +648,12 @@ def test_two_runs_cannot_use_a_workdir_at_once(started, workdir, capsys, monkeyp
     ]
     assert temporary.exists()
     capsys.readouterr()
-    monkeypatch.setattr(train, "run_stage", lambda *_: not temporary.exists())
+    monkeypatch.setattr(train, "run_stage", lambda *_, **__: not temporary.exists())
     assert train.main(["train", *command]) == 0  # unlocked, and deleted
 
 
 def test_a_bug_keeps_its_traceback(started, workdir, monkeypatch):
-    monkeypatch.setattr(train, "run_stage", lambda *_: 1 / 0)
+    monkeypatch.setattr(train, "run_stage", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(["train", f"--config={DIGITS}", f"--workdir={workdir}"])
 
