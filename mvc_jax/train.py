@@ -19,7 +19,7 @@ A run that was stopped is resumed by the same command.
 The same with several seeds, which draw other splits, and an interval over them:
     mvc-jax repeat --seeds=0,1,2 --config=configs/digits.py --workdir=runs/splits
 A run for each value of a field, and finished runs side by side:
-    mvc-jax sweep --vary mix.tokens=1,2,4,8 --from=runs/digits --workdir=runs/tokens
+    mvc-jax sweep --vary mix.tokens=1,2,4,7 --from=runs/digits --workdir=runs/tokens
     mvc-jax compare runs/digits runs/fine
 (`mvc-jax repeat --help`, `sweep --help` and `compare --help` say more.)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import swept_runs
 from etils import epath
+from ml_collections import ConfigDict
 
 from mvc_jax import files, train
 from mvc_jax.classification import comparisons
@@ -83,6 +84,41 @@ def test_a_sweep_that_was_stopped_goes_on(tmp_path, worked, monkeypatch):
     worked.clear()
     assert swept(tmp_path, "--vary=mix.tokens=2,4,8") == 0
     assert worked == [*AFTER_MIX[1:], *AFTER_MIX]
+
+
+def test_a_point_that_is_refused_when_it_is_made_leaves_the_others(
+    tmp_path, worked, monkeypatch, capsys
+):
+    """As `mix.tokens=8` where no caption has so many tokens."""
+    module = importlib.import_module("mvc_jax.mix")
+    finished = module.run
+
+    def refusing(config, workdir):
+        if config.mix.tokens == 8:
+            raise UserError("config.mix.tokens", wanted="at most 7", got="8", fix="Go.")
+        finished(config, workdir)
+
+    monkeypatch.setattr(module, "run", refusing)
+    assert swept(tmp_path, "--vary=mix.tokens=2,8,12") == 2
+    error = capsys.readouterr().err
+    assert "error: config.mix.tokens: wanted at most 7, got 8. Go." in error
+    assert "so at mix.tokens=8" in error
+    names = [x["name"] for x in summary_of(tmp_path)["points"]]
+    assert names == ["mix.tokens=2", "mix.tokens=12"]
+
+
+def test_a_grid_loses_the_value_of_a_refused_point():
+    axes = [vary.Axis("a", (1, 2, 3)), vary.Axis("b", (4, 5))]
+    points = [
+        vary.Point(f"{a},{b}", {"a": a, "b": b}, ConfigDict())
+        for a in (1, 2, 3)
+        for b in (4, 5)
+    ]
+    left, kept = vary.without(axes, points, {"2,5"})
+    assert [x.values for x in left] == [(1, 3), (4, 5)]
+    assert [x.name for x in kept] == ["1,4", "1,5", "3,4", "3,5"]
+    assert vary.without(axes, points, ()) == (axes, points)
+    assert vary.without(axes, points, {x.name for x in points})[1] == []
 
 
 def test_a_finished_run_is_the_first_to_share_with(tmp_path, worked, capsys):

@@ -28,7 +28,7 @@ with epy.lazy_imports():
     from mvc_jax.command import sweep_report
 
 HELP = """A run for each value of a field, each in a folder of its own, compared:
-    mvc-jax sweep --vary mix.tokens=1,2,4,8 --config=configs/digits.py \\
+    mvc-jax sweep --vary mix.tokens=1,2,4,7 --config=configs/digits.py \\
       --workdir=runs/tokens
 makes runs/tokens/mix.tokens=1 and so on, and writes runs/tokens/sweep.html (.md,
 .json, .png): accuracies with intervals, and paired differences.
@@ -73,8 +73,9 @@ def run(argv: Sequence[str], program: Program) -> epath.Path:
       the folder of the sweep.
 
     Raises:
-      UserError: a flag or a value is wrong, a point is refused, or the field changes
-        nothing.
+      UserError: a flag or a value is wrong, or the field changes nothing; or a point is
+        refused, which may be known only when its inputs are made: then the others are
+        made and compared first.
     """
     texts, flags = _take_vary(argv[2:])
     command = command_line.parse([argv[0], *flags], about=HELP)
@@ -99,8 +100,12 @@ def run(argv: Sequence[str], program: Program) -> epath.Path:
         run_config.write(command.config, command.workdir)
         if any(each.work for each in everything):
             logging.info("%d points: %s", len(points), sweep.line(prices))
-        sweep.run()
-        sweep_report.write(axes, points, command.config, command.workdir)
+        refused = sweep.run()
+        axes, points = vary.without(axes, points, refused)
+        if all(len(axis.values) > 1 for axis in axes):
+            sweep_report.write(axes, points, command.config, command.workdir)
+    if refused:
+        _refuse(refused)
     return command.workdir
 
 
@@ -164,18 +169,29 @@ class _Sweep:
             _refuse(errors)
         return found
 
-    def run(self) -> None:
-        """Makes every point; those that are finished have nothing to do."""
+    def run(self) -> dict[str, UserError]:
+        """Makes every point; those that are finished have nothing to do.
+
+        Returns:
+          the errors of points that were refused, by name.
+        """
+        refused = {}
         for number, point in enumerate(self._points, start=1):
             count = f"{number} of {len(self._points)}"
-            self._program.run(
-                point.config,
-                self._folders[point.name],
-                redo=self._command.redo,
-                sources=self._sources(point),
-                verify=self._command.verify,
-                announce=functools.partial(self._announce, f"{point.name} ({count})"),
-            )
+            announce = functools.partial(self._announce, f"{point.name} ({count})")
+            try:
+                self._program.run(
+                    point.config,
+                    self._folders[point.name],
+                    redo=self._command.redo,
+                    sources=self._sources(point),
+                    verify=self._command.verify,
+                    announce=announce,
+                )
+            except UserError as error:
+                logging.warning("%s: %s", point.name, error)
+                refused[point.name] = error
+        return refused
 
     def _announce(self, name: str, steps: Sequence[plan.Step]) -> None:
         logging.info("%s: %s", name, self._in_words(steps))

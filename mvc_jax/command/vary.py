@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -44,6 +44,31 @@ class Point:
     name: str
     values: dict[str, Any]
     config: ConfigDict
+
+
+def without(
+    axes: Sequence[Axis], points: Sequence[Point], refused: Collection[str]
+) -> tuple[list[Axis], list[Point]]:
+    """The fields and points that are left without values at which a point was refused.
+
+    Of several fields, the one with the most values loses one.
+
+    Args:
+      axes: what was varied.
+      points: their grid.
+      refused: names of points.
+
+    Returns:
+      the axes, of which one may have a single value or none; the points of their grid.
+    """
+    left, remaining = list(points), list(axes)
+    while wrong := [point for point in left if point.name in refused]:
+        longest = max(remaining, key=lambda axis: len(axis.values))
+        value = wrong[0].values[longest.field]
+        kept = tuple(each for each in longest.values if each != value)
+        remaining[remaining.index(longest)] = Axis(longest.field, kept)
+        left = [point for point in left if point.values[longest.field] != value]
+    return remaining, left
 
 
 def label(value: Any) -> str:
