@@ -280,7 +280,7 @@ def test_values_of_lists_and_texts(tmp_path, worked):
 def test_help_is_of_its_own(capsys):
     with pytest.raises(SystemExit):
         train.main(["mvc-jax", "sweep", "--help"])
-    assert "sweep --vary mix.tokens=1,2,4,8" in capsys.readouterr().out
+    assert "sweep --vary mix.tokens=1,2,4,7" in capsys.readouterr().out
 
 
 def test_a_part_of_a_stage_is_begun_with(tmp_path, worked, monkeypatch, capsys):

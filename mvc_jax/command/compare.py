@@ -255,22 +255,20 @@ def _document(members: Sequence[_Member], summary: dict[str, Any]) -> tables.Doc
     unit = f"Test accuracy in percent, with its {summary['confidence']:.0%} interval."
     made.append(Table("Accuracy", [Cell("training"), *heads], rows, unit))
     if summary["differences"]:
-        columns = document.difference_columns(
-            "training", "in", confidence=summary["confidence"]
-        )
         rows = [
-            [
-                Cell(runs.parse(each["run"]).title),
-                Cell(each["workdir"], is_word=True),
-                *document.difference_cells(each, _WORDS),
-            ]
+            (runs.parse(each["run"]).title, each["workdir"], each)
             for each in summary["differences"]
         ]
-        note = (
+        table = document.difference_table(
+            f"Differences from {names[0]}",
             f"The accuracy in a workdir minus that in {names[0]}, seed by seed on the "
-            "same test images."
+            "same test images.",
+            rows,
+            place="in",
+            words=_WORDS,
+            confidence=summary["confidence"],
         )
-        made.append(Table(f"Differences from {names[0]}", columns, rows, note))
+        made.append(table)
     title = f"{', '.join(names[1:])} compared with {names[0]}"
     return tables.Document(title, _lead(members, summary), _notes(summary), made)
 

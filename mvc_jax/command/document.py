@@ -2,14 +2,14 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath, epy
 
 from mvc_jax import files, stage
 from mvc_jax.reporting import formats, tables
-from mvc_jax.reporting.tables import Cell
+from mvc_jax.reporting.tables import Cell, Table
 
 with epy.lazy_imports():
     from mvc_jax.classification import tested
@@ -101,6 +101,33 @@ def difference_cells(found: Mapping[str, Any], words: Mapping[str, str]) -> list
         Cell(ends),
         Cell(verdict, is_word=True),
     ]
+
+
+def difference_table(
+    title: str,
+    note: str,
+    rows: Sequence[tuple[str, str, Mapping[str, Any]]],
+    *,
+    place: str,
+    words: Mapping[str, str],
+    confidence: float,
+) -> Table:
+    """A table of differences: what was trained, where, and what was found.
+
+    Args:
+      title: of the table.
+      note: above it.
+      rows: (training, place, difference as of `difference_cells`).
+      place: heading of the places.
+      words: for the verdicts "yes" and "no".
+      confidence: of the intervals.
+    """
+    columns = difference_columns("training", place, confidence=confidence)
+    cells = [
+        [Cell(training), Cell(where, is_word=True), *difference_cells(found, words)]
+        for training, where, found in rows
+    ]
+    return Table(title, columns, cells, note)
 
 
 def _inline(shown: str, content: bytes) -> dict[str, Any] | None:

@@ -224,41 +224,43 @@ def _grid(found: Found, run: str, by_name: Mapping[str, Any], unit: str) -> Tabl
 def _difference_table(found: Found, summary: Mapping[str, Any]) -> list[Table]:
     if not summary["differences"]:
         return []
-    words = {"yes": "higher", "no": "lower"}
-    columns = document.difference_columns("training", "at", confidence=found.confidence)
     rows = [
-        [
-            Cell(runs.parse(each["run"]).title),
-            Cell(each["point"], is_word=True),
-            *document.difference_cells(each, words),
-        ]
+        (runs.parse(each["run"]).title, each["point"], each)
         for each in summary["differences"]
     ]
-    note = (
+    table = document.difference_table(
+        f"Differences from {found.reference}",
         f"The accuracy at a value minus that at {found.reference}, with the same test "
-        "images and seeds."
+        "images and seeds.",
+        rows,
+        place="at",
+        words={"yes": "higher", "no": "lower"},
+        confidence=found.confidence,
     )
-    return [Table(f"Differences from {found.reference}", columns, rows, note)]
+    return [table]
 
 
 def _added_table(found: Found, summary: Mapping[str, Any]) -> list[Table]:
     if not summary["added"]:
         return []
-    words = {"yes": "they help", "no": "they lower it"}
-    columns = document.difference_columns("training", "at", confidence=found.confidence)
     rows = [
-        [
-            Cell(
-                f"{runs.parse(each['run']).title}, over "
-                f"{comparisons.lower_title(each['against'])}"
-            ),
-            Cell(each["point"], is_word=True),
-            *document.difference_cells(each, words),
-        ]
+        (
+            f"{runs.parse(each['run']).title}, over "
+            f"{comparisons.lower_title(each['against'])}",
+            each["point"],
+            each,
+        )
         for each in summary["added"]
     ]
-    note = "The accuracy with them minus that without, with the same augmentation."
-    return [Table("What the synthetic images add", columns, rows, note)]
+    table = document.difference_table(
+        "What the synthetic images add",
+        "The accuracy with them minus that without, with the same augmentation.",
+        rows,
+        place="at",
+        words={"yes": "they help", "no": "they lower it"},
+        confidence=found.confidence,
+    )
+    return [table]
 
 
 def _panels(found: Found, summary: Mapping[str, Any]) -> list[Any]:
