@@ -41,7 +41,13 @@ class UserError(Exception):
     ):
         super().__init__(f"{name}: wanted {wanted}, got {got}. {fix}")
         self.name = name
+        self.wanted, self.got, self.fix = wanted, got, fix
         self.details = tuple(details)
+
+    def fields(self) -> dict:
+        """The arguments, of which `UserError(**fields)` makes the same error."""
+        names = ("name", "wanted", "got", "fix", "details")
+        return {name: getattr(self, name) for name in names}
 
 
 def shell_word(text: str) -> str:
