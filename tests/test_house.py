@@ -65,11 +65,17 @@ LEAVES = {
     "processes",
     "work",
 }
+PUBLIC = {
+    "__init__",
+    "classifiers",
+    "pipeline",
+}  # for programs; nothing of ours uses it
 MAY_IMPORT = {  # besides the leaves, of which files.py is one
     "train": STAGES
     | {"classification", "command", "reporting", "stage", "training", "configs"},
     "stage": {*ROOMS, "stage"},
     "contract": {"artifacts", "configs"},  # stage.py and what it is made of
+    "public": {*ROOMS, "command", "train"},
     "leaf": {"files"},
     "processes": {"errors"},  # a leaf whose errors users read
     "configs": {"configs"},
@@ -101,8 +107,9 @@ def place(path: str) -> tuple[str, str]:
     if name in STAGES:
         return "stage", name
     layers = {"train": "train", "stage": "contract", "artifacts": "contract"}
-    layers |= dict.fromkeys(LEAVES, "leaf") | {"__init__": "leaf"}
+    layers |= dict.fromkeys(LEAVES, "leaf")
     layers |= {"processes": "processes"}
+    layers |= dict.fromkeys(PUBLIC, "public")
     return layers.get(name, "unknown"), name
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from documented import SHORT, commands, train_arguments
@@ -23,11 +24,13 @@ from PIL import Image
 from mvc_jax import stage as contract
 from mvc_jax import train
 from mvc_jax.command import command_line, pipeline, plan, price, run_config
+from mvc_jax.data import splits
 from mvc_jax.errors import UserError
 from mvc_jax.generation import synthetic
+from mvc_jax.pipeline import InstructPix2Pix
 from mvc_jax.stage import read_manifest
 from mvc_jax.train import STAGES
-from mvc_jax.training import runtime
+from mvc_jax.training import rng, runtime, sharding
 
 CACHE = ROOT / ".pytest_cache" / "xla-one-device"
 TIMED = ("report.html", "report.md")  # they show how long the stages took
@@ -201,6 +204,44 @@ def test_sets_share_sources_and_noise_and_differ_in_what_they_control(whole):
     assert read["mixed"][2] == read["unmixed"][2] == read["pretrained"][2]
     assert (read["mixed"][0] != read["unmixed"][0]).any()
     assert (read["unmixed"][0] != read["pretrained"][0]).any()
+
+
+def test_a_program_draws_the_same_images(whole):
+    """`mvc_jax.pipeline`, given a run's model, prompts and recipes."""
+    workdir = epath.Path(whole[0])
+    config = run_config.load(str(workdir / "config.json"))
+    train = splits.read_split(workdir / "caption", "train")
+    prompts = read_jsonl(workdir / "encode" / "prompts.jsonl")
+    recipes = read_jsonl(workdir / "mix" / "recipes.jsonl")[:3]
+    row_of = {row["id"]: i for i, row in enumerate(prompts)}
+    sources = [row_of[recipe["source"]] for recipe in recipes]
+    section = config.generate
+    drawer = InstructPix2Pix.from_pretrained(
+        workdir / "finetune" / "model",
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        batch_size=section.batch_size,
+    )
+    drawn = drawer.sample(
+        train.images[sources],
+        [prompts[row]["prompt"] for row in sources],
+        key=rng.purpose_key(config.seed, "noise"),
+        partners=[
+            [prompts[row_of[id_]]["prompt"] for id_ in recipe["partners"]]
+            for recipe in recipes
+        ],
+        recipe=recipes,
+        sampler=section.sampler,
+        steps=section.steps,
+        guidance_interval=tuple(section.guidance_interval),
+    )
+    folder = workdir / "generate" / "mixed"
+    expected = [
+        row["image"].astype(float)
+        for row in synthetic.read_rows(folder, ("image",), indices=range(3))
+    ]
+    if train.grey:
+        drawn = drawn.mean(-1, keepdims=True)
+    np.testing.assert_allclose(drawn + np.zeros(3), expected, atol=2)
 
 
 def test_a_second_run_does_no_work_and_imports_nothing_heavy(whole):

@@ -5,6 +5,8 @@ Importing this package does not import JAX: checks of a config need only the nam
 
 from collections.abc import Callable
 
+__all__ = ["NAMES", "fields", "policy"]
+
 NAMES = (
     "none",
     "flip",

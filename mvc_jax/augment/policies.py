@@ -122,6 +122,15 @@ def fields(name: str) -> dict[str, object]:
 def policy(name: str, **values) -> Policy:
     """Returns the policy of a name, with some of its fields changed.
 
+    >>> augment = policy("randaugment", magnitude=5, flip=False)
+    >>> images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> augmented = jax.jit(jax.vmap(augment))(keys, images)
+    >>> augmented.shape, augmented.dtype
+    ((2, 8, 8, 3), dtype('uint8'))
+    >>> sorted(fields("affine"))[:4]
+    ['crop', 'crop_fill', 'cutout', 'cutout_fill']
+
     Args:
       name: one of `augment.NAMES`.
       **values: of `fields(name)`.

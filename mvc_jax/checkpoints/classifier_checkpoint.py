@@ -46,6 +46,7 @@ class Checkpoint:
         (pixel - mean) / std.
       size: image size that it was made for, in pixels.
       prefix: of all names of the network, as DataParallel or `torch.compile` adds one.
+      class_names: of its classes, in the order of the head; () if it does not say.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Checkpoint:
     std: tuple[float, ...]
     size: int
     prefix: str = ""
+    class_names: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the network's tensors by name, without `prefix`."""
@@ -103,7 +105,18 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
     if naming and not config:
         _tell_what_was_taken(naming, variant, path, name, field)
     return Checkpoint(
-        name, field, path, naming, variant, fields, classes, mean, std, size, prefix
+        name=name,
+        field=field,
+        weights=path,
+        naming=naming,
+        variant=variant,
+        fields=fields,
+        num_classes=classes,
+        mean=mean,
+        std=std,
+        size=size,
+        prefix=prefix,
+        class_names=tuple(config.get("label_names", ())),
     )
 
 

@@ -54,12 +54,15 @@ def check(checkpoint: Checkpoint, model: Any) -> None:
     )
 
 
-def read(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Reads a checkpoint into variables of `model`, without those of the head.
+def read(
+    checkpoint: Checkpoint, model: Any, *, head: bool = False
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Reads a checkpoint into variables of `model`.
 
     Args:
       checkpoint: from `find`.
       model: a network of `VARIANTS`, made with the checkpoint's `fields`.
+      head: whether the last layer is read, too, which has as many classes.
 
     Returns:
       fp32 variables (`params` and `batch_stats`) on the host, and the names of the
@@ -70,7 +73,7 @@ def read(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Any], tuple[str,
         or are unexpected inside the network; all are listed.
     """
     check(checkpoint, model)
-    body, ignored, name_of, unused = _parts(checkpoint, model)
+    body, ignored, name_of, unused = _parts(checkpoint, model, head)
     tree = weights.read(checkpoint.weights, body, ignored, name_of=name_of)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), unused
 
@@ -83,17 +86,17 @@ def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def _parts(
-    checkpoint: Checkpoint, model: Any
+    checkpoint: Checkpoint, model: Any, with_head: bool = False
 ) -> tuple[dict[str, Any], str, Callable[[weights.Path], str], tuple[str, ...]]:
     """What of a checkpoint is read.
 
     Returns:
-      shapes of the variables without those of the head; the pattern of names to ignore;
+      shapes of the variables that are read; the pattern of names to ignore;
       variable -> name in the file; the names that are not used.
     """
     shapes = flax.traverse_util.flatten_dict(variable_shapes(model))
     head = head_name(model)
-    body = {path: leaf for path, leaf in shapes.items() if path[1] != head}
+    body = {p: leaf for p, leaf in shapes.items() if with_head or p[1] != head}
     stored = set(tensor_file.entries(checkpoint.weights))
     name_of = _stored_name(checkpoint.naming, model, stored, checkpoint.prefix)
     unused = _unused(

@@ -165,11 +165,17 @@ def _initializer(
             variables = {**pretrained, "params": {**pretrained["params"], **heads}}
         return variables, tx.init(variables["params"])
 
+    options = init_options(model, image_shape)
+    return jax.jit(jax.vmap(init, in_axes=(0, None)), compiler_options=options)
+
+
+def init_options(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The compiler's options for a network's initialisation, which runs once."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     kernels = sum(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes["params"]))
     many = kernels > _MANY_KERNELS
-    options = FASTEST_COMPILE_OPTIONS if many else FAST_COMPILE_OPTIONS
-    return jax.jit(jax.vmap(init, in_axes=(0, None)), compiler_options=options)
+    return FASTEST_COMPILE_OPTIONS if many else FAST_COMPILE_OPTIONS
 
 
 def train_step(

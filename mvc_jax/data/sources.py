@@ -31,6 +31,16 @@ def open_source(
 ) -> Source:
     """Opens a source without decoding an image.
 
+    >>> source = open_source("digits")
+    >>> len(source), source.class_names[:3]
+    (1797, ('zero', 'one', 'two'))
+    >>> example = source[0]
+    >>> example["image"].shape, example["image"].dtype, example["label"]
+    ((8, 8, 3), dtype('uint8'), 0)
+    >>> open_source("digit")
+    Traceback (most recent call last):
+    mvc_jax.errors.UserError: config.data.source: wanted one of ...
+
     Args:
       name: of a form in `SOURCES`, e.g. `"folder:/data/parts"`.
       decoder: of image files; None: one with its defaults.

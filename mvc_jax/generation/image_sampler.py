@@ -27,7 +27,7 @@ from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.models import controlnet, stable_diffusion
 from mvc_jax.training import rng, sharding
 
-_SCALARS = {  # of a recipe, that the compiled program takes
+SCALARS = {  # of a recipe, that the compiled program takes
     "noise_seed": np.int32,
     "text_scale": np.float32,
     "image_scale": np.float32,
@@ -196,7 +196,7 @@ class ImageSampler:
             "moments": moments,
             "states": TEXT_STATES[self._conditioning.text](self._texts, recipes),
         }
-        for name, dtype in _SCALARS.items():
+        for name, dtype in SCALARS.items():
             batch[name] = np.asarray([recipe[name] for recipe in recipes], dtype)
         if self._controlled:
             batch["edges"] = self._texts.ablation.edges(sources)

@@ -6,6 +6,7 @@ Legend: B batch, L text tokens, D their width, M partners, k positions, d dims.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax  # noqa: F401 (of the examples)
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -20,6 +21,18 @@ def coarse_mix(
     """Replaces whole tokens of `states`: E[p] = F_m[p] (supplement).
 
     Several partners F_m are ours; the supplement has one.
+
+    >>> states = jnp.zeros((4, 3))
+    >>> partners = jnp.stack([jnp.full((4, 3), 1.0), jnp.full((4, 3), 2.0)])
+    >>> coarse_mix(states, partners, jnp.array([1, 3]), jnp.array([0, 1]))
+    Array([[0., 0., 0.],
+           [1., 1., 1.],
+           [0., 0., 0.],
+           [2., 2., 2.]], dtype=float32)
+    >>> many = jax.vmap(coarse_mix, in_axes=(0, 0, None, None))
+    >>> batch = states[None], partners[None]
+    >>> jax.jit(many)(*batch, jnp.array([1]), jnp.array([0])).shape
+    (1, 4, 3)
 
     Args:
       states: E, text states of the source's prompt.
@@ -47,6 +60,13 @@ def fine_mix(
 
     The supplement replaces fewer than 10 of 768. Row l of `dims` applies to token l:
     whether all tokens have the same dims is the caller's choice.
+
+    >>> states, partners = jnp.zeros((3, 4)), jnp.ones((1, 3, 4))
+    >>> dims = jnp.broadcast_to(jnp.array([0, 2]), (3, 2))
+    >>> fine_mix(states, partners, dims, jnp.array([0, 0]))
+    Array([[0., 0., 0., 0.],
+           [1., 0., 1., 0.],
+           [1., 0., 1., 0.]], dtype=float32)
 
     Args:
       states: E, text states of the source's prompt.
