@@ -132,6 +132,7 @@ class InstructPix2Pix:
         timestep_spacing: str = timesteps.AUTO,
         guidance_interval: tuple[float, float] = instruct_pix2pix.ALWAYS,
         guidance_rescale: float = 0.0,
+        grey: bool = False,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """Draws an image for each real one and its prompt; see `from_pretrained`.
 
@@ -155,6 +156,8 @@ class InstructPix2Pix:
           guidance_interval: fractions of the training timesteps between which guidance
             is applied (arXiv 2404.07724).
           guidance_rescale: phi of the guided prediction, in [0, 1] (arXiv 2305.08891).
+          grey: whether colour channels are averaged, as runs on images without colour
+            do.
 
         Returns:
           pixels in [0, 255]. A warning names images that are not finite, or of one
@@ -171,6 +174,7 @@ class InstructPix2Pix:
             spacing=timestep_spacing,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
+            grey=grey,
             **self._options,
         )
         count = len(images)
