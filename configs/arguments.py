@@ -66,7 +66,7 @@ def whole_number(
     text = given.get(name, str(default))
     if not text.isdecimal() or int(text) < minimum:
         wanted = f"a whole number of at least {minimum} as {name}"
-        raise _bad_value(given, name, wanted)
+        raise bad_value(given, name, wanted)
     return int(text)
 
 
@@ -79,7 +79,7 @@ def choice(
       UserError: it is something else.
     """
     if name in given and given[name] not in choices:
-        raise _bad_value(given, name, f"{name}={' or '.join(choices)}")
+        raise bad_value(given, name, f"{name}={' or '.join(choices)}")
     return given.get(name, default)
 
 
@@ -113,7 +113,7 @@ def _bad_part(
     return UserError(_ARGUMENT, wanted=wanted, got=repr(part), fix=fix)
 
 
-def _bad_value(given: Mapping[str, str], name: str, wanted: str) -> UserError:
+def bad_value(given: Mapping[str, str], name: str, wanted: str) -> UserError:
     """The error for the value of one name, with an argument that works."""
     fixed = dict(given) | {name: _NAMES.get(name, _OTHER)[1]}
     return UserError(

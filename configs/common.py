@@ -5,8 +5,6 @@ been measured as a whole. A section belongs to the stage of the same name; `data
 `base` and `mesh` are shared. `--help=SECTION` prints a section of this file.
 """
 
-from collections.abc import Mapping
-
 from ml_collections import ConfigDict
 
 from mvc_jax.configs.arguments import choice, parse_argument, whole_number
@@ -19,8 +17,9 @@ from mvc_jax.configs.fields import (
     optional,
     word,
 )
+from mvc_jax.configs.presets import apply_preset
 
-__all__ = ["FIELDS", "apply_preset", "fast", "get_config"]
+__all__ = ["FIELDS", "apply_preset", "get_config"]
 __all__ += ["parse_argument", "whole_number", "choice"]  # for the other configs
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
@@ -906,30 +905,3 @@ FIELDS = Section(
 def get_config(argument: str = "") -> ConfigDict:
     parse_argument(argument)
     return FIELDS.defaults()
-
-
-def fast(config: ConfigDict) -> None:
-    """Fewer steps of a better solver, and guidance in an interval only; our choice.
-
-    DPM-Solver++ 2M has converged by 20 steps (arXiv 2211.01095); guidance is harmful at
-    high noise levels and has little effect at low ones (arXiv 2404.07724). An image
-    takes 46 evaluations of the UNet instead of 150 with the defaults. On the digits it
-    costs no accuracy that three splits can show (`benchmarks/RESULTS.md`).
-    """
-    config.generate.sampler = "dpmpp_2m"
-    config.generate.steps = min(20, config.generate.steps)
-    config.generate.guidance_interval = (0.2, 0.8)
-
-
-PRESETS = {"fast": fast}
-
-
-def apply_preset(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
-    """Applies the preset of a parsed argument, if there is one.
-
-    Raises:
-      UserError: there is no such preset.
-    """
-    if name := choice(given, "preset", tuple(PRESETS)):
-        PRESETS[name](config)
-    return config

@@ -20,7 +20,7 @@ images in a batch are nearest to their own text (loss 1.05); the ControlNet's lo
 dropped. The classifiers' training images, and so their accuracies, are those of the
 command above.
 
-`:preset=fast`, or `:ablation,preset=fast`, samples with fewer steps (`common.fast`).
+`:preset=fast`, or `:ablation,preset=fast`, samples with fewer steps (`presets.fast`).
 """
 
 from ml_collections import ConfigDict

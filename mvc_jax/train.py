@@ -61,6 +61,7 @@ from mvc_jax import stage
 from mvc_jax.command import (
     command_line,
     compare,
+    doctor,
     pipeline,
     plan,
     price,
@@ -95,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if words[1:2] == ["compare"]:
                 compare.run(words)
                 return 0
+            if words[1:2] == ["doctor"]:
+                return doctor.run(words)
             if words[1:2] == ["sweep"]:
                 sweep.run(words, sweep.Program(planned, run))
                 return 0

@@ -368,6 +368,20 @@ def test_an_override_has_the_type_of_its_field_and_changes_no_other(
     assert type(found) is type(value)
 
 
+def test_a_preset_says_what_it_changes(caplog):
+    with caplog.at_level("INFO", "absl"):
+        both = run_config.load("configs/digits.py:preset=quality+lowmem16")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "preset quality: finetune.ema_decay=0.999, generate.filter.label=folds, "
+        "generate.filter.outliers=True, generate.steps=100",
+        "preset lowmem16: finetune.mode=lora, finetune.remat=blocks, "
+        "generate.batch_size=8",
+    ]
+    common.FIELDS.check(both)
+    assert (both.finetune.mode, both.generate.steps) == ("lora", 100)
+
+
 @pytest.mark.parametrize("steps", [12, 50])
 def test_the_fast_preset_never_raises_the_number_of_steps(steps, tmp_path):
     path = tmp_path / "mine.py"
@@ -385,7 +399,8 @@ def test_the_fast_preset_never_raises_the_number_of_steps(steps, tmp_path):
     assert fast.generate.to_dict() == plain.generate.to_dict() | changed
     assert fast.finetune.to_dict() == plain.finetune.to_dict()
     for argument, message in {
-        ":preset=slow": "fast, got 'preset=slow'",
+        ":preset=slow": "preset=fast or quality or .*, got 'preset=slow'",
+        ":preset=fast+slow": "got 'preset=fast.slow'",
         ":slow": "preset=",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -1,0 +1,91 @@
+"""Presets: fields that are set together, by `--config=FILE:preset=NAME[+NAME]`."""
+
+from collections.abc import Callable, Mapping
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from mvc_jax.configs.arguments import bad_value
+
+__all__ = ["PRESETS", "apply_preset"]
+
+
+def fast(config: ConfigDict) -> None:
+    """Fewer steps of a better solver, and guidance in an interval only; our choice.
+
+    DPM-Solver++ 2M has converged by 20 steps (arXiv 2211.01095); guidance is harmful at
+    high noise levels and has little effect at low ones (arXiv 2404.07724). An image
+    takes 46 evaluations of the UNet instead of 150 with the defaults. On the digits it
+    costs no accuracy that three splits can show (`benchmarks/RESULTS.md`).
+    """
+    config.generate.sampler = "dpmpp_2m"
+    config.generate.steps = min(20, config.generate.steps)
+    config.generate.guidance_interval = (0.2, 0.8)
+
+
+def quality(config: ConfigDict) -> None:
+    """Averaged weights, twice the sampling steps, and images of their class only.
+
+    InstructPix2Pix draws with 100 steps from an average of the weights (arXiv
+    2211.09800); an average over some 1,000 steps is ours, as are the filters. What it
+    brings is not measured.
+    """
+    config.finetune.ema_decay = 0.999
+    config.generate.steps = max(100, config.generate.steps)
+    config.generate.filter.label = "folds"
+    config.generate.filter.outliers = True
+
+
+def lowmem24(config: ConfigDict) -> None:
+    """Full fine-tuning of Stable Diffusion 1.5 at 512 pixels on a card of 24 GiB.
+
+    20.0 GiB at the paper's batch of 50 (compiled, not run; `docs/scaling.md`).
+    """
+    config.finetune.remat = "blocks"
+
+
+def lowmem16(config: ConfigDict) -> None:
+    """Adapters of Stable Diffusion 1.5 at 512 pixels on a card of 16 GiB.
+
+    At most 10 GiB at the paper's batch of 50, and 7 to draw 8 images at once (compiled,
+    not run; `docs/scaling.md`).
+    """
+    config.finetune.mode = "lora"
+    config.finetune.remat = "blocks"
+    config.generate.batch_size = min(8, config.generate.batch_size)
+
+
+PRESETS: dict[str, Callable[[ConfigDict], None]] = {
+    "fast": fast,
+    "quality": quality,
+    "lowmem16": lowmem16,
+    "lowmem24": lowmem24,
+}
+
+
+def apply_preset(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
+    """Applies the presets of a parsed argument, in order; logs what they change.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    names = given["preset"].split("+") if "preset" in given else []
+    if not {*names} <= PRESETS.keys():
+        wanted = f"preset={' or '.join(PRESETS)}, several with + between them"
+        raise bad_value(given, "preset", wanted)
+    for name in names:
+        before = _leaves(config)
+        PRESETS[name](config)
+        after = _leaves(config)
+        changed = [f"{k}={v}" for k, v in after.items() if v != before[k]]
+        logging.info("preset %s: %s", name, ", ".join(changed) or "nothing changes")
+    return config
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Dotted name of each field -> its value."""
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        inner = isinstance(value, ConfigDict)
+        found |= _leaves(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
