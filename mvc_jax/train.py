@@ -21,7 +21,11 @@ The same with several seeds, which draw other splits, and an interval over them:
 A run for each value of a field, and finished runs side by side:
     mvc-jax sweep --vary mix.tokens=1,2,4,7 --from=runs/digits --workdir=runs/tokens
     mvc-jax compare runs/digits runs/fine
-(`mvc-jax repeat --help`, `sweep --help` and `compare --help` say more.)
+What this machine has, and what is missing for which stage; the report made again:
+    mvc-jax doctor
+    mvc-jax report --workdir=runs/digits
+(`mvc-jax train` is `python -m mvc_jax.train`. `mvc-jax repeat --help`, and of sweep,
+compare, report and doctor, say more.)
 
 Flags:
   --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
@@ -61,6 +65,7 @@ from mvc_jax import stage
 from mvc_jax.command import (
     command_line,
     compare,
+    completion,
     doctor,
     pipeline,
     plan,
@@ -96,12 +101,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             if words[1:2] == ["compare"]:
                 compare.run(words)
                 return 0
+            if words[1:2] == ["completion"]:
+                return completion.run(words)
             if words[1:2] == ["doctor"]:
                 return doctor.run(words)
             if words[1:2] == ["sweep"]:
                 sweep.run(words, sweep.Program(planned, run))
                 return 0
-            command = command_line.parse(words, about=__doc__)
+            if words[1:2] == ["report"]:
+                command = command_line.parse_report(words)
+            else:
+                named = words[1:2] == ["train"]
+                words = [words[0], *words[2 if named else 1 :]]
+                command = command_line.parse(words, about=__doc__)
             workdir = command.workdir
             sources = [] if command.source is None else [command.source]
             options = {"redo": command.redo, "sources": sources}

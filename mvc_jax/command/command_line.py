@@ -8,10 +8,20 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import __version__
+from mvc_jax import __version__, stage
 from mvc_jax.command import run_config
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
+
+_REPORT_HELP = """The report of a run whose other stages are finished, made again:
+    mvc-jax report --workdir=runs/digits --config.report.title="Digits, 50 a class"
+The report before moves to FOLDER/earlier.
+
+  --workdir=FOLDER               of the run
+  --config.report.FIELD=VALUE    sets a field of the report
+  --dry_run                      prints what would be done, and changes nothing
+
+Fields:"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +100,33 @@ def parse(argv: list[str], about: str = "") -> Command:
             fix="Leave one of them out.",
         )
     return Command(config, workdir, redo, source, dry_run, verify)
+
+
+def parse_report(argv: list[str]) -> Command:
+    """Parses the command line of `mvc-jax report`: the last stage alone, made again.
+
+    Args:
+      argv: the name of the program, "report", then flags as `parse` takes them.
+
+    Raises:
+      UserError: as `parse`; or the config or other stages are named.
+      SystemExit: --help was given.
+    """
+    if {"--help", "-h"} & {*argv}:
+        print(_REPORT_HELP)
+        print(fields.help_of(common.FIELDS.find("report"), "report"))
+        raise SystemExit(0)
+    command = parse([argv[0], *argv[2:]])
+    if (command.redo, command.source, command.verify) != ((), None, False):
+        raise UserError(
+            "report",
+            wanted="--workdir, --dry_run and --config.report.FIELD",
+            got="--redo, --from or --verify",
+            fix="Leave it out; `mvc-jax train` takes it.",
+        )
+    command.config.stages = "report"
+    made = stage.is_complete(command.workdir, "report")
+    return dataclasses.replace(command, redo=("report",) if made else ())
 
 
 def print_help(name: str, about: str) -> NoReturn:
