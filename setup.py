@@ -68,6 +68,8 @@ EXTRAS = {
         "beartype",
         "datasets>=4",
         "gcsfs",
+        "ipykernel",
+        "nbclient",
         "pydicom>=3",
         "uv",
     ],

@@ -14,6 +14,8 @@ import sys
 import time
 
 import jax
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from documented import SHORT, commands, train_arguments
@@ -241,6 +243,30 @@ def test_a_program_draws_the_same_images(whole):
         for row in synthetic.read_rows(folder, ("image",), indices=range(3))
     ]
     np.testing.assert_allclose(drawn.astype(int), expected, atol=1)
+
+
+def test_the_notebook_runs(whole, tmp_path):
+    """Its stages are done by the same settings; its pictures are drawn."""
+    shutil.copytree(whole[0], tmp_path / "runs" / "quickstart")
+    notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
+    cells = notebook.cells
+    first = next(i for i, x in enumerate(cells) if x.metadata.get("tags"))
+    lines = [f"config.{setting}" for setting in SHORT]
+    lines.append(f"config.compilation_cache = {str(CACHE)!r}")
+    cells.insert(first + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+    nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute(env=user_environment())
+    drawn = [
+        output
+        for cell in cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(drawn) == 8
 
 
 def test_a_second_run_does_no_work_and_imports_nothing_heavy(whole):
