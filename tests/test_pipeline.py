@@ -259,7 +259,7 @@ def test_the_notebook_runs(whole, tmp_path):
         timeout=300,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
-    ).execute(env=user_environment())
+    ).execute(env=user_environment() | {"PYTHONPATH": str(ROOT)})
     drawn = [
         output
         for cell in cells
