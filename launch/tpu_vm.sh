@@ -117,7 +117,9 @@ cloud() {
   local code=0 words
   step gcloud compute tpus "$@" "${place[@]}" 2>"$said" || code=$?
   if [ "$code" = 0 ]; then return; fi
-  words=$(tail -n 3 "$said" | tr '\n' ' ')
+  words=$(grep -v '^ *$' "$said" | head -n 3 | tr -s ' \n' ' ')
+  words=${words% }
+  words=${words%.}
   case $words in
     *[Qq]uota* | *RESOURCE_EXHAUSTED*)
       refuse "quota" "room for $type in ${zone:-the zone}${spot:+, spot}" "$words" \
@@ -127,7 +129,7 @@ cloud() {
       refuse "$project" "an account that may use Cloud TPU" "$words" \
         "Enable it (gcloud services enable tpu.googleapis.com) and ask for the role roles/tpu.admin."
       ;;
-    *[Ll]ogin* | *credential* | *UNAUTHENTICATED*)
+    *'auth login'* | *credential* | *UNAUTHENTICATED* | *'active account'*)
       refuse "gcloud" "credentials" "$words" "Run gcloud auth login"
       ;;
     *ALREADY_EXISTS* | *'already exists'*)
@@ -168,8 +170,10 @@ mention() {
   local code=$?
   rm -f "$said" "${archive:-}"
   if [ -n "$exists" ] && [ -z "$dry_run" ]; then
-    say "$name ($type${spot:+, spot}) in $zone of $project is requested or at work, and" \
-      "costs money until: $(quoted bash launch/tpu_vm.sh delete "--name=$name" \
+    local there="is requested or at work, and costs money until"
+    if [ "$exists" = perhaps ]; then there="may exist, and then costs money until"; fi
+    say "$name ($type${spot:+, spot}) in $zone of $project $there:" \
+      "$(quoted bash launch/tpu_vm.sh delete "--name=$name" \
         "--zone=$zone" "--project=$project")"
   fi
   exit "$code"
@@ -180,7 +184,10 @@ create() {
   if ! (cloud queued-resources create "$name" "--node-id=$name" \
     "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot} \
     ${create_flags[@]+"${create_flags[@]}"}); then
-    if [ "$(state)" = ABSENT ]; then exists=; fi
+    case $(state) in
+      ABSENT) exists= ;;
+      UNKNOWN) exists=perhaps ;;
+    esac
     exit 2
   fi
   if [ -n "$dry_run" ]; then
@@ -221,11 +228,6 @@ on_workers() {  # on_workers WORKER COMMAND
   step gcloud compute tpus tpu-vm ssh "$name" "--worker=$1" "--command=$2" "${place[@]}"
 }
 
-pack() {  # pack CHECKOUT ARCHIVE
-  git -C "$1" ls-files -z --cached --others --exclude-standard ':!tests' ':!docs' |
-    tar -C "$1" --ignore-failed-read -czf "$2" --null -T -
-}
-
 # setup: this checkout as it is, without tests and what git ignores; the lock's versions.
 setup() {
   local helper='mvc_jax/launch/worker.sh' words=(tpu gcs) code=0
@@ -233,7 +235,13 @@ setup() {
   words+=(${more[@]+"${more[@]}"})
   archive=$(mktemp)
   if [ -e "$root/.git" ]; then
-    step pack "$root" "$archive"
+    local list=(git -C "$root" ls-files -z --cached --others --exclude-standard ':!tests' ':!docs')
+    local pack=(tar -C "$root" --ignore-failed-read -czf "$archive" --null -T -)
+    if [ -n "$dry_run" ]; then
+      echo "$(quoted "${list[@]}") | $(quoted "${pack[@]}")"
+    else
+      "${list[@]}" | "${pack[@]}"
+    fi
   else
     step tar -C "$root" '--exclude=./.venv*' --exclude=./runs \
       --exclude=./tests --exclude=./docs -czf "$archive" .
@@ -334,7 +342,7 @@ require_shared_workdir() {
 }
 
 end_of_babysitting() {
-  say "the run ended with code $1."
+  if [ -z "$dry_run" ]; then say "the run ended with code $1."; fi
   if [ -n "$delete_at_end" ]; then delete; fi
   exit "$1"
 }

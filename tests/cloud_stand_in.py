@@ -30,7 +30,7 @@ WORKERS = PLAN.get("workers", 1)
 WORDS = {
     "quota": "ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepod' exceeded",
     "denied": "ERROR: PERMISSION_DENIED: The caller does not have permission",
-    "login": "ERROR: There was a problem: Please run: $ gcloud auth login",
+    "login": "ERROR: (gcloud) You do not currently have an active account selected.",
     "exists": "ERROR: ALREADY_EXISTS: the queued resource already exists",
     "absent": "ERROR: NOT_FOUND: the resource was not found",
 }
