@@ -11,11 +11,12 @@ _NAMES = {  # of arguments -> (placeholder, example)
     "class_type": ("WORDS", "part"),
     "size": ("PIXELS", "256"),
     "per_class": ("COUNT", "50"),
+    "pool": ("COUNT", "2000"),
     "model": ("NAME", "wrn50_2"),
     "preset": ("NAME", "fast"),
 }
 _OTHER = ("VALUE", "VALUE")  # for names of a user's own config
-_WITHOUT_COMMAS = ("size", "per_class", "model", "preset")
+_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset")
 
 
 def parse_argument(

@@ -43,6 +43,8 @@ SHORTENED = (
     ("stable-diffusion-v1-5", ["--config.stages=caption"]),
     # 15 GB of BLIP-2 from the hub, and Stable Diffusion.
     ("captioner=blip2", None),
+    # Minutes of training on images that the tests do not have.
+    (",pool=", None),
     ("configs/folder.py", []),
     # Two regimes with a set each.
     (

@@ -116,6 +116,7 @@ def test_every_config_loads_and_passes_its_own_checks(
         ("folder", "path=/a,size=abc,class_type=x, y", "size=abc"),
         ("folder", "path=/a,size=0", "size=0"),
         ("folder", "size=64", "size=64"),
+        ("folder", "path=/a,pool=many", "pool=many"),
         ("folder", "path=/a,size=", "size="),
         ("digits", "ablation=1", "ablation=1"),
         ("digits", "Ablation,preset=fast", "Ablation"),
@@ -135,6 +136,18 @@ def test_a_wrong_argument_is_named_and_the_proposed_one_works(config, argument, 
     else:
         proposed = re.search("Write e.g. (.*) after the colon", message)[1]
         run_config.load(f"configs/{config}.py:{proposed}")
+
+
+def test_a_folder_with_a_pool_trains_a_base_of_its_own():
+    config = run_config.load("configs/folder.py:path=/a,pool=2000,class_type=part")
+    assert (config.data.pool, config.base.path, config.data.size) == (2000, "", 32)
+    common.FIELDS.check(config)
+    stages = pipeline.select(config)
+    assert "pretrain" in stages
+    for name in {*stages} - {"caption"}:  # which opens the folder
+        pipeline.module(name).check(config)
+    plain = run_config.load("configs/folder.py:path=/a,pool=0")
+    assert plain == run_config.load("configs/folder.py:path=/a")
 
 
 def test_names_of_a_user_s_own_config():
