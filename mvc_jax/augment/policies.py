@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def fields(name: str) -> dict[str, object]:
 
 
 @functools.lru_cache
-def policy(name: str, **values) -> Policy:
+def policy(name: str, **values: Any) -> Policy:
     """Returns the policy of a name, with some of its fields changed.
 
     >>> augment = policy("randaugment", magnitude=5, flip=False)
