@@ -40,6 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {
         page: (ROOT / path).read_text("utf-8") for path, page in COPIES.items()
     } | {"config.md": "\n".join(_fields()), "configs.md": "\n".join(_configs())}
+    pages["index.md"] = f"---\nhide: [navigation]\n---\n{pages['index.md']}"
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files

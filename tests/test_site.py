@@ -59,6 +59,17 @@ def test_everything_public_is_described(site):
                 importlib.import_module(f"mvc_jax.{name}")
 
 
+def test_the_comparison_names_tests_that_exist():
+    page = (ROOT / "docs/comparison.md").read_text("utf-8")
+    files = re.findall(r"`(tests/test_\w+\.py)`", page)
+    functions = re.findall(r"`(test_\w+)`", page)
+    assert len(files) > 8
+    assert all((ROOT / name).exists() for name in files)
+    tests = "".join(path.read_text("utf-8") for path in ROOT.glob("tests/test_*.py"))
+    assert functions
+    assert all(f"\ndef {name}(" in tests for name in functions)
+
+
 def texts_of_errors():
     """Every `UserError` of the code as a text, with `_ANY` for what varies."""
 
