@@ -29,8 +29,8 @@ from mvc_jax.configs import common
 def get_config(argument: str = "") -> ConfigDict:
     """The config for `path=FOLDER[,NAME=VALUE...]`.
 
-    The names are `class_type`, `size` in pixels, `pool`, the number of images for a base
-    of one's own, and `preset`.
+    The names are `class_type`, `size` in pixels, `pool`, the number of images for a
+    base of one's own, and `preset`.
 
     Raises:
       UserError: the argument has no path, or another form.

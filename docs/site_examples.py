@@ -1,4 +1,4 @@
-"""Examples in docstrings as code: an extension of griffe, which reads the docstrings."""
+"""Examples in docstrings as code: an extension of griffe, which reads docstrings."""
 
 import re
 from typing import Any

@@ -4,6 +4,7 @@ A hook of MkDocs (`hooks` in mkdocs.yml).
 """
 
 import ast
+import html
 import pathlib
 import posixpath
 import re
@@ -126,7 +127,8 @@ def _configs() -> Iterator[str]:
 def _escaped(text: str) -> str:
     """A text as it is, but for its code spans."""
     parts = re.split("(`[^`]*`)", text)
-    parts[::2] = [re.sub(r"([\[\]<>*|])", r"\\\1", part) for part in parts[::2]]
+    outside = (html.escape(part, quote=False) for part in parts[::2])
+    parts[::2] = [re.sub(r"([\[\]*|])", r"\\\1", part) for part in outside]
     return "".join(parts)
 
 
