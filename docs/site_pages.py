@@ -121,6 +121,7 @@ def _configs() -> Iterator[str]:
         source = path.read_text("utf-8")
         if "def get_config" in source and path.stem != "common":
             about = ast.get_docstring(ast.parse(source)) or ""
+            about = re.sub(r"(?<=\S) {2,}", " ", about)  # of continued lines
             yield f"## {path.name}\n\n{about}\n"
 
 
