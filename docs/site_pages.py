@@ -23,6 +23,7 @@ COPIES = {  # a file of the repository -> its page
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/RESULTS.md": "results.md",
 }
+PLACES = COPIES | {"configs": "configs.md", "configs/common.py": "config.md"}
 _FENCED = re.compile(r"^(```.*?^```)", re.M | re.S)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
@@ -61,8 +62,8 @@ def on_page_markdown(
         if not path or "://" in path:
             return match[0]
         path = posixpath.normpath(posixpath.join(folder, path))
-        place = COPIES.get(path, path.removeprefix("docs/"))
-        if files.get_file_from_path(place) and (path in COPIES or place != path):
+        place = PLACES.get(path, path.removeprefix("docs/"))
+        if files.get_file_from_path(place) and place != path:
             return f"{image}[{text}]({place}{hash_}{anchor})"
         same = text.strip("`") in (path, target)
         return f"`{path}`" if same else f"{text} (`{path}`)"

@@ -38,6 +38,7 @@ def test_every_document_is_a_page_and_the_readme_the_first(site):
     assert names | made | {"config.html", "configs.html"} <= {*site}
     assert 'href="results.html' in site["index.html"] + site["scaling.html"]
     assert "digits.png" in site["index.html"]
+    assert 'href="config.html' in site["index.html"]
 
 
 def test_every_field_has_a_row(site):
