@@ -5,6 +5,7 @@ A hook of MkDocs (`hooks` in mkdocs.yml).
 
 import ast
 import html
+import json
 import pathlib
 import posixpath
 import re
@@ -23,7 +24,12 @@ COPIES = {  # a file of the repository -> its page
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/RESULTS.md": "results.md",
 }
-PLACES = COPIES | {"configs": "configs.md", "configs/common.py": "config.md"}
+NOTEBOOK = "docs/quickstart.ipynb"
+PLACES = COPIES | {
+    "configs": "configs.md",
+    "configs/common.py": "config.md",
+    NOTEBOOK: "quickstart.md",
+}
 _FENCED = re.compile(r"^(```.*?^```)", re.M | re.S)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
@@ -39,9 +45,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are not in docs/."""
-    pages = {
-        page: (ROOT / path).read_text("utf-8") for path, page in COPIES.items()
-    } | {"config.md": "\n".join(_fields()), "configs.md": "\n".join(_configs())}
+    pages = {page: (ROOT / path).read_text("utf-8") for path, page in COPIES.items()}
+    made = {"config.md": _fields, "configs.md": _configs, "quickstart.md": _notebook}
+    pages |= {name: "\n".join(lines()) for name, lines in made.items()}
     pages["index.md"] = f"---\nhide: [navigation]\n---\n{pages['index.md']}"
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
@@ -124,6 +130,21 @@ def _configs() -> Iterator[str]:
             about = ast.get_docstring(ast.parse(source)) or ""
             about = re.sub(r"(?<=\S) {2,}", " ", about)  # of continued lines
             yield f"## {path.name}\n\n{about}\n"
+
+
+def _notebook() -> Iterator[str]:
+    """Lines of the notebook with its outputs."""
+    for cell in json.loads((ROOT / NOTEBOOK).read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        yield f"```python\n{source}\n```\n" if cell["cell_type"] == "code" else source
+        yield ""
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                pixels = "".join("".join(data["image/png"]).split())
+                yield f'<img alt="output" src="data:image/png;base64,{pixels}">\n'
+            elif text := "".join(data["text/plain"]).rstrip():
+                yield f"```text\n{text}\n```\n"
 
 
 def _escaped(text: str) -> str:
