@@ -7,7 +7,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 
@@ -16,9 +16,26 @@ _SMALL = 1 << 20  # bytes of files that are hashed whenever they are compared
 
 
 def digests_of(folder: epath.Path, *, read_only: bool = False) -> Digests:
-    """What the files of a stage's folder held when they were written."""
-    records = folder.parent / "digests" / f"{folder.name}.jsonl"
-    return Digests(folder, records, read_only=read_only)
+    """What the files of a stage's folder held when they were written.
+
+    Each process of a run appends to records of its own; `Digests.collect` ends that.
+    """
+    place, number = folder.parent / "digests", processes.index()
+    own = f"{folder.name}-{number}.jsonl" if number else f"{folder.name}.jsonl"
+    found = files.matching(place, f"{folder.name}-*.jsonl")
+    if number:
+        found.append(place / f"{folder.name}.jsonl")
+    others = [path for path in found if path.name != own]
+    return Digests(folder, place / own, others=others, read_only=read_only)
+
+
+def collect_records(workdir: epath.Path) -> None:
+    """Makes one file of records for each stage of those of processes that were killed.
+
+    Only the first process may call it.
+    """
+    for path in files.matching(workdir / "digests", "*-*.jsonl"):
+        digests_of(workdir / path.name.rpartition("-")[0]).collect()
 
 
 def lost(

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -45,6 +46,7 @@ class Digests:
     Args:
       folder: of the files; it need not exist yet.
       records: the file of the records, outside of the folder.
+      others: files of records that other processes write; they are read.
       read_only: whether nothing is written, so that a file whose time is not the
         recorded one is hashed again and again.
     """
@@ -54,15 +56,25 @@ class Digests:
         folder: epath.PathLike,
         records: epath.PathLike,
         *,
+        others: Sequence[epath.Path] = (),
         read_only: bool = False,
     ):
         self._folder, self._records = epath.Path(folder), epath.Path(records)
+        self._others = others
         self._read_only = read_only
         self._prefix = f"{self._folder}/"
         rows, self._as_a_whole = {}, False
         with contextlib.suppress(FileNotFoundError):
             rows, self._as_a_whole = _read(records, *_stat(str(records)))
         self._rows = dict(rows)
+        for other in others:
+            with contextlib.suppress(FileNotFoundError):
+                rows, _ = _read(other, *_stat(str(other)))
+                self._rows |= {
+                    name: row
+                    for name, row in rows.items()
+                    if name not in self._rows or self._rows[name].hashed < row.hashed
+                }
 
     def add(self, *paths: epath.PathLike) -> None:
         """Records files as they are now; call it when they have been written."""
@@ -124,6 +136,13 @@ class Digests:
     def recorded(self) -> dict[str, dict]:
         """Name of each recorded file, relative to the folder -> its content."""
         return {name: row.content for name, row in self._rows.items()}
+
+    def collect(self) -> None:
+        """Takes the records of other processes, which have ended, over into its own."""
+        if self._others:
+            files.write_text(self._records, _lines(self._rows))
+        for other in self._others:
+            other.unlink(missing_ok=True)
 
     def forget_missing(self) -> None:
         """Removes the records of files that are no longer there."""

@@ -28,7 +28,11 @@ class UserError(Exception):
       got: what was found instead.
       fix: what the user can do, as an imperative sentence.
       details: lines to print below the message, e.g. one for each bad image.
+
+    `shared` says that all processes of the run raise it, so that one prints it.
     """
+
+    shared = False
 
     def __init__(
         self,

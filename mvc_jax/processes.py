@@ -1,16 +1,17 @@
 """The processes of one run: one program, started on each machine or group of devices.
 
-JAX's distributed runtime joins them (`join`), and its key-value store, which process 0
-keeps for all, carries what they tell each other here: short JSON values, no arrays. One
-process is all there is until `join` was called, and every function has its answer then.
+JAX's distributed runtime joins them (joining.py), and its key-value store carries what
+they tell each other here: short JSON values, no arrays. One process is all there is
+before, and every function has its answer then.
 
 All processes call these functions in the same order, from the main thread.
 """
 
+import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mvc_jax.errors import UserError
@@ -19,6 +20,8 @@ _Item = TypeVar("_Item")
 _WAIT_SECONDS = 1800.0  # a shard of images may take minutes longer here than there
 _MOST_SECONDS_BETWEEN_LOOKS = 1.0
 _turns = itertools.count()
+_alone: list[str] = []  # what the first process does alone at this moment
+hosts: list[str] = []  # by the number of the process
 
 
 def index() -> int:
@@ -28,9 +31,23 @@ def index() -> int:
 
 
 def count() -> int:
-    """How many processes take part; starts no backend."""
+    """How many processes take part; starts no backend.
+
+    1 inside of what the first process does alone (`on_first`).
+    """
     state = _state()
-    return state.num_processes if state else 1
+    return state.num_processes if state and not _alone else 1
+
+
+def named(number: int) -> str:
+    """A process, for people: its number and its host."""
+    host = f" on {hosts[number]}" if number < len(hosts) else ""
+    return f"process {number}{host}"
+
+
+def prefix() -> str:
+    """What lines of this process start with on a terminal; "" for the first."""
+    return f"process {index()}: " if index() else ""
 
 
 def is_first() -> bool:
@@ -71,9 +88,9 @@ def gather(name: str, value: Any, seconds: float = _WAIT_SECONDS) -> list[Any]:
         if len(said) == count():
             return [json.loads(said[number]) for number in range(count())]
         if time.monotonic() - began > seconds:
-            missing = [str(n) for n in range(count()) if n not in said]
+            missing = [named(n) for n in range(count()) if n not in said]
             raise UserError(
-                f"process {', '.join(missing)}",
+                ", ".join(missing),
                 wanted=f"all {count()} processes at {name} within {seconds:g} s",
                 got=f"{len(said)}",
                 fix="Look at its log, then run the same command in every process.",
@@ -82,10 +99,13 @@ def gather(name: str, value: Any, seconds: float = _WAIT_SECONDS) -> list[Any]:
         pause = min(2 * pause, _MOST_SECONDS_BETWEEN_LOOKS)
 
 
-def on_first(name: str, function: Callable[[], Any]) -> Any:
+def on_first(
+    name: str, function: Callable[[], Any], seconds: float = _WAIT_SECONDS
+) -> Any:
     """What `function` returns, a JSON value, called by the first process alone.
 
-    The others wait for it. A `UserError` that it raises is raised in all processes.
+    The others wait for it, up to `seconds`. A `UserError` that it raises is raised in
+    all processes, with `shared` set.
     """
     if count() == 1:
         return function()
@@ -93,15 +113,86 @@ def on_first(name: str, function: Callable[[], Any]) -> Any:
     failure: UserError | None = None
     if is_first():
         try:
-            said = {"value": function()}
+            with alone(name):
+                said = {"value": function()}
         except UserError as error:
             failure, said = error, {"error": error.fields()}
-    said = gather(name, said)[0]
+    said = gather(name, said, seconds)[0]
+    if failure is None and "error" in said:
+        failure = UserError(**said["error"])
     if failure is not None:
+        failure.shared = True
         raise failure
-    if "error" in said:
-        raise UserError(**said["error"])
     return said["value"]
+
+
+def on_all(what: str, function: Callable[[], _Item]) -> _Item:
+    """What `function` returns, called by every process: what may fail on one host.
+
+    A `UserError` that it raises in one of them is raised in all, with `shared` set, and
+    names the process, unless all raise one.
+    """
+    if count() == 1:
+        return function()
+    failure, result = None, None
+    try:
+        result = function()
+    except UserError as error:
+        failure = error
+    said = gather(what, failure and failure.fields())
+    failed = [number for number, fields in enumerate(said) if fields]
+    if not failed:
+        return result
+    fields = said[failed[0]]
+    if len(failed) < count():
+        fields["name"] = f"{named(failed[0])}: {fields['name']}"
+    error = UserError(**fields)
+    error.shared = True
+    raise error from failure
+
+
+def require_same(what: str, values: Mapping[str, Any], fix: str) -> None:
+    """Compares values of all processes with those of the first.
+
+    Args:
+      what: they are, for people.
+      values: name -> JSON value of this process.
+      fix: of the error.
+
+    Raises:
+      UserError: a process, which is named, has others.
+    """
+    if count() == 1:
+        return
+    first, *others = gather(what, values)
+    for number, other in enumerate(others, start=1):
+        differing = [x for x in {**first, **other} if first.get(x) != other.get(x)]
+        if differing:
+            field = differing[0]
+            more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+            error = UserError(
+                f"{named(number)}: {field}",
+                wanted=f"{_short(first.get(field))}, as {named(0)} has",
+                got=f"{_short(other.get(field))}{more}",
+                fix=fix,
+            )
+            error.shared = True
+            raise error
+
+
+@contextlib.contextmanager
+def alone(what: str) -> Iterator[None]:
+    """What is called in the block runs as in a single process."""
+    _alone.append(what)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _state() -> Any:

@@ -34,7 +34,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from mvc_jax import artifacts, files
+from mvc_jax import artifacts, files, processes
+from mvc_jax.artifacts import digests_of
 from mvc_jax.configs import common, fields
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError, shell_word
@@ -139,10 +140,26 @@ class Stage:
     def finish(self, artifacts: Sequence[str], **counts: int) -> None:
         """Writes the manifest, which marks the stage as complete.
 
+        The first process writes it, once all of them are here.
+
         Args:
-          artifacts: paths of the files written, relative to the stage's folder.
+          artifacts: paths of the files written, by any process, relative to the stage's
+            folder.
           **counts: how many items were made, e.g. `images=800`.
         """
+        processes.barrier(f"the end of {self.name}")
+        processes.on_first(
+            f"the manifest of {self.name}",
+            lambda: self._write_manifest(artifacts, counts),
+        )
+        self.complete = True
+
+    def _write_manifest(
+        self, artifacts: Sequence[str], counts: Mapping[str, int]
+    ) -> None:
+        if processes.hosts:  # others have written records since it was opened
+            self.digests = digests_of(self.folder)
+        self.digests.collect()
         described = {name: self.digests.describe(name) for name in sorted(artifacts)}
         self.digests.forget_missing()
         manifest = {
@@ -157,7 +174,6 @@ class Stage:
         }
         files.write_json(self.folder / _FINISHED, manifest)
         (self.folder / _STARTED).unlink(missing_ok=True)
-        self.complete = True
 
     def require_prefix(self, name: str, content: bytes) -> None:
         """Checks that `content` starts with the file `name` as it was before rule 8.
@@ -186,8 +202,11 @@ class Stage:
     def abandon(self) -> None:
         """Forgets the settings of a run that wrote nothing, so that others are allowed.
 
-        A stage that was about to grow gets its earlier manifest back.
+        A stage that was about to grow gets its earlier manifest back. It is for all
+        processes to call, or for none.
         """
+        if not processes.is_first():
+            return
         if self.earlier:
             files.write_json(self.folder / _FINISHED, self.earlier)
         (self.folder / _STARTED).unlink(missing_ok=True)
@@ -196,14 +215,38 @@ class Stage:
 def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
     """Opens `workdir/<name>` by the rules at the top of this file.
 
+    The first process opens it, and all have what it found.
+
     Args:
       workdir: the run's folder.
       spec: of the stage.
 
     Raises:
-      UserError: an input is missing, or rule 3, 5 or 7 applies.
+      UserError: an input is missing, or rule 3, 5 or 7 applies; or the settings of a
+        process differ, such as the content of a file that they name.
     """
     workdir = epath.Path(workdir)
+    if processes.count() == 1:
+        return _open(workdir, spec)
+    processes.require_same(
+        f"the settings of {spec.name}",
+        flat(spec.settings),
+        "Every process needs the same config and the same files.",
+    )
+    opened: list[Stage] = []
+    names = ("complete", "settings", "inputs", "earlier", "grew_from")
+
+    def on_first() -> dict[str, Any]:
+        opened.append(_open(workdir, spec))
+        return {name: getattr(opened[0], name) for name in names}
+
+    found = processes.on_first(f"opening {spec.name}", on_first)
+    folder = workdir / spec.name
+    digests = digests_of(folder)
+    return opened[0] if opened else Stage(spec.name, folder, digests=digests, **found)
+
+
+def _open(workdir: epath.Path, spec: Spec) -> Stage:
     folder = workdir / spec.name
     read = {name: read_input(workdir, name, reader=spec.name) for name in spec.inputs}
     inputs = {name: Input.of(manifest) for name, manifest in read.items()}
@@ -217,7 +260,7 @@ def open_stage(workdir: epath.PathLike, spec: Spec) -> Stage:
             spec.name,
         )
     hashes = {name: input_.identity for name, input_ in inputs.items()}
-    digests = artifacts.digests_of(folder)
+    digests = digests_of(folder)
     stage = Stage(spec.name, folder, False, spec.settings, hashes, digests)
     if found.path is None:
         require_inputs(workdir, spec)
@@ -293,7 +336,7 @@ def require_inputs(workdir: epath.PathLike, spec: Spec) -> None:
         seen.add(name)
         manifest = read_input(workdir, name, reader=spec.name)
         folder = workdir / name
-        digests = artifacts.digests_of(folder)
+        digests = digests_of(folder)
         for path in artifacts.lost(digests, folder, manifest["artifacts"]):
             raise _damaged_input(path, name, spec.name)
         artifacts.require_no_strangers(folder, manifest["artifacts"])
@@ -321,7 +364,7 @@ def verify(workdir: epath.PathLike, spec: Spec) -> tuple[int, list[epath.Path]]:
       the number of files; the paths of other ones that are missing or were changed.
     """
     folder = epath.Path(workdir) / spec.name
-    digests, listed = artifacts.digests_of(folder), {}
+    digests, listed = digests_of(folder), {}
     if is_complete(workdir, spec.name):
         listed = _read(folder / _FINISHED)["artifacts"]
     known = {**digests.recorded(), **listed}
@@ -416,7 +459,7 @@ class Found:
           UserError: rule 7 applies.
         """
         folder = self.path.parent
-        digests = artifacts.digests_of(folder, read_only=True)
+        digests = digests_of(folder, read_only=True)
         lost = _lost(digests, folder, self.record, restores)
         return [str(path.relative_to(folder)) for path in lost]
 
@@ -631,6 +674,16 @@ def missing_input(
         got=got,
         fix=fix,
     )
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every leaf of nested dicts."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    found = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 def _as_on_disk(value: Any) -> Any:

@@ -41,13 +41,19 @@ Flags:
   --from=WORKDIR                   starts from the config of another workdir, and takes
                                    over its stages where all settings agree, and
                                    parts of others that they leave as they are
+  --coordinator=HOST:PORT          of several processes, one on each host or for each
+  --num_processes=N                group of devices: the address of process 0, how many
+  --process_id=I                   they are, and which this is. The same command in each
+                                   of them on one shared workdir; not needed on TPU pods
+                                   and in jobs of SLURM, Kubernetes and MPI
   --help, --help=SECTION           prints this, or every field of a section
   --version                        prints the version
 
 Exit codes:
   0    success
   2    an error, whose message says how to fix it
-  75   stopped by SIGTERM: launchers retry on it, and the same command resumes
+  75   stopped by SIGTERM, or another process was lost: launchers retry on it, and the
+       same command resumes
   130  stopped by Ctrl-C
 """
 
@@ -55,14 +61,16 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import stage
+from mvc_jax import artifacts, joining, processes, stage
 from mvc_jax.command import (
+    agreement,
     command_line,
     compare,
     completion,
@@ -87,17 +95,20 @@ with epy.lazy_imports():  # imported at first use: a mistyped flag need not wait
 
 STAGES = pipeline.STAGES
 _MAX_DETAILS = 100
+_ALONE_SECONDS = 7 * 86400.0  # a lost process is noticed by other means
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, *, part: bool = False) -> int:
+    """Runs the command line; returns the exit code.
+
+    `part` says that it is one of several that this process runs (`repeat`).
+    """
     console.be_quiet()
     with preemption.handled():
         workdir = None
         try:
             words = list(sys.argv if argv is None else argv)
-            if words[1:2] == ["repeat"]:
-                return repeat.run(words, main)
+            words, place = command_line.take_place(words)
             if words[1:2] == ["compare"]:
                 compare.run(words)
                 return 0
@@ -105,7 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return completion.run(words)
             if words[1:2] == ["doctor"]:
                 return doctor.run(words)
+            if words[1:2] == ["repeat"]:
+                agreement.join(place)
+                code = repeat.run(words, lambda words: main(words, part=True))
+                joining.leave(code)
+                return code
             if words[1:2] == ["sweep"]:
+                agreement.require_single(place, "sweep")
                 sweep.run(words, sweep.Program(planned, run))
                 return 0
             if words[1:2] == ["report"]:
@@ -118,26 +135,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             sources = [] if command.source is None else [command.source]
             options = {"redo": command.redo, "sources": sources}
             if command.dry_run:
-                dry_run(command.config, workdir, **options)
-            else:
-                run(command.config, workdir, **options, verify=command.verify)
+                if place is None or place.number == 0:
+                    dry_run(command.config, workdir, **options)
+                return 0
+            agreement.join(place)
+            run(command.config, workdir, **options, verify=command.verify)
         except UserError as error:
-            return _fail(str(error), error.details)
+            return _fail(error)
         except preemption.Preempted as stop:
             where = f" in {stop.where}" if stop.where else ""
-            print(
+            return _end(
+                preemption.EXIT_CODE,
                 f"stopped by SIGTERM{where}; rerun the same command to resume",
-                file=sys.stderr,
+                together=stop.shared,
             )
-            return preemption.EXIT_CODE
         except KeyboardInterrupt:
-            print("interrupted; rerun the same command to resume", file=sys.stderr)
-            return 130
+            return _end(130, "interrupted; rerun the same command to resume")
         except Exception as error:
-            full = workdir and no_room(error, workdir)
-            if not full:
+            if full := workdir and no_room(error, workdir):
+                return _fail(full)
+            if not processes.hosts:
                 raise
-            return _fail(str(full))
+            joining.await_verdict(error)  # it may be what a lost process has caused
+            traceback.print_exc()
+            line = (str(error).splitlines() or [""])[0]
+            joining.leave(1, f"{type(error).__name__}: {line}")
+        if not part:
+            joining.leave(0)
         return 0
 
 
@@ -166,34 +190,58 @@ def run(
     common.FIELDS.check(config)
     stages = pipeline.select(config)
     began = time.monotonic()
+    agreement.require(config, workdir, redo=redo, sources=sources)
     if "caption" in stages and (redo or not stage.is_complete(workdir, "caption")):
         pipeline.module("caption").require_outside(config, workdir)
-    run_folder.check(workdir, config.min_free_disk_gib)
+    processes.on_all(
+        "the workdir", lambda: run_folder.check(workdir, config.min_free_disk_gib)
+    )
+    run_folder.require_shared(workdir)
     runtime.set_up(config.compilation_cache)
     with contextlib.ExitStack() as locks:
         locks.enter_context(run_folder.locked(workdir))
         for source in sources:
             locks.enter_context(run_folder.locked(source, "from"))
-        moved = stages_to_move(redo, stages, config, workdir, sources)
-        config = run_config.as_begun(config, workdir, redo=moved, sources=sources)
+        if (config.mesh.data, config.mesh.fsdp) != (-1, 1):
+            runtime.count_devices()
+
+        def settings() -> tuple[list[str], ConfigDict]:
+            moved = stages_to_move(redo, stages, config, workdir, sources)
+            options = {"redo": moved, "sources": sources}
+            return moved, run_config.as_begun(config, workdir, **options)
+
+        moved, config = processes.on_all("the settings", settings)
         if verify:
-            verify_files([x for x in STAGES if x not in moved], config, workdir)
-        steps = _plan(config, workdir, moved, sources)
-        plan.require_possible(steps)
-        prices = price.make(steps, config, workdir)
-        price.require_room(prices, workdir)
+            unmoved = [name for name in STAGES if name not in moved]
+            processes.on_first(
+                "the check of all files", lambda: verify_files(unmoved, config, workdir)
+            )
+
+        def planned() -> tuple[list[plan.Step], list[price.Price]]:
+            steps = _plan(config, workdir, moved, sources)
+            plan.require_possible(steps)
+            prices = price.make(steps, config, workdir)
+            price.require_room(prices, workdir)
+            return steps, prices
+
+        steps, prices = processes.on_all("the plan", planned)
         if announce:
             announce(steps)
         elif any(each.work for each in prices):
             logging.info(price.line(prices, workdir))
-        _prepare(steps, config, workdir)
-        if moved:
-            move_aside(redo, moved, stages, workdir)
-        take_over({s.name: s.source for s in steps if s.source}, workdir)
+
+        def prepare() -> None:
+            _prepare(steps, config, workdir)
+            if moved:
+                move_aside(redo, moved, stages, workdir)
+            take_over({s.name: s.source for s in steps if s.source}, workdir)
+
+        processes.on_first("the preparation", prepare)
         donors = {name: () if name in moved else sources for name in stages}
-        with ending_redo(workdir):
+        ending = ending_redo(workdir) if processes.is_first() else _nothing()
+        with ending:
             worked = _run_stages(stages, config, workdir, prices, donors)
-    if announce:
+    if announce or not processes.is_first():
         return
     if config.generate.limit and "generate" in stages:
         print(f"contact sheet: {workdir / 'generate' / 'contact_sheet.png'}")
@@ -267,6 +315,7 @@ def _prepare(
     steps: Sequence[plan.Step], config: ConfigDict, workdir: epath.Path
 ) -> None:
     """The first changes of the workdir in a run that nothing refuses."""
+    artifacts.collect_records(workdir)
     run_folder.remove_temporaries(workdir)
     preview = {"generate"} if config.generate.limit else set()
     works = [s.name for s in steps if s.state != "done" or s.source]
@@ -285,9 +334,12 @@ def _run_stages(
     worked, priced = [], {each.step.name: each for each in prices}
     for name in stages:
         if name == "generate" and config.generate.limit:
-            pipeline.module(name).run(config, workdir)
+            _run_alone_or_together(name, config, workdir)
             break
-        taken = take_over_parts(name, config, workdir, donors[name])
+        taken = processes.on_first(
+            f"parts of {name}",
+            lambda name=name: take_over_parts(name, config, workdir, donors[name]),
+        )
         if run_stage(name, config, workdir, priced[name], taken=taken):
             worked.append(name)
     return worked
@@ -332,7 +384,7 @@ def check_stages(names: Sequence[str], config: ConfigDict) -> None:
 def check_mesh(data: int, fsdp: int) -> None:
     """Checks that the mesh fits the devices, unless it is the one that always fits."""
     if (data, fsdp) != (-1, 1):
-        sharding.mesh_shape(data, fsdp, runtime.ask_devices().count)
+        sharding.mesh_shape(data, fsdp, runtime.device_count())
 
 
 def run_stage(
@@ -351,11 +403,11 @@ def run_stage(
     before = path.stat().mtime if path.exists() else None
     began, compiled = time.monotonic(), runtime.compile_seconds()
     try:
-        pipeline.module(name).run(config, workdir)
+        _run_alone_or_together(name, config, workdir)
     except preemption.Preempted as stop:
         stop.where = stop.where or name
         raise
-    if path.stat().mtime == before:
+    if not processes.is_first() or path.stat().mtime == before:
         return False
     seconds = time.monotonic() - began
     timing = {
@@ -375,13 +427,39 @@ def run_stage(
     return True
 
 
-def _fail(message: str, details: Sequence[str] = ()) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    for line in details[:_MAX_DETAILS]:
-        print(f"  {' '.join(line.split())}", file=sys.stderr)
-    if len(details) > _MAX_DETAILS:
-        print(f"  ... and {len(details) - _MAX_DETAILS} more", file=sys.stderr)
-    return 2
+def _run_alone_or_together(name: str, config: ConfigDict, workdir: epath.Path) -> None:
+    """Runs a stage: in all processes, or in the first while the others wait."""
+    run = pipeline.module(name).run
+    if name in pipeline.ALONE:
+        processes.on_first(
+            f"stage {name}", lambda: run(config, workdir), _ALONE_SECONDS
+        )
+    else:
+        run(config, workdir)
+
+
+@contextlib.contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _fail(error: UserError) -> int:
+    lines = [f"error: {' '.join(str(error).split())}"]
+    lines += [f"  {' '.join(line.split())}" for line in error.details[:_MAX_DETAILS]]
+    if len(error.details) > _MAX_DETAILS:
+        lines.append(f"  ... and {len(error.details) - _MAX_DETAILS} more")
+    return _end(2, *lines, together=error.shared)
+
+
+def _end(code: int, *lines: str, together: bool = False) -> int:
+    """Prints why the run ends, once for all processes that end `together`.
+
+    Of several processes, this one does not come back.
+    """
+    if processes.is_first() or not together:
+        print(*(f"{processes.prefix()}{x}" for x in lines), sep="\n", file=sys.stderr)
+    joining.leave(code, lines[0].removeprefix("error: "), together=together)
+    return code
 
 
 if __name__ == "__main__":

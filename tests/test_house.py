@@ -60,7 +60,9 @@ LEAVES = {
     "digests",
     "errors",
     "files",
+    "hub",
     "imports",
+    "joining",
     "pictures",
     "processes",
     "work",
@@ -78,6 +80,7 @@ MAY_IMPORT = {  # besides the leaves, of which files.py is one
     "public": {*ROOMS, "command", "train"},
     "leaf": {"files"},
     "processes": {"errors"},  # a leaf whose errors users read
+    "joining": {"errors", "hub", "processes"},
     "configs": {"configs"},
 }
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|misc)$")
@@ -108,7 +111,7 @@ def place(path: str) -> tuple[str, str]:
         return "stage", name
     layers = {"train": "train", "stage": "contract", "artifacts": "contract"}
     layers |= dict.fromkeys(LEAVES, "leaf")
-    layers |= {"processes": "processes"}
+    layers |= {"processes": "processes", "joining": "joining"}
     layers |= dict.fromkeys(PUBLIC, "public")
     return layers.get(name, "unknown"), name
 
@@ -144,7 +147,7 @@ def ours(path: str, tree: ast.AST) -> Iterator[tuple[int, str, list[str], str]]:
 def imports_run_one_way(path: str, source: str) -> Iterator[str]:
     layer, name = place(path)
     allowed = MAY_IMPORT.get(layer, set()) | (
-        LEAVES if layer not in ("leaf", "processes") else set()
+        LEAVES if layer not in ("leaf", "processes", "joining") else set()
     )
     if layer == "room":
         allowed |= {name} | ROOMS[name]

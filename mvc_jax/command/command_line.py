@@ -45,6 +45,75 @@ class Command:
     verify: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process is among those of a run.
+
+    Attributes:
+      coordinator: `HOST:PORT` of process 0.
+      count: of the processes.
+      number: of this one.
+    """
+
+    coordinator: str
+    count: int
+    number: int
+
+
+def take_place(argv: list[str]) -> tuple[list[str], Place | None]:
+    """Takes --coordinator, --num_processes and --process_id out of a command line.
+
+    Returns:
+      the other words; what they say, or None without them.
+
+    Raises:
+      UserError: one is wrong, or some are missing.
+    """
+    names = ("coordinator", "num_processes", "process_id")
+    rest, found = argv[:1], {}
+    words = iter(argv[1:])
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name in names:
+            found[name] = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    if not found:
+        return rest, None
+    if missing := [name for name in names if name not in found]:
+        raise UserError(
+            f"--{missing[0]}",
+            wanted="--coordinator=HOST:PORT, --num_processes=N and --process_id=I",
+            got="not all of them",
+            fix="Add it; without all three, TPU pods, SLURM, Kubernetes and MPI are "
+            "found by themselves.",
+        )
+    host, _, port = found["coordinator"].rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(
+            "--coordinator",
+            wanted="HOST:PORT of process 0, as all processes reach it",
+            got=repr(found["coordinator"]),
+            fix="Write e.g. --coordinator=10.0.0.2:8476.",
+        )
+    count = _number("num_processes", found, 1, None)
+    number = _number("process_id", found, 0, count - 1)
+    return rest, Place(found["coordinator"], count, number)
+
+
+def _number(name: str, found: dict[str, str], low: int, high: int | None) -> int:
+    text = found[name]
+    if text.isdecimal() and low <= int(text) and (high is None or int(text) <= high):
+        return int(text)
+    most = f" to {high}" if high is not None else " or more"
+    raise UserError(
+        f"--{name}",
+        wanted=f"a whole number, {low}{most}",
+        got=repr(text),
+        fix="Number the processes from 0 to num_processes - 1.",
+    )
+
+
 def parse(argv: list[str], about: str = "") -> Command:
     """Parses a command line.
 

@@ -37,6 +37,8 @@ _MODULES = {
 }
 STAGES = tuple(_MODULES)
 MESH_STAGES = ("pretrain", "encode", "finetune", "generate", "classify")
+# Of several processes the first alone runs these, and the others wait for it.
+ALONE = ("caption", "encode", "pairs", "mix", "generate", "evaluate", "report")
 
 
 def module(name: str) -> Any:

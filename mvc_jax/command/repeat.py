@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath, epy
 
-from mvc_jax import files, stage
+from mvc_jax import files, processes, stage
 from mvc_jax.command import command_line, document, run_config
 from mvc_jax.errors import UserError
 from mvc_jax.reporting import tables
@@ -54,7 +54,7 @@ def run(argv: Sequence[str], program: Program) -> int:
         code = program([argv[0], *_with_config(words, folder), *own])
         if code:
             return code
-    if "--dry_run" in words:
+    if "--dry_run" in words or not processes.is_first():
         return 0
     finished = {x: f for x, f in folders.items() if stage.is_complete(f, "evaluate")}
     if len(finished) < len(folders):

@@ -8,12 +8,13 @@ import contextlib
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.errors import UserError, no_room
 from mvc_jax.stage import Part
 
@@ -25,8 +26,10 @@ def check(workdir: epath.Path, min_free_gib: float) -> None:
     """Creates the workdir; raises if it is not writable or its disk is too full."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write_text(workdir / ".writable", "")
-        (workdir / ".writable").unlink()
+        number = processes.index()
+        trial = workdir / (f".writable-{number}" if number else ".writable")
+        files.write_text(trial, "")
+        trial.unlink()
     except (OSError, ImportError) as error:
         if no_room(error, workdir):
             raise
@@ -50,15 +53,25 @@ def check(workdir: epath.Path, min_free_gib: float) -> None:
 
 @contextlib.contextmanager
 def locked(folder: epath.Path | None, flag: str = "workdir") -> Iterator[None]:
-    """Locks a workdir; raises if another process of this machine has locked it.
+    """Locks a workdir; raises if another run on this machine has locked it.
 
     Otherwise each would delete the other's temporary files, as if left by a killed run.
-    The lock is released when its process ends, however it ends, and leaves no file.
+    The lock is released when its process ends, however it ends, and leaves no file. Of
+    the processes of a run the first has it, for all.
 
     Args:
       folder: the workdir; None: nothing is locked.
       flag: that named it; with `from`, others may read it at the same time.
     """
+    with contextlib.ExitStack() as stack:
+        processes.on_first(
+            "the lock", lambda: stack.enter_context(_locked(folder, flag))
+        )
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: epath.Path | None, flag: str) -> Iterator[None]:
     if folder is None or not is_local(folder):
         yield
         return
@@ -78,6 +91,38 @@ def locked(folder: epath.Path | None, flag: str = "workdir") -> Iterator[None]:
         yield
     finally:
         os.close(opened)
+
+
+def require_shared(workdir: epath.Path) -> None:
+    """Checks that all processes see the files of one workdir.
+
+    Raises:
+      UserError: a process has a folder of its own under that name.
+    """
+    if processes.count() == 1:
+        return
+    token = workdir / processes.on_first("the workdir", lambda: _write_token(workdir))
+
+    def check() -> None:
+        if not token.exists():
+            raise UserError(
+                f"--workdir={workdir}",
+                wanted="one folder, on a disk or bucket that all hosts share",
+                got=f"a folder without the files of {processes.named(0)}",
+                fix="Mount the same disk everywhere, or use a bucket: gs:// or s3://.",
+            )
+
+    try:
+        processes.on_all("the workdir is shared", check)
+    finally:
+        if processes.is_first():
+            token.unlink(missing_ok=True)
+
+
+def _write_token(workdir: epath.Path) -> str:
+    name = f".tmp-shared-{uuid.uuid4().hex[:8]}"
+    files.write_text(workdir / name, "")
+    return name
 
 
 def is_local(path: epath.Path) -> bool:

@@ -9,11 +9,16 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
+from mvc_jax import processes
+
 _LINE_SECONDS = 15.0
 
 
 def be_quiet() -> None:
-    """Logs our own messages without a prefix, and only warnings of other packages."""
+    """Logs our own messages without a prefix, and only warnings of other packages.
+
+    Of several processes the first logs messages; the warnings of others have a prefix.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     handler = std_logging.StreamHandler()
     handler.addFilter(_is_shown)
@@ -29,7 +34,8 @@ class _Formatter(std_logging.Formatter):
     def format(self, record: std_logging.LogRecord) -> str:
         if record.levelno < std_logging.WARNING:
             return record.getMessage()
-        return f"{record.levelname.lower()}: {super().format(record)}"
+        level = record.levelname.lower()
+        return f"{processes.prefix()}{level}: {super().format(record)}"
 
 
 def _is_shown(record: std_logging.LogRecord) -> bool:
@@ -40,6 +46,7 @@ def _is_shown(record: std_logging.LogRecord) -> bool:
         if by_orbax or "exception was never retrieved" in record.getMessage():
             return False
     ours = os.path.abspath(record.pathname).startswith(package)
+    ours = ours and processes.is_first()
     return ours or record.levelno >= std_logging.WARNING
 
 
@@ -60,7 +67,7 @@ class Progress:
         self._count = self._first = done
         self._began = self._printed = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if processes.is_first() and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True
             )

@@ -44,7 +44,7 @@ class MemoryBudget:
         Raises:
           UserError: by XLA's memory analysis it needs more than the budget.
         """
-        device = next(iter(jax.tree.leaves(arguments)[0].devices()))
+        device = jax.tree.leaves(arguments)[0].addressable_shards[0].device
         with self._explain_out_of_memory(name):
             compiled = step.lower(*arguments).compile()
         held, new = program_bytes(compiled)

@@ -1,12 +1,14 @@
 """Handling of SIGTERM: the run stops, and the same command resumes it later.
 
-JAX's own preemption service receives the signal only where hosts are coordinated, so a
-single host needs this. `train.main` installs the handler; SIGINT still raises
+JAX's own preemption service is not used, which would take the signal from this handler
+where there are several processes. `train.main` installs it; SIGINT still raises
 `KeyboardInterrupt`.
 
 1. Normally the signal raises `Preempted` at once; stages resume from complete files.
 2. Inside `deferred()` the signal only sets a flag; the block ends once it has saved.
 3. Launchers repeat the signal: one within five seconds of the last is ignored.
+4. Of several processes that are inside `deferred()`, one that receives it asks all to
+   stop, and they agree on the step, where each of them calls `stop_requested`.
 """
 
 import contextlib
@@ -15,6 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+from mvc_jax import joining, processes
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: launchers retry
 _SAME_REQUEST_SECONDS = 5.0
@@ -28,11 +32,13 @@ class Preempted(BaseException):
 
     Args:
       where: what was stopped, e.g. "finetune after step 12".
+
+    `shared` says that all processes of the run raise it.
     """
 
     def __init__(self, where: str = ""):
         super().__init__(where)
-        self.where = where
+        self.where, self.shared = where, False
 
 
 class _Request:
@@ -48,7 +54,9 @@ class _Request:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.made = True
-        if not self.deferrals:
+        if self.deferrals:
+            joining.request_stop()
+        else:
             repeated = time.monotonic() - self.raised < _SAME_REQUEST_SECONDS
             self.raised = time.monotonic()
             if not repeated:
@@ -79,11 +87,13 @@ def deferred() -> Iterator[Callable[[], bool]]:
     If it was requested, the block ends in `Preempted`, unless it raises by itself.
     """
     _request.deferrals += 1
+    many = processes.count() > 1
     try:
-        yield lambda: _request.made
-        if _request.made:
+        yield joining.stop_here if many else lambda: _request.made
+        if _request.made or (many and joining.stopping()):
             raise Preempted
-    except Preempted:
+    except Preempted as stop:
+        stop.shared = many and joining.stopping()
         _request.raised = time.monotonic()
         raise
     finally:

@@ -14,15 +14,17 @@ import tempfile
 from absl import logging
 from etils import epath
 
+from mvc_jax import processes
 from mvc_jax.errors import UserError
 from mvc_jax.training import cuda_libraries
 
 _compile_seconds = [0.0]
 _program_bytes: dict[str, int] = {}
+_total: list[int] = []  # devices of all processes, once they were counted
 _CPU_DEVICES = "--xla_force_host_platform_device_count"
 _ASK = """
 import json, jax
-devices = jax.devices()
+devices = jax.local_devices()
 limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
 print(json.dumps([devices[0].device_kind, len(devices), sum(limits)]))
 """
@@ -104,8 +106,9 @@ def start() -> None:
     kinds = sorted({device.device_kind for device in jax.devices()})
     cudnn = cuda_libraries.loaded_cudnn()
     logging.info(
-        "%d device(s): %s%s",
+        "%d device(s)%s: %s%s",
         jax.device_count(),
+        f" of {processes.count()} processes" if processes.count() > 1 else "",
         ", ".join(kinds),
         f"; cuDNN {cudnn}" if cudnn else "",
     )
@@ -131,7 +134,7 @@ def _warn_of_cuda() -> None:
 
 
 def ask_devices() -> Devices:
-    """Asks another process which devices there are, and starts no backend in this one.
+    """Asks a child which devices this process has, and starts no backend in this one.
 
     In this one JAX would hold them from then on, and a captioner that runs in a process
     of its own needs their memory. CPUs are known without asking.
@@ -158,8 +161,20 @@ def ask_devices() -> Devices:
     return Devices(*json.loads(answer.stdout.strip().splitlines()[-1]))
 
 
+def count_devices() -> None:
+    """Counts the devices of all processes, which all call this, for `device_count`."""
+    if processes.count() > 1:
+        own = processes.on_all("devices", ask_devices)
+        _total[:] = [sum(processes.gather("the number of devices", own.count))]
+
+
+def device_count() -> int:
+    """Devices of all processes; starts no backend."""
+    return _total[0] if _total else ask_devices().count
+
+
 def own_devices() -> Devices | None:
-    """The devices of this process; None if it has not started a backend."""
+    """The devices of the run; None if this process has not started a backend."""
     if not start.cache_info().currsize:
         return None
     import jax

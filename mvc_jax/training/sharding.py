@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mvc_jax import processes
 from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 
@@ -23,16 +24,23 @@ DEFAULT_RULES: Rules = ((r"/(kernel|embedding)$", "fsdp"), (r".*", "replicate"))
 def make_mesh(
     data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over all devices, or over those given.
+    """A mesh over the devices of all processes, or over those given.
 
     Raises:
       UserError: the sizes do not match the number of devices.
     """
     if devices is None:
         runtime.start()
-        devices = jax.devices()
+        # What the first process does alone has no help of others.
+        devices = jax.devices() if processes.count() > 1 else jax.local_devices()
     shape = mesh_shape(data, fsdp, len(devices))
     return Mesh(np.asarray(devices).reshape(shape), BATCH_AXES)
+
+
+def local_mesh() -> Mesh:
+    """A mesh over the devices of this process, for work that is split by shards."""
+    runtime.start()
+    return make_mesh(devices=jax.local_devices())
 
 
 def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
