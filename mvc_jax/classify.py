@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import augment, files
+from mvc_jax import augment, files, processes
 from mvc_jax.classification import duration, runs
 from mvc_jax.data import splits
 from mvc_jax.errors import UserError, require_at_most
@@ -291,19 +291,24 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if stage.complete:
         return
     parsed = [runs.parse(name) for name in config.classify.runs]
-    data = training_set.read(
-        workdir,
-        stage.folder / "pixels",
-        stage.digests,
-        sets=sorted({run_.set for run_ in parsed} - {""}),
-        size=config.classify.size or config.data.size,
-        data_size=config.data.size,
-        resize=config.data.resize,
-        resample=config.data.resample,
-        ratio=config.classify.ratio,
-        validation=config.classify.validation,
-        seed=config.seed,
-    )
+
+    def read() -> training_set.TrainingSet:
+        stage.reload_digests()
+        return training_set.read(
+            workdir,
+            stage.folder / "pixels",
+            stage.digests,
+            sets=sorted({run_.set for run_ in parsed} - {""}),
+            size=config.classify.size or config.data.size,
+            data_size=config.data.size,
+            resize=config.data.resize,
+            resample=config.data.resample,
+            ratio=config.classify.ratio,
+            validation=config.classify.validation,
+            seed=config.seed,
+        )
+
+    data = processes.first_then_all("the images", read)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     dtype = devices.activations_dtype(config.classify.dtype, mesh)
     spec, pretrained = _spec(config.classify, data, dtype)
@@ -363,7 +368,7 @@ def _train(
     models = [f"models/{run_.slug}/seed-{seed}" for seed in range(seeds)]
     weights = [f"{model}/{classifier_checkpoint.WEIGHTS}" for model in models]
     written = [folder / name for name in (result, *weights)]
-    if all(map(stage.digests.intact, written)):
+    if processes.on_first(run_.slug, lambda: all(map(stage.digests.intact, written))):
         trainer.progress.advance(seeds * trainer.steps)
         return [result, *weights]
     found = []
@@ -377,6 +382,9 @@ def _train(
             strict=True,
         )
         for seed, variables, probabilities, facts in trained:
+            found.append({**_result(probabilities, data.test_labels), **facts})
+            if not processes.is_first():
+                continue
             classifier_export.write(
                 folder / models[seed],
                 spec.model,
@@ -390,15 +398,15 @@ def _train(
                     std=spec.std,
                 ),
             )
-            found.append({**_result(probabilities, data.test_labels), **facts})
     seen = {
         key: round(sum(row[key] for row in found) / len(found))
         for key in ("real_seen", "synthetic_seen")
     }
-    files.write_json(
-        folder / result, {**dataclasses.asdict(run_), **seen, "seeds": found}
-    )
-    stage.digests.add(*written)
+    if processes.is_first():
+        files.write_json(
+            folder / result, {**dataclasses.asdict(run_), **seen, "seeds": found}
+        )
+        stage.digests.add(*written)
     return [result, *weights]
 
 

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.diffusion import timesteps
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Spec, open_stage
@@ -193,10 +193,10 @@ def train(
         remat=section.remat,
     )
     cache = pair_cache.open_cache(workdir / "encode")
-    cache.verify()
+    processes.on_first("the cache", cache.verify)
     trained, fixed = trained_and_frozen(config, params.pop("unet"), model.dtype)
     fixed["null_states"] = cache.null_states
-    fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
+    fixed = sharding.place(fixed, sharding.tree_shardings(fixed, mesh))
     draw_hook = None
     if section.sample_every:
         shown = make_gallery(config, workdir, model, mesh, cache, params, fixed)
@@ -249,7 +249,14 @@ def train(
             ),
         ),
     )
-    return export(config, workdir, model, params, state), int(state.skipped)
+    unused = {"opt_state": None}
+    if state.ema_params is not None:
+        unused["params"] = None
+    state = sharding.readable(state.replace(**unused))
+    written = processes.on_first(
+        "the pipeline", lambda: export(config, workdir, model, params, state)
+    )
+    return written, int(state.skipped)
 
 
 def what_fits(
@@ -549,7 +556,7 @@ def make_gallery(
         return stable_diffusion.to_pixels(images, grey=train.grey)
 
     fixed = fixed | {"vae": params["vae"]}
-    fixed = jax.device_put(fixed, sharding.tree_shardings(fixed, mesh))
+    fixed = sharding.place(fixed, sharding.tree_shardings(fixed, mesh))
     return gallery.Gallery(
         workdir / "finetune" / "samples",
         lambda trained, batch: sample(trained, fixed, batch),

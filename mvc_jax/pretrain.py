@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath, epy
 from ml_collections import ConfigDict
 
+from mvc_jax import processes
 from mvc_jax.data import captions, splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Part, Spec, differences, open_stage, read_manifest
@@ -208,12 +209,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     names = [pool.class_names[label] for label in pool.labels]
     words = {"template": config.data.prompt, "class_type": config.data.class_type}
     folder = stage.folder / "model"
-    tokenizer.train(
-        folder / "tokenizer",
-        base.tokenizer_corpus(texts, names, **words),
-        vocab_size=section.vocab_size,
-        max_length=section.context_length,
-    )
+
+    def train_tokenizer() -> None:
+        tokenizer.train(
+            folder / "tokenizer",
+            base.tokenizer_corpus(texts, names, **words),
+            vocab_size=section.vocab_size,
+            max_length=section.context_length,
+        )
+
+    processes.on_first("the tokenizer", train_tokenizer)
     model = _new_model(config, folder / "tokenizer")
     prompts = base.prompts(model, texts, names, **words)
 
@@ -259,7 +264,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             layers=section.image_encoder.layers,
             heads=section.image_encoder.heads,
         )
-        written = clip_checkpoint.save(folder, *tower)
+        written = processes.on_first(
+            "the image encoder", lambda: clip_checkpoint.save(folder, *tower)
+        )
         artifacts += [f"model/{file}" for file in written]
         index = clip_checkpoint.INDEX_ENTRIES
     if section.controlnet.steps:
@@ -273,10 +280,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             learning_rate=section.controlnet.learning_rate,
             drop_rate=section.controlnet.drop_rate,
         )
-        written = controlnet_checkpoint.save(stage.folder / "controlnet", *control)
+        written = processes.on_first(
+            "the ControlNet",
+            lambda: controlnet_checkpoint.save(stage.folder / "controlnet", *control),
+        )
         artifacts += [f"controlnet/{file}" for file in written]
-    written = diffusers_layout.save(
-        folder, model, {"vae": vae, **params}, index_entries=index
+    written = processes.on_first(
+        "the model",
+        lambda: diffusers_layout.save(
+            folder, model, {"vae": vae, **params}, index_entries=index
+        ),
     )
     artifacts += [f"model/{file}" for file in written]
     stage.finish(artifacts, images=len(pool.ids))

@@ -126,6 +126,18 @@ def on_first(
     return said["value"]
 
 
+def first_then_all(name: str, function: Callable[[], _Item]) -> _Item:
+    """What `function` returns, called by the first process and then by the others.
+
+    So they find the files that the first one wrote.
+    """
+    if count() == 1:
+        return function()
+    found: list[_Item] = []
+    on_first(name, lambda: found.append(function()))
+    return found[0] if found else function()
+
+
 def on_all(what: str, function: Callable[[], _Item]) -> _Item:
     """What `function` returns, called by every process: what may fail on one host.
 

@@ -175,6 +175,11 @@ class Stage:
         files.write_json(self.folder / _FINISHED, manifest)
         (self.folder / _STARTED).unlink(missing_ok=True)
 
+    def reload_digests(self) -> None:
+        """Reads the records again, after other processes have written some."""
+        if processes.count() > 1:
+            self.digests = digests_of(self.folder)
+
     def require_prefix(self, name: str, content: bytes) -> None:
         """Checks that `content` starts with the file `name` as it was before rule 8.
 

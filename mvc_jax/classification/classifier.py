@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, UInt8
 
-from mvc_jax import augment
+from mvc_jax import augment, processes
 from mvc_jax.augment.mixup import cutmix, mixup
 from mvc_jax.checkpoints.classifier_weights import head_name
 from mvc_jax.training import loop, optim, rng, sharding
@@ -138,6 +138,8 @@ def create_state(
     )
     shardings = sharding.tree_shardings(state, mesh, _REPLICATED)
     # Leaves are donated, so no two of them may share a buffer.
+    if processes.count() > 1:
+        return sharding.place(state, shardings)
     return jax.device_put(state, shardings, may_alias=False)
 
 
@@ -315,11 +317,12 @@ def predictor(
         variables, found = state.averaged_variables, []
         for start in range(0, len(images), size):
             part = np.asarray(images[start : start + size])
-            batch = jax.device_put(
+            batch = sharding.place(
                 sharding.pad_rows(part, size), sharding.batch_sharding(mesh)
             )
             found.append((function(variables, batch), len(part)))
-        return np.concatenate([np.asarray(p)[:, :n] for p, n in found], axis=1)
+        fetched = ((np.asarray(sharding.readable(p)), n) for p, n in found)
+        return np.concatenate([p[:, :n] for p, n in fetched], axis=1)
 
     return predict
 
@@ -334,6 +337,6 @@ def _probabilities(
 
 def unstack(state: ClassifierState) -> list[dict[str, Any]]:
     """`{"params", "batch_stats"}` of each of the stacked classifiers, on the host."""
-    stacked = jax.device_get(state.averaged_variables)
+    stacked = sharding.to_host(state.averaged_variables)
     seeds = len(jax.tree.leaves(stacked)[0])
     return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(seeds)]

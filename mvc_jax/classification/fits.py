@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from mvc_jax import devices
+from mvc_jax import devices, processes
 from mvc_jax.classification import classifier, duration, regimes
 from mvc_jax.classification.runs import Run
 from mvc_jax.classification.training_set import TrainingSet
@@ -153,7 +153,9 @@ class Trainer:
         self._programs: dict = {}
         self._steps: dict = {}
         self._image_shape = data.rows.parts[0].shape[1:]
-        self._fixed = self._images_on_device(memory.device_bytes(mesh.local_devices[0]))
+        room = memory.device_bytes(mesh.local_devices[0])
+        # All processes decide alike.
+        self._fixed = self._images_on_device(min(processes.gather("memory", room)))
         real = len(data.pools[""].real)
         self.steps = duration.steps(
             real,
@@ -300,7 +302,7 @@ class Trainer:
         if rows.nbytes > (self._options.images_gib * 2**30 or limit / 2):
             return {}
         arrays = {"images": rows.all(), "labels": self._data.labels}
-        return jax.device_put(arrays, sharding.replicated(self._mesh))
+        return sharding.place(arrays, sharding.replicated(self._mesh))
 
     def _stride(self, every: int) -> int:
         """Steps per dispatch: one on a CPU, many small ones on an accelerator."""

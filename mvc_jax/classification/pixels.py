@@ -63,23 +63,27 @@ def store(
 
 
 class Prefetcher:
-    """Calls `read(step)` in threads, a few steps ahead of consecutive requests."""
+    """Calls `read(step)` in threads, a few steps ahead of consecutive requests.
+
+    Further arguments are those of the first request from a step on.
+    """
 
     def __init__(
-        self, read: Callable[[int], dict[str, Any]], steps: int, *, threads: int = 8
+        self, read: Callable[..., dict[str, Any]], steps: int, *, threads: int = 8
     ):
         self._read, self._steps, self._threads = read, steps, threads
         self._next, self._batches = -1, iter(())
 
-    def __call__(self, step: int) -> dict[str, Any]:
+    def __call__(self, step: int, *rows: Any) -> dict[str, Any]:
         if step != self._next:
-            self._batches = self._from(step)
+            self._batches = self._from(step, rows)
         self._next = step + 1
         return next(self._batches)
 
-    def _from(self, step: int) -> Iterator[dict[str, Any]]:
+    def _from(self, step: int, rows: tuple) -> Iterator[dict[str, Any]]:
         import grain  # takes 3 s to import, and most datasets fit in memory
 
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=16)
         steps = grain.MapDataset.source(range(step, self._steps))
-        return iter(steps.map(self._read).to_iter_dataset(options))
+        read = steps.map(lambda step: self._read(step, *rows))
+        return iter(read.to_iter_dataset(options))

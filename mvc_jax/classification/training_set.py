@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -51,8 +52,10 @@ class TrainingSet:
 
     def reader(
         self, schedules: Sequence[dict[str, np.ndarray]], *, pixels: bool
-    ) -> Callable[[int], dict[str, np.ndarray]]:
+    ) -> Callable[..., dict[str, np.ndarray]]:
         """Returns a function from a step to the batch of S fits side by side.
+
+        Its second argument, an index of the batch, asks for these of its rows alone.
 
         Args:
           schedules: of each fit, by `regimes.schedule`.
@@ -64,16 +67,16 @@ class TrainingSet:
           `images` [B, S, H, W, 3] and `labels` [B, S].
         """
 
-        def stacked(name: str, step: int) -> np.ndarray:
-            return np.stack([each[name][step] for each in schedules], axis=1)
+        def stacked(name: str, step: int, rows: Any) -> np.ndarray:
+            return np.stack([each[name][step][rows] for each in schedules], axis=1)
 
-        def indices(step: int) -> dict[str, np.ndarray]:
-            return {name: stacked(name, step) for name in ("index", "weight")}
+        def indices(step: int, rows: Any = slice(None)) -> dict[str, np.ndarray]:
+            return {name: stacked(name, step, rows) for name in ("index", "weight")}
 
-        def images(step: int) -> dict[str, np.ndarray]:
-            index = stacked("index", step)
+        def images(step: int, rows: Any = slice(None)) -> dict[str, np.ndarray]:
+            index = stacked("index", step, rows)
             return {
-                "weight": stacked("weight", step),
+                "weight": stacked("weight", step, rows),
                 "images": self.rows.take(index),
                 "labels": self.labels[index],
             }

@@ -1,6 +1,7 @@
 """Reads the cache that `encode` writes, and the batches of pairs from it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -124,21 +125,25 @@ def read_pairs(
     cache: Cache,
     pairs: Int[np.ndarray, "M 2"],
     step: int,
+    rows: Any = slice(None),
     *,
     seed: int,
     batch_size: int,
 ) -> dict[str, np.ndarray]:
     """Reads the inputs of fine-tuning for the batch at `step`; mirrored if cached so.
 
+    `rows`, an index of the batch, asks for these of its rows alone.
+
     Returns:
       `source_moments`, `target_moments` [B, h, w, 2c] and the target's `text_states`
       [B, L, D].
     """
-    rows = pair_rows(pairs, step, seed=seed, batch_size=batch_size, flip=cache.flipped)
+    drawn = pair_rows(pairs, step, seed=seed, batch_size=batch_size, flip=cache.flipped)
+    drawn = {name: array[rows] for name, array in drawn.items()}
     return {
-        "source_moments": cache.moments_of(rows["source"], rows["source_flip"]),
-        "target_moments": cache.moments_of(rows["target"], rows["target_flip"]),
-        "text_states": cache.states_of(rows["target"]),
+        "source_moments": cache.moments_of(drawn["source"], drawn["source_flip"]),
+        "target_moments": cache.moments_of(drawn["target"], drawn["target_flip"]),
+        "text_states": cache.states_of(drawn["target"]),
     }
 
 

@@ -7,6 +7,7 @@ step.
 import functools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -50,12 +51,15 @@ def batch_indices(
 
 def reader(
     seed: int, purpose: str, arrays: dict[str, np.ndarray], *, batch_size: int
-) -> Callable[[int], dict[str, np.ndarray]]:
-    """Returns a function from step to the rows of `arrays` [N, ...] in its batch."""
+) -> Callable[..., dict[str, np.ndarray]]:
+    """Returns a function from step to the rows of `arrays` [N, ...] in its batch.
+
+    Its second argument, an index of the batch, asks for these of its rows alone.
+    """
     size = len(next(iter(arrays.values())))
 
-    def read(step: int) -> dict[str, np.ndarray]:
+    def read(step: int, rows: Any = slice(None)) -> dict[str, np.ndarray]:
         indices = batch_indices(seed, purpose, step, batch_size=batch_size, size=size)
-        return {name: array[indices] for name, array in arrays.items()}
+        return {name: array[indices[rows]] for name, array in arrays.items()}
 
     return read

@@ -154,7 +154,7 @@ def train_vae(
         read=order.reader(seed, purpose, {"images": images}, batch_size=batch_size),
         constants={},
     )
-    return jax.device_get(state.params)
+    return sharding.to_host(state.params)
 
 
 def train_unet(
@@ -209,7 +209,7 @@ def train_unet(
         read=order.reader(seed, purpose, arrays, batch_size=batch_size),
         constants={"null_ids": model.tokenize([""])},
     )
-    return jax.device_get(state.averaged)
+    return sharding.to_host(state.averaged)
 
 
 def encode(

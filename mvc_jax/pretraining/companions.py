@@ -90,8 +90,8 @@ def train_image_encoder(
     arrays = {"images": pool.images, "texts": texts[groups], "groups": groups}
     read = order.reader(seed, purpose, arrays, batch_size=batch_size)
 
-    def read_preprocessed(step: int) -> dict[str, np.ndarray]:
-        batch = read(step)
+    def read_preprocessed(step: int, *rows: Any) -> dict[str, np.ndarray]:
+        batch = read(step, *rows)
         return {**batch, "images": tower.preprocess(batch["images"])}
 
     initial = random_params(tower.shapes(), order.generator(seed, f"{purpose}/init"))
@@ -103,7 +103,7 @@ def train_image_encoder(
         read=read_preprocessed,
         constants={},
     )
-    return tower, jax.device_get(state.params)
+    return tower, sharding.to_host(state.params)
 
 
 def _pooled(
@@ -205,7 +205,7 @@ def train_controlnet(
         read=order.reader(seed, purpose, arrays, batch_size=batch_size),
         constants={"null_ids": model.tokenize([""]), "base": base},
     )
-    return network, jax.device_get(state.params)
+    return network, sharding.to_host(state.params)
 
 
 def new_controlnet(model: StableDiffusion) -> ControlNet:

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from PIL import Image
 
-from mvc_jax import files, pictures
+from mvc_jax import files, pictures, processes
+from mvc_jax.training import sharding
 from mvc_jax.training.loop import TrainState, place_batch
 from mvc_jax.training.metrics import MetricsLog
 
@@ -49,7 +50,10 @@ class Gallery:
             here = slice(start, start + self._mesh.size)
             part = {name: array[here] for name, array in self._batch.items()}
             images = self._sample(state.averaged, place_batch(part, self._mesh))
-            drawn.append(np.asarray(images)[: len(self._names[here])])
+            images = np.asarray(sharding.readable(images))
+            drawn.append(images[: len(self._names[here])])
+        if not processes.is_first():
+            return
         (first, sources), *others = self._beside.items()
         columns = {first: sources, "drawn": np.concatenate(drawn), **dict(others)}
         rows = []

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -21,7 +21,7 @@ import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
-from mvc_jax import devices
+from mvc_jax import devices, processes
 from mvc_jax.training import memory, preemption, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.optim import ema_update
@@ -29,6 +29,7 @@ from mvc_jax.training.train_logger import TrainLogger
 from mvc_jax.training.validation import Validation
 
 Batch = dict[str, Any]
+Read = Callable[..., dict[str, np.ndarray]]  # (step[, rows]) -> arrays [B, ...]
 
 
 @flax.struct.dataclass
@@ -181,7 +182,7 @@ def create_state(
     shapes = jax.eval_shape(cast, params)
     shardings = sharding.tree_shardings(shapes, mesh, rules)
     half = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params))
-    params = jax.device_put(params, shardings)
+    params = sharding.place(params, shardings)
     if half:
         params = jax.jit(cast, out_shardings=shardings)(params)
     others = sharding.tree_shardings(jax.eval_shape(init, shapes), mesh, rules)
@@ -193,7 +194,7 @@ def fit(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
     state: TrainState,
     *,
-    read: Callable[[int], dict[str, np.ndarray]],
+    read: Read,
     constants: dict[str, Any],
     mesh: Mesh,
     steps: int,
@@ -211,7 +212,8 @@ def fit(
       train_step: `(state, batch) -> (state, metrics)`, pure, built on
         `TrainState.update`; metrics are scalars.
       state: the state at step 0; donated.
-      read: step -> host arrays [B, ...]; called by a thread, one step ahead.
+      read: step -> host arrays [B, ...]; called by a thread, one step ahead. Of several
+        processes each calls it as (step, the rows of the batch that are its own).
       constants: arrays that are part of every batch; put on the devices once, sharded
         by the default rules.
       mesh: the devices.
@@ -230,14 +232,14 @@ def fit(
       UserError: a step takes too much memory, or training diverged.
       Preempted: SIGTERM was received; the state is saved.
     """
-    constants = jax.device_put(constants, sharding.tree_shardings(constants, mesh))
+    constants = sharding.place(constants, sharding.tree_shardings(constants, mesh))
     with preemption.deferred() as stop_requested, contextlib.closing(checkpoints):
         state = checkpoints.restore(state)
         logger.resume(int(state.skipped_in_a_row), steps)
         # A checkpoint of another `steps_per_dispatch` may be between two dispatches.
         first = int(state.step)
         stride = math.gcd(steps_per_dispatch, first)
-        load = _batch_loader(read, mesh, accumulate, stride, steps)
+        load = logger.timed(_batch_loader(read, mesh, accumulate, stride, steps))
         if first >= steps or (validation and validation.ends(first, checkpoints)):
             return state
         batch = load(first)
@@ -290,7 +292,7 @@ def _end_step(
 
 
 def _batch_loader(
-    read: Callable[[int], dict[str, np.ndarray]],
+    read: Read,
     mesh: Mesh,
     accumulate: int,
     stride: int,
@@ -299,19 +301,61 @@ def _batch_loader(
     """A function from a step to the device arrays of `stride` steps from it on.
 
     They are [B, stride, ...], or [B, ...] for a stride of 1. After the last step it
-    returns the last batch again.
+    returns the last batch again. Of several processes each reads its own rows.
     """
+    mine = _own_rows(read, mesh, accumulate, steps) if processes.count() > 1 else None
 
     def load(step: int) -> dict[str, jax.Array]:
         step = min(step, steps - stride)
+        rows = () if mine is None else (mine.real,)
         if stride == 1:
-            batch = read(step)
+            batch = read(step, *rows)
         else:
-            batches = [_with_weights(read(step + i)) for i in range(stride)]
+            batches = [_with_weights(read(step + i, *rows)) for i in range(stride)]
             batch = {k: np.stack([b[k] for b in batches], axis=1) for k in batches[0]}
-        return place_batch(batch, mesh, accumulate)
+        if mine is None:
+            return place_batch(batch, mesh, accumulate)
+        return mine.place(_with_weights(batch), mesh)
 
     return load
+
+
+class _OwnRows(NamedTuple):
+    """The part of a padded batch that this process has: numbers of its rows.
+
+    Attributes:
+      all: with the padding.
+      real: without, which are read.
+      size: rows of the padded batch.
+    """
+
+    all: np.ndarray
+    real: np.ndarray
+    size: int
+
+    def place(self, batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+        """Makes the global arrays of the rows `real`, of which others have the rest."""
+        count = len(self.all)
+        return {
+            key: sharding.place_rows(
+                sharding.pad_rows(array, count), self.all, self.size, mesh
+            )
+            for key, array in batch.items()
+        }
+
+
+def _own_rows(read: Read, mesh: Mesh, accumulate: int, steps: int) -> _OwnRows:
+    """This process's rows of every batch; reads one to know how many it has."""
+    batch_size = len(next(iter(read(max(steps - 1, 0)).values())))
+    size = _padded(batch_size, mesh, accumulate)
+    rows = sharding.own_rows(size, mesh)
+    return _OwnRows(rows, rows[rows < batch_size], size)
+
+
+def _padded(batch_size: int, mesh: Mesh, accumulate: int) -> int:
+    """`batch_size` rounded up to what micro-batches on all devices can share."""
+    multiple = mesh.size * accumulate
+    return -(-batch_size // multiple) * multiple
 
 
 def _with_weights(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -378,11 +422,9 @@ def place_batch(
       accumulate: number of micro-batches, each of which must be a multiple too.
     """
     batch = _with_weights(batch)
-    batch_size = len(batch["weight"])
-    multiple = mesh.size * accumulate
-    size = -(-batch_size // multiple) * multiple
+    size = _padded(len(batch["weight"]), mesh, accumulate)
     padded = {key: sharding.pad_rows(array, size) for key, array in batch.items()}
-    return jax.device_put(padded, sharding.batch_sharding(mesh))
+    return sharding.place(padded, sharding.batch_sharding(mesh))
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:

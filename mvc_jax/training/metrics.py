@@ -64,6 +64,22 @@ class MetricsLog:
             self.flush()
 
 
+class NoLog:
+    """In place of a `MetricsLog`, for a process that writes none."""
+
+    def write(self, step: int, **scalars: float) -> None:
+        pass
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _Board:
     """An event file of TensorBoard, written by the calling thread.
 

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from mvc_jax import processes
 from mvc_jax.errors import UserError
@@ -70,6 +72,77 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays on the devices by `shardings`, like `jax.device_put`.
+
+    Of several processes, which all have the same host arrays, each copies its own part.
+    """
+    if processes.count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(leaf, sharding):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)  # it is on all devices already
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            host.shape, sharding, lambda index: host[index]
+        )
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: one(leaf, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
+
+
+def own_rows(size: int, mesh: Mesh) -> Int[np.ndarray, " R"]:
+    """The rows, of `size` that are sharded over the mesh, on this process's devices."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    rows = (range(*index[0].indices(size)) for index in indices.values())
+    return np.unique([row for each in rows for row in each])
+
+
+def place_rows(
+    array: np.ndarray, rows: Int[np.ndarray, " R"], size: int, mesh: Mesh
+) -> jax.Array:
+    """An array [size, ...] over the mesh of all processes, of which each has its rows.
+
+    Args:
+      array: this process's rows [R, ...].
+      rows: their numbers, the result of `own_rows`.
+      size: rows of all processes.
+      mesh: the devices.
+    """
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        first, stop, _ = index[0].indices(size)
+        return array[np.searchsorted(rows, np.arange(first, stop))]
+
+    shape = (size, *array.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+
+def readable(tree: Any) -> Any:
+    """`tree` with leaves that this process can read as a whole; all call it together.
+
+    With a single process, it is returned as it is.
+    """
+    if processes.count() == 1:
+        return tree
+
+    def one(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Host copies of a tree of arrays; of several processes all call it together."""
+    return jax.device_get(readable(tree))
+
+
 def padded_size(size: int, mesh: Mesh) -> int:
     """`size` rounded up to a multiple of the number of devices."""
     return -(-size // mesh.size) * mesh.size
@@ -97,17 +170,17 @@ def over_batches(
       mesh: the devices.
     """
     function = jax.jit(function)
-    params = jax.device_put(params, replicated(mesh))
+    params = place(params, replicated(mesh))
 
     def run(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         pending = None
         for batch in batches:
-            padded = jax.device_put(pad_rows(batch, size), batch_sharding(mesh))
+            padded = place(pad_rows(batch, size), batch_sharding(mesh))
             finished, pending = pending, (function(params, padded), len(batch))
             if finished is not None:
-                yield np.asarray(finished[0])[: finished[1]]
+                yield np.asarray(readable(finished[0]))[: finished[1]]
         if pending is not None:
-            yield np.asarray(pending[0])[: pending[1]]
+            yield np.asarray(readable(pending[0]))[: pending[1]]
 
     return run
 

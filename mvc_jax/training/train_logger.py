@@ -10,10 +10,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from mvc_jax import processes
 from mvc_jax.errors import UserError
 from mvc_jax.training import memory
 from mvc_jax.training.console import Progress
-from mvc_jax.training.metrics import MetricsLog
+from mvc_jax.training.host_work import HostWork
+from mvc_jax.training.metrics import MetricsLog, NoLog
 from mvc_jax.training.throughput import Throughput
 
 
@@ -57,6 +59,11 @@ class TrainLogger:
         self._unwritten: list[dict] = []
         self._skipped_in_a_row = 0  # the longest streak seen
         self._last: dict[str, float] = {}
+        self._host_work = HostWork()
+
+    def timed(self, load: Callable[[int], Any]) -> Callable[[int], Any]:
+        """`load`, whose time is what this process's own work on a step takes."""
+        return self._host_work.timed(load)
 
     @contextlib.contextmanager
     def open(
@@ -70,9 +77,11 @@ class TrainLogger:
           batch_size: examples of a step.
           stride: steps of one call of `record`.
         """
-        self._steps, self._stride = steps, stride
+        self._steps, self._stride, self._batch_size = steps, stride, batch_size
         self._throughput = Throughput(batch_size, self._flops)
-        log = MetricsLog(self._workdir, self.name, from_step=first)
+        log = NoLog()  # one process writes
+        if processes.is_first():
+            log = MetricsLog(self._workdir, self.name, from_step=first)
         with contextlib.ExitStack() as stack:
             self._log = stack.enter_context(contextlib.closing(log))
             self._progress = self._shared_progress
@@ -158,7 +167,8 @@ class TrainLogger:
             means = {k: float(np.mean(column[good])) for k, column in columns.items()}
         self._last = {**means, "skipped": float(skipped)}
         rates = self._throughput.lap(count)
-        self._log.write(step, **self._last, **rates, **memory.in_use())
+        work = self._host_work.lap(self.name, count, self._batch_size, rates)
+        self._log.write(step, **self._last, **rates, **work, **memory.in_use())
         self._progress.advance(count, **means)
         return self._last
 
