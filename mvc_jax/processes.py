@@ -4,7 +4,8 @@ JAX's distributed runtime joins them (joining.py), and its key-value store carri
 they tell each other here: short JSON values, no arrays. One process is all there is
 before, and every function has its answer then.
 
-All processes call these functions in the same order, from the main thread.
+All processes call these functions in the same order, from the main thread; `note` and
+`noted` may be called by some, at any time.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from mvc_jax.errors import UserError
 _Item = TypeVar("_Item")
 _WAIT_SECONDS = 1800.0  # a shard of images may take minutes longer here than there
 _MOST_SECONDS_BETWEEN_LOOKS = 1.0
+_NOTES = "mvc_jax/notes/"
 _turns = itertools.count()
 _alone: list[str] = []  # what the first process does alone at this moment
 hosts: list[str] = []  # by the number of the process
@@ -55,9 +57,27 @@ def is_first() -> bool:
     return index() == 0
 
 
-def share(items: Sequence[_Item]) -> list[_Item]:
-    """The items that this process does: every `count()`-th, from its own number on."""
-    return list(items[index() :: count()])
+def share(
+    items: Sequence[_Item], weights: Sequence[int] | None = None
+) -> list[_Item]:
+    """The items that this process does, in their order.
+
+    Equal ones are dealt in turns. Of others the heaviest is first, each for the process
+    that has least.
+
+    Args:
+      items: the same in every process.
+      weights: the work of each; None: all are equal.
+    """
+    loads = [0] * count()
+    weights = [1] * len(items) if weights is None else weights
+    mine = []
+    for i in sorted(range(len(items)), key=lambda i: -weights[i]):
+        least = loads.index(min(loads))
+        loads[least] += weights[i]
+        if least == index():
+            mine.append(i)
+    return [items[i] for i in sorted(mine)]
 
 
 def barrier(name: str, seconds: float = _WAIT_SECONDS) -> None:
@@ -71,7 +91,7 @@ def gather(name: str, value: Any, seconds: float = _WAIT_SECONDS) -> list[Any]:
     Args:
       name: what is waited for, for people.
       value: of this process, a JSON value.
-      seconds: to wait for the others.
+      seconds: to wait for the others, since the last time that one said how far it is.
 
     Raises:
       UserError: another process did not come in time.
@@ -80,13 +100,15 @@ def gather(name: str, value: Any, seconds: float = _WAIT_SECONDS) -> list[Any]:
         return [value]
     client, place = _state().client, f"mvc_jax/{next(_turns)}/{name}/"
     client.key_value_set(f"{place}{index()}", json.dumps(value))
-    began, pause = time.monotonic(), 0.001
+    began, pause, noted = time.monotonic(), 0.001, None
     while True:
         said = {
             int(k.rpartition("/")[2]): v for k, v in client.key_value_dir_get(place)
         }
         if len(said) == count():
             return [json.loads(said[number]) for number in range(count())]
+        if noted != (noted := client.key_value_dir_get(_NOTES)):
+            began = time.monotonic()
         if time.monotonic() - began > seconds:
             missing = [named(n) for n in range(count()) if n not in said]
             raise UserError(
@@ -190,6 +212,23 @@ def require_same(what: str, values: Mapping[str, Any], fix: str) -> None:
             )
             error.shared = True
             raise error
+
+
+def note(name: str, number: int) -> None:
+    """Says how far this process is with something that it works on with the others."""
+    if state := _state():
+        client, key = state.client, f"{_NOTES}{name}/{state.process_id}"
+        client.key_value_set(key, json.dumps(number), allow_overwrite=True)
+
+
+def noted(name: str) -> int:
+    """How far all other processes are, together."""
+    state = _state()
+    if not state:
+        return 0
+    said = state.client.key_value_dir_get(f"{_NOTES}{name}/")
+    mine = f"/{state.process_id}"
+    return sum(json.loads(number) for key, number in said if not key.endswith(mine))
 
 
 @contextlib.contextmanager

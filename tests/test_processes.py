@@ -18,6 +18,12 @@ assert (processes.index(), processes.count()) == (int(number), 2)
 assert processes.share("abcde") == [*["ace", "bd"][int(number)]]
 assert processes.gather("ids", {"mine": int(number)}) == [{"mine": 0}, {"mine": 1}]
 assert processes.on_first("choice", lambda: [processes.index(), "x"]) == [0, "x"]
+alone = processes.on_first("alone", lambda: processes.gather("x", processes.count()))
+assert alone == [1] and processes.count() == 2
+for _ in range(2):
+    processes.note("images", 3 + int(number))
+processes.barrier("notes")
+assert processes.noted("images") == [4, 3][int(number)]
 def fail():
     raise UserError("--workdir=x", wanted="w", got="g", fix="f", details=("d",))
 try:
@@ -54,3 +60,17 @@ def test_one_process_is_all_there_is():
     assert processes.gather("x", "mine") == ["mine"]
     with pytest.raises(ZeroDivisionError):
         processes.on_first("x", lambda: 1 / 0)
+
+
+def test_shares_are_all_items_and_about_equally_heavy(monkeypatch):
+    weights, items = [5, 1, 1, 5, 1, 1, 1, 4], [*"abcdefgh"]
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    shares, equal = [], []
+    for index in range(3):
+        monkeypatch.setattr(processes, "index", lambda index=index: index)
+        shares.append(processes.share(items, weights))
+        equal.append(processes.share(items))
+    assert sorted(sum(shares, [])) == items and all(x == sorted(x) for x in shares)
+    loads = [sum(weights[items.index(x)] for x in share) for share in shares]
+    assert max(loads) - min(loads) <= 1
+    assert equal == [["a", "d", "g"], ["b", "e", "h"], ["c", "f"]]
