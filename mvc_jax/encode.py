@@ -6,6 +6,9 @@ image in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty 
 first. Also `prompts.jsonl`, a row for each training image; `offsets.jsonl`, where the
 tokens of each distinct prompt are in it; and `base.json`, the base model, of which
 later stages read the same revision.
+
+Of many processes each encodes some of the shards, on its own devices; the first writes
+the other files.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from etils import epath, epy
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from mvc_jax import files, work
+from mvc_jax import files, processes, work
 from mvc_jax.data import captions, shards, splits
 from mvc_jax.errors import UserError, require_disk_space
 from mvc_jax.mixing import marked_words
@@ -152,28 +155,16 @@ def encode(
       manifest.
     """
     section, folder = config.encode, stage.folder
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.local_mesh(config.mesh.data, config.mesh.fsdp)
     base = _find_base(config, workdir, stage)
     model, _ = diffusers_layout.load(base, (), config.base.variant)
     model = dataclasses.replace(model, mesh=mesh)
     train = splits.read_split(workdir / "caption", "train")
-    listed = folder / "prompts.jsonl"
-    if not stage.digests.intact(listed):
-        rows = prompt_rows(
-            model,
-            train,
-            captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids),
-            template=config.data.prompt,
-            class_type=config.data.class_type,
-        )
-        files.write_jsonl(listed, rows)
-        stage.digests.add(listed)
-    rows = files.read_jsonl(listed)  # of the run that began, where it goes on
+    processes.on_first(
+        "prompts", lambda: _write_prompts(config, workdir, stage, model, train)
+    )
+    rows = files.read_jsonl(folder / "prompts.jsonl")
     prompts = distinct_prompts(rows)
-    offsets = folder / marked_words.OFFSETS
-    if not stage.digests.intact(offsets):
-        write_offsets(offsets, model, prompts)
-        stage.digests.add(offsets)
     cut = captions.cut_by_class(rows)
     report_cut_captions(cut, model.context_length)
 
@@ -201,22 +192,58 @@ def encode(
     }
 
 
+def _write_prompts(
+    config: ConfigDict,
+    workdir: epath.Path,
+    stage: Stage,
+    model: stable_diffusion.StableDiffusion,
+    train: splits.Split,
+) -> None:
+    """Writes `prompts.jsonl` and `offsets.jsonl`, unless they are there."""
+    listed = stage.folder / "prompts.jsonl"
+    if not stage.digests.intact(listed):
+        rows = prompt_rows(
+            model,
+            train,
+            captions.read_captions(workdir / "caption" / "captions.jsonl", train.ids),
+            template=config.data.prompt,
+            class_type=config.data.class_type,
+        )
+        files.write_jsonl(listed, rows)
+        stage.digests.add(listed)
+    rows = files.read_jsonl(listed)  # of the run that began, where it goes on
+    offsets = stage.folder / marked_words.OFFSETS
+    if not stage.digests.intact(offsets):
+        write_offsets(offsets, model, distinct_prompts(rows))
+        stage.digests.add(offsets)
+
+
 def _find_base(config: ConfigDict, workdir: epath.Path, stage: Stage) -> epath.Path:
-    """The folder of the base model, checked; `base.json` gets its path and revision."""
-    base, revision = config.base, config.base.revision
+    """The folder of the base model, checked; `base.json` gets its path and revision.
+
+    Of many processes the first chooses the revision, and each has it in a folder.
+    """
+    base = config.base
+    path = base.path or workdir / "pretrain" / "model"
     record = stage.folder / "base.json"
-    if stage.digests.intact(record):  # the stage resumes, with the same commit
-        revision = files.read_json(record)["revision"] or ""
-    folder, commit = pipeline_folder.resolve(
-        base.path or workdir / "pretrain" / "model", base.variant, revision
-    )
-    diffusers_layout.check_base(
-        folder, base.variant, finetuned=base.finetuned, size=config.data.size
-    )
-    found = {"path": base.path, "variant": base.variant, "revision": commit}
-    files.write_json(record, found)
-    stage.digests.add(record)
-    return folder
+
+    def choose() -> tuple[str, str | None]:
+        revision = base.revision
+        if stage.digests.intact(record):  # the stage resumes, with the same commit
+            revision = files.read_json(record)["revision"] or ""
+        folder, commit = pipeline_folder.resolve(path, base.variant, revision)
+        diffusers_layout.check_base(
+            folder, base.variant, finetuned=base.finetuned, size=config.data.size
+        )
+        found = {"path": base.path, "variant": base.variant, "revision": commit}
+        files.write_json(record, found)
+        stage.digests.add(record)
+        return str(folder), commit
+
+    folder, commit = processes.on_first("the base model", choose)
+    if not processes.is_first():
+        folder, _ = pipeline_folder.resolve(path, base.variant, commit or "")
+    return epath.Path(folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +268,10 @@ class Part:
 
 
 def fill(part: Part, params: Any, *, size: int, mesh: jax.sharding.Mesh) -> None:
-    """Writes the missing shards of a part.
+    """Writes the missing shards of a part, shared out among the processes.
 
     No batch crosses the border of a shard, so that a shard is computed from the same
-    batches whichever shards exist already.
+    batches whichever shards exist already, and whoever computes it.
 
     Args:
       part: of the cache.
@@ -259,10 +286,16 @@ def fill(part: Part, params: Any, *, size: int, mesh: jax.sharding.Mesh) -> None
     encode = sharding.over_batches(part.encode, params, size=size, mesh=mesh)
     writer, missing = part.writer, part.writer.missing
     total = writer.shape[0]
-    done = total - sum(len(rows) for rows in missing)
-    progress = Progress(f"encode/{part.unit}s", total, done=done, unit=part.unit)
+    sizes = [len(rows) for rows in missing]
+    progress = Progress(
+        f"encode/{part.unit}s",
+        total,
+        done=total - sum(sizes),
+        unit=part.unit,
+        shared=True,
+    )
     with contextlib.closing(progress):
-        for rows in missing:
+        for rows in processes.share(missing, sizes):
             shard = np.empty((len(rows), *writer.shape[1:]), writer.dtype)
             starts = range(0, len(rows), size)
             batches = encode(part.inputs(rows[i : i + size]) for i in starts)
@@ -272,6 +305,7 @@ def fill(part: Part, params: Any, *, size: int, mesh: jax.sharding.Mesh) -> None
                 _require_finite(part, rows[start : start + size], shard[start:])
                 progress.advance(len(batch))
             writer.write(rows, shard)
+    writer.finish()
 
 
 def image_rows(

@@ -299,7 +299,7 @@ def open_sampler(
 ) -> image_sampler.ImageSampler:
     """The sampler of the run; models are loaded later."""
     section = config.generate
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.local_mesh(config.mesh.data, config.mesh.fsdp)
     encoded = cache.open_cache(workdir / "encode")
     inputs = text_states.TextInputs(
         cache=encoded,

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import shutil
+import threading
 import types
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 from base_folders import to_variant
+from many_processes import run_together
 from sd_parity import jit_fast
 
-from mvc_jax import encode, errors, files, finetune
+from mvc_jax import encode, errors, files, finetune, processes
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
 from mvc_jax.data import captions, shards
@@ -448,3 +450,25 @@ def test_a_cache_goes_on_with_the_prompts_that_it_began_with(workdir, base):
     encode.run(config, workdir)
     assert {row["tokens"] for row in files.read_jsonl(path)} == {9}
     assert files.read_json(record)["artifacts"] == known["artifacts"]
+
+
+def test_many_processes_make_the_cache_of_one(whole, workdir, base, monkeypatch):
+    """Of three all but the first are killed after a shard; two make the rest."""
+    write, killed = shards.Writer.write, threading.Event()
+
+    def mortal(writer, rows, array):
+        if processes.index() and killed.is_set():
+            raise Killed
+        write(writer, rows, array)
+        killed.set()
+
+    config = make_config(base, flip=True)
+    with monkeypatch.context() as patch, pytest.raises((Killed, AssertionError)):
+        patch.setattr(shards.Writer, "write", mortal)
+        run_together(monkeypatch, 3, lambda: encode.run(config, workdir))
+    assert not (workdir / "encode" / "manifest.json").exists()
+    kept = {p: p.stat().st_mtime_ns for p in workdir.glob("encode/*/*.npy")}
+    assert kept
+    run_together(monkeypatch, 2, lambda: encode.run(config, workdir))
+    assert digests(workdir) == digests(whole[0])
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}

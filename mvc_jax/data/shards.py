@@ -3,6 +3,9 @@
 `00000.npy`, `00001.npy`, ... hold the rows in order. `index.json` holds the number of
 rows, their shape and dtype, the rows per shard, and size and sha256 of each shard that
 is written. It is replaced after every shard, so that an interrupted writer resumes.
+
+Of many processes each writes some of the shards, and all but the first an index of
+these alone, `index-1.json` and so on, which the first adds to its own at the end.
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Int
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.errors import UserError
 
 # tensorstore (zarr3, one chunk per row with crc32c) was tried in place of this file.
@@ -25,7 +28,7 @@ from mvc_jax.errors import UserError
 # The memory that writing takes, and the work that a killed writer loses: 2048 images at
 # 64x64 latents. 26 GB are a hundred files.
 SHARD_BYTES = 256 << 20
-_INDEX = "index.json"
+_INDEX, _OTHERS = "index.json", "index-*.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +55,10 @@ class _Layout:
 class Writer:
     """Writes an array shard by shard, keeping the valid shards of an earlier attempt.
 
-    Shards do not depend on the order in which they are written: an interrupted run ends
-    with the same files if it computes the same rows.
+    Shards do not depend on the order in which they are written, or on who writes them:
+    an interrupted run ends with the same files if it computes the same rows.
+
+    All processes make one of the same array together, and call `finish` together.
 
     Args:
       folder: for this array alone.
@@ -74,8 +79,11 @@ class Writer:
         layout = _Layout(rows, row_shape, dtype, 1)
         fitting = max(SHARD_BYTES // max(layout.row_bytes, 1), 1)
         self._layout = dataclasses.replace(layout, rows_per_shard=fitting)
-        self._written = self._kept()
-        self._write_index()
+        self._index = self._folder / _INDEX
+        name = f"the index of {self._folder.name}"
+        self._written = processes.on_first(name, self._begin)
+        if not processes.is_first():
+            self._index = self._folder / f"index-{processes.index()}.json"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,7 +99,7 @@ class Writer:
 
     @property
     def missing(self) -> list[range]:
-        """Rows of each shard that is not written yet."""
+        """Rows of each shard that is not written yet, as far as this process knows."""
         pairs = zip(self._layout.spans, self._written, strict=True)
         return [span for span, written in pairs if written is None]
 
@@ -120,16 +128,48 @@ class Writer:
         self._written[shard] = _describe(path)
         self._write_index()
 
+    def finish(self) -> None:
+        """Waits until all processes have written their shards, and completes the index.
+
+        A single process has nothing to do here.
+        """
+        if processes.count() > 1:
+            name = self._folder.name
+            processes.barrier(f"the shards of {name}")
+            self._written = processes.on_first(
+                f"the index of {name}", lambda: self._complete(self._listed())
+            )
+
     def _write_index(self) -> None:
         index = dataclasses.asdict(self._layout) | {"shards": self._written}
-        files.write_json(self._folder / _INDEX, index)
+        files.write_json(self._index, index)
 
-    def _kept(self) -> list[dict | None]:
-        """The entry of each shard in the present index, None if it must be written."""
+    def _begin(self) -> list[dict | None]:
+        """Checks the shards that are there, and writes their index."""
+        written = self._listed()
+        self._drop_damaged(written)
+        return self._complete(written)
+
+    def _complete(self, written: list[dict | None]) -> list[dict | None]:
+        """Writes the index of all shards, and removes those of other processes."""
+        self._written = written
+        self._write_index()
+        for path in files.matching(self._folder, _OTHERS):
+            path.unlink()
+        return written
+
+    def _listed(self) -> list[dict | None]:
+        """The entry of each shard in any index of this array; None if it has none."""
+        found: list[dict | None] = [None] * len(self._layout.spans)
+        paths = [self._folder / _INDEX, *files.matching(self._folder, _OTHERS)]
+        for path in paths:
+            if path.exists():
+                entries = self._entries(path)
+                found = [x or y for x, y in zip(found, entries, strict=True)]
+        return found
+
+    def _entries(self, path: epath.Path) -> list[dict | None]:
         none: list[dict | None] = [None] * len(self._layout.spans)
-        path = self._folder / _INDEX
-        if not path.exists():
-            return none
         try:
             layout, written = _read_index(path)
         except UserError as error:
@@ -138,6 +178,10 @@ class Writer:
         if layout != self._layout:
             logging.warning("%s is for another array: writing all shards again", path)
             return none
+        return written
+
+    def _drop_damaged(self, written: list[dict | None]) -> None:
+        """Sets the entries of shards that are missing or damaged to None."""
         if any(written):
             logging.info("%s: checking the existing shards", self._folder)
         for shard, described in enumerate(written):
@@ -147,7 +191,6 @@ class Writer:
             elif described != _describe(path):
                 logging.warning("%s is damaged: writing it again", path)
                 written[shard] = None
-        return written
 
 
 class Shards:

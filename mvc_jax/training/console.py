@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mvc_jax import processes
 
 _LINE_SECONDS = 15.0
+_NOTE_SECONDS = 1.0
 
 
 def be_quiet() -> None:
@@ -60,14 +61,30 @@ def _print_exception(kind: type, error: BaseException, trace: Any) -> None:
 
 
 class Progress:
-    """A progress bar with rate and time left; off a terminal, a line every 15 s."""
+    """A progress bar with rate and time left; off a terminal, a line every 15 s.
 
-    def __init__(self, name: str, total: int, *, done: int = 0, unit: str = "step"):
+    Of many processes the first alone shows it, with what all have done if they share
+    the work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "step",
+        shared: bool = False,
+    ):
         self._name, self._total, self._unit = name, total, unit
-        self._count = self._first = done
-        self._began = self._printed = time.monotonic()
+        self._own = self._first = done
+        self._shared, self._others = shared, 0
+        self._began = self._printed = self._noted = time.monotonic()
         self._bar = None
-        if processes.is_first() and sys.stderr.isatty():
+        processes.note(name, 0)
+        if not processes.is_first():
+            return
+        if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True
             )
@@ -76,16 +93,32 @@ class Progress:
 
     def advance(self, count: int, **shown: float) -> None:
         """Advances by `count`; `shown` are numbers to print beside the bar."""
-        self._count += count
+        self._own += count
+        if time.monotonic() - self._noted > _NOTE_SECONDS:
+            self._tell()
+        if not processes.is_first():
+            return
         text = {name: f"{value:.4g}" for name, value in shown.items()}
         if self._bar is not None:
             self._bar.set_postfix(text, refresh=False)
-            self._bar.update(count)
+            self._bar.update(self._count - self._bar.n)
         elif (
             self._count >= self._total
             or time.monotonic() - self._printed > _LINE_SECONDS
         ):
             self._print(**text)
+
+    @property
+    def _count(self) -> int:
+        """Of all processes, as far as this one knows."""
+        return min(self._own + self._others, max(self._total, self._own))
+
+    def _tell(self) -> None:
+        """Tells the other processes of this one, and asks for them."""
+        self._noted = time.monotonic()
+        processes.note(self._name, self._own - self._first)
+        if self._shared:
+            self._others = processes.noted(self._name)
 
     def _print(self, **text: str) -> None:
         self._printed = time.monotonic()
@@ -99,5 +132,7 @@ class Progress:
         logging.info(line)
 
     def close(self) -> None:
+        """Ends it; others may still be at work."""
+        self._tell()
         if self._bar is not None:
             self._bar.close()

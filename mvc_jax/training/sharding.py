@@ -1,5 +1,6 @@
 """The device mesh ("data", "fsdp"), and sharding rules as data."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -39,10 +40,18 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(shape), BATCH_AXES)
 
 
-def local_mesh() -> Mesh:
-    """A mesh over the devices of this process, for work that is split by shards."""
+def local_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """A mesh over the devices of this process, for work that is shared out by shards.
+
+    Args:
+      data: of the mesh of all processes.
+      fsdp: of that mesh; here it is as large as the devices of a process allow.
+    """
     runtime.start()
-    return make_mesh(devices=jax.local_devices())
+    if jax.process_count() == 1:
+        return make_mesh(data, fsdp)
+    devices = jax.local_devices()
+    return make_mesh(-1, math.gcd(fsdp, len(devices)), devices)
 
 
 def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
