@@ -250,7 +250,8 @@ def write_set(
         settings=image_sampler.Settings(sampler="ddim", steps=50),
     )
     off = screener.Screener(None, train=None)
-    generate.draw_set("mixed", made, Sampler(), writer, off, max_redraws=0)
+    missing = generate.Missing(len(made), writer.store.missing(len(made)))
+    generate.draw_set("mixed", made, Sampler(), writer, missing, off, max_redraws=0)
 
 
 def torch_s(arguments: argparse.Namespace) -> tuple[Callable, Callable]:

@@ -5,15 +5,19 @@ card for each set of `generate.sets`, all from the same recipes and noise:
 `generation/synthetic.py` describes its files, `generation/conditionings.py` the sets.
 Unusable images are redrawn or left out. With `generate.limit` only a contact sheet is
 drawn.
+
+Of many processes each draws some of the shards that are missing, of all sets, on its
+own devices; the first makes the figures, the lists and the cards.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,7 @@ from absl import logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.checkpoints import dataset_card, model_card
 from mvc_jax.data import cache, splits
 from mvc_jax.diffusion import timesteps
@@ -203,34 +207,21 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Draws every set, shard by shard; existing shards are kept."""
     workdir, section = epath.Path(workdir), config.generate
     if section.limit:
-        draw_contact_sheet(config, workdir)
+        sheet = functools.partial(draw_contact_sheet, config, workdir)
+        processes.on_first("the contact sheet", sheet)
         return
     was_complete = is_complete(workdir, "generate")
     stage = open_stage(workdir, stage_spec(config))
-    requested = requested_figures(config, workdir)
     if stage.complete:
-        restore_pictures(stage, section)
-        missing = [x for x in requested if not _has_figure(stage, x)]
-        if missing:
-            require_inputs(workdir, stage_spec(config))
-            recipes, train = read_recipes(workdir), read_train(workdir)
-            sampler = None
-            if missing != ["coarse_fine"]:  # which needs no model
-                sampler = open_sampler(config, workdir, recipes, train)
-            draw_figures(config, workdir, missing, sampler, recipes, train)
-            stage.digests.add(*figure_files(stage.folder, missing))
+        restore = functools.partial(restore_rest, config, workdir, stage)
+        processes.on_first("pictures and figures", restore)
         return
-    artifacts, counts, drawing = [], Counter(), False
+    drawing = False
     try:
         recipes, train = read_recipes(workdir), read_train(workdir)
         sampler = open_sampler(config, workdir, recipes, train)
         writers = open_writers(config, workdir, stage.digests, sampler, train)
-        set_writer.require_space_for_sets(
-            [writer.store for writer in writers.values()],
-            synthetic=len(recipes),
-            real=len(train.ids) if section.include_real else 0,
-            side=section.size if section.size > 0 else config.data.size,
-        )
+        missing = find_missing(config, writers, len(recipes), real=len(train.ids))
         filters = screener.open_screener(
             FilterSettings(**section.filter),
             workdir=workdir,
@@ -241,29 +232,42 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             class_type=config.data.class_type,
         )
         drawing = True
-        for name in sorted(section.sets, key=conditionings.model_order):
-            writer = writers[name]
-            applied = [
-                conditionings.CONDITIONINGS[name].applied(recipe, name)
-                for recipe in recipes
-            ]
-            draw_set(name, applied, sampler, writer, filters, section.max_redraws)
-            if section.include_real:
-                writer.write_real()
-            written, counted = finish_set(config, workdir, name, writer.store, filters)
-            artifacts += [f"{name}/{file}" for file in written]
-            counts.update(counted)
-            counts["left_out"] += len(recipes) - counted["images"]
+        made = draw_sets(config, workdir, recipes, sampler, writers, missing, filters)
     except UserError:
         nothing_added = was_complete and not drawing
         if nothing_added or not files.matching(stage.folder, "*/data/*"):
             stage.abandon()  # other settings are allowed
         raise
-    draw_figures(config, workdir, requested, sampler, recipes, train)
-    stage.digests.add(*figure_files(stage.folder, requested))
-    artifacts += filters.write_facts(stage.folder)
+
+    def finish() -> list[str]:
+        requested = requested_figures(config, workdir)
+        draw_figures(config, workdir, requested, sampler, recipes, train)
+        stage.digests.add(*figure_files(stage.folder, requested))
+        return filters.write_facts(stage.folder)
+
+    artifacts = processes.on_first("the figures", finish)
+    counts = Counter()
+    for written, counted in made:
+        artifacts = [*written, *artifacts]
+        counts.update(counted)
     names = ("images", "redrawn", "left_out", *filters.count_names)
     stage.finish(artifacts, **{name: counts[name] for name in names})
+
+
+def restore_rest(config: ConfigDict, workdir: epath.Path, stage: Stage) -> None:
+    """Makes what is missing beside the shards of complete sets: pictures, figures."""
+    restore_pictures(stage, config.generate)
+    requested = requested_figures(config, workdir)
+    missing = [x for x in requested if not _has_figure(stage, x)]
+    if not missing:
+        return
+    require_inputs(workdir, stage_spec(config))
+    recipes, train = read_recipes(workdir), read_train(workdir)
+    sampler = None
+    if missing != ["coarse_fine"]:  # which needs no model
+        sampler = open_sampler(config, workdir, recipes, train)
+    draw_figures(config, workdir, missing, sampler, recipes, train)
+    stage.digests.add(*figure_files(stage.folder, missing))
 
 
 def read_recipes(workdir: epath.Path) -> list[dict]:
@@ -339,8 +343,12 @@ def open_writers(
     sampler: image_sampler.ImageSampler,
     train: splits.Split,
 ) -> dict[str, set_writer.SetWriter]:
-    """A writer for each set."""
+    """A writer for each set, in the order in which they are drawn."""
     section = config.generate
+    names = sorted(section.sets, key=conditionings.model_order)
+    models = processes.on_first(
+        "the hashes of models", lambda: {x: sampler.model_hash(x) for x in names}
+    )
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     images = files.read_jsonl(workdir / "caption" / "images.jsonl")
     sizes = {row["id"]: (row["width"], row["height"]) for row in images}
@@ -350,7 +358,7 @@ def open_writers(
                 folder=workdir / "generate" / name,
                 digests=digests,
                 class_names=train.class_names,
-                model=sampler.model_hash(name),
+                model=models[name],
                 shard_size=section.shard_size,
                 format=section.format,
                 pictures=section.folder,
@@ -365,8 +373,122 @@ def open_writers(
             seed=config.seed,
             settings=sampler.settings,
         )
-        for name in section.sets
+        for name in names
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """What is missing of a set before it is drawn.
+
+    Attributes:
+      count: number of its images that are missing.
+      mine: those that this process draws, by shard.
+      unusable: reasons why images of the others stayed unusable.
+    """
+
+    count: int
+    mine: Sequence[synthetic.Part]
+    unusable: Sequence[str] = ()
+
+
+def find_missing(
+    config: ConfigDict,
+    writers: Mapping[str, set_writer.SetWriter],
+    recipes: int,
+    *,
+    real: int,
+) -> dict[str, Missing]:
+    """Finds the missing images of all sets, and shares them out among the processes.
+
+    Args:
+      config: of the run.
+      writers: of the sets, in the order of drawing.
+      recipes: number of them.
+      real: number of training images.
+
+    Raises:
+      UserError: the disk has no room for them.
+    """
+    section = config.generate
+    stores = [writer.store for writer in writers.values()]
+
+    def find() -> list[Any]:
+        found = [store.missing(recipes) for store in stores]
+        set_writer.require_space_for_sets(
+            stores,
+            sum(part.stop - part.start for parts in found for part in parts)
+            + (len(stores) * real if section.include_real else 0),
+            side=section.size if section.size > 0 else config.data.size,
+        )
+        notes = [store.recorded("notes") for store in stores]
+        unusable = [selection.unusable_reasons(each) for each in notes]
+        places = [
+            [(part.shard, part.start, part.stop) for part in parts] for parts in found
+        ]
+        return [*zip(writers, places, unusable, strict=True)]
+
+    found = processes.on_first("the images that are missing", find)
+    parts = [
+        (name, synthetic.Part(writers[name].store.folder, *place))
+        for name, places, _ in found
+        for place in places
+    ]
+    mine = processes.share(parts, [part.stop - part.start for _, part in parts])
+    return {
+        name: Missing(
+            sum(stop - start for _, start, stop in places),
+            [part for set_, part in mine if set_ == name],
+            unusable,
+        )
+        for name, places, unusable in found
+    }
+
+
+def draw_sets(
+    config: ConfigDict,
+    workdir: epath.Path,
+    recipes: Sequence[dict],
+    sampler: image_sampler.ImageSampler,
+    writers: Mapping[str, set_writer.SetWriter],
+    missing: Mapping[str, Missing],
+    filters: screener.Screener,
+) -> list[tuple[list[str], dict[str, int]]]:
+    """Draws what is missing of all sets, and finishes them.
+
+    A single process finishes each set before it draws the next. Many do not, so that
+    none waits for the others after each set.
+
+    Returns:
+      for each set its files, relative to the stage's folder, and its counts.
+    """
+    section, made = config.generate, []
+    rounds = [[*writers]]
+    if processes.count() == 1:
+        rounds = [[name] for name in writers]
+    for names in rounds:
+        for name in names:
+            draw_set(
+                name,
+                recipes,
+                sampler,
+                writers[name],
+                missing[name],
+                filters,
+                section.max_redraws,
+            )
+            if section.include_real:
+                writers[name].write_real()
+
+        def finish(names: Sequence[str] = names) -> list[Any]:
+            stores = [writers[name].store for name in names]
+            return [
+                finish_set(config, workdir, x, len(recipes), filters) for x in stores
+            ]
+
+        processes.barrier("the end of drawing")
+        made += processes.on_first("the lists and cards of sets", finish)
+    return made
 
 
 def draw_set(
@@ -374,32 +496,36 @@ def draw_set(
     recipes: Sequence[dict],
     sampler: image_sampler.ImageSampler,
     writer: set_writer.SetWriter,
+    missing: Missing,
     filters: screener.Screener,
     max_redraws: int,
 ) -> None:
-    """Draws the missing images of a set, and writes a shard while drawing the next."""
-    store = writer.store
-    parts = store.missing(len(recipes))
-    groups = [recipes[part.start : part.stop] for part in parts]
-    done = len(recipes) - sum(map(len, groups))
-    unusable = Counter(selection.unusable_reasons(store.recorded("notes")))
-    select = functools.partial(selection.select, screen=filters.for_set(store.folder))
-    if parts:
+    """Draws this process's images of a set; writes a shard while drawing the next."""
+    conditioning, total = conditionings.CONDITIONINGS[name], len(recipes)
+    groups = [
+        [conditioning.applied(x, name) for x in recipes[part.start : part.stop]]
+        for part in missing.mine
+    ]
+    done = total - missing.count
+    unusable = Counter(missing.unusable)
+    screen = filters.for_set(writer.store.folder)
+    select = functools.partial(selection.select, screen=screen)
+    if groups:
         sampler.load(name)
-    progress = Progress(f"generate/{name}", len(recipes), done=done, unit="image")
+    progress = Progress(f"generate/{name}", total, done=done, unit="image", shared=True)
     with (
         contextlib.closing(progress),
         concurrent.futures.ThreadPoolExecutor(1) as thread,
     ):
         writing = None
-        shards = zip(parts, groups, sampler.stream(groups), strict=True)
+        shards = zip(missing.mine, groups, sampler.stream(groups), strict=True)
         for part, group, drawn in shards:
             notes = image_status.redraw_unusable(
                 sampler.draw, group, drawn, max_redraws
             )
             done += len(group)
             unusable.update(selection.unusable_reasons(notes))
-            selection.require_few_unusable(name, unusable, done, len(recipes))
+            selection.require_few_unusable(name, unusable, done, total)
             if writing is not None:
                 writing.result()  # raises what the thread raised
             writing = thread.submit(writer.write, part, group, drawn, notes, select)
@@ -411,20 +537,22 @@ def draw_set(
 def finish_set(
     config: ConfigDict,
     workdir: epath.Path,
-    name: str,
     store: synthetic.Store,
+    recipes: int,
     filters: screener.Screener,
 ) -> tuple[list[str], dict[str, int]]:
     """Writes the lists and the card of a set whose shards are complete.
 
     Returns:
-      the files of the set, relative to its folder, and counts for the manifest.
+      the files of the set, relative to the stage's folder, and counts for the manifest.
     """
+    name = store.folder.name
     labels, notes = store.labels(), store.recorded("notes")
     removed_rows = store.recorded("removed")
     listed, removed_counts = filters.finish_set(store.folder, removed_rows, labels)
     written = store.finish() + listed
     left_out = Counter(selection.unusable_reasons(notes))
+    selection.require_few_unusable(name, left_out, recipes, recipes)
     left_out.update(removed.reasons(removed_rows))
     side = config.generate.size or config.data.size
     base_folder, _ = pipeline_folder.resolve(**diffusers_layout.recorded_base(workdir))
@@ -452,7 +580,12 @@ def finish_set(
     )
     written += dataset_card.write(store.folder, facts)
     redrawn = sum(note["kept"] for note in notes)
-    return written, {"images": len(labels), "redrawn": redrawn, **removed_counts}
+    return [f"{name}/{file}" for file in written], {
+        "images": len(labels),
+        "redrawn": redrawn,
+        "left_out": recipes - len(labels),
+        **removed_counts,
+    }
 
 
 def class_counts(labels: np.ndarray, class_names: Sequence[str]) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
+from mvc_jax import processes
 from mvc_jax.data import decode
 from mvc_jax.data.splits import Split
 from mvc_jax.errors import require_disk_space
@@ -72,9 +73,9 @@ class SetWriter:
         self.store.write(part, images, rows, notes, removed)
 
     def write_real(self) -> None:
-        """Writes the training images that are missing, in the same form."""
+        """Writes this process's share of the training images, in the same form."""
         ids, size = self.train.ids, self.store.shard_size
-        for shard, start in enumerate(range(0, len(ids), size)):
+        for shard, start in processes.share([*enumerate(range(0, len(ids), size))]):
             part = range(start, min(start + size, len(ids)))
             rows = [real_row(i, self.prompts[ids[i]]) for i in part]
             images = [self._resized(self.train.images[i], ids[i]) for i in part]
@@ -110,22 +111,17 @@ class SetWriter:
         return decode.fit(image, self.size, resample=resample)
 
 
-def require_space_for_sets(
-    stores: Sequence[Store], *, synthetic: int, real: int, side: int
-) -> None:
-    """Checks the free disk space for the missing images of all sets, uncompressed.
+def require_space_for_sets(stores: Sequence[Store], images: int, *, side: int) -> None:
+    """Checks the free disk space for images of some sets, uncompressed.
 
     Args:
       stores: the sets, all on one disk.
-      synthetic: number of synthetic images of a set.
-      real: number of real images that are written into each set as well.
+      images: that are missing in all of them, real ones as well.
       side: pixels along a side.
 
     Raises:
-      UserError: the disk is too full; or a shard is damaged or of another model.
+      UserError: the disk is too full.
     """
-    parts = [part for store in stores for part in store.missing(synthetic)]
-    images = sum(part.stop - part.start for part in parts) + len(stores) * real
     forms = 2 if stores[0].pictures else 1
     require_disk_space(
         stores[0].folder.parent.parent,

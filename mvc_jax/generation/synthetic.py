@@ -70,11 +70,22 @@ _RECORD = b"mvc_jax"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Images `start` to `stop - 1`, which are missing in the shard at `path`."""
+    """Images `start` to `stop - 1`, which are missing in a shard of a set.
 
-    path: epath.Path
+    Attributes:
+      folder: of the set.
+      shard: its number.
+      start, stop: of the images.
+    """
+
+    folder: epath.Path
+    shard: int
     start: int
     stop: int
+
+    @property
+    def path(self) -> epath.Path:
+        return shard_path(self.folder, self.shard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +132,7 @@ class Store:
             if self._is_there(path):
                 start = self._record(path)["stop"]
             if start < stop:
-                parts.append(Part(path, start, stop))
+                parts.append(Part(self.folder, shard, start, stop))
         return parts
 
     def write(
