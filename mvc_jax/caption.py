@@ -3,6 +3,9 @@
 Reads: the source. Writes: `images.npy` and its rows, `splits.json`, `captions.jsonl`,
 and for the user `contact_sheet.png`, `bad_images.jsonl` and `duplicates.jsonl`. No
 later stage opens the source. Test images are never captioned.
+
+Of many processes the first reads the images and writes all files; where a network
+writes the captions, each captions some of the batches.
 """
 
 import math
@@ -16,7 +19,7 @@ from etils import epath
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.classification import duration
 from mvc_jax.data import captions, duplicates, sources, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
@@ -83,34 +86,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
-    folder = stage.folder
-    if not all(stage.digests.intact(folder / name) for name in splits.FILES):
-        try:
-            _gather(config, _open(config.data), folder)
-        except UserError:  # keeps nothing, so that other settings may be tried
-            stage.abandon()
-            raise
-        stage.digests.add(*(folder / name for name in splits.FILES))
-    pool, train = (splits.read_split(folder, name) for name in ("pool", "train"))
-    ids, labels = pool.ids + train.ids, np.concatenate([pool.labels, train.labels])
-    class_names = [train.class_names[label] for label in labels]
-    raw = _captions(config, stage, ids, class_names)
-    collapse = config.caption.captioner in _DEFAULT_MODEL
-    texts = [captions.clean(text, collapse=collapse) for text in raw]
-    captions.write_captions(
-        folder / "captions.jsonl",
-        dict(zip(ids, texts, strict=True)),
-        captioner=config.caption.captioner,
-        version=_model(config.caption) or VERSION,
-    )
-    summary.warn_of_same_captions(texts[len(pool.ids) :], train)
-    summary.write_contact_sheet(folder)
-    for part in _partial_captions(folder):
-        part.unlink()
-    sizes = files.read_json(folder / "splits.json")
-    counts = {name: len(ids) for name, ids in sizes.items()}
-    counts["cleaned"] = sum(a != b for a, b in zip(raw, texts, strict=True))
-    counts["empty"] = sum(not text for text in texts)
+    processes.on_first("the images", lambda: _gather_once(config, stage))
+    if config.caption.captioner in _DEFAULT_MODEL:
+        ids, _ = _captioned(stage.folder)
+        _network_captions(config.caption, stage, ids)
+    counts = processes.on_first("the captions", lambda: _write(config, stage))
     artifacts = [
         *splits.FILES,
         "captions.jsonl",
@@ -120,9 +100,54 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "label_conflicts.jsonl",
     ]
     stage.finish(artifacts, **counts)
+
+
+def _gather_once(config: ConfigDict, stage: Stage) -> None:
+    """Reads the images, unless that is done."""
+    folder = stage.folder
+    if all(stage.digests.intact(folder / name) for name in splits.FILES):
+        return
+    try:
+        _gather(config, _open(config.data), folder)
+    except UserError:  # keeps nothing, so that other settings may be tried
+        stage.abandon()
+        raise
+    stage.digests.add(*(folder / name for name in splits.FILES))
+
+
+def _captioned(folder: epath.Path) -> tuple[list[str], list[str]]:
+    """Ids and class names of the images with captions, the first of `images.npy`."""
+    pool, train = (splits.read_split(folder, name) for name in ("pool", "train"))
+    labels = np.concatenate([pool.labels, train.labels])
+    return [*pool.ids, *train.ids], [train.class_names[label] for label in labels]
+
+
+def _write(config: ConfigDict, stage: Stage) -> dict[str, int]:
+    """Writes the captions and what shows the dataset; returns counts."""
+    folder, section = stage.folder, config.caption
+    ids, class_names = _captioned(folder)
+    raw = _captions(config, stage, ids, class_names)
+    collapse = section.captioner in _DEFAULT_MODEL
+    texts = [captions.clean(text, collapse=collapse) for text in raw]
+    captions.write_captions(
+        folder / "captions.jsonl",
+        dict(zip(ids, texts, strict=True)),
+        captioner=section.captioner,
+        version=_model(section) or VERSION,
+    )
+    train = splits.read_split(folder, "train")
+    summary.warn_of_same_captions(texts[len(texts) - len(train.ids) :], train)
+    summary.write_contact_sheet(folder)
+    for part in _partial_captions(folder):
+        part.unlink()
+    sizes = files.read_json(folder / "splits.json")
+    counts = {name: len(ids) for name, ids in sizes.items()}
+    counts["cleaned"] = sum(a != b for a, b in zip(raw, texts, strict=True))
+    counts["empty"] = sum(not text for text in texts)
     shown = ", ".join(f"{count} {name}" for name, count in counts.items())
     logging.info("%d captions; %s", len(texts), shown)
     logging.info("contact sheet: %s", folder / "contact_sheet.png")
+    return counts
 
 
 def table(workdir: epath.Path) -> str:
@@ -445,7 +470,7 @@ def _captions(
     ids: Sequence[str],
     class_names: Sequence[str],
 ) -> list[str]:
-    """Captions the first images of `images.npy`.
+    """The captions of the first images of `images.npy`; those of a network are saved.
 
     Args:
       config: of the run.
@@ -460,35 +485,60 @@ def _captions(
         values = {"class_type": config.data.class_type}
         texts = (section.template.format(label=name, **values) for name in class_names)
         return [captions.readable(text) for text in texts]
-    images = files.map_array(stage.folder / "images.npy")[: len(ids)]
     if section.captioner == "attributes":
-        return attribute_captions(images)
-    return _network_captions(section, stage, images, ids)
-
-
-def _network_captions(
-    section: ConfigDict, stage: Stage, images: np.ndarray, ids: Sequence[str]
-) -> list[str]:
-    """Captions images by a network; saves every few seconds, and resumes from that."""
-    folder, saved = stage.folder, dict[str, str]()
-    for part in filter(stage.digests.intact, _partial_captions(folder)):
-        saved |= {row["id"]: row["caption"] for row in files.read_jsonl(part)}
-    todo = [i for i, id_ in enumerate(ids) if id_ not in saved]
-    progress = Progress("captions", len(ids), done=len(saved), unit="image")
-    unsaved: list[dict[str, str]] = []
-    last_save = time.monotonic()
-    for row, text in _run_network(section, folder, images, todo):
-        unsaved.append({"id": ids[row], "caption": text})
-        progress.advance(1)
-        is_last = len(saved) + len(unsaved) == len(ids)
-        if is_last or time.monotonic() - last_save > _SAVE_SECONDS:
-            part = folder / "captions.partial" / f"{len(saved):08d}.jsonl"
-            files.write_jsonl(part, unsaved)
-            stage.digests.add(part)
-            saved |= {row["id"]: row["caption"] for row in unsaved}
-            unsaved, last_save = [], time.monotonic()
-    progress.close()
+        return attribute_captions(
+            files.map_array(stage.folder / "images.npy")[: len(ids)]
+        )
+    saved = _saved_captions(stage)
     return [saved[id_] for id_ in ids]
+
+
+def _network_captions(section: ConfigDict, stage: Stage, ids: Sequence[str]) -> None:
+    """Captions images by a network; saves every few seconds, and resumes from that.
+
+    Batches are shared out among the processes.
+
+    Args:
+      section: of the config.
+      stage: the opened stage.
+      ids: of the images, the first of `images.npy`.
+    """
+    folder, saved = stage.folder, _saved_captions(stage).keys()
+    processes.barrier("the captions that were saved")  # before there are others
+    todo = [i for i, id_ in enumerate(ids) if id_ not in saved]
+    batches: dict[int, list[int]] = {}
+    for i in todo:
+        batches.setdefault(i // section.batch_size, []).append(i)
+    shares = processes.share([*batches.values()], [*map(len, batches.values())])
+    mine = [i for rows in shares for i in rows]
+    images = files.map_array(folder / "images.npy")[: len(ids)]
+    progress = Progress(
+        "captions", len(ids), done=len(ids) - len(todo), unit="image", shared=True
+    )
+    unsaved: dict[int, str] = {}
+    last_save, left = time.monotonic(), len(mine)
+    for row, text in _run_network(section, folder, images, mine):
+        unsaved[row] = text
+        left -= 1
+        progress.advance(1)
+        if not left or time.monotonic() - last_save > _SAVE_SECONDS:
+            part = folder / "captions.partial" / f"{min(unsaved):08d}.jsonl"
+            lines = [{"id": ids[i], "caption": unsaved[i]} for i in unsaved]
+            files.write_jsonl(part, lines)
+            stage.digests.add(part)
+            unsaved, last_save = {}, time.monotonic()
+    progress.close()
+    processes.barrier("the end of captioning")
+
+
+def _saved_captions(stage: Stage) -> dict[str, str]:
+    """Image id -> caption, of those that are on the disk."""
+    return {
+        row["id"]: row["caption"]
+        for part in _partial_captions(stage.folder)
+        if stage.digests.intact(part)
+        for row in files.read_jsonl(part)
+    }
 
 
 def _run_network(

@@ -487,7 +487,7 @@ def draw_sets(
             ]
 
         processes.barrier("the end of drawing")
-        made += processes.on_first("the lists and cards of sets", finish)
+        made += map(tuple, processes.on_first("the lists and cards of sets", finish))
     return made
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from many_processes import run_together
 from PIL import Image
 from shared_samplers import shared_programs
 
@@ -20,7 +22,13 @@ from mvc_jax.configs import common
 from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import UserError
-from mvc_jax.generation import image_sampler, image_status, preview, synthetic
+from mvc_jax.generation import (
+    image_sampler,
+    image_status,
+    preview,
+    set_writer,
+    synthetic,
+)
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.metrics import distances
@@ -30,6 +38,10 @@ from mvc_jax.training import sharding
 
 IMAGES, LENGTH, WIDTH = 5, 12, 16  # real images; shape of `tiny`'s text states
 WEIGHTS = "finetune/model/unet/diffusion_pytorch_model.safetensors"
+
+
+class Killed(BaseException):
+    pass
 
 
 def settings(**fields):
@@ -199,6 +211,38 @@ def test_a_rerun_draws_only_what_is_missing(make, monkeypatch):
     assert drawn == [4]
     assert digests(folder) == whole
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_many_processes_draw_the_files_of_one(make, finetuned, tmp_path, monkeypatch):
+    """Three are killed after a shard each, two draw the rest; then the sets grow."""
+    sets = ("mixed", "unmixed", "pretrained")
+    filters = {"outliers": True, "outliers_quantile": 0.5}
+    few = {"sets": sets, "include_real": True, "filter": filters}
+    workdir = shutil.copytree(finetuned, tmp_path / "together")
+    write, written = set_writer.SetWriter.write, []
+
+    def mortal(writer, part, *rest):
+        if len(written) > 2:
+            raise Killed
+        write(writer, part, *rest)
+        written.append(part)
+
+    config = settings(**few)
+    mix.run(config, workdir)
+    with monkeypatch.context() as patch, pytest.raises((Killed, AssertionError)):
+        patch.setattr(set_writer.SetWriter, "write", mortal)
+        run_together(monkeypatch, 3, lambda: generate.run(config, workdir))
+    assert not (workdir / "generate" / "manifest.json").exists()
+    kept = {part.path: os.stat(part.path).st_mtime_ns for part in written}
+    assert 3 <= len(kept) <= 5
+    run_together(monkeypatch, 2, lambda: generate.run(config, workdir))
+    assert kept == {path: os.stat(path).st_mtime_ns for path in kept}
+    assert digests(workdir / "generate") == digests(make(**few) / "generate")
+    config = settings(per_image=2, **few)
+    mix.run(config, workdir)
+    run_together(monkeypatch, 3, lambda: generate.run(config, workdir))
+    one = digests(make(per_image=2, **few) / "generate", without=["manifest.json"])
+    assert digests(workdir / "generate", without=["manifest.json"]) == one
 
 
 def opened(workdir, devices, batch_size):
