@@ -1,6 +1,9 @@
 """All results -> metrics: accuracies, paired differences, properties of the images.
 
 Reads: `classify/results/`, `generate/`, the training images. Writes: `metrics.json`.
+
+Of many processes each computes some of the features and measures some of the sets; the
+first puts the numbers together.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from etils import epath, epy
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.data import captions, decode, splits
 from mvc_jax.metrics import (
     compare,
@@ -115,9 +118,24 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes every number that the report shows."""
     workdir = epath.Path(workdir)
     stage = open_stage(workdir, stage_spec(config))
-    if stage.complete:
-        _remove_features(stage)
-        return
+    if not stage.complete:
+        generate = read_manifest(workdir, "generate")["settings"]["generate"]
+        measured, tables = _measure_sets(config, workdir, stage, generate["sets"])
+
+        def write() -> int:
+            metrics = _metrics(config, workdir, measured)
+            files.write_json(stage.folder / "metrics.json", metrics)
+            return len(metrics["runs"])
+
+        runs_ = processes.on_first("the metrics", write)
+        stage.finish(["metrics.json", *tables], runs=runs_)
+    processes.on_first("the features", lambda: _remove_features(stage))
+
+
+def _metrics(
+    config: ConfigDict, workdir: epath.Path, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """All metrics, of which `measured` are those of the sets."""
     classify = read_manifest(workdir, "classify")["settings"]["classify"]
     generate = read_manifest(workdir, "generate")
     results = _read_results(workdir / "classify" / "results", classify["runs"])
@@ -129,9 +147,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         name: _predictions(result) == test.labels for name, result in results.items()
     }
     answers = comparisons.answers(correct, confidence)
-    measured, tables = _measure_sets(config, workdir, stage, set_names)
     _add_accuracy_scores(measured["images"]["sets"], results)
-    metrics = {
+    return {
         "class_names": list(test.class_names),
         "counts": {name: len(ids) for name, ids in split_ids.items()},
         "seeds": classify["seeds"],
@@ -153,9 +170,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),
         **_caveats(classify["seeds"], workdir),
     }
-    files.write_json(stage.folder / "metrics.json", metrics)
-    stage.finish(["metrics.json", *tables], runs=len(results))
-    _remove_features(stage)
 
 
 def _remove_features(stage: Stage) -> None:
@@ -269,8 +283,8 @@ def _measure_sets(
       names: of the sets.
 
     Returns:
-      the parts `sets` and `images` of the metrics; the files written, relative to the
-      stage's folder.
+      the parts `sets` and `images` of the metrics, {} in processes but the first; the
+      files written, relative to the stage's folder.
     """
     section, space = config.evaluate, None
     if section.features == "pixels":
@@ -287,29 +301,29 @@ def _measure_sets(
     rows = {id_: i for i, id_ in enumerate(sets[0].names)}
     fit = {name: config.data[name] for name in ("size", "resize", "resample")}
     sets += [_synthetic_set(workdir / "generate" / x, rows, **fit) for x in names]
-    reading = Progress("evaluate: images", sum(map(len, sets)), unit="image")
-    found = [
-        image_features.extract(
-            images,
-            stage.folder / _FEATURES / images.name,
-            size=config.data.size,
-            embed=space and space.embed,
-            advance=reading.advance,
-        )
-        for images in sets
-    ]
+    total = sum(map(len, sets))
+    reading = Progress("evaluate: images", total, unit="image", shared=True)
+    found = image_features.extract(
+        sets,
+        stage.folder / _FEATURES,
+        size=config.data.size,
+        embed=space and space.embed,
+        advance=reading.advance,
+    )
     reading.close()
     options = _options(config, splits.class_names(workdir / "caption"), space)
     sizes = [len(images) for images in sets]
     cost = set_metrics.cost(found[0].features, sizes[1:])
     logging.info("evaluate: nearest neighbours among %s", cost)
     blocks = compare.blocks_of(sizes[0], sizes[1:])
-    comparing = Progress("evaluate: distances", blocks, unit="block")
+    comparing = Progress("evaluate: distances", blocks, unit="block", shared=True)
     measured = set_metrics.SetMetrics(
         found[0], found[1], options, stage.folder, stage.digests, comparing.advance
     )
     described = measured.describe(found[2:])
     comparing.close()
+    if not described:
+        return {}, measured.written
     about = {"features": section.features, "weights": section.weights}
     if section.features == "inception":
         about["fid"] = space.published  # whether the Fréchet distance is the FID

@@ -84,12 +84,9 @@ def measured(tmp_path, sets, metrics=("kid",)):
     """Metrics of synthetic sets after train and test, of classes a and b, by pixels."""
     folder = epath.Path(tmp_path) / "evaluate"
     size = next(sets[0].images(0)).shape[0]
-    found = [
-        image_features.extract(
-            each, folder / each.name, size=size, embed=None, advance=lambda n: None
-        )
-        for each in sets
-    ]
+    found = image_features.extract(
+        sets, folder, size=size, embed=None, advance=lambda n: None
+    )
     options = set_metrics.Options(metrics, 2, ("a", "b"))
     digests = Digests(folder, folder.parent / "evaluate.jsonl")
     made = set_metrics.SetMetrics(*found[:2], options, folder, digests, lambda n: None)

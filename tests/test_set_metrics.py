@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from etils import epath
+from many_processes import run_together
 from scipy.spatial.distance import cdist
 from test_evaluate import images_of, measured, real_set
 
+from mvc_jax import files, processes
 from mvc_jax.digests import Digests
 from mvc_jax.metrics import (
     distances,
@@ -131,10 +133,10 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     each = dataclasses.replace(real_set("train", images), images=from_start)
     options = {"size": 8, "embed": embed, "advance": lambda n: None}
     with pytest.raises(KeyboardInterrupt):
-        image_features.extract(each, epath.Path(tmp_path), **options)
+        image_features.extract([each], epath.Path(tmp_path), **options)
     assert seen == [4, 4]
     seen.clear(), read.clear()
-    found = image_features.extract(each, epath.Path(tmp_path), **options)
+    (found,) = image_features.extract([each], epath.Path(tmp_path), **options)
     assert seen == [2] and read == [8, 9]
     expected = images.reshape(10, -1)
     np.testing.assert_array_equal(found.pixels.rows(slice(None)), expected)
@@ -157,6 +159,41 @@ def test_a_measured_set_is_not_measured_again(tmp_path, monkeypatch):
         measured(tmp_path, [*sets, mixed])
 
 
+def test_many_processes_measure_as_one(tmp_path, monkeypatch):
+    """Of three one is killed, two go on: the same files, each made once."""
+    monkeypatch.setattr(image_features, "CHUNK", 4)
+    sets = [real_set("train", noise(10, seed=0)), real_set("test", noise(7, seed=1))]
+    for seed, name in enumerate(("mixed", "unmixed", "noised"), start=2):
+        sets.append(drawn_set(name, noise(9, seed=seed), [0, 1] * 4 + [0], range(9)))
+    one, found, written = measured(tmp_path / "one", sets, ALL), {}, []
+    write = files.write_array
+
+    def mortal(path, array):
+        if len(written) > 9 and path.name.startswith("statistics"):
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, array)
+
+    def together():
+        found[processes.index()] = measured(tmp_path / "many", sets, ALL)
+
+    monkeypatch.setattr(files, "write_array", mortal)
+    with pytest.raises((KeyboardInterrupt, AssertionError)):
+        run_together(monkeypatch, 3, together)
+    assert not found
+    before = {path for path in written if path.name.startswith("statistics")}
+    monkeypatch.setattr(files, "write_array", write)
+    modified = {path: path.stat().mtime for path in before}
+    run_together(monkeypatch, 2, together)
+    assert found == {0: one, 1: {}}
+    assert modified == {path: path.stat().mtime for path in before}
+    contents = [
+        {x.relative_to(y): x.read_bytes() for x in y.glob("evaluate/**/*.*")}
+        for y in (tmp_path / "one", tmp_path / "many")
+    ]
+    assert contents[0] == contents[1]
+
+
 def test_identical_sets_are_all_copies(tmp_path):
     train = noise(8, seed=0)
     sets = [real_set("train", train), real_set("test", noise(5, seed=1))]
@@ -177,16 +214,17 @@ def test_a_network_s_space_has_distances_beside_those_of_pixels(tmp_path):
     def embed(images):  # an image's features are its first two pixels, negated
         return np.stack([-x.reshape(-1)[:6].astype(np.float32) for x in images])
 
-    sets = [
-        image_features.extract(
-            x, folder / x.name, size=8, embed=embed, advance=lambda n: None
-        )
-        for x in (
+    sets = image_features.extract(
+        [
             real_set("train", train),
             real_set("test", noise(3, seed=2)),
             drawn_set("mixed", drawn, [0] * 4, [1, 2, 3, 4]),
-        )
-    ]
+        ],
+        folder,
+        size=8,
+        embed=embed,
+        advance=lambda n: None,
+    )
     options = set_metrics.Options(("kid",), 2, ("a",))
     digests = Digests(folder, folder / "digests.jsonl")
     metrics = set_metrics.SetMetrics(

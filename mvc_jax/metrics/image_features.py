@@ -3,7 +3,8 @@
 A set is a folder of arrays for every `CHUNK` images: `pixels-00000.npy`, uint8 pixels
 at most 32 a side; `features-00000.npy`, float32 features of a network, where there is
 one; and, written last, `statistics-00000.npy`. So an interrupted run goes on with the
-next chunk; memory holds a few dozen images, and the features of a chunk.
+next chunk, and many processes share chunks out; memory holds a few dozen images, and
+the features of a chunk.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, UInt8
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.data.decode import fit
 from mvc_jax.metrics.distances import MAX_SIZE, pixel_points
 from mvc_jax.metrics.domain_shift import ImageStatistics
@@ -71,44 +72,61 @@ class ImageFeatures:
 
 
 def extract(
-    images: ImageSet,
+    sets: Sequence[ImageSet],
     folder: epath.Path,
     *,
     size: int,
     embed: Embed | None,
     advance: Callable[[int], None],
-) -> ImageFeatures:
-    """Computes what is not in `folder` yet.
+) -> list[ImageFeatures]:
+    """Computes what is not in `folder` yet, shared out among the processes.
 
     Args:
-      images: the set.
-      folder: for this set alone.
+      sets: of images.
+      folder: that has a folder for each set.
       size: S, pixels along a side.
       embed: computes features; None: they are the pixels.
-      advance: called with the number of images that were just read.
+      advance: called with the number of images that were just read by this process, and
+        in the first one with the number of those that were there.
     """
-    statistics, constant = ImageStatistics(size), 0
-    chunks = range(0, len(images), CHUNK)
+    chunks = [(x, start) for x in sets for start in range(0, len(x), CHUNK)]
+
+    def find_missing() -> list[int]:
+        paths = [_path(folder / x.name, "statistics", start) for x, start in chunks]
+        return [i for i, path in enumerate(paths) if not path.exists()]
+
+    missing = processes.on_first("the features that are missing", find_missing)
+    counts = [min(CHUNK, len(x) - start) for x, start in chunks]
+    if processes.is_first():
+        advance(sum(counts) - sum(counts[i] for i in missing))
+    mine = processes.share(missing, [counts[i] for i in missing])
     rest: Iterator | None = None
-    for start in chunks:
-        count = min(CHUNK, len(images) - start)
-        path = _path(folder, "statistics", start)
-        if path.exists():
-            rest = None
-        else:
-            rest = images.images(start) if rest is None else rest
-            some = itertools.islice(rest, count)
-            _write_chunk(folder, start, some, embed, advance)
-            count = 0
-        state = files.read_array(path)
+    for i in mine:
+        images, start = chunks[i]
+        if rest is None or not start or i - 1 not in mine:
+            rest = images.images(start)
+        some = itertools.islice(rest, counts[i])
+        _write_chunk(folder / images.name, start, some, embed, advance)
+    processes.barrier("the features")
+    return [_read(x, folder / x.name, size, embed is not None) for x in sets]
+
+
+def _read(
+    images: ImageSet, folder: epath.Path, size: int, embedded: bool
+) -> ImageFeatures:
+    """The features of a set, all of whose chunks are there."""
+    statistics, constant = ImageStatistics(size), 0
+    for start in range(0, len(images), CHUNK):
+        state = files.read_array(_path(folder, "statistics", start))
         chunk = ImageStatistics(size)
         chunk.images, constant = int(state[0]), constant + int(state[1])
         chunk.histograms = state[2 : 2 + 768].reshape(3, 256).astype(np.int64)
         chunk.spectrum = state[2 + 768 :]
         statistics.merge(chunk)
-        advance(count)
     pixels = pixel_points(_Chunks(folder, "pixels", len(images)))
-    features = Points(_Chunks(folder, "features", len(images))) if embed else pixels
+    features = pixels
+    if embedded:
+        features = Points(_Chunks(folder, "features", len(images)))
     return ImageFeatures(images, pixels, features, statistics, constant)
 
 

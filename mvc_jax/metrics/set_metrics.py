@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.digests import Digests
 from mvc_jax.metrics import compare, distances, domain_shift, other_class, points
 from mvc_jax.metrics.compare import Wanted
@@ -57,8 +57,8 @@ class SetMetrics:
     What is computed of a set is in the files `features/<set>.json`, which `evaluate`
     deletes at the end, and `nearest/<set>.parquet`, which stays: a row per image, with
     the training and test images that it is nearest to, its source, how near, and its
-    predicted label. An
-    interrupted run goes on with the next set.
+    predicted label. An interrupted run goes on with the next set, and many
+    processes share sets out.
 
     Attributes:
       written: paths of the files to keep, relative to the stage's folder.
@@ -87,7 +87,8 @@ class SetMetrics:
         self._options, self._advance = options, advance
         self._folder, self._digests = folder, digests
         compare.require_finite(train.features, "train")
-        self._own = compare.describe(train.features, options.wanted, advance)
+        own = advance if processes.is_first() else None  # which all compute
+        self._own = compare.describe(train.features, options.wanted, own)
         self._among = self._own.nearest
         if not self._same_space:
             self._among = distances.nearest(train.pixels, train.pixels, skip_self=True)
@@ -101,9 +102,14 @@ class SetMetrics:
 
         Returns:
           as JSON values: `sets`, a short row for each, by pixels, and `images`, all
-          metrics, where the test images are a set too.
+          metrics, where the test images are a set too; {} in processes but the first.
         """
-        measured = {x.images.name: self._measured(x) for x in (self.test, *sets)}
+        self._measure_missing([self.test, *sets])
+        if not processes.is_first():
+            return {}
+        measured = {
+            x.images.name: files.read_json(self._record(x)) for x in (self.test, *sets)
+        }
         confidence, test = self._options.confidence, measured["test"]["other_class"]
         remarks: list[str] = []
         for name in [x.images.name for x in sets] if test else ():
@@ -143,20 +149,31 @@ class SetMetrics:
         }
         return {"sets": rows, "images": images}
 
-    def _measured(self, found: ImageFeatures) -> dict[str, Any]:
-        """The metrics of a set, from the disk if they are there."""
-        name = found.images.name
-        table = f"nearest/{name}.parquet"
-        path, record = self._folder / table, self._folder / "features" / f"{name}.json"
-        self.written.append(table)
-        if record.exists() and self._digests.intact(path):
-            a, b = len(self.train.images), len(found.images)
-            self._advance(compare.blocks_of(a, [b]) - compare.blocks_of(a, []))
-        else:
-            row, columns = self.measure(found)
-            self._write_nearest(path, columns)
-            files.write_json(record, row)
-        return files.read_json(record)
+    def _measure_missing(self, sets: Sequence[ImageFeatures]) -> None:
+        """Measures sets whose metrics are not on the disk; each by one process."""
+
+        def find_missing() -> list[int]:
+            return [
+                i
+                for i, x in enumerate(sets)
+                if not self._record(x).exists()
+                or not self._digests.intact(self._folder / _table(x))
+            ]
+
+        missing = processes.on_first("the sets that are not measured", find_missing)
+        a, lengths = len(self.train.images), [len(x.images) for x in sets]
+        blocks = [compare.blocks_of(a, [b]) - compare.blocks_of(a, []) for b in lengths]
+        if processes.is_first():
+            self._advance(sum(blocks) - sum(blocks[i] for i in missing))
+        for i in processes.share(missing, [blocks[i] for i in missing]):
+            row, columns = self.measure(sets[i])
+            self._write_nearest(self._folder / _table(sets[i]), columns)
+            files.write_json(self._record(sets[i]), row)
+        self.written += map(_table, sets)
+        processes.barrier("the metrics of sets")
+
+    def _record(self, found: ImageFeatures) -> epath.Path:
+        return self._folder / "features" / f"{found.images.name}.json"
 
     def _write_nearest(self, path: epath.Path, columns: dict[str, Any]) -> None:
         """Writes the columns, real images by their ids."""
@@ -353,6 +370,10 @@ class SetMetrics:
                 }
             )
         return rows
+
+
+def _table(found: ImageFeatures) -> str:
+    return f"nearest/{found.images.name}.parquet"
 
 
 def _texts(
