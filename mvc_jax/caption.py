@@ -86,7 +86,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
-    processes.on_first("the images", lambda: _gather_once(config, stage))
+    processes.on_first(
+        "the images", lambda: _gather_once(config, stage), processes.WORK_SECONDS
+    )
     if config.caption.captioner in _DEFAULT_MODEL:
         ids, _ = _captioned(stage.folder)
         _network_captions(config.caption, stage, ids)
@@ -528,7 +530,7 @@ def _network_captions(section: ConfigDict, stage: Stage, ids: Sequence[str]) -> 
             stage.digests.add(part)
             unsaved, last_save = {}, time.monotonic()
     progress.close()
-    processes.barrier("the end of captioning")
+    processes.barrier("the end of captioning", processes.WORK_SECONDS)
 
 
 def _saved_captions(stage: Stage) -> dict[str, str]:

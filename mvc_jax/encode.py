@@ -136,8 +136,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     fresh = not is_complete(workdir, "encode")  # otherwise some files were deleted
     try:
         written, counts = encode(config, workdir, stage)
-    except UserError:
-        if fresh and not files.matching(stage.folder, "*/*.npy"):
+    except UserError as error:
+        together = error.shared or processes.count() == 1  # else others may be writing
+        if together and fresh and not files.matching(stage.folder, "*/*.npy"):
             stage.abandon()  # nothing was written, so other settings may follow
             for name in ("base.json", "prompts.jsonl", marked_words.OFFSETS):
                 (stage.folder / name).unlink(missing_ok=True)

@@ -208,13 +208,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir, section = epath.Path(workdir), config.generate
     if section.limit:
         sheet = functools.partial(draw_contact_sheet, config, workdir)
-        processes.on_first("the contact sheet", sheet)
+        processes.on_first("the contact sheet", sheet, processes.WORK_SECONDS)
         return
     was_complete = is_complete(workdir, "generate")
     stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         restore = functools.partial(restore_rest, config, workdir, stage)
-        processes.on_first("pictures and figures", restore)
+        processes.on_first("pictures and figures", restore, processes.WORK_SECONDS)
         return
     drawing = False
     try:
@@ -233,9 +233,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
         drawing = True
         made = draw_sets(config, workdir, recipes, sampler, writers, missing, filters)
-    except UserError:
+    except UserError as error:
         nothing_added = was_complete and not drawing
-        if nothing_added or not files.matching(stage.folder, "*/data/*"):
+        together = error.shared or processes.count() == 1  # else others may be drawing
+        if together and (nothing_added or not files.matching(stage.folder, "*/data/*")):
             stage.abandon()  # other settings are allowed
         raise
 
@@ -245,7 +246,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         stage.digests.add(*figure_files(stage.folder, requested))
         return filters.write_facts(stage.folder)
 
-    artifacts = processes.on_first("the figures", finish)
+    artifacts = processes.on_first("the figures", finish, processes.WORK_SECONDS)
     counts = Counter()
     for written, counted in made:
         artifacts = [*written, *artifacts]
@@ -486,8 +487,11 @@ def draw_sets(
                 finish_set(config, workdir, x, len(recipes), filters) for x in stores
             ]
 
-        processes.barrier("the end of drawing")
-        made += map(tuple, processes.on_first("the lists and cards of sets", finish))
+        processes.barrier("the end of drawing", processes.WORK_SECONDS)
+        made += map(
+            tuple,
+            processes.on_first("the lists of sets", finish, processes.WORK_SECONDS),
+        )
     return made
 
 

@@ -19,6 +19,7 @@ from mvc_jax.errors import UserError
 
 _Item = TypeVar("_Item")
 _WAIT_SECONDS = 1800.0  # a shard of images may take minutes longer here than there
+WORK_SECONDS = 6 * 3600.0  # a process may have a shard more than the others
 _MOST_SECONDS_BETWEEN_LOOKS = 1.0
 _NOTES = "mvc_jax/notes/"
 _turns = itertools.count()
@@ -57,9 +58,7 @@ def is_first() -> bool:
     return index() == 0
 
 
-def share(
-    items: Sequence[_Item], weights: Sequence[int] | None = None
-) -> list[_Item]:
+def share(items: Sequence[_Item], weights: Sequence[int] | None = None) -> list[_Item]:
     """The items that this process does, in their order.
 
     Equal ones are dealt in turns. Of others the heaviest is first, each for the process

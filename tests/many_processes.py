@@ -24,6 +24,17 @@ class Store:
         return [x for x in list(self._values.items()) if x[0].startswith(place)]
 
 
+class Alone(threading.local):
+    """`processes._alone` of each process: what it is in the middle of doing alone."""
+
+    def __init__(self):
+        self.names = []
+        self.append, self.pop = self.names.append, self.names.pop
+
+    def __bool__(self):
+        return bool(self.names)
+
+
 class Turns(threading.local):
     """`itertools.count` for each process."""
 
@@ -59,6 +70,8 @@ def run_together(monkeypatch, count, function):
     with monkeypatch.context() as patch:
         patch.setattr(processes, "_state", state)
         patch.setattr(processes, "_turns", Turns())
+        patch.setattr(processes, "_alone", Alone())
+        patch.setattr(processes, "hosts", ["host"] * count)
         threads = [threading.Thread(target=process, args=(i,)) for i in range(count)]
         for thread in threads:
             thread.start()

@@ -38,7 +38,7 @@ _MODULES = {
 STAGES = tuple(_MODULES)
 MESH_STAGES = ("pretrain", "encode", "finetune", "generate", "classify")
 # Of several processes the first alone runs these, and the others wait for it.
-ALONE = ("caption", "encode", "pairs", "mix", "generate", "evaluate", "report")
+ALONE = ("pairs", "mix", "report")
 
 
 def module(name: str) -> Any:

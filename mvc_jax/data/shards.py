@@ -135,7 +135,7 @@ class Writer:
         """
         if processes.count() > 1:
             name = self._folder.name
-            processes.barrier(f"the shards of {name}")
+            processes.barrier(f"the shards of {name}", processes.WORK_SECONDS)
             self._written = processes.on_first(
                 f"the index of {name}", lambda: self._complete(self._listed())
             )

@@ -107,7 +107,7 @@ def extract(
             rest = images.images(start)
         some = itertools.islice(rest, counts[i])
         _write_chunk(folder / images.name, start, some, embed, advance)
-    processes.barrier("the features")
+    processes.barrier("the features", processes.WORK_SECONDS)
     return [_read(x, folder / x.name, size, embed is not None) for x in sets]
 
 

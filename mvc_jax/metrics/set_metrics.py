@@ -170,7 +170,7 @@ class SetMetrics:
             self._write_nearest(self._folder / _table(sets[i]), columns)
             files.write_json(self._record(sets[i]), row)
         self.written += map(_table, sets)
-        processes.barrier("the metrics of sets")
+        processes.barrier("the metrics of sets", processes.WORK_SECONDS)
 
     def _record(self, found: ImageFeatures) -> epath.Path:
         return self._folder / "features" / f"{found.images.name}.json"
