@@ -9,10 +9,12 @@ import shutil
 import numpy as np
 import pytest
 from etils import epath
+from many_processes import run_together
 from PIL import Image
 
-from mvc_jax import train
+from mvc_jax import processes, train
 from mvc_jax.classification import training_set
+from mvc_jax.configs import folder
 from mvc_jax.data import duplicates, splits
 from mvc_jax.digests import Digests
 from mvc_jax.training import runtime
@@ -578,3 +580,43 @@ def test_captions_of_a_network_resume(run, parts, monkeypatch, tmp_path):
     captions = [row["caption"] for row in rows(folder / "captions.jsonl")]
     assert captions == [f"thing {row}" for row in range(24)]
     assert not list((folder / "captions.partial").glob("*"))
+
+
+def test_many_processes_write_the_captions_of_one(parts, monkeypatch, tmp_path):
+    """Of three one is killed; two caption the rest, in the batches of a single one."""
+    from mvc_jax import caption
+
+    batches, killed = [], []
+
+    class Network:
+        @staticmethod
+        def captions(images, wanted, *, batch_size, **options):
+            for start in range(0, len(wanted), batch_size):
+                batch = tuple(wanted[start : start + batch_size])
+                if killed and processes.index() == killed[0]:
+                    raise KeyboardInterrupt
+                batches.append(batch)
+                for row in batch:
+                    yield row, f"{images[row].sum()} in {batch}"
+
+    monkeypatch.setattr(caption, "_network", lambda name: Network)
+    monkeypatch.setattr(caption, "_SAVE_SECONDS", -1.0)
+    config = folder.get_config(f"path={parts}")
+    config.data.size, config.stages = 16, "caption"
+    config.caption.update(captioner="flax", batch_size=5, model="some/model")
+
+    def contents(workdir):
+        caption.run(config, workdir)
+        found = [*(workdir / "caption").iterdir()]
+        return {path.name: path.read_bytes() for path in found if path.is_file()}
+
+    one, whole = contents(tmp_path / "one"), {*batches}
+    batches.clear()
+    killed.append(1)
+    with pytest.raises((KeyboardInterrupt, AssertionError)):
+        run_together(monkeypatch, 3, lambda: contents(tmp_path / "many"))
+    assert not (tmp_path / "many" / "caption" / "manifest.json").exists()
+    killed.clear()
+    run_together(monkeypatch, 2, lambda: contents(tmp_path / "many"))
+    assert contents(tmp_path / "many") == one
+    assert sorted(batches) == sorted(whole)  # each once
