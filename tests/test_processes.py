@@ -1,63 +1,74 @@
-"""What the processes of one run tell each other, in processes on this machine."""
+"""Several processes of one run on this machine: what they say, train, how they end."""
 
-import socket
-import subprocess
-import sys
+import json
+import os
+import signal
+import threading
+import time
 
+import numpy as np
 import pytest
+from forked_processes import Many, free_port
 
-from mvc_jax import processes
-
-PROGRAM = """
-import sys, jax
-from mvc_jax import processes
+from mvc_jax import hub, joining, processes
 from mvc_jax.errors import UserError
-port, number = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number), [0])
-assert (processes.index(), processes.count()) == (int(number), 2)
-assert processes.share("abcde") == [*["ace", "bd"][int(number)]]
-assert processes.gather("ids", {"mine": int(number)}) == [{"mine": 0}, {"mine": 1}]
-assert processes.on_first("choice", lambda: [processes.index(), "x"]) == [0, "x"]
-alone = processes.on_first("alone", lambda: processes.gather("x", processes.count()))
-assert alone == [1] and processes.count() == 2
-for _ in range(2):
-    processes.note("images", 3 + int(number))
-processes.barrier("notes")
-assert processes.noted("images") == [4, 3][int(number)]
-def fail():
-    raise UserError("--workdir=x", wanted="w", got="g", fix="f", details=("d",))
-try:
-    processes.on_first("check", fail)
-except UserError as error:
-    assert (str(error), [*error.details]) == ("--workdir=x: wanted w, got g. f", ["d"])
-else:
-    raise AssertionError("no error")
-processes.barrier("all")
-if number == "0":
-    try:
-        processes.barrier("alone", seconds=0.2)
-    except UserError as error:
-        print(error)
-"""
+from mvc_jax.training import host_work
 
 
-def test_two_processes_say_the_same_and_name_who_is_missing():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    program = [sys.executable, "-c", PROGRAM, port]
-    runs = [
-        subprocess.Popen([*program, n], stdout=-1, stderr=-1, text=True) for n in "01"
-    ]
-    outs = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outs
-    assert "process 1: wanted all 2 processes at alone within 0.2 s" in outs[0][0]
+def talk(flags, number):
+    """In each of two processes."""
+    port = flags[0].rpartition(":")[2]
+    joining.join(f"127.0.0.1:{port}", 2, number)
+    assert (processes.index(), processes.count()) == (number, 2)
+    assert processes.share("abcde") == [*["ace", "bd"][number]]
+    assert processes.gather("ids", {"mine": number}) == [{"mine": 0}, {"mine": 1}]
+    alone = processes.on_first("choice", lambda: [processes.count(), processes.index()])
+    assert alone == [1, 0] and processes.count() == 2
+    nested = processes.on_first("alone", lambda: processes.gather("x", "mine"))
+    assert nested == ["mine"]
+    for _ in range(2):
+        processes.note("images", 3 + number)
+    processes.barrier("notes")
+    assert processes.noted("images") == [4, 3][number]
+    assert processes.on_all("sum", lambda: number + 1) == number + 1
+    order = processes.first_then_all("order", lambda: number)
+    assert order == number
+
+    def fail():
+        if processes.index() == 1 or processes.count() == 1:
+            raise UserError("--workdir=x", wanted="w", got="g", fix="f", details=("d",))
+
+    for ask, said in ((processes.on_first, ""), (processes.on_all, "process 1 on ")):
+        with pytest.raises(UserError, match=f"{said}.*--workdir=x: wanted w") as caught:
+            ask("check", fail)
+        assert caught.value.shared and caught.value.details == ("d",)
+    processes.require_same("equal", {"a": 1}, "f")
+    with pytest.raises(UserError, match="process 1 on .*: config.x: wanted 0, as proc"):
+        processes.require_same("config", {"y": 1, "config.x": number}, "f")
+    processes.barrier("all")
+    if number == 0:
+        with pytest.raises(
+            UserError, match="process 1 on .*: wanted all 2 processes at"
+        ):
+            processes.barrier("early", seconds=0.2)
+    else:
+        time.sleep(0.5)
+        processes.barrier("early")
+    joining.leave(0)
+    assert (processes.index(), processes.count()) == (0, 1)
+
+
+def test_two_processes_say_the_same_and_name_who_is_missing(fork_server, tmp_path):
+    many = Many(fork_server, tmp_path / "run", "test_processes:talk", [1, 1])
+    codes, said = many.wait()
+    assert codes == [0, 0], said
 
 
 def test_one_process_is_all_there_is():
     assert (processes.index(), processes.count()) == (0, 1)
     assert processes.share([1, 2, 3]) == [1, 2, 3]
     assert processes.gather("x", "mine") == ["mine"]
+    assert joining.detected() is None
     with pytest.raises(ZeroDivisionError):
         processes.on_first("x", lambda: 1 / 0)
 
@@ -74,3 +85,126 @@ def test_shares_are_all_items_and_about_equally_heavy(monkeypatch):
     loads = [sum(weights[items.index(x)] for x in share) for share in shares]
     assert max(loads) - min(loads) <= 1
     assert equal == [["a", "d", "g"], ["b", "e", "h"], ["c", "f"]]
+
+
+# Training, and how it ends.
+
+STEPS = 12
+_TOY = "forked_processes:train_toy"
+
+
+def rows_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses_of(workdir):
+    return [row["loss"] for row in rows_of(workdir)]
+
+
+@pytest.fixture(scope="module")
+def alone(fork_server, tmp_path_factory):
+    """The toy trained by one process with one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    arguments = (str(folder / "run"), STEPS, 1, 0.0)
+    codes, said = Many(fork_server, folder / "said", _TOY, [1], *arguments).wait()
+    assert codes == [0], said
+    return folder / "run"
+
+
+def test_one_of_four_is_killed_the_others_name_it_and_two_go_on(
+    fork_server, tmp_path, alone
+):
+    workdir = tmp_path / "run"
+    devices = [1, 1, 2, 2]
+    arguments = (str(workdir), STEPS, 2, 0.2)
+    many = Many(fork_server, tmp_path / "four", _TOY, devices, *arguments)
+    while not (workdir / "checkpoints" / "4").exists():
+        time.sleep(0.02)
+    os.kill(many.pids()[2], signal.SIGKILL)
+    began = time.monotonic()
+    codes, said = many.wait()
+    assert time.monotonic() - began < 60
+    assert codes == [75, 75, -signal.SIGKILL, 75], said
+    for text in (said[0], said[1], said[3]):
+        assert "process 2 on " in text and " was lost" in text
+        assert "Traceback" not in text
+    many = Many(fork_server, tmp_path / "two", _TOY, [1, 1], *arguments[:2], 1, 0.0)
+    codes, said = many.wait()
+    assert codes == [0, 0], said
+    assert "damaged" not in said[0]
+    np.testing.assert_allclose(losses_of(workdir), losses_of(alone), rtol=1e-5)
+    ends = [np.load(folder / "end.npy") for folder in (workdir, alone)]
+    np.testing.assert_allclose(*ends, rtol=1e-5)
+    rows = rows_of(workdir)
+    assert {"host_seconds_0", "host_seconds_1"} <= rows[-1].keys()
+
+
+def test_sigterm_to_one_saves_the_same_step_in_all(fork_server, tmp_path, alone):
+    workdir = tmp_path / "run"
+    arguments = (str(workdir), STEPS, 1, 0.2)
+    many = Many(fork_server, tmp_path / "two", _TOY, [1, 2], *arguments)
+    while not (workdir / "checkpoints" / "4").exists():
+        time.sleep(0.02)
+    os.kill(many.pids()[1], signal.SIGTERM)
+    codes, said = many.wait()
+    assert codes == [75, 75], said
+    steps = [int(x.name) for x in (workdir / "checkpoints").iterdir()]
+    newest = max(steps)
+    assert 4 < newest < STEPS
+    assert f"stopped by SIGTERM in toy after step {newest};" in said[0]
+    assert "SIGTERM" not in said[1]
+    arguments = (str(workdir), STEPS, 1, 0.0)
+    codes, said = Many(fork_server, tmp_path / "one", _TOY, [1], *arguments).wait()
+    assert codes == [0], said
+    np.testing.assert_allclose(losses_of(workdir), losses_of(alone), rtol=1e-5)
+
+
+def test_a_slow_host_is_found():
+    assert host_work.slow([0.1, 0.1, 0.9, 0.1], step_seconds=1.0) == [2]
+    assert host_work.slow([0.1, 0.1, 0.3, 0.1], step_seconds=9.0) == []
+    assert host_work.slow([0.5, 0.5], step_seconds=1.0) == []
+
+
+# Joining.
+
+
+def refused(port, number, count, seconds=5.0):
+    lines = joining._call(f"127.0.0.1:{port}", seconds)
+    hello = {"process": number, "count": count, "host": "B", "time": time.time()}
+    lines.send({"hello": hello})
+    return lines
+
+
+def answer(lines):
+    with pytest.raises(UserError) as caught:
+        joining._answer(lines, "x", 5.0)
+    return str(caught.value)
+
+
+def test_a_wrong_coordinator_is_named():
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match=f"--coordinator={address}: wanted process 0"):
+        joining.join(address, 2, 1, seconds=0.3)
+
+
+def test_numbers_twice_other_counts_and_who_is_missing_are_named(monkeypatch):
+    reading, writing = (os.fdopen(x, m) for x, m in zip(os.pipe(), "rw", strict=True))
+    monkeypatch.setattr(hub.sys, "stdin", reading)
+    port = free_port()
+    table = hub.Hub(port, 3, 1.0)
+    thread = threading.Thread(target=table.run)
+    thread.start()
+    first = refused(port, 0, 3)
+    time.sleep(0.05)
+    assert (
+        "--process_id=0: wanted a number that no other process has, got it twice"
+        in (answer(refused(port, 0, 3)))
+    )
+    assert "--num_processes=4: wanted 3, as process 0 has" in answer(
+        refused(port, 1, 4)
+    )
+    assert "process 1, 2: wanted all 3 processes within 1 s, got 1" in answer(first)
+    thread.join()
+    reading.close()
+    writing.close()
