@@ -25,13 +25,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
-from mvc_jax import files
+from mvc_jax import files, processes
 from mvc_jax.errors import UserError, no_room, require_disk_space
 from mvc_jax.training.checksums import checksums
 
@@ -79,6 +77,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             lightweight_initialize=True,  # else a damaged checkpoint may raise here
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            **_many(epath.Path(folder)),
         )
         self._folder = epath.Path(folder).absolute()
         # Orbax does so too, but in the background, maybe after `save` measured the free
@@ -95,8 +94,8 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether a save is due after `step` steps."""
         late = 0 < self._seconds <= self._clock() - self._saved
-        if self._seconds:  # hosts must save together, but their clocks differ
-            late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
+        if self._seconds:  # processes must save together, but their clocks differ
+            late = processes.gather("the time of a save", late)[0]
         return step % self._every == 0 or late
 
     def restore(self, state: Any) -> Any:
@@ -299,8 +298,27 @@ class Checkpoints:
             if jax.process_index() == 0:
                 (self._folder / f"{step}").rename(new)
         if damaged:
-            multihost_utils.sync_global_devices("damaged checkpoints are renamed")
+            processes.barrier("damaged checkpoints are renamed")
             self._manager.reload()
+
+
+def _many(folder: epath.Path) -> dict[str, Any]:
+    """Options of Orbax's manager for several processes; {} for one.
+
+    They wait for each other through JAX's coordination service. By default Orbax sums
+    an array over all devices, in a thread, which takes turns with nothing, and needs
+    as many devices in each process.
+    """
+    if processes.count() == 1:
+        return {}
+    processes.on_first(
+        "the folder of checkpoints",
+        lambda: folder.mkdir(parents=True, exist_ok=True),
+    )
+    options = ocp.options.MultiprocessingOptions(
+        active_processes={*range(processes.count())}
+    )
+    return {"create": False, "multiprocessing_options": options}
 
 
 class _Lowest:
