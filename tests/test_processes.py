@@ -11,6 +11,7 @@ import pytest
 from forked_processes import Many, free_port
 
 from mvc_jax import hub, joining, processes
+from mvc_jax.command import agreement
 from mvc_jax.errors import UserError
 from mvc_jax.training import host_work
 
@@ -164,6 +165,26 @@ def test_a_slow_host_is_found():
     assert host_work.slow([0.1, 0.1, 0.9, 0.1], step_seconds=1.0) == [2]
     assert host_work.slow([0.1, 0.1, 0.3, 0.1], step_seconds=9.0) == []
     assert host_work.slow([0.5, 0.5], step_seconds=1.0) == []
+
+
+# What must be the same.
+
+
+def test_hosts_with_other_files_under_the_same_path_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "one").mkdir(parents=True)
+        (tmp_path / name / "one" / "x.png").write_bytes(b"1234")
+        (tmp_path / name / "y.parquet").write_bytes(b"12")
+    seen = [agreement.seen_at(str(tmp_path / name)) for name in ("a", "b")]
+    assert seen[0] == seen[1] and seen[0].startswith("2 files, 6 bytes")
+    (tmp_path / "b" / "one" / "x.png").rename(tmp_path / "b" / "one" / "z.png")
+    assert agreement.seen_at(str(tmp_path / "b")) != seen[0]
+    files = [str(tmp_path / name / "y.parquet") for name in ("a", "b")]
+    assert agreement.seen_at(files[0]) == agreement.seen_at(files[1])
+    (tmp_path / "b" / "y.parquet").write_bytes(b"21")
+    assert agreement.seen_at(files[0]) != agreement.seen_at(files[1])
+    assert agreement.seen_at(str(tmp_path / "*" / "*.parquet")).startswith("2 files, 4")
+    assert agreement.seen_at(str(tmp_path / "none")) == "no files"
 
 
 # Joining.

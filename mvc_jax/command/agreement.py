@@ -1,9 +1,11 @@
 """The processes of a run: how this one joins the others, and what must be the same."""
 
 import dataclasses
+import glob
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 from etils import epath
@@ -12,6 +14,8 @@ from ml_collections import ConfigDict
 from mvc_jax import joining, processes, stage
 from mvc_jax.command.command_line import Place
 from mvc_jax.errors import UserError
+
+_ENDS = 1 << 20  # bytes of the beginning and of the end of a file
 
 
 def join(place: Place | None) -> None:
@@ -50,10 +54,11 @@ def require(
     redo: Sequence[str] = (),
     sources: Sequence[epath.Path] = (),
 ) -> None:
-    """Checks that all processes run the same command with the same code.
+    """Checks that all processes run the same command with the same code and data.
 
     Raises:
-      UserError: a process, which is named, has another config or version.
+      UserError: a process, which is named, has another config or version, or sees
+        other images or another base model under the same path.
     """
     if processes.count() == 1:
         return
@@ -68,6 +73,52 @@ def require(
         **stage.flat(json.loads(config.to_json_best_effort()), "config"),
     }
     processes.require_same("the command", own, fix)
+    paths = {"config.base.path": config.base.path}
+    if redo or not stage.is_complete(workdir, "caption"):
+        paths["config.data.source"] = config.data.source.partition(":")[2]
+    seen = {name: seen_at(path) for name, path in paths.items() if path}
+    fix = "Copy the same files to every host, or use a disk or bucket that all share."
+    processes.require_same("the inputs", seen, fix)
+
+
+def seen_at(path: str) -> str:
+    """What a host has under a local path, by names, sizes and the ends of a file.
+
+    Args:
+      path: of a file or folder, or a pattern; others, such as names on the hub, and
+        buckets, are the same for all hosts.
+    """
+    path = os.path.expanduser(path)
+    if "://" in path:
+        return "a bucket"
+    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    count = size = 0
+    digest = hashlib.sha256()
+    for name, file in _files(found):
+        bytes_ = os.path.getsize(file)
+        count, size = count + 1, size + bytes_
+        digest.update(f"{name}\0{bytes_}\0".encode())
+    if not count:
+        return "no files"
+    if [path] == found and os.path.isfile(path):
+        with open(path, "rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(size - _ENDS, 0))
+            digest.update(file.read())
+    return f"{count} files, {size} bytes, names and sizes {digest.hexdigest()[:8]}"
+
+
+def _files(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The files at and below paths, in order: relative name, and path."""
+    for path in paths:
+        if os.path.isfile(path):
+            yield os.path.basename(path), path
+        for folder, below, names in os.walk(path):
+            below.sort()
+            for name in sorted(names):
+                file = os.path.join(folder, name)
+                if os.path.isfile(file):
+                    yield os.path.relpath(file, path), file
 
 
 def _hosts() -> list[str]:
