@@ -357,6 +357,7 @@ def _connect_jax(
 
     if local_devices:
         visible = ",".join(map(str, local_devices))
+        os.environ["JAX_CUDA_VISIBLE_DEVICES"] = visible  # for children
         jax.config.update("jax_cuda_visible_devices", visible)
         jax.config.update("jax_rocm_visible_devices", visible)
     client = _jax.get_distributed_runtime_client(
