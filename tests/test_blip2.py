@@ -220,6 +220,16 @@ def test_a_checkpoint_older_than_its_image_token(checkpoints, here, tmp_path):
 # Memory.
 
 
+def test_the_child_has_the_gpus_of_its_process(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("JAX_CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in blip2._environment()
+    monkeypatch.setenv("JAX_CUDA_VISIBLE_DEVICES", "1,2")
+    assert blip2._environment()["CUDA_VISIBLE_DEVICES"] == "1,2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert blip2._environment()["CUDA_VISIBLE_DEVICES"] == "5,7"
+
+
 def test_a_full_gpu_halves_the_batch(torch):
     sizes = []
 

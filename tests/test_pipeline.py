@@ -21,6 +21,7 @@ import pytest
 from documented import SHORT, commands, train_arguments
 from etils import epath
 from fork_server import ROOT, user_environment
+from forked_processes import Many
 from PIL import Image
 
 from mvc_jax import stage as contract
@@ -466,6 +467,54 @@ def same_as(expected, workdir, paths):
     for path in paths:
         name = path.relative_to(workdir)
         assert path.read_bytes() == (expected / name).read_bytes(), name
+
+
+def run_part(flags, number, *words):
+    """In each of several processes."""
+    del number
+    return train.main(["train", *words, *flags])
+
+
+def losses_of(workdir, *names):
+    """(stage, step) -> loss, of the stages whose names start so."""
+    return {
+        (row["stage"], row["step"]): row["loss"]
+        for row in read_jsonl(workdir / "metrics.jsonl")
+        if row["stage"].startswith(names)
+    }
+
+
+def test_two_processes_make_the_run_of_one(whole, fork_server, tmp_path):
+    """From captions to the report, on its base; the second process has two devices."""
+    one, workdir = whole[0], tmp_path / "run"
+    words = arguments(
+        workdir,
+        f"--config.base.path={one / 'pretrain' / 'model'}",
+        "--config.classify.runs=real,combined",
+    )
+    many = Many(
+        fork_server, tmp_path / "said", "test_pipeline:run_part", [1, 2], *words
+    )
+    codes, said = many.wait()
+    assert codes == [0, 0], said
+    assert said[0].strip().endswith(f"report: {workdir}/report/report.html")
+    assert said[1] == ""
+    assert (workdir / "report" / "report.md").exists()
+    assert not [*(workdir / "digests").glob("*-1.jsonl")]
+    for file in ("caption/captions.jsonl", "encode/prompts.jsonl", "mix/recipes.jsonl"):
+        assert (workdir / file).read_bytes() == (one / file).read_bytes(), file
+    trained = "finetune", "classify/real/"
+    losses, expected = losses_of(workdir, *trained), losses_of(one, *trained)
+    assert len(losses) == 4 + 2 and losses.keys() <= expected.keys()
+    for key, loss in losses.items():
+        assert loss == pytest.approx(expected[key], rel=1e-5), key
+    for name in ("mixed", "unmixed", "pretrained"):
+        images, labels, sources = synthetic.read_images(workdir / "generate" / name)
+        theirs = synthetic.read_images(one / "generate" / name)
+        # Another number of images on a device is another program.
+        assert np.abs(images.astype(int) - theirs[0].astype(int)).max() <= 1, name
+        np.testing.assert_array_equal(labels, theirs[1])
+        assert sources == theirs[2]
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -137,12 +137,22 @@ def _child(log: IO[bytes]) -> Iterator[subprocess.Popen]:
 def _environment() -> dict[str, str]:
     """The environment of the child: transformers uses PyTorch alone, offline.
 
-    The parent has downloaded the model, so the child needs no network.
+    The parent has downloaded the model, so the child needs no network. Of many
+    processes on a machine, each has its own GPUs.
     """
     package = str(pathlib.Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
+    own = {}
+    if chosen := os.environ.get(
+        "JAX_CUDA_VISIBLE_DEVICES"
+    ):  # of those that are visible
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = chosen.split(",")
+        names = [visible.split(",")[int(i)] for i in numbers] if visible else numbers
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(names)}
     return {
         **os.environ,
+        **own,
         "PYTHONPATH": os.pathsep.join([package, path] if path else [package]),
         "USE_TORCH": "1",
         "USE_FLAX": "0",
