@@ -23,6 +23,7 @@ WORK_SECONDS = 6 * 3600.0  # a process may have a shard more than the others
 _MOST_SECONDS_BETWEEN_LOOKS = 1.0
 _NOTES = "mvc_jax/notes/"
 _turns = itertools.count()
+_LAST_KEY = "mvc_jax_last_key"  # of the last `gather`, which others may still read
 _alone: list[str] = []  # what the first process does alone at this moment
 hosts: list[str] = []  # by the number of the process
 
@@ -97,14 +98,19 @@ def gather(name: str, value: Any, seconds: float = _WAIT_SECONDS) -> list[Any]:
     """
     if count() == 1:
         return [value]
-    client, place = _state().client, f"mvc_jax/{next(_turns)}/{name}/"
-    client.key_value_set(f"{place}{index()}", json.dumps(value))
+    state = _state()
+    client, place = state.client, f"mvc_jax/{next(_turns)}/{name}/"
+    mine = f"{place}{index()}"
+    client.key_value_set(mine, json.dumps(value))
     began, pause, noted = time.monotonic(), 0.001, None
     while True:
         said = {
             int(k.rpartition("/")[2]): v for k, v in client.key_value_dir_get(place)
         }
         if len(said) == count():
+            if before := getattr(state, _LAST_KEY, None):
+                client.key_value_delete(before)  # all are here, and so have read it
+            setattr(state, _LAST_KEY, mine)
             return [json.loads(said[number]) for number in range(count())]
         if noted != (noted := client.key_value_dir_get(_NOTES)):
             began = time.monotonic()
@@ -121,7 +127,7 @@ def gather(name: str, value: Any, seconds: float = _WAIT_SECONDS) -> list[Any]:
 
 
 def on_first(
-    name: str, function: Callable[[], Any], seconds: float = _WAIT_SECONDS
+    name: str, function: Callable[[], Any], seconds: float = WORK_SECONDS
 ) -> Any:
     """What `function` returns, a JSON value, called by the first process alone.
 

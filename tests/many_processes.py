@@ -19,6 +19,9 @@ class Store:
         assert allow_overwrite or key not in self._values
         self._values[key] = value
 
+    def key_value_delete(self, key):
+        self._values.pop(key, None)
+
     def key_value_dir_get(self, place):
         assert not self.failed.is_set(), "another process has failed"
         return [x for x in list(self._values.items()) if x[0].startswith(place)]

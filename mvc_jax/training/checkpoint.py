@@ -33,6 +33,7 @@ from mvc_jax import files, processes
 from mvc_jax.errors import UserError, no_room, require_disk_space
 from mvc_jax.training.checksums import checksums
 
+_STEPS_BETWEEN_QUESTIONS = 8
 _STATE, _RECORD = "state", "record"  # the two items of a checkpoint
 # The fault of the machine or of the user; the checkpoint may be intact.
 _NO_DAMAGE = (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
@@ -94,8 +95,10 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether a save is due after `step` steps."""
         late = 0 < self._seconds <= self._clock() - self._saved
-        if self._seconds:  # processes must save together, but their clocks differ
-            late = processes.gather("the time of a save", late)[0]
+        if self._seconds and processes.count() > 1:
+            # They must save together, but their clocks differ; to ask takes a moment.
+            asked = step % _STEPS_BETWEEN_QUESTIONS == 0
+            late = asked and processes.gather("the time of a save", late)[0]
         return step % self._every == 0 or late
 
     def restore(self, state: Any) -> Any:
