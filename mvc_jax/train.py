@@ -334,6 +334,7 @@ def _run_stages(
     worked, priced = [], {each.step.name: each for each in prices}
     for name in stages:
         if name == "generate" and config.generate.limit:
+            _start_together()
             _run_alone_or_together(name, config, workdir)
             break
         taken = processes.on_first(
@@ -402,6 +403,8 @@ def run_stage(
     path = workdir / name / "manifest.json"
     before = path.stat().mtime if path.exists() else None
     began, compiled = time.monotonic(), runtime.compile_seconds()
+    if priced.step.state != "done" and name in (*pipeline.MESH_STAGES, "evaluate"):
+        _start_together()
     try:
         _run_alone_or_together(name, config, workdir)
     except preemption.Preempted as stop:
@@ -436,6 +439,15 @@ def _run_alone_or_together(name: str, config: ConfigDict, workdir: epath.Path) -
         )
     else:
         run(config, workdir)
+
+
+def _start_together() -> None:
+    """Starts the backends of several processes, each of which waits for the others.
+
+    The first one might else start its own while the others wait for its files.
+    """
+    if processes.count() > 1:
+        runtime.start()
 
 
 @contextlib.contextmanager

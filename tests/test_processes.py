@@ -11,7 +11,7 @@ import pytest
 from forked_processes import Many, free_port
 
 from mvc_jax import hub, joining, processes
-from mvc_jax.command import agreement
+from mvc_jax.command import agreement, command_line
 from mvc_jax.errors import UserError
 from mvc_jax.training import host_work
 
@@ -188,6 +188,28 @@ def test_hosts_with_other_files_under_the_same_path_are_told_apart(tmp_path):
 
 
 # Joining.
+
+
+def test_the_flags_say_which_process_this_is():
+    place = ["--coordinator=10.0.0.2:81", "--num_processes", "4", "--process_id=3"]
+    rest, found = command_line.take_place(["train", "--workdir=x", *place, "--verify"])
+    assert rest == ["train", "--workdir=x", "--verify"]
+    assert found == command_line.Place("10.0.0.2:81", 4, 3)
+    assert command_line.take_place(["train", "--verify"])[1] is None
+    for flags, said in (
+        (
+            place[:1],
+            "--num_processes: wanted --coordinator=HOST:PORT, --num_processes=",
+        ),
+        ([*place[:3], "--process_id=4"], "--process_id: wanted a whole number, 0 to 3"),
+        (
+            [*place[:2], "0", place[3]],
+            "--num_processes: wanted a whole number, 1 or mor",
+        ),
+        (["--coordinator=here", *place[1:]], "--coordinator: wanted HOST:PORT of proc"),
+    ):
+        with pytest.raises(UserError, match=said):
+            command_line.take_place(["train", *flags])
 
 
 def refused(port, number, count, seconds=5.0):
