@@ -53,7 +53,13 @@ class Many:
         assert code == 0, errors
         codes = json.loads((self._folder / "codes.json").read_text())
         paths = (self._folder / f"{n}.txt" for n in range(self._count))
-        return codes, [path.read_text() for path in paths]
+        return codes, [_without_gloo(path.read_text()) for path in paths]
+
+
+def _without_gloo(text: str) -> str:
+    """Without what the library of collectives on CPUs prints at each connection."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
 
 def start(where, function, arguments):
