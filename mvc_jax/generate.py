@@ -385,12 +385,12 @@ class Missing:
     Attributes:
       count: number of its images that are missing.
       mine: those that this process draws, by shard.
-      unusable: reasons why images of the others stayed unusable.
+      unusable: of the others, how many stayed unusable, by the reason.
     """
 
     count: int
     mine: Sequence[synthetic.Part]
-    unusable: Sequence[str] = ()
+    unusable: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def find_missing(
@@ -423,7 +423,7 @@ def find_missing(
             side=section.size if section.size > 0 else config.data.size,
         )
         notes = [store.recorded("notes") for store in stores]
-        unusable = [selection.unusable_reasons(each) for each in notes]
+        unusable = [Counter(selection.unusable_reasons(each)) for each in notes]
         places = [
             [(part.shard, part.start, part.stop) for part in parts] for parts in found
         ]

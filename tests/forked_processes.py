@@ -110,6 +110,14 @@ def _write(path, value):
     path.with_suffix(".tmp").rename(path)
 
 
+def run_all(flags, number, *words):
+    """Runs the command line."""
+    from mvc_jax import train
+
+    del number
+    return train.main(["train", *words, *flags])
+
+
 def train_toy(flags, number, workdir, steps, fsdp, seconds):
     """Trains the toy of test_training under the real `main`, on all devices.
 

@@ -469,12 +469,6 @@ def same_as(expected, workdir, paths):
         assert path.read_bytes() == (expected / name).read_bytes(), name
 
 
-def run_part(flags, number, *words):
-    """In each of several processes."""
-    del number
-    return train.main(["train", *words, *flags])
-
-
 def losses_of(workdir, *names):
     """(stage, step) -> loss, of the stages whose names start so."""
     return {
@@ -493,7 +487,7 @@ def test_two_processes_make_the_run_of_one(whole, fork_server, tmp_path):
         "--config.classify.runs=real,combined",
     )
     many = Many(
-        fork_server, tmp_path / "said", "test_pipeline:run_part", [1, 2], *words
+        fork_server, tmp_path / "said", "forked_processes:run_all", [1, 2], *words
     )
     codes, said = many.wait()
     assert codes == [0, 0], said
