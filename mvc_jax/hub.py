@@ -94,6 +94,7 @@ class Hub:
 
     def run(self) -> None:
         """Serves until all connections are closed."""
+        spoke = 0.0
         while self._members or self._service is None:
             for key, _ in self._selector.select(_TICK_SECONDS):
                 if key.fileobj is self._listener:
@@ -110,6 +111,9 @@ class Hub:
                 return
             if self._orphaned and now - self._orphaned > _LINGER_SECONDS:
                 return
+            if self._service and now - spoke > BEAT_SECONDS:
+                spoke = now
+                self._tell({"beat": True})  # of the machine that process 0 is on
             for number, member in [*self._members.items()]:
                 if now - member.heard > LOST_SECONDS and self._service:
                     self._lose(number, f"silent for {LOST_SECONDS:g} s")

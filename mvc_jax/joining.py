@@ -198,7 +198,7 @@ class _Watch(threading.Thread):
         return self._target is not None
 
     def run(self) -> None:
-        spoke = 0.0
+        spoke, heard = 0.0, time.monotonic()
         while True:
             now = time.monotonic()
             if now - spoke > BEAT_SECONDS:
@@ -208,12 +208,13 @@ class _Watch(threading.Thread):
                 self.say({"stop": True})
                 self._told = True
             try:
-                if not select.select([self._lines.socket], [], [], 0.2)[0]:
-                    continue
-                messages = self._lines.receive()
+                comes = select.select([self._lines.socket], [], [], 0.2)[0]
+                messages = self._lines.receive() if comes else []
             except (OSError, ValueError):
                 messages = None
-            if messages is None:
+            if messages:
+                heard = time.monotonic()
+            if messages is None or now - heard > LOST_SECONDS:
                 if self.leaving:
                     return
                 self._end_by_loss(0, self._hosts[0], "does not answer")
