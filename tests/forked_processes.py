@@ -47,6 +47,11 @@ class Many:
             time.sleep(0.01)
         return json.loads(path.read_text())
 
+    def await_file(self, path: pathlib.Path) -> None:
+        """Waits until a file is there, or the processes have ended."""
+        while not path.exists() and not (self._folder / "codes.json").exists():
+            time.sleep(0.02)
+
     def wait(self) -> tuple[list[int], list[str]]:
         """Waits for all; returns the exit code of each, and what each has printed."""
         code, _, errors = self._run.wait()

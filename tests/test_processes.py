@@ -120,8 +120,7 @@ def test_one_of_four_is_killed_the_others_name_it_and_two_go_on(
     devices = [1, 1, 2, 2]
     arguments = (str(workdir), STEPS, 2, 0.2)
     many = Many(fork_server, tmp_path / "four", _TOY, devices, *arguments)
-    while not (workdir / "checkpoints" / "4").exists():
-        time.sleep(0.02)
+    many.await_file(workdir / "checkpoints" / "4")
     os.kill(many.pids()[2], signal.SIGKILL)
     began = time.monotonic()
     codes, said = many.wait()
@@ -145,8 +144,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(fork_server, tmp_path, alone)
     workdir = tmp_path / "run"
     arguments = (str(workdir), STEPS, 1, 0.2)
     many = Many(fork_server, tmp_path / "two", _TOY, [1, 2], *arguments)
-    while not (workdir / "checkpoints" / "4").exists():
-        time.sleep(0.02)
+    many.await_file(workdir / "checkpoints" / "4")
     os.kill(many.pids()[1], signal.SIGTERM)
     codes, said = many.wait()
     assert codes == [75, 75], said
