@@ -1,10 +1,11 @@
 """The processes of a run: how this one joins the others, and what must be the same."""
 
 import dataclasses
-import glob
+import fnmatch
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 from absl import logging
@@ -91,16 +92,21 @@ def seen_at(path: str) -> str:
     path = os.path.expanduser(path)
     if "://" in path:
         return "a bucket"
-    found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    root, pattern = path, "*"
+    if not os.path.exists(path):  # a pattern: what it matches below its first wildcard
+        root = os.path.dirname(re.split(r"[*?[]", path)[0])
+        pattern = path.replace("**/", "*")
     count = size = 0
     digest = hashlib.sha256()
-    for name, file in _files(found):
+    for name, file in _files(root):
+        if not fnmatch.fnmatchcase(file, pattern):
+            continue
         bytes_ = os.path.getsize(file)
         count, size = count + 1, size + bytes_
         digest.update(f"{name}\0{bytes_}\0".encode())
     if not count:
         return "no files"
-    if [path] == found and os.path.isfile(path):
+    if os.path.isfile(path):
         with open(path, "rb") as file:
             digest.update(file.read(_ENDS))
             file.seek(max(size - _ENDS, 0))
@@ -108,17 +114,16 @@ def seen_at(path: str) -> str:
     return f"{count} files, {size} bytes, names and sizes {digest.hexdigest()[:8]}"
 
 
-def _files(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The files at and below paths, in order: relative name, and path."""
-    for path in paths:
-        if os.path.isfile(path):
-            yield os.path.basename(path), path
-        for folder, below, names in os.walk(path):
-            below.sort()
-            for name in sorted(names):
-                file = os.path.join(folder, name)
-                if os.path.isfile(file):
-                    yield os.path.relpath(file, path), file
+def _files(path: str) -> Iterator[tuple[str, str]]:
+    """The files at and below a path, in order: relative name, and path."""
+    if os.path.isfile(path):
+        yield os.path.basename(path), path
+    for folder, below, names in os.walk(path):
+        below.sort()
+        for name in sorted(names):
+            file = os.path.join(folder, name)
+            if os.path.isfile(file):
+                yield os.path.relpath(file, path), file
 
 
 def _hosts() -> list[str]:
