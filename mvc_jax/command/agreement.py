@@ -94,7 +94,8 @@ def seen_at(path: str) -> str:
         return "a bucket"
     root, pattern = path, "*"
     if not os.path.exists(path):  # a pattern: what it matches below its first wildcard
-        root = os.path.dirname(re.split(r"[*?[]", path)[0])
+        first, *others = re.split(r"[*?[]", path)
+        root = os.path.dirname(first) if others else path
         pattern = path.replace("**/", "*")
     count = size = 0
     digest = hashlib.sha256()
