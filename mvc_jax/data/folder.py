@@ -14,8 +14,9 @@
    A row gives the path of an image, relative to the file, in one of `FILE_COLUMNS`, and
    its class in the first of `LABEL_COLUMNS` that exists; numbers are used as class
    names. In the root, the split is given by the column `split`, else by the folder of
-   the image. Rows take precedence over folder names. A file without a column of labels
-   beside class folders holds captions. `generate` writes this layout.
+   the image, if parts can be told from classes. Rows take precedence over folder
+   names. A file without a column of labels beside class folders holds captions.
+   `generate` writes this layout.
 5. Whatever `data.train`, `data.test` and `data.labels` say.
 
 The names of a class may differ in case, width and separators between the parts; it is
