@@ -488,6 +488,27 @@ def test_a_step_over_the_memory_budget_is_refused_with_numbers_and_a_hint(tmp_pa
     run(tmp_path, 2, memory_budget=memory.MemoryBudget(1 << 30, ""))
 
 
+def test_a_step_that_a_tpu_s_compiler_refuses_has_the_same_numbers():
+    """As libtpu 0.0.42.1 words it; the arguments are part of its sum."""
+
+    class Refused:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
+                "required for HLO temporaries (17.91G) exceeds available HBM (15.75G)."
+            )
+
+    def estimate(held, new, size):
+        return f"{held}, {held + new >> 20}, {size}"
+
+    budget = memory.MemoryBudget(1 << 34, "Do less.", estimate)
+    with pytest.raises(UserError, match="got 17.91 GiB: 0.00 .* Do less. 12, 18339, "):
+        budget.compile(Refused(), jnp.ones(3), name="a step")
+
+
 def test_rows_have_rates_and_memory_and_the_draw_hook_is_called(tmp_path):
     seen = []
 
