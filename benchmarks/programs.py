@@ -88,7 +88,9 @@ class Program:
         Recomputed activations count. Build the program with `attention="xla"`: the
         products inside of kernels are not counted.
         """
-        return throughput.count_flops(self.function, *self.arguments)
+        placed = jax.tree.leaves(self.arguments)[0].sharding
+        platform = next(iter(placed.device_set)).platform
+        return throughput.count_flops(self.function, *self.arguments, platform=platform)
 
 
 def build(name: str, options: Options, mesh: jax.sharding.Mesh) -> Program:

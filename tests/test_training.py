@@ -562,6 +562,13 @@ def test_flops_are_those_of_products_and_convolutions():
     conv = 2 * 64 * 3 * 3 * 25
     assert count_flops(function, *shapes) == conv + 5 * 3 * 2 * 8**3
 
+    def by_platform(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x, default=jnp.sin)
+
+    for platform, products in {"tpu": 3, "cpu": 0, "gpu": 0}.items():
+        counted = count_flops(jax.vmap(by_platform), shapes[0], platform=platform)
+        assert counted == products * 2 * 8**3
+
 
 @pytest.mark.parametrize(
     "kind, peak",
