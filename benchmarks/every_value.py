@@ -199,8 +199,8 @@ def main() -> None:
     parser.add_argument("--runs", default=",".join(RUNS), help="some of them")
     parser.add_argument("--networks", default="", help="of classifiers, one step each")
     arguments = parser.parse_args()
-    draw(arguments.folder / "images", damaged=True)
     draw(arguments.folder / "whole", damaged=False)
+    draw(arguments.folder / "images", damaged=True)  # its captions are used
     ended = [
         run(arguments.folder, name) for name in filter(None, arguments.runs.split(","))
     ]
@@ -228,6 +228,8 @@ def draw(folder: pathlib.Path, *, damaged: bool) -> None:
     (twin / "1.png").write_bytes((twin / "3.png").read_bytes())
     if damaged:
         (twin / "damaged.png").write_bytes(b"no image")
+        id_ = f"train/{CLASSES[0]}/damaged.png"
+        captions.append(f'{{"id": "{id_}", "caption": ""}}\n')
     (folder.parent / "captions.jsonl").write_text("".join(captions))
 
 
