@@ -106,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--remat", choices=_REMAT, default="none")
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--ema", type=float, default=0.0, help="decay; 0: no average")
     parser.add_argument("--attention", choices=_ATTENTION, default="auto")
     parser.add_argument("--preset", choices=("", "fast"), default="")
     parser.add_argument("--classifier", default="wrn28_10")
@@ -187,7 +188,8 @@ def settings(arguments: argparse.Namespace, examples: int) -> str:
         shown += [arguments.family, f"{arguments.size} px"]
     if arguments.fsdp > 1:
         shown.append(f"fsdp {arguments.fsdp}")
-    defaults = {"remat": "none", "accumulate": 1, "attention": "auto", "preset": ""}
+    defaults = {"remat": "none", "accumulate": 1, "ema": 0.0, "attention": "auto"}
+    defaults["preset"] = ""
     for name, default in defaults.items():
         if getattr(arguments, name) != default:
             shown.append(f"{name} {getattr(arguments, name)}")

@@ -37,6 +37,7 @@ class Options:
       size: of the images in pixels along a side.
       remat: of the UNet's backward pass.
       accumulate: micro-batches of a step.
+      ema: decay of the averaged parameters of `finetune` and `lora`; 0: none.
       attention: implementation in the UNet.
       dtype: of activations while training, as in the config.
       preset: of `generate`: "" or `fast`.
@@ -54,6 +55,7 @@ class Options:
     size: int = 512
     remat: str = "none"
     accumulate: int = 1
+    ema: float = 0.0
     attention: str = "auto"
     dtype: str = "auto"
     preset: str = ""
@@ -86,7 +88,9 @@ class Program:
         Recomputed activations count. Build the program with `attention="xla"`: the
         products inside of kernels are not counted.
         """
-        return throughput.count_flops(self.function, *self.arguments)
+        placed = jax.tree.leaves(self.arguments)[0].sharding
+        platform = next(iter(placed.device_set)).platform
+        return throughput.count_flops(self.function, *self.arguments, platform=platform)
 
 
 def build(name: str, options: Options, mesh: jax.sharding.Mesh) -> Program:
@@ -141,6 +145,7 @@ def _finetune(options: Options, mesh: jax.sharding.Mesh, *, mode: str) -> Progra
     config = common.get_config()
     section = config.finetune
     section.mode, section.accumulate = mode, options.accumulate
+    section.ema_decay = options.ema
     model = architecture(options).with_compute_options(
         dtype=options.dtype,
         mesh=mesh,

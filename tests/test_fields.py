@@ -7,10 +7,15 @@ import importlib
 import math
 import pathlib
 import re
+import sys
 
 import pytest
+from conftest import ROOT
 from ml_collections import ConfigDict
 
+from mvc_jax import augment
+from mvc_jax.classification import regimes
+from mvc_jax.classification import runs as classification_runs
 from mvc_jax.command import command_line
 from mvc_jax.configs import common
 from mvc_jax.configs.fields import Field, Section, as_flag, help_of
@@ -21,6 +26,9 @@ from mvc_jax.generation import conditionings, synthetic
 from mvc_jax.mixing import recipes
 from mvc_jax.models import attention, blip2, classifiers, remat, vit_gpt2
 from mvc_jax.training import optim
+
+sys.path.append(str(ROOT / "benchmarks"))
+import every_value  # noqa: E402
 
 FIELDS = common.FIELDS.flat()
 CONFIGS = pathlib.Path(common.__file__).parent
@@ -177,6 +185,21 @@ def test_a_config_has_the_declared_names_and_no_others(change, message):
         change(config)
     with pytest.raises(UserError, match=message):
         common.FIELDS.check(config)
+
+
+def test_every_value_has_a_run_to_the_report():
+    """`benchmarks/every_value.py`, which takes minutes, has it, or says why not."""
+    for name, field in FIELDS.items():
+        missing = {*field.choices} - every_value.NOT_HERE.get(name, {}).keys()
+        missing -= every_value.values(name) if name in every_value.fields() else set()
+        assert not missing or name in every_value.NETWORKS, (name, missing)
+    runs = every_value.values("classify.runs")
+    for part in (*regimes.REGIMES, *augment.NAMES, *classification_runs.MIXES):
+        if part != "none":
+            assert any(part in re.split("[:+]", run) for run in runs), part
+    networks = {*FIELDS["classify.model"].choices}
+    others = {*FIELDS["evaluate.features"].choices} - networks
+    assert others == {"pixels", *every_value.NOT_HERE["evaluate.features"]}
 
 
 def test_choices_are_those_of_the_rooms():

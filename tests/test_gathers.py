@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mvc_jax import augment
-from mvc_jax.augment import gathers
+from mvc_jax.augment import gathers, geometry, operations, shears
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 20, 31, 3), dtype=np.uint8)
@@ -49,6 +49,38 @@ def test_products_equal_rows_and_columns(axis, dtype):
         found = jax.jit(function, static_argnums=2)(image, index, axis)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "most", "shift"), [(9, 0.09, 4.2), (30, 0.3, 9.0), (135, 0.99, 0.0)]
+)
+def test_shears_equal_indices(degrees, most, shift):
+    """Every move of a policy both ways, of an image that is not square."""
+    named = {"Rotate": degrees, "ShearX": most, "ShearY": most}
+    named |= {"TranslateX": shift, "TranslateY": shift}
+    moves = [(name, sign * x) for name, x in named.items() for sign in (1, -1)]
+    table = operations.table(moves, 20, 31, "nearest")
+    assert table.bounds and table.rows.map.shape == (11, 6)
+
+    def by_shears(map_, shear):
+        return shears.nearest(jnp.asarray(IMAGES[0]), map_, shear, table.bounds, 128)
+
+    def by_indices(map_, _):
+        return geometry.nearest(jnp.asarray(IMAGES[0]), [map_], 128)
+
+    found, expected = (
+        jax.jit(jax.vmap(function))(table.rows.map, table.rows.shear)
+        for function in (by_shears, by_indices)
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found, axis=0)) == (11 if shift else 7)
+
+
+def test_maps_that_are_far_from_shears_have_no_bounds():
+    assert operations.table([("Rotate", 135)], 200, 200, "nearest").bounds is None
+    assert operations.table([("ShearX", 0.99)], 300, 9, "nearest").bounds is None
+    assert operations.table([("Rotate", 9)], 20, 31, "bilinear").bounds is None
+    assert operations.table([("Color", 0.5)], 20, 31, "nearest").bounds is None
 
 
 @pytest.mark.parametrize("name", ["randaugment", "autoaugment_imagenet"])

@@ -1,6 +1,7 @@
 """Parts are told from classes by structure: what was put in comes out, or a refusal."""
 
 import pathlib
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -365,6 +366,39 @@ def test_labels_in_a_file_for_two_parts(tmp_path):
     rows = "p,y,split\ntrain_images/0.png,a,train\ntest_images/0.png,a,test\n"
     write(tmp_path, **{"split.csv": rows})
     assert parts_of_test(read(tmp_path, labels="split.csv:y")) == {"test_images"}
+
+
+@pytest.mark.parametrize("inner", ["", "images/"])
+def test_a_table_beside_folders_that_may_be_parts(tmp_path, inner):
+    """What they are is asked, unless the table says it, or the user does."""
+    names = images(*(f"{inner}{top}" for top in ("train/x", "test/x", "extra/x")))
+    table = [f"{name},{'ab'[k % 2]}" for k, name in enumerate(names)]
+    labels = "\n".join(["file_name,label", *table])
+    root = write(tmp_path / "with", *names, **{"metadata.csv": labels})
+    fixes = (
+        "give metadata.csv a column split",
+        f"--config.data.labels=metadata.csv:label --config.data.train={inner}train",
+        "--config.data.train=. if none of them is a part",
+    )
+    with pytest.raises(UserError, match=f"={inner[:-1] or '[.]'} if all of them are"):
+        read(write(tmp_path / "without", *names))
+    for fix in fixes:
+        with pytest.raises(UserError, match=re.escape(fix)):
+            read(root)
+    with pytest.raises(UserError, match=f"--config.data.train={inner}train"):
+        read(root, labels="metadata.csv:label")
+    parts = {"train": (f"{inner}train",), "test": (f"{inner}test",)}
+    source = read(root, labels="metadata.csv:label", **parts)
+    assert source.class_names == ("a", "b") and len(source) == 4
+    assert sum(source.is_test) == 2
+    source = read(root, train=(".",))
+    assert source.class_names == ("a", "b") and len(source) == 6
+    assert source.is_test is None
+    rows = [f"{row},{'test' if 'test/' in row else 'train'}" for row in table]
+    labels = "\n".join(["file_name,label,split", *rows])
+    write(root, **{"metadata.csv": labels})
+    for options in ({}, {"labels": "metadata.csv:label"}):
+        assert sum(read(root, **options).is_test) == 2
 
 
 @pytest.mark.parametrize(

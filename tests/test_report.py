@@ -422,6 +422,10 @@ def test_images_removed_by_filters_are_a_table(tmp_path):
     assert {"Set label copies total kept", "mixed 59 13 61 4,070"} <= {*page.rows}
     assert page.row("other").startswith("other 0 0 0 – ")
     assert "173 of 1,017 real training images" in " ".join(page.text.split())
+    found = {"facts": {"copies": {}}, "sets": {"mixed": {"images": 13, "copies": 13}}}
+    page = run_page(make_workdir(tmp_path / "c", filters=found))
+    assert "Set copies total kept" in page.rows
+    assert "The label filter" not in page.text
 
 
 def test_one_seed_has_no_interval(tmp_path):

@@ -488,6 +488,27 @@ def test_a_step_over_the_memory_budget_is_refused_with_numbers_and_a_hint(tmp_pa
     run(tmp_path, 2, memory_budget=memory.MemoryBudget(1 << 30, ""))
 
 
+def test_a_step_that_a_tpu_s_compiler_refuses_has_the_same_numbers():
+    """As libtpu 0.0.42.1 words it; the arguments are part of its sum."""
+
+    class Refused:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
+                "required for HLO temporaries (17.91G) exceeds available HBM (15.75G)."
+            )
+
+    def estimate(held, new, size):
+        return f"{held}, {held + new >> 20}, {size}"
+
+    budget = memory.MemoryBudget(1 << 34, "Do less.", estimate)
+    with pytest.raises(UserError, match="got 17.91 GiB: 0.00 .* Do less. 12, 18339, "):
+        budget.compile(Refused(), jnp.ones(3), name="a step")
+
+
 def test_rows_have_rates_and_memory_and_the_draw_hook_is_called(tmp_path):
     seen = []
 
@@ -540,6 +561,13 @@ def test_flops_are_those_of_products_and_convolutions():
     ]
     conv = 2 * 64 * 3 * 3 * 25
     assert count_flops(function, *shapes) == conv + 5 * 3 * 2 * 8**3
+
+    def by_platform(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x, default=jnp.sin)
+
+    for platform, products in {"tpu": 3, "cpu": 0, "gpu": 0}.items():
+        counted = count_flops(jax.vmap(by_platform), shapes[0], platform=platform)
+        assert counted == products * 2 * 8**3
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ A product with a one-hot matrix is exact: levels have 8 bits, as many as a bfloa
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Int32, Real, UInt8
+from jaxtyping import Array, BFloat16, Int32, Integer, Real, UInt8
 
 Image = UInt8[Array, "H W C"]
 SPLIT = 16  # a level is 16 times its high half plus its low half
@@ -120,10 +120,10 @@ def _cells(image) -> Int32[Array, "H W C"]:
 
 
 def _halves(image) -> tuple[BFloat16[Array, "P C 16"], BFloat16[Array, "P C 16"]]:
-    levels = image.reshape(-1, image.shape[-1]).astype(jnp.int32)
+    levels = image.reshape(-1, image.shape[-1])
     return one_hot(levels // SPLIT, SPLIT), one_hot(levels % SPLIT, SPLIT)
 
 
-def one_hot(index: Int32[Array, "..."], size: int) -> BFloat16[Array, "... K"]:
+def one_hot(index: Integer[Array, "..."], size: int) -> BFloat16[Array, "... K"]:
     """One-hot rows of `size`."""
     return jax.nn.one_hot(index, size, dtype=jnp.bfloat16)

@@ -10,11 +10,12 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from mvc_jax.augment import color, geometry
+from mvc_jax.augment import color, geometry, shears
 
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Brightness", "Contrast", "Color", "Sharpness")  # indexed by `Row.blend`
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     """One operation, or many on a leading axis."""
 
     map: np.ndarray | Array  # int32 [6], of `geometry.fixed_point`
+    shear: np.ndarray | Array  # int32 [6], of `shears.of_map`
     span: np.ndarray | Array  # int32 [H, 2], of `geometry.spans`; [0, 2] if nearest
     blend: np.ndarray | Array  # int32, index into BLENDS
     factor: np.ndarray | Array  # float32, of the blend; 1: none
@@ -51,6 +53,7 @@ class Table(NamedTuple):
 
     rows: Row  # NumPy, [R, ...]
     names: frozenset[str]  # operations of its rows; no others are compiled
+    bounds: shears.Bounds | None  # of its maps; None if they are not sheared
 
 
 def row(operation: Operation, height: int, width: int, resampling: str) -> Row:
@@ -78,10 +81,12 @@ def row(operation: Operation, height: int, width: int, resampling: str) -> Row:
         "TranslateY": geometry.translate_y,
         "Rotate": functools.partial(geometry.rotate, height=height, width=width),
     }.get(name, lambda _: geometry.IDENTITY)(value)
+    map_ = geometry.fixed_point(matrix, resampling)
     spans = geometry.spans(matrix, height, width)
     threshold = {"Solarize": int(np.ceil(value)), "Invert": 0}.get(name, 256)
     return Row(
-        map=geometry.fixed_point(matrix, resampling),
+        map=map_,
+        shear=shears.of_map(map_, height),
         span=spans if resampling == "bilinear" else spans[:0],
         blend=np.int32(BLENDS.index(name) if name in BLENDS else 0),
         factor=np.float32(value if name in BLENDS else 1),
@@ -107,7 +112,11 @@ def table(
     operations = [("Identity", 0.0), *operations]
     rows = [row(operation, height, width, resampling) for operation in operations]
     stacked = Row(*(np.stack(column) for column in zip(*rows, strict=True)))
-    return Table(stacked, frozenset(name for name, _ in operations))
+    names = frozenset(name for name, _ in operations)
+    limits = None
+    if resampling == "nearest" and names.intersection(GEOMETRIC):
+        limits = shears.bounds(stacked.map, stacked.shear, height, width)
+    return Table(stacked, names, limits)
 
 
 def perform(
@@ -138,16 +147,37 @@ def perform(
     rows = Row(*(jnp.asarray(column)[drawn] for column in table.rows))
     steps = [Row(*(column[i] for column in rows)) for i in range(len(drawn))]
     moving = bool(table.names.intersection(GEOMETRIC))
-    after: dict[int, list[Array]] = {}  # recoloring i, the maps that follow
+    after: dict[int, list[Row]] = {}  # recoloring i, the steps whose maps follow
     for i, step in enumerate(steps):
-        after.setdefault(max(i - 1, 0), []).append(step.map)
+        after.setdefault(max(i - 1, 0), []).append(step)
     for i, step in enumerate(steps):
         if moving and resampling == "bilinear":
             image = geometry.bilinear(image, step.map, step.span, fill)
         image = recolor(image, step, where[i], table.names, paint)
         if moving and resampling == "nearest" and i in after:
-            image = geometry.nearest(image, after[i], fill)
+            image = _move(image, after[i], table.bounds, fill)
     return image
+
+
+def _move(
+    image: UInt8[Array, "H W C"],
+    steps: list[Row],
+    bounds: shears.Bounds | None,
+    fill: int,
+) -> UInt8[Array, "H W C"]:
+    """Applies the maps of steps: on a TPU by shears, where the table has bounds."""
+
+    def at_once(image, steps):
+        return geometry.nearest(image, [step.map for step in steps], fill)
+
+    def sheared(image, steps):
+        for step in steps:
+            image = shears.nearest(image, step.map, step.shear, bounds, fill)
+        return image
+
+    if bounds is None:
+        return at_once(image, steps)
+    return jax.lax.platform_dependent(image, steps, tpu=sheared, default=at_once)
 
 
 def recolor(

@@ -14,8 +14,9 @@
    A row gives the path of an image, relative to the file, in one of `FILE_COLUMNS`, and
    its class in the first of `LABEL_COLUMNS` that exists; numbers are used as class
    names. In the root, the split is given by the column `split`, else by the folder of
-   the image. Rows take precedence over folder names. A file without a column of labels
-   beside class folders holds captions. `generate` writes this layout.
+   the image, if parts can be told from classes. Rows take precedence over folder
+   names. A file without a column of labels beside class folders holds captions.
+   `generate` writes this layout.
 5. Whatever `data.train`, `data.test` and `data.labels` say.
 
 The names of a class may differ in case, width and separators between the parts; it is
@@ -255,13 +256,13 @@ def _find_labels(tree: Tree, options: FolderOptions) -> str:
     if explicit:
         parts = _named_parts(tree, options)
     elif options.labels:
-        parts = _parts_of_table(tree, paths)
+        parts = _parts_beside(
+            tree, paths, label_table.of_option(tree, options.labels)[0]
+        )
     else:
         base = _around_table(tree, paths)
         if table := label_table.find(tree, base):
-            parts = label_table.split_by_folder(
-                tree, table, _parts_of_table(tree, paths)
-            )
+            parts = _parts_of_table(tree, paths, table)
             label_table.label(tree, table, parts, splits=True)
             _explain_the_rest(tree, {}, base)
             return base
@@ -298,12 +299,45 @@ def _named_parts(tree: Tree, options: FolderOptions) -> dict[str, str]:
     return parts if "train" in parts.values() else {"": "train"} | parts
 
 
-def _parts_of_table(tree: Tree, paths: Sequence[str]) -> dict[str, str]:
-    """The parts by which a table that does not split is split."""
-    tops = {folder for folder in tree.folders if "/" not in folder}
+def _parts_of_table(
+    tree: Tree, paths: Sequence[str], table: label_table.Table
+) -> dict[str, str]:
+    """The parts by which metadata that does not split is split.
+
+    Raises:
+      layout.Ambiguous: parts and classes cannot be told apart.
+    """
+    if label_table.folders_are_classes(tree, table):
+        return {"": "train"}
+    try:
+        return _parts_beside(tree, paths, table.path)
+    except layout.Ambiguous as why:
+        column = label_table.label_column(tree, table)
+        raise layout.Ambiguous(
+            str(why),
+            f"give {table.path} a column split, of train, val or test",
+            f"--config.data.labels={table.path}:{column} {why.fixes[0]}",
+            f"--config.data.train={table.prefix[:-1] or '.'} if none of them is a part",
+        ) from why
+
+
+def _parts_beside(tree: Tree, paths: Sequence[str], table: str) -> dict[str, str]:
+    """The parts by which a table of labels that does not split is split.
+
+    Args:
+      tree: the folder.
+      paths: of all images, also of bad ones.
+      table: the file.
+
+    Raises:
+      layout.Ambiguous: some folders are named like parts and may be something else.
+    """
     try:
         parts = layout.find(paths).parts
-    except layout.Ambiguous:
+    except layout.Ambiguous as why:
+        if why.parts and not label_table.has_splits(tree, table):
+            raise
+        tops = {folder for folder in tree.folders if "/" not in folder}
         parts = {top + "/": role for top in tops if (role := layout.role(top)[0])}
     return {"": "train"} | parts
 

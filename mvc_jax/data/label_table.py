@@ -90,7 +90,7 @@ def label(
     """
     path, prefix = table
     rows = parse(tree, path)
-    columns = {key.strip().lower(): key for row in rows for key in row}
+    columns = _columns(rows)
     file_column = _column(tree, path, columns, FILE_COLUMNS)
     label_column = _column(tree, path, columns, LABEL_COLUMNS)
     split_column = columns.get("split") if splits else None
@@ -157,10 +157,7 @@ def label_by_column(
     Raises:
       UserError: there is no such file or column, or no image's name is in it.
     """
-    path, _, wanted = option.rpartition(":")
-    path = os.path.normpath(path or wanted)
-    if path not in tree.others and not os.path.isfile(os.path.join(tree.path, path)):
-        raise _error(option, f"a file in {tree.name}, and a column", "no such file", "")
+    path, wanted = of_option(tree, option)
     rows = parse(tree, path)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if wanted not in columns:
@@ -213,6 +210,19 @@ def label_by_column(
             tree.defects[image] = reason
 
 
+def of_option(tree: Tree, option: str) -> tuple[str, str]:
+    """The file and the column that `data.labels` names.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    path, _, column = option.rpartition(":")
+    path = os.path.normpath(path or column)
+    if path not in tree.others and not os.path.isfile(os.path.join(tree.path, path)):
+        raise _error(option, f"a file in {tree.name}, and a column", "no such file", "")
+    return path, column
+
+
 def _names(
     images: Sequence[str], parts: dict[str, str], role: str
 ) -> dict[str, list[str]]:
@@ -251,24 +261,38 @@ def part_of(image: str, parts: dict[str, str]) -> str:
     return max(found, key=len, default="")
 
 
-def split_by_folder(tree: Tree, table: Table, parts: dict[str, str]) -> dict[str, str]:
-    """The parts by which images of a table in the root are split, if they are parts.
+def folders_are_classes(tree: Tree, table: Table) -> bool:
+    """Whether the folders of a table in the root are its classes, and no parts.
 
-    Where every row's label is the name of its folder, or every folder has one label and
-    every label one folder, the folders are classes.
+    That is where every row's label is the name of its folder, or every folder has one
+    label and every label one folder.
     """
     rows = parse(tree, table.path)
-    columns = {key.strip().lower(): key for row in rows for key in row}
+    columns = _columns(rows)
     names = next((columns[c] for c in FILE_COLUMNS if c in columns), None)
     labels = next((columns[c] for c in LABEL_COLUMNS if c in columns), None)
     pairs = [(text(row.get(names)), text(row.get(labels))) for row in rows]
     pairs = {(name.partition("/")[0], label_) for name, label_ in pairs}
     one_to_one = len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
-    if (one_to_one and len(pairs) > 1) or all(
+    return (one_to_one and len(pairs) > 1) or all(
         class_key(folder) == class_key(label_) for folder, label_ in pairs
-    ):
-        return {"": "train"}
-    return {"": "train"} | parts
+    )
+
+
+def label_column(tree: Tree, table: Table) -> str:
+    """The name of a table's column of labels, as it is written there."""
+    columns = _columns(parse(tree, table.path))
+    return _column(tree, table.path, columns, LABEL_COLUMNS)
+
+
+def has_splits(tree: Tree, path: str) -> bool:
+    """Whether a file of labels has a column `split`."""
+    return "split" in _columns(parse(tree, path))
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Columns by their names in lower case."""
+    return {key.strip().lower(): key for row in rows for key in row}
 
 
 def _add(tree: Tree, image: str, entry: tuple[str, str], here: str) -> str:

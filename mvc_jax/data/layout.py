@@ -37,11 +37,13 @@ class Ambiguous(Exception):
     Args:
       got: what was found.
       fixes: ways out, as imperative phrases.
+      parts: whether some of these folders are named like parts, so that the question
+        stays where labels are known from elsewhere.
     """
 
-    def __init__(self, got: str, *fixes: str):
+    def __init__(self, got: str, *fixes: str, parts: bool = False):
         super().__init__(got)
-        self.fixes = fixes
+        self.fixes, self.parts = fixes, parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +125,19 @@ def find(
     Raises:
       Ambiguous: parts and classes cannot be told apart.
     """
-    tops, copies = _without_copies(_folders(paths, ""), is_copy)
-    if parts := _parts(tops):
+    return _find(paths, is_copy, "")
+
+
+def _find(
+    paths: Sequence[str], is_copy: Callable[[str, str], bool], outer: str
+) -> Layout:
+    """`find` in a folder of the tree, whose prefix is `outer`; `paths` are below it."""
+    tops, copies = _without_copies(_folders(paths, outer), is_copy, outer)
+    if parts := _parts(tops, outer):
         return Layout(parts, copies)
     if len(tops) != 1:
-        _require_different(tops)
-        return Layout({"": "train"}, copies)
+        _require_different(tops, outer)
+        return Layout({outer: "train"}, copies)
     inner = top = tops[0]
     repeated = True
     while not inner.flat and len(inner.folders) == 1:
@@ -136,18 +145,17 @@ def find(
         repeated &= class_key(deeper.name) == class_key(top.name)
         inner = deeper
     if inner.flat or len(inner.folders) < 2:
-        return Layout({"": "train"}, copies)
+        return Layout({outer: "train"}, copies)
     prefix = inner.prefix
-    below = find(inner.inside, lambda a, b: is_copy(prefix + a, prefix + b))
-    if below.parts != {"": "train"} or (prefix != f"{top.name}/" and repeated):
-        copies |= {prefix + name: count for name, count in below.copies.items()}
-        parts = {prefix + name: role_ for name, role_ in below.parts.items()}
-        return Layout(parts, copies)
+    below = _find(inner.inside, is_copy, prefix)
+    is_inner = prefix != f"{outer}{top.name}/"
+    if below.parts != {prefix: "train"} or (is_inner and repeated):
+        return Layout(below.parts, copies | below.copies)
     raise Ambiguous(
         f"one folder, {prefix}, around {len(inner.folders)} others, which could be "
         "classes, or parts of one class",
         f"--config.data.train={prefix[:-1]} if the inner folders are the classes",
-        "--config.data.train=. if the outer one is a class",
+        f"--config.data.train={_named(outer)} if the outer one is a class",
     )
 
 
@@ -179,7 +187,7 @@ def _folder(name: str, prefix: str, inside: list[str]) -> _Folder:
 
 
 def _without_copies(
-    tops: list[_Folder], is_copy: Callable[[str, str], bool]
+    tops: list[_Folder], is_copy: Callable[[str, str], bool], outer: str
 ) -> tuple[list[_Folder], dict[str, int]]:
     """Leaves out folders that hold their siblings, with the same files, again."""
     siblings = {class_key(top.name): top for top in tops}
@@ -199,25 +207,26 @@ def _without_copies(
             path in beside and is_copy(top.prefix + path, beside[path])
             for path in top.inside
         ):
-            copies[f"{top.name}/"] = len(top.inside)
+            copies[f"{outer}{top.name}/"] = len(top.inside)
             continue
         names = ", ".join(sorted(inner[key] for key in twins)[:4])
         raise Ambiguous(
             f"the folders {names}, and others of these names in {top.prefix}",
             f"--config.data.train={top.prefix[:-1]} to use that folder alone",
             "move that folder elsewhere",
+            parts=bool(top.role) or any(siblings[key].role for key in twins),
         )
     return kept, copies
 
 
-def _parts(tops: list[_Folder]) -> dict[str, str]:
+def _parts(tops: list[_Folder], outer: str) -> dict[str, str]:
     """Prefix -> role of each part; empty: these folders are classes."""
     named = [top for top in tops if top.role]
     others = [top for top in tops if not top.role]
     trains = [top for top in named if top.role == "train" and top.folders]
     parts = {top.prefix: top.role for top in named}
     if not trains:
-        return parts if _are_parts_without_labels(named, others) else {}
+        return parts if _are_parts_without_labels(named, others, outer) else {}
     linked = any(_share_classes(a, b) for a in trains for b in named if a is not b)
     if len(trains) == len(named) > 1 and not linked:  # bullet_train/, freight_train/
         return {}
@@ -236,7 +245,8 @@ def _parts(tops: list[_Folder]) -> dict[str, str]:
         raise Ambiguous(
             f"the folders {names}, of which some are named like parts of a dataset",
             f"--config.data.train={trains[0].prefix[:-1]}{more} if these are parts",
-            "--config.data.train=. if all of them are classes",
+            f"--config.data.train={_named(outer)} if all of them are classes",
+            parts=True,
         )
     return parts
 
@@ -248,7 +258,9 @@ def _share_classes(train: _Folder, other: _Folder) -> bool:
     return bool(train.keys & other.keys)
 
 
-def _are_parts_without_labels(named: list[_Folder], others: list[_Folder]) -> bool:
+def _are_parts_without_labels(
+    named: list[_Folder], others: list[_Folder], outer: str
+) -> bool:
     """Whether folders are parts although none for training has class folders.
 
     Raises:
@@ -265,7 +277,8 @@ def _are_parts_without_labels(named: list[_Folder], others: list[_Folder]) -> bo
             f"{', '.join(top.name for top in named[:4])}, named like parts of a "
             f"dataset, beside {', '.join(top.name for top in others[:4])}",
             "--config.data.train=FOLDER and --config.data.test=FOLDER to name parts",
-            "--config.data.train=. if all of them are classes",
+            f"--config.data.train={_named(outer)} if all of them are classes",
+            parts=True,
         )
     return False
 
@@ -274,7 +287,7 @@ def _without_digits(top: _Folder) -> tuple[str, ...]:
     return tuple(word for word in top.rest if not word.isdigit())
 
 
-def _require_different(tops: list[_Folder]) -> None:
+def _require_different(tops: list[_Folder], outer: str) -> None:
     """Raises `Ambiguous` if folders hold folders of the same names."""
     holders: dict[str, list[int]] = collections.defaultdict(list)
     for number, top in enumerate(tops):
@@ -288,13 +301,19 @@ def _require_different(tops: list[_Folder]) -> None:
     for (a, b), count in pairs.items():
         if count > 1:
             same = sorted(n for n in tops[a].folders if class_key(n) in tops[b].keys)
+            one, other = (tops[k].prefix[:-1] for k in (a, b))
             raise Ambiguous(
-                f"folders {', '.join(same[:4])} in both {tops[a].name}/ and "
-                f"{tops[b].name}/",
-                f"--config.data.train={tops[a].name} if these are parts with classes "
-                f"in them (add --config.data.test={tops[b].name} if that one is test)",
-                "--config.data.train=. if the outer folders are the classes",
+                f"folders {', '.join(same[:4])} in both {one}/ and {other}/",
+                f"--config.data.train={one} if these are parts with classes in them "
+                f"(add --config.data.test={other} if that one is test)",
+                f"--config.data.train={_named(outer)} if the outer folders are the "
+                "classes",
             )
+
+
+def _named(prefix: str) -> str:
+    """What `data.train` calls the folder of a prefix."""
+    return prefix[:-1] or "."
 
 
 def lines(images: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import resource
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from mvc_jax.errors import UserError
 from mvc_jax.training import runtime
 
 _GIB = 2**30
+# Compilers for TPUs refuse what does not fit, arguments included.
+_REFUSED = re.compile(r"memory required for HLO temporaries \(([\d.]+)G\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +49,40 @@ class MemoryBudget:
         """
         device = jax.tree.leaves(arguments)[0].addressable_shards[0].device
         with self._explain_out_of_memory(name):
-            compiled = step.lower(*arguments).compile()
+            try:
+                compiled = step.lower(*arguments).compile()
+            except jax.errors.JaxRuntimeError as error:
+                if not (found := _REFUSED.search(str(error))):
+                    raise
+                held = sum(
+                    x.addressable_data(0).nbytes for x in jax.tree.leaves(arguments)
+                )
+                new = int(float(found[1]) * _GIB) - held
+                raise self._too_large(name, held, new, device) from error
         held, new = program_bytes(compiled)
         runtime.note_program(name, held + new)
-        size = self.size or device_bytes(device, held)
-        if held + new > size:
-            raise UserError(
-                name,
-                wanted=f"a step that fits the {size / _GIB:.2f} GiB of "
-                f"{device.device_kind} {device.id}",
-                got=f"{(held + new) / _GIB:.2f} GiB: {held / _GIB:.2f} for "
-                f"parameters, optimiser and batch, {new / _GIB:.2f} for activations "
-                "and gradients",
-                fix=" ".join((self.hint, self.estimate(held, new, size))).strip(),
-            )
+        if held + new > (self.size or device_bytes(device, held)):
+            raise self._too_large(name, held, new, device)
 
         def call(*arguments):
             with self._explain_out_of_memory(name):
                 return compiled(*arguments)
 
         return call
+
+    def _too_large(
+        self, name: str, held: int, new: int, device: jax.Device
+    ) -> UserError:
+        size = self.size or device_bytes(device, held)
+        return UserError(
+            name,
+            wanted=f"a step that fits the {size / _GIB:.2f} GiB of "
+            f"{device.device_kind} {device.id}",
+            got=f"{(held + new) / _GIB:.2f} GiB: {held / _GIB:.2f} for "
+            f"parameters, optimiser and batch, {new / _GIB:.2f} for activations "
+            "and gradients",
+            fix=" ".join((self.hint, self.estimate(held, new, size))).strip(),
+        )
 
     @contextlib.contextmanager
     def _explain_out_of_memory(self, name: str) -> Iterator[None]:

@@ -72,21 +72,32 @@ class Throughput:
         return rates
 
 
-def count_flops(function: Callable, *arguments: Any) -> float:
+def count_flops(function: Callable, *arguments: Any, platform: str = "") -> float:
     """FLOPs of the matrix products and convolutions of one call, without running it.
 
-    A multiply-add counts as two, and padding counts, by convention. `arguments` are
-    arrays or shapes.
+    A multiply-add counts as two, and padding counts, by convention.
+
+    Args:
+      function: of arrays.
+      *arguments: arrays or shapes.
+      platform: of the devices it is for, of `lax.platform_dependent`'s alternatives;
+        by default that of JAX's default devices.
     """
-    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    platform = platform or jax.default_backend()
+    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr, platform)
 
 
-def _flops(jaxpr: Any) -> float:
+def _flops(jaxpr: Any, platform: str) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
-        inner = [jaxpr for value in eqn.params.values() for jaxpr in _jaxprs_of(value)]
+        values = eqn.params.values()
+        if chosen := eqn.params.get("branches_platforms"):
+            name = {"gpu": "cuda"}.get(platform, platform)
+            ours = (k for k, names in enumerate(chosen) if not names or name in names)
+            values = [eqn.params["branches"][next(ours)]]
+        inner = [jaxpr for value in values for jaxpr in _jaxprs_of(value)]
         repeats = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        total += repeats * sum(_flops(jaxpr) for jaxpr in inner)
+        total += repeats * sum(_flops(jaxpr, platform) for jaxpr in inner)
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             left = eqn.invars[0].aval.shape
