@@ -95,6 +95,9 @@ class StorePath(gpath.PosixGPath):
         time_ = int(found.modified)
         return stat_utils.StatResult(found.is_folder, found.size, time_)
 
+    def resolve(self, strict: bool = False) -> "StorePath":
+        return self
+
     def iterdir(self) -> Iterator["StorePath"]:
         """Objects and folders in a folder; none if there is no such folder."""
         return iter(children(self))

@@ -67,6 +67,13 @@ class RangeReader(io.RawIOBase):
         self._place = max(0, start[whence] + offset)
         return self._place
 
+    def readall(self) -> bytes:  # else in small parts
+        content = (
+            self._fetch(self._place, self._size) if self._place < self._size else b""
+        )
+        self._place = max(self._place, self._size)
+        return content
+
     def readinto(self, buffer: Any) -> int:
         stop = min(self._place + len(buffer), self._size)
         if stop <= self._place:
