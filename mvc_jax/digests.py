@@ -127,7 +127,8 @@ class Digests:
 
     def forget_missing(self) -> None:
         """Removes the records of files that are no longer there."""
-        there = {x: self._rows[x] for x in self._rows if _exists(self._prefix + x)}
+        with object_store.listed(self._folder):
+            there = {x: self._rows[x] for x in self._rows if _exists(self._prefix + x)}
         if len(there) < len(self._rows):
             self._rows = there
             files.write_text(self._records, _lines(there))

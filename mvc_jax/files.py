@@ -9,14 +9,14 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
 
-from mvc_jax import object_store
+from mvc_jax import object_store, servers
 
 
 @contextlib.contextmanager
@@ -48,6 +48,15 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_all(contents: Mapping[epath.Path, bytes]) -> None:
+    """Writes many small files; those in a bucket at the same time."""
+    if any(map(object_store.is_remote, contents)):
+        servers.parallel(lambda path: write_bytes(path, contents[path]), contents)
+    else:
+        for path, content in contents.items():
+            write_bytes(path, content)
 
 
 def write_text(path: epath.PathLike, content: str) -> None:
