@@ -53,6 +53,7 @@ def use(monkeypatch, scheme, url, scratch):
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     monkeypatch.setattr(object_store, "_WAITS", (0, 0, 0))
     monkeypatch.setattr(object_store, "_sent", {})
+    object_store._remembered.cache_clear()
     if scheme == "gs":
 
         async def sleep(seconds):

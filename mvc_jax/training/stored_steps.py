@@ -110,6 +110,10 @@ class StoredSteps:
             object_store.fetch(source, target, size=listed[name])
 
         names = [x for x in listed if x.startswith(f"{part}/") or "/" not in x]
+        there = object_store.below(self._folder / f"{step}")
+        for name in names:
+            if name not in there or there[name].size != listed[name]:
+                raise ValueError(f"{name} is missing, or has another size")
         with _deleting_on_error(self.local / f"{step}"):
             servers.parallel(fetch_one, names)
         return True
