@@ -25,14 +25,13 @@ import pathlib
 import shutil
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 from etils.epath import gpath, stat_utils
 
-from mvc_jax import servers
+from mvc_jax import scratch, servers
 from mvc_jax.errors import UserError, no_room, require_disk_space
 
 SCHEMES = ("gs://", "s3://")
@@ -40,8 +39,6 @@ RECORDS = ("manifest.json", "started.json")
 _WAITS = (1.0, 4.0, 16.0)  # seconds before another try, besides those of the libraries
 _LARGE = 1 << 20  # bytes of files that are kept in scratch
 _READ_AHEAD = 1 << 20  # bytes
-_SPARE = 0.1  # of the disk of scratch, which kept files leave free
-_MARK = ".tmp-"
 _Result = TypeVar("_Result")
 
 
@@ -292,7 +289,7 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 
     It is kept there if it is large.
     """
-    local = temporary(epath.Path(path).name)
+    local = scratch.temporary(epath.Path(path).name)
     try:
         yield epath.Path(local)
         content = _content(local)
@@ -343,14 +340,14 @@ def local_copy(path: epath.PathLike) -> pathlib.Path:
     found = _require(path)
     kept = _kept(path, found.token)
     if not kept.exists() or kept.stat().st_size != found.size:
-        _make_room(found.size)
+        scratch.make_room(found.size)
         require_disk_space(
-            scratch(),
+            scratch.folder(),
             found.size,
             what=f"a copy of {path}",
             fix="Free some, or set TMPDIR to a folder on another disk.",
         )
-        part = temporary()
+        part = scratch.temporary()
         try:
             fetch(path, part, size=found.size)
             os.replace(part, kept)
@@ -397,13 +394,10 @@ def copy(source: epath.Path, target: epath.Path) -> None:
 
 def copy_tree(source: epath.Path, target: epath.Path) -> None:
     """Copies a folder, of which one or both paths are in a bucket; `RECORDS` last."""
-    if is_remote(source):
-        names = [*below(source)]
-    else:
-        inside = pathlib.Path(source)
-        paths = (path for path in inside.rglob("*") if path.is_file())
-        names = [path.relative_to(inside).as_posix() for path in paths]
-    names = [name for name in names if not name.rpartition("/")[2].startswith(_MARK)]
+    names = [*below(source)] if is_remote(source) else local_files(source)
+    names = [
+        name for name in names if not name.rpartition("/")[2].startswith(scratch.MARK)
+    ]
 
     def copy_one(name: str) -> None:
         if not is_remote(target):
@@ -414,6 +408,15 @@ def copy_tree(source: epath.Path, target: epath.Path) -> None:
     for name in RECORDS:
         if name in names:
             copy_one(name)
+
+
+def local_files(folder: os.PathLike) -> list[str]:
+    """The names of all files below a local folder, relative to it."""
+    return [
+        pathlib.Path(parent, name).relative_to(folder).as_posix()
+        for parent, _, names in os.walk(folder)
+        for name in names
+    ]
 
 
 @contextlib.contextmanager
@@ -430,38 +433,9 @@ def appearing(folder: epath.PathLike) -> Iterator[None]:
 def remove_incomplete(folder: epath.Path) -> None:
     """Deletes the folders in a folder that a killed process left incomplete."""
     for mark, is_folder in children(folder).items():
-        if mark.name.startswith(_MARK) and not is_folder:
-            (folder / mark.name.removeprefix(_MARK)).rmtree()
+        if mark.name.startswith(scratch.MARK) and not is_folder:
+            (folder / mark.name.removeprefix(scratch.MARK)).rmtree()
             mark.unlink()
-
-
-def temporary(name: str = "") -> pathlib.Path:
-    """A new path in local scratch, which ends as `name` does."""
-    return scratch() / f"{_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}-{name[-40:]}"
-
-
-def scratch() -> pathlib.Path:
-    """The folder of local scratch, without what killed processes left there."""
-    folder = pathlib.Path(tempfile.gettempdir()) / f"mvc_jax-{os.getuid()}"
-    _prepare_scratch(str(folder))
-    return folder
-
-
-@functools.cache
-def _prepare_scratch(folder: str) -> None:
-    path = pathlib.Path(folder)
-    path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid != os.getuid():
-        raise UserError(
-            folder,
-            wanted="a folder of this user for local scratch",
-            got="one of another user",
-            fix="Set TMPDIR to another folder.",
-        )
-    for left in path.glob(f"{_MARK}*"):
-        owner = left.name.split("-")[1]
-        if not pathlib.Path(f"/proc/{owner}").exists():
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _require(path: epath.PathLike) -> Known:
@@ -515,7 +489,7 @@ def _changed(path: epath.PathLike) -> None:
 def _marked(folder: epath.PathLike) -> Iterator[None]:
     """Has an object beside a folder while the block runs, or until that was killed."""
     folder = StorePath(folder)
-    mark = folder.parent / f"{_MARK}{folder.name}"
+    mark = folder.parent / f"{scratch.MARK}{folder.name}"
     put(b"", mark)
     yield
     mark.unlink()
@@ -535,19 +509,7 @@ def _kept(path: epath.PathLike, token: int) -> pathlib.Path:
     """Where scratch has an object of this content."""
     name = hashlib.sha256(str(path).encode()).hexdigest()[:24]
     suffix = pathlib.PurePosixPath(str(path)).suffix[:20]
-    return scratch() / f"{name}-{-token:016x}{suffix}"
-
-
-def _make_room(size: int) -> None:
-    """Deletes kept files, the least recently used first, until one of `size` fits."""
-    folder = scratch()
-    kept = [x for x in folder.iterdir() if x.is_file() and not x.name.startswith(_MARK)]
-    kept.sort(key=lambda path: path.stat().st_mtime)
-    for path in kept:
-        disk = shutil.disk_usage(folder)
-        if disk.free - size > _SPARE * disk.total:
-            return
-        path.unlink(missing_ok=True)
+    return scratch.folder() / f"{name}-{-token:016x}{suffix}"
 
 
 @functools.cache
@@ -606,10 +568,3 @@ def _failed(path: epath.PathLike, error: Exception) -> UserError:
         got=servers.words(error),
         fix=fix,
     )
-
-
-def free_bytes() -> int:
-    """Bytes that local scratch may take: what is free, and what is kept there."""
-    folder = scratch()
-    kept: Sequence[pathlib.Path] = [x for x in folder.iterdir() if x.is_file()]
-    return shutil.disk_usage(folder).free + sum(x.stat().st_size for x in kept)

@@ -14,7 +14,7 @@ from etils import epath
 from test_checkpoint import bits, make_state, restore, save
 from test_object_store import interrupted, names
 
-from mvc_jax import files, object_store, train
+from mvc_jax import files, object_store, scratch, train
 from mvc_jax.command import run_folder, store_lock
 from mvc_jax.errors import UserError
 from mvc_jax.training import metrics, runtime
@@ -48,7 +48,7 @@ def test_the_newest_checkpoint_is_restored_and_old_ones_are_deleted(place):
     assert steps_in(folder) == [4, 5]
     assert {name.split("/")[0] for name in names(folder)} == {"4", "5"}
     assert bits(restore(folder)) == bits(make_state(5))
-    assert not list(object_store.scratch().iterdir())
+    assert not list(scratch.folder().iterdir())
 
 
 def test_the_best_checkpoint_is_kept(place):
@@ -161,7 +161,7 @@ def test_metrics_and_events_are_there_at_the_end(place):
     assert metrics.read_rows(place.folder)[0]["loss"] == 0.5
     (event,) = files.matching(place.folder, "tensorboard/finetune_x/*")
     assert b"loss" in event.read_bytes()
-    assert not list(object_store.scratch().iterdir())
+    assert not list(scratch.folder().iterdir())
 
 
 # Stages.

@@ -9,7 +9,7 @@ import pytest
 import stores
 from etils import epath
 
-from mvc_jax import artifacts, files, object_store
+from mvc_jax import artifacts, files, object_store, scratch
 from mvc_jax.errors import UserError
 
 NUMBERS = itertools.count()
@@ -64,7 +64,7 @@ def test_a_large_file_is_sent_once_and_read_from_scratch(place):
     stores.forget()  # another process of this machine
     assert local_content(place.folder / "large.npy") == LARGE
     assert all("media" not in x and "GET /bucket" not in x for x in place.asked())
-    for path in object_store.scratch().iterdir():
+    for path in scratch.folder().iterdir():
         path.unlink()
     assert local_content(place.folder / "large.npy") == LARGE
     with (place.folder / "large.npy").open("rb") as file:
@@ -72,7 +72,7 @@ def test_a_large_file_is_sent_once_and_read_from_scratch(place):
         assert file.read(4) == LARGE[100:104]
     files.write_bytes(place.folder / "large.npy", LARGE[::-1])
     assert local_content(place.folder / "large.npy") == LARGE[::-1]
-    assert not list(object_store.scratch().glob(".tmp-*"))
+    assert not list(scratch.folder().glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -83,7 +83,7 @@ def test_an_exception_leaves_the_old_object_and_nothing_in_scratch(place, error)
         raise error
     assert (place.folder / "a.txt").read_text() == "old"
     assert names(place.folder) == ["a.txt"]
-    assert not list(object_store.scratch().iterdir())
+    assert not list(scratch.folder().iterdir())
 
 
 @pytest.mark.parametrize("fault", [503, 429, "lost"])
@@ -105,7 +105,7 @@ def test_a_read_that_fails_in_passing_is_tried_again(place, fault):
         local_content,
         opened_content,
     ):
-        for path in object_store.scratch().iterdir():
+        for path in scratch.folder().iterdir():
             path.unlink()
         place.fault("GET /", None, fault, None)
         assert read(place.folder / "a") == LARGE
@@ -246,7 +246,7 @@ def test_an_interrupted_copy_has_no_manifest(place, monkeypatch, tmp_path):
 
 def test_scratch_of_a_full_disk_is_named(place, monkeypatch):
     files.write_bytes(place.folder / "a", LARGE)
-    for path in object_store.scratch().iterdir():
+    for path in scratch.folder().iterdir():
         path.unlink()
     usage = type("Usage", (), {"total": 100, "used": 99, "free": 1})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
@@ -261,11 +261,11 @@ def test_the_least_recently_used_files_of_scratch_make_room(place, monkeypatch):
     left = [len(LARGE) // 2]
 
     def usage(folder):
-        used = sum(path.stat().st_size for path in object_store.scratch().iterdir())
+        used = sum(path.stat().st_size for path in scratch.folder().iterdir())
         free = 2 * len(LARGE) + left[0] - used
         return type("Usage", (), {"total": free + used, "used": used, "free": free})
 
     monkeypatch.setattr("shutil.disk_usage", usage)
-    monkeypatch.setattr(object_store, "_SPARE", 0.1)
-    object_store._make_room(len(LARGE) // 2)
-    assert [str(path) for path in object_store.scratch().iterdir()] == [kept]
+    monkeypatch.setattr(scratch, "_SPARE", 0.1)
+    scratch.make_room(len(LARGE) // 2)
+    assert [str(path) for path in scratch.folder().iterdir()] == [kept]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mvc_jax import files, object_store
+from mvc_jax import files, object_store, scratch
 from mvc_jax.imports import hidden
 
 with hidden("torch"):  # it would be imported for its tensors only
@@ -83,7 +83,7 @@ class _Board:
         self._remote = epath.Path(folder) if object_store.is_remote(folder) else None
         self._uploaded = time.monotonic()
         if self._remote:  # they are appended to in local scratch
-            folder = str(object_store.temporary("tensorboard"))
+            folder = str(scratch.temporary("tensorboard"))
         self._local = pathlib.Path(folder)
         directory_check(folder)
         self._writer = EventsWriter(os.path.join(folder, "events"))

@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mvc_jax import files, object_store, servers
+from mvc_jax import files, object_store, scratch, servers
 
 _COMMITTED = "committed.json"
 
@@ -35,7 +35,7 @@ class StoredSteps:
         self._folder, self._keep = folder, keep
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future | None = None
-        self.local = object_store.temporary("checkpoints")
+        self.local = scratch.temporary("checkpoints")
         self.local.mkdir()
         if jax.process_index() == 0:
             object_store.remove_incomplete(folder)
@@ -120,10 +120,9 @@ class StoredSteps:
 
     def _upload(self, step: int) -> None:
         folder, target = self.local / f"{step}", self._folder / f"{step}"
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        names = {path.relative_to(folder).as_posix(): path for path in paths}
-        servers.parallel(lambda x: object_store.put(names[x], target / x), names)
-        sizes = {name: names[name].stat().st_size for name in sorted(names)}
+        names = object_store.local_files(folder)
+        servers.parallel(lambda x: object_store.put(folder / x, target / x), names)
+        sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
         files.write_json(target / _COMMITTED, {"files": sizes})
 
     def _delete(self, step: int) -> None:
