@@ -204,6 +204,8 @@ class Checkpoints:
             )
         }
         self._lowest.add(step, metrics)
+        if self._stored:
+            state = self._stored.gathered(state)
         items = {
             _STATE: ocp.args.StandardSave(state),
             _RECORD: ocp.args.JsonSave(

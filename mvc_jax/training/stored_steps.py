@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from mvc_jax import files, object_store, scratch, servers
 
@@ -58,6 +59,12 @@ class StoredSteps:
         # Else Orbax would make the folder together.
         return {"multiprocessing_options": alone, "create": False}
 
+    def gathered(self, state: Any) -> Any:
+        """The state as it is put: of many processes, all parts, on the host."""
+        if jax.process_count() == 1:
+            return state
+        return multihost_utils.process_allgather(state, tiled=True)
+
     def all(self) -> list[int]:
         return sorted(self._steps)
 
@@ -72,23 +79,29 @@ class StoredSteps:
           args: for its `save`.
           best: the step of one that is kept besides the newest ones.
         """
-        manager.save(step, args=args, force=True)
+        first = jax.process_index() == 0
+        if first:
+            manager.save(step, args=args, force=True)
         self._steps.add(step)
         kept = {*self.all()[-self._keep :], best}
 
         def put() -> None:
-            manager.wait_until_finished()
-            self._upload(step)
+            if first:
+                manager.wait_until_finished()
+                self._upload(step)
             for other in self._steps - kept:
-                self._delete(other)
+                if first:
+                    self._delete(other)
+                self.forget(other)
 
         self._saving = self._writer.submit(put)
 
     def wait(self) -> None:
-        """Waits for the last save; raises its error."""
+        """Waits for the last save, of all processes; raises its error."""
         if self._saving:
             saving, self._saving = self._saving, None
             saving.result()
+            multihost_utils.sync_global_devices("a checkpoint is in its bucket")
 
     def fetch(self, step: int, part: str) -> bool:
         """Copies the files of a checkpoint below `part` that are missing.
@@ -128,7 +141,6 @@ class StoredSteps:
     def _delete(self, step: int) -> None:
         (self._folder / f"{step}" / _COMMITTED).unlink()  # first
         (self._folder / f"{step}").rmtree()
-        self.forget(step)
 
     def forget(self, step: int) -> None:
         """Leaves a checkpoint out that was deleted or renamed."""
