@@ -29,10 +29,26 @@ _SETTLE = 2.0  # seconds in which two that take an expired lock would both write
 
 def require_writable(workdir: epath.Path) -> None:
     """Raises a `UserError` unless objects can be written, read and deleted there."""
-    probe = workdir / _PROBE
-    files.write_text(probe, "")
-    probe.stat()
-    probe.unlink()
+    with _probe(workdir):
+        pass
+
+
+@contextlib.contextmanager
+def _probe(workdir: epath.Path) -> Iterator[object_store.Known]:
+    """Writes an object of this process alone, which is deleted after the block."""
+    path = workdir / f"{_PROBE}-{uuid.uuid4().hex[:8]}"
+    files.write_text(path, "")
+    try:
+        if (found := object_store.find(path)) is None:
+            raise UserError(
+                f"--workdir={workdir}",
+                wanted="a bucket in which what was written is found",
+                got="one in which it is not",
+                fix="Choose another one.",
+            )
+        yield found
+    finally:
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -128,12 +144,9 @@ class _Holder:
 
     def _age(self) -> float:
         """Seconds since the lock was written."""
-        probe = self._workdir / _PROBE
-        files.write_text(probe, "")
-        try:
-            return _age(self._path, probe)
-        finally:
-            probe.unlink()
+        with _probe(self._workdir) as now:
+            known = object_store.find(self._path)
+            return EXPIRES if known is None else now.modified - known.modified
 
     def _beat(self) -> None:
         while not self._ends.wait(BEAT):
@@ -156,14 +169,6 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _age(path: epath.Path, now: epath.Path) -> float:
-    """Seconds by which an object is older than another one."""
-    known, newer = object_store.find(path), object_store.find(now)
-    if known is None or newer is None:
-        return EXPIRES
-    return newer.modified - known.modified
 
 
 def _is_dead(found: dict[str, Any]) -> bool:
