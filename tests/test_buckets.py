@@ -36,8 +36,8 @@ both = pytest.mark.parametrize("place", ["s3", "gs"], indirect=True)
 
 
 def steps_in(folder):
-    done = (x for x in names(folder) if x.endswith("/committed.json"))
-    return sorted(int(x.split("/")[0]) for x in done)
+    done = (x.split("/")[0] for x in names(folder) if x.endswith("/committed.json"))
+    return sorted(int(step) for step in done if step.isdigit())
 
 
 @both
