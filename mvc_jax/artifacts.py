@@ -7,7 +7,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from mvc_jax import files, processes
+from mvc_jax import files, object_store, processes
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
 
@@ -42,11 +42,13 @@ def lost(
     digests: Digests, folder: epath.Path, artifacts: Described
 ) -> list[epath.Path]:
     """Paths of the artifacts that are missing or hold something else."""
-    return [
-        folder / name
-        for name, described in artifacts.items()
-        if not digests.holds(name, described, again=described["bytes"] <= _SMALL)
-    ]
+    small = 0 if object_store.is_remote(folder) else _SMALL  # the store has checksums
+    with object_store.listed(folder):
+        return [
+            folder / name
+            for name, described in artifacts.items()
+            if not digests.holds(name, described, again=described["bytes"] <= small)
+        ]
 
 
 def is_restored(folder: epath.Path, path: epath.Path, patterns: Sequence[str]) -> bool:

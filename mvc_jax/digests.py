@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from mvc_jax import files
+from mvc_jax import files, object_store
 
 # Ticks of the clock of modification times, in ns.
 _TICK = 20_000_000
@@ -146,7 +146,8 @@ class Digests:
 
     def forget_missing(self) -> None:
         """Removes the records of files that are no longer there."""
-        there = {x: self._rows[x] for x in self._rows if _exists(self._prefix + x)}
+        with object_store.listed(self._folder):
+            there = {x: self._rows[x] for x in self._rows if _exists(self._prefix + x)}
         if len(there) < len(self._rows):
             self._rows = there
             files.write_text(self._records, _lines(there))
@@ -156,6 +157,8 @@ class Digests:
 
     def _row(self, name: str) -> _Row:
         """A file's row, hashed only if its size or time is not the recorded one."""
+        if written := object_store.written(self._prefix + name):
+            return _Row(*written, time.time_ns())
         recorded = self._rows.get(name)
         if recorded and recorded.describes(*_stat(self._prefix + name)):
             return recorded
@@ -178,7 +181,7 @@ class Digests:
         if self._read_only:
             return
         path = self._records
-        if self._as_a_whole or "://" in str(path):  # object stores cannot append
+        if self._as_a_whole or object_store.is_remote(path):  # which cannot append
             files.write_text(path, _lines(self._rows))
             self._as_a_whole = False
             return
@@ -227,13 +230,16 @@ def _tick(modified: int) -> int:
 
 
 def _exists(path: str) -> bool:
-    return epath.Path(path).exists() if "://" in path else os.path.exists(path)
+    remote = object_store.is_remote(path)
+    return epath.Path(path).exists() if remote else os.path.exists(path)
 
 
 def _stat(path: str) -> tuple[int, int]:
-    """Size in bytes, and modification time in ns."""
-    if "://" in path:
-        stat = epath.Path(path).stat()
-        return stat.length, int(stat.mtime * 1e9)
+    """Size in bytes, and modification time in ns.
+
+    Of an object, a negative number in place of the time, which is that of its content.
+    """
+    if object_store.is_remote(path):
+        return object_store.size_and_token(path)
     local = os.stat(path)
     return local.st_size, local.st_mtime_ns

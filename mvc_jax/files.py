@@ -1,4 +1,7 @@
-"""Files that are complete or absent: written to a temporary name, then renamed."""
+"""Files that are complete or absent: written to a temporary name, then renamed.
+
+In a bucket (`object_store.py`) they are written to local scratch, then uploaded.
+"""
 
 import contextlib
 import fnmatch
@@ -6,12 +9,14 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
+
+from mvc_jax import object_store, servers
 
 
 @contextlib.contextmanager
@@ -22,6 +27,10 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     temporary name keeps the suffix, which some writers read, and starts with ".tmp-".
     """
     path = epath.Path(path)
+    if object_store.is_remote(path):
+        with object_store.replacing(path) as temporary:
+            yield temporary
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{uuid.uuid4().hex[:8]}-{path.name}"
     try:
@@ -39,6 +48,15 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_all(contents: Mapping[epath.Path, bytes]) -> None:
+    """Writes many small files; those in a bucket at the same time."""
+    if any(map(object_store.is_remote, contents)):
+        servers.parallel(lambda path: write_bytes(path, contents[path]), contents)
+    else:
+        for path, content in contents.items():
+            write_bytes(path, content)
 
 
 def write_text(path: epath.PathLike, content: str) -> None:
@@ -119,23 +137,27 @@ def write_array(path: epath.PathLike, array: np.ndarray) -> None:
 
 
 def read_array(path: epath.PathLike) -> np.ndarray:
-    with epath.Path(path).open("rb") as file:
+    with open(local(path), "rb") as file:
         return np.load(file, allow_pickle=False)
 
 
 def map_array(path: epath.PathLike) -> np.ndarray:
-    """Like `read_array`, but memory-maps a local file instead of reading it."""
-    path = epath.Path(path)
-    if "://" in str(path):
-        return read_array(path)
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    """Like `read_array`, but memory-maps the file instead of reading it."""
+    return np.asarray(np.load(local(path), mmap_mode="r", allow_pickle=False))
+
+
+def local(path: epath.PathLike) -> str:
+    """The path itself; of a file in a bucket, that of a copy in local scratch."""
+    return str(object_store.local_copy(path) if object_store.is_remote(path) else path)
 
 
 def sha256(*paths: epath.PathLike) -> str:
     """Hex digest of the concatenated bytes of the given files."""
+    if len(paths) == 1 and object_store.is_remote(paths[0]):
+        return object_store.identify(paths[0]).sha256
     digest = hashlib.sha256()
     for path in paths:
-        with epath.Path(path).open("rb") as file:
+        with open(local(path), "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -153,17 +175,30 @@ def matching(folder: epath.PathLike, pattern: str) -> list[epath.Path]:
         in a shell, names with a leading dot need one in the pattern. Backup files,
         whose names end in `~`, are left out.
     """
-    found = [epath.Path(folder)]
+    found = {epath.Path(folder): True}  # path -> whether it may be a folder
     for part in pattern.split("/"):
-        children = [x for parent in found if parent.is_dir() for x in parent.iterdir()]
-        found = [x for x in children if fnmatch.fnmatchcase(x.name, part)]
-        if not part.startswith("."):
-            found = [x for x in found if not x.name.startswith(".")]
+        inside = [_children(path) for path, may_be in found.items() if may_be]
+        found = {
+            x: may_be
+            for children in inside
+            for x, may_be in children.items()
+            if fnmatch.fnmatchcase(x.name, part)
+            and (part.startswith(".") or not x.name.startswith("."))
+        }
     return sorted(found)
+
+
+def _children(path: epath.Path) -> dict[epath.Path, bool]:
+    """What is in a folder -> whether it may be a folder; {} for what is none."""
+    if object_store.is_remote(path):
+        return object_store.children(path)
+    return dict.fromkeys(path.iterdir(), True) if path.is_dir() else {}
 
 
 def remove_temporaries(folder: epath.Path) -> None:
     """Deletes, recursively, the files that a killed `replacing` left in `folder`."""
+    if object_store.is_remote(folder):  # has none
+        return
     for path in folder.iterdir():
         if path.name.startswith(".tmp-"):
             path.unlink(missing_ok=True)

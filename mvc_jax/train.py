@@ -68,7 +68,7 @@ from absl import logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import artifacts, joining, processes, stage
+from mvc_jax import artifacts, joining, object_store, processes, stage
 from mvc_jax.command import (
     agreement,
     command_line,
@@ -298,7 +298,8 @@ def _plan(
 ) -> list[plan.Step]:
     """The plan, whose stages with work are checked; changes nothing."""
     stages = pipeline.select(config)
-    steps = plan.make(stages, config, workdir, redo=moved, sources=sources)
+    with object_store.listed(workdir):
+        steps = plan.make(stages, config, workdir, redo=moved, sources=sources)
     try:
         todo = [step.name for step in steps if step.state != "done"]
         check_stages(todo, config)

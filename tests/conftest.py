@@ -181,6 +181,15 @@ def fork_server():
 
 
 @pytest.fixture(scope="session")
+def s3():
+    """A server of Amazon's protocol."""
+    import remote_servers
+
+    with remote_servers.serve_s3() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
 def tensorflow_is_there():
     """For subprocesses only: this process must never import it."""
     if importlib.util.find_spec("tensorflow") is None:

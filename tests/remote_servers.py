@@ -2,21 +2,35 @@
 
 Each serves a folder: what is in it are owners of data sets of the hub, or buckets. They
 answer what fsspec's file systems ask to list and to read, a few entries a page, as the
-real ones do; the hub sends readers of a file elsewhere, as the real one does.
+real ones do; the hub sends readers of a file elsewhere, as the real one does. Buckets
+can be written. `serve_s3` starts moto, which speaks Amazon's protocol, with the same
+faults.
 """
 
 import base64
 import contextlib
+import datetime
 import hashlib
 import http.server
 import json
 import pathlib
 import re
+import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 
 PAGE = 3  # entries
+SLOW = 3.0  # seconds
+
+
+def next_fault(faults, request):
+    """What the server does wrong with a request, "METHOD path"."""
+    for part, wrong in faults.items():
+        if part in request:
+            return wrong.pop(0) if len(wrong) > 1 else wrong[0]
+    return None
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -25,8 +39,10 @@ class Server(http.server.ThreadingHTTPServer):
     Attributes:
       url: of the server.
       asked: the path of every request.
-      faults: part of a path -> what its next answers are: a status, or "cut" for one
-        that ends in the middle. The last one stays.
+      faults: part of "METHOD path" -> what its next answers are: a status, None for the
+        usual one, "cut" for one that ends in the middle, "lost" for a connection that
+        ends while the request is read, "slow" for one that takes seconds. The last one
+        stays.
       locked: whether it refuses everybody.
       together: how many readers of images must ask before one is answered.
     """
@@ -42,6 +58,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list[int | str]] = {}
         self.locked = False
         self.together: threading.Barrier | None = None
+        self.parts: dict[str, list[bytes]] = {}  # of uploads that go on
 
     def handle_error(self, *_):
         """Clients may hang up."""
@@ -59,6 +76,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(address.path)
         query = {k: v[0] for k, v in urllib.parse.parse_qs(address.query).items()}
         self.fault = self._fault(path)
+        self.body = b""
+        length = int(self.headers.get("Content-Length") or 0)
+        if self.fault == "lost":
+            self.rfile.read(length // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        if length:
+            self.body = self.rfile.read(length)
+        if self.fault == "slow":
+            time.sleep(SLOW)
         if isinstance(self.fault, int):
             self.refuse(self.fault)
         else:
@@ -66,13 +94,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.together.wait()
             self.get(path, query)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_DELETE = do_PUT = do_GET
 
     def _fault(self, path):
-        for part, faults in self.server.faults.items():
-            if part in path:
-                return faults.pop(0) if len(faults) > 1 else faults[0]
-        return None
+        return next_fault(self.server.faults, f"{self.command} {path}")
 
     def refuse(self, status, code="", **headers):
         self.send(json.dumps({"error": code or "no"}).encode(), status, **headers)
@@ -181,6 +206,15 @@ class Bucket(Handler):
     def get(self, path, query):
         if self.server.locked:
             return self.refuse(401, "Anonymous caller has no storage.objects.list")
+        if match := re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", path):
+            return self.upload(match[1], query)
+        copied = r"/storage/v1/b/([^/]+)/o/(.*)/rewriteTo/b/([^/]+)/o/(.*)"
+        if match := re.fullmatch(copied, path):
+            source = self.server.root / match[1] / match[2]
+            if not source.is_file():
+                return self.refuse(404, "No such object")
+            self.keep(match[3], match[4], source.read_bytes())
+            return self.send(b'{"done": true}')
         match = re.fullmatch(
             r"(?:/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?", path
         )
@@ -191,15 +225,56 @@ class Bucket(Handler):
             return self.send_list(match[1], files, query)
         if match[2] not in files:
             return self.refuse(404, "No such object")
+        if self.command == "DELETE":
+            files[match[2]].unlink()
+            return self.send(b"", 204)
         if query.get("alt") == "media":
             return self.send_part(files[match[2]].read_bytes())
         self.send(json.dumps(self.about(match[1], match[2], files[match[2]])).encode())
+
+    def upload(self, bucket, query):
+        if not (self.server.root / bucket).is_dir():
+            return self.refuse(404, "The specified bucket does not exist.")
+        kind = query["uploadType"]
+        name, content = query.get("name"), self.body
+        if kind == "multipart":
+            about, content = self.body.removesuffix(b"\n--==0==--").split(b"\n\n", 2)[
+                1:
+            ]
+            name = json.loads(about.partition(b"\n--==0==")[0])["name"]
+        there = (self.server.root / bucket / name).exists()
+        if query.get("ifGenerationMatch") == "0" and there:
+            return self.refuse(412, "conditionNotMet")
+        if kind == "resumable":  # its parts come to another address
+            more = urllib.parse.urlencode({"uploadType": "part", "name": name})
+            where = f"{self.server.url}/upload/storage/v1/b/{bucket}/o?{more}"
+            return self.send(b"{}", Location=where)
+        if kind == "part":
+            last, size = re.fullmatch(
+                r"bytes \d+-(\d+)/(\d+)", self.headers["Content-Range"]
+            ).groups()
+            parts = self.server.parts.setdefault(name, [])
+            parts.append(content)
+            if int(last) + 1 < int(size):
+                return self.send(b"", 308, Range=f"bytes=0-{last}")
+            content = b"".join(self.server.parts.pop(name))
+        file = self.keep(bucket, name, content)
+        self.send(json.dumps(self.about(bucket, name, file)).encode())
+
+    def keep(self, bucket, name, content):
+        file = self.server.root / bucket / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        return file
 
     def about(self, bucket, name, file):
         content = file.read_bytes()
         digest = base64.b64encode(hashlib.md5(content).digest()).decode()
         size = str(len(content))
-        return {"name": name, "bucket": bucket, "size": size, "md5Hash": digest}
+        changed = datetime.datetime.fromtimestamp(file.stat().st_mtime, datetime.UTC)
+        updated = changed.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        about = {"name": name, "bucket": bucket, "size": size, "md5Hash": digest}
+        return about | {"updated": updated}
 
     def send_list(self, bucket, files, query):
         prefix, split = query.get("prefix", ""), query.get("delimiter")
@@ -234,3 +309,72 @@ def serve(root: pathlib.Path, handler: type) -> Iterator[Server]:
         finally:
             server.shutdown()
             thread.join()
+
+
+class Store:
+    """Moto's server of Amazon's protocol, in threads.
+
+    Attributes:
+      url, asked, faults: as those of `Server`.
+      locked: whether it refuses everybody.
+    """
+
+    def __init__(self):
+        from moto.moto_server import werkzeug_app
+        from werkzeug import serving
+
+        class Quiet(serving.WSGIRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log(self, *_):
+                pass
+
+        app = werkzeug_app.create_backend_app
+        self._app = werkzeug_app.DomainDispatcherApplication(app)
+        options = {"threaded": True, "request_handler": Quiet}
+        self.server = serving.make_server("127.0.0.1", 0, self._answer, **options)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.asked: list[str] = []
+        self.faults: dict[str, list[int | str | None]] = {}
+        self.locked = False
+        self.client = None  # for tests to keep
+
+    def _answer(self, environ, start):
+        request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
+        self.asked.append(request)
+        fault = next_fault(self.faults, request)
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        if fault == "lost":
+            environ["wsgi.input"].read(length // 2)
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionError
+        if fault == "slow":
+            time.sleep(SLOW)
+        if self.locked or isinstance(fault, int):
+            environ["wsgi.input"].read(length)
+            status = 403 if self.locked else fault
+            code = "AccessDenied" if self.locked else "Faulty"
+            start(f"{status} {code}", [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{code}</Code></Error>".encode()]
+        answer = self._app(environ, start)
+        if fault == "cut":
+            return self._half(b"".join(answer), environ["werkzeug.socket"])
+        return answer
+
+    def _half(self, content, connection):
+        yield content[: len(content) // 2]
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def serve_s3() -> Iterator[Store]:
+    """Runs moto's server, without buckets."""
+    store = Store()
+    thread = threading.Thread(target=store.server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield store
+    finally:
+        store.server.shutdown()
+        thread.join()
+        store.server.server_close()

@@ -256,6 +256,6 @@ def test_a_connection_that_breaks_for_good(place, run, kind):
 def test_a_protocol_that_nothing_reads(kind, monkeypatch):
     with pytest.raises(UserError, match="protocol that fsspec knows"):
         open_source(f"{kind}:foo://bucket/data")
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(UserError, match="pip install s3fs"):
-        open_source(f"{kind}:s3://bucket/data")
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(UserError, match="pip install adlfs"):
+        open_source(f"{kind}:az://bucket/data")

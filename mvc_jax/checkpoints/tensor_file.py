@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from mvc_jax import files
+from mvc_jax import files, object_store
 from mvc_jax.errors import UserError
 
 DTYPES = {
@@ -164,24 +164,21 @@ def listed(lines: Sequence[str], limit: int = 3) -> tuple[str, tuple[str, ...]]:
 def _opened(path: epath.Path, *, header_only: bool = False) -> Iterator[Any]:
     """Opens a file with the library, which reads local files only.
 
-    A remote file is copied into a temporary folder; with `header_only`, its tensors are
-    a hole in a sparse file. Tensors are read by `pread`: mapped pages would stay in
+    An object of a bucket is copied into local scratch; with `header_only`, its tensors
+    are a hole in a sparse file. Tensors are read by `pread`: mapped pages would stay in
     memory beside the arrays.
     """
-    if "://" not in str(path):
-        with safe_open(path, "np", backend="pread") as file:
+    if not object_store.is_remote(path) or not header_only:
+        with safe_open(files.local(path), "np", backend="pread") as file:
             yield file
         return
     with tempfile.TemporaryDirectory() as folder:
         local = pathlib.Path(folder) / path.name
-        if header_only:
-            with path.open("rb") as remote:
-                start = remote.read(8)
-                length = int.from_bytes(start, "little")
-                local.write_bytes(start + remote.read(min(length, _MAX_HEADER)))
-            os.truncate(local, path.stat().length)
-        else:
-            path.copy(local)
+        with path.open("rb") as remote:
+            start = remote.read(8)
+            length = int.from_bytes(start, "little")
+            local.write_bytes(start + remote.read(min(length, _MAX_HEADER)))
+        os.truncate(local, path.stat().length)
         with safe_open(local, "np", backend="pread") as file:
             yield file
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from etils import epath
 
-from mvc_jax import files, processes
+from mvc_jax import files, object_store, processes
+from mvc_jax.command import store_lock
 from mvc_jax.errors import UserError, no_room
 from mvc_jax.stage import Part
 
@@ -24,6 +25,9 @@ _BOARDS, _DIGESTS = "tensorboard", "digests"
 
 def check(workdir: epath.Path, min_free_gib: float) -> None:
     """Creates the workdir; raises if it is not writable or its disk is too full."""
+    if object_store.is_remote(workdir):
+        store_lock.require_writable(workdir)
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         number = processes.index()
@@ -39,8 +43,6 @@ def check(workdir: epath.Path, min_free_gib: float) -> None:
             got=getattr(error, "strerror", None) or str(error),
             fix="Choose another folder, or fix its permissions.",
         ) from error
-    if not is_local(workdir):
-        return
     free = shutil.disk_usage(workdir).free / 2**30
     if free < min_free_gib:
         raise UserError(
@@ -72,8 +74,17 @@ def locked(folder: epath.Path | None, flag: str = "workdir") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: epath.Path | None, flag: str) -> Iterator[None]:
-    if folder is None or not is_local(folder):
+    if folder is None:
         yield
+        return
+    if object_store.is_remote(folder):
+        if flag == "workdir":
+            with store_lock.held(folder):
+                _remove_incomplete(folder)
+                yield
+        else:
+            store_lock.require_free(folder)
+            yield
         return
     opened = os.open(folder, os.O_RDONLY)
     try:
@@ -125,10 +136,6 @@ def _write_token(workdir: epath.Path) -> str:
     return name
 
 
-def is_local(path: epath.Path) -> bool:
-    return "://" not in str(path) and not str(path).startswith("gs:")
-
-
 def workdirs(folder: epath.Path) -> list[epath.Path]:
     """The workdirs in a folder, by name."""
     return [x for x in files.matching(folder, "*") if (x / "config.json").exists()]
@@ -136,9 +143,19 @@ def workdirs(folder: epath.Path) -> list[epath.Path]:
 
 def remove_temporaries(workdir: epath.Path) -> None:
     """Deletes what a killed run left in the workdir outside of its stages."""
+    if object_store.is_remote(workdir):
+        return  # `locked` has
     patterns = (".tmp-*", "earlier/*/.tmp-*")
     for leftover in [x for part in patterns for x in files.matching(workdir, part)]:
         leftover.rmtree() if leftover.is_dir() else leftover.unlink()
+
+
+def _remove_incomplete(workdir: epath.Path) -> None:
+    """Deletes the folders in a bucket that a killed run was about to copy or move."""
+    aside = files.matching(workdir, "earlier/*")
+    for folder in [workdir, *aside]:
+        object_store.remove_incomplete(folder)
+        object_store.remove_incomplete(folder / _BOARDS)
 
 
 def record_timing(workdir: epath.Path, name: str, timing: dict[str, Any]) -> None:
@@ -204,15 +221,15 @@ def link_or_copy(source: epath.Path, target: epath.Path) -> None:
     """Makes `target` a file or folder with the content of `source`.
 
     Files are hard links where the disk allows it. Nothing may change them in place: our
-    files are written under other names and renamed.
+    files are written under other names and renamed. In buckets, they are copies.
     """
-    if source.is_dir():
+    if object_store.is_remote(source) or object_store.is_remote(target):
+        object_store.copy_tree(source, target)
+    elif source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for child in source.iterdir():
             if not child.name.startswith(".tmp-"):
                 link_or_copy(child, target / child.name)
-    elif not (is_local(source) and is_local(target)):
-        source.copy(target, overwrite=True)
     else:
         target.unlink(missing_ok=True)
         try:

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import artifacts, stage
+from mvc_jax import artifacts, object_store, stage
 from mvc_jax.command import pipeline, run_folder
 from mvc_jax.errors import UserError
 
@@ -85,7 +85,14 @@ def take_over_parts(
 
 @contextlib.contextmanager
 def _appearing(workdir: epath.Path, name: str) -> Iterator[epath.Path]:
-    """A temporary folder that becomes the stage's at the end of the block."""
+    """A temporary folder that becomes the stage's at the end of the block.
+
+    In a bucket, which has no renames, it is the stage's, marked until then.
+    """
+    if object_store.is_remote(workdir):
+        with object_store.appearing(workdir / name):
+            yield workdir / name
+        return
     temporary = workdir / f".tmp-{name}"
     try:
         yield temporary

@@ -255,10 +255,7 @@ def _in_order(splits: SplitIndices) -> list[int]:
 def _rewrite(path: epath.Path, order: list[int], size: int) -> None:
     """Selects and reorders the rows of a `.npy` file, whose header is not final."""
     header = len(files.image_array_header(0, size))
-    if "://" in str(path):
-        rows = np.frombuffer(path.read_bytes(), np.uint8, offset=header)
-    else:
-        rows = np.memmap(path, np.uint8, mode="r", offset=header)
+    rows = np.memmap(files.local(path), np.uint8, mode="r", offset=header)
     rows = rows.reshape(-1, size, size, 3)
     with files.replacing(path) as sorted_, sorted_.open("wb") as file:
         file.write(files.image_array_header(len(order), size))

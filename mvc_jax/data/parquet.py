@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mvc_jax import servers
 from mvc_jax.data import remote
 from mvc_jax.data.decode import LFS_POINTER, BadImage, Decoder
 from mvc_jax.data.example import Example
@@ -84,7 +85,7 @@ class Parquet:
         keep_validation: bool = False,
     ):
         self.is_remote = remote.is_remote(pattern)
-        each = remote.parallel if self.is_remote else map
+        each = servers.parallel if self.is_remote else map
         files = remote.Remote(pattern) if self.is_remote else None
         paths = _find(pattern) if files is None else _find_remote(files, pattern)
         shards = list(
@@ -138,7 +139,7 @@ class Parquet:
 
     def column(self, name: str) -> list[str] | None:
         """Another column as texts, "" where it is null; None if there is none."""
-        each = remote.parallel if self.is_remote else map
+        each = servers.parallel if self.is_remote else map
         columns = list(each(lambda shard: shard.read_column(name), self._shards))
         if None in columns:
             return None

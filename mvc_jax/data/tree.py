@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from mvc_jax import servers
 from mvc_jax.data import layout, remote
 from mvc_jax.data.layout import class_key
 from mvc_jax.errors import UserError
@@ -65,7 +66,7 @@ class Tree:
         """The results for paths, in their order; remote ones are read side by side."""
         if self.remote is None:
             return list(map(function, paths))
-        return remote.parallel(function, paths)
+        return servers.parallel(function, paths)
 
     def error(self, *, wanted: str, got: str, fix: str) -> UserError:
         """An error that lists the defects."""

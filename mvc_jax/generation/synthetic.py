@@ -30,7 +30,7 @@ from etils import epath, epy
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from mvc_jax import files
+from mvc_jax import files, object_store
 from mvc_jax.data import decode
 from mvc_jax.data.class_folders import class_folder, class_folders
 from mvc_jax.digests import Digests
@@ -332,7 +332,8 @@ def restore_pictures(
     """
     train = folder / "train"
     start = f"{train}/"  # made once: there are many
-    lost = {name for name in listed if not digests.intact(start + name)}
+    with object_store.listed(train):
+        lost = {name for name in listed if not digests.intact(start + name)}
     for shard in _shards(folder, ("train", "real")) if lost else ():
         with shard.open("rb") as file:
             paths = pq.read_table(file, columns=["image.path"])["path"].to_pylist()
@@ -359,8 +360,7 @@ def _write_pictures(
     train: epath.Path, cells: Sequence[dict[str, Any]], digests: Digests
 ) -> None:
     """Writes the image files of some rows into the folder `train`."""
-    for cell in cells:
-        files.write_bytes(train / cell["path"], cell["bytes"])
+    files.write_all({train / cell["path"]: cell["bytes"] for cell in cells})
     start = f"{train}/"
     digests.add(*(start + cell["path"] for cell in cells))
 

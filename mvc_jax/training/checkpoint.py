@@ -12,6 +12,7 @@ Resume rules:
 """
 
 import contextlib
+import dataclasses
 import glob
 import itertools
 import json
@@ -29,9 +30,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mvc_jax import files, processes
+from mvc_jax import files, object_store, processes
 from mvc_jax.errors import UserError, no_room, require_disk_space
 from mvc_jax.training.checksums import checksums
+from mvc_jax.training.stored_steps import StoredSteps
 
 _STEPS_BETWEEN_QUESTIONS = 8
 _STATE, _RECORD = "state", "record"  # the two items of a checkpoint
@@ -86,9 +88,16 @@ class Checkpoints:
         self._remove_leftovers()
         self._saving, self._size = self._folder, 0  # the last save, for its errors
         self._link = _link_for_orbax(self._folder)
-        opened = epath.Path(self._link.name) / "folder" if self._link else self._folder
-        self._manager = ocp.CheckpointManager(opened, options=options)
-        for step in self._manager.all_steps():
+        self._disk = (
+            epath.Path(self._link.name) / "folder" if self._link else self._folder
+        )
+        self._stored: StoredSteps | None = None
+        if object_store.is_remote(self._folder):
+            self._stored = StoredSteps(self._folder, keep=keep)
+            self._disk = epath.Path(self._stored.local)
+            options = dataclasses.replace(options, **self._stored.options())
+        self._manager = ocp.CheckpointManager(self._disk, options=options)
+        for step in self._all_steps():
             with contextlib.suppress(Exception):  # damage is reported by `restore`
                 self._lowest.add(step, self._read_record(step)["metrics"])
 
@@ -113,7 +122,7 @@ class Checkpoints:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in sorted(self._all_steps(), reverse=True):
             try:
                 record = self._read_record(step)
                 self._check_leaves(step, record["leaves"], abstract)
@@ -183,11 +192,11 @@ class Checkpoints:
           UserError: the disk is too full for this save, or was for the previous one.
         """
         self._finish()
-        if step in self._manager.all_steps():
+        if step in self._all_steps():
             return
         self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._saving = self._folder / f"{step}"
-        require_disk_space(self._folder, self._size, **_FULL_DISK)
+        require_disk_space(self._disk, self._size, **_FULL_DISK)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         sums = checksums(state)
         leaves = {
@@ -197,14 +206,20 @@ class Checkpoints:
             )
         }
         self._lowest.add(step, metrics)
+        if self._stored:
+            state = self._stored.gathered(state)
         items = {
             _STATE: ocp.args.StandardSave(state),
             _RECORD: ocp.args.JsonSave(
                 _with_checksum({"leaves": leaves, "metrics": metrics})
             ),
         }
+        args = ocp.args.Composite(**items)
         with self._explain_no_room():
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            if self._stored is None:
+                self._manager.save(step, args=args, force=True)
+            else:
+                self._stored.save(step, self._manager, args, best=self._lowest.step)
         self._saved = self._clock()
 
     def close(self) -> None:
@@ -218,6 +233,8 @@ class Checkpoints:
         finally:
             self._manager.close()
             _await_writers()
+            if self._stored:
+                self._stored.close()
             with contextlib.suppress(OSError):  # of a disk that became read-only
                 self._remove_leftovers()  # of a disk that became full
             if self._link:
@@ -225,7 +242,18 @@ class Checkpoints:
 
     def _finish(self) -> None:
         with self._explain_no_room():
+            if self._stored:
+                self._stored.wait()
             self._manager.wait_until_finished()
+
+    def _all_steps(self) -> Sequence[int]:
+        return self._stored.all() if self._stored else self._manager.all_steps()
+
+    def _restore_item(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+        if self._stored and self._stored.fetch(step, item):
+            self._manager.reload()
+        args = ocp.args.Composite(**{item: args})
+        return self._manager.restore(step, args=args)[item]
 
     @contextlib.contextmanager
     def _explain_no_room(self) -> Iterator[None]:
@@ -240,14 +268,16 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """Deletes what a save that did not end has written."""
+        if object_store.is_remote(self._folder):
+            return  # `StoredSteps` has
         if jax.process_index() == 0 and self._folder.exists():
             pattern = f"*{ocp.utils.TMP_DIR_SUFFIX}*"
             for leftover in files.matching(self._folder, pattern):
                 leftover.rmtree()
 
     def _read_record(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
-        return _without_checksum(self._manager.restore(step, args=args)[_RECORD])
+        record = self._restore_item(step, _RECORD, ocp.args.JsonRestore())
+        return _without_checksum(record)
 
     def _check_leaves(self, step: int, saved: dict[str, list], abstract: Any) -> None:
         """Raises if the arrays of a checkpoint have other names, dtypes or shapes."""
@@ -272,8 +302,7 @@ class Checkpoints:
             )
 
     def _read_state(self, step: int, saved: dict[str, list], abstract: Any) -> Any:
-        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)})
-        state = self._manager.restore(step, args=args)[_STATE]
+        state = self._restore_item(step, _STATE, ocp.args.StandardRestore(abstract))
         for name, sum_ in zip(_leaves(state), checksums(state), strict=True):
             if saved[name][-1] != sum_:
                 raise ValueError(f"the checksum of {name} is wrong")
@@ -300,6 +329,8 @@ class Checkpoints:
             )
             if jax.process_index() == 0:
                 (self._folder / f"{step}").rename(new)
+            if self._stored:
+                self._stored.forget(step)
         if damaged:
             processes.barrier("damaged checkpoints are renamed")
             self._manager.reload()
@@ -375,7 +406,7 @@ def _link_for_orbax(folder: epath.Path) -> tempfile.TemporaryDirectory | None:
     would find no files of a save, and the checkpoint could not be restored. None for
     other paths.
     """
-    if "://" in str(folder) or glob.escape(str(folder)) == str(folder):
+    if object_store.is_remote(folder) or glob.escape(str(folder)) == str(folder):
         return None
     folder.mkdir(parents=True, exist_ok=True)
     link = tempfile.TemporaryDirectory(prefix="mvc_jax-")

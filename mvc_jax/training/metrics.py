@@ -2,13 +2,15 @@
 
 import contextlib
 import os
+import pathlib
+import shutil
 import time
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mvc_jax import files
+from mvc_jax import files, object_store, scratch
 from mvc_jax.imports import hidden
 
 with hidden("torch"):  # it would be imported for its tensors only
@@ -18,6 +20,7 @@ with hidden("torch"):  # it would be imported for its tensors only
     from tensorboardX.record_writer import directory_check
 
 _FLUSH_SECONDS = 10.0
+_UPLOAD_SECONDS = 60.0  # between two uploads of an event file, always whole
 
 
 class MetricsLog:
@@ -93,6 +96,11 @@ class _Board:
         From its step on, a START hides events. At step 0 nothing was trained, and rows
         of what has no steps are written again.
         """
+        self._remote = epath.Path(folder) if object_store.is_remote(folder) else None
+        self._uploaded = time.monotonic()
+        if self._remote:  # they are appended to in local scratch
+            folder = str(scratch.temporary("tensorboard"))
+        self._local = pathlib.Path(folder)
         directory_check(folder)
         self._writer = EventsWriter(os.path.join(folder, "events"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -105,9 +113,19 @@ class _Board:
 
     def flush(self) -> None:
         self._writer.flush()
+        if self._remote and time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+            self._upload()
 
     def close(self) -> None:
         self._writer.close()
+        if self._remote:
+            self._upload()
+            shutil.rmtree(self._local)
+
+    def _upload(self) -> None:
+        for path in self._local.iterdir():
+            object_store.put(path, self._remote / path.name)
+        self._uploaded = time.monotonic()
 
     def _write(self, **fields: Any) -> None:
         event = event_pb2.Event(wall_time=time.time(), **fields)

@@ -1,0 +1,283 @@
+"""Workdirs in buckets: their lock, checkpoints, logs, and stages that come and go."""
+
+import itertools
+import json
+import logging
+import pathlib
+import re
+import shutil
+
+import made_stages
+import pytest
+import stores
+from etils import epath
+from test_checkpoint import bits, make_state, restore, save
+from test_object_store import interrupted, names
+
+from mvc_jax import files, object_store, scratch, train
+from mvc_jax.command import run_folder, store_lock
+from mvc_jax.errors import UserError
+from mvc_jax.training import metrics, runtime
+from mvc_jax.training.checkpoint import Checkpoints
+
+NUMBERS = itertools.count(1000)
+
+
+@pytest.fixture(params=["gs"])
+def place(request, s3, tmp_path, monkeypatch):
+    with stores.place(monkeypatch, request.param, s3, tmp_path, next(NUMBERS)) as made:
+        yield made
+
+
+both = pytest.mark.parametrize("place", ["s3", "gs"], indirect=True)
+
+
+# Checkpoints.
+
+
+def steps_in(folder):
+    done = (x.split("/")[0] for x in names(folder) if x.endswith("/committed.json"))
+    return sorted(int(step) for step in done if step.isdigit())
+
+
+@both
+def test_the_newest_checkpoint_is_restored_and_old_ones_are_deleted(place):
+    folder = place.folder / "checkpoints"
+    save(folder, 1, 2, 3, 4, best="loss")
+    save(folder, 5, best="other")
+    assert steps_in(folder) == [4, 5]
+    assert {name.split("/")[0] for name in names(folder)} == {"4", "5"}
+    assert bits(restore(folder)) == bits(make_state(5))
+    assert not list(scratch.folder().iterdir())
+
+
+def test_the_best_checkpoint_is_kept(place):
+    checkpoints = Checkpoints(place.folder, every=1, best="loss")
+    for step, loss in enumerate((3.0, 1.0, 2.0, 5.0), start=1):
+        checkpoints.save(step, make_state(step), {"loss": loss})
+    checkpoints.close()
+    assert steps_in(place.folder) == [2, 3, 4]
+    checkpoints = Checkpoints(place.folder, every=1, best="loss")
+    assert checkpoints.best_step == 2
+    assert bits(checkpoints.restore_best(make_state(0))) == bits(make_state(2))
+    checkpoints.close()
+
+
+def test_a_checkpoint_whose_upload_was_cut_is_deleted(place):
+    save(place.folder, 1, 2)
+    (place.folder / "2" / "committed.json").unlink()
+    assert bits(restore(place.folder)) == bits(make_state(1))
+    assert {name.split("/")[0] for name in names(place.folder)} == {"1"}
+
+
+def test_a_damaged_checkpoint_is_put_aside(place, caplog):
+    save(place.folder, 1, 2)
+    listed = files.read_json(place.folder / "2" / "committed.json")["files"]
+    name = max(listed, key=lambda name: listed[name] * ("state" in name))
+    content = (place.folder / "2" / name).read_bytes()
+    object_store.put(content[: len(content) // 2], place.folder / "2" / name)
+    with caplog.at_level(logging.WARNING):
+        assert bits(restore(place.folder)) == bits(make_state(1))
+    assert "renamed to damaged-2, step 1 is restored" in caplog.text
+    assert steps_in(place.folder)[0] == 1
+    save(place.folder, 2)
+    assert bits(restore(place.folder)) == bits(make_state(2))
+
+
+def test_a_save_that_cannot_be_put_is_an_error_of_the_next_call(place):
+    checkpoints = Checkpoints(place.folder, every=1)
+    place.fault("POST /upload", 403)
+    checkpoints.save(1, make_state(1))
+    with pytest.raises(UserError, match="Sign in"):
+        checkpoints.close()
+    place.server.faults.clear()
+    assert steps_in(place.folder) == []
+
+
+# The lock.
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(store_lock, "BEAT", 0.05)
+    monkeypatch.setattr(store_lock, "EXPIRES", 1.0)
+    monkeypatch.setattr(store_lock, "_SETTLE", 0.0)
+
+
+def other_machine(place, **changes):
+    record = {"run": "other", "machine": "far", "boot": "x", "process": 7} | changes
+    object_store.put(json.dumps(record).encode(), place.folder / ".lock")
+
+
+@both
+def test_one_run_holds_the_lock_and_leaves_nothing(place, quick):
+    with run_folder.locked(place.folder):
+        with (
+            pytest.raises(UserError, match="in use by process"),
+            run_folder.locked(place.folder),
+        ):
+            pass
+        with (
+            pytest.raises(UserError, match="--from=.* in use by process"),
+            run_folder.locked(place.folder, "from"),
+        ):
+            pass
+    with run_folder.locked(place.folder, "from"), run_folder.locked(place.folder):
+        pass
+    assert names(place.folder) == []
+
+
+def test_the_lock_of_a_killed_run_is_taken(place, quick, monkeypatch):
+    monkeypatch.setattr(store_lock, "EXPIRES", 60.0)
+    me = {"machine": store_lock.socket.gethostname(), "boot": store_lock._boot()}
+    other_machine(place, **me, process=2**30)  # a process that ended: at once
+    with run_folder.locked(place.folder):
+        pass
+    monkeypatch.setattr(store_lock, "EXPIRES", 1.0)
+    other_machine(place)  # of another machine: once it expires
+    with run_folder.locked(place.folder):
+        pass
+    assert names(place.folder) == []
+
+
+def test_a_run_that_lost_its_lock_writes_no_more(place, quick):
+    with run_folder.locked(place.folder):
+        while not object_store._refused:
+            other_machine(place)
+            store_lock.time.sleep(0.1)
+        with pytest.raises(UserError, match="in use by process 7 of far"):
+            files.write_text(place.folder / "a", "")
+    assert names(place.folder) == [".lock"]
+    files.write_text(place.folder / "a", "")
+
+
+# Metrics.
+
+
+def test_metrics_and_events_are_there_at_the_end(place):
+    log = metrics.MetricsLog(place.folder, "finetune/x")
+    log.write(1, loss=0.5)
+    log.close()
+    assert metrics.read_rows(place.folder)[0]["loss"] == 0.5
+    (event,) = files.matching(place.folder, "tensorboard/finetune_x/*")
+    assert b"loss" in event.read_bytes()
+    assert not list(scratch.folder().iterdir())
+
+
+# Stages.
+
+
+@pytest.fixture
+def worked(monkeypatch, quick):
+    monkeypatch.setattr(runtime, "set_up", lambda folder: None)
+    return made_stages.install(monkeypatch)
+
+
+def run(folder, *flags):
+    return train.main(["train", f"--workdir={folder}", *flags])
+
+
+def content(folder):
+    """What does not depend on where a workdir is, or when its files were made."""
+    if object_store.is_remote(folder):
+        found = {name: (folder / name).read_bytes() for name in names(folder)}
+    else:
+        paths = [x for x in pathlib.Path(folder).rglob("*") if x.is_file()]
+        found = {str(x.relative_to(folder)): x.read_bytes() for x in paths}
+    timed = ("digests/", "timings.json", "earlier/")
+    return {x: y for x, y in found.items() if not any(t in x for t in timed)}
+
+
+@both
+def test_a_bucket_ends_with_the_files_of_a_local_run(place, worked, tmp_path, capsys):
+    local = tmp_path / "local"
+    for folder in (local, place.folder):
+        assert run(folder) == 0
+    assert content(place.folder) == content(local)
+    stores.forget()
+    worked.clear()
+    place.asked()
+    assert run(place.folder) == 0 and worked == []
+    asked = len(place.asked())
+    assert asked < 400 or place.scheme == "gs"  # whose lists have three entries here
+    for folder in (local, place.folder):
+        assert run(folder, "--config.mix.modes=fine", "--redo=mix") == 0
+    assert content(place.folder) == content(local)
+    moved = {x.split("/", 2)[2] for x in names(place.folder) if "earlier/" in x}
+    assert {"mix/manifest.json", "report/report.html", "digests/mix.jsonl"} <= moved
+
+
+def test_stages_are_taken_over_from_and_to_a_bucket(place, worked, tmp_path):
+    local, new = tmp_path / "local", tmp_path / "new"
+    assert run(local) == 0
+    worked.clear()
+    for source, folder in (
+        (local, place.folder),
+        (place.folder, place.folder.parent / "second"),
+        (place.folder, new),
+    ):
+        assert run(folder, f"--from={source}", "--config.mix.modes=fine") == 0
+        assert content(folder).keys() == content(local).keys()
+    assert worked == ["mix", "generate", "classify", "evaluate", "report"]
+    assert content(new) == content(place.folder)
+
+
+@pytest.mark.parametrize("flag", ["--from", "--redo"])
+def test_a_run_that_is_killed_at_any_request_ends_with_the_same_files(
+    place, worked, tmp_path, monkeypatch, flag
+):
+    monkeypatch.setattr(store_lock, "_is_dead", lambda found: True)
+    source = tmp_path / "source"
+    assert run(source) == 0
+    stages = "--config.stages=caption,pretrain,encode,pairs,finetune,mix"
+    flags = ["--config.mix.modes=fine", stages]
+    flags.append(f"--from={source}" if flag == "--from" else "--redo=mix")
+    local = epath.Path(tmp_path / "whole")
+    if flag == "--redo":
+        shutil.copytree(source, local)
+    assert run(local, *flags) == 0
+    base = place.folder.parent
+    for number in itertools.count(0, 41):
+        folder = base / f"run-{number}"
+        if flag == "--redo":
+            object_store.copy_tree(epath.Path(source), folder)
+        act = lambda folder=folder: run(folder, *flags)  # noqa: E731
+        ended = interrupted(monkeypatch, number, act)
+        object_store._refused.clear()
+        assert run(folder, *flags) == 0
+        assert content(folder) == content(local), number
+        if ended:
+            break
+    assert number > 50
+
+
+# Bad input.
+
+
+@both
+@pytest.mark.parametrize(
+    "prepare, wanted",
+    [
+        ("locked", "Sign in"),
+        ("missing", "no bucket .*no-such-bucket. Create it, or correct the name"),
+        ("read-only", "Sign in .*with an account that may read and write"),
+        ("silent", "Check the connection, then rerun"),
+    ],
+)
+def test_an_unusable_bucket_is_one_sentence_before_any_work(
+    place, worked, capsys, prepare, wanted
+):
+    folder = place.folder
+    if prepare == "locked":
+        place.server.locked = True
+    elif prepare == "missing":
+        folder = epath.Path(f"{place.scheme}://no-such-bucket/run")
+    elif prepare == "read-only":
+        for part in ("PUT /", "POST /upload"):
+            place.fault(part, 403)
+    else:
+        place.fault("/", 503)
+    assert run(folder) == 2
+    assert worked == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: .*{wanted}", line), line
