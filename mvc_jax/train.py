@@ -70,6 +70,7 @@ from mvc_jax.command import (
     pipeline,
     plan,
     price,
+    push,
     repeat,
     results,
     run_config,
@@ -105,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return completion.run(words)
             if words[1:2] == ["doctor"]:
                 return doctor.run(words)
+            if words[1:2] == ["push"]:
+                push.run(words)
+                return 0
             if words[1:2] == ["sweep"]:
                 sweep.run(words, sweep.Program(planned, run))
                 return 0
