@@ -56,6 +56,10 @@ EXTRAS = {
     "heic": ["pillow-heif"],
     "gcs": ["gcsfs"],  # sources at gs://
     "inception": ["torch-fidelity"],  # FID
+    # Programs that show the metrics of runs, and trackers: config.track.
+    "tensorboard": ["tensorboard"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny"],
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.

@@ -27,7 +27,7 @@ lock() {
   echo "$file: $(grep -c '^[a-z]' "$file") packages"
 }
 
-extras="dev prepare torch caption medical heic gcs inception"
+extras="dev prepare torch caption medical heic gcs inception tensorboard wandb mlflow"
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 

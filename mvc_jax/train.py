@@ -21,11 +21,13 @@ The same with several seeds, which draw other splits, and an interval over them:
 A run for each value of a field, and finished runs side by side:
     mvc-jax sweep --vary mix.tokens=1,2,4,7 --from=runs/digits --workdir=runs/tokens
     mvc-jax compare runs/digits runs/fine
+What a finished run would publish on the Hugging Face hub:
+    mvc-jax push --to=digits-mvc --workdir=runs/digits --license=mit --dry_run
 What this machine has, and what is missing for which stage; the report made again:
     mvc-jax doctor
     mvc-jax report --workdir=runs/digits
 (`mvc-jax train` is `python -m mvc_jax.train`. `mvc-jax repeat --help`, and of sweep,
-compare, report and doctor, say more.)
+compare, push, report and doctor, say more.)
 
 Flags:
   --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
