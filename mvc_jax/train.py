@@ -78,12 +78,13 @@ from mvc_jax.command import (
     run_config,
     run_folder,
     sweep,
+    tracking,
 )
 from mvc_jax.command.redo import ending_redo, move_aside, stages_to_move
 from mvc_jax.command.take_over import take_over, take_over_parts
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError, no_room
-from mvc_jax.training import console, preemption, runtime
+from mvc_jax.training import console, preemption, runtime, trackers
 
 with epy.lazy_imports():  # imported at first use: a mistyped flag need not wait for JAX
     from mvc_jax.training import sharding
@@ -197,7 +198,7 @@ def run(
             move_aside(redo, moved, stages, workdir)
         take_over({s.name: s.source for s in steps if s.source}, workdir)
         donors = {name: () if name in moved else sources for name in stages}
-        with ending_redo(workdir):
+        with ending_redo(workdir), tracking.opened(config, workdir, steps):
             worked = _run_stages(stages, config, workdir, prices, donors)
     if announce:
         return
@@ -329,6 +330,7 @@ def check_stages(names: Sequence[str], config: ConfigDict) -> None:
     Raises:
       UserError: a field is wrong.
     """
+    trackers.check(config.track if names else ())
     for name in names:
         pipeline.module(name).check(config)
     if any(name in pipeline.MESH_STAGES for name in names):
