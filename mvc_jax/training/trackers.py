@@ -197,7 +197,7 @@ def check(names: Sequence[str]) -> None:
     """
     for name in names:
         package = _PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
+        if package and not _is_installed(package):
             raise _error(
                 f"the package {package}",
                 "none",
@@ -336,6 +336,10 @@ def _guarded(name: str) -> Iterator[None]:
         logging.warning(
             "%s is left out from here on: %s: %s", name, type(error).__name__, lines[0]
         )
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _wandb_mode() -> str:
