@@ -32,15 +32,16 @@ def make_run(workdir, *, license_=None, on_hub=False, lora=False, **fields):
     config.update_from_flattened_dict(fields)
     base = config.base.path or "../../pretrain/model"
     license_ = license_ or model_card.UNKNOWN
+    data = config.data.source
     model = model_card.Facts(
-        base, "0123abc" if on_hub else None, license_, "digits", NAMES, 100, 16, "a",
+        base, "0123abc" if on_hub else None, license_, data, NAMES, 100, 16, "a",
         {"steps": 3}, 3, "../lora" if lora else None,
     )  # fmt: skip
     of_sets = {}
     for name in config.generate.sets:
         card = dataset_card.text(
             dataset_card.Facts(
-                name, "About it.", "digits", NAMES, NAMES, [2] * 10, [0] * 10, "16",
+                name, "About it.", data, NAMES, NAMES, [2] * 10, [0] * 10, "16",
                 {"seed": 0}, {}, {}, base, license_, True,
             )
         )  # fmt: skip
@@ -57,7 +58,7 @@ def make_run(workdir, *, license_=None, on_hub=False, lora=False, **fields):
         "generate": of_sets,
         "finetune": {
             "model/README.md": model_card.text(model),
-            "model/mvc_jax.json": json.dumps({"stage": "finetune", "base": base}),
+            "model/mvc_jax.json": json.dumps({"base": base, "data": data}),
             "model/model_index.json": "{}",
             "model/unet/a.safetensors": "weights",
             **({"lora/pytorch_lora_weights.safetensors": "low rank"} if lora else {}),
@@ -315,12 +316,13 @@ def test_real_images_and_sets(tmp_path, push):
     assert "wanted some of the run's sets" in push(run, "--dry_run", "--set=best")[2]
 
 
-def test_a_local_base_is_not_told_and_adapters_need_one_of_the_hub(tmp_path, push):
+def test_local_folders_are_not_told_and_adapters_need_one_of_the_hub(tmp_path, push):
     folder = epath.Path(tmp_path)
-    fields = {"base.path": LOCAL}
+    fields = {"base.path": LOCAL, "data.source": "folder:/home/someone/cats"}
     run = make_run(folder / "local", lora=True, **fields)
     code, out, _ = push(run, "--dry_run", "--license=mit")
     assert code == 0 and "/home" not in out and "lora/" not in out
+    assert "# `cats`, enlarged" in out and "pretty_name: cats, mixed" in out
     assert "`a local folder, sd15`" in out and "load_lora_weights" not in out
     run = make_run(
         folder / "hub", lora=True, on_hub=True, license_=OPEN, **{"base.path": "a/b"}

@@ -105,6 +105,8 @@ _ABOUT_CLASSIFIERS = """\
 
 def _extended(card: str, facts: Facts, set_: str, datasets: Sequence[str] = ()) -> str:
     """A stage's card with the licence, the results and the names of `facts`."""
+    for written in sorted(facts.names, key=len, reverse=True):
+        card = card.replace(written, facts.names[written])
     front, body = model_card.split(card)
     kept = {k: v for k, v in front.items() if k not in model_card.LICENSE_FIELDS}
     front = {**facts.license, **({"datasets": [*datasets]} if datasets else {}), **kept}
@@ -114,8 +116,6 @@ def _extended(card: str, facts: Facts, set_: str, datasets: Sequence[str] = ()) 
         lambda _: model_card.table({"licence": named}).splitlines()[2],
         body,
     )
-    for written, name in facts.names.items():
-        body = body.replace(written, name)
     added = f"{_measured(facts.metrics, set_)}\n{_license(facts)}\n"
     return _joined(front, body.replace(_LIMITS, f"{added}{_LIMITS}", 1))
 

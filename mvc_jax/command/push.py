@@ -233,24 +233,25 @@ def _repositories(
     """
     workdir = flags.workdir
     model = workdir / "finetune" / "model"
-    card = (model / model_card.FILE).read_text()
-    made_by = files.read_json(model / _MADE_BY)
-    facts = _facts(flags, config, model, made_by["base"])
+    card, made_by = _card(model), files.read_record(model / _MADE_BY)
+    base = made_by.get("base", "")
+    facts = _facts(flags, config, model, base)
     datasets = []
     for set_ in flags.sets if "dataset" in flags.what else ():
         name = f"{to}-{set_}" if len(flags.sets) > 1 else to
         datasets.append(name)
         folder = workdir / "generate" / set_
-        own = (folder / model_card.FILE).read_text()
+        own = _card(folder)
         content = {path: folder / path for path in _of_set(workdir, set_)}
         content[model_card.FILE] = published_cards.of_set(own, facts, set_).encode()
         yield hub_upload.Repository(name, "dataset", content)
     if "model" in flags.what:
         content = _files(workdir, "finetune", "model/")
-        base = made_by["base"]
-        made_by["base"] = facts.names.get(base, base)
-        content[_MADE_BY] = f"{json.dumps(made_by, indent=1)}\n".encode()
-        adapters = {} if facts.names else _files(workdir, "finetune", "lora/")
+        if made_by:
+            told = {name: facts.names.get(x, x) for name, x in made_by.items()}
+            content[_MADE_BY] = f"{json.dumps(told, indent=1)}\n".encode()
+        on_hub = published_cards.base_on_hub(card)
+        adapters = _files(workdir, "finetune", "lora/") if on_hub else {}
         content |= {f"lora/{path}": file for path, file in adapters.items()}
         text = published_cards.of_model(card, facts, datasets, adapters=bool(adapters))
         content[model_card.FILE] = text.encode()
@@ -282,16 +283,36 @@ def _facts(
       model: the folder of the fine-tuned model.
       base: what its card calls the base.
     """
-    names = {}  # only those of local folders; the base on the hub keeps its name
-    if not published_cards.base_on_hub((model / model_card.FILE).read_text()):
+    names = {}
+    if not published_cards.base_on_hub(_card(model)):
         folder = epath.Path(config.base.path).name
         local = f"a local folder, {folder}" if folder else "made by the stage pretrain"
         names = {x: local for x in (base, config.base.path) if x}
+    kind, _, path = config.data.source.partition(":")
+    if path and kind != "tfds" and "://" not in path:
+        names[config.data.source] = epath.Path(path).name
     return published_cards.Facts(
         license=licenses.choose(model_card.base_license(model), flags.license),
         names=names,
         metrics=files.read_json(flags.workdir / "evaluate" / "metrics.json"),
     )
+
+
+def _card(folder: epath.Path) -> str:
+    """The card of a stage's folder.
+
+    Raises:
+      UserError: an early version made it, without one.
+    """
+    path = folder / model_card.FILE
+    if not path.exists():
+        raise UserError(
+            str(path),
+            wanted="the card of what is published",
+            got="no such file",
+            fix="An early version has made this: make it again in a new workdir.",
+        )
+    return path.read_text()
 
 
 def _of_set(workdir: epath.Path, set_: str) -> list[str]:
