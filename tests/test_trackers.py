@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import swept_runs
 from etils import epath
+from PIL import Image
 
-from mvc_jax import files, train
+from mvc_jax import evaluate, files, pictures, report, train
 from mvc_jax.errors import UserError
+from mvc_jax.stage import open_stage
 from mvc_jax.training import metrics, trackers
 
 ROWS = [{"stage": "pretrain/vae", "step": 3, "loss": 0.5}]
@@ -183,27 +185,22 @@ METRICS = {
 
 
 def test_at_its_end_a_run_tells_the_table_and_the_grid(tmp_path, monkeypatch):
-    from PIL import Image
+    def make(stage, **contents):
+        def run(config, workdir):
+            opened = open_stage(workdir, stage.stage_spec(config))
+            for name, content in {} if opened.complete else contents.items():
+                files.write_bytes(opened.folder / name.replace("_", "."), content)
+            if not opened.complete:
+                opened.finish([name.replace("_", ".") for name in contents])
 
-    from mvc_jax import evaluate, report
+        monkeypatch.setattr(stage, "run", run)
 
-    worked = swept_runs.install(monkeypatch)
-    make_table, make_page = evaluate.run, report.run
-
-    def measure(config, workdir):
-        make_table(config, workdir)
-        files.write_json(workdir / "evaluate" / "metrics.json", METRICS)
-
-    def draw(config, workdir):
-        make_page(config, workdir)
-        Image.new("RGB", (4, 2)).save(workdir / "report" / "grid.png")
-
-    # The stand-ins' manifests do not know these contents.
-    monkeypatch.setattr("mvc_jax.command.plan.behind", lambda *_: ({}, ""))
-    monkeypatch.setattr(evaluate, "run", measure)
-    monkeypatch.setattr(report, "run", draw)
+    swept_runs.install(monkeypatch)
+    image = pictures.png(Image.new("RGB", (4, 2)))
+    make(evaluate, metrics_json=json.dumps(METRICS).encode())
+    make(report, report_html=b"", grid_png=image)
     words = ["train", f"--workdir={tmp_path}", "--config.track=tensorboard,wandb"]
-    assert train.main(words) == 0 and worked
+    assert train.main(words) == 0
     (settings,) = [settings for _, settings in Recording.opened]
     assert settings["data"]["source"] == "digits"
     [[name, columns, rows]] = told("table")
