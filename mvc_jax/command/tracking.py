@@ -56,22 +56,24 @@ def _tell_results(config: ConfigDict, workdir: epath.Path) -> None:
     current = [name for name in names if name not in behind]
     if "evaluate" in current:
         measured = files.read_json(workdir / "evaluate" / "metrics.json")
-        rows = [_row(run) for run in measured["runs"]]
-        trackers.table("accuracy", _COLUMNS, rows)
-        trackers.results(
-            {
-                f"accuracy/{run['name']}": run["accuracy"]["mean"]
-                for run in measured["runs"]
-            }
-        )
-        if trackers.with_tensorboard():
-            cells = [[Cell(_text(x), is_word=True) for x in row] for row in rows]
-            columns = headings(*_COLUMNS, words=_COLUMNS)
-            metrics.tell_board(
-                workdir, "evaluate", text=Table("", columns, cells).markdown()
-            )
+        _tell_table(workdir, measured.get("runs", ()))
     if "report" in current:
         _tell_picture(workdir / "report" / "grid.png", "grid")
+
+
+def _tell_table(workdir: epath.Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Hands the accuracies of all runs to the trackers; none of a run without any."""
+    if not runs:
+        return
+    rows = [_row(run) for run in runs]
+    trackers.table("accuracy", _COLUMNS, rows)
+    means = {f"accuracy/{run['name']}": run["accuracy"]["mean"] for run in runs}
+    trackers.results(means)
+    if trackers.with_tensorboard():
+        cells = [[Cell(_text(x), is_word=True) for x in row] for row in rows]
+        columns = headings(*_COLUMNS, words=_COLUMNS)
+        text = Table("", columns, cells).markdown()
+        metrics.tell_board(workdir, "evaluate", text=text)
 
 
 def _tell_picture(path: epath.Path, name: str) -> None:
