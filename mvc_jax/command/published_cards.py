@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from etils import epy
 
 from mvc_jax.checkpoints import dataset_card, licenses, model_card
 from mvc_jax.checkpoints.model_card import code
-from mvc_jax.reporting import formats, image_metrics
+from mvc_jax.reporting import formats
 from mvc_jax.reporting.tables import Cell, Table, headings
+
+with epy.lazy_imports():
+    from mvc_jax.reporting import image_metrics
 
 _LIMITS = "## Intended use and limits\n"
 _ADAPTERS = "## Load the adapters onto the base\n"
