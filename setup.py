@@ -57,6 +57,10 @@ EXTRAS = {
     "gcs": ["gcsfs"],  # sources and workdirs at gs://
     "s3": ["s3fs"],  # at s3://
     "inception": ["torch-fidelity"],  # FID
+    # Programs that show the metrics of runs, and trackers: config.track.
+    "tensorboard": ["tensorboard"],
+    "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny"],
     # To prepare TFDS datasets; TFDS imports importlib_resources without requiring it.
     "prepare": ["tensorflow-cpu", "importlib_resources"],
     # Tests that compare with PyTorch; diffusers loads adapters by peft.

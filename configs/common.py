@@ -873,6 +873,14 @@ FIELDS = Section(
         "compilation_cache": Field(
             "~/.cache/mvc_jax/xla", "folder of compiled programs; empty: none"
         ),
+        "track": Field(
+            ("tensorboard",),
+            "programs that show losses, samples and results (docs/trackers.md); empty: "
+            "none",
+            choices=("tensorboard", "wandb", "mlflow"),
+            distinct=True,
+            hint="Choose some of these.",
+        ),
         "mesh": Section(
             "devices and how they share the work (shared)",
             {

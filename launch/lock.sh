@@ -27,7 +27,7 @@ lock() {
   echo "$file: $(grep -c '^[a-z]' "$file") packages"
 }
 
-extras="dev docs prepare torch caption medical heic gcs s3 inception"
+extras="dev docs prepare torch caption medical heic gcs s3 inception tensorboard wandb mlflow"
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 

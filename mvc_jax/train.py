@@ -21,11 +21,13 @@ The same with several seeds, which draw other splits, and an interval over them:
 A run for each value of a field, and finished runs side by side:
     mvc-jax sweep --vary mix.tokens=1,2,4,7 --from=runs/digits --workdir=runs/tokens
     mvc-jax compare runs/digits runs/fine
+What a finished run would publish on the Hugging Face hub:
+    mvc-jax push --to=digits-mvc --workdir=runs/digits --license=mit --dry_run
 What this machine has, and what is missing for which stage; the report made again:
     mvc-jax doctor
     mvc-jax report --workdir=runs/digits
 (`mvc-jax train` is `python -m mvc_jax.train`. `mvc-jax repeat --help`, and of sweep,
-compare, report and doctor, say more.)
+compare, push, report and doctor, say more.)
 
 Flags:
   --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
@@ -78,17 +80,19 @@ from mvc_jax.command import (
     pipeline,
     plan,
     price,
+    push,
     repeat,
     results,
     run_config,
     run_folder,
     sweep,
+    tracking,
 )
 from mvc_jax.command.redo import ending_redo, move_aside, stages_to_move
 from mvc_jax.command.take_over import take_over, take_over_parts
 from mvc_jax.configs import common
 from mvc_jax.errors import UserError, no_room
-from mvc_jax.training import console, preemption, runtime
+from mvc_jax.training import console, preemption, runtime, trackers
 
 with epy.lazy_imports():  # imported at first use: a mistyped flag need not wait for JAX
     from mvc_jax.training import sharding
@@ -121,6 +125,9 @@ def main(argv: Sequence[str] | None = None, *, part: bool = False) -> int:
                 code = repeat.run(words, lambda words: main(words, part=True))
                 joining.leave(code)
                 return code
+            if words[1:2] == ["push"]:
+                push.run(words)
+                return 0
             if words[1:2] == ["sweep"]:
                 agreement.require_single(place, "sweep")
                 sweep.run(words, sweep.Program(planned, run))
@@ -238,8 +245,10 @@ def run(
 
         processes.on_first("the preparation", prepare)
         donors = {name: () if name in moved else sources for name in stages}
-        ending = ending_redo(workdir) if processes.is_first() else _nothing()
-        with ending:
+        with contextlib.ExitStack() as ending:
+            if processes.is_first():
+                ending.enter_context(ending_redo(workdir))
+                ending.enter_context(tracking.opened(config, workdir, steps))
             worked = _run_stages(stages, config, workdir, prices, donors)
     if announce or not processes.is_first():
         return
@@ -377,6 +386,7 @@ def check_stages(names: Sequence[str], config: ConfigDict) -> None:
     Raises:
       UserError: a field is wrong.
     """
+    trackers.check(config.track if names else ())
     for name in names:
         pipeline.module(name).check(config)
     if any(name in pipeline.MESH_STAGES for name in names):
@@ -449,11 +459,6 @@ def _start_together() -> None:
     """
     if processes.count() > 1:
         runtime.start()
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _fail(error: UserError) -> int:

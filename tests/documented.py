@@ -70,7 +70,7 @@ def commands() -> Iterator[list[str]]:
 def train_flags(words: list[str]) -> list[str] | None:
     """The flags of a single run in a command; None if it runs none."""
     runs = "mvc_jax.train" in words or "mvc-jax" in words or "launch/demo.sh" in words
-    if not runs or "compare" in words:
+    if not runs or {"compare", "push"} & {*words}:
         return None
     return [x for x in words if x.startswith("--") and not x.startswith(_OF_SEVERAL)]
 

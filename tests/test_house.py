@@ -77,7 +77,15 @@ PUBLIC = {
 }  # for programs; nothing of ours uses it
 MAY_IMPORT = {  # besides the leaves, of which files.py is one
     "train": STAGES
-    | {"classification", "command", "reporting", "stage", "training", "configs"},
+    | {
+        "checkpoints",
+        "classification",
+        "command",
+        "reporting",
+        "stage",
+        "training",
+        "configs",
+    },
     "stage": {*ROOMS, "stage"},
     "contract": {"artifacts", "configs"},  # stage.py and what it is made of
     "public": {*ROOMS, "command", "train"},

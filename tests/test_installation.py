@@ -6,16 +6,21 @@ import ctypes
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import types
+import zipfile
 
 import pytest
+import yaml
 from absl import logging
 from documented import DOCUMENTS, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import mvc_jax
 from mvc_jax.training import cuda_libraries, runtime
 
 LOCKS = {  # and the one cuDNN of each
@@ -133,6 +138,54 @@ def test_one_library_for_two_versions():
     assert not cuda_libraries.for_two_versions(
         ["nvidia-cusparse", "nvidia-cusparselt-cu13", "nvidia-nvjitlink"]
     )
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == mvc_jax.__version__
+    assert "arXiv:2412.15358" in str(cited["preferred-citation"])
+    newest = re.search(
+        r"(?m)^## .*?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text()
+    )
+    assert newest[1] == mvc_jax.__version__
+
+
+def build(folder, what):
+    """Builds a distribution of the project in a folder; returns its file."""
+    code = f"from setuptools import build_meta; build_meta.build_{what}('dist')"
+    (folder / "dist").mkdir(exist_ok=True)
+    command = [sys.executable, "-I", "-c", code]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    suffix = {"sdist": "*.tar.gz", "wheel": "*.whl"}[what]
+    return next((folder / "dist").glob(suffix))
+
+
+def test_a_wheel_of_the_source_distribution_has_every_file(tmp_path):
+    """Modules, configs, templates and tables: what runs anywhere."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("mvc_jax", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    wanted = {
+        path.relative_to(tmp_path).as_posix()
+        for name in ("mvc_jax", "configs")
+        for path in (tmp_path / name).rglob("*")
+        if path.is_file()
+    }
+    wanted.remove("mvc_jax/configs.py")  # which finds them in a checkout
+    with tarfile.open(build(tmp_path, "sdist")) as file:
+        file.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    with zipfile.ZipFile(build(source, "wheel")) as wheel:
+        found = {x for x in wheel.namelist() if ".dist-info/" not in x}
+        text = wheel.read(next(x for x in wheel.namelist() if "entry_points" in x))
+    found.discard("mvc_jax/configs.py")
+    assert found == {
+        x.replace("configs/", "mvc_jax/configs/", 1) if x[0] == "c" else x
+        for x in wanted
+    }
+    assert b"mvc-jax = mvc_jax.train:main" in text
 
 
 @pytest.fixture

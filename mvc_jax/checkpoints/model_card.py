@@ -11,8 +11,8 @@ from etils import epath
 from mvc_jax import files
 
 FILE = "README.md"
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
-_UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+UNKNOWN = {"license": "other", "license_name": "unknown-see-the-base"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +77,22 @@ def base_license(folder: epath.PathLike) -> dict[str, Any]:
     """
     path = epath.Path(folder) / FILE
     card = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
+    front, _ = split(card)
+    if not front.get("license"):
+        return dict(UNKNOWN)
+    return {name: front[name] for name in LICENSE_FIELDS if name in front}
+
+
+def split(card: str) -> tuple[dict[str, Any], str]:
+    """The front matter of a card, {} without one that can be read, and its text."""
     match = re.match(r"---\s*\n(.*?\n)---\s*(\n|$)", card, re.DOTALL)
     try:
         front = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         front = None
-    if not isinstance(front, dict) or not front.get("license"):
-        return dict(_UNKNOWN)
-    return {name: front[name] for name in _LICENSE_FIELDS if name in front}
+    return (front if isinstance(front, dict) else {}), card[
+        match.end() if match else 0 :
+    ]
 
 
 def _front_matter(facts: Facts) -> dict[str, Any]:
@@ -222,7 +230,7 @@ def _draw(facts: Facts) -> str:
 
 def license_name(license_: Mapping[str, Any]) -> str:
     """The name of a licence from `base_license`."""
-    if license_ == _UNKNOWN:
+    if license_ == UNKNOWN:
         return "unknown, see the base"
     return license_.get("license_name", license_["license"])
 

@@ -11,8 +11,7 @@ from typing import Any
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import stage
-from mvc_jax.command import document, plan, run_config, run_folder
+from mvc_jax.command import document, finished, run_config, run_folder
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
 from mvc_jax.reporting import tables
@@ -112,7 +111,7 @@ def _read(folders: Sequence[epath.Path]) -> list[_Member]:
     members: list[_Member] = []
     for folder in folders:
         name = folder.name if has_names else str(folder)
-        config = _require_finished(folder)
+        config = finished.require(folder, ["classify"])
         results, other = document.read(folder), ""
         if members:
             first = members[0]
@@ -121,30 +120,6 @@ def _read(folders: Sequence[epath.Path]) -> list[_Member]:
             other = results.difference_of_images(first.results, same_source)
         members.append(_Member(name, config, results, other))
     return members
-
-
-def _require_finished(workdir: epath.Path) -> ConfigDict:
-    """The config of a workdir whose classifiers are finished, and those of its config.
-
-    Raises:
-      UserError: they are not.
-    """
-    config, got = run_config.read(workdir), ""
-    fix = "Finish the run first, by the command that began it."
-    if not workdir.is_dir():
-        got, fix = "no such folder", "Correct the path."
-    elif config is None:
-        got = "a folder without a config.json that can be read"
-    elif not stage.is_complete(workdir, "classify"):
-        got = "one whose stage classify is not finished"
-    else:
-        behind, way = plan.behind(
-            ["classify"], run_config.as_begun(config, workdir), workdir
-        )
-        if not behind:
-            return config
-        got, fix = f"one that is behind ({behind['classify']})", f"For it, {way}."
-    raise UserError(str(workdir), wanted="a finished workdir", got=got, fix=fix)
 
 
 def _require_classes(

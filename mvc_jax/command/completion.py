@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from mvc_jax.configs import common, fields
 
-SUBCOMMANDS = ("train", "repeat", "sweep", "compare", "report", "doctor")
+SUBCOMMANDS = ("train", "repeat", "sweep", "compare", "push", "report", "doctor")
 _FLAGS = ("--config=", "--workdir=", "--dry_run ", "--help ")
 _OF_TRAIN = ("--verify ", "--redo=", "--from=", "--version ")
 _MORE = {  # subcommand -> its own flags
@@ -18,6 +18,15 @@ _MORE = {  # subcommand -> its own flags
     "repeat": ("--seeds=", *_OF_TRAIN),
     "sweep": ("--vary ", *_OF_TRAIN),
     "compare": ("--out=",),
+    "push": (
+        "--to=",
+        "--what=",
+        "--set=",
+        "--license=",
+        "--with_real ",
+        "--private ",
+        "--update ",
+    ),
     "doctor": (),
     "report": (),
 }

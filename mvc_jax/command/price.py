@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax.command import pipeline, plan
 from mvc_jax.errors import UserError
+from mvc_jax.reporting import formats
 from mvc_jax.stage import is_complete, read_manifest
 from mvc_jax.training import rates, runtime
 from mvc_jax.work import BaseSizes, Sizes, Work
@@ -131,12 +132,14 @@ def require_room(prices: Sequence[Price], workdir: epath.Path) -> None:
             continue
         asks = work.disk_bytes if work.asks is None else work.asks
         if free is not None and free - written <= _MARGIN * asks:
-            what = ", ".join(f"{_bytes(n)} {k}" for k, n in work.disk.items() if n)
+            what = ", ".join(
+                f"{formats.size(n)} {k}" for k, n in work.disk.items() if n
+            )
             raise UserError(
                 f"stage {name}",
-                wanted=f"{_bytes(round(_MARGIN * asks))} of free disk for {what}",
-                got=f"{_bytes(max(free - written, 0))} of {workdir}'s disk after the "
-                "stages before it",
+                wanted=f"{formats.size(round(_MARGIN * asks))} of free disk for {what}",
+                got=f"{formats.size(max(free - written, 0))} of {workdir}'s disk after "
+                "the stages before it",
                 fix="Free some, name a --workdir on another disk, or make less; "
                 "--dry_run shows what each stage takes.",
             )
@@ -164,7 +167,7 @@ def table(prices: Sequence[Price], workdir: epath.Path) -> str:
             )
             continue
         makes = ", ".join(f"{n:,} {what}" for what, n in work.makes.items() if n)
-        disk = _bytes(work.disk_bytes) if work.disk_bytes else ""
+        disk = formats.size(work.disk_bytes) if work.disk_bytes else ""
         rows.append((price.step.name, state, makes, disk, _memory(price), _time(price)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -194,8 +197,8 @@ def line(prices: Sequence[Price], workdir: epath.Path) -> str:
     parts = [f"{count} of {len(prices)} stages to do"]
     parts += [f"{n:,} {what}" for what, n in counts.items() if n]
     disk, free = sum(work.disk_bytes for _, work in todo), free_bytes(workdir)
-    room = "" if free is None else f" ({_bytes(free)} free)"
-    parts.append(f"about {_bytes(disk)} of disk{room}")
+    room = "" if free is None else f" ({formats.size(free)} free)"
+    parts.append(f"about {formats.size(disk)} of disk{room}")
     known = [price.seconds for price, _ in todo if price.seconds is not None]
     unknown = [
         price.step.name
@@ -289,10 +292,10 @@ def _require_memory(name: str, work: Work) -> None:
         needed, size = work.devices, found.bytes or host
         where = f"{found.count} x {found.kind}"
     if sum(needed.values()) > size:
-        what = ", ".join(f"{_bytes(n)} {k}" for k, n in needed.items() if n)
+        what = ", ".join(f"{formats.size(n)} {k}" for k, n in needed.items() if n)
         raise UserError(
             f"stage {name}",
-            wanted=f"what fits the {_bytes(size)} of memory of {where}",
+            wanted=f"what fits the {formats.size(size)} of memory of {where}",
             got=f"{what}, at least",
             fix=f"Lower {' or '.join(f'config.{field}' for field in work.lower)}.",
         )
@@ -301,10 +304,10 @@ def _require_memory(name: str, work: Work) -> None:
 def _memory(price: Price) -> str:
     work = price.work
     if price.program_bytes:
-        return f"{_bytes(price.program_bytes)} per device"
+        return f"{formats.size(price.program_bytes)} per device"
     if work is None or not work.devices:
         return ""
-    return f"{_OVER} {_bytes(sum(work.devices.values()))}"
+    return f"{_OVER} {formats.size(sum(work.devices.values()))}"
 
 
 def _time(price: Price) -> str:
@@ -320,10 +323,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _bytes(size: int) -> str:
-    for unit, divisor in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= divisor:
-            return f"{size / divisor:,.1f} {unit}"
-    return f"{size / 2**10:,.0f} KiB"

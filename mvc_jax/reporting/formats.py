@@ -43,6 +43,14 @@ def number(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def size(count: int) -> str:
+    """A number of bytes."""
+    for unit, divisor in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= divisor:
+            return f"{count / divisor:,.1f} {unit}"
+    return f"{count / 2**10:,.0f} KiB" if count >= 2**10 else f"{count} bytes"
+
+
 def distance(value: int | float | None) -> str:
     """A distance with three digits, the last of which may be zero."""
     return NONE if value is None else f"{value:#.3g}"

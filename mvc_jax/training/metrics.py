@@ -1,4 +1,4 @@
-"""Metrics of a run, in `metrics.jsonl` and TensorBoard."""
+"""Metrics of a run, in `metrics.jsonl`, TensorBoard and other trackers."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from etils import epath
 
 from mvc_jax import files, object_store, scratch
 from mvc_jax.imports import hidden
+from mvc_jax.training import trackers
 
 with hidden("torch"):  # it would be imported for its tensors only
     from tensorboardX import summary
@@ -21,6 +22,7 @@ with hidden("torch"):  # it would be imported for its tensors only
 
 _FLUSH_SECONDS = 10.0
 _UPLOAD_SECONDS = 60.0  # between two uploads of an event file, always whole
+_NOTHING = contextlib.nullcontext()
 
 
 class MetricsLog:
@@ -40,30 +42,38 @@ class MetricsLog:
             if row["stage"] != stage or row["step"] <= from_step
         ]
         folder = epath.Path(workdir) / "tensorboard" / stage.replace("/", "_")
-        self._board = _Board(str(folder), from_step)
+        self._board = None
+        if trackers.with_tensorboard():
+            self._board = _Board(str(folder), from_step)
         self._flushed = time.monotonic()
 
     def write(self, step: int, **scalars: float) -> None:
         """Records scalars at an optimiser step, or at 0 where there are no steps."""
         values = {name: float(value) for name, value in scalars.items()}
         self._rows.append({"stage": self._stage, "step": step, **values})
-        for name, value in values.items():
-            self._board.add(step, summary.scalar(name, value))
+        trackers.scalars(self._stage, step, values)
+        if self._board:
+            for name, value in values.items():
+                self._board.add(step, summary.scalar(name, value))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._board.flush()
+            if self._board:
+                self._board.flush()
             self.flush()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes an image, uint8 [H, W, 3], to TensorBoard."""
-        self._board.add(step, summary.image(name, image, dataformats="HWC"))
+        """Writes an image, uint8 [H, W, 3], to TensorBoard and other trackers."""
+        trackers.picture(self._stage, step, name, image)
+        if self._board:
+            self._board.add(step, summary.image(name, image, dataformats="HWC"))
 
     def flush(self) -> None:
-        """Writes the rows to the disk."""
+        """Writes the rows to the disk, and what trackers have."""
         files.write_jsonl(self._path, self._rows)
+        trackers.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        with contextlib.closing(self._board):
+        with contextlib.closing(self._board) if self._board else _NOTHING:
             self.flush()
 
 
@@ -81,6 +91,25 @@ class NoLog:
 
     def close(self) -> None:
         pass
+
+
+def tell_board(
+    workdir: epath.PathLike,
+    stage: str,
+    *,
+    text: str = "",
+    image: np.ndarray | None = None,
+) -> None:
+    """Writes a text in Markdown or an image, uint8 [H, W, 3], of a stage's result.
+
+    They are not in `metrics.jsonl`.
+    """
+    board = _Board(str(epath.Path(workdir) / "tensorboard" / stage), 0)
+    with contextlib.closing(board):
+        if text:
+            board.add(0, summary.text(stage, text))
+        if image is not None:
+            board.add(0, summary.image(stage, image, dataformats="HWC"))
 
 
 class _Board:
