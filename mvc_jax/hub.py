@@ -94,6 +94,15 @@ class Hub:
 
     def run(self) -> None:
         """Serves until all connections are closed."""
+        try:
+            self._serve()
+        finally:
+            for member in self._members.values():
+                member.lines.socket.close()
+            self._listener.close()
+            self._selector.close()
+
+    def _serve(self) -> None:
         spoke = 0.0
         while self._members or self._service is None:
             for key, _ in self._selector.select(_TICK_SECONDS):
@@ -122,11 +131,10 @@ class Hub:
         connection, _ = self._listener.accept()
         connection.settimeout(5.0)
         lines = Lines(connection)
-        messages = lines.receive()
         try:
-            hello = messages[0]["hello"]
+            hello = lines.receive()[0]["hello"]
             number = hello["process"]
-        except (TypeError, LookupError, ValueError):
+        except (TypeError, LookupError, ValueError):  # somebody else
             connection.close()
             return
         refusal = self._refusal(number, hello)

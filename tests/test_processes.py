@@ -1,8 +1,10 @@
 """Several processes of one run on this machine: what they say, train, how they end."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 
@@ -218,7 +220,7 @@ def refused(port, number, count, seconds=5.0):
 
 
 def answer(lines):
-    with pytest.raises(UserError) as caught:
+    with contextlib.closing(lines.socket), pytest.raises(UserError) as caught:
         joining._answer(lines, "x", 5.0)
     return str(caught.value)
 
@@ -236,6 +238,8 @@ def test_numbers_twice_other_counts_and_who_is_missing_are_named(monkeypatch):
     table = hub.Hub(port, 3, 1.0)
     thread = threading.Thread(target=table.run)
     thread.start()
+    with socket.create_connection(("127.0.0.1", port)) as other:
+        other.sendall(b"GET / HTTP/1.1\n\n")  # who is not of the run is not heard
     first = refused(port, 0, 3)
     time.sleep(0.05)
     assert (
