@@ -237,7 +237,8 @@ _USE = """\
 - Synthetic images may resemble training images, whole or in part. If those are
   private, do not publish this dataset.
 - They are not evidence, and not for diagnosis, identification or decisions about
-people. - They inherit the errors and biases of the base model and of the real images.
+  people.
+- They inherit the errors and biases of the base model and of the real images.
 - The licence of the base model, and the terms of the real dataset, may apply.
 """
 
