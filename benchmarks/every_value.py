@@ -164,10 +164,12 @@ RUNS: dict[str, dict[str, str]] = {
         "combined+fast_autoaugment_cifar10,combined+fast_autoaugment_cifar100",
     },
 }
+_TRACKERS = "benchmarks/trackers.sh"
 _WEIGHTS = "weights of other people, which the tests of their files make"
 _DEVICE = "another device, on which benchmarks/accelerator.sh runs it"
 # Values that cannot run here, and why.
 NOT_HERE: dict[str, dict[str, str]] = {
+    "track": dict.fromkeys(("tensorboard", "wandb", "mlflow"), _TRACKERS),
     "caption.captioner": {"blip2": _WEIGHTS, "flax": _WEIGHTS},
     "finetune.attention": {"cudnn": _DEVICE, "pallas": _DEVICE},
     "generate.attention": {"cudnn": _DEVICE, "pallas": _DEVICE},

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from architectures import SCHEDULE, TEXTS, UNETS, VAES
 
-from configs import common
+from configs import common, presets
 from mvc_jax import devices
 from mvc_jax import finetune as finetune_stage
 from mvc_jax.checkpoints import scheduler_config
@@ -195,7 +195,7 @@ def _state(
 def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
     config = common.get_config()
     if options.preset:
-        common.PRESETS[options.preset](config)
+        presets.PRESETS[options.preset](config)
     section = config.generate
     size = options.batch or section.batch_size
     settings = image_sampler.Settings(

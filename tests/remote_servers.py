@@ -353,7 +353,7 @@ class Store:
         if self.locked or isinstance(fault, int):
             environ["wsgi.input"].read(length)
             status = 403 if self.locked else fault
-            code = "AccessDenied" if self.locked else "Faulty"
+            code = "AccessDenied" if status == 403 else "SlowDown"
             start(f"{status} {code}", [("Content-Type", "application/xml")])
             return [f"<Error><Code>{code}</Code></Error>".encode()]
         answer = self._app(environ, start)

@@ -29,7 +29,7 @@ from base_folders import (
 )
 from jax.extend.core import jaxprs_in_params
 
-from mvc_jax import encode, files
+from mvc_jax import encode, files, object_store
 from mvc_jax.checkpoints import diffusers_layout, families, pipeline_folder, weights
 from mvc_jax.errors import UserError
 from mvc_jax.models.flax_classes import FlaxAutoencoderKL, FlaxUNet2DConditionModel
@@ -603,7 +603,12 @@ def test_a_single_file_is_an_error_that_says_how_to_convert_it(
 
 
 @pytest.mark.parametrize("path", ["gs://bucket/model", "foo://bucket/model"])
-def test_a_path_that_nothing_opens_is_refused(path):
+def test_a_path_that_nothing_opens_is_refused(path, monkeypatch):
+    def unreachable(path):
+        raise ConnectionError("no route to the host")
+
+    monkeypatch.setattr(object_store, "_system", unreachable)
+    monkeypatch.setattr(object_store, "_WAITS", ())
     assert error_of(path).name == f"config.base.path '{path}'"
 
 

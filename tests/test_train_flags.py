@@ -4,6 +4,7 @@ import errno
 import inspect
 import os
 import pathlib
+import re
 
 import made_stages
 import pytest
@@ -469,7 +470,7 @@ def test_stages_that_use_the_mesh_are_known():
     using = [
         name
         for name in train.STAGES
-        if "make_mesh(" in (folder / f"{name}.py").read_text()
+        if re.search(r"make_mesh\(|local_mesh\(", (folder / f"{name}.py").read_text())
     ]
     assert list(pipeline.MESH_STAGES) == using
 

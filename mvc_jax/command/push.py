@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import __version__, files, stage
+from mvc_jax import __version__, files, object_store, stage
 from mvc_jax.checkpoints import licenses, model_card
 from mvc_jax.command import (
     document,
@@ -154,7 +154,7 @@ def _parse(words: Sequence[str]) -> _Flags:
             fix="Write e.g. --what=dataset,model.",
         )
     workdir = epath.Path(texts["workdir"]).expanduser()
-    if not run_folder.is_local(workdir):
+    if object_store.is_remote(workdir):
         raise UserError(
             f"--workdir={workdir}",
             wanted="a folder of this machine",
