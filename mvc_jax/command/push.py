@@ -248,8 +248,8 @@ def _repositories(
     if "model" in flags.what:
         content = _files(workdir, "finetune", "model/")
         if made_by:
-            told = {name: facts.names.get(x, x) for name, x in made_by.items()}
-            content[_MADE_BY] = f"{json.dumps(told, indent=1)}\n".encode()
+            public = {name: facts.names.get(x, x) for name, x in made_by.items()}
+            content[_MADE_BY] = f"{json.dumps(public, indent=1)}\n".encode()
         on_hub = published_cards.base_on_hub(card)
         adapters = _files(workdir, "finetune", "lora/") if on_hub else {}
         content |= {f"lora/{path}": file for path, file in adapters.items()}

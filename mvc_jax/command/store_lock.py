@@ -125,16 +125,16 @@ class _Holder:
 
     def _await_expiry(self, found: dict[str, Any]) -> None:
         """Returns once the lock has expired; raises if its holder is at work."""
-        told = False
+        said = False
         while (age := self._age()) < EXPIRES:
-            if not told:
+            if not said:
                 logging.info(
                     "%s was in use %.0f s ago; waiting %.0f s for a sign of that run",
                     self._workdir,
                     age,
                     EXPIRES - age,
                 )
-                told = True
+                said = True
             time.sleep(min(BEAT / 3, EXPIRES - age))
             now = _read(self._path)
             if now is None:

@@ -1,4 +1,4 @@
-"""`config.track`: a run's trackers, and what they are told at its end."""
+"""`config.track`: a run's trackers, and what they log at its end."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
