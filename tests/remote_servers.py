@@ -355,6 +355,8 @@ class Store:
             status = 403 if self.locked else fault
             code = "AccessDenied" if status == 403 else "SlowDown"
             start(f"{status} {code}", [("Content-Type", "application/xml")])
+            if environ["REQUEST_METHOD"] == "HEAD":
+                return []
             return [f"<Error><Code>{code}</Code></Error>".encode()]
         answer = self._app(environ, start)
         if fault == "cut":
