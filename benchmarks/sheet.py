@@ -65,7 +65,7 @@ ON_CPU = (  # the limits are those of two slow cores
         "reading",
         "peers:reading",
         120,
-        {"images": 1500, "size": 256, "workers": 2, "count": 5},
+        {"images": 500, "size": 256, "workers": 2, "count": 5},
         toy={"images": 64, "count": 2},
     ),
     Run(
