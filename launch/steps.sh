@@ -37,6 +37,15 @@ whole() {
   esac
 }
 
+# cloud_name NAME VALUE: clouds accept it as the name of a resource.
+cloud_name() {
+  case $2 in
+    [!a-z]* | *[!a-z0-9-]* | *-)
+      refuse "$1" "lower-case letters, digits and hyphens" "$2" "Choose another."
+      ;;
+  esac
+}
+
 # need PROGRAM WHERE: it is installed, or the commands are only printed.
 need() {
   [ -n "$dry_run" ] || command -v "$1" >/dev/null ||

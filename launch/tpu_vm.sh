@@ -72,11 +72,7 @@ parse() {
     esac
     shift
   done
-  case $name in
-    [!a-z]* | *[!a-z0-9-]* | *-)
-      refuse "--name" "lower-case letters, digits and hyphens" "$name" "Choose another."
-      ;;
-  esac
+  cloud_name --name "$name"
   choose_type
   need gcloud "Install the Google Cloud CLI: https://cloud.google.com/sdk/docs/install"
   place=(--quiet)

@@ -60,11 +60,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-case $name in
-  [!a-z]* | *[!a-z0-9-]* | *-)
-    refuse "--name" "lower-case letters, digits and hyphens" "$name" "Choose another."
-    ;;
-esac
+cloud_name --name "$name"
 whole --nodes "$nodes"
 whole --gpus "$gpus"
 whole --restarts "$restarts"
