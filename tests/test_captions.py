@@ -55,6 +55,9 @@ TAGS = ",".join(f"tag{letter}" for letter in "abcdefghijklmnopqrst")
         ("5" * 40 + " five", 19, "5" * 11),
         ("a " + "5" * 40, 19, "a " + "5" * 10),
         ("x " + "👨\u200d👩\u200d👧" * 3, 12, "x"),  # three persons are one picture
+        ("👍🏽" * 9, 13, "👍🏽" * 2),  # a hand and its colour, too
+        ("🇩🇪" * 9, 13, "🇩🇪" * 2),  # and two letters of a flag
+        (";; 、a.b", 12, ";; 、a"),  # some of the first word, rather than no word
     ],
 )
 def test_a_text_without_spaces_is_cut_too(caption, max_tokens, expected):
@@ -195,6 +198,8 @@ def test_every_template_that_passes_the_check_can_be_filled_in(template):
         ("خانه\u200cها", "خانه\u200cها"),  # one word of Persian
         ("a 👨\u200d👩\u200d👧", "a 👨\u200d👩\u200d👧"),  # one picture
         ("\ufeffco\u00adop \u200d", "coop"),
+        ("a\u061cb\u2028c\uffffd", "ab c d"),
+        ("a pink heart \U0001fa77", "a pink heart \U0001fa77"),  # of Unicode 15
         ("", ""),
     ],
 )

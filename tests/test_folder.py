@@ -359,15 +359,15 @@ def test_a_label_in_metadata_may_be_any_text(tmp_path, label):
 
 
 def test_a_generated_folder_is_read(tmp_path):
-    names = ("brain tumor", "naïve class", "a/b", "..")
+    names = ("brain tumor", "naïve class", "a/b", "..", "z\\b")
     nothing = dict.fromkeys(synthetic.PROVENANCE)
-    rows = [nothing | {"index": k, "label": k % 4} for k in range(8)]
+    rows = [nothing | {"index": k, "label": k % 5} for k in range(10)]
     folder = epath.Path(tmp_path)
     store = synthetic.Store(
-        folder, Digests(folder, folder / "digests"), names, "0badf00d", 8
+        folder, Digests(folder, folder / "digests"), names, "0badf00d", 10
     )
     image = np.zeros((4, 4, 3), np.uint8)
-    store.write(store.missing(8)[0], [image] * 8, rows)
+    store.write(store.missing(10)[0], [image] * 10, rows)
     store.finish()
     source = read(tmp_path)
     check(source)
@@ -383,6 +383,7 @@ ROWS_THAT_FAIL = {
     "up": (("../b.png", "a"), "../b.png", "listed in {}, outside of its folder"),
     "up inside": (("x/../../b.png", "a"), "../b.png", "listed in {}, outside of its"),
     "absolute": (("/etc/a.png", "a"), "/etc/a.png", "listed in {}, outside of its"),
+    "hidden": ((".h/2.png", "a"), ".h/2.png", "listed in {}, in a hidden folder"),
     "no label": (("2.png", ""), "2.png", "no label: {} gives none"),
     "blank label": (("2.png", "  "), "2.png", "no label: {} gives none"),
     "two labels": (("1.png", "b"), "1.png", "'a', 'train') and as ('b', 'train')"),

@@ -212,6 +212,13 @@ def test_our_own_folder_of_classes_named_like_parts(tmp_path):
     assert source.class_names == ("no", "valid") and source.is_test is None
 
 
+def test_folders_of_images_that_are_all_named_like_parts(tmp_path):
+    write(tmp_path, *images("train", "test"))
+    with pytest.raises(UserError, match="are classes, set --config.data.train=. "):
+        read(tmp_path)
+    assert read(tmp_path, train=(".",)).class_names == ("test", "train")
+
+
 @pytest.mark.parametrize(
     "folders",
     [

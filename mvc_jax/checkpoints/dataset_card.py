@@ -365,8 +365,9 @@ def _about_folders(facts: Facts, refused: Sequence[str]) -> list[str]:
         )
     if hidden := [x for x in facts.folders if x.startswith((".", "__"))]:
         found.append(
-            f"Some readers leave out the folders {_listed(hidden)}: Keras those that "
-            "begin with a dot, `datasets` 2 also those with `__`."
+            f"Some readers leave out the folders {_listed(hidden)}: Keras and "
+            "`mvc_jax` those that begin with a dot, `datasets` 2 also those with `__`. "
+            "`dataset` has them all."
         )
     return found
 

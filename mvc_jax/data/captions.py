@@ -19,8 +19,11 @@ PROMPT = "{caption}, a photo of {class_type} {label}"
 # and the tags that spell the flag of a region.
 _KEPT = {"\u200c", "\u200d", *map(chr, range(0xE0020, 0xE0080))}
 # Not printable, but within words: soft hyphens, marks of direction, and the like.
-_NO_WIDTH = {"\u00ad", "\u200e", "\u200f", "\u2060", "\ufeff"}
-_NO_WIDTH |= {*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))}
+_NO_WIDTH = {"\u00ad", "\u061c", "\u180e", "\u200e", "\u200f", "\ufeff"}
+_NO_WIDTH |= {*map(chr, (*range(0x202A, 0x202F), *range(0x2060, 0x2070)))}
+_NOT_SHOWN = ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")  # categories of Unicode
+_SKIN_TONES = {*map(chr, range(0x1F3FB, 0x1F400))}
+_FLAG_LETTERS = {*map(chr, range(0x1F1E6, 0x1F200))}  # two of them are one flag
 # Where a caption is cut: between words, behind a comma between two tags, and in scripts
 # that are written without spaces between characters.
 _UNSPACED = (
@@ -150,10 +153,16 @@ def clean(caption: str, *, collapse: bool = True) -> str:
     phrase that the captioner repeats immediately is kept once: `"a brain, a brain and a
     brain"` -> `"a brain"`.
     """
-    shown = (c for c in str(caption) if c not in _NO_WIDTH)
-    printable = (c if c.isprintable() or c in _KEPT else " " for c in shown)
-    words = [w for w in "".join(printable).split() if {*w} - _KEPT]
+    visible = (c for c in str(caption) if c not in _NO_WIDTH)
+    shown = (c if _is_shown(c) or c in _KEPT else " " for c in visible)
+    words = [w for w in "".join(shown).split() if {*w} - _KEPT]
     return " ".join(_collapse_repeats(words) if collapse else words).rstrip(" ,;:")
+
+
+def _is_shown(c: str) -> bool:
+    """Whether a character is seen; also one that is newer than Python's Unicode."""
+    is_none = ord(c) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(c) <= 0xFDEF
+    return unicodedata.category(c) not in _NOT_SHOWN and not is_none
 
 
 def _collapse_repeats(words: list[str]) -> list[str]:
@@ -268,7 +277,8 @@ def prompt(
     The supplement combines a BLIP-2 caption with a class prompt. That the caption is
     truncated, so that the label survives CLIP's context length, is our choice. It is
     cut between words, behind a comma within one, or between the characters of a script
-    without spaces; where the next of these pieces would not even fit alone, within it.
+    without spaces; where the next of these pieces would not even fit alone, or nothing
+    is before it, within it.
 
     Args:
       template: with `{caption}`, `{class_type}` and `{label}`.
@@ -304,7 +314,7 @@ def prompt(
     ends = [i for i in ends if i == len(caption) or _is_between(caption, i)]
     end = _longest(caption, ends, fits)
     after = next(stop for stop in ends if stop > end)
-    if not fits(caption[end:after]):
+    if not made(caption[:end]).caption or not fits(caption[end:after]):
         inside = [i for i in range(end + 1, after) if _is_between(caption, i)]
         end = _longest(caption, inside, fits, at_least=end)
     found = made(caption[:end])
@@ -325,8 +335,14 @@ def _longest(
 
 def _is_between(text: str, i: int) -> bool:
     """Whether no character as it is read is cut apart before `text[i]`."""
-    joined = unicodedata.category(text[i]) in ("Mn", "Mc", "Me") or text[i] in _KEPT
-    return not joined and text[i - 1] not in _KEPT
+    joins = text[i] in _KEPT | _SKIN_TONES
+    joins |= unicodedata.category(text[i]) in ("Mn", "Mc", "Me")
+    if text[i] in _FLAG_LETTERS:
+        start = i
+        while start and text[start - 1] in _FLAG_LETTERS:
+            start -= 1
+        joins |= (i - start) % 2 == 1
+    return not joins and text[i - 1] not in _KEPT
 
 
 CutCaptions = dict[str, collections.Counter[str]]

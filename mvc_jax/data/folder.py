@@ -518,6 +518,9 @@ def _check_labels(tree: Tree) -> None:
         command = _UNPACK.get(kind, "mkdir -p {1} && tar -xf {0} -C {1}")
         paths = (archive, _ARCHIVE.sub("", tree.path))
         fix = f"Unpack it: {command.format(*map(shlex.quote, paths))}"
+    tops = {path.partition("/")[0] for path in tree.images if "/" in path}
+    if any(layout.role(top)[0] for top in tops):
+        fix = f"If its folders are classes, set --config.data.train=. . {fix}"
     tables = [path for path in tree.others if path.lower().endswith(".csv")]
     if tables and tree.images:
         fix = (

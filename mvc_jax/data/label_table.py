@@ -104,7 +104,9 @@ def label(
             name = row[file_column]
         if row.get(label_column) in name.split("/")[:-1]:
             label_ = nfc(row[label_column])
-        inside = posixpath.normpath(name.replace("\\", "/"))
+        inside = name  # as it is, or with Windows' slashes
+        if name not in on_disk:
+            inside = posixpath.normpath(name.replace("\\", "/"))
         image = on_disk.get(inside, prefix + inside)
         if split_column:
             split = text(row.get(split_column))
@@ -120,7 +122,9 @@ def label(
         elif inside.startswith(("/", "../")) or inside == "..":
             reason = f"listed in {here}, outside of its folder"
         elif inside not in on_disk:
-            reason = f"listed in {here}, no such file"
+            hidden = any(folder.startswith(".") for folder in inside.split("/"))
+            what = "in a hidden folder, which is not read" if hidden else "no such file"
+            reason = f"listed in {here}, {what}"
         elif image in others:
             reason = NOT_AN_IMAGE
         elif not label_:
