@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What other programs read of ours, and we of theirs, at the versions of today:
 #
-#   bash benchmarks/consumers.sh [FOLDER]
+#   [TORCH=2.15.0] bash benchmarks/consumers.sh [FOLDER]
 #
 # Makes two environments in FOLDER (.venv-consumers), runs tests/consumers/elsewhere.py
-# with them, and prints the table for docs/exchange.md. CPU only; 3 GB of disk.
+# with them, and prints the table for docs/exchange.md. CPU only; 3 GB of disk, with a
+# PyTorch built for CUDA 8 GB.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 folder=$(readlink -f "${1:-.venv-consumers}")
@@ -17,7 +18,7 @@ pip() {  # pip ENVIRONMENT PACKAGE...
 }
 
 # torchvision's wheel wants its own build of PyTorch; its Python code does not.
-pip now torch==2.13.0
+pip now "torch==${TORCH:-2.13.0}"
 pip now --no-deps timm torchvision
 pip now pillow numpy pyyaml safetensors datasets pandas duckdb transformers diffusers \
   peft tensorboard

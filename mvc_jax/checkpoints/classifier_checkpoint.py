@@ -41,7 +41,7 @@ class Checkpoint:
         that no library has.
       variant: a key of `VARIANTS`, or "" if it is none of them.
       fields: what `VARIANTS[variant].make` takes besides the number of classes.
-      num_classes: of its head; 0 if it has no head.
+      num_classes: of its head; 0 if it has no head, or one of several layers.
       mean, std: per channel, of pixels in [0, 1]; the network's input is
         (pixel - mean) / std.
       size: image size that it was made for, in pixels.
@@ -96,8 +96,7 @@ def find(name: str, *, field: str, revision: str = "") -> Checkpoint:
         variant = variant_of(naming.family, names.structure_of(shapes, naming))
         fields = _fields(naming, variant, config, name, field)
     mean, std, size = _input(naming, config, folder, name, field)
-    head = naming.head if naming else "fc"
-    classes = shapes.get(f"{head}.weight", (0,))[0]
+    classes = _classes(shapes, naming.head if naming else "fc")
     if size == 0:
         size = VARIANTS[variant].size if variant else 224
     if prefix:
@@ -178,6 +177,14 @@ def _recognised(
         )
     prefix = next(iter(prefixes), "")
     return names.recognise(_without(prefix, shapes)), prefix
+
+
+def _classes(shapes: Mapping[str, Any], head: str) -> int:
+    """Classes of the last layer `head`; 0 if others are beside it in the head."""
+    inside = {x for x in shapes if x.split(".")[0] == head.split(".")[0]}
+    if inside - {f"{head}.weight", f"{head}.bias"}:
+        return 0
+    return shapes.get(f"{head}.weight", (0,))[0]
 
 
 def _tell_what_was_taken(

@@ -183,15 +183,13 @@ def prefixes(names: Mapping[str, Any]) -> set[str]:
     """
     found = set()
     for candidate in NAMINGS:
-        for stem, block in _first(candidate):
+        whole, bare = _first(candidate)
+        # The library's own prefix of a network is not one of these.
+        for (stem, block), own in ((whole, ""), (bare, candidate.prefix)):
             ends = [name for name in names if name.endswith(f".{stem}")]
             starts = [name.removesuffix(stem) for name in ends]
-            found |= {start for start in starts if start + block in names}
-    # transformers' own prefix of a network is not one of these.
-    own = tuple(candidate.prefix for candidate in NAMINGS if candidate.prefix)
-    return {
-        start.removesuffix(next(filter(start.endswith, own), "")) for start in found
-    }
+            found |= {x.removesuffix(own) for x in starts if x + block in names}
+    return found
 
 
 def _first(naming: Naming) -> Iterator[list[str]]:

@@ -79,7 +79,7 @@ def scalars(folder: str) -> Arrays:
 
 KINDS = {
     "classifier": (classifier, ["timm"]),
-    "pipeline": (pipeline, ["diffusers", "transformers", "peft"]),
+    "pipeline": (pipeline, ["torch", "diffusers", "transformers", "peft"]),
     "scalars": (scalars, ["tensorboard"]),
 }
 
