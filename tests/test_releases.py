@@ -100,6 +100,27 @@ def test_a_stable_diffusion(release, tmp_path):
     assert ids_of(again.tokenizer) == expected
 
 
+def test_a_word_of_several_vectors_is_read_as_in_pytorch(release, torch):
+    """Its further vectors follow it, unless they are written out."""
+    from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+
+    model = diffusers_layout.load(release / "stable_diffusion", ())[0]
+    texts = ("", "the cat", "a <my-cat>, of", "the<my-cat>of", "<my-cat> " * 50)
+    convert = TextualInversionLoaderMixin().maybe_convert_prompt
+    wanted = [convert(text, model.tokenizer) for text in texts]
+    lengths = {"max_length": 77, "padding": "max_length", "truncation": True}
+    ids = model.tokenizer(wanted, **lengths).input_ids
+    np.testing.assert_array_equal(model.tokenize(texts), ids)
+    assert [model.count_tokens(x) for x in texts[:4]] == [
+        2 + len(model.tokenizer.tokenize(x)) for x in wanted[:4]
+    ]
+    assert model.token_offsets([texts[3]])[0][-3:] == [(3, 11), (3, 11), (11, 13)]
+    assert len(model.token_offsets(texts)[4]) == 75
+    (written,) = model.tokenize(["a <my-cat> <my-cat>_1 of"])
+    (short,) = model.tokenize(["a <my-cat> of"])
+    np.testing.assert_array_equal(written, short)
+
+
 @pytest.mark.parametrize("kind", ["CLIPTokenizer", "CLIPTokenizerFast"])
 def test_an_export_has_a_tokenizer_for_older_libraries(release, tmp_path, kind):
     """Without `tokenizer.json`, which the slow class of 4.x does not read."""

@@ -20,7 +20,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from mvc_jax import devices, work
-from mvc_jax.models import attention, lora, noise_schedule, remat, sharded_layers
+from mvc_jax.models import (
+    attention,
+    lora,
+    noise_schedule,
+    prompt_tokens,
+    remat,
+    sharded_layers,
+)
 from mvc_jax.models.flax_classes import (
     FlaxAutoencoderKL,
     FlaxCLIPTextModule,
@@ -117,18 +124,12 @@ class StableDiffusion:
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
         """Token ids with BOS, EOS and padding; longer texts are truncated."""
-        encoded = self.tokenizer(
-            list(texts),
-            max_length=self.context_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="np",
-        )
-        return encoded["input_ids"].astype(np.int32)
+        return prompt_tokens.padded(self.tokenizer, texts, self.context_length)
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of `text` with BOS and EOS, without truncation."""
-        return len(self.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+        ((ids, _),) = prompt_tokens.encoded(self.tokenizer, [text])
+        return len(ids)
 
     def token_offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """[start, stop) of the characters of each token of `tokenize`.
@@ -138,14 +139,9 @@ class StableDiffusion:
         """
         if not texts:
             return []
-        encoded = self.tokenizer(
-            list(texts),
-            max_length=self.context_length,
-            truncation=True,
-            return_offsets_mapping=True,
-        )
+        encoded = prompt_tokens.encoded(self.tokenizer, texts, self.context_length)
         found = []
-        for text, pairs in zip(texts, encoded["offset_mapping"], strict=True):
+        for text, (_, pairs) in zip(texts, encoded, strict=True):
             offsets = [(start, stop) for start, stop in pairs[1:-1]]
             starts = [*(start for start, _ in offsets[1:]), len(text)]
             for n, (start, stop) in enumerate(offsets):
