@@ -6,7 +6,7 @@ Four runs of all stages on images that it makes (54 of three classes, with the p
 train, val and test), at the smallest sizes and a few steps, so that each value of a
 field with choices, each regime, set and augmentation policy is in one of them. It
 prints a row for each run: how it ended, and how long it took. Networks of classifiers
-have a run each with `--networks`, of one step.
+have a run each with `--networks`, of one step, that takes the stages before from `d`.
 
 `tests/test_fields.py` checks that no value of `configs/common.py` is missing here.
 """
@@ -237,6 +237,7 @@ def draw(folder: pathlib.Path, *, damaged: bool) -> None:
 
 def run(folder: pathlib.Path, name: str) -> bool:
     """Runs one workdir to its report; prints a row; returns whether it ended well."""
+    others = [] if name in RUNS else [f"--from={folder / 'run-d'}"]
     fields = RUNS.get(name) or RUNS["d"] | {
         "classify.model": name,
         "classify.width": "0",
@@ -255,7 +256,9 @@ def run(folder: pathlib.Path, name: str) -> bool:
     began = time.monotonic()
     workdir = folder / f"run-{name}"
     done = subprocess.run(
-        [*command, f"--workdir={workdir}", *flags], capture_output=True, text=True
+        [*command, f"--workdir={workdir}", *others, *flags],
+        capture_output=True,
+        text=True,
     )
     made = (workdir / "report" / "report.html").is_file()
     lines = done.stderr.strip().splitlines() or [""]

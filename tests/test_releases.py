@@ -142,9 +142,14 @@ def test_special_tokens_of_release_5_are_a_list(unpacked, tmp_path):
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text()) | {"extra_special_tokens": ["<my-cat>"]}
     file.write_text(json.dumps(config))
-    read, _ = clip_tokenizer.read(folder)
-    assert read.additional_special_tokens == ["<my-cat>"]
-    assert ids_of(read) == json.loads((folder / "ids.json").read_text())
+    expected = json.loads((folder / "ids.json").read_text())
+    read, found = clip_tokenizer.read(folder)
+    epath.Path(tmp_path / "y").mkdir()
+    clip_tokenizer.write(epath.Path(tmp_path / "y"), read, found)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "y")
+    for tokenizer in (read, again):
+        assert tokenizer.additional_special_tokens == ["<my-cat>"]
+        assert ids_of(tokenizer) == expected
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])

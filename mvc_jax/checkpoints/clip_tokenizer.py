@@ -75,6 +75,15 @@ def with_length(found: Mapping[str, bytes], length: int) -> dict[str, bytes]:
     return {**found, _CONFIGS[0]: text.encode()}
 
 
+def _with_earlier_names(found: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files in which release 5's list of special tokens has its name in 4.x."""
+    config = json.loads(found.get(_CONFIGS[0], b"{}"))
+    if not isinstance(config.get("extra_special_tokens"), list):
+        return dict(found)
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return {**found, _CONFIGS[0]: json.dumps(config, indent=2).encode()}
+
+
 def write(
     folder: epath.Path,
     tokenizer: transformers.CLIPTokenizerFast,
@@ -86,8 +95,9 @@ def write(
       folder: to write to.
       tokenizer: to be written.
       found: the files that it was read from, which are copied. Where `vocab.json` or
-        `merges.txt` is not among them it is made, since releases before 5 need both.
-        With {} all are made.
+        `merges.txt` is not among them it is made, since releases before 5 need both;
+        and a list that they cannot read is written under its earlier name. With {} all
+        are made.
 
     Returns:
       the names of the files.
@@ -100,7 +110,7 @@ def write(
             for path in map(epath.Path(local).joinpath, made):
                 if path.exists():
                     content[path.name] = path.read_bytes()
-    content |= found
+    content |= _with_earlier_names(found)
     for name, data in content.items():
         files.write_bytes(folder / name, data)
     return list(content)
