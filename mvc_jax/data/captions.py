@@ -306,7 +306,8 @@ def prompt(
             f"class prompt {class_prompt!r}",
             wanted=f"at most {max_tokens} tokens",
             got=f"{count_tokens(class_prompt)}",
-            fix="Shorten config.data.class_type, config.data.prompt or the class name.",
+            fix="Shorten config.data.class_type, config.data.prompt or the class name; "
+            "or raise config.pretrain.context_length, where the base is made here.",
         )
     if fits(caption):
         return made(caption)
