@@ -12,6 +12,7 @@ name, its number or None, the pixels' SHA-256.
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -169,9 +170,16 @@ PROGRAMS = {
 
 @functools.cache
 def declare_operators_of_torchvision() -> Any:
-    """Declares the operators of which a CPU build of PyTorch has no kernels."""
+    """Declares torchvision's operators where its library is of another PyTorch.
+
+    Its wheel on PyPI is for CUDA: a CPU build of PyTorch cannot load its kernels.
+    """
     import torch
 
+    with contextlib.suppress(RuntimeError):  # an operator that does not exist
+        return importlib.import_module("torchvision")
+    for name in [x for x in sys.modules if x.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
     where = importlib.util.find_spec("torchvision").origin
     registered = pathlib.Path(where).with_name("_meta_registrations.py").read_text()
     names = re.findall(r'torchvision::(\w+)"|register_meta\("(\w+)"', registered)
