@@ -30,6 +30,7 @@ with epy.lazy_imports():
     import jax.numpy as jnp
     import optax
 
+    from mvc_jax import devices
     from mvc_jax.checkpoints import (
         diffusers_layout,
         lora_file,
@@ -506,7 +507,10 @@ def step_flops(
 
     passes = {"full": 3, "lora": 2}[mode]
     flops = throughput.count_flops(
-        forward, model.shapes("unet"), *model.inputs(height, width)
+        forward,
+        model.shapes("unet"),
+        *model.inputs(height, width),
+        platform=devices.platform(model.mesh),
     )
     return passes * flops
 

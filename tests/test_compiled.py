@@ -15,12 +15,14 @@ import pytest
 from conftest import ROOT
 
 LIBTPU = pathlib.Path(sys.prefix) / "libtpu"
-TOY = ("--family=tiny", "--size=64", "--batch=8", "--devices=4", "--target=v5e")
-PROGRAMS = {  # the others share their steps, and take a minute more
+TOY = ("--family=tiny", "--size=16", "--batch=8", "--devices=4", "--target=v5e")
+PROGRAMS = {
     "finetune": (),
+    "lora": (),
     "generate": ("--preset=fast",),
     "encode": (),
     "classify": ("--classifier=resnet8", "--policy=none"),
+    "pretrain": (),
 }
 
 
@@ -75,11 +77,12 @@ def test_it_compiles_fits_and_exchanges_no_activations(compiled, name):
     assert {key.split()[0] for key in row["collectives"]} <= {"all-reduce"}
 
 
-def test_gradients_are_summed_in_float32(compiled):
-    assert list(compiled("finetune")["collectives"]) == ["all-reduce f32"]
+@pytest.mark.parametrize("name", ["finetune", "lora", "pretrain"])
+def test_gradients_are_summed_in_float32(compiled, name):
+    assert list(compiled(name)["collectives"]) == ["all-reduce f32"]
 
 
-@pytest.mark.parametrize("name", ["finetune", "classify"])
+@pytest.mark.parametrize("name", ["finetune", "lora", "classify", "pretrain"])
 def test_the_state_is_updated_in_place(compiled, name):
     row = compiled(name)
     assert row["branches"] == 0
@@ -129,6 +132,7 @@ def test_on_a_square_slice_each_chip_receives_its_part_of_a_gradient():
         (("--target=v9",), "wanted one of h100, "),
         (("--target=v5e", "--devices=3"), "wanted 1, 2 or 4, "),
         (("--target=v5e", "--devices=8", "--batch=12"), "Try --batch=16"),
+        (("--target=v5e", "--size=100"), "Try --size=128"),
         (
             ("--target=h100",),
             "pip install -c requirements-cuda.lock -e '.[aot-gpu]'",
