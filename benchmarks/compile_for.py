@@ -226,13 +226,15 @@ def settings(arguments: argparse.Namespace, examples: int) -> str:
 
 # What the sheet holds for every target, what compiles soonest first: the sizes that
 # the stages take by default, and pairs of batches, whose difference is what an example
-# takes (docs/scaling.md).
+# takes (fits.py).
 _SHEET = (
     {"program": "encode"},
+    {"program": "encode", "size": 256},
     {"program": "classify", "batch": 128},
     {"program": "generate"},
     {"program": "generate", "batch": 4},
     {"program": "generate", "size": 256},
+    {"program": "generate", "batch": 64, "size": 256},
     {"program": "finetune", "batch": 8},
     {"program": "finetune", "batch": 32},
     {"program": "finetune", "batch": 8, "size": 256},
@@ -242,8 +244,10 @@ _SHEET = (
     {"program": "finetune", "batch": 50, "remat": "blocks", "size": 256},
     {"program": "lora", "batch": 8},
     {"program": "lora", "batch": 32},
+    {"program": "lora", "batch": 50, "size": 256},
     {"program": "lora", "batch": 8, "remat": "blocks"},
     {"program": "lora", "batch": 32, "remat": "blocks"},
+    {"program": "lora", "batch": 50, "remat": "blocks", "size": 256},
 )
 
 
