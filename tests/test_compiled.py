@@ -14,6 +14,11 @@ import sys
 import pytest
 from conftest import ROOT
 
+from mvc_jax.errors import UserError
+
+sys.path.append(str(ROOT / "benchmarks"))
+import programs  # noqa: E402
+
 LIBTPU = pathlib.Path(sys.prefix) / "libtpu"
 TOY = ("--family=tiny", "--size=16", "--batch=8", "--devices=4", "--target=v5e")
 PROGRAMS = {
@@ -132,7 +137,6 @@ def test_on_a_square_slice_each_chip_receives_its_part_of_a_gradient():
         (("--target=v9",), "wanted one of h100, "),
         (("--target=v5e", "--devices=3"), "wanted 1, 2 or 4, "),
         (("--target=v5e", "--devices=8", "--batch=12"), "Try --batch=16"),
-        (("--target=v5e", "--size=100"), "Try --size=128"),
         (
             ("--target=h100",),
             "pip install -c requirements-cuda.lock -e '.[aot-gpu]'",
@@ -145,3 +149,8 @@ def test_what_cannot_be_compiled_is_refused_in_a_sentence(flags, words):
     done = compile_for(*flags)
     assert done.returncode == 1 and words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_size_that_the_networks_cannot_halve_is_refused():
+    with pytest.raises(UserError, match="--size=128"):
+        programs.architecture(programs.Options(family="sd15", size=100))
