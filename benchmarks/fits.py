@@ -6,7 +6,8 @@
 Nothing ran. The memory of a program grows with its batch; between two batches that were
 compiled, it is taken to be on the line between them, and beyond them on that of the
 nearest two. Where one batch was compiled, what is always held is that of the same
-program with images of another size, or on the GPUs of another class.
+program with images of another size, or on the GPUs of another class. Where only images
+of another size were, examples take memory in proportion to their pixels.
 """
 
 import argparse
@@ -57,19 +58,19 @@ class Memory:
     Attributes:
       points: (examples, GiB, kind of the chip), from the fewest examples on; two at
         least, of which the first may be that of no example.
+      estimated: by images of another size.
+      least: GiB of an example more than the largest batch, at least.
     """
 
     points: tuple[tuple[int, float, str], ...]
-
-    @property
-    def compiled(self) -> tuple[tuple[int, float, str], ...]:
-        return tuple(point for point in self.points if point[0])
+    estimated: bool = False
+    least: float = 0.0
 
     @property
     def example(self) -> float:
         """GiB of one example more than the largest batch."""
         (fewer, less, _), (more, gib, _) = self.points[-2:]
-        return (gib - less) / (more - fewer)
+        return max((gib - less) / (more - fewer), self.least)
 
     @property
     def held(self) -> float:
@@ -85,25 +86,35 @@ class Memory:
             (fewer, less, _), (more, gib, _) = line
             count = int(fewer + (room - less) * (more - fewer) / (gib - less))
             if count >= (1 if line == lines[0] else fewer):
-                found = count if line == lines[-1] else min(count, more)
-        return found
+                found = min(count, more)
+        more, gib, _ = self.points[-1]
+        return found if gib > room else int(more + (room - gib) / self.example)
+
+    def of_size(self, size: int, compiled: int) -> "Memory":
+        """That of images with a side of `size` pixels, by those of `compiled`."""
+        more, gib, kind = self.points[-1]
+        more = round(more * (compiled / size) ** 2)
+        return Memory(((0, self.held, kind), (more, gib, kind)), estimated=True)
 
 
 def memory(kinds: str, program: str, others: str, size: int) -> Memory | None:
     """The memory of a program of a class; None if it was not compiled."""
     points = _points(kinds, program, others, size)
-    if len(points) > 1:
-        return Memory(tuple(points))
+    (side,) = (side for side in SIZES if side != size)
+    line = _points(kinds, program, others, side)
+    # The decoder takes more images at once if they are small.
+    other = Memory(tuple(line)) if len(line) > 1 and program != "generate" else None
+    if len(points) > 1:  # of small batches the line is flatter: gradients outlive them
+        least = other.example * (size / side) ** 2 if other else 0.0
+        return Memory(tuple(points), least=least)
     instead = OTHERWISE.get(kinds, kinds)
+    if not points and instead != kinds:
+        return memory(instead, program, others, size)
     if not points:
-        return memory(instead, program, others, size) if instead != kinds else None
-    if program == "generate":  # the decoder takes more images at once if they are small
-        return None
-    for other, side in itertools.product((kinds, instead), SIZES):
-        line = _points(other, program, others, side)
-        if len(line) > 1:
-            return Memory(((0, Memory(tuple(line)).held, ""), *points))
-    return None
+        return other and other.of_size(size, side)
+    if not other and instead != kinds:
+        other = memory(instead, program, others, size)
+    return other and Memory(((0, other.held, ""), *points))
 
 
 def _points(
@@ -131,10 +142,22 @@ def of_cards() -> list[str]:
         room = there - CODE if kinds == "TPU" else RESERVED * there
         cells = [f"{card} ({room:.1f})"]
         for name, size in columns:
-            found = memory(kinds, *PROGRAMS[name], size)
-            cells.append(f"{found.largest(room):,}" if found else "not compiled")
+            cells.append(_largest(kinds, *PROGRAMS[name], size, room))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _largest(kinds: str, program: str, others: str, size: int, room: float) -> str:
+    """The largest batch, as a cell of the table; ~: estimated by another size."""
+    if found := memory(kinds, program, others, size):
+        return f"{'~' if found.estimated else ''}{found.largest(room):,}"
+    points = [
+        point
+        for same in (kinds, OTHERWISE.get(kinds, kinds))
+        for point in _points(same, program, others, size)
+        if point[1] <= room
+    ]
+    return f"at least {points[-1][0]}" if points else "not compiled"
 
 
 def of_programs() -> list[str]:

@@ -51,10 +51,17 @@ def test_the_largest_batch_is_on_the_lines_through_those_that_were_compiled(
     assert fits.memory(kinds, "finetune", "", size).largest(room) == largest
 
 
+def test_examples_of_another_size_take_memory_by_their_pixels(table):
+    found = fits.memory("TPU", "finetune", "", 256)
+    assert found.estimated and found.held == pytest.approx(6.0)
+    assert found.largest(34.0) == 4 * 14
+
+
 def test_what_was_not_compiled_is_not_guessed(table):
     assert fits.memory("9.0", "lora", "", 512) is None
     assert fits.memory("9.0", "generate", "", 256) is None  # of one batch
-    assert "not compiled" in fits.tables()
+    cells = {cell for line in fits.of_cards() for cell in line.strip("| ").split(" | ")}
+    assert {"not compiled", "at least 16"} <= cells
 
 
 def test_the_document_has_a_row_for_every_card():
