@@ -28,7 +28,9 @@ BLOCK = SD15 | {  # one block each way, in their true width
     "block_out_channels": [320],
     "layers_per_block": 1,
 }
+TINY_TEXT_WIDTH = 64
 TINY = BLOCK | {  # its only attention is in the middle
+    "cross_attention_dim": TINY_TEXT_WIDTH,
     "down_block_types": ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"],
     "block_out_channels": [32],
@@ -72,9 +74,14 @@ SD15_TEXT = {
     "hidden_act": "quick_gelu",
 }
 SMALL_TEXT = SD15_TEXT | {"vocab_size": 1024, "num_hidden_layers": 1}
+TINY_TEXT = SMALL_TEXT | {
+    "hidden_size": TINY_TEXT_WIDTH,
+    "intermediate_size": 2 * TINY_TEXT_WIDTH,
+    "num_attention_heads": 2,
+}
 TEXTS = {
     "block": SD15_TEXT,
-    "tiny": SMALL_TEXT,
+    "tiny": TINY_TEXT,
     "small": SMALL_TEXT,
     "sd15": SD15_TEXT,
     "sd21": SD15_TEXT

@@ -29,11 +29,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import targets
 
+from mvc_jax import augment
 from mvc_jax.errors import UserError
+from mvc_jax.models.classifiers import VARIANTS
 
 GIB = 2**30
 _PROGRAMS = ("finetune", "lora", "generate", "encode", "classify", "pretrain")
@@ -98,21 +101,33 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", default="h100", help="of devices.toml")
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--fsdp", type=int, default=1, help="devices a copy of weights")
+    parser.add_argument("--devices", type=_from(1), default=1)
+    parser.add_argument(
+        "--fsdp", type=_from(1), default=1, help="devices a copy of weights"
+    )
     parser.add_argument("--program", choices=_PROGRAMS, default="finetune")
     parser.add_argument("--family", choices=_FAMILIES, default="sd15")
-    parser.add_argument("--batch", type=int, default=0, help="on all devices")
-    parser.add_argument("--size", type=int, default=512, help="pixels")
+    parser.add_argument(
+        "--batch", type=_from(0), default=0, help="on all devices; 0: the default"
+    )
+    parser.add_argument("--size", type=_from(1), default=512, help="pixels")
     parser.add_argument("--remat", choices=_REMAT, default="none")
-    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--accumulate", type=_from(1), default=1)
     parser.add_argument("--ema", type=float, default=0.0, help="decay; 0: no average")
     parser.add_argument("--attention", choices=_ATTENTION, default="auto")
     parser.add_argument("--preset", choices=("", "fast"), default="")
-    parser.add_argument("--classifier", default="wrn28_10")
-    parser.add_argument("--classifier-size", type=int, default=32, help="pixels")
-    parser.add_argument("--policy", default="randaugment", help="of the classifier")
-    parser.add_argument("--seeds", type=int, default=1, help="side by side")
+    parser.add_argument(
+        "--classifier", choices=VARIANTS, default="wrn28_10", metavar="NAME"
+    )
+    parser.add_argument("--classifier-size", type=_from(1), default=32, help="pixels")
+    parser.add_argument(
+        "--policy",
+        choices=augment.NAMES,
+        default="randaugment",
+        metavar="NAME",
+        help="of the classifier",
+    )
+    parser.add_argument("--seeds", type=_from(1), default=1, help="side by side")
     parser.add_argument(
         "--no-code", action="store_true", help="stop before it, on TPUs"
     )
@@ -121,6 +136,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, help="folder of compiled.jsonl")
     parser.add_argument("--text", type=pathlib.Path, help="file for the program's text")
     return parser.parse_args()
+
+
+def _from(least: int) -> Callable[[str], int]:
+    """The type of a flag: whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"wanted a whole number from {least} on, got {text}"
+            )
+        return int(text)
+
+    return parse
 
 
 def compile_one(arguments: argparse.Namespace, target: targets.Target) -> dict:
@@ -198,13 +226,15 @@ def settings(arguments: argparse.Namespace, examples: int) -> str:
 
 # What the sheet holds for every target, what compiles soonest first: the sizes that
 # the stages take by default, and pairs of batches, whose difference is what an example
-# takes (docs/scaling.md).
+# takes (fits.py).
 _SHEET = (
     {"program": "encode"},
+    {"program": "encode", "size": 256},
     {"program": "classify", "batch": 128},
     {"program": "generate"},
     {"program": "generate", "batch": 4},
     {"program": "generate", "size": 256},
+    {"program": "generate", "batch": 64, "size": 256},
     {"program": "finetune", "batch": 8},
     {"program": "finetune", "batch": 32},
     {"program": "finetune", "batch": 8, "size": 256},
@@ -214,8 +244,10 @@ _SHEET = (
     {"program": "finetune", "batch": 50, "remat": "blocks", "size": 256},
     {"program": "lora", "batch": 8},
     {"program": "lora", "batch": 32},
+    {"program": "lora", "batch": 50, "size": 256},
     {"program": "lora", "batch": 8, "remat": "blocks"},
     {"program": "lora", "batch": 32, "remat": "blocks"},
+    {"program": "lora", "batch": 50, "remat": "blocks", "size": 256},
 )
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 import programs
-from architectures import TEXT_WIDTH
 
 from mvc_jax.models import attention
 from mvc_jax.training import sharding
@@ -37,7 +36,7 @@ def block(*, batch: int, family: str, latents: int) -> Iterator[dict]:
     shapes = {
         "unet": model.shapes("unet"),
         "latents": jax.ShapeDtypeStruct((batch, latents, latents, 8), jnp.float32),
-        "states": jax.ShapeDtypeStruct((batch, PROMPT, TEXT_WIDTH), jnp.float32),
+        "states": jax.ShapeDtypeStruct((batch, PROMPT, model.text_width), jnp.float32),
     }
     given = random(shapes)
 

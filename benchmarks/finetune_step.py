@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from architectures import SCHEDULE, TEXT_WIDTH, UNETS
+from architectures import SCHEDULE, UNETS
 from turns import accelerator, in_turns, peak, resident, results, seconds_per_call
 
 TOKENS = 77
@@ -58,6 +58,7 @@ def cache(arguments: argparse.Namespace, *, channels_last: bool) -> dict:
     rng = np.random.default_rng(0)
     side, batch = arguments.latents, arguments.batch
     shape = (batch, side, side, 8) if channels_last else (batch, 8, side, side)
+    width = UNETS[arguments.model]["cross_attention_dim"]
 
     def normal(*size):
         return rng.normal(size=size).astype(np.float32)
@@ -65,8 +66,8 @@ def cache(arguments: argparse.Namespace, *, channels_last: bool) -> dict:
     return {
         "source_moments": normal(*shape),
         "target_moments": normal(*shape),
-        "text_states": normal(batch, TOKENS, TEXT_WIDTH),
-        "null_states": normal(TOKENS, TEXT_WIDTH),
+        "text_states": normal(batch, TOKENS, width),
+        "null_states": normal(TOKENS, width),
     }
 
 

@@ -11,19 +11,16 @@ captions, classifiers, metrics, compilation, and the time to get and set up a ma
 
 import argparse
 import dataclasses
-import functools
 import math
 import pathlib
-import re
 import tomllib
 
 import targets
-
-from mvc_jax.training import throughput
+from rows import compiled, marks, peak, table, write
 
 HERE = pathlib.Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "scaling.md"
-BEGIN, END = "<!-- hours: begin -->", "<!-- hours: end -->"
+BEGIN, END = marks("hours")
 PER_IMAGE = 3
 STEPS, BATCH = 1000, 50  # of `finetune`, the defaults
 FAST = 46 / 150  # rows of the UNet with preset=fast, of those with 50 steps of DDIM
@@ -45,82 +42,6 @@ MACHINES = {  # name -> (kind, chips)
     "8 x H200": ("h200", 8),
 }
 SAME_CHIP = {"h200": "h100"}  # with another memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A program that was compiled, from a table of `RESULTS.md`.
-
-    Attributes:
-      program: its name.
-      chips: of which kind and how many.
-      kind: see `chips`.
-      examples: of a call, on all chips.
-      size: of the images in pixels.
-      plain: no activations are recomputed.
-      tflop: of a call and chip.
-      gigabytes: accessed, of a call and chip.
-      memory: what the table says of it.
-      collectives: what the table says of them.
-    """
-
-    program: str
-    chips: int
-    kind: str
-    examples: int
-    size: int
-    plain: bool
-    tflop: float
-    gigabytes: float
-    memory: str
-    collectives: str
-
-    def seconds(self, kind: str) -> float:
-        """The bound of an example on one chip, by FLOPs and by bytes."""
-        target = targets.descriptions()[kind]
-        by_flops = self.tflop / peak(kind)
-        by_bytes = self.gigabytes / target["bandwidth"]
-        return max(by_flops, by_bytes) * self.chips / self.examples
-
-
-def peak(kind: str) -> float:
-    """TFLOP/s of a kind in bfloat16."""
-    return throughput.peak_tflops(targets.descriptions()[kind]["kind"])
-
-
-def read(text: str) -> list[Row]:
-    """The rows of the tables of compiled programs."""
-    found = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        device = re.fullmatch(r"(\d+) (\w+)", cells[1]) if len(cells) > 9 else None
-        batch = device and re.match(r"batch (\d+), sd15, (\d+) px(.*)", cells[2])
-        if not batch:
-            continue
-        tflop, gigabytes = (
-            float(cell.removeprefix("at least ").replace(",", ""))
-            for cell in cells[5:7]
-        )
-        found.append(
-            Row(
-                program=cells[0],
-                chips=int(device[1]),
-                kind=device[2],
-                examples=int(batch[1]),
-                size=int(batch[2]),
-                plain="remat" not in batch[3],
-                tflop=tflop,
-                gigabytes=gigabytes,
-                memory=cells[4],
-                collectives=cells[9],
-            )
-        )
-    return found
-
-
-@functools.cache
-def compiled() -> tuple[Row, ...]:
-    return tuple(read((HERE / "RESULTS.md").read_text("utf-8")))
 
 
 def seconds(program: str, kind: str, size: int) -> tuple[float, str]:
@@ -191,14 +112,9 @@ def tables() -> str:
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def table(*headings: str) -> list[str]:
-    """The first lines of a table whose columns from the third on are numbers."""
-    marks = ["---"] * 2 + ["---:"] * (len(headings) - 2)
-    return [f"| {' | '.join(headings)} |", f"|{'|'.join(marks)}|"]
-
-
 def of_datasets() -> list[str]:
     lines = table(
+        2,
         "dataset, px",
         "machine",
         "`encode`, `finetune`, minutes",
@@ -233,6 +149,7 @@ def marked(marks: str) -> str:
 
 def of_chips() -> list[str]:
     lines = table(
+        2,
         "chip",
         "where",
         "an hour, on demand, $",
@@ -281,9 +198,7 @@ def main() -> None:
     if not flags.write:
         print(tables(), end="")
         return
-    old = DOCUMENT.read_text("utf-8")
-    begin, end = old.index(BEGIN) + len(BEGIN), old.index(END)
-    DOCUMENT.write_text(f"{old[:begin]}\n\n{tables()}\n{old[end:]}", "utf-8")
+    write(DOCUMENT, "hours", tables())
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from architectures import SCHEDULE, TEXTS, UNETS, VAES
 
-from configs import common, presets
 from mvc_jax import devices
 from mvc_jax import finetune as finetune_stage
-from mvc_jax.checkpoints import scheduler_config
+from mvc_jax.checkpoints import families, scheduler_config
 from mvc_jax.classification import classifier
+from mvc_jax.configs import common, presets
 from mvc_jax.errors import UserError
 from mvc_jax.generation import image_sampler
 from mvc_jax.models import classifiers
@@ -113,7 +113,11 @@ def build(name: str, options: Options, mesh: jax.sharding.Mesh) -> Program:
 
 
 def architecture(options: Options, *, conditioned: bool = True) -> StableDiffusion:
-    """Stable Diffusion of the family, without weights and tokenizer."""
+    """Stable Diffusion of the family, without weights and tokenizer.
+
+    Raises:
+      UserError: its networks cannot halve the side of the images.
+    """
     unet = UNETS[options.family] | {"in_channels": 8 if conditioned else 4}
     configs = {
         "unet": unet,
@@ -121,6 +125,14 @@ def architecture(options: Options, *, conditioned: bool = True) -> StableDiffusi
         "text_encoder": TEXTS[options.family],
         "scheduler": scheduler_config.ddim_config(SCHEDULE),
     }
+    factor = families.size_factor(configs)
+    if options.size % factor:
+        raise UserError(
+            "--size",
+            wanted=f"a multiple of {factor} pixels",
+            got=f"{options.size}",
+            fix=f"Try --size={-(-options.size // factor) * factor}.",
+        )
     return StableDiffusion(configs, tokenizer=None)
 
 

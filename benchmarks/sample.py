@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from architectures import TEXT_WIDTH, UNETS, write
+from architectures import UNETS, write
 from turns import accelerator, in_turns, peak, resident, results
 
 TEXT_SCALE, IMAGE_SCALE = 7.5, 1.5
@@ -62,11 +62,12 @@ def inputs(arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     side = arguments.size // 8
     shape = (arguments.batch, side, side, 4)
+    text = (77, UNETS[arguments.model]["cross_attention_dim"])
     return {
         "source": rng.normal(size=shape).astype(np.float32),
         "noise": rng.normal(size=shape).astype(np.float32),
-        "states": rng.normal(size=(arguments.batch, 77, TEXT_WIDTH)).astype(np.float32),
-        "null": rng.normal(size=(77, TEXT_WIDTH)).astype(np.float32),
+        "states": rng.normal(size=(arguments.batch, *text)).astype(np.float32),
+        "null": rng.normal(size=text).astype(np.float32),
     }
 
 

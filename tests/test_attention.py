@@ -74,7 +74,7 @@ def layer(**changes):
         ("auto", layer(backend="tpu", queries=1024, keys=1024, width=160), "pallas"),
         ("auto", layer(backend="tpu", queries=9216, keys=9216, width=64), "pallas"),
         ("auto", layer(backend="tpu", queries=256, keys=256), "xla"),
-        ("auto", layer(backend="tpu", queries=1296, keys=1296), "xla"),
+        ("auto", layer(backend="tpu", queries=1296, keys=1296), "pallas"),
         ("auto", layer(backend="tpu", keys=77), "xla"),
         ("auto", layer(backend="cpu", dtype="float32"), "mapped"),
         ("auto", layer(backend="cpu"), "mapped"),
@@ -229,6 +229,7 @@ def test_padded_keys_get_no_weight_and_no_gradient():
         (8, 256, 40, "float32", 1e-5),  # heads narrower than the lanes of a TPU
         (8, 384, 160, "bfloat16", 2**-5),  # and wider; gradients are sums of 384
         (3, 128, 8, "float32", 1e-5),  # rows that the mesh does not divide
+        (8, 200, 8, "float32", 1e-5),  # tokens that are padded to 256
     ],
 )
 def test_the_kernel_for_tpus_and_its_gradients_are_plain_attention(

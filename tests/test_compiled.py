@@ -14,13 +14,20 @@ import sys
 import pytest
 from conftest import ROOT
 
+from mvc_jax.errors import UserError
+
+sys.path.append(str(ROOT / "benchmarks"))
+import programs  # noqa: E402
+
 LIBTPU = pathlib.Path(sys.prefix) / "libtpu"
-TOY = ("--family=tiny", "--size=64", "--batch=8", "--devices=4", "--target=v5e")
-PROGRAMS = {  # the others share their steps, and take a minute more
+TOY = ("--family=tiny", "--size=16", "--batch=8", "--devices=4", "--target=v5e")
+PROGRAMS = {
     "finetune": (),
+    "lora": (),
     "generate": ("--preset=fast",),
     "encode": (),
     "classify": ("--classifier=resnet8", "--policy=none"),
+    "pretrain": (),
 }
 
 
@@ -75,11 +82,12 @@ def test_it_compiles_fits_and_exchanges_no_activations(compiled, name):
     assert {key.split()[0] for key in row["collectives"]} <= {"all-reduce"}
 
 
-def test_gradients_are_summed_in_float32(compiled):
-    assert list(compiled("finetune")["collectives"]) == ["all-reduce f32"]
+@pytest.mark.parametrize("name", ["finetune", "lora", "pretrain"])
+def test_gradients_are_summed_in_float32(compiled, name):
+    assert list(compiled(name)["collectives"]) == ["all-reduce f32"]
 
 
-@pytest.mark.parametrize("name", ["finetune", "classify"])
+@pytest.mark.parametrize("name", ["finetune", "lora", "classify", "pretrain"])
 def test_the_state_is_updated_in_place(compiled, name):
     row = compiled(name)
     assert row["branches"] == 0
@@ -141,3 +149,8 @@ def test_what_cannot_be_compiled_is_refused_in_a_sentence(flags, words):
     done = compile_for(*flags)
     assert done.returncode == 1 and words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_size_that_the_networks_cannot_halve_is_refused():
+    with pytest.raises(UserError, match="--size=128"):
+        programs.architecture(programs.Options(family="sd15", size=100))

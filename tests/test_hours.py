@@ -7,6 +7,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import hours  # noqa: E402
+import rows  # noqa: E402
 
 TABLE = """
 | program | device | settings | compiled in, s | memory | TFLOP | GB | roofline | k | c | x |
@@ -23,7 +24,7 @@ TABLE = """
 
 @pytest.fixture
 def table(monkeypatch):
-    monkeypatch.setattr(hours, "compiled", lambda: tuple(hours.read(TABLE)))
+    monkeypatch.setattr(hours, "compiled", lambda: tuple(rows.read(TABLE)))
 
 
 def test_an_example_takes_the_longer_of_its_flops_and_its_bytes(table):
