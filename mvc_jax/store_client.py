@@ -40,7 +40,11 @@ def bucket(path: epath.PathLike) -> str:
 
 @functools.cache
 def _system(scheme: str) -> Any:
-    """The file system of fsspec; lists are never remembered."""
+    return _connect(scheme)
+
+
+def _connect(scheme: str) -> Any:
+    """A file system of fsspec; lists are never remembered."""
     for name in servers.TALKATIVE:
         std_logging.getLogger(name).setLevel(std_logging.CRITICAL)
     return {"gs": _google, "s3": _amazon}[scheme](

@@ -65,6 +65,14 @@ def use(monkeypatch, scheme, url, scratch):
     store_client._system.cache_clear()
 
 
+def be_impatient(monkeypatch, scheme):
+    """Lets a new client wait for half a second, where a slow server takes two."""
+    monkeypatch.setattr(store_client, "_READ", 0.5)
+    monkeypatch.setattr(remote_servers, "SLOW", 2.0)
+    client = store_client._connect(scheme)
+    monkeypatch.setattr(store_client, "_system", lambda scheme: client)
+
+
 def forget():
     """As a new process, which has sent nothing."""
     object_store._sent.clear()

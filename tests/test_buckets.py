@@ -101,7 +101,6 @@ def test_a_save_that_cannot_be_put_is_an_error_of_the_next_call(place):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(store_lock, "BEAT", 0.05)
-    monkeypatch.setattr(store_lock, "EXPIRES", 1.0)
     monkeypatch.setattr(store_lock, "_SETTLE", 0.0)
 
 
@@ -129,7 +128,6 @@ def test_one_run_holds_the_lock_and_leaves_nothing(place, quick):
 
 
 def test_the_lock_of_a_killed_run_is_taken(place, quick, monkeypatch):
-    monkeypatch.setattr(store_lock, "EXPIRES", 60.0)
     me = {"machine": store_lock.socket.gethostname(), "boot": store_lock._boot()}
     other_machine(place, **me, process=2**30)  # a process that ended: at once
     with run_folder.locked(place.folder):
@@ -236,9 +234,10 @@ def once_at_each(killed):
     def dies(kind, path):
         nonlocal dead
         about = kind, re.sub("[0-9a-f]{8,}|[0-9]+", "#", str(path))
-        if threading.current_thread() is threading.main_thread() and kind in WRITES:
-            dead = dead or about not in killed
+        main = threading.current_thread() is threading.main_thread()
+        if main and not dead and kind in WRITES and about not in killed:
             killed.add(about)
+            dead = True
         return dead
 
     return dies
@@ -270,6 +269,17 @@ def test_a_run_that_is_killed_before_each_change_ends_with_the_same_files(
         reruns += 1
     assert content(place.folder) == content(local)
     assert reruns == len(killed) > 25
+
+
+@both
+def test_a_run_outlives_faults_of_the_store(place, worked, tmp_path, monkeypatch):
+    stores.be_impatient(monkeypatch, place.scheme)
+    assert run(tmp_path / "local") == 0
+    faults = [503, "lost", "cut", "stalled", 429, "slow"]
+    place.fault("/", *(x for fault in 4 * faults for x in [None] * 11 + [fault]), None)
+    assert run(place.folder) == 0
+    assert place.server.faults["/"] == [None]
+    assert content(place.folder) == content(tmp_path / "local")
 
 
 # Bad input.

@@ -124,6 +124,18 @@ def test_a_read_that_fails_in_passing_is_tried_again(place, fault):
     assert names(place.folder) == []
 
 
+@pytest.mark.parametrize("fault", ["slow", "stalled"])
+def test_a_read_that_stalls_is_tried_again(place, fault, monkeypatch):
+    files.write_bytes(place.folder / "a", LARGE)
+    stores.be_impatient(monkeypatch, place.scheme)
+    for read in (lambda path: path.read_bytes(), local_content, opened_content):
+        for path in scratch.folder().iterdir():
+            path.unlink()
+        place.fault("GET /", fault, None)
+        assert read(place.folder / "a") == LARGE
+        assert place.server.faults["GET /"] == [None]
+
+
 def test_what_fails_for_good_is_one_sentence(place):
     files.write_bytes(place.folder / "a", b"old")
     place.fault("/", 503)
