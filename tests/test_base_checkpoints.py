@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import time
 import warnings
 
 import flax.traverse_util
@@ -608,10 +607,10 @@ def test_a_single_file_is_an_error_that_says_how_to_convert_it(
 def test_a_path_that_nothing_opens_is_refused(path, monkeypatch, tmp_path):
     """Soon: seconds of waiting are counted, not waited for."""
     stores.use(monkeypatch, "gs", "http://127.0.0.1:1", tmp_path)
-    began, waits = time.monotonic(), []
+    waits = []
     monkeypatch.setattr(store_client.time, "sleep", waits.append)
     assert error_of(path).name == f"config.base.path '{path}'"
-    assert sum(waits) + time.monotonic() - began < 30
+    assert sum(waits) < 2 * 20  # of the check and of the reader
 
 
 # Variants.
