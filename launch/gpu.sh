@@ -29,21 +29,16 @@ while [ $# -gt 0 ]; do
     --processes=*) processes=${1#*=} ;;
     --port=*) port=${1#*=} ;;
     --extras=?*) EXTRAS=${1#*=} ;;
-    --dry-run | --dry_run) dry_run=1 ;;
-    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
     --) shift; train=("$@"); break ;;
-    *)
-      refuse "$1" "a flag of gpu.sh, or -- before those of mvc_jax.train" \
-        "an unknown one" "Correct it; --help lists them."
-      ;;
+    *) common_flag "$1" ;;
   esac
   shift
 done
 export EXTRAS
 whole --processes "$processes"
 whole --port "$port"
-[ ${#train[@]} -gt 0 ] || refuse "gpu.sh" "flags of mvc_jax.train behind --" "none" \
-  "For example: -- --config=configs/cifar100.py --workdir=runs/cifar100"
+require_train "--config=configs/cifar100.py --workdir=runs/cifar100" \
+  ${train[@]+"${train[@]}"}
 need nvidia-smi "Install NVIDIA's driver, or run launch/demo.sh on CPUs."
 
 numbers() {  # of the GPUs to use, one a line

@@ -35,21 +35,16 @@ while [ $# -gt 0 ]; do
     --extras=?*) given=${1#*=} ;;
     --log=?*) log=${1#*=} ;;
     --sbatch=?*) sbatch_flags+=("${1#*=}") ;;
-    --dry-run | --dry_run) dry_run=1 ;;
-    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
     --) shift; train=("$@"); break ;;
-    *)
-      refuse "$1" "a flag of slurm.sh, or -- before those of mvc_jax.train" \
-        "an unknown one" "Correct it; --help lists them."
-      ;;
+    *) common_flag "$1" ;;
   esac
   shift
 done
 whole --nodes "$nodes"
 whole --signal "$signal"
 if [ "$gpus" != 0 ]; then whole --gpus "$gpus"; fi
-[ ${#train[@]} -gt 0 ] || refuse "slurm.sh" "flags of mvc_jax.train behind --" "none" \
-  "For example: -- --config=configs/cifar100.py --workdir=/shared/cifar100"
+require_train "--config=configs/cifar100.py --workdir=/shared/cifar100" \
+  ${train[@]+"${train[@]}"}
 need sbatch "Run this on a login node of the cluster."
 
 if [ "$gpus" != 0 ]; then given=${given:-cuda}; fi

@@ -30,6 +30,37 @@ step() {
   if [ -n "$dry_run" ]; then quoted "$@"; else "$@"; fi
 }
 
+# The launcher's name, as people type it.
+launcher() {
+  local path
+  path=$(readlink -f "$0")
+  echo "${path##*/launch/}"
+}
+
+# help: the comment at the launcher's top.
+help() {
+  sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"
+  exit 0
+}
+
+# common_flag FLAG: one of those that all launchers have, or an error.
+common_flag() {
+  case $1 in
+    --dry-run | --dry_run) dry_run=1 ;;
+    -h | --help) help ;;
+    *)
+      refuse "$1" "a flag of $(launcher), or -- before those of mvc_jax.train" \
+        "an unknown one" "Correct it; --help lists them."
+      ;;
+  esac
+}
+
+# require_train EXAMPLE FLAG...: there are flags of mvc_jax.train.
+require_train() {
+  [ $# -gt 1 ] || refuse "$(launcher)" "flags of mvc_jax.train behind --" "none" \
+    "For example: -- $1"
+}
+
 # whole NAME VALUE: it is a whole number from 1 on.
 whole() {
   case $2 in

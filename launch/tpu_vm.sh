@@ -44,7 +44,7 @@ parse() {
   action=${1:-}
   case $action in
     create | setup | run | logs | stop | babysit | delete) shift ;;
-    '' | -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
+    '' | -h | --help) help ;;
     *)
       refuse "tpu_vm.sh" "create, setup, run, logs, stop, babysit or delete" \
         "'$action'" "Name one first; --help explains them."
@@ -63,12 +63,8 @@ parse() {
       --worker=?*) worker=${1#*=} ;;
       --delete) delete_at_end=1 ;;
       --poll=?*) poll=${1#*=} ;;
-      --dry-run | --dry_run) dry_run=1 ;;
       --) shift; train=("$@"); break ;;
-      *)
-        refuse "$1" "a flag of tpu_vm.sh, or -- before those of mvc_jax.train" \
-          "an unknown one" "Correct it; --help lists them."
-        ;;
+      *) common_flag "$1" ;;
     esac
     shift
   done

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from mvc_jax import object_store, servers
+from mvc_jax import object_store, servers, store_folders
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     temporary name keeps the suffix, which some writers read, and starts with ".tmp-".
     """
     path = epath.Path(path)
-    if object_store.is_remote(path):
+    if isinstance(path, store_folders.StorePath):
         with object_store.replacing(path) as temporary:
             yield temporary
         return

@@ -30,6 +30,7 @@ SIGN_IN = {
 # Loggers that describe each further try, and each way to sign in, some by a traceback.
 TALKATIVE = ("gcsfs", "google.auth", "huggingface_hub.utils._http")
 _REFUSED = re.compile(r"\w*(Credentials|Auth|Refresh)\w*: |OSError: Forbidden")
+_MISTAKES = (ImportError, AttributeError, NameError, TypeError)  # of programs
 _LONG = 160  # letters
 _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
@@ -114,7 +115,7 @@ def is_refused(error: Exception) -> bool:
 
 def passes(error: Exception) -> bool:
     """Whether another try may succeed."""
-    if is_missing(error) or is_refused(error):
+    if is_missing(error) or is_refused(error) or isinstance(error, _MISTAKES):
         return False
     code = status(error)
     return not code or code in (408, 429) or code >= 500

@@ -290,6 +290,8 @@ def _open(workdir: epath.Path, spec: Spec) -> Stage:
             artifacts.require_no_strangers(folder, record["artifacts"])
             if not stage.complete:
                 require_inputs(workdir, spec)
+            elif (folder / _STARTED).exists():  # of one killed right at its end
+                (folder / _STARTED).unlink(missing_ok=True)
         if found.growth:
             _start(stage)
             (folder / _FINISHED).unlink(missing_ok=True)

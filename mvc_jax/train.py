@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None, *, part: bool = False) -> int:
                 push.run(words)
                 return 0
             if words[1:2] == ["sweep"]:
-                agreement.require_single(place, "sweep")
+                agreement.require_sweep_alone(place)
                 sweep.run(words, sweep.Program(planned, run))
                 return 0
             if words[1:2] == ["report"]:

@@ -56,7 +56,7 @@ def content(folder):
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         timed = relative.name == "timings.json" or "digests" in relative.parts
-        if path.is_file() and not timed and relative.name != "started.json":
+        if path.is_file() and not timed:
             found[str(relative)] = path.read_bytes()
     return found
 

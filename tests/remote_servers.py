@@ -41,8 +41,8 @@ class Server(http.server.ThreadingHTTPServer):
       asked: the path of every request.
       faults: part of "METHOD path" -> what its next answers are: a status, None for the
         usual one, "cut" for one that ends in the middle, "lost" for a connection that
-        ends while the request is read, "slow" for one that takes seconds. The last one
-        stays.
+        ends while the request is read, "slow" for one that takes seconds, "stalled"
+        for one that does so in the middle. The last one stays.
       locked: whether it refuses everybody.
       together: how many readers of images must ask before one is answered.
     """
@@ -111,8 +111,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault == "cut":
-            content = content[: len(content) // 2]
+        if self.fault in ("cut", "stalled"):
+            half = len(content) // 2
+            self.wfile.write(content[:half])
+            content = content[half:] if self.fault == "stalled" else b""
+            time.sleep(SLOW if content else 0)
             self.close_connection = True
         self.wfile.write(content)
 
@@ -359,13 +362,18 @@ class Store:
                 return []
             return [f"<Error><Code>{code}</Code></Error>".encode()]
         answer = self._app(environ, start)
-        if fault == "cut":
-            return self._half(b"".join(answer), environ["werkzeug.socket"])
+        if fault in ("cut", "stalled"):
+            whole = b"".join(answer), environ["werkzeug.socket"], fault == "stalled"
+            return self._halves(*whole)
         return answer
 
-    def _half(self, content, connection):
+    def _halves(self, content, connection, stalled):
         yield content[: len(content) // 2]
-        connection.shutdown(socket.SHUT_RDWR)
+        if stalled:
+            time.sleep(SLOW)
+            yield content[len(content) // 2 :]
+        else:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

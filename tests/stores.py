@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import tempfile
+import time
 import types
 
 import remote_servers
 from etils import epath
 
-from mvc_jax import object_store
+from mvc_jax import object_store, store_client
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "id",
@@ -16,7 +17,6 @@ KEYS = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_MAX_ATTEMPTS": "1",  # further tries are ours
     "AWS_EC2_METADATA_DISABLED": "true",
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask Google
 }
 
 
@@ -51,8 +51,10 @@ def use(monkeypatch, scheme, url, scratch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    monkeypatch.setattr(object_store, "_WAITS", (0, 0, 0))
+    waits = types.SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic)
+    monkeypatch.setattr(store_client, "time", waits)
     monkeypatch.setattr(object_store, "_sent", {})
+    monkeypatch.setattr(store_client, "_reached", set())
     object_store._remembered.cache_clear()
     if scheme == "gs":
 
@@ -60,7 +62,15 @@ def use(monkeypatch, scheme, url, scratch):
             pass
 
         monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
-    object_store._file_system.cache_clear()
+    store_client._system.cache_clear()
+
+
+def be_impatient(monkeypatch, scheme):
+    """Lets a new client wait for half a second, where a slow server takes two."""
+    monkeypatch.setattr(store_client, "_READ", 0.5)
+    monkeypatch.setattr(remote_servers, "SLOW", 2.0)
+    client = store_client._connect(scheme)
+    monkeypatch.setattr(store_client, "_system", lambda scheme: client)
 
 
 def forget():
@@ -90,9 +100,9 @@ def place(monkeypatch, scheme, store, root, number):
         use(monkeypatch, scheme, store.url, scratch)
         if scheme == "s3":
             if store.client is None:  # a second to make
-                store.client = object_store._file_system("s3")
+                store.client = store_client._system("s3")
             client = store.client
-            monkeypatch.setattr(object_store, "_file_system", lambda scheme: client)
+            monkeypatch.setattr(store_client, "_system", lambda scheme: client)
             client.mkdir(name)
         store.asked.clear()
         try:

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import re
 import shutil
+import threading
 
 import made_stages
 import pytest
@@ -14,7 +15,7 @@ from etils import epath
 from test_checkpoint import bits, make_state, restore, save
 from test_object_store import interrupted, names
 
-from mvc_jax import files, object_store, scratch, train
+from mvc_jax import files, object_store, scratch, store_folders, train
 from mvc_jax.command import run_folder, store_lock
 from mvc_jax.errors import UserError
 from mvc_jax.training import metrics, runtime
@@ -100,7 +101,6 @@ def test_a_save_that_cannot_be_put_is_an_error_of_the_next_call(place):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(store_lock, "BEAT", 0.05)
-    monkeypatch.setattr(store_lock, "EXPIRES", 1.0)
     monkeypatch.setattr(store_lock, "_SETTLE", 0.0)
 
 
@@ -128,7 +128,6 @@ def test_one_run_holds_the_lock_and_leaves_nothing(place, quick):
 
 
 def test_the_lock_of_a_killed_run_is_taken(place, quick, monkeypatch):
-    monkeypatch.setattr(store_lock, "EXPIRES", 60.0)
     me = {"machine": store_lock.socket.gethostname(), "boot": store_lock._boot()}
     other_machine(place, **me, process=2**30)  # a process that ended: at once
     with run_folder.locked(place.folder):
@@ -222,10 +221,33 @@ def test_stages_are_taken_over_from_and_to_a_bucket(place, worked, tmp_path):
     assert content(new) == content(place.folder)
 
 
+WRITES = ("pipe_file", "put_file", "cp_file", "rm_file")
+
+
+def once_at_each(killed):
+    """Kills at the first change of an object that `killed` does not have yet.
+
+    Between two changes it makes no difference where a process is killed.
+    """
+    dead = False
+
+    def dies(kind, path):
+        nonlocal dead
+        about = kind, re.sub("[0-9a-f]{8,}|[0-9]+", "#", str(path))
+        main = threading.current_thread() is threading.main_thread()
+        if main and not dead and kind in WRITES and about not in killed:
+            killed.add(about)
+            dead = True
+        return dead
+
+    return dies
+
+
 @pytest.mark.parametrize("flag", ["--from", "--redo"])
-def test_a_run_that_is_killed_at_any_request_ends_with_the_same_files(
+def test_a_run_that_is_killed_before_each_change_ends_with_the_same_files(
     place, worked, tmp_path, monkeypatch, flag
 ):
+    """Each rerun gets further, up to a change that none before was killed at."""
     monkeypatch.setattr(store_lock, "_is_dead", lambda found: True)
     source = tmp_path / "source"
     assert run(source) == 0
@@ -236,19 +258,28 @@ def test_a_run_that_is_killed_at_any_request_ends_with_the_same_files(
     if flag == "--redo":
         shutil.copytree(source, local)
     assert run(local, *flags) == 0
-    base = place.folder.parent
-    for number in itertools.count(7, 211):
-        folder = base / f"run-{number}"
-        if flag == "--redo":
-            object_store.copy_tree(epath.Path(source), folder)
-        act = lambda folder=folder: run(folder, *flags)  # noqa: E731
-        ended = interrupted(monkeypatch, number, act)
+    if flag == "--redo":
+        store_folders.copy_tree(epath.Path(source), place.folder)
+    killed, reruns = set(), 0
+    while not interrupted(
+        monkeypatch, once_at_each(killed), lambda: run(place.folder, *flags)
+    ):
         object_store._refused.clear()
-        assert run(folder, *flags) == 0
-        assert content(folder) == content(local), number
-        if ended:
-            break
-    assert number > 50
+        stores.forget()
+        reruns += 1
+    assert content(place.folder) == content(local)
+    assert reruns == len(killed) > 25
+
+
+@both
+def test_a_run_outlives_faults_of_the_store(place, worked, tmp_path, monkeypatch):
+    stores.be_impatient(monkeypatch, place.scheme)
+    assert run(tmp_path / "local") == 0
+    faults = [503, "lost", "cut", "stalled", 429, "slow"]
+    place.fault("/", *(x for fault in 4 * faults for x in [None] * 11 + [fault]), None)
+    assert run(place.folder) == 0
+    assert place.server.faults["/"] == [None]
+    assert content(place.folder) == content(tmp_path / "local")
 
 
 # Bad input.

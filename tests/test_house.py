@@ -68,6 +68,8 @@ LEAVES = {
     "processes",
     "scratch",
     "servers",
+    "store_client",
+    "store_folders",
     "work",
 }
 PUBLIC = {
@@ -89,7 +91,15 @@ MAY_IMPORT = {  # besides the leaves, of which files.py is one
     "stage": {*ROOMS, "stage"},
     "contract": {"artifacts", "configs"},  # stage.py and what it is made of
     "public": {*ROOMS, "command", "train"},
-    "leaf": {"errors", "files", "object_store", "scratch", "servers"},
+    "leaf": {
+        "errors",
+        "files",
+        "object_store",
+        "scratch",
+        "servers",
+        "store_client",
+        "store_folders",
+    },
     "processes": {"errors"},  # a leaf whose errors users read
     "joining": {"errors", "hub", "processes"},
     "configs": {"configs"},

@@ -10,7 +10,14 @@ import pytest
 import stores
 from etils import epath
 
-from mvc_jax import artifacts, files, object_store, scratch
+from mvc_jax import (
+    artifacts,
+    files,
+    object_store,
+    scratch,
+    store_client,
+    store_folders,
+)
 from mvc_jax.errors import UserError
 
 NUMBERS = itertools.count()
@@ -117,6 +124,18 @@ def test_a_read_that_fails_in_passing_is_tried_again(place, fault):
     assert names(place.folder) == []
 
 
+@pytest.mark.parametrize("fault", ["slow", "stalled"])
+def test_a_read_that_stalls_is_tried_again(place, fault, monkeypatch):
+    files.write_bytes(place.folder / "a", LARGE)
+    stores.be_impatient(monkeypatch, place.scheme)
+    for read in (lambda path: path.read_bytes(), local_content, opened_content):
+        for path in scratch.folder().iterdir():
+            path.unlink()
+        place.fault("GET /", fault, None)
+        assert read(place.folder / "a") == LARGE
+        assert place.server.faults["GET /"] == [None]
+
+
 def test_what_fails_for_good_is_one_sentence(place):
     files.write_bytes(place.folder / "a", b"old")
     place.fault("/", 503)
@@ -181,30 +200,51 @@ def test_a_stage_of_many_files_is_compared_by_one_list(place):
     assert artifacts.lost(digests, folder, listed) == [folder / "3.png"]
 
 
-def interrupted(monkeypatch, number, action):
-    """Runs an action up to its request of this number; returns whether it ended."""
-    left = [number]
-    attempt = object_store._attempt
+class Killed(BaseException):
+    """Of the process, at a request."""
 
-    class Killed(BaseException):
-        pass
 
-    def counting(function, path):
-        left[0] -= 1
-        if left[0] >= 0:
-            return attempt(function, path)
-        if threading.current_thread() is threading.main_thread():
-            raise Killed
-        raise SystemExit  # the lock's thread ends without a word
+class Asked:
+    """A client of a store that kills the process in place of some requests."""
 
+    def __init__(self, client, dies):
+        self._client, self._dies = client, dies
+
+    def __getattr__(self, kind):
+        def ask(path, *arguments, **options):
+            named = arguments[0] if kind in ("put_file", "cp_file") else path
+            if not self._dies(kind, named):
+                return getattr(self._client, kind)(path, *arguments, **options)
+            if threading.current_thread() is threading.main_thread():
+                raise Killed
+            raise PermissionError  # the lock's thread goes on until the main one ends
+
+        return ask
+
+
+def interrupted(monkeypatch, dies, action):
+    """Runs an action in which the process is killed; returns whether it ended.
+
+    Args:
+      monkeypatch: of the test.
+      dies: (kind of a request, path) -> whether the process is killed there.
+      action: to run.
+    """
+    system = store_client._system
     with monkeypatch.context() as patch:
-        patch.setattr(object_store, "_attempt", counting)
+        patch.setattr(store_client, "_system", lambda x: Asked(system(x), dies))
         patch.setattr(object_store.servers, "parallel", lambda f, x: [*map(f, x)])
         try:
             action()
         except Killed:
             return False
     return True
+
+
+def at(number):
+    """Kills at the request of this number and all later ones."""
+    numbers = itertools.count()
+    return lambda kind, path: next(numbers) >= number
 
 
 @pytest.mark.parametrize("place", ["gs"], indirect=True)  # the faster server
@@ -216,9 +256,9 @@ def test_a_move_that_is_killed_anywhere_loses_nothing(place, monkeypatch):
         for name, content in contents.items():
             object_store.put(content, source / name)
         move = functools.partial(source.rename, target)
-        ended = interrupted(monkeypatch, number, move)
+        ended = interrupted(monkeypatch, at(number), move)
         for folder in (source.parent, target.parent):
-            object_store.remove_incomplete(folder)
+            store_folders.remove_incomplete(folder)
         if source.exists():
             assert not ended
             assert {x: (source / x).read_bytes() for x in names(source)} == contents
@@ -237,13 +277,13 @@ def test_an_interrupted_copy_has_no_manifest(place, monkeypatch, tmp_path):
         files.write_text(local / name, name)
     for number in itertools.count():
         target = place.folder / f"{number}"
-        copy = functools.partial(object_store.copy_tree, local, target)
-        if interrupted(monkeypatch, number, copy):
+        copy = functools.partial(store_folders.copy_tree, local, target)
+        if interrupted(monkeypatch, at(number), copy):
             break
         assert not (target / "manifest.json").exists()
     assert names(target) == ["a", "b/c", "manifest.json"]
     back = epath.Path(tmp_path) / "back"
-    object_store.copy_tree(target, back)
+    store_folders.copy_tree(target, back)
     assert (back / "b" / "c").read_text() == "b/c"
 
 

@@ -272,6 +272,18 @@ def test_a_finished_stage_costs_nothing_and_tells_how_many_images_there_are(tmp_
     assert f"\ngenerate: {start}\n" in table
 
 
+def test_a_run_in_a_bucket_is_told_the_scratch_that_it_takes(tmp_path, machine):
+    prices = prices_of(digits.get_config(), tmp_path)
+    disks = {each.step.name: each.work.disk for each in prices if each.work}
+    mapped = sum(disks["caption"].values()) + sum(disks["encode"].values())
+    most = sum(disks["pretrain"].values())  # its checkpoints and its model
+    assert price.scratch_bytes(prices) == mapped + most
+    said = price.line(prices, epath.Path("gs://bucket/run"))
+    assert "in the bucket; " in said and " of local scratch in " in said
+    assert "100.0 GiB free" in said
+    assert "scratch" not in price.line(prices, epath.Path(tmp_path))
+
+
 def test_nothing_to_do_is_not_priced(tmp_path, monkeypatch):
     steps = [plan.Step(name, "done") for name in pipeline.STAGES]
     monkeypatch.setattr(price, "_sizes", lambda *_: 1 / 0)

@@ -33,7 +33,7 @@ kubectl=(kubectl) train=()
 action=${1:-}
 case $action in
   apply | logs | status | delete) shift ;;
-  '' | -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
+  '' | -h | --help) help ;;
   *)
     refuse "gke/run.sh" "apply, logs, status or delete" "'$action'" \
       "Name one first; --help explains them."
@@ -51,12 +51,8 @@ while [ $# -gt 0 ]; do
     --grace=*) grace=${1#*=} ;;
     --account=?*) account=${1#*=} ;;
     --namespace=?* | --context=?*) kubectl+=("$1") ;;
-    --dry-run | --dry_run) dry_run=1 ;;
     --) shift; train=("$@"); break ;;
-    *)
-      refuse "$1" "a flag of gke/run.sh, or -- before those of mvc_jax.train" \
-        "an unknown one" "Correct it; --help lists them."
-      ;;
+    *) common_flag "$1" ;;
   esac
   shift
 done

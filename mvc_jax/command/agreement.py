@@ -37,14 +37,17 @@ def join(place: Place | None) -> None:
         logging.warning("%s: set the clocks by the same server", warning)
 
 
-def require_single(place: Place | None, command: str) -> None:
-    """Refuses a command that one process runs."""
-    if place is not None and place.count > 1:
+def require_sweep_alone(place: Place | None) -> None:
+    """Refuses a sweep in one of several processes."""
+    where = joining.detected() if place is None else dataclasses.asdict(place)
+    if where is not None and where["count"] > 1:
         raise UserError(
-            f"--num_processes={place.count}",
-            wanted=f"1 for `mvc-jax {command}`",
-            got=f"{place.count}",
-            fix="Run each of its points as a run of its own, or leave the flag out.",
+            "mvc-jax sweep",
+            wanted="a single process",
+            got=f"{where['count']}",
+            fix="Make each point in all of them, by `mvc-jax train "
+            "--workdir=SWEEP/FIELD=VALUE --config.FIELD=VALUE`, and then run the sweep "
+            "in one, with --workdir=SWEEP: it compares what it finds finished.",
         )
 
 

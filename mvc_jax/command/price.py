@@ -8,12 +8,14 @@ and no device is started.
 import contextlib
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from mvc_jax import object_store
 from mvc_jax.command import pipeline, plan
 from mvc_jax.errors import UserError
 from mvc_jax.reporting import formats
@@ -26,6 +28,7 @@ _NO_WORK = ("done", "refused")
 # What counting may raise of a missing or damaged file: the stage that reads it reports
 # it, and a price stops no run for it.
 _UNREADABLE = (UserError, OSError, ValueError, LookupError, TypeError)
+_THROUGH_SCRATCH = ("checkpoints", "model", "classifiers", "pixels")
 _OVER = "over"  # what is certain of the memory of all devices
 _STATES = {
     "done": "done",
@@ -156,6 +159,18 @@ def free_bytes(workdir: epath.Path) -> int | None:
     return shutil.disk_usage(folder).free
 
 
+def scratch_bytes(prices: Sequence[Price]) -> int:
+    """What a run in a bucket has on a local disk at one time, about.
+
+    Arrays that are mapped, and the checkpoints and models of one stage. What finished
+    stages have of them is not counted.
+    """
+    disks = {price.step.name: price.work.disk for price in prices if price.work}
+    mapped = [sum(disks.pop(name, {}).values()) for name in ("caption", "encode")]
+    others = [sum(disk.get(x, 0) for x in _THROUGH_SCRATCH) for disk in disks.values()]
+    return sum(mapped) + max(others, default=0)
+
+
 def table(prices: Sequence[Price], workdir: epath.Path) -> str:
     """The price of each stage and of the whole run, as lines for a terminal."""
     rows = [("stage", "", "makes", "disk, about", "memory", "time")]
@@ -198,7 +213,15 @@ def line(prices: Sequence[Price], workdir: epath.Path) -> str:
     parts += [f"{n:,} {what}" for what, n in counts.items() if n]
     disk, free = sum(work.disk_bytes for _, work in todo), free_bytes(workdir)
     room = "" if free is None else f" ({formats.size(free)} free)"
-    parts.append(f"about {formats.size(disk)} of disk{room}")
+    if object_store.is_remote(workdir):
+        parts.append(f"about {formats.size(disk)} in the bucket")
+        place = epath.Path(tempfile.gettempdir())
+        room = f"{place} ({formats.size(free_bytes(place))} free)"
+        parts.append(
+            f"{formats.size(scratch_bytes(prices))} of local scratch in {room}"
+        )
+    else:
+        parts.append(f"about {formats.size(disk)} of disk{room}")
     known = [price.seconds for price, _ in todo if price.seconds is not None]
     unknown = [
         price.step.name

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from mvc_jax import files, object_store, processes
+from mvc_jax import files, object_store, processes, store_folders
 from mvc_jax.command import store_lock
 from mvc_jax.errors import UserError, no_room
 from mvc_jax.stage import Part
@@ -154,8 +154,8 @@ def _remove_incomplete(workdir: epath.Path) -> None:
     """Deletes the folders in a bucket that a killed run was about to copy or move."""
     aside = files.matching(workdir, "earlier/*")
     for folder in [workdir, *aside]:
-        object_store.remove_incomplete(folder)
-        object_store.remove_incomplete(folder / _BOARDS)
+        store_folders.remove_incomplete(folder)
+        store_folders.remove_incomplete(folder / _BOARDS)
 
 
 def record_timing(workdir: epath.Path, name: str, timing: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ def link_or_copy(source: epath.Path, target: epath.Path) -> None:
     files are written under other names and renamed. In buckets, they are copies.
     """
     if object_store.is_remote(source) or object_store.is_remote(target):
-        object_store.copy_tree(source, target)
+        store_folders.copy_tree(source, target)
     elif source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for child in source.iterdir():

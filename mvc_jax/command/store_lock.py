@@ -19,10 +19,10 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from mvc_jax import files, object_store
+from mvc_jax import files, object_store, scratch
 from mvc_jax.errors import UserError
 
-NAME, _PROBE = ".lock", ".writable"
+NAME, _PROBE = ".lock", f"{scratch.MARK}writable"
 BEAT, EXPIRES = 15.0, 60.0  # seconds
 _SETTLE = 2.0  # seconds in which two that take an expired lock would both write it
 
@@ -37,9 +37,13 @@ def require_writable(workdir: epath.Path) -> None:
 def _probe(workdir: epath.Path) -> Iterator[object_store.Known]:
     """Writes an object of this process alone, which is deleted after the block."""
     path = workdir / f"{_PROBE}-{uuid.uuid4().hex[:8]}"
-    files.write_text(path, "")
+    found = None
     try:
-        if (found := object_store.find(path)) is None:
+        for _ in range(2):  # a run that begins deletes those of killed ones
+            files.write_text(path, "")
+            if found := object_store.find(path):
+                break
+        else:
             raise UserError(
                 f"--workdir={workdir}",
                 wanted="a bucket in which what was written is found",

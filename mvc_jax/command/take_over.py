@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mvc_jax import artifacts, object_store, stage
+from mvc_jax import artifacts, object_store, stage, store_folders
 from mvc_jax.command import pipeline, run_folder
 from mvc_jax.errors import UserError
 
@@ -90,7 +90,7 @@ def _appearing(workdir: epath.Path, name: str) -> Iterator[epath.Path]:
     In a bucket, which has no renames, it is the stage's, marked until then.
     """
     if object_store.is_remote(workdir):
-        with object_store.appearing(workdir / name):
+        with store_folders.appearing(workdir / name):
             yield workdir / name
         return
     temporary = workdir / f".tmp-{name}"

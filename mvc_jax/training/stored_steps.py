@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mvc_jax import files, object_store, scratch, servers
+from mvc_jax import files, object_store, scratch, servers, store_folders
 
 _COMMITTED = "committed.json"
 
@@ -39,7 +39,7 @@ class StoredSteps:
         self.local = scratch.temporary("checkpoints")
         self.local.mkdir()
         if jax.process_index() == 0:
-            object_store.remove_incomplete(folder)
+            store_folders.remove_incomplete(folder)
         there = object_store.below(folder)
         steps = {x.split("/")[0] for x in there}
         steps = {x for x in steps if x.isdigit()}
@@ -133,7 +133,7 @@ class StoredSteps:
 
     def _upload(self, step: int) -> None:
         folder, target = self.local / f"{step}", self._folder / f"{step}"
-        names = object_store.local_files(folder)
+        names = store_folders.local_files(folder)
         servers.parallel(lambda x: object_store.put(folder / x, target / x), names)
         sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
         files.write_json(target / _COMMITTED, {"files": sizes})
