@@ -94,7 +94,7 @@ def run(argv: Sequence[str]) -> int:
         *_extras(packages),
     ]
     for name, text in rows:
-        print(f"{name:<10} {text}")
+        print(f"{name:<13} {text}")
     if faults or refused:
         print("\nno stage can run: see above")
         return 2
