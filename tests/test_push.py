@@ -192,9 +192,7 @@ def test_an_interruption_leaves_nothing(run, hub, push, monkeypatch):
 
 
 @pytest.mark.parametrize("commit", ["/commit/", "POST /api/models/.*/commit/"])
-def test_what_cannot_be_deleted_is_named_and_used_the_next_time(
-    run, hub, push, commit
-):
+def test_what_cannot_be_deleted_is_named_and_used_the_next_time(run, hub, push, commit):
     """As where the network is cut before the first or the second commit."""
     hub.faults = {commit: [503], "DELETE ": [503]}
     code, _, error = push(run)
