@@ -301,7 +301,7 @@ class InstructPix2Pix:
 
     def _pixels(self, images: Any) -> np.ndarray:
         """Images as one array; raises a `UserError` for others than `sample` takes."""
-        step, wanted = self.model.downsampling, "one or more, uint8 [B, H, W, 3]"
+        step = self.model.downsampling
         try:
             pixels = np.asarray(images)
         except ValueError:  # of a list
@@ -315,7 +315,8 @@ class InstructPix2Pix:
         if not fits or shape[1] % step or shape[2] % step or 0 in shape:
             raise UserError(
                 "images",
-                wanted=f"{wanted}, with H and W multiples of {step}",
+                wanted="one or more, uint8 [B, H, W, 3], with H and W multiples of "
+                f"{step}",
                 got=got,
                 fix="Resize them; images[None] is a batch of one; pixels in [0, 1] "
                 "become uint8 by (255 * x).round().astype('uint8').",

@@ -3,11 +3,12 @@
 A shell calls it with the command, the word that is typed and the one before it.
 """
 
-import glob
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 
+from etils import epath
+
+from mvc_jax import files
 from mvc_jax.command import pipeline
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
@@ -129,10 +130,15 @@ def _of_flag(flag: str, value: str, *, whole: bool) -> list[str]:
     first, comma, last = value.rpartition(",") if is_list else ("", "", value)
     found = [f"{first}{comma}{x}" for x in known if x.rstrip().startswith(last)]
     if whole and not found:
-        start, _, name = value.rpartition("/")
-        folder = pathlib.Path(start or ("/" if value.startswith("/") else "."))
-        paths = sorted(folder.glob(f"{glob.escape(name)}*"))
-        found = [f"{path}/" if path.is_dir() else f"{path} " for path in paths]
+        start, slash, name = value.rpartition("/")
+        folder = epath.Path(f"{start}{slash}" or ".")
+        near = files.matching(folder, "*") if folder.is_dir() else []
+        near = sorted(path for path in near if path.name.startswith(name))
+        ends = ["/" if path.is_dir() else " " for path in near]
+        found = [
+            f"{start}{slash}{path.name}{end}"
+            for path, end in zip(near, ends, strict=True)
+        ]
     return [f"{flag}={x}" if whole else x for x in found]
 
 
@@ -151,8 +157,8 @@ def _values(flag: str) -> tuple[list[str], bool]:
     What cannot go on ends with a blank.
     """
     if flag == "--config":  # of an installed copy, which has no such folder
-        folder = pathlib.Path(common.__file__).parent
-        stems = sorted(path.stem for path in folder.glob("*.py"))
+        folder = epath.Path(common.__file__).parent
+        stems = sorted(path.stem for path in files.matching(folder, "*.py"))
         return [f"configs/{x}.py" for x in stems if x not in _NO_CONFIGS], False
     if flag in _OF_FLAGS:
         return [*_OF_FLAGS[flag]], flag != "--help"
