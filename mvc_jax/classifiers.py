@@ -12,7 +12,7 @@ Networks and checkpoints are those of `config.classify.model` and
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.typing import ArrayLike
 from jaxtyping import Float, Key, UInt8
 
 from mvc_jax.checkpoints import classifier_checkpoint, classifier_weights
@@ -58,7 +59,9 @@ class Classifier:
     size: int
     class_names: tuple[str, ...] = ()
 
-    def predict(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B K"]:
+    def predict(
+        self, images: UInt8[ArrayLike, "B H W 3"] | Sequence[Any]
+    ) -> Float[np.ndarray, "B K"]:
         """The probability of each class.
 
         Args:

@@ -22,7 +22,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, UInt8, UInt32
 
 from mvc_jax.checkpoints import diffusers_layout
 from mvc_jax.configs import common
@@ -127,10 +128,10 @@ class InstructPix2Pix:
 
     def sample(
         self,
-        images: np.ndarray,
+        images: UInt8[ArrayLike, "B H W 3"] | Sequence[Any],
         prompts: Sequence[str],
         *,
-        key: Key[Array, ""],
+        key: Key[Array, ""] | UInt32[Array, "2"],
         partners: Sequence[str] | Sequence[Sequence[str]] | None = None,
         recipe: Recipe | Sequence[Recipe] | None = None,
         text_scale: float | Sequence[float] = 7.5,
@@ -223,7 +224,7 @@ class InstructPix2Pix:
         return pixels
 
     def encode_images(
-        self, images: UInt8[np.ndarray, "B H W 3"]
+        self, images: UInt8[ArrayLike, "B H W 3"] | Sequence[Any]
     ) -> Float[np.ndarray, "B h w c2"]:
         """The posteriors of images in the latent space.
 
@@ -326,10 +327,10 @@ class InstructPix2Pix:
     def _check(
         self,
         images: np.ndarray,
-        prompts: Sequence[str],
+        prompts: Sequence,
         partners: Sequence | None,
-        recipe: Recipe | Sequence[Recipe] | None,
-        scales: Mapping[str, float | Sequence[float]],
+        recipe: Any,
+        scales: Mapping[str, Any],
     ) -> None:
         """Raises a `UserError` for arguments of `sample` that do not match."""
         counts = {"prompts": prompts, "partners": partners}
@@ -371,7 +372,7 @@ class InstructPix2Pix:
         )
 
 
-def _key(key: Key[Array, ""] | Any) -> Key[Array, ""]:
+def _key(key: Any) -> Key[Array, ""]:
     """A key of the new or of the old style.
 
     Raises:

@@ -11,7 +11,7 @@ from mvc_jax.mixing import recipe_file
 Recipe = Mapping[str, Any]
 
 
-def for_each(recipe: Recipe | Sequence[Recipe] | None, count: int) -> list[Recipe]:
+def for_each(recipe: Any, count: int) -> list:
     """A recipe for each of `count` images, of one for all or of as many."""
     if recipe is None or isinstance(recipe, Mapping):
         return [recipe or {}] * count
@@ -40,7 +40,7 @@ def completed(recipe: Recipe, length: int) -> dict[str, Any]:
 
 
 def require_valid(
-    recipe: Recipe | Sequence[Recipe] | None,
+    recipe: Any,
     partners: Sequence[int] | None,
     *,
     count: int,

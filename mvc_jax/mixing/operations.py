@@ -5,6 +5,7 @@ Legend: B batch, L text tokens, D their width, M partners, k positions, d dims.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from mvc_jax.errors import UserError
 
-Indices = Int[ArrayLike, " k"] | Sequence[int]
-
 
 def coarse_mix(
     states: Float[ArrayLike, "L D"],
     partners: Float[ArrayLike, "M L D"],
-    positions: Indices,
-    donors: Indices | None = None,
+    positions: Int[ArrayLike, " k"] | Sequence[int],
+    donors: Int[ArrayLike, " k"] | Sequence[int] | None = None,
 ) -> Float[Array, "L D"]:
     """Replaces whole tokens of `states`: E[p] = F_m[p] (supplement).
 
@@ -64,8 +63,8 @@ def coarse_mix(
 def fine_mix(
     states: Float[ArrayLike, "L D"],
     partners: Float[ArrayLike, "M L D"],
-    dims: Int[ArrayLike, "L d"] | Indices,
-    donors: Indices | None = None,
+    dims: Int[ArrayLike, "L d"] | Int[ArrayLike, " d"] | Sequence[int],
+    donors: Int[ArrayLike, " d"] | Sequence[int] | None = None,
 ) -> Float[Array, "L D"]:
     """Replaces a few dims of the tokens of `states`: E[l, j] = F_m[l, j].
 
@@ -140,7 +139,7 @@ def _texts(states: ArrayLike, partners: ArrayLike) -> tuple[jax.Array, jax.Array
     return states, partners.astype(states.dtype)
 
 
-def _whole(name: str, values: ArrayLike | Sequence[int], *ranks: int) -> jax.Array:
+def _whole(name: str, values: Any, *ranks: int) -> jax.Array:
     """Whole numbers as an array; an empty list too.
 
     Raises:
@@ -158,9 +157,7 @@ def _whole(name: str, values: ArrayLike | Sequence[int], *ranks: int) -> jax.Arr
     return array
 
 
-def _donors(
-    donors: ArrayLike | Sequence[int] | None, replaced: jax.Array, partners: int
-) -> jax.Array:
+def _donors(donors: Any, replaced: jax.Array, partners: int) -> jax.Array:
     """A partner for each of what is replaced.
 
     Raises:
