@@ -28,7 +28,7 @@ _HELP = """The same run with several seeds, each in a folder of its own:
 makes runs/splits/seed-0, seed-1 and seed-2, and compares them in
 runs/splits/splits.html.
 
-  --seeds=S1,S2,...   whole numbers, each once: of splits, bases, generators, classifiers
+  --seeds=S1,S2,...   whole numbers, each once
   --workdir=FOLDER    of all of them
   --dry_run           prints what each seed would make
 
