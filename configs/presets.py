@@ -78,7 +78,15 @@ def apply_preset(config: ConfigDict, given: Mapping[str, str]) -> ConfigDict:
         PRESETS[name](config)
         after = _leaves(config)
         changed = [f"{k}={v}" for k, v in after.items() if v != before[k]]
-        logging.info("preset %s: %s", name, ", ".join(changed) or "nothing changes")
+        logging.info(
+            "preset %s: %s",
+            name,
+            ", ".join(changed) or "changes nothing of this config",
+        )
+    if names:
+        logging.info(
+            "flags, as --config.generate.steps=30, override what a preset sets"
+        )
     return config
 
 

@@ -23,6 +23,9 @@ __all__ = ["augment", "classifiers", "data", "mixing", "pipeline", "run"]
 def run(config: Any, workdir: os.PathLike | str) -> dict[str, Any]:
     """Runs the stages of `config.stages`, as `mvc-jax` does; what is there is kept.
 
+    Progress goes to `absl.logging`, and to stderr in a program without handlers of its
+    own.
+
     >>> from mvc_jax.configs import digits
     >>> config = digits.get_config()
     >>> config.stages = "caption"
@@ -46,9 +49,11 @@ def run(config: Any, workdir: os.PathLike | str) -> dict[str, Any]:
 
     from mvc_jax import files, train
     from mvc_jax.command import pipeline
+    from mvc_jax.training import console
 
     workdir = epath.Path(workdir)
-    train.run(config, workdir, announce=lambda steps: None)  # prints no table
+    with console.shown():
+        train.run(config, workdir, announce=lambda steps: None)  # prints no table
     if "evaluate" not in pipeline.select(config) or config.generate.limit:
         return {}
     return files.read_json(workdir / "evaluate" / "metrics.json")

@@ -10,8 +10,9 @@ Networks and checkpoints are those of `config.classify.model` and
 """
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.typing import ArrayLike
 from jaxtyping import Float, Key, UInt8
 
 from mvc_jax.checkpoints import classifier_checkpoint, classifier_weights
 from mvc_jax.classification.classifier import ClassifierSpec, init_options
+from mvc_jax.configs import common
 from mvc_jax.errors import UserError
 from mvc_jax.models.classifiers import VARIANTS, make
 
@@ -50,15 +53,35 @@ class Classifier:
     """
 
     network: nn.Module
-    variables: dict[str, Any]
+    variables: dict[str, Any] = dataclasses.field(repr=False)
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int
     class_names: tuple[str, ...] = ()
 
-    def predict(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B K"]:
-        """The probability of each class, of images with pixels in [0, 255]."""
-        return np.asarray(self._predict(self.variables, images))
+    def predict(
+        self, images: UInt8[ArrayLike, "B H W 3"] | Sequence[Any]
+    ) -> Float[np.ndarray, "B K"]:
+        """The probability of each class.
+
+        Args:
+          images: uint8 with pixels in [0, 255], or a list of such arrays or of PIL
+            images in RGB; of about `size`, to which they are to be resized as those of
+            the training were.
+
+        Raises:
+          UserError: they are of another kind.
+        """
+        pixels = np.asarray(images)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise UserError(
+                "images",
+                wanted="uint8 [B, H, W, 3]",
+                got=f"{pixels.dtype} {[*pixels.shape]}",
+                fix="images[None] is a batch of one; pixels in [0, 1] become uint8 by "
+                "(255 * x).round().astype('uint8').",
+            )
+        return np.asarray(self._predict(self.variables, pixels))
 
     @functools.cached_property
     def _predict(self) -> Callable:
@@ -108,6 +131,7 @@ def create(
       UserError: there is no such network, field or checkpoint, or the checkpoint is of
         another network.
     """
+    _check(num_classes, pretrained, dtype)
     found = None
     if pretrained:
         found = classifier_checkpoint.find(
@@ -116,14 +140,16 @@ def create(
         fields = {**found.fields, **fields}
     name = _ALIASES.get(name, name or (found.variant if found else ""))
     if name not in VARIANTS:
+        close = difflib.get_close_matches(name, [*NAMES, *_ALIASES], n=1)
         raise UserError(
             "name",
             wanted=f"one of {', '.join(NAMES)}",
             got=repr(name),
-            fix="Choose one of these, or pass pretrained= alone.",
+            fix=f"{f'{close[0]} is one' if close else 'Choose one of these'}, or pass "
+            "pretrained= alone.",
         )
     classes = num_classes or (found.num_classes if found else 0) or 1000
-    network = make(name, num_classes=classes, dtype=dtype, **fields)
+    network = _make(name, num_classes=classes, dtype=dtype, **fields)
     same_head = found is not None and found.num_classes == classes
     size = found.size if found else VARIANTS[name].size
     read: dict[str, Any] = {"params": {}}
@@ -144,3 +170,43 @@ def create(
         size=size,
         class_names=found.class_names if same_head else (),
     )
+
+
+def _check(num_classes: int | None, pretrained: object, dtype: str) -> None:
+    """Checks arguments of `create`.
+
+    Raises:
+      UserError: one is wrong.
+    """
+    if num_classes is not None and (
+        not isinstance(num_classes, int)
+        or isinstance(num_classes, bool)
+        or num_classes < 1
+    ):
+        raise UserError(
+            "num_classes",
+            wanted="a whole number of at least 1",
+            got=repr(num_classes),
+            fix="Leave it out for that of the checkpoint, or 1,000.",
+        )
+    if isinstance(pretrained, bool):
+        raise UserError(
+            "pretrained",
+            wanted="a folder, a file or a name on the Hugging Face hub",
+            got=f"{pretrained}",
+            fix="Pass e.g. 'timm/resnet18.a1_in1k', or leave it out.",
+        )
+    common.FIELDS.find("classify.dtype").require("dtype", dtype)
+
+
+def _make(name: str, **fields: Any) -> nn.Module:
+    """The network; names arguments, not fields of a config, in a `UserError`."""
+    try:
+        return make(name, **fields)
+    except UserError as error:
+        texts = {
+            key: text.replace("--config.classify.", "").replace("config.classify.", "")
+            for key, text in error.fields().items()
+            if isinstance(text, str)
+        }
+        raise UserError(**error.fields() | texts) from error

@@ -11,29 +11,34 @@ image's recipe, it draws that image.
 Legend: B batch, H W image, h w latent grid, c its channels, L tokens, D their width.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, UInt8
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, UInt8, UInt32
 
 from mvc_jax.checkpoints import diffusers_layout
+from mvc_jax.configs import common
 from mvc_jax.diffusion import instruct_pix2pix, timesteps
 from mvc_jax.errors import UserError
 from mvc_jax.generation import image_sampler
 from mvc_jax.generation.image_status import STATUSES
-from mvc_jax.mixing import operations
+from mvc_jax.mixing import given_recipes, operations
+from mvc_jax.mixing.given_recipes import Recipe
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 from mvc_jax.training import sharding
 
 __all__ = ["InstructPix2Pix"]
 
-Recipe = Mapping[str, Any]
+_ARGUMENTS = {"config.base.path": "folder", "config.base.": "", "config.generate.": ""}
 
 
 class InstructPix2Pix:
@@ -61,6 +66,9 @@ class InstructPix2Pix:
         attention: str = "auto",
         batch_size: int = 16,
     ):
+        _check_fields(
+            {"dtype": dtype, "attention": attention, "batch_size": batch_size}
+        )
         self.mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
         self.model, params = model.widened(params)
         self._params = jax.device_put(
@@ -103,8 +111,8 @@ class InstructPix2Pix:
         [True, True]
 
         Args:
-          folder: what `finetune` wrote to `finetune/model`, a base model's folder, or
-            its name on the Hugging Face hub.
+          folder: what `finetune` wrote to `finetune/model`, or the workdir of that run;
+            a base model's folder, or its name on the Hugging Face hub.
           variant: of the files of the weights, as `fp16`.
           revision: of a name on the hub.
           **options: of `InstructPix2Pix`.
@@ -112,17 +120,18 @@ class InstructPix2Pix:
         Raises:
           UserError: a file is missing, damaged or of another family.
         """
-        model, params = diffusers_layout.load(
-            folder, variant=variant, revision=revision
-        )
+        with _naming_arguments():
+            model, params = diffusers_layout.load(
+                _folder_of(folder), variant=variant, revision=revision
+            )
         return cls(model, params, **options)
 
     def sample(
         self,
-        images: np.ndarray,
+        images: UInt8[ArrayLike, "B H W 3"] | Sequence[Any],
         prompts: Sequence[str],
         *,
-        key: Key[Array, ""],
+        key: Key[Array, ""] | UInt32[Array, "2"],
         partners: Sequence[str] | Sequence[Sequence[str]] | None = None,
         recipe: Recipe | Sequence[Recipe] | None = None,
         text_scale: float | Sequence[float] = 7.5,
@@ -136,9 +145,13 @@ class InstructPix2Pix:
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """Draws an image for each real one and its prompt; see `from_pretrained`.
 
+        A program is compiled for each size and combination of the settings from
+        `sampler` on.
+
         Args:
-          images: the sources, uint8 [B, H, W, 3] with pixels in [0, 255]; H and W are
-            multiples of `model.downsampling`.
+          images: the sources, uint8 [B, H, W, 3] with pixels in [0, 255], or a list of
+            B arrays or PIL images in RGB; H and W are multiples of
+            `model.downsampling`.
           prompts: their texts.
           key: of the noise, of which image i has that of `fold_in(key, i)`.
           partners: texts that are mixed into the prompts: one or several for each.
@@ -166,24 +179,33 @@ class InstructPix2Pix:
         Raises:
           UserError: the sizes of the arguments do not match, or a recipe is not valid.
         """
-        self._check(images, prompts, partners, recipe)
-        timesteps.require_noise(sampler, steps, timestep_spacing)
+        images, key = self._pixels(images), _key(key)
+        scales = {"text_scale": text_scale, "image_scale": image_scale}
+        self._check(images, prompts, partners, recipe, scales)
+        _check_fields(
+            {
+                "sampler": sampler,
+                "steps": steps,
+                "timestep_spacing": timestep_spacing,
+                "guidance_interval": guidance_interval,
+                "guidance_rescale": guidance_rescale,
+            }
+        )
+        with _naming_arguments():
+            timesteps.require_noise(sampler, steps, timestep_spacing)
         settings = image_sampler.Settings(
             sampler=sampler,
             steps=steps,
             spacing=timestep_spacing,
-            guidance_interval=guidance_interval,
+            guidance_interval=tuple(guidance_interval),
             guidance_rescale=guidance_rescale,
             grey=grey,
             **self._options,
         )
         count = len(images)
-        recipes = _for_each(recipe, count)
-        given = {
-            "noise_seed": np.arange(count),
-            "text_scale": np.broadcast_to(text_scale, [count]),
-            "image_scale": np.broadcast_to(image_scale, [count]),
-        }
+        recipes = given_recipes.for_each(recipe, count)
+        given = {name: np.broadcast_to(x, [count]) for name, x in scales.items()}
+        given["noise_seed"] = np.arange(count)
         batch = {
             "moments": self.encode_images(images),
             "states": self.encode_texts(prompts, partners, recipe),
@@ -202,11 +224,21 @@ class InstructPix2Pix:
         return pixels
 
     def encode_images(
-        self, images: UInt8[np.ndarray, "B H W 3"]
+        self, images: UInt8[ArrayLike, "B H W 3"] | Sequence[Any]
     ) -> Float[np.ndarray, "B h w c2"]:
-        """Mean and log variance of the posterior of images with pixels in [0, 255]."""
+        """The posteriors of images in the latent space.
+
+        Args:
+          images: as `sample` takes them.
+
+        Returns:
+          mean and log variance on the last axis: c2 is 2 c.
+
+        Raises:
+          UserError: the images are of another kind.
+        """
         return self._in_batches(
-            lambda rows: self._encode_images(self._params, rows), np.asarray(images)
+            lambda rows: self._encode_images(self._params, rows), self._pixels(images)
         )
 
     def encode_texts(
@@ -215,9 +247,15 @@ class InstructPix2Pix:
         partners: Sequence[str] | Sequence[Sequence[str]] | None = None,
         recipe: Recipe | Sequence[Recipe] | None = None,
     ) -> Float[np.ndarray, "B L D"]:
-        """The text states of prompts, mixed with their partners' as `sample` says."""
+        """The text states of prompts, mixed with those of their partners.
+
+        Args:
+          prompts: B texts.
+          partners: as `sample` takes them; None: nothing is mixed.
+          recipe: as `sample` takes it.
+        """
         count, length = len(prompts), self.model.context_length
-        several = [[x] if isinstance(x, str) else [*x] for x in partners or ()]
+        several = _lists_of(partners)
         texts = [*prompts, *(text for each in several for text in each)]
         states = self._in_batches(
             lambda rows: self._encode_texts(self._params, rows),
@@ -227,10 +265,10 @@ class InstructPix2Pix:
             return states[:count]
         numbers = map(str, range(count, len(texts)))
         recipes = [
-            completed(own, length)
+            given_recipes.completed(own, length)
             | {"source": str(i), "partners": [next(numbers) for _ in theirs]}
             for i, (own, theirs) in enumerate(
-                zip(_for_each(recipe, count), several, strict=True)
+                zip(given_recipes.for_each(recipe, count), several, strict=True)
             )
         ]
         arrays = operations.as_arrays(
@@ -262,27 +300,43 @@ class InstructPix2Pix:
             found.append(function(jax.device_put(padded, spread)))
         return jax.tree.map(lambda *x: np.concatenate(x)[:count], *found)
 
+    def _pixels(self, images: Any) -> np.ndarray:
+        """Images as one array; raises a `UserError` for others than `sample` takes."""
+        step = self.model.downsampling
+        try:
+            pixels = np.asarray(images)
+        except ValueError:  # of a list
+            pixels = np.zeros(0)
+            shapes = sorted({np.shape(image) for image in images})
+            got = f"a list of sizes {', '.join(map(str, shapes))}"
+        else:
+            got = f"{pixels.dtype} {[*pixels.shape]}"
+        shape = pixels.shape
+        fits = len(shape) == 4 and shape[3] == 3 and pixels.dtype == np.uint8
+        if not fits or shape[1] % step or shape[2] % step or 0 in shape:
+            raise UserError(
+                "images",
+                wanted="one or more, uint8 [B, H, W, 3], with H and W multiples of "
+                f"{step}",
+                got=got,
+                fix="Resize them; images[None] is a batch of one; pixels in [0, 1] "
+                "become uint8 by (255 * x).round().astype('uint8').",
+            )
+        return pixels
+
     def _check(
         self,
         images: np.ndarray,
-        prompts: Sequence[str],
+        prompts: Sequence,
         partners: Sequence | None,
-        recipe: Recipe | Sequence[Recipe] | None,
+        recipe: Any,
+        scales: Mapping[str, Any],
     ) -> None:
         """Raises a `UserError` for arguments of `sample` that do not match."""
-        shape, step = np.shape(images), self.model.downsampling
-        fits = len(shape) == 4 and shape[3] == 3 and images.dtype == np.uint8
-        if not fits or shape[1] % step or shape[2] % step:
-            raise UserError(
-                "images",
-                wanted=f"uint8 [B, H, W, 3], with H and W multiples of {step}",
-                got=f"{getattr(images, 'dtype', type(images).__name__)} {[*shape]}",
-                fix="Resize them; pixels in [0, 1] become uint8 by "
-                "(255 * x).round().astype('uint8').",
-            )
         counts = {"prompts": prompts, "partners": partners}
         if recipe is not None and not isinstance(recipe, Mapping):
             counts["recipe"] = recipe
+        counts |= {name: x for name, x in scales.items() if np.ndim(x)}
         for name, values in counts.items():
             if isinstance(values, str) or (
                 values is not None and len(values) != len(images)
@@ -294,40 +348,80 @@ class InstructPix2Pix:
                     got="a string" if text else f"{len(values)}",
                     fix="Pass a list of as many.",
                 )
-        mixes = [r for r in _for_each(recipe, 1) if r.get("positions") or r.get("dims")]
-        if partners is None and mixes:
-            raise UserError(
-                "recipe",
-                wanted="partners, of which it mixes the texts",
-                got="none",
-                fix="Pass partners=, a text for each image.",
-            )
+        for name, values in (("prompts", prompts), ("partners", partners or ())):
+            each = [x for x in values if not isinstance(x, str)]
+            if name == "partners":
+                each = [x for x in each if not isinstance(x, Sequence) or not x]
+            if each:
+                raise UserError(
+                    name,
+                    wanted="a text for each image",
+                    got=f"{each[0]!r} among them",
+                    fix="Pass a list of strings; partners may be a list of several for "
+                    "each image.",
+                )
+        for name, values in scales.items():
+            for value in np.ravel(values).tolist():
+                _check_fields({name: value})
+        given_recipes.require_valid(
+            recipe,
+            None if partners is None else [*map(len, _lists_of(partners))],
+            count=len(images),
+            length=self.model.context_length,
+            width=self.model.text_width,
+        )
 
 
-def completed(recipe: Recipe, length: int) -> dict[str, Any]:
-    """A recipe with every field that `mixing.operations.as_arrays` reads.
+def _key(key: Any) -> Key[Array, ""]:
+    """A key of the new or of the old style.
 
-    Args:
-      recipe: as `InstructPix2Pix.sample` takes it.
-      length: L, tokens of a text state.
+    Raises:
+      UserError: it is none.
     """
-    positions, dims = [*recipe.get("positions", ())], [*recipe.get("dims", ())]
-    if dims and not isinstance(dims[0], Sequence):
-        dims = [dims]  # the same for all tokens
-    columns = len(dims[0]) if dims else 0
-    return {
-        "positions": positions,
-        "donors": recipe.get("donors", [0] * len(positions)),
-        "dims": dims,
-        "dim_donors": recipe.get("dim_donors", [0] * columns),
-        "dim_tokens": recipe.get("dim_tokens", [1, length]),
-    }
+    key = jnp.asarray(key)
+    if key.dtype == jnp.uint32 and key.shape == (2,):  # of jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim:
+        raise UserError(
+            "key",
+            wanted="one random key",
+            got=f"{key.dtype} {[*key.shape]}",
+            fix="Pass e.g. jax.random.key(0).",
+        )
+    return key
 
 
-def _for_each(recipe: Recipe | Sequence[Recipe] | None, count: int) -> list[Recipe]:
-    if recipe is None or isinstance(recipe, Mapping):
-        return [recipe or {}] * count
-    return [*recipe]
+def _check_fields(values: Mapping[str, Any]) -> None:
+    """Checks arguments that are fields of `config.generate`, by their declarations."""
+    section = common.FIELDS.find("generate")
+    for name, value in values.items():
+        field = section.fields[name]
+        field.require(name, tuple(value) if np.ndim(value) else value)
+
+
+@contextlib.contextmanager
+def _naming_arguments() -> Iterator[None]:
+    """Names the argument in place of the field of a config in a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        fields = error.fields()
+        for field, argument in _ARGUMENTS.items():
+            fields = {
+                name: text.replace(field, argument) if isinstance(text, str) else text
+                for name, text in fields.items()
+            }
+        raise UserError(**fields) from error
+
+
+def _folder_of(folder: epath.PathLike) -> epath.PathLike:
+    """The model's folder, where a workdir of a run is named."""
+    model = epath.Path(folder) / "finetune" / "model"
+    return model if (model / "model_index.json").exists() else folder
+
+
+def _lists_of(texts: Sequence[str] | Sequence[Sequence[str]] | None) -> list[list[str]]:
+    return [[x] if isinstance(x, str) else [*x] for x in texts or ()]
 
 
 _mix = jax.jit(jax.vmap(operations.mix))

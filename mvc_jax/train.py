@@ -1,63 +1,4 @@
-"""Command line: reads flags, checks the config, then runs the stages in order.
-
-The digits, from scratch to a report (configs/*.py has other datasets):
-    python -m mvc_jax.train --config=configs/digits.py --workdir=runs/digits
-A summary of your own images, in a folder (docs/your-own-images.md has the rest):
-    python -m mvc_jax.train --config=configs/folder.py:path=/data/parts \\
-      --workdir=runs/parts --config.stages=caption
-A preview of 16 synthetic images, and some stages only:
-    python -m mvc_jax.train --workdir=runs/digits --config.generate.limit=16
-    python -m mvc_jax.train --workdir=runs/digits --config.stages=generate,classify
-What it would do, and the images, steps, disk, memory and hours that this takes:
-    python -m mvc_jax.train --workdir=runs/digits --dry_run
-Other settings: what is not affected is taken over, or what is affected made again:
-    python -m mvc_jax.train --from=runs/digits --workdir=runs/fine \\
-      --config.mix.modes=fine
-    python -m mvc_jax.train --workdir=runs/digits --config.classify.steps=500 \\
-      --redo=classify
-A run that was stopped is resumed by the same command.
-The same with several seeds, which draw other splits, and an interval over them:
-    mvc-jax repeat --seeds=0,1,2 --config=configs/digits.py --workdir=runs/splits
-A run for each value of a field, and finished runs side by side:
-    mvc-jax sweep --vary mix.tokens=1,2,4,7 --from=runs/digits --workdir=runs/tokens
-    mvc-jax compare runs/digits runs/fine
-What a finished run would publish on the Hugging Face hub:
-    mvc-jax push --to=digits-mvc --workdir=runs/digits --license=mit --dry_run
-What this machine has, and what is missing for which stage; the report made again:
-    mvc-jax doctor
-    mvc-jax report --workdir=runs/digits
-(`mvc-jax train` is `python -m mvc_jax.train`. `mvc-jax repeat --help`, and of sweep,
-compare, push, report and doctor, say more.)
-
-Flags:
-  --config=FILE[:ARGUMENT]         a Python file, whose get_config() takes ARGUMENT, or
-                                   the config.json of a workdir; without it, that of
-                                   --workdir, and for a new one configs/digits.py
-  --config.SECTION.FIELD=VALUE     sets one field
-  --workdir=FOLDER                 of this run's files
-  --dry_run                        prints what would be done, and changes nothing
-  --verify                         hashes every file of the workdir first; else a large
-                                   one counts as unchanged by its size and time
-  --redo=STAGE[,STAGE]             makes these stages, or `all`, and what depends on
-                                   them again; the old ones move to FOLDER/earlier
-  --from=WORKDIR                   starts from the config of another workdir, and takes
-                                   over its stages where all settings agree, and
-                                   parts of others that they leave as they are
-  --coordinator=HOST:PORT          of several processes, one on each host or for each
-  --num_processes=N                group of devices: the address of process 0, how many
-  --process_id=I                   they are, and which this is. The same command in each
-                                   of them on one shared workdir; not needed on TPU pods
-                                   and in jobs of SLURM, Kubernetes and MPI
-  --help, --help=SECTION           prints this, or every field of a section
-  --version                        prints the version
-
-Exit codes:
-  0    success
-  2    an error, whose message says how to fix it
-  75   stopped by SIGTERM, or another process was lost: launchers retry on it, and the
-       same command resumes
-  130  stopped by Ctrl-C
-"""
+"""The program: reads the command line, checks the config, then runs the stages."""
 
 import contextlib
 import resource
@@ -72,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import artifacts, joining, object_store, processes, stage
 from mvc_jax.command import (
+    about,
     agreement,
     command_line,
     compare,
@@ -99,6 +41,7 @@ with epy.lazy_imports():  # imported at first use: a mistyped flag need not wait
 
 STAGES = pipeline.STAGES
 _MAX_DETAILS = 100
+_NO_READER = 141  # as a shell counts SIGPIPE
 _ALONE_SECONDS = 7 * 86400.0  # a lost process is noticed by other means
 
 
@@ -107,6 +50,21 @@ def main(argv: Sequence[str] | None = None, *, part: bool = False) -> int:
 
     `part` says that it is one of several that this process runs (`repeat`).
     """
+    if part:
+        return _main(argv, part=True)
+    try:
+        try:
+            return _main(argv, part=False)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if console.is_unread():
+            return _NO_READER
+        raise
+
+
+def _main(argv: Sequence[str] | None, *, part: bool) -> int:
+    """As `main`, which ends quietly where nobody reads what is printed."""
     console.be_quiet()
     with preemption.handled():
         workdir = None
@@ -135,9 +93,10 @@ def main(argv: Sequence[str] | None = None, *, part: bool = False) -> int:
             if words[1:2] == ["report"]:
                 command = command_line.parse_report(words)
             else:
+                command_line.require_command(words, completion.SUBCOMMANDS)
                 named = words[1:2] == ["train"]
                 words = [words[0], *words[2 if named else 1 :]]
-                command = command_line.parse(words, about=__doc__)
+                command = command_line.parse(words, about=about.HELP)
             workdir = command.workdir
             sources = [] if command.source is None else [command.source]
             options = {"redo": command.redo, "sources": sources}

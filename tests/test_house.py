@@ -90,7 +90,8 @@ MAY_IMPORT = {  # besides the leaves, of which files.py is one
     },
     "stage": {*ROOMS, "stage"},
     "contract": {"artifacts", "configs"},  # stage.py and what it is made of
-    "public": {*ROOMS, "command", "train"},
+    # Whose arguments are checked by the declarations of fields.
+    "public": {*ROOMS, "command", "train", "configs"},
     "leaf": {
         "errors",
         "files",

@@ -191,18 +191,21 @@ def test_an_interruption_leaves_nothing(run, hub, push, monkeypatch):
     assert hub.repositories == {}
 
 
-def test_what_cannot_be_deleted_is_named_and_used_the_next_time(run, hub, push):
-    hub.faults = {"/commit/": [503], "DELETE ": [503]}
+@pytest.mark.parametrize("commit", ["/commit/", "POST /api/models/.*/commit/"])
+def test_what_cannot_be_deleted_is_named_and_used_the_next_time(run, hub, push, commit):
+    """As where the network is cut before the first or the second commit."""
+    hub.faults = {commit: [503], "DELETE ": [503]}
     code, _, error = push(run)
     assert code == 2 and hub.public() == {}
-    left = "the private dataset somebody/x and the model somebody/x is left"
+    left = "the private dataset somebody/x and the model somebody/x are left"
     assert f"Nothing was published, but {left}" in error
+    assert "run the same command with --update, which fills what is left" in error
     hub.faults.clear()
-    code, out, _ = push(run)
+    code, out, _ = push(run, "--update")
     assert code == 0 and len(hub.repositories) == 2
     # That it was private may have been somebody's wish.
     assert {*hub.repositories[TO[0]].files} >= SET_FILES
-    assert out.count(" (private)\n") == 2
+    assert out.count(" (private: ") == 2
 
 
 def test_complete_but_not_public(run, hub, push):

@@ -165,6 +165,12 @@ def policy(name: str, **values: Any) -> Policy:
 
 
 def _augment(key, image, *, frame: Frame, operations: Operations | None):
+    image = jnp.asarray(image)
+    if image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"image: one, [H, W, 1] or [H, W, 3], not {[*image.shape]}; for a batch "
+            "use jax.vmap, with a key for each image"
+        )
     keys = jax.random.split(key, 4)
     levels = image if image.dtype == jnp.uint8 else _levels(image)
     side = min(image.shape[:2])

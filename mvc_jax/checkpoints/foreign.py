@@ -167,9 +167,11 @@ def _describe_network(folder: epath.Path) -> tuple[str, str]:
         config = files.read_json(folder / "config.json")
         kind = config.get("_class_name") or config.get("architectures")
         kind = kind[0] if isinstance(kind, list) and kind else kind
-        kind = kind or config.get("model_type")
+        kind = kind or config.get("model_type") or config.get("architecture")
     except (OSError, ValueError, AttributeError):
         kind = "with a damaged config.json"
+    if kind is None:
+        return "one whose config.json is of no model that is known", _FIX
     if kind != "UNet2DConditionModel":
         return f"one model, {kind}, and no pipeline", _FIX
     return f"one model, {kind}, and no pipeline", _with_unet(folder, "", "")

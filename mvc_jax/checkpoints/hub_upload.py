@@ -230,7 +230,7 @@ def _open(
     """Makes a complete repository public, if wanted; returns a sentence on it."""
     said = f"{repository.kind}: {repository.address}"
     if not make_public:
-        return f"{said} (private)" if private else said
+        return f"{said} (private: {repository.address}/settings)" if private else said
     try:
         api.update_repo_settings(
             repository.name, private=False, repo_type=repository.kind
@@ -264,9 +264,12 @@ def _what_there_is(kept: Sequence[Repository], left: Sequence[Repository]) -> st
     if not left:
         return f"{said}: run the same command again."
     names = " and the ".join(x.called for x in left)
+    addresses = " and ".join(f"{x.address}/settings" for x in left)
+    one = len(left) == 1
     return (
-        f"{said}, but the private {names} is left: delete it on the hub, or run the "
-        "same command again, which fills it."
+        f"{said}, but the private {names} {'is' if one else 'are'} left: delete "
+        f"{'it' if one else 'them'} at {addresses}, or run the same command with "
+        "--update, which fills what is left and leaves it private."
     )
 
 

@@ -1,7 +1,8 @@
 """The command line: flags in, a command out; every mistake is one sentence."""
 
 import dataclasses
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -111,6 +112,24 @@ def _number(name: str, found: dict[str, str], low: int, high: int | None) -> int
         wanted=f"a whole number, {low}{most}",
         got=repr(text),
         fix="Number the processes from 0 to num_processes - 1.",
+    )
+
+
+def require_command(argv: Sequence[str], known: Sequence[str]) -> None:
+    """Checks that the first word is a flag or a command.
+
+    Raises:
+      UserError: it is neither.
+    """
+    name = argv[1] if len(argv) > 1 else known[0]
+    if name.startswith("-") or name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=1)
+    raise UserError(
+        "command line",
+        wanted=f"flags, or one of {', '.join(known)}",
+        got=repr(name),
+        fix=f"Write mvc-jax {close[0]}." if close else "`mvc-jax --help` says more.",
     )
 
 
@@ -303,7 +322,7 @@ def _folder(flag: str, value: str | None, example: str) -> epath.Path:
             f"--{flag}",
             wanted="a folder for this run" if flag == "workdir" else "a workdir",
             got="none",
-            fix=f"Add e.g. --{flag}={example}.",
+            fix=f"Add e.g. --{flag}={example}; --help lists all commands and flags.",
         )
     try:
         return epath.Path(value).expanduser()

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -94,7 +95,7 @@ def run(argv: Sequence[str]) -> int:
         *_extras(packages),
     ]
     for name, text in rows:
-        print(f"{name:<10} {text}")
+        print(f"{name:<13} {text}")
     if faults or refused:
         print("\nno stage can run: see above")
         return 2
@@ -208,7 +209,7 @@ def _cache() -> str:
 
 def _extras(packages: Sequence[Package]) -> Iterator[tuple[str, str]]:
     """A row for each extra that a user may want: whether it is installed, and why."""
-    yield "extras", "pip install -c requirements.lock -e '.[NAME]'"
+    yield "extras", _how_to_install()
     for extra, purpose in _PURPOSES.items():
         asked = [package for package in packages if package.extra == extra]
         if not asked:
@@ -216,3 +217,17 @@ def _extras(packages: Sequence[Package]) -> Iterator[tuple[str, str]]:
         lacking = [package.wanted for package in asked if not package.fits]
         state = _MISSING if lacking else _OK
         yield f"  {extra}", f"{state:<10} {purpose}"
+
+
+def _how_to_install() -> str:
+    """The line that adds an extra to this copy."""
+    checkout = "pip install -c requirements.lock -e '.[NAME]'"
+    try:
+        found = importlib.metadata.distribution("mvc_jax").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return checkout
+    origin = json.loads(found or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        return checkout
+    address = f" @ {origin['url']}" if "url" in origin else ""
+    return f"pip install 'mvc_jax[NAME]{address}'"

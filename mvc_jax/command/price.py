@@ -231,7 +231,8 @@ def line(prices: Sequence[Price], workdir: epath.Path) -> str:
     if not known:
         parts.append("time not known yet: none of these stages was run like this here")
     elif unknown:
-        parts.append(f"{_duration(sum(known))} and {', '.join(unknown)}, not known yet")
+        seconds = _duration(sum(known))
+        parts.append(f"{seconds} without {', '.join(unknown)}: not known yet")
     else:
         parts.append(f"about {_duration(sum(known))}")
     return "; ".join(parts)

@@ -26,8 +26,14 @@ Program = Callable[[list[str]], int]  # takes a command line, returns its exit c
 _HELP = """The same run with several seeds, each in a folder of its own:
     mvc-jax repeat --seeds=0,1,2 --config=configs/digits.py --workdir=runs/splits
 makes runs/splits/seed-0, seed-1 and seed-2, and compares them in
-runs/splits/splits.html. The other flags are those of a single run (`mvc-jax --help`).
-What was stopped is resumed, and a seed is added, by the same command.
+runs/splits/splits.html.
+
+  --seeds=S1,S2,...   whole numbers, each once
+  --workdir=FOLDER    of all of them
+  --dry_run           prints what each seed would make
+
+The other flags are those of a single run (`mvc-jax --help`). What was stopped is
+resumed, and a seed is added, by the same command.
 """
 
 

@@ -55,7 +55,7 @@ def open_source(
       UserError: the name has another form, or the dataset cannot be read.
     """
     decoder = decoder or Decoder()
-    kind, colon, rest = name.partition(":")
+    kind, colon, rest = str(name).partition(":")
     columns = {"image_column": image_column, "label_column": label_column}
     keep = {"keep_validation": keep_validation}
     if name == "digits":

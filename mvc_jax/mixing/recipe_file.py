@@ -89,6 +89,22 @@ def read_recipes(
     return sorted(recipes, key=lambda recipe: recipe["index"])
 
 
+def problems(recipe: Mapping, partners: int, length: int, width: int) -> list[str]:
+    """What is wrong with the fields of a recipe that are given; [] if nothing is.
+
+    Args:
+      recipe: with at least the fields that say what is mixed.
+      partners: how many there are, whoever they are.
+      length: L, tokens of a text state.
+      width: D, dims of a text state.
+    """
+    others = {"index": 0, "source": "", "label": "", "mode": "both", "noise_seed": 0}
+    scales = {"text_scale": 0, "image_scale": 0}
+    own = {**others, **scales, **recipe, "partners": [""] * partners}
+    found = [*_type_problems(own)]
+    return found or [*_token_problems(own, length, width)]
+
+
 def _lines(path: epath.PathLike) -> list[str]:
     path = epath.Path(path)
     if not path.is_file():

@@ -1,9 +1,12 @@
 """Terminal output: log lines and progress bars."""
 
+import contextlib
 import logging as std_logging
 import os
+import select
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
@@ -11,6 +14,10 @@ from tqdm import tqdm
 
 from mvc_jax import processes
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# In a checkout the configs are beside the package.
+_CONFIGS = os.path.join(os.path.dirname(_PACKAGE), "configs")
+_OURS = (_PACKAGE + os.sep, _CONFIGS + os.sep)
 _LINE_SECONDS = 15.0
 _NOTE_SECONDS = 1.0
 
@@ -29,6 +36,41 @@ def be_quiet() -> None:
     sys.excepthook = _print_exception
 
 
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Shows our messages in a program that has not set up logging; then leaves it so.
+
+    A notebook is one.
+    """
+    root = std_logging.getLogger()
+    if root.handlers:
+        yield
+        return
+    before = root.level, logging.get_verbosity(), sys.excepthook
+    be_quiet()
+    try:
+        yield
+    finally:
+        root.handlers.clear()
+        root.setLevel(before[0])
+        logging.set_verbosity(before[1])
+        sys.excepthook = before[2]
+
+
+def is_unread() -> bool:
+    """Whether what reads the output, such as `head`, has ended.
+
+    If so, nothing more is written: Python would try again when it ends.
+    """
+    number = sys.stdout.fileno()
+    asked = select.poll()
+    asked.register(number, 0)
+    if not any(found & select.POLLERR for _, found in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
+
+
 class _Formatter(std_logging.Formatter):
     """`message`, or `warning: message` from that level on."""
 
@@ -40,13 +82,12 @@ class _Formatter(std_logging.Formatter):
 
 
 def _is_shown(record: std_logging.LogRecord) -> bool:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     if record.levelno >= std_logging.ERROR:
         # A failed save raises in our thread; Orbax's threads log the same error again.
         by_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
         if by_orbax or "exception was never retrieved" in record.getMessage():
             return False
-    ours = os.path.abspath(record.pathname).startswith(package)
+    ours = os.path.abspath(record.pathname).startswith(_OURS)
     ours = ours and processes.is_first()
     return ours or record.levelno >= std_logging.WARNING
 
