@@ -35,7 +35,7 @@ MODELS = {
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    known = ("path", "model", "per_class", "preset")
+    known = ("path", "model", "per_class", "preset", "pretrain")
     given = common.parse_argument(argument, known=known)
     config = common.get_config()
     config.data.source = f"folder:{given.get('path', 'data/brain-tumor-mri')}"
