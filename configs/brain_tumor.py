@@ -45,6 +45,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.duplicates = "remove"
     config.data.class_type = "brain MRI"
 
+    config.caption.attributes = "scan"  # where the captioner is `attributes`
     config.base.path = common.STABLE_DIFFUSION
     model = common.choice(given, "model", tuple(MODELS), "resnet50")
     config.classify.model = MODELS[model]

@@ -634,6 +634,9 @@ _SETS = (
     "image_number",
     "embedding_difference",
     "controlnet",
+    "real_guidance",
+    "da_fusion",
+    "diff_mix",
 )
 
 _GENERATE = Section(
@@ -722,6 +725,24 @@ _GENERATE = Section(
             0.5,
             "for `interpolated`: weight of the partner",
             hint="It is the weight of the partner.",
+        ),
+        "strength": Field(
+            (0.5,),
+            "for `real_guidance`, `da_fusion` and `diff_mix`: noise that is added to "
+            "the source, of which each image draws one; 0 is the source, 1 is noise",
+            item=float,
+            at_least=0,
+            at_most=1,
+            length=(1, 100),
+            distinct=True,
+            hint="DA-Fusion draws from 0.25,0.5,0.75,1.0.",
+        ),
+        "soft_label_gamma": Field(
+            0.8,
+            "for `diff_mix`: the other class has the probability strength^gamma",
+            at_least=0,
+            at_most=100,
+            hint="0.8 is in the example of Diff-Mix's code.",
         ),
         "dtype": _dtype(),
         "attention": _attention(),

@@ -56,12 +56,20 @@ def lowmem16(config: ConfigDict) -> None:
 
 
 def small32(config: ConfigDict) -> None:
-    """A small base of 32 pixels: latents 16x16x4, attention on 8x8 only."""
+    """A small base of 32 pixels: latents 16x16x4, attention on 8x8 only.
+
+    What it brings is not measured.
+    """
     _small(config, size=32, vae_channels=(32, 32))
 
 
 def small64(config: ConfigDict) -> None:
-    """A small base of 64 pixels: latents 16x16x4, attention on 8x8 only."""
+    """A small base of 64 pixels: latents 16x16x4, attention on 8x8 only.
+
+    The loss with gradients and features is not measured. With absolute error alone,
+    this autoencoder reconstructed 200 scans of Brain Tumor MRI with 29.7 dB after 1,200
+    steps, and one of (16, 32, 32, 32) channels, whose latents are 8x8x4, with 22.9 dB.
+    """
     _small(config, size=64, vae_channels=(16, 32, 32))
 
 
@@ -69,6 +77,11 @@ def _small(config: ConfigDict, *, size: int, vae_channels: tuple[int, ...]) -> N
     """Architecture, loss and steps of both; learning rates decay by a cosine."""
     config.base.path = ""
     config.data.size = size
+    config.caption.captioner = "attributes"
+    if config.caption.attributes == "strokes":
+        config.caption.attributes = "photo"
+    if config.classify.size > size:
+        config.classify.size = 0  # as the images
     vae, unet = config.pretrain.vae, config.pretrain.unet
     vae.channels = vae_channels
     vae.steps = 1200

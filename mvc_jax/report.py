@@ -135,6 +135,7 @@ def _pictures(
         "any_flag": any_flag,
         "set_names": list(images.sets),
         "samples": training_pictures.samples(workdir),
+        "base": training_pictures.base(workdir),
     }
 
 
@@ -153,7 +154,10 @@ def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
         "metrics": ("Image metrics", values["image_metrics"]),
         "sets": ("Synthetic sets", metrics["sets"]),
         "captions": ("Captions", values["captions"]),
-        "training": ("Training", values["curves"] or values["samples"]),
+        "training": (
+            "Training",
+            values["curves"] or values["samples"] or values["base"],
+        ),
         "cost": ("Time and memory", values["cost"]),
         "data": ("Data", True),
         "settings": ("Settings", True),

@@ -116,7 +116,9 @@ class Quality:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "warnings": self.warnings()}
+        """The measures, and `words` and `warnings`, as `quality.json` has them."""
+        words = {"words": self.in_words(), "warnings": self.warnings()}
+        return {**dataclasses.asdict(self), **words}
 
 
 def hold_out(
