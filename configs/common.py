@@ -644,9 +644,10 @@ _GENERATE = Section(
     {
         "sets": Field(
             ("mixed", "unmixed"),
-            "datasets to draw (docs/mixing.md)",
+            "datasets to draw (docs/mixing.md); empty: none, for classifiers of real "
+            "images alone",
             choices=_SETS,
-            length=(1, len(_SETS)),
+            length=(0, len(_SETS)),
             distinct=True,
             hint="Choose some of these.",
         ),

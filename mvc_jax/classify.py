@@ -254,7 +254,8 @@ def stage_spec(config: ConfigDict) -> Spec:
         "classify": {k: v for k, v in section.items() if k not in _NO_RESULT},
     }
     made = ("results/*", "models/*")
-    return Spec("classify", settings, inputs=("generate",), restores=made)
+    inputs = ("generate",) if config.generate.sets else ("caption",)
+    return Spec("classify", settings, inputs, restores=made)
 
 
 def parts(

@@ -82,6 +82,14 @@ _GROWS = ("generate.include_real", "generate.folder")
 def check(config: ConfigDict) -> None:
     """Checks the section `generate`."""
     section = config.generate
+    if not section.sets:
+        raise UserError(
+            "config.generate.sets",
+            wanted=f"at least one of {', '.join(conditionings.CONDITIONINGS)}",
+            got="none",
+            fix="Name one, or run the stages of real images alone: "
+            "--config.stages=all leaves out the others.",
+        )
     timesteps.require_noise(section.sampler, section.steps, section.timestep_spacing)
     names = {*section.sets}
     if section.conditioning != "all":  # which leaves out what cannot be drawn

@@ -35,6 +35,7 @@ with epy.lazy_imports():
     )
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
+_OF_SETS = ("mix", "generate")  # those that are there only with synthetic sets
 _ARTIFACTS = ("report.html", "report.md", "grid.png")
 _PICTURE_BYTES = 150_000
 
@@ -55,7 +56,9 @@ def stage_spec(config: ConfigDict) -> Spec:
         "data": config.data.to_dict(),
         "report": config.report.to_dict(),
     }
-    return Spec("report", settings, inputs=_INPUTS, restores=_ARTIFACTS)
+    sets = config.generate.sets
+    inputs = [name for name in _INPUTS if sets or name not in _OF_SETS]
+    return Spec("report", settings, inputs, restores=_ARTIFACTS)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -147,7 +150,7 @@ def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
         "accuracy": ("Accuracy", True),
         "classes": ("Classes", True),
         "images": ("Images of every class", True),
-        "mixing": ("Is it the mixing?", True),
+        "mixing": ("Is it the mixing?", values["set_names"]),
         "copies": ("Copies", values["copies"]),
         "labels": ("Another class", values["other_class"]),
         "figures": ("Figures", values["figures"]),

@@ -14,6 +14,8 @@ DOCUMENTS = [
 
 # Fewer steps, images and seeds of the digits; the stages and shapes are the demo's.
 SHORT = (
+    "pretrain.judge.steps=10",
+    "pretrain.judge.samples=20",
     "pretrain.vae.steps=30",
     "pretrain.unet.steps=30",
     "pretrain.unet.warmup=30",

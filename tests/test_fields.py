@@ -19,7 +19,7 @@ from mvc_jax.classification import runs as classification_runs
 from mvc_jax.command import command_line
 from mvc_jax.configs import common
 from mvc_jax.configs.fields import Field, Section, as_flag, help_of
-from mvc_jax.data import decode
+from mvc_jax.data import attribute_captions, decode
 from mvc_jax.diffusion import samplers, timesteps
 from mvc_jax.errors import UserError
 from mvc_jax.generation import conditionings, synthetic
@@ -204,6 +204,7 @@ def test_every_value_has_a_run_to_the_report():
 
 def test_choices_are_those_of_the_rooms():
     rooms = {
+        "caption.attributes": tuple(attribute_captions.KINDS),
         "caption.dtype": blip2.DTYPES,
         "classify.model": tuple(classifiers.VARIANTS),
         "classify.optimizer": optim.OPTIMIZERS,

@@ -422,7 +422,9 @@ def test_soft_labels_reach_the_training_set(rivals):
 
 
 def test_diff_mix_needs_another_class():
-    alone = edits.Edits((0.5,), 0.8, ids=("a", "b"), labels=(1, 1), classes=2, seed=0)
+    alone = edits.Edits(
+        (0.5,), 0.8, ids=("a", "b"), labels=np.ones(2, int), classes=2, seed=0
+    )
     with pytest.raises(UserError, match="at least two classes.*got one"):
         alone.completed({"index": 0, "source": "a"}, towards=True)
 

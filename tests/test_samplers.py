@@ -173,7 +173,8 @@ def test_a_noised_source_equals_pytorch(torch, name, prediction_type, strength):
 
 @names
 def test_strength_0_is_the_source_and_1_is_noise(name):
-    noise, source = normal(f"{name} start", *SHAPE), normal(f"{name} source", *SHAPE)
+    noise = jnp.asarray(normal(f"{name} start", *SHAPE))
+    source = jnp.asarray(normal(f"{name} source", *SHAPE))
     calls = []
 
     def denoise(latents, timesteps):

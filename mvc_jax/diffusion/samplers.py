@@ -257,7 +257,7 @@ def make(
     )
 
 
-def _noised(source: Array, noise: Array, alpha: float, sigma: float) -> Array:
+def _noised(source: Array, noise: Array, alpha: Any, sigma: Any) -> Array:
     """Latents of a noise level: alpha x_0 + sigma noise."""
     return np.float32(alpha) * source + np.float32(sigma) * noise
 

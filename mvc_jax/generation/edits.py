@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from mvc_jax.data import order
 from mvc_jax.errors import UserError
@@ -40,7 +41,7 @@ class Edits:
     strengths: Sequence[float]
     gamma: float
     ids: Sequence[str]
-    labels: Sequence[int]
+    labels: Int[np.ndarray, " N"]
     classes: int
     seed: int
 
@@ -62,7 +63,7 @@ class Edits:
             found["partners"] = [self.ids[target]]
             found["soft_label"] = soft_label(
                 own,
-                self.labels[target],
+                int(self.labels[target]),
                 strength,
                 gamma=self.gamma,
                 classes=self.classes,
