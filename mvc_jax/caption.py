@@ -480,6 +480,7 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
 
 def _gather_pool(config: ConfigDict, folder: epath.Path) -> None:
     """Writes the images of `pretrain.source` and their rows."""
+    folder.mkdir(parents=True, exist_ok=True)
     data, source, pool = config.data, _open_pool(config), config.pretrain.pool
     count = len(base_pool.choose(source, pool.images, seed=config.seed)["pool"])
     progress = Progress("images of pretrain.source", count, unit="image")

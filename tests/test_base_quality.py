@@ -180,6 +180,7 @@ def test_reconstructions_are_of_the_mode(tiny):
 # What is said.
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 5000), fraction=st.floats(0, 0.5))
 def test_held_out_images_are_never_trained_on(count, fraction):
     kept, held = quality.hold_out(count, fraction, seed=3)

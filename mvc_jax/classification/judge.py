@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
@@ -99,7 +100,7 @@ def train(
     )
     spec = classifier.ClassifierSpec(network)
     tx = optim.optimizer("adam", 1.0, weight_decay=_WEIGHT_DECAY, momentum=0.9)
-    keys = rng.example_keys(rng.purpose_key(seed, _PURPOSE), np.zeros(1, np.int32))
+    keys = rng.example_keys(rng.purpose_key(seed, _PURPOSE), jnp.zeros(1, jnp.int32))
     state = classifier.create_state(
         spec, tx, keys, loop.mesh, image_shape=images.shape[1:]
     )

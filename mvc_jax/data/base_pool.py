@@ -4,7 +4,7 @@ The stage `caption` writes it into its folder `pool/`, as the files of `data/spl
 with one split, and its captions beside them. No image of it is also in test.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -28,7 +28,7 @@ def choose(
     count: int,
     *,
     seed: int,
-    usable: Collection[bool] | None = None,
+    usable: np.ndarray | None = None,
 ) -> dict[str, Int[np.ndarray, " n"]]:
     """Which images of a source are the pool: none of its own test images.
 
@@ -44,7 +44,7 @@ def choose(
     Raises:
       UserError: there are not so many.
     """
-    free = np.ones(len(source), bool) if usable is None else np.asarray(usable)
+    free = np.ones(len(source), bool) if usable is None else usable
     if source.is_test is not None:
         free = free & ~source.is_test
     there = int(free.sum())

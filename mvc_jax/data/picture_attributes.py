@@ -26,6 +26,7 @@ _HUES = (  # name, up to this hue in degrees
 COLOURS = ("black", "grey", "white", *dict(_HUES), "brown")
 _BLACK = 0.06  # brightness below which a pixel of a scan is background
 _BRIGHTEST = 85  # percentile of a scan's other pixels: what is above is its region
+_ROUNDING = 1e-6  # of filtered brightness
 _COHERENT = 0.25  # of the structure tensor: below it no direction is named
 
 
@@ -147,7 +148,7 @@ def _foreground(pixels: Float[np.ndarray, "H W 3"]) -> Bool[np.ndarray, "H W"]:
     distance = np.abs(pixels - np.median(border, axis=0)).mean(-1)
     width = max(min(distance.shape) // 16, 1)
     smooth = ndimage.uniform_filter(distance, width)
-    return _largest(smooth > otsu(smooth))
+    return _largest(smooth > otsu(smooth) + _ROUNDING)
 
 
 def _bright_region(grey: Float[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
@@ -158,7 +159,7 @@ def _bright_region(grey: Float[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
     inside = smooth[smooth > _BLACK]
     if not inside.size:
         return np.zeros(grey.shape, bool)
-    return _largest(smooth >= np.percentile(inside, _BRIGHTEST))
+    return _largest(smooth > np.percentile(inside, _BRIGHTEST) + _ROUNDING)
 
 
 def _largest(mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:

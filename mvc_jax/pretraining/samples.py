@@ -90,7 +90,7 @@ def _sample(
         noise,
         jnp.zeros((*noise.shape[:-1], 2 * model.latent_channels)),
         states,
-        model.text_states(params, null_ids)[0],
+        model.text_states(params, jnp.asarray(null_ids))[0],
         sampler=sampler,
         text_scale=SCALE,
         image_scale=0.0,  # there is no source
