@@ -15,9 +15,12 @@ _NAMES = {  # of arguments -> (placeholder, example)
     "model": ("NAME", "wrn50_2"),
     "preset": ("NAME", "fast"),
     "pretrain": ("NAME", "small64"),
+    "data": ("NAME", "brain_tumor"),
+    "base": ("FOLDER", "/data/caltech101"),
+    "weights": ("PATH", "/weights/efficientnet_lite0"),
 }
 _OTHER = ("VALUE", "VALUE")  # for names of a user's own config
-_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset", "pretrain")
+_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset", "pretrain", "data")
 
 
 def parse_argument(

@@ -50,7 +50,6 @@ with epy.lazy_imports():
 _KEPT = 2  # checkpoints of each network
 _NETWORKS = ("judge", "vae", "unet", "image_encoder", "controlnet")
 _GUESSED_LENGTH = 16  # of prompts, before there is a tokenizer
-_LONGEST = 77  # tokens of a prompt, as CLIP's
 _FEATURES = "config.pretrain.vae.features"
 _OF_PROMPTS = ("prompt", "class_type")  # fields of `data`
 
@@ -311,7 +310,7 @@ def _tokenized(
             folder,
             base.tokenizer_corpus(texts, names, **words),
             vocab_size=section.vocab_size,
-            max_length=section.context_length or _LONGEST,
+            max_length=section.context_length or captions.LONGEST,
         )
         length = section.context_length
         if not length:
@@ -328,7 +327,7 @@ def _tokenized(
                         class_type=config.data.class_type,
                     ),
                 ],
-                most=_LONGEST,
+                most=captions.LONGEST,
             )
             tokenizer.set_length(folder, length)
         return length

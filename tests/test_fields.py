@@ -32,7 +32,8 @@ import every_value  # noqa: E402
 
 FIELDS = common.FIELDS.flat()
 CONFIGS = pathlib.Path(common.__file__).parent
-ARGUMENTS = {"folder": "path=a", "brain_tumor": "path=a", "tiny_imagenet": "path=a"}
+ARGUMENTS = dict.fromkeys(("folder", "brain_tumor", "tiny_imagenet"), "path=a")
+ARGUMENTS["real_images"] = "data=caltech101,path=a"
 
 
 def bad_values(field):
@@ -164,7 +165,7 @@ def test_every_shipped_config_passes(path, preset):
     if not hasattr(module, "get_config"):
         return
     argument = ARGUMENTS.get(path.stem, "")
-    if preset and path.stem not in ("common",):
+    if preset and path.stem not in ("common", "real_images"):
         argument += ",preset=fast" if argument else "preset=fast"
     common.FIELDS.check(module.get_config(argument))
 
