@@ -35,7 +35,7 @@ from mvc_jax.generation import (
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.metrics import distances
-from mvc_jax.mixing import operations
+from mvc_jax.mixing import operations, recipe_file
 from mvc_jax.models import stable_diffusion
 from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
@@ -419,6 +419,18 @@ def test_soft_labels_reach_the_training_set(rivals):
     np.testing.assert_allclose(soft.sum(1), 1.0, rtol=1e-6)
     for name in ("pretrained", "da_fusion"):
         assert synthetic.read_soft_labels(folder / name, 2) is None
+
+
+def test_recipes_of_a_rival_are_not_those_of_mixing(rivals, tmp_path):
+    """A user may copy them from the provenance of a set."""
+    (row,) = files.read_jsonl(rivals / "mix" / "recipes.jsonl")[:1]
+    path = tmp_path / "recipes.jsonl"
+    files.write_jsonl(path, [row | {"mode": "diff_mix", "strength": 0.5}])
+    with pytest.raises(UserError, match="diff_mix") as caught:
+        recipe_file.read_recipes(path)
+    assert "coarse or fine or both" in "".join(
+        [str(caught.value), *caught.value.details]
+    )
 
 
 def test_diff_mix_needs_another_class():

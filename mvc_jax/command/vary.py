@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from mvc_jax.command import pipeline, run_config
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
+from mvc_jax.generation.conditionings import RIVALS
 from mvc_jax.stage import hash_of
 
 _EXAMPLE = "Write e.g. --vary mix.tokens=1,2,4,8."
@@ -221,6 +222,14 @@ _READ: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
     "generate.interpolation": (
         lambda c: "interpolated" in c.generate.sets,
         "generate.sets has interpolated",
+    ),
+    "generate.strength": (
+        lambda c: bool({*RIVALS} & {*c.generate.sets}),
+        f"generate.sets has {', '.join(RIVALS)}",
+    ),
+    "generate.soft_label_gamma": (
+        lambda c: "diff_mix" in c.generate.sets,
+        "generate.sets has diff_mix",
     ),
     "classify.probability": (
         lambda c: _has_run(c, "probabilistic", "replace_"),
