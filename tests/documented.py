@@ -47,6 +47,7 @@ SHORTENED = (
     ("captioner=blip2", None),
     # Minutes of training on images that the tests do not have.
     (",pool=", None),
+    ("pretrain=small64", None),
     ("configs/folder.py", []),
     # Two regimes with a set each.
     (

@@ -207,7 +207,7 @@ def strip(
 ) -> bytes:
     """A PNG: held-out images, below them their reconstructions."""
     rows = [
-        {"name": name, "cells": [_cell(x) for x in some[:_COLUMNS]]}
+        {"name": name, "cells": _cells(some[:_COLUMNS])}
         for name, some in (("original", images), ("reconstructed", decoded))
     ]
     return pictures.png(pictures.grid(rows, tile, panels=1))
@@ -222,12 +222,16 @@ def sheet(
     """A PNG of some samples, a row for each of the first classes."""
     rows = []
     for k in np.unique(labels)[:_MOST_CLASSES]:
-        mine = drawn[labels == k][:_PER_CLASS]
-        cells = [_cell(x) for x in mine]
-        cells += [{"heading": "", "image": None}] * (_PER_CLASS - len(cells))
+        cells = _cells(drawn[labels == k][:_PER_CLASS])
+        for n in range(len(cells) + 1, _PER_CLASS + 1):
+            cells.append({"heading": str(n), "image": None})
         rows.append({"name": class_names[k], "number": int(k), "cells": cells})
     return pictures.png(pictures.grid(rows, tile, panels=1))
 
 
-def _cell(image: UInt8[np.ndarray, "H W 3"]) -> dict[str, Any]:
-    return {"heading": "", "image": Image.fromarray(image)}
+def _cells(images: UInt8[np.ndarray, "n H W 3"]) -> list[dict[str, Any]]:
+    """Cells of a row, numbered from 1."""
+    return [
+        {"heading": str(n), "image": Image.fromarray(image)}
+        for n, image in enumerate(images, start=1)
+    ]
