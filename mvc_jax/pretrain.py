@@ -192,6 +192,8 @@ def parts(
     same_words = all(ours["data"][x] == theirs["data"][x] for x in _OF_PROMPTS)
     if ours["seed"] != theirs["seed"] or not same_words:
         return []
+    if "held_out" not in theirs["pretrain"]:  # by a version that held out none
+        return []
     pools = [
         _read_pool(epath.Path(folder) / "caption", each["pretrain"].get("source", ""))
         for folder, each in ((workdir, ours), (other, theirs))
@@ -203,13 +205,25 @@ def parts(
         return []
     if not np.array_equal(mine.images, their.images):
         return []
-    if not differences(ours["pretrain"], theirs["pretrain"], "pretrain"):
+    # Without a length of its own, that of the prompts depends on the training images.
+    same_length = config.pretrain.context_length or (
+        _train_captions(workdir) == _train_captions(other)
+    )
+    same = not differences(ours["pretrain"], theirs["pretrain"], "pretrain")
+    if same and same_length:
         names = [name for name in _NETWORKS if config.pretrain[name].steps]
     elif not differences(_of_vae(ours), _of_vae(theirs), "pretrain"):
         names = ["judge", "vae"]  # which are trained first, by themselves
     else:
         names = []
     return [Part(name, (f"checkpoints/{name}",)) for name in names]
+
+
+def _train_captions(workdir: epath.PathLike) -> list[str]:
+    """The captions of the training images."""
+    folder = epath.Path(workdir) / "caption"
+    ids = splits.read_split(folder, "train").ids
+    return captions.read_captions(folder / "captions.jsonl", ids)
 
 
 def _of_vae(settings: dict[str, Any]) -> dict[str, Any]:
