@@ -1,17 +1,20 @@
 """What captions without a network say: `attributes` beside `template`.
 
-    python benchmarks/captions.py --images=scan:FOLDER --base=BASE [--count=2000]
+    python benchmarks/captions.py --images=scan:FOLDER [--base=BASE] [--count=2000]
 
 For images of a folder with a subfolder for each class (or a Parquet file of
 `datasets`, by its path), it prints the distinct captions of a class, the tokens of the
 longest prompt, and which share of the variance of the text states is within classes:
-that is what mixing has to mix. Text states are those of the base at BASE, its BOS
-token left out; without `--base` they are not computed.
+that is what mixing has to mix. Text states are those of the base at BASE, without BOS;
+without `--base` those with which `pretrain` begins: a tokenizer of these captions, and
+a text encoder of random weights.
 """
 
 import argparse
 import io
 import pathlib
+import tempfile
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,9 +54,7 @@ def main() -> None:
             len({t for t, x in zip(texts, labels, strict=True) if x == label})
             for label in sorted({*labels})
         ]
-        tokens, within = "–", "–"
-        if arguments.base:
-            tokens, within = states(arguments.base, prompts, labels)
+        tokens, within = states(arguments.base, prompts, labels)
         mean = np.mean(per_class)
         print(f"| {captioner} | {len({*texts})} | {mean:.1f} | {tokens} | {within} |")
 
@@ -85,7 +86,10 @@ def states(base: str, prompts: list[str], labels: list[str]) -> tuple[str, str]:
 
     from mvc_jax.checkpoints import diffusers_layout
 
-    model, params = diffusers_layout.load(base, ("text_encoder",))
+    if base:
+        model, params = diffusers_layout.load(base, ("text_encoder",))
+    else:
+        model, params = beginning(prompts)
     distinct = sorted({*prompts})
     run = jax.jit(model.text_states)
     batches = [distinct[i : i + 64] for i in range(0, len(distinct), 64)]
@@ -104,6 +108,27 @@ def states(base: str, prompts: list[str], labels: list[str]) -> tuple[str, str]:
     )
     longest = max(map(model.count_tokens, distinct))
     return f"{longest} of {model.context_length}", f"{100 * within / total:.1f}"
+
+
+def beginning(prompts: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The small base before its first step: architecture, and its text encoder."""
+    from mvc_jax import pretrain
+    from mvc_jax.checkpoints import clip_tokenizer
+    from mvc_jax.configs import common
+    from mvc_jax.models.stable_diffusion import random_params
+    from mvc_jax.pretraining import small, tokenizer
+
+    config = common.get_config()
+    with tempfile.TemporaryDirectory() as folder:
+        size = config.pretrain.vocab_size
+        tokenizer.train(folder, prompts, vocab_size=size, max_length=captions.LONGEST)
+        read, _ = clip_tokenizer.read(folder)
+        longest = tokenizer.longest(read, prompts, most=captions.LONGEST)
+        tokenizer.set_length(folder, longest)
+        read, _ = clip_tokenizer.read(folder)
+    model = small.stable_diffusion(read, **pretrain._architecture(config, longest))
+    rng = np.random.default_rng(0)
+    return model, {"text_encoder": random_params(model.shapes("text_encoder"), rng)}
 
 
 if __name__ == "__main__":

@@ -171,6 +171,38 @@ def test_a_noised_source_equals_pytorch(torch, name, prediction_type, strength):
     np.testing.assert_allclose(drawn, latents.numpy(), rtol=0, atol=1e-4)
 
 
+def test_a_noised_source_equals_pytorchs_pipeline(torch, tiny, original):
+    """`StableDiffusionImg2ImgPipeline` from the folder of a tiny random model."""
+    import diffusers
+
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(original)
+    pipeline.set_progress_bar_config(disable=True)
+    model, params = tiny
+    source, prompt = normal("source", 1, 2, 2, 4), "a bold stroke"
+    expected = pipeline(
+        prompt,
+        image=torch.from_numpy(source.transpose(0, 3, 1, 2).copy()),
+        strength=0.6,
+        num_inference_steps=5,
+        guidance_scale=1.0,  # none
+        generator=torch.manual_seed(0),
+        output_type="latent",
+    ).images
+    noise = torch.randn((1, 4, 2, 2), generator=torch.manual_seed(0))
+    states = model.text_states(params, jnp.asarray(model.tokenize([prompt])))
+    sampler = make("ddim", 5, alphas_cumprod=model.alphas_cumprod)
+    drawn = jax.jit(
+        lambda noise, source: sampler(
+            lambda x, t: model.denoise(params, x, t, states),
+            noise,
+            source=source,
+            strength=0.6,
+        )
+    )(noise.numpy().transpose(0, 2, 3, 1), source)
+    theirs = expected.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(drawn, theirs, rtol=0, atol=1e-4)
+
+
 @names
 def test_strength_0_is_the_source_and_1_is_noise(name):
     noise = jnp.asarray(normal(f"{name} start", *SHAPE))
