@@ -26,6 +26,8 @@ SMALL = (
     "data.class_type=part",
     "data.pool=18",
     "data.per_class=6",
+    "pretrain.judge.steps=2",
+    "pretrain.judge.samples=4",
     "pretrain.vae.steps=2",
     "pretrain.unet.steps=2",
     "pretrain.unet.warmup=1",
@@ -44,7 +46,7 @@ SMALL = (
 )
 _SETS = (
     "mixed,unmixed,pretrained,caption_only,noised,interpolated,image_embedding,"
-    "image_number,embedding_difference,controlnet"
+    "image_number,embedding_difference,controlnet,real_guidance,da_fusion,diff_mix"
 )
 _METRICS = "frechet,kid,cmmd,prdc,vendi,text,shift,classes"
 # The fields of each run; FOLDER is that of the images.
@@ -59,6 +61,9 @@ RUNS: dict[str, dict[str, str]] = {
         "caption.captioner": "file",
         "caption.file": "FOLDER/captions.jsonl",
         "caption.dtype": "auto",
+        "caption.attributes": "strokes",
+        "pretrain.pool.captioner": "",
+        "pretrain.pool.attributes": "strokes",
         "encode.dtype": "float32",
         "finetune.mode": "full",
         "finetune.schedule": "constant",
@@ -100,6 +105,11 @@ RUNS: dict[str, dict[str, str]] = {
         "caption.captioner": "file",
         "caption.file": "FOLDER/captions.jsonl",
         "caption.dtype": "float32",
+        "pretrain.source": "folder:FOLDER/whole",
+        "pretrain.pool.captioner": "file",
+        "pretrain.pool.duplicates": "refuse",
+        "pretrain.pool.file": "FOLDER/captions.jsonl",
+        "pretrain.pool.attributes": "photo",
         "encode.dtype": "float16",
         "finetune.mode": "lora",
         "finetune.schedule": "cosine",
@@ -133,6 +143,11 @@ RUNS: dict[str, dict[str, str]] = {
         "data.on_bad_image": "skip",
         "caption.captioner": "attributes",
         "caption.dtype": "bfloat16",
+        "caption.attributes": "photo",
+        "pretrain.source": "folder:FOLDER/whole",
+        "pretrain.pool.captioner": "attributes",
+        "pretrain.pool.attributes": "scan",
+        "pretrain.pool.duplicates": "remove",
         "finetune.dtype": "bfloat16",
         "finetune.attention": "mapped",
         "finetune.remat": "full",
@@ -156,6 +171,11 @@ RUNS: dict[str, dict[str, str]] = {
         "data.on_bad_image": "fail",
         "caption.captioner": "template",
         "caption.dtype": "int8",
+        "caption.attributes": "scan",
+        "pretrain.source": "folder:FOLDER/whole",
+        "pretrain.pool.captioner": "template",
+        "pretrain.pool.attributes": "",
+        "pretrain.pool.duplicates": "remove",
         "mix.modes": "fine",
         "mix.positions": "all",
         "generate.timestep_spacing": "leading",
@@ -171,6 +191,7 @@ _DEVICE = "another device, on which benchmarks/accelerator.sh runs it"
 NOT_HERE: dict[str, dict[str, str]] = {
     "track": dict.fromkeys(("tensorboard", "wandb", "mlflow"), _TRACKERS),
     "caption.captioner": {"blip2": _WEIGHTS, "flax": _WEIGHTS},
+    "pretrain.pool.captioner": {"blip2": _WEIGHTS, "flax": _WEIGHTS},
     "finetune.attention": {"cudnn": _DEVICE, "pallas": _DEVICE},
     "generate.attention": {"cudnn": _DEVICE, "pallas": _DEVICE},
     "generate.filter.label": {"clip": _WEIGHTS},

@@ -14,9 +14,13 @@ _NAMES = {  # of arguments -> (placeholder, example)
     "pool": ("COUNT", "2000"),
     "model": ("NAME", "wrn50_2"),
     "preset": ("NAME", "fast"),
+    "pretrain": ("NAME", "small64"),
+    "data": ("NAME", "brain_tumor"),
+    "base": ("FOLDER", "/data/caltech101"),
+    "weights": ("PATH", "/weights/efficientnet_lite0"),
 }
 _OTHER = ("VALUE", "VALUE")  # for names of a user's own config
-_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset")
+_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset", "pretrain", "data")
 
 
 def parse_argument(

@@ -35,7 +35,7 @@ MODELS = {
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    known = ("path", "model", "per_class", "preset")
+    known = ("path", "model", "per_class", "preset", "pretrain")
     given = common.parse_argument(argument, known=known)
     config = common.get_config()
     config.data.source = f"folder:{given.get('path', 'data/brain-tumor-mri')}"
@@ -45,6 +45,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.duplicates = "remove"
     config.data.class_type = "brain MRI"
 
+    config.caption.attributes = "scan"  # where the captioner is `attributes`
     config.base.path = common.STABLE_DIFFUSION
     model = common.choice(given, "model", tuple(MODELS), "resnet50")
     config.classify.model = MODELS[model]

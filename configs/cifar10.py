@@ -28,7 +28,7 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(argument, known=("per_class", "preset"))
+    given = common.parse_argument(argument, known=("per_class", "preset", "pretrain"))
     config = common.get_config()
     config.data.source = "tfds:cifar10"
     config.data.size = 256

@@ -26,6 +26,8 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # on the hub
 SPACINGS = ("auto", "trailing", "leading", "linspace")  # diffusion/timesteps.py
 ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")  # those of models/attention.py
 DTYPES = ("auto", "float32", "bfloat16")
+ATTRIBUTES = ("strokes", "photo", "scan")  # those of data/attribute_captions.py
+_CAPTIONERS = ("blip2", "flax", "file", "template", "attributes")
 _MAX_BATCH = 10**6
 _MAX_SIDE = 16_384  # pixels
 _MAX_GIB = 10**6
@@ -205,8 +207,14 @@ _CAPTION = Section(
     {
         "captioner": one_of(
             "blip2",
-            ("blip2", "flax", "file", "template", "attributes"),
+            _CAPTIONERS,
             "what writes the captions; blip2 is the supplement's",
+        ),
+        "attributes": one_of(
+            "strokes",
+            ATTRIBUTES,
+            "what the captioner `attributes` measures: strokes (bright on black, as "
+            "digits), photo or scan (without colours)",
         ),
         "model": Field(
             "", "folder or hub name for blip2 and flax; empty: the default model"
@@ -232,8 +240,55 @@ _CAPTION = Section(
 _PRETRAIN = Section(
     "a small Stable Diffusion from scratch, if base.path is empty",
     {
+        "source": Field(
+            "",
+            "where the base's images are, as data.source says; empty: the pool of "
+            "data.source",
+        ),
+        "pool": Section(
+            "of pretrain.source: its images, classes and captions",
+            {
+                "images": optional(
+                    0, "of it to use, none of its own test images; 0: all"
+                ),
+                "image_column": word("image", "as data.image_column"),
+                "label_column": word("label", "as data.label_column"),
+                "dir": Field("", "as data.dir"),
+                "classes": Field(
+                    (),
+                    "names of the classes to use; empty: all",
+                    word=True,
+                    distinct=True,
+                    hint="Name each class once.",
+                ),
+                "class_type": Field("", 'as in "a photo of {class_type} {label}"'),
+                "captioner": one_of(
+                    "",
+                    ("", *_CAPTIONERS),
+                    "what writes its captions; empty: that of caption.captioner",
+                ),
+                "file": Field("", "captions.jsonl for the captioner `file`"),
+                "attributes": one_of(
+                    "",
+                    ("", *ATTRIBUTES),
+                    "what the captioner `attributes` measures; empty: as "
+                    "caption.attributes",
+                ),
+                "duplicates": one_of(
+                    "refuse",
+                    ("refuse", "remove"),
+                    "images that are also in test: refuse them, or do without them",
+                ),
+            },
+        ),
         "context_length": Field(
-            16, "tokens of a prompt, BOS and EOS included", at_least=4, at_most=1024
+            0,
+            "tokens of a prompt, BOS and EOS included; 0: as many as the longest "
+            "prompt of pool and training images has",
+            at_least=4,
+            at_most=1024,
+            also=(0,),
+            hint="0 is as many as the prompts need.",
         ),
         "vocab_size": Field(
             640, "tokens of the tokenizer", at_least=514, at_most=10**6
@@ -259,6 +314,23 @@ _PRETRAIN = Section(
                     at_least=0,
                     at_most=1000,
                 ),
+                "gradient_weight": optional(
+                    0.0,
+                    "weight of the error of the image's differences between "
+                    "neighbouring pixels; 0: not in the loss",
+                    1000,
+                ),
+                "feature_weight": optional(
+                    0.0,
+                    "weight of the error of a classifier's features; 0: not in the "
+                    "loss",
+                    1000,
+                ),
+                "features": Field(
+                    "",
+                    "whose features: folder, file or hub name of a classifier; empty: "
+                    "the one that pretrain.judge trains on the pool",
+                ),
             },
         ),
         "text": Section(
@@ -282,6 +354,12 @@ _PRETRAIN = Section(
                 ),
                 "heads": count(4, "attention heads, a divisor of the channels", 10**5),
                 "layers": count(1, "residual blocks per level", 1000),
+                "attention_levels": optional(
+                    0,
+                    "levels with attention, the coarsest; 0: all",
+                    8,
+                    hint="0 is all of them.",
+                ),
                 "steps": count(2500, "optimiser steps"),
                 "batch_size": _batch(32),
                 "learning_rate": _rate(1e-3),
@@ -310,6 +388,26 @@ _PRETRAIN = Section(
                 "learning_rate": _rate(5e-4),
                 "drop_rate": fraction(0.5, "of the text, as in the ControlNet paper"),
             },
+        ),
+        "judge": Section(
+            "a classifier of the pool's images, by which the base is judged",
+            {
+                "steps": optional(300, "optimiser steps; 0: do not train one"),
+                "width": count(16, "channels of its first stage", 10**5),
+                "batch_size": _batch(32),
+                "learning_rate": _rate(1e-3),
+                "samples": count(
+                    100, "images that the base draws for it to classify", 10_000
+                ),
+            },
+        ),
+        "held_out": Field(
+            0.05,
+            "fraction of the pool on which nothing is trained, at most 200 images, to "
+            "measure the autoencoder and the judge on",
+            at_least=0,
+            at_most=0.5,
+            hint="0 measures neither.",
         ),
         "log_every": count(50, "steps per row of metrics"),
         "checkpoint_every": count(500, "steps between checkpoints"),
@@ -536,6 +634,9 @@ _SETS = (
     "image_number",
     "embedding_difference",
     "controlnet",
+    "real_guidance",
+    "da_fusion",
+    "diff_mix",
 )
 
 _GENERATE = Section(
@@ -543,9 +644,10 @@ _GENERATE = Section(
     {
         "sets": Field(
             ("mixed", "unmixed"),
-            "datasets to draw (docs/mixing.md)",
+            "datasets to draw (docs/mixing.md); empty: none, for classifiers of real "
+            "images alone",
             choices=_SETS,
-            length=(1, len(_SETS)),
+            length=(0, len(_SETS)),
             distinct=True,
             hint="Choose some of these.",
         ),
@@ -624,6 +726,24 @@ _GENERATE = Section(
             0.5,
             "for `interpolated`: weight of the partner",
             hint="It is the weight of the partner.",
+        ),
+        "strength": Field(
+            (0.5,),
+            "for `real_guidance`, `da_fusion` and `diff_mix`: noise that is added to "
+            "the source, of which each image draws one; 0 is the source, 1 is noise",
+            item=float,
+            at_least=0,
+            at_most=1,
+            length=(1, 100),
+            distinct=True,
+            hint="DA-Fusion draws from 0.25,0.5,0.75,1.0.",
+        ),
+        "soft_label_gamma": Field(
+            0.8,
+            "for `diff_mix`: the other class has the probability strength^gamma",
+            at_least=0,
+            at_most=100,
+            hint="0.8 is in the example of Diff-Mix's code.",
         ),
         "dtype": _dtype(),
         "attention": _attention(),

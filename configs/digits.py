@@ -29,7 +29,9 @@ from mvc_jax.configs import common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(argument, known=("preset",), flags=("ablation",))
+    given = common.parse_argument(
+        argument, known=("preset", "pretrain"), flags=("ablation",)
+    )
     config = common.get_config()
     config.data.source = "digits"
     config.data.size = 16
@@ -42,6 +44,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.encode.batch_size = 100
 
     config.pairs.rounds = 4
+    config.pretrain.context_length = 16
     config.pretrain.vae.steps = 500
     config.pretrain.unet.steps = 1500
     config.finetune.steps = 300

@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     Raises:
       UserError: the argument has no path, or another form.
     """
-    known = ("path", "class_type", "size", "pool", "preset")
+    known = ("path", "class_type", "size", "pool", "preset", "pretrain")
     given = common.parse_argument(argument, known=known, needed=("path",))
     pool = common.whole_number(given, "pool", 0)
     config = common.get_config()

@@ -20,7 +20,9 @@ from mvc_jax.configs import cifar10, common
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    given = common.parse_argument(argument, known=("path", "per_class", "preset"))
+    given = common.parse_argument(
+        argument, known=("path", "per_class", "preset", "pretrain")
+    )
     config = cifar10.get_config()
     config.data.source = f"folder:{given.get('path', 'data/tiny-imagenet-200')}"
     config.data.per_class = common.whole_number(given, "per_class", 0)

@@ -1,17 +1,21 @@
 """Images -> captions; also decides which split each image belongs to.
 
 Reads: the source. Writes: `images.npy` and its rows, `splits.json`, `captions.jsonl`,
-and for the user `contact_sheet.png`, `bad_images.jsonl` and `duplicates.jsonl`. No
-later stage opens the source. Test images are never captioned.
+and for the user `contact_sheet.png`, `bad_images.jsonl` and `duplicates.jsonl`. The
+same of `pretrain.source`, where there is one, into `pool/`. No later stage opens a
+source. Test images are never captioned.
 
 Of many processes the first reads the images and writes all files; where a network
 writes the captions, each captions some of the batches.
 """
 
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -21,7 +25,7 @@ from ml_collections import ConfigDict
 
 from mvc_jax import files, processes
 from mvc_jax.classification import duration
-from mvc_jax.data import captions, duplicates, sources, splits, summary
+from mvc_jax.data import base_pool, captions, duplicates, sources, splits, summary
 from mvc_jax.data.attribute_captions import attribute_captions
 from mvc_jax.data.class_folders import class_folders
 from mvc_jax.data.decode import Decoder
@@ -59,8 +63,10 @@ _SAVE_SECONDS = 2.0  # of captioning that a kill may cost
 
 
 def require_outside(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Refuses a workdir inside of the source, before either is touched."""
+    """Refuses a workdir inside of a source, before either is touched."""
     sources.require_outside(config.data.source, str(workdir))
+    if _has_pool(config):
+        sources.require_outside(config.pretrain.source, str(workdir))
 
 
 def check(config: ConfigDict) -> None:
@@ -77,6 +83,10 @@ def check(config: ConfigDict) -> None:
         raise
     _require_classes(config, source)
     _check_captioner(config.caption, source, chosen)
+    if _has_pool(config):
+        pool = _open_pool(config)
+        chosen = base_pool.choose(pool, config.pretrain.pool.images, seed=config.seed)
+        _check_captioner(_pool_captions(config), pool, chosen)
     FilterSettings(**config.generate.filter).require_top(len(source.class_names))
     duration.check_warmup(config.classify.to_dict(), source.labels[chosen["train"]])
 
@@ -89,32 +99,74 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     processes.on_first(
         "the images", lambda: _gather_once(config, stage), processes.WORK_SECONDS
     )
-    if config.caption.captioner in _DEFAULT_MODEL:
-        ids, _ = _captioned(stage.folder)
-        _network_captions(config.caption, stage, ids)
-    counts = processes.on_first("the captions", lambda: _write(config, stage))
-    artifacts = [
-        *splits.FILES,
-        "captions.jsonl",
-        "contact_sheet.png",
-        "bad_images.jsonl",
-        "duplicates.jsonl",
-        "label_conflicts.jsonl",
-    ]
+    parts = [Captioned(stage.folder, config.caption, config.data.class_type)]
+    if _has_pool(config):
+        folder = stage.folder / base_pool.FOLDER
+        class_type = config.pretrain.pool.class_type
+        parts.append(Captioned(folder, _pool_captions(config), class_type))
+    for part in parts:
+        if part.section.captioner in _DEFAULT_MODEL:
+            _network_captions(part, stage)
+    counts = processes.on_first("the captions", lambda: _write(config, stage, parts))
+    written = [*splits.FILES, "captions.jsonl", "bad_images.jsonl", "duplicates.jsonl"]
+    artifacts = [*written, "contact_sheet.png", "label_conflicts.jsonl"]
+    if _has_pool(config):
+        artifacts += [f"{base_pool.FOLDER}/{name}" for name in written]
     stage.finish(artifacts, **counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """A folder of images, and how they are captioned.
+
+    Attributes:
+      folder: with the files of `data/splits.py`.
+      section: `config.caption`, or what of it holds for these images.
+      class_type: of the images.
+    """
+
+    folder: epath.Path
+    section: ConfigDict
+    class_type: str
+
+
+def _has_pool(config: ConfigDict) -> bool:
+    """Whether the base is trained on images of another source."""
+    return bool(config.pretrain.source) and not config.base.path
+
+
+def _pool_captions(config: ConfigDict) -> ConfigDict:
+    """`config.caption` for the images of `pretrain.source`."""
+    section, pool = config.caption.copy_and_resolve_references(), config.pretrain.pool
+    section.captioner = pool.captioner or section.captioner
+    section.attributes = pool.attributes or section.attributes
+    section.file = pool.file
+    return section
+
+
+def _open_pool(config: ConfigDict) -> Source:
+    """The source of `pretrain.source`."""
+    data, pool = config.data.copy_and_resolve_references(), config.pretrain.pool
+    data.source, data.dir, data.classes = config.pretrain.source, pool.dir, pool.classes
+    data.image_column, data.label_column = pool.image_column, pool.label_column
+    data.train, data.test, data.labels, data.validation = (), (), "", "join"
+    return _open(data)
 
 
 def _gather_once(config: ConfigDict, stage: Stage) -> None:
     """Reads the images, unless that is done."""
-    folder = stage.folder
-    if all(stage.digests.intact(folder / name) for name in splits.FILES):
-        return
-    try:
-        _gather(config, _open(config.data), folder)
-    except UserError:  # keeps nothing, so that other settings may be tried
-        stage.abandon()
-        raise
-    stage.digests.add(*(folder / name for name in splits.FILES))
+    reads = {stage.folder: lambda folder: _gather(config, _open(config.data), folder)}
+    if _has_pool(config):
+        reads[stage.folder / base_pool.FOLDER] = functools.partial(_gather_pool, config)
+    for folder, read in reads.items():
+        if all(stage.digests.intact(folder / name) for name in splits.FILES):
+            continue
+        try:
+            read(folder)
+        except UserError:  # keeps nothing, so that other settings may be tried
+            stage.abandon()
+            raise
+        stage.digests.add(*(folder / name for name in splits.FILES))
 
 
 def _captioned(folder: epath.Path) -> tuple[list[str], list[str]]:
@@ -124,32 +176,48 @@ def _captioned(folder: epath.Path) -> tuple[list[str], list[str]]:
     return [*pool.ids, *train.ids], [train.class_names[label] for label in labels]
 
 
-def _write(config: ConfigDict, stage: Stage) -> dict[str, int]:
+def _write(
+    config: ConfigDict, stage: Stage, parts: Sequence[Captioned]
+) -> dict[str, int]:
     """Writes the captions and what shows the dataset; returns counts."""
-    folder, section = stage.folder, config.caption
-    ids, class_names = _captioned(folder)
-    raw = _captions(config, stage, ids, class_names)
-    collapse = section.captioner in _DEFAULT_MODEL
-    texts = [captions.clean(text, collapse=collapse) for text in raw]
-    captions.write_captions(
-        folder / "captions.jsonl",
-        dict(zip(ids, texts, strict=True)),
-        captioner=section.captioner,
-        version=_model(section) or VERSION,
-    )
-    train = splits.read_split(folder, "train")
-    summary.warn_of_same_captions(texts[len(texts) - len(train.ids) :], train)
+    folder, raw, texts = stage.folder, [], []
+    for part in parts:
+        mine = _captions(part, stage)
+        cleaned = _write_captions(part, mine)
+        raw += mine
+        texts += cleaned
+        if part.folder == folder:
+            train = splits.read_split(folder, "train")
+            summary.warn_of_same_captions(cleaned[len(mine) - len(train.ids) :], train)
     summary.write_contact_sheet(folder)
-    for part in _partial_captions(folder):
-        part.unlink()
+    for part in parts:
+        for partial in _partial_captions(part.folder):
+            partial.unlink()
     sizes = files.read_json(folder / "splits.json")
     counts = {name: len(ids) for name, ids in sizes.items()}
+    if len(parts) > 1:
+        counts["pool_elsewhere"] = len(_captioned(parts[1].folder)[0])
     counts["cleaned"] = sum(a != b for a, b in zip(raw, texts, strict=True))
     counts["empty"] = sum(not text for text in texts)
     shown = ", ".join(f"{count} {name}" for name, count in counts.items())
     logging.info("%d captions; %s", len(texts), shown)
     logging.info("contact sheet: %s", folder / "contact_sheet.png")
     return counts
+
+
+def _write_captions(part: Captioned, raw: Sequence[str]) -> list[str]:
+    """Writes the captions of a folder; returns them as they are written."""
+    ids, _ = _captioned(part.folder)
+    section = part.section
+    collapse = section.captioner in _DEFAULT_MODEL
+    texts = [captions.clean(text, collapse=collapse) for text in raw]
+    captions.write_captions(
+        part.folder / "captions.jsonl",
+        dict(zip(ids, texts, strict=True)),
+        captioner=section.captioner,
+        version=_model(section) or VERSION,
+    )
+    return texts
 
 
 def table(workdir: epath.Path) -> str:
@@ -167,11 +235,28 @@ def count_images(
       config: of the run.
       workdir: that has the finished stage; None: the source is opened, but no image
         decoded, so that bad ones are not known.
+
+    Returns:
+      the images of each class of `pool`, which may have other classes, `train`, ...
     """
+    has_pool = _has_pool(config)
     if workdir is not None:
-        return splits.count_images(workdir / "caption")
+        found = splits.count_images(workdir / "caption")
+        if has_pool:
+            pool = splits.count_images(workdir / "caption" / base_pool.FOLDER)
+            found["pool"] = pool["pool"]
+        return found
     source = _open(config.data)
-    rows = _splitter(source, config)(np.ones(len(source), bool))
+    found = _counts(source, _splitter(source, config)(np.ones(len(source), bool)))
+    if has_pool:
+        pool = _open_pool(config)
+        chosen = base_pool.choose(pool, config.pretrain.pool.images, seed=config.seed)
+        found["pool"] = _counts(pool, chosen)["pool"]
+    return found
+
+
+def _counts(source: Source, rows: SplitIndices) -> dict[str, Int[np.ndarray, " K"]]:
+    """Images of each class by split."""
     classes = len(source.class_names)
     return {
         name: np.bincount(source.labels[mine], minlength=classes)
@@ -204,17 +289,26 @@ def stage_spec(config: ConfigDict) -> Spec:
     """What images, splits and captions depend on."""
     section = config.caption.to_dict() | {"version": VERSION}
     section.pop("batch_size")  # does not change captions
-    if section["captioner"] == "file":  # which is known by its content
-        path = epath.Path(section["file"])
-        section["file_sha256"] = files.sha256(path) if path.is_file() else ""
-    data = config.data.to_dict()
-    settings = {"seed": config.seed, "data": data, "caption": section}
+    settings = {"seed": config.seed, "data": config.data.to_dict(), "caption": section}
+    named_files = {"caption.file": _add_sha256(section, "caption")}
+    if _has_pool(config):
+        pool = config.pretrain.pool.to_dict()
+        settings["pretrain"] = {"source": config.pretrain.source, "pool": pool}
+        named_files["pretrain.pool.file"] = _add_sha256(pool, "pretrain.pool")
     return Spec(
         "caption",
         settings,
         restores=("contact_sheet.png",),
-        named_files={"caption.file": "caption.file_sha256"},
+        named_files=named_files,
     )
+
+
+def _add_sha256(section: dict[str, Any], name: str) -> str:
+    """Adds that of the user's captions to a section; returns the setting's name."""
+    if section["captioner"] == "file":  # which is known by its content
+        path = epath.Path(section["file"])
+        section["file_sha256"] = files.sha256(path) if path.is_file() else ""
+    return f"{name}.file_sha256"
 
 
 def _require_classes(config: ConfigDict, source: Source) -> None:
@@ -384,6 +478,38 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
     )
 
 
+def _gather_pool(config: ConfigDict, folder: epath.Path) -> None:
+    """Writes the images of `pretrain.source` and their rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, source, pool = config.data, _open_pool(config), config.pretrain.pool
+    count = len(base_pool.choose(source, pool.images, seed=config.seed)["pool"])
+    progress = Progress("images of pretrain.source", count, unit="image")
+    bad: dict[str, str] = {}
+
+    def on_bad(found: dict[int, str]) -> None:
+        bad.update(source.defects | {source.ids[i]: found[i] for i in found})
+        _report_bad_images(bad, folder / "bad_images.jsonl", data.on_bad_image)
+
+    base_pool.read(
+        source,
+        folder,
+        ReaderOptions(data.size, data.resize, data.resample, data.max_pixels),
+        name=config.pretrain.source,
+        count=pool.images,
+        seed=config.seed,
+        test=splits.read_split(folder.parent, "test"),
+        policy=pool.duplicates,
+        on_bad=on_bad,
+        on_image=lambda: progress.advance(1),
+    )
+    progress.close()
+    shared = files.read_jsonl(folder / "duplicates.jsonl")
+    if shared:
+        logging.warning(
+            "%d images of pretrain.source are also in test; removed", len(shared)
+        )
+
+
 def _report_bad_images(bad: dict[str, str], path: epath.Path, policy: str) -> None:
     rows = [{"image": name, "reason": reason} for name, reason in bad.items()]
     files.write_jsonl(path, rows)
@@ -466,46 +592,34 @@ def _warn_of_groups(groups: Sequence[str], chosen: SplitIndices) -> None:
             )
 
 
-def _captions(
-    config: ConfigDict,
-    stage: Stage,
-    ids: Sequence[str],
-    class_names: Sequence[str],
-) -> list[str]:
-    """The captions of the first images of `images.npy`; those of a network are saved.
-
-    Args:
-      config: of the run.
-      stage: the opened stage.
-      ids: of these images.
-      class_names: name of each image's class.
-    """
-    section = config.caption
+def _captions(part: Captioned, stage: Stage) -> list[str]:
+    """The captions of the first images of a folder; those of a network are saved."""
+    section = part.section
+    ids, class_names = _captioned(part.folder)
     if section.captioner == "file":
         return captions.read_captions(section.file, ids)
     if section.captioner == "template":
-        values = {"class_type": config.data.class_type}
+        values = {"class_type": part.class_type}
         texts = (section.template.format(label=name, **values) for name in class_names)
         return [captions.readable(text) for text in texts]
     if section.captioner == "attributes":
-        return attribute_captions(
-            files.map_array(stage.folder / "images.npy")[: len(ids)]
-        )
-    saved = _saved_captions(stage)
+        images = files.map_array(part.folder / "images.npy")[: len(ids)]
+        return attribute_captions(images, section.attributes)
+    saved = _saved_captions(stage, part.folder)
     return [saved[id_] for id_ in ids]
 
 
-def _network_captions(section: ConfigDict, stage: Stage, ids: Sequence[str]) -> None:
+def _network_captions(part: Captioned, stage: Stage) -> None:
     """Captions images by a network; saves every few seconds, and resumes from that.
 
     Batches are shared out among the processes.
 
     Args:
-      section: of the config.
+      part: the images.
       stage: the opened stage.
-      ids: of the images, the first of `images.npy`.
     """
-    folder, saved = stage.folder, _saved_captions(stage).keys()
+    section, folder = part.section, part.folder
+    ids, saved = _captioned(folder)[0], _saved_captions(stage, folder).keys()
     processes.barrier("the captions that were saved")  # before there are others
     todo = [i for i, id_ in enumerate(ids) if id_ not in saved]
     batches: dict[int, list[int]] = {}
@@ -524,20 +638,20 @@ def _network_captions(section: ConfigDict, stage: Stage, ids: Sequence[str]) -> 
         left -= 1
         progress.advance(1)
         if not left or time.monotonic() - last_save > _SAVE_SECONDS:
-            part = folder / "captions.partial" / f"{min(unsaved):08d}.jsonl"
+            saved_in = folder / "captions.partial" / f"{min(unsaved):08d}.jsonl"
             lines = [{"id": ids[i], "caption": unsaved[i]} for i in unsaved]
-            files.write_jsonl(part, lines)
-            stage.digests.add(part)
+            files.write_jsonl(saved_in, lines)
+            stage.digests.add(saved_in)
             unsaved, last_save = {}, time.monotonic()
     progress.close()
     processes.barrier("the end of captioning", processes.WORK_SECONDS)
 
 
-def _saved_captions(stage: Stage) -> dict[str, str]:
-    """Image id -> caption, of those that are on the disk."""
+def _saved_captions(stage: Stage, folder: epath.Path) -> dict[str, str]:
+    """Image id -> caption, of those of a folder that are on the disk."""
     return {
         row["id"]: row["caption"]
-        for part in _partial_captions(stage.folder)
+        for part in _partial_captions(folder)
         if stage.digests.intact(part)
         for row in files.read_jsonl(part)
     }

@@ -104,6 +104,14 @@ def _check_runs(names: Sequence[str], sets: Sequence[str]) -> None:
                 got=repr(run_.name),
                 fix="Add the set there, or remove the run.",
             )
+        if run_.set == "diff_mix" and run_.regime == "replace_same_class":
+            raise UserError(
+                "config.classify.runs",
+                wanted="a regime that takes soft labels: those of diff_mix are of two "
+                "classes, and replace_same_class needs one",
+                got=repr(run_.name),
+                fix="Use e.g. probabilistic:diff_mix or replace_same_source:diff_mix.",
+            )
     different = {dataclasses.replace(run_, name="") for run_ in parsed}
     if len(different) < len(parsed):
         raise UserError(
@@ -246,7 +254,8 @@ def stage_spec(config: ConfigDict) -> Spec:
         "classify": {k: v for k, v in section.items() if k not in _NO_RESULT},
     }
     made = ("results/*", "models/*")
-    return Spec("classify", settings, inputs=("generate",), restores=made)
+    inputs = ("generate",) if config.generate.sets else ("caption",)
+    return Spec("classify", settings, inputs, restores=made)
 
 
 def parts(

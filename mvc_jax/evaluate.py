@@ -119,11 +119,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     stage = open_stage(workdir, stage_spec(config))
     if not stage.complete:
-        generate = read_manifest(workdir, "generate")["settings"]["generate"]
-        measured, tables = _measure_sets(config, workdir, stage, generate["sets"])
+        names = _set_names(workdir) if config.generate.sets else []
+        measured, tables = _measure_sets(config, workdir, stage, names)
 
         def write() -> int:
-            metrics = _metrics(config, workdir, measured)
+            metrics = _metrics(config, workdir, measured, names)
             files.write_json(stage.folder / "metrics.json", metrics)
             return len(metrics["runs"])
 
@@ -132,17 +132,28 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     processes.on_first("the features", lambda: _remove_features(stage))
 
 
+def _set_names(workdir: epath.Path) -> list[str]:
+    """The sets that `generate` made."""
+    return read_manifest(workdir, "generate")["settings"]["generate"]["sets"]
+
+
 def _metrics(
-    config: ConfigDict, workdir: epath.Path, measured: dict[str, Any]
+    config: ConfigDict,
+    workdir: epath.Path,
+    measured: dict[str, Any],
+    set_names: list[str],
 ) -> dict[str, Any]:
     """All metrics, of which `measured` are those of the sets."""
     classify = read_manifest(workdir, "classify")["settings"]["classify"]
-    generate = read_manifest(workdir, "generate")
     results = _read_results(workdir / "classify" / "results", classify["runs"])
     test = splits.read_split(workdir / "caption", "test")
     split_ids = files.read_json(workdir / "caption" / "splits.json")
     confidence = config.evaluate.confidence
-    set_names = generate["settings"]["generate"]["sets"]
+    filtered, unchanged = {}, {}
+    if set_names:
+        artifacts = read_manifest(workdir, "generate")["artifacts"]
+        filtered = _filters(workdir / "generate", set_names, artifacts)
+        unchanged = read_manifest(workdir, "mix")["counts"]
     correct = {
         name: _predictions(result) == test.labels for name, result in results.items()
     }
@@ -165,9 +176,9 @@ def _metrics(
         "headline": comparisons.headline(
             {name: float(each.mean()) for name, each in correct.items()}, answers
         ),
-        "questions": _with_unchanged(answers, read_manifest(workdir, "mix")["counts"]),
+        "questions": _with_unchanged(answers, unchanged),
         **measured,
-        "filters": _filters(workdir / "generate", set_names, generate["artifacts"]),
+        "filters": filtered,
         **_caveats(classify["seeds"], workdir),
     }
 
@@ -357,8 +368,9 @@ def _options(
 def _real_set(workdir: epath.Path, name: str) -> image_features.ImageSet:
     split = splits.read_split(workdir / "caption", name)
     prompts: dict[str, str] = {}
-    if name == "train":
-        rows = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
+    listed = workdir / "encode" / "prompts.jsonl"
+    if name == "train" and listed.exists():
+        rows = files.read_jsonl(listed)
         prompts = {row["id"]: row["prompt"] for row in rows}
     known = all(id_ in prompts for id_ in split.ids)
     return image_features.ImageSet(
@@ -422,6 +434,8 @@ def _caveats(seeds: int, workdir: epath.Path) -> dict[str, Any]:
 
 def _cut_captions(encode: epath.Path) -> list[str]:
     """Returns how many captions did not fit into their prompts, as sentences."""
+    if not (encode / "prompts.jsonl").exists():  # no generator, no prompts
+        return []
     cut = captions.cut_by_class(files.read_jsonl(encode / "prompts.jsonl"))
     return [f"{captions.counted(cut, kept)}." for kept in cut if cut[kept]]
 

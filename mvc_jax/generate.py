@@ -53,6 +53,7 @@ with epy.lazy_imports():
     from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
     from mvc_jax.generation import (
         ablation,
+        edits,
         figures,
         image_sampler,
         image_status,
@@ -68,7 +69,12 @@ CONTACT_SHEET = "contact_sheet.png"
 FIGURES = ("coarse_fine", "conditionings", "levels")  # 1 to 3, 4, 5 of the supplement
 # Fields that change the speed or the figures, but no image.
 _NO_RESULT = ("batch_size", "attention", "limit", "conditioning", "coarse_fine")
-_OF_ONE_SET = {"noise_scale": "noised", "interpolation": "interpolated"}
+_OF_SETS = {  # fields that only these sets depend on
+    "noise_scale": ("noised",),
+    "interpolation": ("interpolated",),
+    "strength": conditionings.RIVALS,
+    "soft_label_gamma": ("diff_mix",),
+}
 _ROW_BYTES = 600  # of the provenance of an image, in each of two forms
 _GROWS = ("generate.include_real", "generate.folder")
 
@@ -76,6 +82,14 @@ _GROWS = ("generate.include_real", "generate.folder")
 def check(config: ConfigDict) -> None:
     """Checks the section `generate`."""
     section = config.generate
+    if not section.sets:
+        raise UserError(
+            "config.generate.sets",
+            wanted=f"at least one of {', '.join(conditionings.CONDITIONINGS)}",
+            got="none",
+            fix="Name one, or run the stages of real images alone: "
+            "--config.stages=all leaves out the others.",
+        )
     timesteps.require_noise(section.sampler, section.steps, section.timestep_spacing)
     names = {*section.sets}
     if section.conditioning != "all":  # which leaves out what cannot be drawn
@@ -86,6 +100,14 @@ def check(config: ConfigDict) -> None:
             wanted="the set mixed in config.generate.sets, whose images it shows",
             got=f"{section.coarse_fine}, and the sets {', '.join(section.sets)}",
             fix="Add mixed to the sets, or set it to 0.",
+        )
+    if "diff_mix" in section.sets and section.filter.label:
+        raise UserError(
+            "config.generate.filter.label",
+            wanted="'' with the set diff_mix: its labels are soft, and no classifier "
+            "need predict one of their classes",
+            got=repr(section.filter.label),
+            fix="Set it to '', or draw diff_mix in a run of its own.",
         )
     check_filters(
         FilterSettings(**section.filter),
@@ -105,19 +127,14 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     section, base = config.generate, sizes.base
     sets, side = len(section.sets), config.data.size
     images = section.limit or sets * sizes.recipes
-    each = timesteps.evaluations(
-        section.sampler,
-        section.steps,
-        tuple(section.guidance_interval),
-        section.timestep_spacing,
-    )
+    each = [_evaluations(section, name) for name in section.sets]
     written = images + (sets * sizes.images if section.include_real else 0)
     stored = section.size if section.size > 0 else side
     shard = min(section.shard_size, sizes.recipes)
     speed = ("batch_size", "dtype", "attention", "filter", "format", "folder", "sets")
     raw = synthetic.raw_bytes(written, stored, pictures=section.folder)
     return Work(
-        {"images": images, "UNet evaluations": images * each},
+        {"images": images, "UNet evaluations": round(images * sum(each) / sets)},
         unit="UNet evaluations",
         speed={
             **{name: section.to_dict()[name] for name in speed},
@@ -143,6 +160,23 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
             section.sampler, section.steps, section.timestep_spacing
         ),
     )
+
+
+def _evaluations(section: ConfigDict, name: str) -> float:
+    """Predictions of the UNet for an image of a set, on average."""
+    edits_ = conditionings.CONDITIONINGS[name].edits
+    strengths = section.strength if edits_ else (1.0,)
+    found = [
+        timesteps.evaluations(
+            section.sampler,
+            section.steps,
+            tuple(section.guidance_interval),
+            section.timestep_spacing,
+            strength=strength,
+        )
+        for strength in strengths
+    ]
+    return sum(found) / len(found)
 
 
 def stage_spec(config: ConfigDict) -> Spec:
@@ -187,7 +221,7 @@ def parts(
     found = []
     for name in {*config.generate.sets} & {*theirs["generate"]["sets"]}:
         conditioning = conditionings.CONDITIONINGS[name]
-        unused = {"sets", *(x for x, set_ in _OF_ONE_SET.items() if set_ != name)}
+        unused = {"sets", *(x for x, sets in _OF_SETS.items() if name not in sets)}
         settings = [without(each, "generate", unused) for each in (ours, theirs)]
         if differences(*settings, earlier=spec.earlier):
             continue
@@ -322,6 +356,14 @@ def open_sampler(
             mesh=mesh,
             batch_size=section.batch_size,
         ),
+        edits=edits.Edits(
+            strengths=tuple(section.strength),
+            gamma=section.soft_label_gamma,
+            ids=train.ids,
+            labels=train.labels,
+            classes=len(train.class_names),
+            seed=config.seed,
+        ),
     )
     settings = image_sampler.Settings(
         sampler=section.sampler,
@@ -363,6 +405,7 @@ def open_writers(
                 shard_size=section.shard_size,
                 format=section.format,
                 pictures=section.folder,
+                edited=conditionings.CONDITIONINGS[name].edits,
                 class_folders=train.class_folders
                 or tuple(map(synthetic.earlier_class_folder, train.class_names)),
             ),
@@ -507,7 +550,10 @@ def draw_set(
     """Draws this process's images of a set; writes a shard while drawing the next."""
     conditioning, total = conditionings.CONDITIONINGS[name], len(recipes)
     groups = [
-        [conditioning.applied(x, name) for x in recipes[part.start : part.stop]]
+        [
+            conditioning.applied(x, name, sampler.edits)
+            for x in recipes[part.start : part.stop]
+        ]
         for part in missing.mine
     ]
     done = total - missing.count
@@ -609,13 +655,16 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
         partner=mix.partner,
         prefers_other_prompts=mix.partner_prompt != "any",
     )
-    mixes = conditionings.CONDITIONINGS[name].partners is None and not mix.file
+    conditioning = conditionings.CONDITIONINGS[name]
+    mixes = conditioning.partners is None and not mix.file
     return dataset_card.in_words(
         seed=config.seed,
         per_image=None if mix.file else mix.per_image,
         mixing=mixing if mixes else None,
         text_scale=(section.text_scale, section.text_scale_most),
         image_scale=(section.image_scale, section.image_scale_most),
+        strengths=tuple(section.strength) if conditioning.edits else (),
+        gamma=section.soft_label_gamma if conditioning.towards else None,
         sampler=section.sampler,
         steps=section.steps,
         spacing=timesteps.named(section.timestep_spacing),

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import shards
+from mvc_jax.data import captions, shards
 from mvc_jax.errors import UserError
 from mvc_jax.mixing import checks, recipe_file, recipes, unchanged
 from mvc_jax.stage import Spec, open_stage
@@ -31,7 +31,9 @@ def check(config: ConfigDict) -> None:
         _check_maximum(f"generate.{name}", scale, config.generate[f"{name}_most"])
     length = width = None
     if not config.base.path:
-        length, width = config.pretrain.context_length, config.pretrain.text.width
+        # If it is as long as the prompts, `run` knows how long that is.
+        length = config.pretrain.context_length or captions.LONGEST
+        width = config.pretrain.text.width
         _check_fits(section, length, width)
     if section.file:  # its ids are checked by `run`
         recipe_file.read_recipes(section.file, length=length, width=width)

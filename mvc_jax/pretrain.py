@@ -2,40 +2,55 @@
 
 Reads: the base pool and its captions. Writes: `model/`, a folder in the diffusers
 layout that later stages load exactly as they load a downloaded base: tokenizer,
-autoencoder, text encoder and text-to-image UNet. Where their steps are not 0, also the
-companions for the ablation: `model/image_encoder/` and `controlnet/`.
+autoencoder, text encoder, text-to-image UNet and a card. Where their steps are not 0,
+also the companions for the ablation: `model/image_encoder/` and `controlnet/`. What is
+known of the base is in `quality.json`, `reconstructions.png` and `samples.png`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import processes
-from mvc_jax.data import captions, splits
+from mvc_jax import files, processes
+from mvc_jax.data import base_pool, captions, splits
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Part, Spec, differences, open_stage, read_manifest
 from mvc_jax.work import BaseSizes, Sizes, Work
 
 with epy.lazy_imports():
     from mvc_jax.checkpoints import (
+        base_card,
         base_sizes,
+        classifier_checkpoint,
         clip_checkpoint,
         clip_tokenizer,
         controlnet_checkpoint,
         diffusers_layout,
     )
+    from mvc_jax.classification import judge
     from mvc_jax.models import stable_diffusion
-    from mvc_jax.pretraining import base, companions, small, tokenizer
+    from mvc_jax.pretraining import (
+        base,
+        companions,
+        quality,
+        reconstruction,
+        small,
+        tokenizer,
+    )
     from mvc_jax.training import checkpoint, sharding, train_logger
 
 _KEPT = 2  # checkpoints of each network
-_NETWORKS = ("vae", "unet", "image_encoder", "controlnet")
+_NETWORKS = ("judge", "vae", "unet", "image_encoder", "controlnet")
+_GUESSED_LENGTH = 16  # of prompts, before there is a tokenizer
+_FEATURES = "config.pretrain.vae.features"
 _OF_PROMPTS = ("prompt", "class_type")  # fields of `data`
 
 
@@ -74,12 +89,27 @@ def check(config: ConfigDict) -> None:
             got=f"patch={tower.patch}, heads={tower.heads}, width={tower.width}",
             fix="Round them.",
         )
-    if config.data.pool <= 0:
+    levels = len(unet.channels)
+    require_at_most(
+        "config.pretrain.unet", {**unet, "levels": levels}, "attention_levels", "levels"
+    )
+    if config.data.pool <= 0 and not section.source:
         raise UserError(
             "config.data.pool",
             wanted="images to train a base model on",
             got=f"{config.data.pool}",
-            fix="Raise it, or name a model folder in config.base.path.",
+            fix="Raise it, or name other images in config.pretrain.source, or a model "
+            "folder in config.base.path.",
+        )
+    if vae.features:
+        classifier_checkpoint.check(vae.features, field=_FEATURES)
+    if vae.feature_weight and not vae.features and not section.judge.steps:
+        raise UserError(
+            _FEATURES,
+            wanted="a classifier, whose features are in the loss by "
+            "config.pretrain.vae.feature_weight",
+            got="none, and pretrain.judge.steps is 0",
+            fix="Name one, or set --config.pretrain.judge.steps=300.",
         )
 
 
@@ -97,7 +127,8 @@ def _check_heads(name: str, widths: Sequence[int], heads: int) -> None:
 def base_of(config: ConfigDict) -> BaseSizes:
     """Sizes of the base model that `run` trains; starts no JAX backend."""
     vocab_size = config.pretrain.vocab_size
-    configs = small.configs(vocab_size=vocab_size, **_architecture(config))
+    length = config.pretrain.context_length or _GUESSED_LENGTH
+    configs = small.configs(vocab_size=vocab_size, **_architecture(config, length))
     model = stable_diffusion.StableDiffusion(configs, None)
     parameters = {
         name: model.count_parameters(name) for name in ("unet", "vae", "text_encoder")
@@ -161,7 +192,12 @@ def parts(
     same_words = all(ours["data"][x] == theirs["data"][x] for x in _OF_PROMPTS)
     if ours["seed"] != theirs["seed"] or not same_words:
         return []
-    pools = [_read_pool(folder) for folder in (workdir, other)]
+    if "held_out" not in theirs["pretrain"]:  # by a version that held out none
+        return []
+    pools = [
+        _read_pool(epath.Path(folder) / "caption", each["pretrain"].get("source", ""))
+        for folder, each in ((workdir, ours), (other, theirs))
+    ]
     texts = [(p.ids, p.class_names, t) for p, t in pools]
     (mine, _), (their, _) = pools
     same_labels = np.array_equal(mine.labels, their.labels)
@@ -169,93 +205,270 @@ def parts(
         return []
     if not np.array_equal(mine.images, their.images):
         return []
-    if not differences(ours["pretrain"], theirs["pretrain"], "pretrain"):
+    # Without a length of its own, that of the prompts depends on the training images.
+    same_length = config.pretrain.context_length or (
+        _train_captions(workdir) == _train_captions(other)
+    )
+    same = not differences(ours["pretrain"], theirs["pretrain"], "pretrain")
+    if same and same_length:
         names = [name for name in _NETWORKS if config.pretrain[name].steps]
-    elif not differences(
-        ours["pretrain"]["vae"], theirs["pretrain"]["vae"], "pretrain.vae"
-    ):
-        names = ["vae"]  # which is trained first, by itself
+    elif not differences(_of_vae(ours), _of_vae(theirs), "pretrain"):
+        names = ["judge", "vae"]  # which are trained first, by themselves
     else:
         names = []
     return [Part(name, (f"checkpoints/{name}",)) for name in names]
 
 
-def _read_pool(workdir: epath.PathLike) -> tuple[splits.Split, list[str]]:
-    """The images of the pool and their captions."""
+def _train_captions(workdir: epath.PathLike) -> list[str]:
+    """The captions of the training images."""
     folder = epath.Path(workdir) / "caption"
+    ids = splits.read_split(folder, "train").ids
+    return captions.read_captions(folder / "captions.jsonl", ids)
+
+
+def _of_vae(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings on which judge and autoencoder depend, if the pool is the same."""
+    names = ("vae", "judge", "held_out")
+    return {k: v for k, v in settings["pretrain"].items() if k in names}
+
+
+def _read_pool(folder: epath.Path, source: str) -> tuple[splits.Split, list[str]]:
+    """The images of the pool and their captions, from the folder of `caption`.
+
+    Args:
+      folder: of `caption`.
+      source: `pretrain.source`.
+    """
+    folder = folder / base_pool.FOLDER if source else folder
     pool = splits.read_split(folder, "pool")
     return pool, captions.read_captions(folder / "captions.jsonl", pool.ids)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains the base model on the pool and writes it."""
+    workdir = epath.Path(workdir)
     stage = open_stage(workdir, stage_spec(config))
     if stage.complete:
         return
-    seed, section = config.seed, config.pretrain
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-
-    def loop(name: str) -> base.Loop:
-        folder = stage.folder / "checkpoints" / name
-        every, log_every = section.checkpoint_every, section.log_every
-        return base.Loop(
-            mesh,
-            section[name].steps,
-            checkpoint.Checkpoints(folder, every=every, keep=_KEPT),
-            train_logger.TrainLogger(workdir, f"pretrain/{name}", log_every=log_every),
-        )
-
-    pool, texts = _read_pool(workdir)
-    names = [pool.class_names[label] for label in pool.labels]
-    words = {"template": config.data.prompt, "class_type": config.data.class_type}
+    loop = functools.partial(_loop, config.pretrain, workdir, stage.folder, mesh)
     folder = stage.folder / "model"
+    model, pool = _tokenized(config, workdir, folder / "tokenizer")
 
-    def train_tokenizer() -> None:
-        tokenizer.train(
-            folder / "tokenizer",
-            base.tokenizer_corpus(texts, names, **words),
-            vocab_size=section.vocab_size,
-            max_length=section.context_length,
-        )
-
-    processes.on_first("the tokenizer", train_tokenizer)
-    model = _new_model(config, folder / "tokenizer")
-    prompts = base.prompts(model, texts, names, **words)
-
-    vae = base.train_vae(
-        model,
-        pool.images,
-        seed=seed,
-        loop=loop("vae"),
-        batch_size=section.vae.batch_size,
-        learning_rate=section.vae.learning_rate,
-        kl_weight=section.vae.kl_weight,
+    judge_ = _train_judge(config, pool, loop)
+    vae = _train_vae(config, model, pool, judge_, loop)
+    decoded = base.reconstruct(
+        model, vae, pool.held_out, batch_size=config.encode.batch_size, mesh=mesh
     )
     moments = base.encode(
         model, vae, pool.images, batch_size=config.encode.batch_size, mesh=mesh
     )
     model = base.with_scaling_factor(model, moments)
+    section = config.pretrain.unet
     params = base.train_unet(
         model,
         moments,
-        model.tokenize(prompts),
-        seed=seed,
+        model.tokenize(pool.prompts),
+        seed=config.seed,
         loop=loop("unet"),
-        batch_size=section.unet.batch_size,
-        learning_rate=section.unet.learning_rate,
-        warmup=section.unet.warmup,
-        drop_rate=section.unet.drop_rate,
-        ema_decay=section.unet.ema_decay,
+        batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        warmup=section.warmup,
+        drop_rate=section.drop_rate,
+        ema_decay=section.ema_decay,
+    )
+    params = {"vae": vae, **params}
+    found, written = _assess(config, stage.folder, model, params, pool, judge_, decoded)
+    made, index = _train_companions(
+        config, stage.folder, model, params, pool, moments, loop
+    )
+    artifacts = [*written, *made]
+
+    def save() -> list[str]:
+        files_ = diffusers_layout.save(folder, model, params, index_entries=index)
+        return files_ + base_card.write(folder, _facts(config, workdir, pool, found))
+
+    artifacts += [f"model/{x}" for x in processes.on_first("the model", save)]
+    stage.finish(artifacts, images=len(pool.images) + len(pool.held_out))
+
+
+def _loop(
+    section: ConfigDict,
+    workdir: epath.Path,
+    folder: epath.Path,
+    mesh: Any,
+    name: str,
+) -> base.Loop:
+    """The training loop of a network."""
+    every, log_every = section.checkpoint_every, section.log_every
+    return base.Loop(
+        mesh,
+        section[name].steps,
+        checkpoint.Checkpoints(folder / "checkpoints" / name, every=every, keep=_KEPT),
+        train_logger.TrainLogger(workdir, f"pretrain/{name}", log_every=log_every),
     )
 
-    artifacts, index = [], {}
-    data = companions.Pool(pool.images, moments, tuple(prompts))
+
+def _tokenized(
+    config: ConfigDict, workdir: epath.Path, folder: epath.Path
+) -> tuple[stable_diffusion.StableDiffusion, quality.Pool]:
+    """Trains the tokenizer; returns the architecture without weights, and the pool."""
+    section, caption = config.pretrain, workdir / "caption"
+    pool, texts = _read_pool(caption, section.source)
+    names = [pool.class_names[label] for label in pool.labels]
+    class_type = section.pool.class_type if section.source else config.data.class_type
+    words = {"template": config.data.prompt, "class_type": class_type}
+
+    def train_tokenizer() -> int:
+        tokenizer.train(
+            folder,
+            base.tokenizer_corpus(texts, names, **words),
+            vocab_size=section.vocab_size,
+            max_length=section.context_length or captions.LONGEST,
+        )
+        length = section.context_length
+        if not length:
+            train = splits.read_split(caption, "train")
+            others = captions.read_captions(caption / "captions.jsonl", train.ids)
+            length = tokenizer.longest(
+                clip_tokenizer.read(folder)[0],
+                [
+                    *base.whole_prompts(texts, names, **words),
+                    *base.whole_prompts(
+                        others,
+                        [train.class_names[label] for label in train.labels],
+                        template=config.data.prompt,
+                        class_type=config.data.class_type,
+                    ),
+                ],
+                most=captions.LONGEST,
+            )
+            tokenizer.set_length(folder, length)
+        return length
+
+    length = processes.on_first("the tokenizer", train_tokenizer)
+    read, _ = clip_tokenizer.read(folder)
+    model = small.stable_diffusion(read, **_architecture(config, length))
+    prompts = base.prompts(model, texts, names, **words)
+    kept, held = quality.hold_out(len(pool.ids), section.held_out, seed=config.seed)
+    return model, quality.Pool(
+        images=pool.images[kept] if len(held) else pool.images,
+        labels=pool.labels[kept],
+        prompts=[prompts[i] for i in kept],
+        held_out=pool.images[held],
+        held_labels=pool.labels[held],
+        class_names=pool.class_names,
+        grey=pool.grey,
+    )
+
+
+def _train_judge(
+    config: ConfigDict, pool: quality.Pool, loop: Callable[[str], base.Loop]
+) -> judge.Judge | None:
+    """The classifier of the pool; None: there is none, or only one class."""
+    section = config.pretrain.judge
+    if not section.steps or len(np.unique(pool.labels)) < 2:
+        return None
+    return judge.train(
+        pool.images,
+        pool.labels,
+        classes=len(pool.class_names),
+        seed=config.seed,
+        loop=loop("judge"),
+        width=section.width,
+        batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+    )
+
+
+def _train_vae(
+    config: ConfigDict,
+    model: stable_diffusion.StableDiffusion,
+    pool: quality.Pool,
+    judge_: judge.Judge | None,
+    loop: Callable[[str], base.Loop],
+) -> Any:
+    """The trained autoencoder's parameters."""
+    section = config.pretrain.vae
+    maps = variables = None
+    if section.feature_weight and section.features:
+        maps, variables = judge.read_maps(section.features, field=_FEATURES)
+    elif section.feature_weight and judge_ is not None:
+        maps, variables = judge_.maps, judge_.variables
+    return base.train_vae(
+        model,
+        pool.images,
+        seed=config.seed,
+        loop=loop("vae"),
+        batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        kl_weight=section.kl_weight,
+        reconstruction=reconstruction.ReconstructionLoss(
+            section.gradient_weight, section.feature_weight, maps
+        ),
+        variables=variables,
+    )
+
+
+def _assess(
+    config: ConfigDict,
+    folder: epath.Path,
+    model: stable_diffusion.StableDiffusion,
+    params: dict[str, Any],
+    pool: quality.Pool,
+    judge_: judge.Judge | None,
+    decoded: np.ndarray,
+) -> tuple[quality.Quality, list[str]]:
+    """Measures the base; writes and logs what is found.
+
+    Returns:
+      the measures, and the files written.
+    """
+    found, written = quality.measure(
+        model,
+        params,
+        pool,
+        judge_,
+        decoded,
+        samples_drawn=config.pretrain.judge.samples,
+        seed=config.seed,
+    )
+
+    def write() -> None:
+        for name, content in written.items():
+            files.write_bytes(folder / name, content)
+        files.write_json(folder / quality.FILE, found.as_dict())
+
+    processes.on_first("the base's measures", write)
+    for sentence in found.in_words():
+        logging.info("%s", sentence)
+    for sentence in found.warnings():
+        logging.warning("%s", sentence)
+    return found, [*written, quality.FILE]
+
+
+def _train_companions(
+    config: ConfigDict,
+    folder: epath.Path,
+    model: stable_diffusion.StableDiffusion,
+    params: dict[str, Any],
+    pool: quality.Pool,
+    moments: np.ndarray,
+    loop: Callable[[str], base.Loop],
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Trains and writes what was asked for beside the base.
+
+    Returns:
+      the files written, and entries of the model's index.
+    """
+    section, artifacts, index = config.pretrain, [], {}
+    data = companions.Pool(pool.images, moments, tuple(pool.prompts))
     if section.image_encoder.steps:
         tower = companions.train_image_encoder(
             model,
             params,
             data,
-            seed=seed,
+            seed=config.seed,
             loop=loop("image_encoder"),
             batch_size=section.image_encoder.batch_size,
             learning_rate=section.image_encoder.learning_rate,
@@ -265,7 +478,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             heads=section.image_encoder.heads,
         )
         written = processes.on_first(
-            "the image encoder", lambda: clip_checkpoint.save(folder, *tower)
+            "the image encoder", lambda: clip_checkpoint.save(folder / "model", *tower)
         )
         artifacts += [f"model/{file}" for file in written]
         index = clip_checkpoint.INDEX_ENTRIES
@@ -274,7 +487,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             model,
             params,
             data,
-            seed=seed,
+            seed=config.seed,
             loop=loop("controlnet"),
             batch_size=section.controlnet.batch_size,
             learning_rate=section.controlnet.learning_rate,
@@ -282,38 +495,44 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
         written = processes.on_first(
             "the ControlNet",
-            lambda: controlnet_checkpoint.save(stage.folder / "controlnet", *control),
+            lambda: controlnet_checkpoint.save(folder / "controlnet", *control),
         )
         artifacts += [f"controlnet/{file}" for file in written]
-    written = processes.on_first(
-        "the model",
-        lambda: diffusers_layout.save(
-            folder, model, {"vae": vae, **params}, index_entries=index
-        ),
+    return artifacts, index
+
+
+def _facts(
+    config: ConfigDict, workdir: epath.Path, pool: quality.Pool, found: quality.Quality
+) -> base_card.Facts:
+    """What the card of the base says."""
+    section, folder = config.pretrain, workdir / "caption"
+    if section.source:
+        folder = folder / base_pool.FOLDER
+    captioner = section.pool.captioner if section.source else ""
+    return base_card.Facts(
+        dataset=files.read_json(folder / "dataset.json")["name"],
+        classes=pool.class_names,
+        images=len(pool.images),
+        resolution=config.data.size,
+        captioner=captioner or config.caption.captioner,
+        prompt=pool.prompts[0],
+        steps={name: section[name].steps for name in ("vae", "unet")},
+        measures=found.as_dict(),
     )
-    artifacts += [f"model/{file}" for file in written]
-    stage.finish(artifacts, images=len(pool.ids))
 
 
-def _new_model(
-    config: ConfigDict, tokenizer_folder: epath.Path
-) -> stable_diffusion.StableDiffusion:
-    """The architecture of the config, without weights."""
-    tokenizer, _ = clip_tokenizer.read(tokenizer_folder)
-    return small.stable_diffusion(tokenizer, **_architecture(config))
-
-
-def _architecture(config: ConfigDict) -> dict[str, Any]:
-    """The fields of `small.configs`."""
+def _architecture(config: ConfigDict, length: int) -> dict[str, Any]:
+    """The fields of `small.configs`, for prompts of `length` tokens."""
     section = config.pretrain
     return {
         "size": config.data.size,
-        "context_length": section.context_length,
+        "context_length": length,
         "vae_channels": section.vae.channels,
         "vae_groups": section.vae.groups,
         "unet_channels": section.unet.channels,
         "unet_layers": section.unet.layers,
         "unet_heads": section.unet.heads,
+        "unet_attention_levels": section.unet.attention_levels,
         "text_width": section.text.width,
         "text_layers": section.text.layers,
         "text_heads": section.text.heads,

@@ -35,6 +35,7 @@ with epy.lazy_imports():
     )
 
 _INPUTS = ("caption", "mix", "generate", "classify", "evaluate")
+_OF_SETS = ("mix", "generate")  # those that are there only with synthetic sets
 _ARTIFACTS = ("report.html", "report.md", "grid.png")
 _PICTURE_BYTES = 150_000
 
@@ -55,7 +56,9 @@ def stage_spec(config: ConfigDict) -> Spec:
         "data": config.data.to_dict(),
         "report": config.report.to_dict(),
     }
-    return Spec("report", settings, inputs=_INPUTS, restores=_ARTIFACTS)
+    sets = config.generate.sets
+    inputs = [name for name in _INPUTS if sets or name not in _OF_SETS]
+    return Spec("report", settings, inputs, restores=_ARTIFACTS)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -135,6 +138,7 @@ def _pictures(
         "any_flag": any_flag,
         "set_names": list(images.sets),
         "samples": training_pictures.samples(workdir),
+        "base": training_pictures.base(workdir),
     }
 
 
@@ -146,14 +150,17 @@ def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
         "accuracy": ("Accuracy", True),
         "classes": ("Classes", True),
         "images": ("Images of every class", True),
-        "mixing": ("Is it the mixing?", True),
+        "mixing": ("Is it the mixing?", values["set_names"]),
         "copies": ("Copies", values["copies"]),
         "labels": ("Another class", values["other_class"]),
         "figures": ("Figures", values["figures"]),
         "metrics": ("Image metrics", values["image_metrics"]),
         "sets": ("Synthetic sets", metrics["sets"]),
         "captions": ("Captions", values["captions"]),
-        "training": ("Training", values["curves"] or values["samples"]),
+        "training": (
+            "Training",
+            values["curves"] or values["samples"] or values["base"],
+        ),
         "cost": ("Time and memory", values["cost"]),
         "data": ("Data", True),
         "settings": ("Settings", True),

@@ -14,6 +14,8 @@ DOCUMENTS = [
 
 # Fewer steps, images and seeds of the digits; the stages and shapes are the demo's.
 SHORT = (
+    "pretrain.judge.steps=10",
+    "pretrain.judge.samples=20",
     "pretrain.vae.steps=30",
     "pretrain.unet.steps=30",
     "pretrain.unet.warmup=30",
@@ -45,6 +47,7 @@ SHORTENED = (
     ("captioner=blip2", None),
     # Minutes of training on images that the tests do not have.
     (",pool=", None),
+    ("pretrain=small64", None),
     ("configs/folder.py", []),
     # Two regimes with a set each.
     (

@@ -25,7 +25,8 @@ def make_config() -> ConfigDict:
     data = {"source": "digits", "size": SIZE}
     page = {"title": f"Title {EVIL}", "grid_columns": 2, "grid_scale": 32}
     mix = {"deep": {"tokens": 9}}
-    return ConfigDict({"seed": 3, "data": data, "mix": mix, "report": page})
+    rest = {"generate": {"sets": ("mixed",)}, "report": page}
+    return ConfigDict({"seed": 3, "data": data, "mix": mix, **rest})
 
 
 def make_recipes(ids: dict[int, list[str]], modes=("coarse", "fine")) -> list[dict]:

@@ -14,11 +14,13 @@ def shared_programs():
     programs, lock = {}, threading.Lock()
     jit_sample_images = image_sampler.jit_sample_images
 
-    def cached(model, network, settings, mesh):
-        key = (settings, repr(model.configs), repr(network), mesh)
+    def cached(model, network, settings, mesh, **options):
+        key = (settings, repr(model.configs), repr(network), mesh, *options.values())
         with lock:
             if key not in programs:
-                programs[key] = jit_sample_images(model, network, settings, mesh)
+                programs[key] = jit_sample_images(
+                    model, network, settings, mesh, **options
+                )
             return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -137,6 +137,15 @@ def test_seeds_trained_together_equal_seeds_trained_alone(after):
     assert max(jax.tree.leaves(differences)) > 0.01
 
 
+def test_soft_labels_of_one_class_are_hard_labels(after):
+    soft = {**batch(), "labels": np.eye(K, dtype=np.float32)[LABELS]}
+    state = start()
+    for _ in range(2):
+        state, metrics = step(state, soft)
+    assert_close(per_seed(state), per_seed(after[0]))
+    np.testing.assert_allclose(metrics["loss"], after[1]["loss"], rtol=1e-5)
+
+
 def test_an_average_is_of_parameters_and_batch_statistics():
     """As timm's `ModelEmaV3` averages buffers, and what is predicted and exported."""
     state = start()

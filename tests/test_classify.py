@@ -135,6 +135,25 @@ def test_unsuitable_images_are_refused(read, options, start, word):
     assert str(caught.value).startswith(start)
 
 
+def test_soft_labels_are_those_of_their_rows(read, monkeypatch):
+    assert read()[0].targets.dtype == np.int32
+    soft = np.random.default_rng(0).dirichlet([1, 1, 1], 6 * PER_CLASS)
+    soft = soft.astype(np.float32)
+    monkeypatch.setattr(synthetic, "read_soft_labels", lambda folder, classes: soft)
+    data, _ = read()
+    np.testing.assert_array_equal(data.targets[3 * PER_CLASS :], soft)
+    hard = np.eye(3)[data.labels[: 3 * PER_CLASS]]
+    np.testing.assert_array_equal(data.targets[: 3 * PER_CLASS], hard)
+
+
+def test_a_regime_that_needs_one_class_refuses_soft_labels():
+    config = digits.get_config()
+    config.generate.sets = ("diff_mix",)
+    config.classify.runs = ("real", "replace_same_class:diff_mix")
+    with pytest.raises(UserError, match="soft labels.*replace_same_class:diff_mix"):
+        classify.check(config)
+
+
 def test_policy_and_mix_may_come_in_any_order():
     first, second = (
         runs.parse("combined+cutmix+flip"),

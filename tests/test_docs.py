@@ -48,9 +48,9 @@ def test_links_in_the_documents():
 class Everything:
     """A source with many classes and a test part, in place of the real datasets."""
 
-    def __init__(self, classes=200):
+    def __init__(self, classes=200, each=20):
         self.class_names = tuple(f"class {k}" for k in range(classes))
-        self.labels = np.repeat(np.arange(classes, dtype=np.int32), 20)
+        self.labels = np.repeat(np.arange(classes, dtype=np.int32), each)
         self.ids = tuple(map(str, range(len(self.labels))))
         self.is_test = np.arange(len(self.labels)) % 20 < 5
         self.defects, self.remarks = {}, ()
@@ -67,7 +67,13 @@ CONFIGS = sorted(
     for path in ROOT.glob("configs/[a-z]*.py")
     if "def get_config" in path.read_text("utf-8")
 )
-ARGUMENTS = {"folder": ":path=/data/parts", "cifar10": ":per_class=10"}
+ARGUMENTS = {
+    "folder": ":path=/data/parts",
+    "cifar10": ":per_class=10",
+    "brain_tumor_small": ":path=/data/scans,base=/data/objects",
+    "real_images": ":data=brain_tumor,path=/data/scans",
+}
+WITHOUT_BASE = ("digits", "digits_splits", "brain_tumor_small", "cifar10_small")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -78,28 +84,36 @@ def test_every_config_loads_and_passes_its_own_checks(
     config = run_config.load(f"{path}{argument}")
     if path.stem == "common":
         return
-    if path.stem != "digits":  # these want a dataset, networks and their weights
+    ours = path.stem in WITHOUT_BASE
+    if not config.data.source.startswith(
+        "digits"
+    ):  # these want a dataset, networks and their weights
         opened = []
         monkeypatch.setattr(
             caption,
             "open_source",
-            lambda name, *_, **__: opened.append(name) or Everything(),
+            lambda name, *_, **__: (
+                opened.append(name) or (Everything(4, 20_000) if ours else Everything())
+            ),
         )
         checked = []
         network = types.SimpleNamespace(DTYPES=["auto"], check_model=checked.append)
         monkeypatch.setattr(caption, "_network", lambda name: network)
-        diffusers_layout.save(tmp_path, *tiny)
-        config.base.path = str(tmp_path)
+        if not ours:
+            diffusers_layout.save(tmp_path, *tiny)
+            config.base.path = str(tmp_path)
     common.FIELDS.check(config)
     for name in pipeline.select(config):
         pipeline.module(name).check(config)
-    if path.stem != "digits":
-        assert re.match(r"(tfds:|folder:)\w*", opened[0])
-        assert len(checked) == (path.stem != "folder")
+    if not config.data.source.startswith("digits"):
+        assert re.match(r"(tfds:|folder:|parquet:)\w*", opened[0])
+        assert len(checked) == (config.caption.captioner == "blip2")
         assert "Supplement" in path.read_text() or path.stem in (
             "folder",
             "tiny_imagenet",
             "cifar100",
+            "real_images",
+            *WITHOUT_BASE,
         )
 
 
@@ -124,6 +138,9 @@ def test_every_config_loads_and_passes_its_own_checks(
         ("digits", "ablation=1", "ablation=1"),
         ("digits", "Ablation,preset=fast", "Ablation"),
         ("digits", "fast", "fast"),
+        ("brain_tumor", "path=/a,pretrain=small128", "pretrain=small128"),
+        ("cifar10_small", "per_class=0", "per_class=0"),
+        ("real_images", "data=digits,path=/a", "data=digits"),
         ("digits", "ablation,preset=slow", "preset=slow"),
         ("common", "per_class=5", "per_class=5"),
     ],

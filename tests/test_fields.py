@@ -19,7 +19,7 @@ from mvc_jax.classification import runs as classification_runs
 from mvc_jax.command import command_line
 from mvc_jax.configs import common
 from mvc_jax.configs.fields import Field, Section, as_flag, help_of
-from mvc_jax.data import decode
+from mvc_jax.data import attribute_captions, decode
 from mvc_jax.diffusion import samplers, timesteps
 from mvc_jax.errors import UserError
 from mvc_jax.generation import conditionings, synthetic
@@ -32,7 +32,8 @@ import every_value  # noqa: E402
 
 FIELDS = common.FIELDS.flat()
 CONFIGS = pathlib.Path(common.__file__).parent
-ARGUMENTS = {"folder": "path=a", "brain_tumor": "path=a", "tiny_imagenet": "path=a"}
+ARGUMENTS = dict.fromkeys(("folder", "brain_tumor", "tiny_imagenet"), "path=a")
+ARGUMENTS["real_images"] = "data=caltech101,path=a"
 
 
 def bad_values(field):
@@ -164,7 +165,7 @@ def test_every_shipped_config_passes(path, preset):
     if not hasattr(module, "get_config"):
         return
     argument = ARGUMENTS.get(path.stem, "")
-    if preset and path.stem not in ("common",):
+    if preset and path.stem not in ("common", "real_images"):
         argument += ",preset=fast" if argument else "preset=fast"
     common.FIELDS.check(module.get_config(argument))
 
@@ -204,6 +205,7 @@ def test_every_value_has_a_run_to_the_report():
 
 def test_choices_are_those_of_the_rooms():
     rooms = {
+        "caption.attributes": tuple(attribute_captions.KINDS),
         "caption.dtype": blip2.DTYPES,
         "classify.model": tuple(classifiers.VARIANTS),
         "classify.optimizer": optim.OPTIMIZERS,

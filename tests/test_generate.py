@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 from many_processes import run_together
 from PIL import Image
 from shared_samplers import shared_programs
@@ -23,6 +25,7 @@ from mvc_jax.data import splits
 from mvc_jax.data.cache import open_cache
 from mvc_jax.errors import UserError
 from mvc_jax.generation import (
+    edits,
     image_sampler,
     image_status,
     preview,
@@ -32,7 +35,8 @@ from mvc_jax.generation import (
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.metrics import distances
-from mvc_jax.mixing import operations
+from mvc_jax.mixing import operations, recipe_file
+from mvc_jax.models import stable_diffusion
 from mvc_jax.stage import open_stage, read_manifest
 from mvc_jax.training import sharding
 
@@ -338,6 +342,127 @@ def test_the_recipe_of_an_unmixed_set_has_only_what_it_uses():
             "dim_tokens": [1, 1],
         }
         assert CONDITIONINGS[name].applied(recipe, name) == expected
+
+
+# Rivals: sets that start from the noised source.
+
+RIVALS = ("real_guidance", "da_fusion", "diff_mix")
+
+
+@pytest.fixture(scope="module")
+def rivals(finetuned, tmp_path_factory):
+    """A run with every rival, at strengths 0, 0.5 and 1."""
+    workdir = shutil.copytree(finetuned, tmp_path_factory.mktemp("rivals") / "run")
+    config = settings(
+        sets=("pretrained", *RIVALS),
+        strength=(0.0, 0.5, 1.0),
+        per_image=4,
+        shard_size=8,
+        folder=False,
+    )
+    mix.run(config, workdir)
+    generate.run(config, workdir)
+    return workdir
+
+
+def columns_of(workdir, name):
+    columns = ("index", "source", "label", "prompt", *edits.COLUMNS)
+    return [*synthetic.read_rows(workdir / "generate" / name, columns)]
+
+
+def test_strength_0_is_the_decoded_source_and_1_plain_noise(rivals, tiny):
+    model, params = tiny
+    cache = open_cache(rivals / "encode")
+    latents = cache.moments_of(np.arange(IMAGES))[..., :4] * model.scaling_factor
+    decoded = stable_diffusion.to_pixels(model.decode(params, jnp.asarray(latents)))
+    plain = pixels(rivals, "pretrained")
+    drawn, seen = pixels(rivals, "real_guidance"), set()
+    for row, image in zip(columns_of(rivals, "real_guidance"), drawn, strict=True):
+        seen.add(row["strength"])
+        source = np.asarray(decoded[int(row["source"].removeprefix("s/"))], int)
+        if row["strength"] == 0:
+            assert np.abs(image - source).max() <= 1
+        elif row["strength"] == 1:
+            assert np.abs(image - plain[row["index"]]).max() <= 1
+        else:
+            assert np.abs(image - source).max() > 1
+    assert seen == {0.0, 0.5, 1.0}
+
+
+def test_rivals_share_sources_strengths_and_seeds(rivals):
+    found = {name: columns_of(rivals, name) for name in RIVALS}
+    for name in RIVALS[:2]:
+        assert all(row["soft_label"] is None for row in found[name])
+        assert all(row["target"] == row["source"] for row in found[name])
+    for rows in zip(*found.values(), strict=True):
+        assert len({(row["source"], row["strength"]) for row in rows}) == 1
+    images = files.read_jsonl(rivals / "caption" / "images.jsonl")
+    label_of = {row["id"]: row["label"] for row in images}
+    for row in found["diff_mix"]:
+        own, other = (label_of[row[name]] for name in ("source", "target"))
+        weight = row["strength"] ** 0.8
+        assert own != other
+        assert row["soft_label"][other] == pytest.approx(weight)
+        assert sum(row["soft_label"]) == pytest.approx(1.0)
+        assert row["label"] == (other if weight > 0.5 else own)
+        assert row["prompt"] == f"stroke {row['target'].removeprefix('s/')}"
+    card = (rivals / "generate" / "diff_mix" / "README.md").read_text()
+    assert "strength^0.8" in card and "`soft_label` has the probability" in card
+    plain = (rivals / "generate" / "da_fusion" / "README.md").read_text()
+    assert "Each label is that of the real image" in plain and "0, 0.5, 1" in plain
+
+
+def test_soft_labels_reach_the_training_set(rivals):
+    folder = rivals / "generate"
+    soft = synthetic.read_soft_labels(folder / "diff_mix", 2)
+    assert soft.shape == (4 * IMAGES, 2) and soft.dtype == np.float32
+    np.testing.assert_allclose(soft.sum(1), 1.0, rtol=1e-6)
+    for name in ("pretrained", "da_fusion"):
+        assert synthetic.read_soft_labels(folder / name, 2) is None
+
+
+def test_recipes_of_a_rival_are_not_those_of_mixing(rivals, tmp_path):
+    """A user may copy them from the provenance of a set."""
+    (row,) = files.read_jsonl(rivals / "mix" / "recipes.jsonl")[:1]
+    path = tmp_path / "recipes.jsonl"
+    files.write_jsonl(path, [row | {"mode": "diff_mix", "strength": 0.5}])
+    with pytest.raises(UserError, match="diff_mix") as caught:
+        recipe_file.read_recipes(path)
+    assert "coarse or fine or both" in "".join(
+        [str(caught.value), *caught.value.details]
+    )
+
+
+def test_diff_mix_needs_another_class():
+    alone = edits.Edits(
+        (0.5,), 0.8, ids=("a", "b"), labels=np.ones(2, int), classes=2, seed=0
+    )
+    with pytest.raises(UserError, match="at least two classes.*got one"):
+        alone.completed({"index": 0, "source": "a"}, towards=True)
+
+
+@given(
+    strength=st.floats(0, 1),
+    gamma=st.floats(0.01, 5),
+    pair=st.lists(st.integers(0, 6), min_size=2, max_size=2, unique=True),
+)
+def test_a_soft_label_goes_from_the_source_to_the_other_class(strength, gamma, pair):
+    own, other = pair
+    found = edits.soft_label(own, other, strength, gamma=gamma, classes=7)
+    assert sum(found) == pytest.approx(1.0) and min(found) >= 0
+    assert found[other] == pytest.approx(strength**gamma)
+    assert {k for k, p in enumerate(found) if p} <= {own, other}
+
+
+def test_settings_that_rivals_cannot_have_are_refused():
+    config = common.get_config()
+    config.generate.sets = ("mixed", "diff_mix")
+    config.generate.filter.label = "folds"
+    with pytest.raises(UserError, match="filter.label.*labels are soft"):
+        generate.check(config)
+    for wrong in ((1.5,), (-0.1,), ()):
+        with pytest.raises(UserError, match="generate.strength.*from 0 to 1"):
+            common.FIELDS.find("generate.strength").require("generate.strength", wrong)
 
 
 # Unusable images.

@@ -34,7 +34,7 @@ ROOMS = {  # a room -> the rooms that it may import; every room is its own
     "training": set(),
     "checkpoints": {"models"},
     "mixing": {"data"},
-    "pretraining": {"data", "diffusion", "models", "training"},
+    "pretraining": {"classification", "data", "diffusion", "models", "training"},
     "generation": {
         "checkpoints",
         "data",

@@ -73,7 +73,12 @@ def test_every_stage_of_the_digits_is_counted_and_nothing_is_written(tmp_path):
     made = {name: work.makes for name, work in works.items()}
     assert made == {
         "caption": {"images": 1797, "captions": 1000},
-        "pretrain": {"steps": 2000, "vae steps": 500, "unet steps": 1500},
+        "pretrain": {
+            "steps": 2300,
+            "judge steps": 300,
+            "vae steps": 500,
+            "unet steps": 1500,
+        },
         "encode": {"images": 100, "prompts, at most": 101},
         "pairs": {"pairs": 400},
         "finetune": {"steps": 300, "pairs": 15_000},
@@ -100,7 +105,7 @@ def test_every_stage_of_the_digits_is_counted_and_nothing_is_written(tmp_path):
         ("classify.seeds=2", "classify", {"classifiers": 18}),
         ("data.per_class=20", "caption", {"images": 1797, "captions": 1100}),
         ("data.per_class=20", "encode", {"images": 200}),
-        ("pretrain.controlnet.steps=7", "pretrain", {"steps": 2007}),
+        ("pretrain.controlnet.steps=7", "pretrain", {"steps": 2307}),
     ],
 )
 def test_counts_follow_the_fields(change, name, makes, tmp_path):

@@ -276,7 +276,7 @@ def test_losses_are_plotted(page):
     plots = [a for t, a in page.tags if a.get("role") == "img" and t == "div"]
     assert [a["aria-label"].split()[2] for a in plots] == ["pretrain/vae"]
     assert ">optimiser step</text>" in page.source
-    assert ">absolute error + KL</text>" in page.source
+    assert ">reconstruction error + KL</text>" in page.source
     assert "0.37 at step 10" in page.text and "0.25 at step 20" in page.text
     assert "0.6, mean of 2 seeds, at step 5" in page.text
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]

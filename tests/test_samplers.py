@@ -2,11 +2,14 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sd_families import SCHEDULERS, normal
 
 from mvc_jax.checkpoints.scheduler_config import ddim_config
@@ -16,6 +19,7 @@ from mvc_jax.diffusion.timesteps import (
     EARLIER,
     SPACINGS,
     evaluations,
+    first_step,
     leading,
     require_noise,
     start_in_words,
@@ -132,6 +136,102 @@ def test_a_whole_sample_equals_pytorch(torch, name, prediction_type):
         latents = theirs.step(prediction, timestep, latents).prev_sample
     assert 0.1 < latents.std() < 10
     np.testing.assert_allclose(drawn, latents.numpy(), rtol=0, atol=1e-4)
+
+
+# From a noised source (SDEdit).
+
+
+@names
+@prediction_types
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.95])
+def test_a_noised_source_equals_pytorch(torch, name, prediction_type, strength):
+    """`StableDiffusionImg2ImgPipeline`'s timesteps, noise and steps."""
+    import diffusers
+
+    theirs = scheduler(name, 20, prediction_type)
+    pipeline = types.SimpleNamespace(scheduler=theirs)
+    get_timesteps = diffusers.StableDiffusionImg2ImgPipeline.get_timesteps
+    timesteps, count = get_timesteps(pipeline, 20, strength, "cpu")
+    assert count == 20 - first_step(20, strength) == len(timesteps)
+
+    def denoise(latents, timesteps):
+        return jnp.tanh(1.5 * latents + timesteps[:, None, None, None] / 1000)
+
+    noise, source = normal(f"{name} start", *SHAPE), normal(f"{name} source", *SHAPE)
+    sampler = make(name, 20, prediction_type)
+    drawn = jax.jit(
+        lambda noise, source: sampler(denoise, noise, source=source, strength=strength)
+    )(noise, source)
+    first = timesteps[:1].repeat(len(noise))
+    latents = theirs.add_noise(*map(torch.from_numpy, (source, noise)), first)
+    for timestep in timesteps:
+        seen = theirs.scale_model_input(latents, timestep)
+        prediction = torch.tanh(1.5 * seen + timestep / 1000)
+        latents = theirs.step(prediction, timestep, latents).prev_sample
+    np.testing.assert_allclose(drawn, latents.numpy(), rtol=0, atol=1e-4)
+
+
+def test_a_noised_source_equals_pytorchs_pipeline(torch, tiny, original):
+    """`StableDiffusionImg2ImgPipeline` from the folder of a tiny random model."""
+    import diffusers
+
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(original)
+    pipeline.set_progress_bar_config(disable=True)
+    model, params = tiny
+    source, prompt = normal("source", 1, 2, 2, 4), "a bold stroke"
+    expected = pipeline(
+        prompt,
+        image=torch.from_numpy(source.transpose(0, 3, 1, 2).copy()),
+        strength=0.6,
+        num_inference_steps=5,
+        guidance_scale=1.0,  # none
+        generator=torch.manual_seed(0),
+        output_type="latent",
+    ).images
+    noise = torch.randn((1, 4, 2, 2), generator=torch.manual_seed(0))
+    states = model.text_states(params, jnp.asarray(model.tokenize([prompt])))
+    sampler = make("ddim", 5, alphas_cumprod=model.alphas_cumprod)
+    drawn = jax.jit(
+        lambda noise, source: sampler(
+            lambda x, t: model.denoise(params, x, t, states),
+            noise,
+            source=source,
+            strength=0.6,
+        )
+    )(noise.numpy().transpose(0, 2, 3, 1), source)
+    theirs = expected.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(drawn, theirs, rtol=0, atol=1e-4)
+
+
+@names
+def test_strength_0_is_the_source_and_1_is_noise(name):
+    noise = jnp.asarray(normal(f"{name} start", *SHAPE))
+    source = jnp.asarray(normal(f"{name} source", *SHAPE))
+    calls = []
+
+    def denoise(latents, timesteps):
+        calls.append(timesteps)
+        return jnp.tanh(latents)
+
+    sampler = make(name, 20)
+    unchanged = sampler(denoise, noise, source=source, strength=0.0)
+    np.testing.assert_array_equal(unchanged, source)
+    assert not calls
+    plain = sampler(denoise, noise)
+    drawn = sampler(denoise, noise, source=source, strength=1.0)
+    np.testing.assert_array_equal(drawn, plain)
+
+
+@given(steps=st.integers(1, 999), strengths=st.tuples(*[st.floats(0, 1)] * 2))
+def test_a_larger_strength_takes_no_fewer_steps(steps, strengths):
+    low, high = sorted(strengths)
+    assert 0 <= first_step(steps, high) <= first_step(steps, low) <= steps
+    counted = [
+        evaluations("ddim", steps, (0.0, 1.0), strength=strength)
+        for strength in (0.0, low, high, 1.0)
+    ]
+    assert counted == sorted(counted) and counted[0] == 0
+    assert counted[-1] == evaluations("ddim", steps, (0.0, 1.0))
 
 
 def scale_of(array):

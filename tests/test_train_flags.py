@@ -84,7 +84,7 @@ MISTAKES = [
     ("--nope=1", "command line", "'nope'"),
     ("junk", "command line", "'junk'", "equals sign"),
     ("--config.generate.sets=nope", "config.generate.sets", "mixed, unmixed", "'nope'"),
-    ("--config.generate.sets=", "config.generate.sets", "()"),
+    ("--config.generate.sets=", "config.classify.runs", "config.generate.sets ()"),
     ("--config.generate.sets=(mixed,)", "config.generate.sets", "(mixed,)"),
     ("--config.generate.sets=('mixed'", "config.generate.sets", "('mixed'"),
     ("--config.generate.sets=(1)", "config.generate.sets", "(1)"),

@@ -23,6 +23,7 @@ _SIZES = (  # upper limit of the number of images, the hub's size category
     (1_000_000, "100K<n<1M"),
     (float("inf"), "1M<n<10M"),
 )
+_SOFT = "soft labels"
 _FILTERS = "filters"  # key of the settings, if any filter was on
 
 
@@ -80,7 +81,7 @@ def text(facts: Facts) -> str:
     about = f"{title}\n\n{_ABOUT}\n{facts.about}\n"
     drawn = f"## How the images were drawn\n\n{table(facts.settings)}"
     sections = [about, _counts(facts), drawn, _redrawn(facts), _base(facts)]
-    sections += [_USE, _loading(facts), _REFERENCES]
+    sections += [_use(facts), _loading(facts), _REFERENCES]
     return f"---\n{front}---\n\n" + "\n".join(sections)
 
 
@@ -106,6 +107,8 @@ def in_words(
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
     filters: str,
+    strengths: Sequence[float] = (),
+    gamma: float | None = None,
 ) -> dict[str, Any]:
     """How the images of a set were drawn, by name, for `Facts.settings`.
 
@@ -122,6 +125,8 @@ def in_words(
       guidance_interval: fractions of the training timesteps with guidance.
       guidance_rescale: of the guided prediction.
       filters: from `filters_in_words`.
+      strengths: of the noise that is added to the source; (): images start from noise.
+      gamma: of soft labels; None: labels are those of the sources.
     """
     words: dict[str, Any] = {}
     if per_image is None:
@@ -132,6 +137,11 @@ def in_words(
     if per_image is not None:
         words["text scale"] = _span(*text_scale)
         words["image scale"] = _span(*image_scale)
+    if strengths:
+        drawn = ", ".join(f"{strength:g}" for strength in strengths)
+        words["strength of the noise on the source"] = drawn
+    if gamma is not None:
+        words[_SOFT] = f"the other class has the probability strength^{gamma:g}"
     words["sampler"] = f"{sampler}, {steps} steps, {spacing} timesteps"
     words["guidance interval"] = _span(*guidance_interval)
     words["guidance rescale"] = f"{guidance_rescale:g}"
@@ -232,7 +242,7 @@ _USE = """\
 
 - They are intended as additional training images for a classifier of these classes;
   test on real images only.
-- Each label is that of the real image that conditioned the synthetic one. The images
+- {label}. The images
   were not inspected one by one: some may show another class, or nothing.
 - Synthetic images may resemble training images, whole or in part. If those are
   private, do not publish this dataset.
@@ -248,6 +258,18 @@ _REFERENCES = """\
 - Mixing Visual Concepts, WACV 2025: [arXiv 2412.15358](https://arxiv.org/abs/2412.15358)
 - InstructPix2Pix: [arXiv 2211.09800](https://arxiv.org/abs/2211.09800)
 """
+
+
+_LABEL = "Each label is that of the real image that conditioned the synthetic one"
+_SOFT_LABEL = (
+    "Each image is of two classes: `soft_label` has the probability of every class, "
+    "and `label` is the likelier one"
+)
+
+
+def _use(facts: Facts) -> str:
+    soft = _SOFT in facts.settings
+    return _USE.replace("{label}", _SOFT_LABEL if soft else _LABEL)
 
 
 def _counts(facts: Facts) -> str:

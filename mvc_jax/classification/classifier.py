@@ -195,7 +195,8 @@ def train_step(
         (key, n, b); `weight` [B], 0 for slots that do not count; `rates` [steps], the
         learning rates; and either the whole dataset, `images` uint8 [R, H, W, 3] and
         `labels` int32 [R], with `index` int32 [B] into it, or the batch itself,
-        `images` [B, H, W, 3] and `labels` [B].
+        `images` [B, H, W, 3] and `labels` [B]. Soft labels are float32, with a last
+        axis [K].
       spec: the classifier.
       tx: the optimiser, whose own learning rate is 1.
 
@@ -283,7 +284,9 @@ def _loss(variables, images, labels, weight, key, *, spec: ClassifierSpec):
         keys = rng.example_keys(image_key, jnp.arange(len(labels)))
         images = jax.vmap(policy)(keys, images)
     images = images.astype(jnp.float32)
-    targets = jax.nn.one_hot(labels, spec.model.num_classes)
+    targets = labels  # soft
+    if labels.ndim == 1:
+        targets = jax.nn.one_hot(labels, spec.model.num_classes)
     if spec.mix:
         images, targets = _MIXES[spec.mix](
             mix_key, images, targets, weight, alpha=spec.alpha

@@ -301,7 +301,7 @@ class Trainer:
         rows = self._data.rows
         if rows.nbytes > (self._options.images_gib * 2**30 or limit / 2):
             return {}
-        arrays = {"images": rows.all(), "labels": self._data.labels}
+        arrays = {"images": rows.all(), "labels": self._data.targets}
         return sharding.place(arrays, sharding.replicated(self._mesh))
 
     def _stride(self, every: int) -> int:

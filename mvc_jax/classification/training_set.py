@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from mvc_jax.classification import duration
 from mvc_jax.classification.pixels import ConcatArray, Prefetcher, store
@@ -31,6 +31,7 @@ class TrainingSet:
       test: uint8 [T, S, S, 3].
       test_labels: int32 [T].
       class_names: K names, indexed by labels.
+      soft_labels: probabilities of the classes of each row; None: all labels are hard.
     """
 
     rows: ConcatArray
@@ -40,6 +41,12 @@ class TrainingSet:
     test: UInt8[np.ndarray, "T S S 3"]
     test_labels: Int[np.ndarray, " T"]
     class_names: tuple[str, ...]
+    soft_labels: Float[np.ndarray, "R K"] | None = None
+
+    @property
+    def targets(self) -> np.ndarray:
+        """What the loss compares with: `labels`, or `soft_labels` if there are any."""
+        return self.labels if self.soft_labels is None else self.soft_labels
 
     def examples_seen(
         self, schedule: dict[str, np.ndarray], steps: int
@@ -78,7 +85,7 @@ class TrainingSet:
             return {
                 "weight": stacked("weight", step, rows),
                 "images": self.rows.take(index),
-                "labels": self.labels[index],
+                "labels": self.targets[index],
             }
 
         return Prefetcher(images, len(schedules[0]["index"])) if pixels else indices
@@ -125,6 +132,7 @@ def read(
     parts = [_resized(train.images, size, folder / "train.npy", digests)]
     labels = [train.labels]
     synthetic_rows: dict[str, tuple[int, list[dict]]] = {}
+    soft: dict[int, np.ndarray] = {}  # by the first row
     for name in sets:
         generated = workdir / "generate" / name
         rows = list(synthetic.read_rows(generated, ("label", "source", "partners")))
@@ -133,7 +141,11 @@ def read(
             decode.fit(row["image"], data_size, resize=resize, resample=resample)
             for row in cells
         )
-        synthetic_rows[name] = sum(map(len, labels)), rows
+        first = sum(map(len, labels))
+        synthetic_rows[name] = first, rows
+        own = synthetic.read_soft_labels(generated, len(train.class_names))
+        if own is not None:
+            soft[first] = own
         parts.append(_stored(images, len(rows), size, folder / f"{name}.npy", digests))
         labels.append(np.asarray([row["label"] for row in rows], np.int32))
     kept = splits.read_split(caption, splits.VALIDATION)
@@ -162,7 +174,20 @@ def read(
         test=_resized(test.images, size, folder / "test.npy", digests),
         test_labels=test.labels,
         class_names=train.class_names,
+        soft_labels=_soft_labels(all_labels, soft, len(train.class_names)),
     )
+
+
+def _soft_labels(
+    labels: Int[np.ndarray, " R"], soft: dict[int, np.ndarray], classes: int
+) -> Float[np.ndarray, "R K"] | None:
+    """Probabilities of all rows: `soft` has those of some, by the first row."""
+    if not soft:
+        return None
+    found = np.eye(classes, dtype=np.float32)[labels]
+    for first, own in soft.items():
+        found[first : first + len(own)] = own
+    return found
 
 
 def require_several(class_names: Sequence[str]) -> None:

@@ -38,6 +38,7 @@ _MODULES = {
 STAGES = tuple(_MODULES)
 MESH_STAGES = ("pretrain", "encode", "finetune", "generate", "classify")
 # Of several processes the first alone runs these, and the others wait for it.
+OF_REAL_IMAGES = ("caption", "classify", "evaluate", "report")  # need no generator
 ALONE = ("pairs", "mix", "report")
 
 
@@ -49,12 +50,15 @@ def module(name: str) -> Any:
 def select(config: ConfigDict) -> list[str]:
     """The stages of `config.stages`, in the pipeline's order.
 
-    `all` includes `pretrain` only if `config.base.path` is empty.
+    `all` includes `pretrain` only if `config.base.path` is empty, and no stage of the
+    generator if `config.generate.sets` is.
 
     Raises:
       UserError: a name is unknown.
     """
     names = [name.strip() for name in config.stages.split(",") if name.strip()]
+    if names == ["all"] and not config.generate.sets:
+        return [*OF_REAL_IMAGES]
     if names == ["all"]:
         return [name for name in STAGES if name != "pretrain" or not config.base.path]
     unknown = [name for name in names if name not in STAGES]

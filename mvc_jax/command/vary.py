@@ -199,6 +199,7 @@ def _has_run(config: ConfigDict, *parts: str) -> bool:
     return any(part in name for name in config.classify.runs for part in parts)
 
 
+_RIVALS = ("real_guidance", "da_fusion", "diff_mix")  # sets with a strength
 # A field -> whether it is read, and where it is, in words.
 _READ: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
     **dict.fromkeys(
@@ -221,6 +222,14 @@ _READ: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
     "generate.interpolation": (
         lambda c: "interpolated" in c.generate.sets,
         "generate.sets has interpolated",
+    ),
+    "generate.strength": (
+        lambda c: bool({*_RIVALS} & {*c.generate.sets}),
+        f"generate.sets has {', '.join(_RIVALS)}",
+    ),
+    "generate.soft_label_gamma": (
+        lambda c: "diff_mix" in c.generate.sets,
+        "generate.sets has diff_mix",
     ),
     "classify.probability": (
         lambda c: _has_run(c, "probabilistic", "replace_"),

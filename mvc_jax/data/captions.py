@@ -33,6 +33,7 @@ _UNSPACED = (
 _PIECE = re.compile(
     rf"\s*(?:[{_UNSPACED}]|[^\s,;|，、。；{_UNSPACED}]+|.)[,;|，、。；]*"
 )
+LONGEST = 77  # tokens of a prompt, CLIP's, where they have to be limited
 _MAX_CLASSES = 5  # that are named
 _TRAILING = " ,.;|，、。；"
 

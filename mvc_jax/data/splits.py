@@ -135,7 +135,7 @@ def make_splits(
     own_test = none if is_test is None else is_test
     free = usable & ~own_test
     counts = np.bincount(labels[free], minlength=len(class_names))
-    pools = _proportional(sizes.pool, counts).tolist()
+    pools = proportional(sizes.pool, counts).tolist()
     sides = None
     if groups is not None:
         sides = _sides(labels, groups, free, sizes, pools, seed, is_test is None)
@@ -162,7 +162,7 @@ def make_splits(
     return found
 
 
-def _proportional(total: int, counts: np.ndarray) -> np.ndarray:
+def proportional(total: int, counts: np.ndarray) -> np.ndarray:
     """Divides `total` in proportion to `counts`, by the largest remainder."""
     exact = total * counts / max(counts.sum(), 1)
     quotas = np.floor(exact).astype(int)

@@ -80,6 +80,8 @@ def draw(
     image_scale: Scale,
     guidance_interval: tuple[float, float] = ALWAYS,
     guidance_rescale: float = 0.0,
+    start: Float[Array, "B h w c"] | None = None,
+    strength: float = 1.0,
 ) -> Float[Array, "B h w c"]:
     """Samples scaled latents, guided by texts and source images.
 
@@ -95,6 +97,8 @@ def draw(
       guidance_interval: as `guidance_interval.segments` takes it. Outside it the UNet
         sees text and source image, but their effect is not amplified.
       guidance_rescale: phi of `guidance.rescaled`.
+      start: scaled latents that are noised to begin with; None: begin with noise.
+      strength: of that noise, as the samplers take it.
     """
     cond_latents = loss.posterior_mode(source_moments)
     guided = image_text_guidance(
@@ -108,5 +112,10 @@ def draw(
     )
     unguided = conditional(denoise, text_states=text_states, cond_latents=cond_latents)
     return sampler(
-        guided, noise, unguided=unguided, guidance_interval=guidance_interval
+        guided,
+        noise,
+        unguided=unguided,
+        guidance_interval=guidance_interval,
+        source=start,
+        strength=strength,
     )

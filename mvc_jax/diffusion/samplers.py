@@ -28,7 +28,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mvc_jax.diffusion.guidance_interval import ALWAYS, segments
-from mvc_jax.diffusion.timesteps import AUTO, named, require_noise, timesteps_of
+from mvc_jax.diffusion.timesteps import (
+    AUTO,
+    first_step,
+    named,
+    require_noise,
+    timesteps_of,
+)
 from mvc_jax.errors import UserError
 
 Predict = Callable[[Array, Array], Array]  # (latents, timesteps [B]) -> prediction
@@ -45,6 +51,8 @@ def ddim(
     spacing: str = AUTO,
     unguided: Predict | None = None,
     guidance_interval: tuple[float, float] = ALWAYS,
+    source: Float[Array, "B h w c"] | None = None,
+    strength: float = 1.0,
 ) -> Float[Array, "B h w c"]:
     """DDIM with eta = 0: Song et al., arXiv 2010.02502, equations 12 and 16.
 
@@ -61,6 +69,11 @@ def ddim(
       spacing: of the timesteps, as `timesteps_of` takes it.
       unguided: the network without guidance, for the steps outside the interval.
       guidance_interval: as `guidance_interval.segments` takes it.
+      source: scaled latents to start from, at a `strength` below 1: SDEdit (Meng et
+        al., arXiv 2108.01073, algorithm 1).
+      strength: the fraction of the steps that are taken, as diffusers'
+        `StableDiffusionImg2ImgPipeline` counts them; 0 returns the source, and 1 starts
+        from noise alone, of which theirs is a part.
     """
     trained = len(alphas_cumprod)
     alphas = jnp.asarray(alphas_cumprod)
@@ -74,9 +87,16 @@ def ddim(
         x_0, e = _split(latents, prediction, alpha, sigma, prediction_type)
         return next_squared**0.5 * x_0 + (1 - next_squared) ** 0.5 * e
 
-    timesteps = timesteps_of("ddim", steps, spacing, trained)
+    first = first_step(steps, 1.0 if source is None else strength)
+    timesteps = timesteps_of("ddim", steps, spacing, trained)[first:]
+    if not len(timesteps):
+        return source
+    start = noise
+    if first:
+        squared = alphas_cumprod[timesteps[0]]
+        start = _noised(source, noise, np.sqrt(squared), np.sqrt(1 - squared))
     parts = segments(timesteps, trained, guidance_interval)
-    return _scan(step, noise, (timesteps,), parts, predict, unguided)
+    return _scan(step, start, (timesteps,), parts, predict, unguided)
 
 
 def euler(
@@ -89,6 +109,8 @@ def euler(
     spacing: str = AUTO,
     unguided: Predict | None = None,
     guidance_interval: tuple[float, float] = ALWAYS,
+    source: Float[Array, "B h w c"] | None = None,
+    strength: float = 1.0,
 ) -> Float[Array, "B h w c"]:
     """Euler's method: Karras et al., arXiv 2206.00364, algorithm 1.
 
@@ -101,7 +123,10 @@ def euler(
     The arguments are those of `ddim`.
     """
     trained = len(alphas_cumprod)
-    timesteps = timesteps_of("euler", steps, spacing, trained)
+    first = first_step(steps, 1.0 if source is None else strength)
+    timesteps = timesteps_of("euler", steps, spacing, trained)[first:]
+    if not len(timesteps):
+        return source
     if named(spacing) == "linspace":  # between timesteps: s is interpolated
         levels = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
         squared = 1 / (1 + np.interp(timesteps, np.arange(trained), levels) ** 2)
@@ -119,6 +144,8 @@ def euler(
     coefficients = (timesteps, alpha, sigma, ds)
     parts = segments(timesteps, trained, guidance_interval)
     start = noise / alpha[0] * (1 if named(spacing) == "leading" else sigma[0])
+    if first:
+        start = source + sigma[0] / alpha[0] * noise
     return _scan(step, start, coefficients, parts, predict, unguided)
 
 
@@ -132,6 +159,8 @@ def dpmpp_2m(
     spacing: str = AUTO,
     unguided: Predict | None = None,
     guidance_interval: tuple[float, float] = ALWAYS,
+    source: Float[Array, "B h w c"] | None = None,
+    strength: float = 1.0,
 ) -> Float[Array, "B h w c"]:
     """DPM-Solver++(2M): Lu et al., arXiv 2211.01095, algorithm 2.
 
@@ -146,7 +175,11 @@ def dpmpp_2m(
     The arguments are those of `ddim`.
     """
     trained = len(alphas_cumprod)
-    timesteps = timesteps_of("dpmpp_2m", steps, spacing, trained)
+    first = first_step(steps, 1.0 if source is None else strength)
+    timesteps = timesteps_of("dpmpp_2m", steps, spacing, trained)[first:]
+    steps = len(timesteps)
+    if not steps:
+        return source
     squared = alphas_cumprod[timesteps].astype(np.float64)
     alpha = np.append(np.sqrt(squared), 1.0)
     sigma = np.append(np.sqrt(1.0 - squared), 0.0)
@@ -164,7 +197,10 @@ def dpmpp_2m(
         return shrink * latents + gain * (x_0 + weight * (x_0 - earlier)), x_0
 
     parts = segments(timesteps, trained, guidance_interval)
-    start = noise, jnp.zeros_like(noise)
+    start = noise
+    if first:
+        start = _noised(source, noise, table[0, 0], table[1, 0])
+    start = start, jnp.zeros_like(noise)
     return _scan(step, start, coefficients, parts, predict, unguided)[0]
 
 
@@ -189,7 +225,8 @@ def make(
       spacing: of the timesteps, as `timesteps_of` takes it.
 
     Returns:
-      `(predict, noise, *, unguided=None, guidance_interval=ALWAYS) -> latents`.
+      `(predict, noise, *, unguided=None, guidance_interval=ALWAYS, source=None,
+      strength=1.0) -> latents`.
 
     Raises:
       UserError: no sampler has that name, the model was trained on too few timesteps
@@ -218,6 +255,11 @@ def make(
         steps=steps,
         spacing=spacing,
     )
+
+
+def _noised(source: Array, noise: Array, alpha: Any, sigma: Any) -> Array:
+    """Latents of a noise level: alpha x_0 + sigma noise."""
+    return np.float32(alpha) * source + np.float32(sigma) * noise
 
 
 def _split(

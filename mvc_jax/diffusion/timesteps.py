@@ -100,6 +100,18 @@ def timesteps_of(
     return _TIMESTEPS[sampler][named(spacing)](num_train_timesteps, steps)
 
 
+def first_step(steps: int, strength: float) -> int:
+    """The first of S steps that is taken of a source that is noised to a strength.
+
+    As diffusers' `StableDiffusionImg2ImgPipeline` counts: `int(S strength)` are taken.
+
+    Args:
+      steps: S.
+      strength: in [0, 1]; 1 takes all, 0 none.
+    """
+    return steps - min(int(steps * strength), steps)
+
+
 def named(spacing: str) -> str:
     """What a spacing is called: `AUTO` is the default one."""
     return DEFAULT if spacing == AUTO else spacing
@@ -179,6 +191,7 @@ def evaluations(
     guidance_interval: tuple[float, float],
     spacing: str = AUTO,
     num_train_timesteps: int = 1000,
+    strength: float = 1.0,
 ) -> int:
     """Predictions of the UNet for one image, of all branches of guidance together.
 
@@ -188,8 +201,12 @@ def evaluations(
       guidance_interval: as `segments` takes it; outside it there is one branch.
       spacing: as `timesteps_of` takes it.
       num_train_timesteps: T; by default that of every Stable Diffusion.
+      strength: as `first_step` takes it.
     """
     timesteps = timesteps_of(sampler, steps, spacing, num_train_timesteps)
+    timesteps = timesteps[first_step(steps, strength) :]
+    if not len(timesteps):
+        return 0
     parts = segments(timesteps, num_train_timesteps, guidance_interval)
     return sum(
         (stop - start) * (_BRANCHES if guided else 1) for start, stop, guided in parts

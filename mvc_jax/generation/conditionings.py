@@ -2,12 +2,14 @@
 
 All sets are drawn from the same recipes and noise by one compiled program: they differ
 in text states, in whether the source's latents are given, and in the model. A new set
-is a row of `CONDITIONINGS`, and perhaps a function in `text_states.py`.
+is a row of `CONDITIONINGS`, and perhaps a function in `text_states.py`. Sets that start
+from the noised source, other papers' methods, have a program for each strength.
 """
 
 import dataclasses
 
 from mvc_jax.errors import UserError
+from mvc_jax.generation.edits import Edits
 from mvc_jax.mixing.recipes import NO_MIXING
 
 
@@ -24,6 +26,9 @@ class Conditioning:
         is.
       needs: what the base must come with: `"image_tower"`, `"controlnet"` (which also
         takes part in sampling), or `""`.
+      edits: whether images start from the noised source (`generation/edits.py`).
+      towards: whether their prompt is that of an image of another class, so that they
+        have soft labels.
     """
 
     about: str
@@ -32,18 +37,29 @@ class Conditioning:
     finetuned: bool = True
     partners: int | None = 0
     needs: str = ""
+    edits: bool = False
+    towards: bool = False
 
-    def applied(self, recipe: dict, name: str) -> dict:
-        """The recipe of an image of set `name`, without the fields it does not use."""
+    def applied(self, recipe: dict, name: str, edits: Edits | None = None) -> dict:
+        """The recipe of an image of set `name`, without the fields it does not use.
+
+        Args:
+          recipe: one of `recipes.jsonl`.
+          name: of the set.
+          edits: completes it, if the set starts from its sources; None: it is not.
+        """
         if self.partners is None:
             return recipe
-        return {
+        applied = {
             **recipe,
             **NO_MIXING,
             "mode": name,
             "partners": recipe["partners"][: self.partners],
             "dim_tokens": [1, 1],
         }
+        if self.edits and edits is not None:
+            return edits.completed(applied, towards=self.towards)
+        return applied
 
 
 CONDITIONINGS = {
@@ -102,7 +118,33 @@ CONDITIONINGS = {
         finetuned=False,
         needs="controlnet",
     ),
+    "real_guidance": Conditioning(
+        "A rival: a real image, noised and drawn to its end by the base model without "
+        "fine-tuning, by its caption (He et al., arXiv 2210.07574).",
+        text="caption",
+        source=False,
+        finetuned=False,
+        edits=True,
+    ),
+    "da_fusion": Conditioning(
+        "A rival: a real image, noised and drawn to its end by the fine-tuned model, "
+        "by its caption (DA-Fusion, Trabucco et al., arXiv 2302.07944, without its "
+        "textual inversion).",
+        text="caption",
+        source=False,
+        edits=True,
+    ),
+    "diff_mix": Conditioning(
+        "A rival: a real image, noised and drawn to its end by the fine-tuned model, "
+        "by the prompt of an image of another class; its label is soft (Diff-Mix, Wang "
+        "et al., arXiv 2403.19600, without its textual inversion).",
+        text="target",
+        source=False,
+        edits=True,
+        towards=True,
+    ),
 }
+RIVALS = tuple(name for name, found in CONDITIONINGS.items() if found.edits)
 
 
 def model_order(name: str) -> tuple[bool, str]:

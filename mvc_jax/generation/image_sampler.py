@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mvc_jax import files
 from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
-from mvc_jax.diffusion import instruct_pix2pix, samplers, timesteps
+from mvc_jax.diffusion import instruct_pix2pix, loss, samplers, timesteps
 from mvc_jax.generation import ablation
 from mvc_jax.generation.conditionings import CONDITIONINGS
+from mvc_jax.generation.edits import Edits
 from mvc_jax.generation.image_status import Drawn, image_status
 from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
 from mvc_jax.models import controlnet, stable_diffusion
@@ -85,7 +86,9 @@ class ImageSampler:
         self._null = jax.device_put(null, sharding.replicated(mesh))
         self._hashes: dict[epath.Path, str] = {}
         self._conditioning = self._loaded = self._params = None
-        self._programs: dict[bool, Callable] = {}  # by whether there is a ControlNet
+        self._architecture: tuple[Any, ...] = ()  # of the programs: model, ControlNet
+        # By whether there is a ControlNet, and by strength.
+        self._programs: dict[tuple[bool, float | None], Callable] = {}
 
     def base_folder(self) -> epath.Path:
         """Folder of the base model."""
@@ -118,10 +121,8 @@ class ImageSampler:
         network = None
         if self._controlled:
             network, params["controlnet"] = self._texts.ablation.load_controlnet()
-        if self._controlled not in self._programs:
-            self._programs[self._controlled] = jit_sample_images(
-                model, network, self.settings, self._mesh
-            )
+        self._architecture = model, network
+        if not self._conditioning.edits:
             start = timesteps.start_in_words(
                 self.settings.sampler,
                 self.settings.steps,
@@ -132,6 +133,20 @@ class ImageSampler:
         shardings = sharding.tree_shardings(params, self._mesh)
         self._params = jax.device_put(params, shardings)
         self._loaded = folder, self._controlled
+
+    @property
+    def edits(self) -> Edits | None:
+        """What completes the recipes of sets that start from their source."""
+        return self._texts.edits
+
+    def _program(self, strength: float | None) -> Callable:
+        """The compiled program for images that start like this."""
+        key = self._controlled, strength
+        if key not in self._programs:
+            self._programs[key] = jit_sample_images(
+                *self._architecture, self.settings, self._mesh, strength=strength
+            )
+        return self._programs[key]
 
     @property
     def _controlled(self) -> bool:
@@ -171,19 +186,33 @@ class ImageSampler:
     ) -> Iterator[tuple]:
         for recipes in groups:
             drawn = None
-            indices = [recipe["index"] for recipe in recipes]
-            batches = batches_by_index(indices, self._size)
-            for number, places in enumerate(batches, start=1):
-                batch = self._batch([recipes[max(place, 0)] for place in places])
+            batches = [*self._batches(recipes)]
+            for number, (strength, places) in enumerate(batches, start=1):
+                here = places[places >= 0][0]  # in the place of recipes there are not
+                batch = self._batch(
+                    [recipes[here if place < 0 else place] for place in places]
+                )
                 batch["redraws"] = np.full(self._size, redraw, np.int32)
                 batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
-                draw = self._programs[self._controlled]
+                draw = self._program(strength)
                 out = draw(self._params, batch, self._null, self._key)
                 if drawn is None:
                     shape = (len(recipes), *out[0].shape[1:])
                     status = np.zeros(len(recipes), np.uint8)
                     drawn = Drawn(np.empty(shape, np.uint8), status)
                 yield drawn, places, out, number == len(batches)
+
+    def _batches(
+        self, recipes: Sequence[dict]
+    ) -> Iterator[tuple[float | None, Int[np.ndarray, " size"]]]:
+        """Batches of recipes of one strength each, by their places; -1: no recipe."""
+        by_strength: dict[float | None, list[int]] = {}
+        for place, recipe in enumerate(recipes):
+            by_strength.setdefault(recipe.get("strength"), []).append(place)
+        for strength, mine in by_strength.items():
+            indices = [recipes[place]["index"] for place in mine]
+            for places in batches_by_index(indices, self._size):
+                yield strength, np.where(places < 0, -1, np.asarray(mine)[places])
 
     def _batch(self, recipes: Sequence[dict]) -> dict[str, Any]:
         """The inputs of `sample_images` for these recipes, but for `redraws`."""
@@ -196,6 +225,8 @@ class ImageSampler:
             "moments": moments,
             "states": TEXT_STATES[self._conditioning.text](self._texts, recipes),
         }
+        if self._conditioning.edits:
+            batch["start"] = cache.moments_of(sources)
         for name, dtype in SCALARS.items():
             batch[name] = np.asarray([recipe[name] for recipe in recipes], dtype)
         if self._controlled:
@@ -208,8 +239,9 @@ def jit_sample_images(
     network: controlnet.ControlNet | None,
     settings: Settings,
     mesh: Mesh,
+    strength: float | None = None,
 ) -> Callable:
-    """Jits `sample_images` for a model, settings and devices; see there.
+    """Jits `sample_images` for a model, settings, devices and strength; see there.
 
     Raises:
       UserError: the devices do not support this attention.
@@ -238,6 +270,7 @@ def jit_sample_images(
         guidance_interval=settings.guidance_interval,
         guidance_rescale=settings.guidance_rescale,
         grey=settings.grey,
+        strength=strength,
     )
     return jax.jit(draw)
 
@@ -254,6 +287,7 @@ def sample_images(
     guidance_interval: tuple[float, float],
     guidance_rescale: float,
     grey: bool,
+    strength: float | None = None,
 ) -> tuple[UInt8[Array, "B H W 3"], UInt8[Array, " B"]]:
     """Samples and decodes one batch, and computes each image's status.
 
@@ -261,7 +295,8 @@ def sample_images(
       params: `unet` (conditioned) and `vae`; with a network, `controlnet`.
       batch: `moments` [B, h, w, 2c] of the sources, or zeros; `states` [B, L, D];
         `noise_seed` and `redraws` int32 [B]; `text_scale`, s_T, and `image_scale`,
-        s_I, [B]; with a network, uint8 `edges` [B, H, W, 3].
+        s_I, [B]; with a network, uint8 `edges` [B, H, W, 3]; with a strength, `start`,
+        moments to start from.
       null_states: of the empty prompt.
       key: root of the noise.
       model: the architecture.
@@ -270,6 +305,8 @@ def sample_images(
       guidance_interval: see `instruct_pix2pix.draw`.
       guidance_rescale: see `instruct_pix2pix.draw`.
       grey: whether the colour channels are averaged.
+      strength: of the noise that is added to the mode of `start`; None: images start
+        from noise.
 
     Returns:
       pixels in [0, 255], and the status of each image.
@@ -282,6 +319,9 @@ def sample_images(
         denoise = functools.partial(
             ablation.denoise_with_controlnet, params, model, network, pictures
         )
+    start = None
+    if strength is not None:
+        start = loss.posterior_mode(batch["start"]) * model.scaling_factor
     latents = instruct_pix2pix.draw(
         denoise,
         rng.normal_like(keys, shape),
@@ -293,6 +333,8 @@ def sample_images(
         image_scale=batch["image_scale"],
         guidance_interval=guidance_interval,
         guidance_rescale=guidance_rescale,
+        start=start,
+        strength=1.0 if strength is None else strength,
     )
     images = model.decode_in_parts(params, latents)
     pixels = stable_diffusion.to_pixels(images, grey=grey)

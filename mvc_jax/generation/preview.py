@@ -27,6 +27,9 @@ TITLES = {  # in the order of the rows
     "noised": "image + noised caption",
     "interpolated": "image + mean of two captions",
     "mixed": "image + mixed caption",
+    "real_guidance": "noised image + caption, not fine-tuned",
+    "da_fusion": "noised image + caption (DA-Fusion)",
+    "diff_mix": "noised image + prompt of another class (Diff-Mix)",
 }
 _LEVEL_HEADINGS = {
     "tokens 1": "words",
@@ -52,7 +55,13 @@ _COLUMNS = 8
 _OF_MODE = 2  # images of each mode, as in the supplement
 _MAX_NAME = 32  # characters
 _SHARED = ("noise_seed", "text_scale", "image_scale")  # by all images of a source
-_CAPTIONED = ("mixed", "caption", "noised", "interpolated")  # text states of prompts
+_CAPTIONED = (
+    "mixed",
+    "caption",
+    "noised",
+    "interpolated",
+    "target",
+)  # text states of prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +97,8 @@ class Cells:
         """Draws the images of set `name`; empty cells where there is no recipe."""
         self.sampler.load(name)
         conditioning, settings = CONDITIONINGS[name], self.sampler.settings
-        applied = [recipe and conditioning.applied(recipe, name) for recipe in recipes]
+        edits = self.sampler.edits
+        applied = [r and conditioning.applied(r, name, edits) for r in recipes]
         placed = [
             recipe | {"index": place}
             for place, recipe in enumerate(applied)
@@ -101,9 +111,10 @@ class Cells:
                 cells.append(Cell(heading))
                 continue
             captioned = conditioning.text in _CAPTIONED
+            of = recipe.get("target", recipe["source"])
             provenance = {
                 **recipe,
-                "prompt": self.prompts.get(recipe["source"]) if captioned else None,
+                "prompt": self.prompts.get(of) if captioned else None,
                 "seed": self.seed,
                 "redraws": 0,
                 "steps": settings.steps,

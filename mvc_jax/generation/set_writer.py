@@ -86,8 +86,10 @@ class SetWriter:
         return [
             {
                 **recipe,
-                "label": self.prompts[recipe["source"]]["label"],
-                "prompt": self.prompts[recipe["source"]]["prompt"],
+                "label": _label(recipe, self.prompts[recipe["source"]]["label"]),
+                "prompt": self.prompts[recipe.get("target", recipe["source"])][
+                    "prompt"
+                ],
                 "seed": self.seed,
                 "redraws": redraws.get(recipe["index"], 0),
                 "steps": self.settings.steps,
@@ -109,6 +111,12 @@ class SetWriter:
             return image
         resample = "area" if self.size <= image.shape[0] else "lanczos"
         return decode.fit(image, self.size, resample=resample)
+
+
+def _label(recipe: Mapping, own: int) -> int:
+    """The class of an image: the likelier one, where its label is soft."""
+    soft = recipe.get("soft_label")
+    return own if soft is None else int(np.argmax(soft))
 
 
 def require_space_for_sets(stores: Sequence[Store], images: int, *, side: int) -> None:

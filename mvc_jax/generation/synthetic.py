@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath, epy
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from mvc_jax import files, object_store
@@ -35,6 +35,7 @@ from mvc_jax.data import decode
 from mvc_jax.data.class_folders import class_folder, class_folders
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
+from mvc_jax.generation import edits
 
 with epy.lazy_imports():  # a complete set is recognised without it
     import pyarrow as pa
@@ -101,6 +102,8 @@ class Store:
       format: of the image files, a key of `SUFFIXES`.
       pictures: whether the images are also written as files.
       class_folders: what the folder of each class is called; (): by its name.
+      edited: whether the images start from their sources, and have the columns of
+        `generation/edits.py`.
     """
 
     folder: epath.Path
@@ -111,6 +114,12 @@ class Store:
     format: str = "png"
     pictures: bool = True
     class_folders: Sequence[str] = ()
+    edited: bool = False
+
+    @property
+    def columns(self) -> dict[str, str | list]:
+        """Columns of provenance -> their types."""
+        return PROVENANCE | (edits.COLUMNS if self.edited else {})
 
     @functools.cached_property
     def folders(self) -> Sequence[str]:
@@ -148,7 +157,7 @@ class Store:
         Args:
           part: one of `missing`.
           images: in [0, 255], those that are kept.
-          rows: the provenance of each image, with the keys of `PROVENANCE` and `label`,
+          rows: the provenance of each image, with the keys of `columns` and `label`,
             an index into `class_names`.
           notes: of images that were unusable at first, `{"index", "reason", "redraws",
             "kept"}`.
@@ -187,7 +196,7 @@ class Store:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Provenance of all images in order, with `label` and `path` of the file."""
         for path in self.shards():
-            columns = ["label", "image.path", *PROVENANCE]
+            columns = ["label", "image.path", *self.columns]
             with path.open("rb") as file:
                 yield from pq.read_table(file, columns=columns).to_pylist()
 
@@ -255,8 +264,8 @@ class Store:
             "image": pa.array(cells, image),
             "label": pa.array([row["label"] for row in rows], pa.int64()),
         }
-        for name, type_ in PROVENANCE.items():
-            columns[name] = pa.array([row[name] for row in rows], arrow_type(type_))
+        for name, type_ in self.columns.items():
+            columns[name] = pa.array([row.get(name) for row in rows], arrow_type(type_))
         return pa.table(columns)
 
     def _encode(self, image: np.ndarray) -> bytes:
@@ -266,7 +275,7 @@ class Store:
         return buffer.getvalue()
 
     def _write(self, path: epath.Path, table: pa.Table, record: dict) -> None:
-        features = json.dumps(_features(self.class_names))
+        features = json.dumps(_features(self.class_names, self.columns))
         metadata = {"huggingface": features, _RECORD: json.dumps(record)}
         table = table.combine_chunks().replace_schema_metadata(metadata)
         with files.replacing(path) as temporary, temporary.open("wb") as file:
@@ -445,6 +454,27 @@ def read_rows(
             yield row
 
 
+def read_soft_labels(
+    folder: epath.PathLike, classes: int
+) -> Float[np.ndarray, "N K"] | None:
+    """The soft labels of the synthetic images of a set; None where they have none.
+
+    Args:
+      folder: of the set.
+      classes: K.
+    """
+    shards = _shards(epath.Path(folder), ("train",))
+    if not shards:
+        return None
+    with shards[0].open("rb") as file:
+        if "soft_label" not in pq.read_schema(file).names:
+            return None
+    found = [row["soft_label"] for row in read_rows(folder, ("soft_label",))]
+    if all(each is None for each in found):
+        return None
+    return np.asarray(found, np.float32).reshape(len(found), classes)
+
+
 def read_images(
     folder: epath.PathLike, size: int = 0, **fit: str
 ) -> tuple[UInt8[np.ndarray, "N H W 3"], np.ndarray, list[str]]:
@@ -480,11 +510,11 @@ def _feature(type_: str | list) -> dict[str, Any]:
     return {"dtype": type_, "_type": "Value"}
 
 
-def _features(class_names: Sequence[str]) -> dict:
+def _features(class_names: Sequence[str], columns: Mapping[str, Any]) -> dict:
     """The schema as Hugging Face `datasets` describes it."""
     features = {
         "image": {"_type": "Image"},
         "label": {"names": list(class_names), "_type": "ClassLabel"},
-        **{name: _feature(type_) for name, type_ in PROVENANCE.items()},
+        **{name: _feature(type_) for name, type_ in columns.items()},
     }
     return {"info": {"features": features}}

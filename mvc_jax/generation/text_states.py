@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from mvc_jax.data.cache import Cache
 from mvc_jax.diffusion import conditioning
 from mvc_jax.generation.ablation import AblationInputs
+from mvc_jax.generation.edits import Edits
 from mvc_jax.mixing import operations
 from mvc_jax.training import rng
 
@@ -32,6 +33,8 @@ class TextInputs:
       noise_scale: of `noised`, in standard deviations of the text states.
       interpolation: weight of the partner in `interpolated`, in [0, 1].
       ablation: inputs that are not in the cache; None if no set uses them.
+      edits: completes recipes of sets that start from their source; None if there are
+        none.
     """
 
     cache: Cache
@@ -40,6 +43,7 @@ class TextInputs:
     noise_scale: float = 0.1
     interpolation: float = 0.5
     ablation: AblationInputs | None = None
+    edits: Edits | None = None
 
     @functools.cached_property
     def row_of(self) -> dict[str, int]:
@@ -62,6 +66,12 @@ class TextInputs:
 def caption(inputs: TextInputs, recipes: Sequence[dict]) -> Float[np.ndarray, "B L D"]:
     """E."""
     return inputs.cache.states_of(inputs.source_rows(recipes))
+
+
+def target(inputs: TextInputs, recipes: Sequence[dict]) -> Float[np.ndarray, "B L D"]:
+    """The states of the prompts of the targets, images of other classes."""
+    rows = inputs.rows(recipe["target"] for recipe in recipes)
+    return inputs.cache.states_of(rows)
 
 
 def mixed(inputs: TextInputs, recipes: Sequence[dict]) -> Float[Array, "B L D"]:
@@ -136,6 +146,7 @@ def _noised(states, key, seeds, scale):
 
 TEXT_STATES: dict[str, Callable[[TextInputs, Sequence[dict]], Any]] = {
     "caption": caption,
+    "target": target,
     "mixed": mixed,
     "noised": noised,
     "interpolated": interpolated,

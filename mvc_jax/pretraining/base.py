@@ -18,7 +18,13 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mvc_jax.data import captions, order
 from mvc_jax.diffusion import loss
-from mvc_jax.models.stable_diffusion import Params, StableDiffusion, random_params
+from mvc_jax.models.stable_diffusion import (
+    Params,
+    StableDiffusion,
+    random_params,
+    to_pixels,
+)
+from mvc_jax.pretraining.reconstruction import ReconstructionLoss
 from mvc_jax.training import optim, rng, sharding
 from mvc_jax.training.checkpoint import Checkpoints
 from mvc_jax.training.loop import TrainState, create_state, fit, weighted_mean
@@ -78,11 +84,18 @@ def tokenizer_corpus(
       template: of the prompts.
       class_type: in the prompts.
     """
-    without_captions = [
-        captions.fill(template, "", class_type=class_type, class_name=name).text
-        for name in names
+    words = {"template": template, "class_type": class_type}
+    return [*texts, *whole_prompts([""] * len(names), names, **words)]
+
+
+def whole_prompts(
+    texts: Sequence[str], names: Sequence[str], *, template: str, class_type: str
+) -> list[str]:
+    """The prompt of each image, not truncated; the arguments are those of `prompts`."""
+    return [
+        captions.fill(template, text, class_type=class_type, class_name=name).text
+        for text, name in zip(texts, names, strict=True)
     ]
-    return [*texts, *without_captions]
 
 
 def prompts(
@@ -124,6 +137,8 @@ def train_vae(
     batch_size: int,
     learning_rate: float,
     kl_weight: float,
+    reconstruction: ReconstructionLoss,
+    variables: Any = None,
 ) -> Params:
     """Trains the autoencoder; returns its host parameters.
 
@@ -135,6 +150,8 @@ def train_vae(
       batch_size: images per step.
       learning_rate: its peak.
       kl_weight: of the KL term.
+      reconstruction: the loss of the reconstructions.
+      variables: of its feature maps.
     """
     purpose = "pretrain/vae"
     tx = optim.adam(loop.warmup_cosine(learning_rate), max_norm=1.0)
@@ -147,12 +164,13 @@ def train_vae(
         tx=tx,
         key=rng.purpose_key(seed, purpose),
         kl_weight=kl_weight,
+        reconstruction=reconstruction,
     )
     state = loop.fit(
         train_step,
         create_state(params, tx, loop.mesh),
         read=order.reader(seed, purpose, {"images": images}, batch_size=batch_size),
-        constants={},
+        constants={} if variables is None else {"features": variables},
     )
     return sharding.to_host(state.params)
 
@@ -228,6 +246,29 @@ def encode(
     return np.concatenate([*run(images[i : i + size] for i in starts)])
 
 
+def reconstruct(
+    model: StableDiffusion,
+    vae: Params,
+    images: UInt8[np.ndarray, "N H W 3"],
+    *,
+    batch_size: int,
+    mesh: Mesh,
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """Images decoded from the modes of their posteriors, before latents are scaled."""
+    if not len(images):
+        return images
+    size = sharding.padded_size(batch_size, mesh)
+    placed = dataclasses.replace(model, mesh=mesh)
+
+    def there_and_back(params, pixels):
+        latents = loss.posterior_mode(placed.encode_pixels(params, pixels))
+        return to_pixels(placed.decode_in_parts(params, latents))
+
+    run = sharding.over_batches(there_and_back, {"vae": vae}, size=size, mesh=mesh)
+    starts = range(0, len(images), size)
+    return np.concatenate([*run(images[i : i + size] for i in starts)])
+
+
 def with_scaling_factor(
     model: StableDiffusion, moments: Float[np.ndarray, "N h w c2"]
 ) -> StableDiffusion:
@@ -248,11 +289,13 @@ def vae_step(
     tx: optax.GradientTransformation,
     key: Key[Array, ""],
     kl_weight: float,
+    reconstruction: ReconstructionLoss,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step on the absolute error of the reconstruction, with a small KL term.
+    """One step on the error of the reconstruction, with a small KL term.
 
-    The loss of latent diffusion (arXiv 2112.10752, appendix G) without its perceptual
-    and adversarial terms. `batch` has `images` uint8 [B, H, W, 3] and `weight` [B].
+    The loss of latent diffusion (arXiv 2112.10752, appendix G) without its adversarial
+    term. `batch` has `images` uint8 [B, H, W, 3], `weight` [B] and, if the loss has
+    feature maps, their variables as `features`.
     """
     keys = rng.step_keys(key, state.step, len(batch["weight"]))
 
@@ -262,7 +305,7 @@ def vae_step(
         shape = (*moments.shape[1:3], model.latent_channels)
         latents = loss.posterior_sample(moments, rng.normal_like(keys, shape))
         decoded = model.decode({"vae": params}, latents)
-        error = jnp.mean(jnp.abs(decoded - images), axis=(1, 2, 3))
+        error = reconstruction(decoded, images, batch.get("features"))
         kl = loss.kl_divergence(moments)
         weight = batch["weight"]
         return weighted_mean(error + kl_weight * kl, weight), weighted_mean(kl, weight)

@@ -27,7 +27,7 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 def stable_diffusion(
     tokenizer: transformers.CLIPTokenizerFast, **fields: Any
 ) -> StableDiffusion:
-    """A small Stable Diffusion with cross-attention to the text on every level.
+    """A small Stable Diffusion.
 
     Args:
       tokenizer: trained on the captions.
@@ -50,6 +50,7 @@ def configs(
     unet_channels: Sequence[int],
     unet_layers: int,
     unet_heads: int,
+    unet_attention_levels: int = 0,
     text_width: int,
     text_layers: int,
     text_heads: int,
@@ -66,17 +67,22 @@ def configs(
       unet_channels: of each level of the UNet.
       unet_layers: residual blocks per level.
       unet_heads: attention heads of every layer.
+      unet_attention_levels: how many of the coarsest levels have attention; 0: all.
       text_width: of the text encoder's states.
       text_layers: of the text encoder.
       text_heads: of its attention.
     """
+    levels = len(unet_channels)
+    plain = levels - unet_attention_levels if unet_attention_levels else 0
+    down = ["DownBlock2D"] * plain + ["CrossAttnDownBlock2D"] * (levels - plain)
+    up = ["CrossAttnUpBlock2D"] * (levels - plain) + ["UpBlock2D"] * plain
     unet = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": size // 2 ** (len(vae_channels) - 1),
         "in_channels": 4,
         "out_channels": 4,
-        "down_block_types": ["CrossAttnDownBlock2D"] * len(unet_channels),
-        "up_block_types": ["CrossAttnUpBlock2D"] * len(unet_channels),
+        "down_block_types": down,
+        "up_block_types": up,
         "block_out_channels": list(unet_channels),
         "layers_per_block": unet_layers,
         "attention_head_dim": unet_heads,  # diffusers' name for the number of heads

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from etils import epath
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
@@ -12,6 +13,7 @@ from tokenizers.trainers import BpeTrainer
 from mvc_jax import files
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+_SETTINGS = "tokenizer_config.json"
 _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's pre-tokenizer
 )
@@ -52,7 +54,25 @@ def train(
     }
     files.write_json(folder / "special_tokens_map.json", special)
     settings = {"model_max_length": max_length, "tokenizer_class": "CLIPTokenizer"}
-    files.write_json(folder / "tokenizer_config.json", {**special, **settings})
+    files.write_json(folder / _SETTINGS, {**special, **settings})
+
+
+def set_length(folder: epath.PathLike, max_length: int) -> None:
+    """Sets the context length of a tokenizer folder that `train` wrote."""
+    path = epath.Path(folder) / _SETTINGS
+    files.write_json(path, files.read_json(path) | {"model_max_length": max_length})
+
+
+def longest(read: Any, texts: Iterable[str], *, most: int) -> int:
+    """Tokens of the longest of some texts, BOS and EOS included, but not above `most`.
+
+    Args:
+      read: transformers' tokenizer.
+      texts: whole prompts.
+      most: longer ones will be truncated.
+    """
+    ids = read(sorted({*texts}), truncation=False, verbose=False)["input_ids"]
+    return min(max(map(len, ids)), most)
 
 
 def _train_merges(

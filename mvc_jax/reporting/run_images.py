@@ -196,8 +196,11 @@ def marked(text: str, ranges: Sequence[Sequence[int]]) -> list[tuple[str, bool]]
 def read(workdir: epath.Path, class_names: list[str]) -> RunImages:
     """The images of a finished run; of the synthetic ones what is known of them."""
     captions = files.read_jsonl(workdir / "caption" / "captions.jsonl")
-    recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
-    names = [path.name for path in (workdir / "generate").iterdir() if path.is_dir()]
+    recipes, names = [], []
+    if (workdir / "generate").exists():  # else of real images alone
+        recipes = files.read_jsonl(workdir / "mix" / "recipes.jsonl")
+        folders = (path for path in (workdir / "generate").iterdir() if path.is_dir())
+        names = [path.name for path in folders]
     sets = {}
     for name in [*(n for n in SETS if n in names), *sorted({*names} - {*SETS})]:
         rows = _read_set(workdir / "generate" / name, _PROVENANCE)

@@ -16,8 +16,13 @@ from mvc_jax.training import metrics as metrics_log
 _MAX_POINTS = 400  # of a curve
 _MAX_GRIDS = 3  # of samples
 _MAX_SIZE = 1000  # pixels of one
+_OF_BASE = {  # file of `pretrain` -> title
+    "reconstructions.png": "Held-out images of the pool, and their reconstructions",
+    "samples.png": "Samples of the base",
+}
 _LOSSES = {  # beginning of a loop's name -> what its loss is, with the unit if any
-    "pretrain/vae": "absolute error + KL",
+    "pretrain/judge": "cross-entropy, nats",
+    "pretrain/vae": "reconstruction error + KL",
     "pretrain/image_encoder": "cross-entropy, nats",
     "pretrain": "squared error",
     "finetune": "squared error",
@@ -76,11 +81,36 @@ def samples(workdir: epath.Path) -> list[dict[str, Any]]:
     places = sorted({last * n // (_MAX_GRIDS - 1) for n in range(_MAX_GRIDS)})
     grids = []
     for step, path in (found[i] for i in places if found):
-        try:
-            image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-        except (OSError, SyntaxError):  # how Pillow calls what is damaged
-            logging.warning("%s cannot be read: the report leaves it out", path)
-            continue
-        image.thumbnail((_MAX_SIZE, _MAX_SIZE), Image.Resampling.LANCZOS)
-        grids.append({"step": step, "size": image.size, "uri": album.inline(image)})
+        if image := _read(path):
+            grids.append({"step": step, "size": image.size, "uri": album.inline(image)})
     return grids
+
+
+def base(workdir: epath.Path) -> dict[str, Any]:
+    """What `pretrain` measured of the base that it made, and showed; {} without one."""
+    path = workdir / "pretrain" / "quality.json"
+    if not path.exists():
+        return {}
+    measured = files.read_json(path)
+    shown = []
+    for name, title in _OF_BASE.items():
+        image = _read(path.parent / name) if (path.parent / name).exists() else None
+        if image:
+            size, uri = image.size, album.inline(image)
+            shown.append({"title": title, "size": size, "uri": uri})
+    return {
+        "words": measured["words"],
+        "warnings": measured["warnings"],
+        "pictures": shown,
+    }
+
+
+def _read(path: epath.Path) -> Image.Image | None:
+    """A picture, reduced; None, with a warning, if it is damaged."""
+    try:
+        image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+    except (OSError, SyntaxError):  # how Pillow calls what is damaged
+        logging.warning("%s cannot be read: the report leaves it out", path)
+        return None
+    image.thumbnail((_MAX_SIZE, _MAX_SIZE), Image.Resampling.LANCZOS)
+    return image
