@@ -1,6 +1,7 @@
 """Shared fixtures, and strictness for tests only: shapes, ranks, eight devices."""
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -16,6 +17,9 @@ SLOW_FILES = (
     "test_companions.py",
     "test_parity.py",
 )
+
+# As `runtime.set_up` does, before the libraries' thousands of modules are imported.
+gc.set_threshold(10_000, 10, 10)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
