@@ -225,8 +225,8 @@ def collect_garbage_less_often() -> None:
     """Lets Python look for cycles of unreachable objects every 10,000 objects, not 700.
 
     JAX makes millions of objects while it traces, and nearly all stay. Looking through
-    them took a fifth of the time of tracing and a sixth of that of the imports; the peak
-    of memory is the same.
+    them took a fifth of the time of tracing and a sixth of that of the imports; the
+    peak of memory is the same.
     """
     gc.set_threshold(10_000, 10, 10)
 
