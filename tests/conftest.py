@@ -27,7 +27,7 @@ COMPILED_FAST = (
 )
 
 # As `runtime.set_up` does, before the libraries' thousands of modules are imported.
-gc.set_threshold(10_000, 10, 10)
+gc.set_threshold(10_000)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
