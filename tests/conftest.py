@@ -1,6 +1,7 @@
 """Shared fixtures, and strictness for tests only: shapes, ranks, eight devices."""
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -16,6 +17,17 @@ SLOW_FILES = (
     "test_companions.py",
     "test_parity.py",
 )
+
+# Their time is compilation, of programs at toy sizes: half as long for slower ones.
+COMPILED_FAST = (
+    "test_companions.py",
+    "test_devices.py",
+    "test_finetune.py",
+    "test_parity.py",
+)
+
+# As `runtime.set_up` does, before the libraries' thousands of modules are imported.
+gc.set_threshold(10_000)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
@@ -62,6 +74,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 def pytest_collection_modifyitems(items):
     order = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_fast(request):
+    fast = request.path.name in COMPILED_FAST
+    jax.config.update("jax_disable_most_optimizations", fast)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ answer each: the id of the process, and its exit code once it has ended.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -118,4 +119,5 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     _import_everything()
+    gc.freeze()  # what all have is not looked through, and so not copied, in each
     _serve()

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import json
 import os
 import re
@@ -53,6 +54,7 @@ def set_up(compilation_cache: str) -> None:
         JAX's own setting, and so does, with a warning, one that cannot be written.
     """
     _keep_freed_memory()
+    _collect_garbage_less_often()
     # JAX reserves 75 % of a GPU's memory by default, and the rest would stay unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     _schedule_depth_first()
@@ -217,6 +219,17 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 64 << 20)
+
+
+def _collect_garbage_less_often() -> None:
+    """Lets Python look for cycles of unreachable objects every 10,000 objects, not 700.
+
+    JAX makes millions of objects while it traces, and nearly all stay. Looking through
+    them took a fifth of the time of tracing and a sixth of that of the imports; the
+    peak of memory is the same.
+    """
+    if 0 < gc.get_threshold()[0] < 10_000:  # else it is off, or somebody's choice
+        gc.set_threshold(10_000)
 
 
 def _schedule_depth_first() -> None:
