@@ -125,6 +125,6 @@ def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
     draw = np.random.default_rng(0)
     params = {
         name: stable_diffusion.random_params(model.shapes(name), draw)
-        for name in diffusers_layout.WEIGHTS
+        for name in model.components
     }
     diffusers_layout.save(folder, model, params)

@@ -14,9 +14,10 @@ _NAMES = {  # of arguments -> (placeholder, example)
     "pool": ("COUNT", "2000"),
     "model": ("NAME", "wrn50_2"),
     "preset": ("NAME", "fast"),
+    "family": ("NAME", "sdxl"),
 }
 _OTHER = ("VALUE", "VALUE")  # for names of a user's own config
-_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset")
+_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset", "family")
 
 
 def parse_argument(

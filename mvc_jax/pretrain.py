@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath, epy
 from ml_collections import ConfigDict
 
-from mvc_jax import processes
-from mvc_jax.data import captions, splits
+from mvc_jax import files, processes
+from mvc_jax.data import captions, splits, time_ids
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Part, Spec, differences, open_stage, read_manifest
 from mvc_jax.work import BaseSizes, Sizes, Work
@@ -35,7 +35,8 @@ with epy.lazy_imports():
     from mvc_jax.training import checkpoint, sharding, train_logger
 
 _KEPT = 2  # checkpoints of each network
-_NETWORKS = ("vae", "unet", "image_encoder", "controlnet")
+_COMPANIONS = ("image_encoder", "controlnet")
+_NETWORKS = ("vae", "unet", *_COMPANIONS)
 _OF_PROMPTS = ("prompt", "class_type")  # fields of `data`
 
 
@@ -74,6 +75,15 @@ def check(config: ConfigDict) -> None:
             got=f"patch={tower.patch}, heads={tower.heads}, width={tower.width}",
             fix="Round them.",
         )
+    companions = [name for name in _COMPANIONS if section[name].steps]
+    if section.family == "sdxl" and companions:
+        raise UserError(
+            f"config.pretrain.{companions[0]}.steps",
+            wanted="0 with config.pretrain.family=sdxl, which has no companions",
+            got=f"{section[companions[0]].steps}",
+            fix="Leave out the argument `ablation`, or set "
+            "--config.pretrain.family=sd.",
+        )
     if config.data.pool <= 0:
         raise UserError(
             "config.data.pool",
@@ -99,9 +109,7 @@ def base_of(config: ConfigDict) -> BaseSizes:
     vocab_size = config.pretrain.vocab_size
     configs = small.configs(vocab_size=vocab_size, **_architecture(config))
     model = stable_diffusion.StableDiffusion(configs, None)
-    parameters = {
-        name: model.count_parameters(name) for name in ("unet", "vae", "text_encoder")
-    }
+    parameters = {name: model.count_parameters(name) for name in model.components}
     return base_sizes.of_configs(configs, parameters, name="the small base")
 
 
@@ -110,7 +118,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     section, side, base = config.pretrain, config.data.size, sizes.base
     count, vae, unet = base.parameters, section.vae, section.unet
     loops = {f"{name} steps": section[name].steps for name in _NETWORKS}
-    denoiser = count["unet"] + count["text_encoder"]
+    denoiser = sum(count.values()) - count["vae"]
     # Weights and two moments; of the UNet an average too.
     saved = 4 * (3 * count["vae"] + 4 * denoiser)
     moments = sizes.pool * 4 * math.prod(base.moments_shape(side))
@@ -210,16 +218,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     words = {"template": config.data.prompt, "class_type": config.data.class_type}
     folder = stage.folder / "model"
 
-    def train_tokenizer() -> None:
-        tokenizer.train(
-            folder / "tokenizer",
-            base.tokenizer_corpus(texts, names, **words),
-            vocab_size=section.vocab_size,
-            max_length=section.context_length,
-        )
+    def train_tokenizers() -> None:
+        for part, pad_token in _tokenizers(config).items():
+            tokenizer.train(
+                folder / part,
+                base.tokenizer_corpus(texts, names, **words),
+                vocab_size=section.vocab_size,
+                max_length=section.context_length,
+                pad_token=pad_token,
+            )
 
-    processes.on_first("the tokenizer", train_tokenizer)
-    model = _new_model(config, folder / "tokenizer")
+    processes.on_first("the tokenizer", train_tokenizers)
+    model = _new_model(config, folder)
     prompts = base.prompts(model, texts, names, **words)
 
     vae = base.train_vae(
@@ -239,6 +249,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         model,
         moments,
         model.tokenize(prompts),
+        time_ids=_time_ids(config, workdir) if model.pooled_width else None,
         seed=seed,
         loop=loop("unet"),
         batch_size=section.unet.batch_size,
@@ -295,12 +306,27 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     stage.finish(artifacts, images=len(pool.ids))
 
 
+def _time_ids(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
+    """The sizes of the pool's images, as XL is given them."""
+    rows = files.read_jsonl(epath.Path(workdir) / "caption" / "images.jsonl")
+    rows = [row for row in rows if row["split"] == "pool"]
+    return time_ids.time_ids(rows, config.data.size, resize=config.data.resize)
+
+
 def _new_model(
-    config: ConfigDict, tokenizer_folder: epath.Path
+    config: ConfigDict, folder: epath.Path
 ) -> stable_diffusion.StableDiffusion:
-    """The architecture of the config, without weights."""
-    tokenizer, _ = clip_tokenizer.read(tokenizer_folder)
-    return small.stable_diffusion(tokenizer, **_architecture(config))
+    """The architecture of the config, without weights; its tokenizers are there."""
+    read = [clip_tokenizer.read(folder / part)[0] for part in _tokenizers(config)]
+    return small.stable_diffusion(*read, **_architecture(config))
+
+
+def _tokenizers(config: ConfigDict) -> dict[str, str]:
+    """The folders of the tokenizers, and the token with which each pads."""
+    found = {"tokenizer": tokenizer.EOS}
+    if config.pretrain.family == "sdxl":
+        found["tokenizer_2"] = small.SECOND_PAD
+    return found
 
 
 def _architecture(config: ConfigDict) -> dict[str, Any]:
@@ -317,4 +343,5 @@ def _architecture(config: ConfigDict) -> dict[str, Any]:
         "text_width": section.text.width,
         "text_layers": section.text.layers,
         "text_heads": section.text.heads,
+        "family": section.family,
     }

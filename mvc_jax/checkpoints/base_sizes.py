@@ -5,6 +5,7 @@ import math
 from etils import epath
 
 from mvc_jax.checkpoints import families, hub, pipeline_folder, tensor_file
+from mvc_jax.checkpoints.family import SD
 from mvc_jax.errors import UserError
 from mvc_jax.work import BaseSizes
 
@@ -50,10 +51,11 @@ def of_folder(folder: epath.Path, variant: str = "") -> BaseSizes:
       UserError: a file is missing or damaged.
     """
     configs, parameters = {}, {}
-    for name in pipeline_folder.WEIGHTS:
+    family = pipeline_folder.read_family(folder) or SD
+    for name in family.components:
         path = folder / pipeline_folder.CONFIGS[name]
         configs[name] = families.completed(name, pipeline_folder.read_json(path))
-        families.check_config(name, configs[name], str(path))
+        families.check_config(name, configs[name], str(path), family)
         weights = pipeline_folder.find_weights(folder, name, variant)
         entries = tensor_file.entries(weights).values()
         parameters[name] = sum(math.prod(entry.shape) for entry in entries)
@@ -66,17 +68,19 @@ def of_configs(
     """Sizes by the configs of diffusers and transformers.
 
     Args:
-      configs: of `unet`, `vae` and `text_encoder`.
+      configs: by component.
       parameters: numbers of their parameters.
       name: of the model, for people.
     """
     vae, text = configs["vae"], configs["text_encoder"]
+    second = configs.get("text_encoder_2", {})
     return BaseSizes(
         name=name,
         downsampling=2 ** (len(vae["block_out_channels"]) - 1),
         latent_channels=vae["latent_channels"],
         context_length=text["max_position_embeddings"],
-        text_width=text["hidden_size"],
+        text_width=text["hidden_size"] + second.get("hidden_size", 0),
+        pooled_width=second.get("projection_dim", 0),
         vae_channels=vae["block_out_channels"][0],
         unet_channels=configs["unet"]["block_out_channels"][0],
         parameters=parameters,
