@@ -1,25 +1,34 @@
 """Stable Diffusion XL: what is refused, and the digits from end to end."""
 
+import dataclasses
+import functools
 import importlib
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 import sd_families
+import sd_parity
 from base_folders import edit, error_of
+from etils import epath
 
-from mvc_jax import train
-from mvc_jax.checkpoints import diffusers_layout, families
+from mvc_jax import finetune, train
+from mvc_jax.checkpoints import diffusers_layout, families, lora_file
 from mvc_jax.command import run_config
 from mvc_jax.data import cache, decode, time_ids
+from mvc_jax.diffusion import guidance
 from mvc_jax.errors import UserError
+from mvc_jax.generation import synthetic
 from mvc_jax.mixing import operations
+from mvc_jax.models import lora
 from mvc_jax.pipeline import InstructPix2Pix
 from mvc_jax.stage import read_manifest
-from mvc_jax.training import rng, runtime
+from mvc_jax.training import loop, rng, runtime, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHORT = {  # what every stage does, but little of it
@@ -39,7 +48,6 @@ SHORT = {  # what every stage does, but little of it
     "finetune.steps": 2,
     "finetune.batch_size": 8,
     "finetune.ema_decay": 0.9,
-    "finetune.remat": "blocks",
     "finetune.samples": 1,
     "mix.per_image": 2,
     "mix.pooled": "partner",
@@ -61,8 +69,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copied(folder, tmp_path):
-    import shutil
-
     return shutil.copytree(folder, tmp_path / "base")
 
 
@@ -172,9 +178,7 @@ def test_time_ids_say_how_the_decoder_cropped(resize):
         assert ids[2:4].tolist() == [0, 0] and first <= 3
 
 
-def test_null_states_leave_the_sizes_of_the_image(rng_key=0):
-    from mvc_jax.diffusion import guidance
-
+def test_null_states_leave_the_sizes_of_the_image():
     given = {"states": np.ones((2, 3, 4)), "pooled": np.ones((2, 5))}
     given["time_ids"] = np.arange(12.0).reshape(2, 6)
     null = {"states": np.zeros((3, 4)), "pooled": np.zeros(5)}
@@ -220,7 +224,7 @@ def test_the_cache_has_what_a_step_needs_and_its_price_says_so(whole):
         assert not np.any(opened.null_states[name]) and not np.any(found[name][0])
     assert conditions["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * len(prompts)
     encode = importlib.import_module("mvc_jax.encode")
-    base = encode.base_of(config, workdir)
+    base = encode.base_of(config, epath.Path(workdir))
     held = 4 * (32 * 32 + 16) * len(opened.text_states)
     assert base.text_numbers() * 4 * len(opened.text_states) == held
     stored = sum(
@@ -240,8 +244,6 @@ def test_recipes_say_what_becomes_of_the_pooled_embedding(whole):
 
 
 def test_the_pipeline_draws_the_images_of_the_recipes(whole):
-    from mvc_jax.generation import synthetic
-
     workdir, config = whole
     recipes = read(workdir / "mix" / "recipes.jsonl")
     rows = {row["id"]: row for row in read(workdir / "encode" / "prompts.jsonl")}
@@ -270,6 +272,86 @@ def test_the_pipeline_draws_the_images_of_the_recipes(whole):
         pipeline.sample(
             images[:2], ["a", "b"], key=jax.random.key(0), time_ids=np.zeros((2, 4))
         )
+
+
+def test_adapters_are_loaded_by_pytorch(torch, tmp_path):
+    import diffusers
+
+    model, params = sd_families.fine_tuned("sdxl")
+    diffusers_layout.save(tmp_path / "model", model, params)
+    adapters = lora.init(
+        params["unet"],
+        rank=2,
+        name_of=lora_file.layer_name,
+        rng=np.random.default_rng(0),
+    )
+    for name, pair in adapters.items():
+        pair["b"] = 0.1 * sd_families.normal(name, *pair["b"].shape)
+    lora_file.write(tmp_path / "lora", adapters)
+    pipeline = diffusers.StableDiffusionXLInstructPix2PixPipeline.from_pretrained(
+        tmp_path / "model"
+    )
+    latents, timesteps, conditions = sd_parity.unet_inputs(model, "sdxl")
+    tensors = jax.tree.map(sd_parity._tensor, (latents, timesteps, conditions))
+    with torch.no_grad():
+        arguments = (*tensors[:2],)
+        named = sd_parity._named(tensors[2])
+        before = sd_parity._array(pipeline.unet(*arguments, **named).sample)
+        pipeline.load_lora_weights(tmp_path / "lora")
+        theirs = sd_parity._array(pipeline.unet(*arguments, **named).sample)
+    trees = {"unet": params["unet"], "lora": adapters}
+    ours = sd_parity.jit_fast(model.denoise)(trees, latents, timesteps, conditions)
+    assert np.abs(theirs - before).max() > 0.01
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def _step(model, unet, opened, shape, **options):
+    """Loss and parameters after a step of 16 pairs on a mesh."""
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    tx, shardings = optax.sgd(0.01), sharding.tree_shardings(unet, mesh)
+    model = model.with_compute_options(mesh=mesh, remat=options.pop("remat", "none"))
+    model = dataclasses.replace(
+        model,
+        batch_sharding=sharding.batch_sharding(mesh),
+        weight_shardings=shardings,
+    )
+    accumulate = options.get("accumulate", 1)
+    step = functools.partial(
+        finetune.train_step,
+        model=model,
+        tx=tx,
+        schedule=optax.constant_schedule(0.01),
+        key=rng.purpose_key(0, "finetune"),
+        drop_rate=0.1,
+        shardings=shardings,
+        **options,
+    )
+    pairs = np.stack([np.arange(len(opened.rows))] * 2, axis=1).astype(np.int32)
+    batch = cache.read_pairs(opened, pairs, 0, seed=0, batch_size=16)
+    state = loop.create_state(unet, tx, mesh)
+    null = {"null_states": opened.null_states}
+    null = sharding.place(null, sharding.replicated(mesh))
+    state, metrics = loop.jit_step(step, state)(
+        state, null, loop.place_batch(batch, mesh, accumulate)
+    )
+    return float(metrics["loss"]), jax.device_get(state.params)
+
+
+def test_sharded_recomputed_micro_batches_train_as_one_device(whole):
+    """FSDP over four devices, two groups of them, remat, two micro-batches."""
+    workdir, _ = whole
+    opened = cache.open_cache(workdir / "encode")
+    model, params = diffusers_layout.load(workdir / "pretrain" / "model", ("unet",))
+    model, params = model.widened(params)
+    loss, one = _step(model, params["unet"], opened, (1, 1))
+    other_loss, other = _step(
+        model, params["unet"], opened, (2, 4), remat="blocks", accumulate=2
+    )
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, params["unet"])
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, other)
+    assert moved["add_embedding"]["linear_1"]["kernel"] > 0  # pooled and sizes
+    assert max(jax.tree.leaves(apart)) < 0.01 * max(jax.tree.leaves(moved))
 
 
 @pytest.mark.parametrize("choice", ["source", "mixed", "partner"])

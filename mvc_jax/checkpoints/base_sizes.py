@@ -1,11 +1,12 @@
 """Sizes of a base model, by its JSON files and the headers of its weights."""
 
+import dataclasses
 import math
 
 from etils import epath
 
 from mvc_jax.checkpoints import families, hub, pipeline_folder, tensor_file
-from mvc_jax.checkpoints.family import SD
+from mvc_jax.checkpoints.family import SD, XL, of_files
 from mvc_jax.errors import UserError
 from mvc_jax.work import BaseSizes
 
@@ -20,6 +21,18 @@ _STABLE_DIFFUSION_1 = BaseSizes(
     unet_channels=320,
     parameters={"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
 )
+_XL = dataclasses.replace(
+    _STABLE_DIFFUSION_1,
+    name="Stable Diffusion XL, until the base is downloaded",
+    text_width=2048,
+    pooled_width=1280,
+    parameters={
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+)
 
 
 def find(path: str, variant: str = "", revision: str = "") -> BaseSizes:
@@ -29,7 +42,8 @@ def find(path: str, variant: str = "", revision: str = "") -> BaseSizes:
       path: see `pipeline_folder.resolve`, also for `variant` and `revision`.
 
     Returns:
-      those of Stable Diffusion 1.x for a base that is not on this machine.
+      those of Stable Diffusion 1.x, or of XL if the hub lists its files, for a base
+      that is not on this machine.
 
     Raises:
       UserError: a file of a local folder is missing or damaged.
@@ -39,9 +53,12 @@ def find(path: str, variant: str = "", revision: str = "") -> BaseSizes:
     patterns = pipeline_folder.download_patterns(variant)
     folder = hub.cached(path, patterns, revision)
     try:
-        return of_folder(folder, variant) if folder else _STABLE_DIFFUSION_1
+        if folder:
+            return of_folder(folder, variant)
     except UserError:  # a download that was interrupted
-        return _STABLE_DIFFUSION_1
+        pass
+    listed = of_files(hub.names(path, revision))
+    return _XL if listed is XL else _STABLE_DIFFUSION_1
 
 
 def of_folder(folder: epath.Path, variant: str = "") -> BaseSizes:
