@@ -243,6 +243,14 @@ def test_recipes_say_what_becomes_of_the_pooled_embedding(whole):
     assert max(dims) >= 16  # of the second encoder, too
 
 
+def test_the_card_loads_the_class_of_xl_and_says_the_sizes(whole):
+    workdir, _ = whole
+    card = (workdir / "finetune" / "model" / "README.md").read_text()
+    assert "# Stable Diffusion XL fine-tuned on" in card
+    assert "StableDiffusionXLInstructPix2PixPipeline.from_pretrained" in card
+    assert "original_size=Image.open" in card and "height=8," in card
+
+
 def test_the_pipeline_draws_the_images_of_the_recipes(whole):
     workdir, config = whole
     recipes = read(workdir / "mix" / "recipes.jsonl")
