@@ -1,9 +1,9 @@
 """Cache, pairs -> a fine-tuned UNet that is conditioned on a source image.
 
 Reads: the base model, `encode/`, `pairs/`. Writes: `model/`, the whole pipeline in the
-diffusers layout (`StableDiffusionInstructPix2PixPipeline`, or that of XL) with its model
-card; `samples/`, images of fixed pairs from fixed noise; with `mode = "lora"` also
-`lora/`, the adapters.
+diffusers layout (`StableDiffusionInstructPix2PixPipeline`, or that of XL) with its
+model card; `samples/`, images of fixed pairs from fixed noise; with `mode = "lora"`
+also `lora/`, the adapters.
 """
 
 from __future__ import annotations
