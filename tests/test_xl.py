@@ -47,6 +47,7 @@ SHORT = {  # what every stage does, but little of it
     "pretrain.unet.warmup": 1,
     "finetune.steps": 2,
     "finetune.batch_size": 8,
+    "finetune.mode": "lora",  # all weights: test_sharded_recomputed_micro_batches
     "finetune.ema_decay": 0.9,
     "finetune.samples": 1,
     "mix.per_image": 2,
