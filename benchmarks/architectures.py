@@ -41,7 +41,22 @@ SD21 = SD15 | {
     "cross_attention_dim": SD21_TEXT_WIDTH,
     "use_linear_projection": True,
 }
+XL_TEXT_WIDTHS = (768, 1280)
+SDXL = SD15 | {  # of stable-diffusion-xl-base-1.0
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": sum(XL_TEXT_WIDTHS),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + XL_TEXT_WIDTHS[1],
+}
 UNETS = {"tiny": TINY, "block": BLOCK, "small": SMALL, "sd15": SD15, "sd21": SD21}
+UNETS["sdxl"] = SDXL
 SD15_VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -60,6 +75,8 @@ VAES = {
     "small": SD15_VAE | {"block_out_channels": [32, 32, 64, 64]},
     "sd15": SD15_VAE,
     "sd21": SD15_VAE,
+    "sdxl": SD15_VAE
+    | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
 }
 SD15_TEXT = {
     "architectures": ["CLIPTextModel"],
@@ -92,6 +109,19 @@ TEXTS = {
         "num_attention_heads": 16,
         "hidden_act": "gelu",
     },
+    "sdxl": SD15_TEXT,
+}
+SECOND_TEXTS = {  # of Stable Diffusion XL: OpenCLIP's ViT-bigG/14
+    "sdxl": SD15_TEXT
+    | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_size": XL_TEXT_WIDTHS[1],
+        "intermediate_size": 5120,
+        "projection_dim": XL_TEXT_WIDTHS[1],
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+    },
 }
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -107,7 +137,7 @@ def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
 
     Args:
       folder: in the diffusers layout.
-      size: `small` or `sd15`.
+      size: a key of `UNETS`.
       unet: fields of the UNet's config to change.
     """
     from mvc_jax.checkpoints import (
@@ -124,14 +154,24 @@ def write(folder: pathlib.Path, size: str, unet: Mapping | None = None) -> None:
         "text_encoder": TEXTS[size],
         "scheduler": scheduler_config.ddim_config(SCHEDULE),
     }
-    tokenizer.train(
-        folder / "tokenizer", ["a photo of a part"], vocab_size=520, max_length=77
-    )
-    read = clip_tokenizer.read(folder / "tokenizer")[0]
-    model = stable_diffusion.StableDiffusion(configs, read)
+    if size in SECOND_TEXTS:
+        configs["text_encoder_2"] = SECOND_TEXTS[size]
+    pads = {"tokenizer": tokenizer.EOS}
+    pads |= {"tokenizer_2": "!"} if size in SECOND_TEXTS else {}
+    read = {}
+    for name, pad in pads.items():
+        tokenizer.train(
+            folder / name,
+            ["a photo of a part"],
+            vocab_size=520,
+            max_length=77,
+            pad_token=pad,
+        )
+        read[name] = clip_tokenizer.read(folder / name)[0]
+    model = stable_diffusion.StableDiffusion(configs, **read)
     draw = np.random.default_rng(0)
     params = {
         name: stable_diffusion.random_params(model.shapes(name), draw)
-        for name in diffusers_layout.WEIGHTS
+        for name in model.components
     }
     diffusers_layout.save(folder, model, params)

@@ -40,7 +40,7 @@ from mvc_jax.models.classifiers import VARIANTS
 
 GIB = 2**30
 _PROGRAMS = ("finetune", "lora", "generate", "encode", "classify", "pretrain")
-_FAMILIES = ("sd15", "sd21", "small", "tiny")
+_FAMILIES = ("sd15", "sd21", "sdxl", "small", "tiny")
 _REMAT = ("none", "blocks", "full")
 _ATTENTION = ("auto", "xla", "mapped", "cudnn", "pallas")
 _COLUMNS = {  # how each is aligned

@@ -49,6 +49,11 @@ _SETS = (
     "image_number,embedding_difference,controlnet,real_guidance,da_fusion,diff_mix"
 )
 _METRICS = "frechet,kid,cmmd,prdc,vendi,text,shift,classes"
+_XL = {  # which has no companions
+    "pretrain.family": "sdxl",
+    "pretrain.image_encoder.steps": "0",
+    "pretrain.controlnet.steps": "0",
+}
 # The fields of each run; FOLDER is that of the images.
 RUNS: dict[str, dict[str, str]] = {
     "a": {
@@ -75,6 +80,8 @@ RUNS: dict[str, dict[str, str]] = {
         "mix.partner": "class",
         "mix.partner_prompt": "auto",
         "mix.dims_on": "all",
+        "pretrain.family": "sd",
+        "mix.pooled": "source",
         "generate.sets": _SETS,
         "generate.sampler": "ddim",
         "generate.timestep_spacing": "auto",
@@ -121,6 +128,8 @@ RUNS: dict[str, dict[str, str]] = {
         "mix.partner": "any",
         "mix.partner_prompt": "other",
         "mix.dims_on": "words",
+        **_XL,
+        "mix.pooled": "mixed",
         "generate.sampler": "euler",
         "generate.timestep_spacing": "trailing",
         "generate.dtype": "float32",
@@ -154,6 +163,8 @@ RUNS: dict[str, dict[str, str]] = {
         "mix.modes": "coarse,both",
         "mix.positions": "span",
         "mix.partner_prompt": "any",
+        **_XL,
+        "mix.pooled": "partner",
         "generate.sampler": "dpmpp_2m",
         "generate.timestep_spacing": "linspace",
         "generate.dtype": "bfloat16",

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from architectures import SCHEDULE, TEXTS, UNETS, VAES
+from architectures import SCHEDULE, SECOND_TEXTS, TEXTS, UNETS, VAES
 
 from mvc_jax import devices
 from mvc_jax import finetune as finetune_stage
@@ -22,7 +22,7 @@ from mvc_jax.configs import common, presets
 from mvc_jax.errors import UserError
 from mvc_jax.generation import image_sampler
 from mvc_jax.models import classifiers
-from mvc_jax.models.stable_diffusion import StableDiffusion
+from mvc_jax.models.stable_diffusion import TIME_IDS, StableDiffusion
 from mvc_jax.pretraining import base
 from mvc_jax.training import loop, optim, rng, sharding, throughput
 
@@ -125,6 +125,8 @@ def architecture(options: Options, *, conditioned: bool = True) -> StableDiffusi
         "text_encoder": TEXTS[options.family],
         "scheduler": scheduler_config.ddim_config(SCHEDULE),
     }
+    if options.family in SECOND_TEXTS:
+        configs["text_encoder_2"] = SECOND_TEXTS[options.family]
     factor = families.size_factor(configs)
     if options.size % factor:
         raise UserError(
@@ -134,6 +136,16 @@ def architecture(options: Options, *, conditioned: bool = True) -> StableDiffusi
             fix=f"Try --size={-(-options.size // factor) * factor}.",
         )
     return StableDiffusion(configs, tokenizer=None)
+
+
+def _null(model: StableDiffusion) -> Any:
+    """The shapes of the empty prompt's conditions, which are of no image."""
+    shapes = model.condition_shapes(1)
+    if model.pooled_width:
+        del shapes["time_ids"]
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes
+    )
 
 
 def _shape(shape: tuple[int, ...], dtype: str, placed: Any) -> jax.ShapeDtypeStruct:
@@ -181,16 +193,15 @@ def _finetune(options: Options, mesh: jax.sharding.Mesh, *, mode: str) -> Progra
     state = _state(trained, tx, mesh, ema=section.ema_decay > 0)
     size = options.batch or section.batch_size
     side = options.size // model.downsampling
-    text = (model.context_length, model.text_width)
     rows = sharding.batch_sharding(mesh)
     moments = _shape((size, side, side, 2 * model.latent_channels), "float32", rows)
     batch = {
         "source_moments": moments,
         "target_moments": moments,
-        "text_states": _shape((size, *text), "float32", rows),
+        "text_states": _placed(model.condition_shapes(size), rows),
         "weight": _shape((size,), "float32", rows),
     }
-    fixed["null_states"] = jax.ShapeDtypeStruct(text, jnp.float32)
+    fixed["null_states"] = _null(model)
     constants = _placed(fixed, sharding.tree_shardings(fixed, mesh))
     return Program(loop.jit_step(step, state), (state, constants, batch), size)
 
@@ -221,12 +232,11 @@ def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
     params = {name: model.shapes(name) for name in ("unet", "vae")}
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     side = options.size // model.downsampling
-    text = (model.context_length, model.text_width)
     batch = {
         "moments": _shape(
             (size, side, side, 2 * model.latent_channels), "float32", rows
         ),
-        "states": _shape((size, *text), "float32", rows),
+        "states": _placed(model.condition_shapes(size), rows),
         "noise_seed": _shape((size,), "int32", rows),
         "redraws": _shape((size,), "int32", rows),
         "text_scale": _shape((size,), "float32", rows),
@@ -235,7 +245,7 @@ def _generate(options: Options, mesh: jax.sharding.Mesh) -> Program:
     arguments = (
         _placed(params, sharding.tree_shardings(params, mesh)),
         batch,
-        _shape(text, "float32", whole),
+        _placed(_null(model), whole),
         _placed(jax.eval_shape(jax.random.key, 0), whole),
     )
     draw = image_sampler.jit_sample_images(model, None, settings, mesh)
@@ -305,19 +315,23 @@ def _pretrain(options: Options, mesh: jax.sharding.Mesh) -> Program:
         drop_rate=section.drop_rate,
         ema_decay=section.ema_decay,
     )
-    params = {name: model.shapes(name) for name in ("text_encoder", "unet")}
+    params = {name: model.shapes(name) for name in (*model.text_encoders, "unet")}
     state = _state(params, tx, mesh, ema=True)
     size = options.batch or section.batch_size
     side = options.size // model.downsampling
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    several = (len(model.text_encoders),) if model.pooled_width else ()
+    ids = (*several, model.context_length)
     batch = {
         "moments": _shape(
             (size, side, side, 2 * model.latent_channels), "float32", rows
         ),
-        "ids": _shape((size, model.context_length), "int32", rows),
+        "ids": _shape((size, *ids), "int32", rows),
         "weight": _shape((size,), "float32", rows),
     }
-    constants = {"null_ids": _shape((1, model.context_length), "int32", whole)}
+    if model.pooled_width:
+        batch["time_ids"] = _shape((size, TIME_IDS), "int32", rows)
+    constants = {"null_ids": _shape((1, *ids), "int32", whole)}
     return Program(loop.jit_step(step, state), (state, constants, batch), size)
 
 

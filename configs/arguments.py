@@ -18,9 +18,11 @@ _NAMES = {  # of arguments -> (placeholder, example)
     "data": ("NAME", "brain_tumor"),
     "base": ("FOLDER", "/data/caltech101"),
     "weights": ("PATH", "/weights/efficientnet_lite0"),
+    "family": ("NAME", "sdxl"),
 }
 _OTHER = ("VALUE", "VALUE")  # for names of a user's own config
-_WITHOUT_COMMAS = ("size", "per_class", "pool", "model", "preset", "pretrain", "data")
+_NAMED = ("model", "preset", "pretrain", "data", "family")
+_WITHOUT_COMMAS = ("size", "per_class", "pool", *_NAMED)
 
 
 def parse_argument(

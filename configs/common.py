@@ -240,6 +240,12 @@ _CAPTION = Section(
 _PRETRAIN = Section(
     "a small Stable Diffusion from scratch, if base.path is empty",
     {
+        "family": one_of(
+            "sd",
+            ("sd", "sdxl"),
+            "what it is a small one of: Stable Diffusion 1.x, or XL with its second "
+            "text encoder",
+        ),
         "source": Field(
             "",
             "where the base's images are, as data.source says; empty: the pool of "
@@ -551,6 +557,12 @@ _MIX = Section(
             "all",
             ("all", "words"),
             "tokens whose dims are mixed: all, or only the words of the caption",
+        ),
+        "pooled": one_of(
+            "source",
+            ("source", "mixed", "partner"),
+            "of Stable Diffusion XL: the pooled embedding is the source's, halfway to "
+            "the partners', or the first partner's",
         ),
         "file": Field("", "edited recipes.jsonl to use; empty: draw the recipes"),
         "levels": Field(

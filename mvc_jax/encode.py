@@ -5,7 +5,8 @@ Reads: the base model, training images, captions. Writes, in shards: `moments/`
 image in row N + i; `text_states/` [P, L, D] of the distinct prompts, the empty one
 first. Also `prompts.jsonl`, a row for each training image; `offsets.jsonl`, where the
 tokens of each distinct prompt are in it; and `base.json`, the base model, of which
-later stages read the same revision.
+later stages read the same revision. Of Stable Diffusion XL also `pooled/` [P, Dp], the
+prompts' pooled embeddings, and `time_ids.npy` [N, 6], the images' sizes.
 
 Of many processes each encodes some of the shards, on its own devices; the first writes
 the other files.
@@ -26,7 +27,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from mvc_jax import files, processes, work
-from mvc_jax.data import captions, shards, splits
+from mvc_jax.data import cache, captions, shards, splits, time_ids
 from mvc_jax.errors import UserError, require_disk_space
 from mvc_jax.mixing import marked_words
 from mvc_jax.stage import Spec, Stage, is_complete, open_stage
@@ -83,7 +84,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     images = sizes.images * (2 if section.flip else 1)
     number = np.dtype(section.dtype).itemsize
     moments = images * number * math.prod(base.moments_shape(side))
-    least, most = (n * number * math.prod(base.text_shape()) for n in sizes.prompts)
+    least, most = (n * number * base.text_numbers() for n in sizes.prompts)
     batch = section.batch_size * side**2
     at_once = min(batch, max(work.AUTOENCODER_PIXELS, side**2))
     of_images = {
@@ -91,7 +92,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
         "some of it in the autoencoder": 4 * at_once * 2 * base.vae_channels,
     }
     # The hidden layers of CLIP's text encoders are four times as wide as its states.
-    hidden = 4 * section.batch_size * math.prod(base.text_shape())
+    hidden = 4 * section.batch_size * base.text_numbers()
     of_texts = {"a batch of prompts in the text encoder": 4 * hidden}
     return Work(
         {"images": images, "prompts, at most": sizes.prompts[1]},
@@ -123,7 +124,7 @@ def stage_spec(config: ConfigDict) -> Spec:
         "encode": section,
     }
     inputs = ("caption",) if config.base.path else ("caption", "pretrain")
-    arrays = ("moments/*", "text_states/*")
+    arrays = ("moments/*", "text_states/*", f"{cache.POOLED}/*")
     return Spec("encode", settings, inputs, restores=arrays)
 
 
@@ -140,7 +141,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         together = error.shared or processes.count() == 1  # else others may be writing
         if together and fresh and not files.matching(stage.folder, "*/*.npy"):
             stage.abandon()  # nothing was written, so other settings may follow
-            for name in ("base.json", "prompts.jsonl", marked_words.OFFSETS):
+            made = ("base.json", "prompts.jsonl", marked_words.OFFSETS, cache.TIME_IDS)
+            for name in made:
                 (stage.folder / name).unlink(missing_ok=True)
         raise
     stage.finish(written, **counts)
@@ -164,27 +166,30 @@ def encode(
     processes.on_first(
         "prompts", lambda: _write_prompts(config, workdir, stage, model, train)
     )
+    written = ["base.json", "prompts.jsonl", marked_words.OFFSETS]
+    if model.pooled_width:
+        processes.on_first("sizes", lambda: _write_time_ids(config, workdir, stage))
+        written.append(cache.TIME_IDS)
     rows = files.read_jsonl(folder / "prompts.jsonl")
     prompts = distinct_prompts(rows)
     cut = captions.cut_by_class(rows)
     report_cut_captions(cut, model.context_length)
 
     parts = (
-        _text_part(folder, model, prompts, section.dtype),
+        *_text_parts(folder, model, prompts, section.dtype),
         _image_part(folder, model, train, section.dtype, flip=section.flip),
     )
     _check_disk_space(folder, parts)
-    components = [part.component for part in parts]
+    components = {name for part in parts for name in part.components}
     # What only later stages read must be usable too, before hours of work.
-    for name in sorted({*pipeline_folder.WEIGHTS} - {*components}):
+    for name in sorted({*model.components} - components):
         diffusers_layout.require_finite(base, name, config.base.variant)
-    _, params = diffusers_layout.load(base, components, config.base.variant)
+    _, params = diffusers_layout.load(base, sorted(components), config.base.variant)
     size = sharding.padded_size(section.batch_size, mesh)
     for part in parts:
         fill(part, params, size=size, mesh=mesh)
     logging.info("%d images, %d distinct prompts", len(train.images), len(prompts))
-    shard_names = [name for part in parts for name in part.writer.names]
-    written = ["base.json", "prompts.jsonl", marked_words.OFFSETS, *shard_names]
+    written += [name for part in parts for name in part.writer.names]
     return written, {
         "images": len(train.images),
         "prompts": len(prompts),
@@ -217,6 +222,17 @@ def _write_prompts(
     if not stage.digests.intact(offsets):
         write_offsets(offsets, model, distinct_prompts(rows))
         stage.digests.add(offsets)
+
+
+def _write_time_ids(config: ConfigDict, workdir: epath.Path, stage: Stage) -> None:
+    """Writes `time_ids.npy`, unless it is there."""
+    path = stage.folder / cache.TIME_IDS
+    if not stage.digests.intact(path):
+        rows = files.read_jsonl(workdir / "caption" / "images.jsonl")
+        rows = [row for row in rows if row["split"] == "train"]
+        data = config.data
+        files.write_array(path, time_ids.time_ids(rows, data.size, resize=data.resize))
+        stage.digests.add(path)
 
 
 def _find_base(config: ConfigDict, workdir: epath.Path, stage: Stage) -> epath.Path:
@@ -253,7 +269,7 @@ class Part:
 
     Attributes:
       unit: what a row is, for the terminal.
-      component: whose parameters `encode` is given.
+      components: whose parameters `encode` is given.
       encode: (parameters, batch of inputs) -> rows.
       inputs: row numbers -> inputs, on the host.
       name: row number -> its name, for an error.
@@ -261,7 +277,7 @@ class Part:
     """
 
     unit: str
-    component: str
+    components: tuple[str, ...]
     encode: Callable[[Any, Any], jax.Array]
     inputs: Callable[[range], np.ndarray]
     name: Callable[[int], str]
@@ -283,7 +299,7 @@ def fill(part: Part, params: Any, *, size: int, mesh: jax.sharding.Mesh) -> None
     Raises:
       UserError: a row is not finite.
     """
-    params = {part.component: params[part.component]}
+    params = {name: params[name] for name in part.components}
     encode = sharding.over_batches(part.encode, params, size=size, mesh=mesh)
     writer, missing = part.writer, part.writer.missing
     total = writer.shape[0]
@@ -406,25 +422,31 @@ def report_cut_captions(cut: captions.CutCaptions, length: int) -> None:
         )
 
 
-def _text_part(
+def _text_parts(
     folder: epath.Path,
     model: stable_diffusion.StableDiffusion,
     prompts: list[str],
     dtype: str,
-) -> Part:
-    return Part(
-        unit="prompt",
-        component="text_encoder",
-        encode=model.text_states,
-        inputs=lambda rows: model.tokenize(prompts[rows.start : rows.stop]),
-        name=lambda row: repr(prompts[row]),
-        writer=shards.Writer(
-            folder / "text_states",
-            rows=len(prompts),
-            row_shape=(model.context_length, model.text_width),
-            dtype=dtype,
-        ),
-    )
+) -> list[Part]:
+    """The arrays of the prompts: text states, and what XL has besides."""
+    states = (model.context_length, model.text_width)
+    arrays = [("text_states", model.text_encoders, model.text_states, states)]
+    if width := model.pooled_width:
+        second = model.text_encoders[1:]
+        arrays.append((cache.POOLED, second, model.pooled_text, (width,)))
+    return [
+        Part(
+            unit="prompt",
+            components=components,
+            encode=encode,
+            inputs=lambda rows: model.tokenize(prompts[rows.start : rows.stop]),
+            name=lambda row: repr(prompts[row]),
+            writer=shards.Writer(
+                folder / name, rows=len(prompts), row_shape=shape, dtype=dtype
+            ),
+        )
+        for name, components, encode, shape in arrays
+    ]
 
 
 def _image_part(
@@ -438,7 +460,7 @@ def _image_part(
     side = train.images.shape[1] // model.downsampling
     return Part(
         unit="image",
-        component="vae",
+        components=("vae",),
         encode=model.encode_pixels,
         inputs=lambda rows: image_rows(train.images, rows),
         name=lambda row: train.ids[row % len(train.ids)],

@@ -1,9 +1,9 @@
 """Cache, pairs -> a fine-tuned UNet that is conditioned on a source image.
 
 Reads: the base model, `encode/`, `pairs/`. Writes: `model/`, the whole pipeline in the
-diffusers layout (`StableDiffusionInstructPix2PixPipeline`) with its model card;
-`samples/`, images of fixed pairs from fixed noise; with `mode = "lora"` also `lora/`,
-the adapters.
+diffusers layout (`StableDiffusionInstructPix2PixPipeline`, or that of XL) with its
+model card; `samples/`, images of fixed pairs from fixed noise; with `mode = "lora"`
+also `lora/`, the adapters.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     full, unet = section.mode == "full", base.parameters["unet"]
     copies = 4 if section.ema_decay else 3  # weights, two moments, an average
     state = 4 * copies * unet if full else 0
-    example = 4 * (
-        2 * math.prod(base.moments_shape(side)) + math.prod(base.text_shape())
-    )
+    example = 4 * (2 * math.prod(base.moments_shape(side)) + base.text_numbers())
     model = 4 * sum(base.parameters.values())
     speed = ("mode", "lora", "batch_size", "accumulate", "dtype", "attention", "remat")
     alive = -(-section.batch_size // section.accumulate)
@@ -330,12 +328,12 @@ def _adapters_that_fit(
 
 def load_base(
     workdir: epath.Path,
-    components: Sequence[str] = ("unet", "vae", "text_encoder"),
+    components: Sequence[str] | None = None,
 ) -> tuple[stable_diffusion.StableDiffusion, dict]:
     """Reads the base that `encode` used, conditioned on source latents.
 
     Returns:
-      the architecture, and host parameters of the components.
+      the architecture, and host parameters of the components; None: of all.
     """
     base, params = diffusers_layout.load(
         **diffusers_layout.recorded_base(workdir), components=components
@@ -407,9 +405,8 @@ def train_step(
 
     Args:
       state: with the UNet's parameters; or with adapters, if the batch has a `base`.
-      batch: `source_moments` and `target_moments` [B, h, w, 2c], `text_states`
-        [B, L, D], `null_states` [L, D], `weight` [B], 0 for padding; for adapters the
-        frozen parameters of the UNet, `base`.
+      batch: as of `instruct_pix2pix.examples`, with a `weight` of 0 for padding; for
+        adapters the frozen parameters of the UNet, `base`.
       model: the architecture, conditioned.
       tx: the optimiser.
       schedule: its learning rate by steps taken, for the log.
@@ -566,7 +563,7 @@ def make_gallery(
         lambda trained, batch: sample(trained, fixed, batch),
         {
             "moments": cache.moments_of(source),
-            "text_states": cache.states_of(target),
+            "text_states": cache.conditions_of(target),
             "index": np.arange(len(pairs), dtype=np.int32),
         },
         names=[train.class_names[label] for label in train.labels[source]],
@@ -640,4 +637,5 @@ def model_facts(
         hyperparameters=hyperparameters,
         steps=steps,
         adapters="../lora" if config.finetune.mode == "lora" else None,
+        family=pipeline_folder.read_family(folder),
     )

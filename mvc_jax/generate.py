@@ -326,7 +326,8 @@ def ablation_models(config: ConfigDict) -> ablation.AblationModels:
         base=config.base.path,
         image_encoder_steps=config.pretrain.image_encoder.steps,
         controlnet_steps=config.pretrain.controlnet.steps,
-        text_width=config.pretrain.text.width,
+        text_width=config.pretrain.text.width
+        * (2 if config.pretrain.family == "sdxl" else 1),
     )
 
 

@@ -11,13 +11,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mvc_jax import files
-from mvc_jax.data import captions, shards
+from mvc_jax.data import cache, captions, shards
 from mvc_jax.errors import UserError
 from mvc_jax.mixing import checks, recipe_file, recipes, unchanged
 from mvc_jax.stage import Spec, open_stage
 from mvc_jax.work import Sizes, Work
 
 _SCALES = ("text_scale", "image_scale")  # fields of `generate`
+_SOURCE = recipes.POOLED[0]
 _ROW_BYTES = 250  # of a recipe in its file; the digits' have 280
 _OBJECT_BYTES = 1500  # of a recipe in memory, at least; the digits' have 2050
 
@@ -31,10 +32,14 @@ def check(config: ConfigDict) -> None:
         _check_maximum(f"generate.{name}", scale, config.generate[f"{name}_most"])
     length = width = None
     if not config.base.path:
+        pretrain = config.pretrain
+        encoders = 2 if pretrain.family == "sdxl" else 1
         # If it is as long as the prompts, `run` knows how long that is.
-        length = config.pretrain.context_length or captions.LONGEST
-        width = config.pretrain.text.width
+        length = pretrain.context_length or captions.LONGEST
+        width = encoders * pretrain.text.width
         _check_fits(section, length, width)
+        if encoders == 1:
+            _require_source_pooled(section.pooled)
     if section.file:  # its ids are checked by `run`
         recipe_file.read_recipes(section.file, length=length, width=width)
 
@@ -97,14 +102,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     states = shards.Shards(workdir / "encode" / "text_states")
     _, length, width = states.shape
     shape = {"length": length, "width": width}
-    drawing, classes = drawing_of(config), recipes.classes_of(rows)
+    has_pooled = (workdir / "encode" / cache.TIME_IDS).exists()
+    drawing, classes = drawing_of(config, has_pooled), recipes.classes_of(rows)
     try:
+        if not has_pooled:
+            _require_source_pooled(section.pooled)
         _check_fits(section, length, width)
         if section.file:
             made = recipe_file.read_recipes(
                 section.file, rows, any_partner=section.partner == "any", **shape
             )
             checks.warn_of_other_scales(made, drawing)
+            for recipe in made if not has_pooled else ():
+                _require_source_pooled(recipe.get("pooled", _SOURCE), section.file)
         else:
             made = [
                 recipes.make_recipe(
@@ -137,8 +147,13 @@ def partner_prompt(chosen: str) -> str:
     return recipes.Drawing.partner_prompt if chosen == "auto" else chosen
 
 
-def drawing_of(config: ConfigDict) -> recipes.Drawing:
-    """How recipes are drawn: fields of `mix`, and the scales of `generate`."""
+def drawing_of(config: ConfigDict, has_pooled: bool = False) -> recipes.Drawing:
+    """How recipes are drawn: fields of `mix`, and the scales of `generate`.
+
+    Args:
+      config: of the run.
+      has_pooled: whether the UNet is given pooled embeddings, as that of XL is.
+    """
     section, scales = config.mix, config.generate
     return recipes.Drawing(
         modes=tuple(section.modes),
@@ -160,7 +175,22 @@ def drawing_of(config: ConfigDict) -> recipes.Drawing:
             scales.image_scale,
             max(scales.image_scale, scales.image_scale_most),
         ),
+        pooled=section.pooled if has_pooled else "",
     )
+
+
+def _require_source_pooled(
+    chosen: str, field: epath.PathLike = "config.mix.pooled"
+) -> None:
+    """Raises a `UserError` if pooled embeddings that are not there would be mixed."""
+    if chosen != _SOURCE:
+        raise UserError(
+            str(field),
+            wanted=f"pooled={_SOURCE} for a base without pooled embeddings: only "
+            "Stable Diffusion XL has them",
+            got=f"{chosen}",
+            fix="Use that, or a Stable Diffusion XL in config.base.path.",
+        )
 
 
 def _check_maximum(name: str, low: float | int, high: float | int) -> None:

@@ -46,8 +46,8 @@ class InstructPix2Pix:
 
     Args:
       model: the architecture, with a tokenizer.
-      params: host parameters with the keys `unet`, `vae` and `text_encoder`. A UNet
-        that is not conditioned on images is widened, and ignores them.
+      params: host parameters with the keys `model.components`. A UNet that is not
+        conditioned on images is widened, and ignores them.
       mesh: devices that share a batch; None: all of this process.
       dtype: of the UNet's activations, `float32` or `bfloat16`; `auto` is bfloat16 on
         an accelerator.
@@ -77,7 +77,7 @@ class InstructPix2Pix:
         self._size = sharding.padded_size(batch_size, self.mesh)
         self._options = {"dtype": dtype, "attention": attention}
         self._encode_images = jax.jit(self.model.encode_pixels)
-        self._encode_texts = jax.jit(self.model.text_states)
+        self._encode_texts = jax.jit(self.model.conditions)
         self._draw = functools.lru_cache(self._compiled)
 
     @classmethod
@@ -142,6 +142,7 @@ class InstructPix2Pix:
         guidance_interval: tuple[float, float] = instruct_pix2pix.ALWAYS,
         guidance_rescale: float = 0.0,
         grey: bool = False,
+        time_ids: np.ndarray | None = None,
     ) -> UInt8[np.ndarray, "B H W 3"]:
         """Draws an image for each real one and its prompt; see `from_pretrained`.
 
@@ -171,6 +172,8 @@ class InstructPix2Pix:
           guidance_rescale: phi of the guided prediction, in [0, 1] (arXiv 2305.08891).
           grey: whether colour channels are averaged, as runs on images without colour
             do.
+          time_ids: of Stable Diffusion XL, int [B, 6]: what it is told about the size
+            of each image (`data/time_ids.py`); None: that it is `images` as they are.
 
         Returns:
           pixels in [0, 255]. A warning names images that are not finite, or of one
@@ -206,15 +209,19 @@ class InstructPix2Pix:
         recipes = given_recipes.for_each(recipe, count)
         given = {name: np.broadcast_to(x, [count]) for name, x in scales.items()}
         given["noise_seed"] = np.arange(count)
+        texts = self.encode_texts(prompts, partners, recipe)
+        if self.model.pooled_width:
+            texts["time_ids"] = self._time_ids(images, time_ids)
         batch = {
             "moments": self.encode_images(images),
-            "states": self.encode_texts(prompts, partners, recipe),
+            "states": texts,
             "redraws": np.zeros(count, np.int32),
         }
         for name, dtype in image_sampler.SCALARS.items():
             values = [r.get(name, v) for r, v in zip(recipes, given[name], strict=True)]
             batch[name] = np.asarray(values, dtype)
-        draw, null = self._draw(settings), self.encode_texts([""])[0]
+        null = jax.tree.map(lambda array: array[0], self.encode_texts([""]))
+        draw = self._draw(settings)
         pixels, status = self._in_batches(
             lambda rows: draw(self._params, rows, null, key), batch
         )
@@ -246,8 +253,10 @@ class InstructPix2Pix:
         prompts: Sequence[str],
         partners: Sequence[str] | Sequence[Sequence[str]] | None = None,
         recipe: Recipe | Sequence[Recipe] | None = None,
-    ) -> Float[np.ndarray, "B L D"]:
+    ) -> Float[np.ndarray, "B L D"] | dict[str, np.ndarray]:
         """The text states of prompts, mixed with those of their partners.
+
+        Of Stable Diffusion XL these are `states`, beside `pooled` [B, P].
 
         Args:
           prompts: B texts.
@@ -257,12 +266,12 @@ class InstructPix2Pix:
         count, length = len(prompts), self.model.context_length
         several = _lists_of(partners)
         texts = [*prompts, *(text for each in several for text in each)]
-        states = self._in_batches(
+        found = self._in_batches(
             lambda rows: self._encode_texts(self._params, rows),
             self.model.tokenize(texts),
         )
         if recipe is None or partners is None:
-            return states[:count]
+            return jax.tree.map(lambda array: array[:count], found)
         numbers = map(str, range(count, len(texts)))
         recipes = [
             given_recipes.completed(own, length)
@@ -278,12 +287,40 @@ class InstructPix2Pix:
             width=self.model.text_width,
             widths=operations.widths_of(recipes),
         )
+        states = found["states"] if self.model.pooled_width else found
         mixed = _mix(
             states[arrays["source"]],
             states[arrays["partners"]],
             *(arrays[x] for x in ("positions", "donors", "dims", "dim_donors")),
         )
-        return np.asarray(mixed)
+        if not self.model.pooled_width:
+            return np.asarray(mixed)
+        pooled = [
+            operations.mix_pooled(
+                found["pooled"][i],
+                found["pooled"][[int(number) for number in made["partners"]]],
+                own.get("pooled"),
+            )
+            for i, (own, made) in enumerate(
+                zip(given_recipes.for_each(recipe, count), recipes, strict=True)
+            )
+        ]
+        return {"states": np.asarray(mixed), "pooled": np.stack(pooled)}
+
+    def _time_ids(
+        self, images: np.ndarray, given: np.ndarray | None
+    ) -> Float[np.ndarray, "B 6"]:
+        """Those given, or those of images that were neither resized nor cropped."""
+        count, height, width, _ = images.shape
+        own = np.asarray([[height, width, 0, 0, height, width]] * count)
+        if given is not None and np.shape(given) != own.shape:
+            raise UserError(
+                "time_ids",
+                wanted=f"six numbers for each of the {count} images",
+                got=f"an array {[*np.shape(given)]}",
+                fix="data/time_ids.py says which; None takes the images as they are.",
+            )
+        return np.asarray(own if given is None else given, np.float32)
 
     def _compiled(self, settings: image_sampler.Settings) -> Callable:
         return image_sampler.jit_sample_images(self.model, None, settings, self.mesh)

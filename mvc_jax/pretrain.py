@@ -20,7 +20,7 @@ from etils import epath, epy
 from ml_collections import ConfigDict
 
 from mvc_jax import files, processes
-from mvc_jax.data import base_pool, captions, splits
+from mvc_jax.data import base_pool, captions, splits, time_ids
 from mvc_jax.errors import UserError, require_at_most
 from mvc_jax.stage import Part, Spec, differences, open_stage, read_manifest
 from mvc_jax.work import BaseSizes, Sizes, Work
@@ -48,7 +48,8 @@ with epy.lazy_imports():
     from mvc_jax.training import checkpoint, sharding, train_logger
 
 _KEPT = 2  # checkpoints of each network
-_NETWORKS = ("judge", "vae", "unet", "image_encoder", "controlnet")
+_COMPANIONS = ("image_encoder", "controlnet")
+_NETWORKS = ("judge", "vae", "unet", *_COMPANIONS)
 _GUESSED_LENGTH = 16  # of prompts, before there is a tokenizer
 _FEATURES = "config.pretrain.vae.features"
 _OF_PROMPTS = ("prompt", "class_type")  # fields of `data`
@@ -88,6 +89,15 @@ def check(config: ConfigDict) -> None:
             "divide the width",
             got=f"patch={tower.patch}, heads={tower.heads}, width={tower.width}",
             fix="Round them.",
+        )
+    companions = [name for name in _COMPANIONS if section[name].steps]
+    if section.family == "sdxl" and companions:
+        raise UserError(
+            f"config.pretrain.{companions[0]}.steps",
+            wanted="0 with config.pretrain.family=sdxl, which has no companions",
+            got=f"{section[companions[0]].steps}",
+            fix="Leave out the argument `ablation`, or set "
+            "--config.pretrain.family=sd.",
         )
     levels = len(unet.channels)
     require_at_most(
@@ -130,9 +140,7 @@ def base_of(config: ConfigDict) -> BaseSizes:
     length = config.pretrain.context_length or _GUESSED_LENGTH
     configs = small.configs(vocab_size=vocab_size, **_architecture(config, length))
     model = stable_diffusion.StableDiffusion(configs, None)
-    parameters = {
-        name: model.count_parameters(name) for name in ("unet", "vae", "text_encoder")
-    }
+    parameters = {name: model.count_parameters(name) for name in model.components}
     return base_sizes.of_configs(configs, parameters, name="the small base")
 
 
@@ -141,7 +149,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     section, side, base = config.pretrain, config.data.size, sizes.base
     count, vae, unet = base.parameters, section.vae, section.unet
     loops = {f"{name} steps": section[name].steps for name in _NETWORKS}
-    denoiser = count["unet"] + count["text_encoder"]
+    denoiser = sum(count.values()) - count["vae"]
     # Weights and two moments; of the UNet an average too.
     saved = 4 * (3 * count["vae"] + 4 * denoiser)
     moments = sizes.pool * 4 * math.prod(base.moments_shape(side))
@@ -253,7 +261,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     loop = functools.partial(_loop, config.pretrain, workdir, stage.folder, mesh)
     folder = stage.folder / "model"
-    model, pool = _tokenized(config, workdir, folder / "tokenizer")
+    model, pool = _tokenized(config, workdir, folder)
 
     judge_ = _train_judge(config, pool, loop)
     vae = _train_vae(config, model, pool, judge_, loop)
@@ -269,6 +277,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         model,
         moments,
         model.tokenize(pool.prompts),
+        time_ids=pool.time_ids,
         seed=config.seed,
         loop=loop("unet"),
         batch_size=section.batch_size,
@@ -312,26 +321,30 @@ def _loop(
 def _tokenized(
     config: ConfigDict, workdir: epath.Path, folder: epath.Path
 ) -> tuple[stable_diffusion.StableDiffusion, quality.Pool]:
-    """Trains the tokenizer; returns the architecture without weights, and the pool."""
+    """Trains the tokenizers; returns the architecture without weights, and the pool."""
     section, caption = config.pretrain, workdir / "caption"
     pool, texts = _read_pool(caption, section.source)
     names = [pool.class_names[label] for label in pool.labels]
     class_type = section.pool.class_type if section.source else config.data.class_type
     words = {"template": config.data.prompt, "class_type": class_type}
 
-    def train_tokenizer() -> int:
-        tokenizer.train(
-            folder,
-            base.tokenizer_corpus(texts, names, **words),
-            vocab_size=section.vocab_size,
-            max_length=section.context_length or captions.LONGEST,
-        )
+    tokenizers = _tokenizers(section)
+
+    def train_tokenizers() -> int:
+        for part, pad_token in tokenizers.items():
+            tokenizer.train(
+                folder / part,
+                base.tokenizer_corpus(texts, names, **words),
+                vocab_size=section.vocab_size,
+                max_length=section.context_length or captions.LONGEST,
+                pad_token=pad_token,
+            )
         length = section.context_length
         if not length:
             train = splits.read_split(caption, "train")
             others = captions.read_captions(caption / "captions.jsonl", train.ids)
             length = tokenizer.longest(
-                clip_tokenizer.read(folder)[0],
+                clip_tokenizer.read(folder / "tokenizer")[0],
                 [
                     *base.whole_prompts(texts, names, **words),
                     *base.whole_prompts(
@@ -343,12 +356,13 @@ def _tokenized(
                 ],
                 most=captions.LONGEST,
             )
-            tokenizer.set_length(folder, length)
+            for part in tokenizers:
+                tokenizer.set_length(folder / part, length)
         return length
 
-    length = processes.on_first("the tokenizer", train_tokenizer)
-    read, _ = clip_tokenizer.read(folder)
-    model = small.stable_diffusion(read, **_architecture(config, length))
+    length = processes.on_first("the tokenizer", train_tokenizers)
+    read = [clip_tokenizer.read(folder / part)[0] for part in tokenizers]
+    model = small.stable_diffusion(*read, **_architecture(config, length))
     prompts = base.prompts(model, texts, names, **words)
     kept, held = quality.hold_out(len(pool.ids), section.held_out, seed=config.seed)
     return model, quality.Pool(
@@ -359,6 +373,7 @@ def _tokenized(
         held_labels=pool.labels[held],
         class_names=pool.class_names,
         grey=pool.grey,
+        time_ids=_pool_time_ids(config, caption)[kept] if model.pooled_width else None,
     )
 
 
@@ -521,6 +536,22 @@ def _facts(
     )
 
 
+def _pool_time_ids(config: ConfigDict, caption: epath.Path) -> np.ndarray:
+    """The sizes of the pool's images, as XL is given them."""
+    folder = caption / base_pool.FOLDER if config.pretrain.source else caption
+    rows = files.read_jsonl(folder / "images.jsonl")
+    rows = [row for row in rows if row["split"] == "pool"]
+    return time_ids.time_ids(rows, config.data.size, resize=config.data.resize)
+
+
+def _tokenizers(section: ConfigDict) -> dict[str, str]:
+    """The folders of the tokenizers, and the token with which each pads."""
+    found = {"tokenizer": tokenizer.EOS}
+    if section.family == "sdxl":
+        found["tokenizer_2"] = small.SECOND_PAD
+    return found
+
+
 def _architecture(config: ConfigDict, length: int) -> dict[str, Any]:
     """The fields of `small.configs`, for prompts of `length` tokens."""
     section = config.pretrain
@@ -536,4 +567,5 @@ def _architecture(config: ConfigDict, length: int) -> dict[str, Any]:
         "text_width": section.text.width,
         "text_layers": section.text.layers,
         "text_heads": section.text.heads,
+        "family": section.family,
     }

@@ -26,6 +26,7 @@ class BaseSizes:
       vae_channels: of the autoencoder's first level.
       unet_channels: of the UNet's first level.
       parameters: component -> number of parameters.
+      pooled_width: P, dims of the pooled embedding of a prompt; 0: there is none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BaseSizes:
     vae_channels: int
     unet_channels: int
     parameters: Mapping[str, int]
+    pooled_width: int = 0
 
     @property
     def speed(self) -> dict[str, Any]:
@@ -46,11 +48,12 @@ class BaseSizes:
         """
         networks = {name: self.parameters[name] for name in ("unet", "vae")}
         fields = dataclasses.asdict(self) | {"parameters": networks}
-        return {key: value for key, value in fields.items() if key != "name"}
+        unused = {"name"} if self.pooled_width else {"name", "pooled_width"}
+        return {key: value for key, value in fields.items() if key not in unused}
 
-    def text_shape(self) -> tuple[int, int]:
-        """Shape of a prompt's text states."""
-        return self.context_length, self.text_width
+    def text_numbers(self) -> int:
+        """Numbers of a prompt's text states and pooled embedding."""
+        return self.context_length * self.text_width + self.pooled_width
 
     def moments_shape(self, size: int) -> tuple[int, int, int]:
         """Shape of the moments of an image of `size` pixels a side."""

@@ -88,7 +88,7 @@ def tiny(tmp_path_factory):
 
     8 px images, 2x2 latents, 12 tokens of width 16; its biases are not zero.
     """
-    from mvc_jax.checkpoints import clip_tokenizer, diffusers_layout
+    from mvc_jax.checkpoints import clip_tokenizer
     from mvc_jax.models import stable_diffusion
     from mvc_jax.pretraining import tokenizer
     from mvc_jax.pretraining.small import SCHEDULER
@@ -140,7 +140,7 @@ def tiny(tmp_path_factory):
             lambda leaf: leaf + rng.normal(0, 0.02, leaf.shape).astype(np.float32),
             stable_diffusion.random_params(model.shapes(name), rng),
         )
-        for name in diffusers_layout.WEIGHTS
+        for name in model.components
     }
     return model, params
 

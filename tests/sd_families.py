@@ -17,14 +17,13 @@ import numpy as np
 
 from mvc_jax.checkpoints import (
     clip_tokenizer,
-    diffusers_layout,
     scheduler_config,
     weights,
 )
 from mvc_jax.models.stable_diffusion import Params, StableDiffusion
 from mvc_jax.pretraining import tokenizer
 
-FAMILIES = ("sd1", "sd2", "pix2pix")
+FAMILIES = ("sd1", "sd2", "pix2pix", "sdxl")
 WORDS = "a photo of the digit one, bold slanted strokes"
 PROMPTS = (
     "",
@@ -53,6 +52,18 @@ _UNETS = {
         "attention_head_dim": 8,
         "cross_attention_dim": 32,
     },
+    "sdxl": {
+        "block_out_channels": [32, 64, 64],
+        "down_block_types": [_PLAIN, _ATTENDS, _ATTENDS],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": [2, 4, 8],
+        "transformer_layers_per_block": [1, 1, 2],
+        "cross_attention_dim": 32 + 48,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 40,
+    },
 }
 _NOISE = {
     "num_train_timesteps": 1000,
@@ -61,7 +72,7 @@ _NOISE = {
     "beta_schedule": "scaled_linear",
     "trained_betas": None,
 }
-# As published: SD 1.5's, SD 2.1's, InstructPix2Pix's.
+# As published: SD 1.5's, SD 2.1's, InstructPix2Pix's, XL 1.0's.
 SCHEDULERS = {
     "sd1": _NOISE
     | {
@@ -85,6 +96,19 @@ SCHEDULERS = {
         "_class_name": "EulerAncestralDiscreteScheduler",
         "prediction_type": "epsilon",
     },
+    "sdxl": _NOISE
+    | {
+        "_class_name": "EulerDiscreteScheduler",
+        "clip_sample": False,
+        "interpolation_type": "linear",
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "use_karras_sigmas": False,
+    },
 }
 
 
@@ -99,10 +123,21 @@ def checkpoint(family: str) -> tuple[StableDiffusion, Params]:
         "text_encoder": _text(family, read, unet["cross_attention_dim"]),
         "scheduler": scheduler_config.ddim_config(SCHEDULERS[family]),
     }
-    model = StableDiffusion(configs, read)
+    more = {}
+    if family == "sdxl":
+        second = _tokenizer(pad_token="!")
+        configs["vae"] = _VAE | {"scaling_factor": 0.13025, "force_upcast": True}
+        configs["text_encoder"] = _text(family, read, 32)
+        configs["text_encoder_2"] = _text(family, second, 48) | {
+            "architectures": ["CLIPTextModelWithProjection"],
+            "hidden_act": "gelu",
+            "projection_dim": 40,
+        }
+        more = {"tokenizer_2": second, "zero_empty": True}
+    model = StableDiffusion(configs, read, **more)
     params = {
         name: random(f"{family}.{name}", model.shapes(name))
-        for name in diffusers_layout.WEIGHTS
+        for name in model.components
     }
     return model, params
 

@@ -28,6 +28,16 @@ GOLDEN = pathlib.Path(__file__).with_name("golden")
 TIMESTEPS = np.array([0, 1, 500, 999], np.int32)
 DROP_RATE = 0.05
 UNIFORM = np.array([0.02, 0.07, 0.12, 0.5], np.float32)  # no text, none, no image, both
+TIME_IDS = np.array(  # an image as it is, a small one, two that were cropped
+    [
+        [64, 128, 0, 0, 64, 128],
+        [32, 28, 0, 0, 64, 128],
+        [900, 1600, 0, 171, 64, 128],
+        [720, 480, 12, 0, 64, 128],
+    ],
+    np.float32,
+)
+SIZED = slice(2, 3)  # whose row of `TIME_IDS` the whole sample has
 TEXT_SCALE, IMAGE_SCALE, STEPS = 7.5, 1.5, 4
 
 
@@ -97,12 +107,15 @@ class Pipelines:
         self.fine_tuned.set_progress_bar_config(disable=True)
 
 
-def unet_inputs(model: StableDiffusion, family: str) -> tuple[np.ndarray, ...]:
+def unet_inputs(model: StableDiffusion, family: str) -> tuple:
     config = model.configs["unet"]
     batch = len(TIMESTEPS)
     latents = normal(f"{family} latents", batch, *LATENTS, config["in_channels"])
-    states = normal(f"{family} states", batch, 77, config["cross_attention_dim"])
-    return latents, TIMESTEPS, states
+    conditions = normal(f"{family} states", batch, 77, config["cross_attention_dim"])
+    if model.pooled_width:
+        pooled = normal(f"{family} pooled", batch, model.pooled_width)
+        conditions = {"states": conditions, "pooled": pooled, "time_ids": TIME_IDS}
+    return latents, TIMESTEPS, conditions
 
 
 def unet(family: str) -> Arrays:
@@ -115,9 +128,10 @@ def unet(family: str) -> Arrays:
 
 def unet_torch(family: str, pipelines: Pipelines) -> Arrays:
     model, _ = sd_families.checkpoint(family)
-    latents, timesteps, states = unet_inputs(model, family)
+    latents, timesteps, conditions = unet_inputs(model, family)
+    conditions = jax.tree.map(_tensor, conditions)
     network = pipelines.base.unet
-    out = network(_tensor(latents), _tensor(timesteps), _tensor(states)).sample
+    out = network(_tensor(latents), _tensor(timesteps), **_named(conditions)).sample
     return {"prediction": _array(out)}
 
 
@@ -148,18 +162,24 @@ def autoencoder_torch(family: str, pipelines: Pipelines) -> Arrays:
 
 def text(family: str) -> Arrays:
     model, params = sd_families.checkpoint(family)
+    params = {name: params[name] for name in model.text_encoders}
     ids = model.tokenize(PROMPTS)
-    encode = jax.jit(model.text_states)
-    states = encode(_only(params, "text_encoder"), jnp.asarray(ids))
-    return {"ids": ids, "states": np.asarray(states)}
+    found = jax.jit(model.conditions)(params, jnp.asarray(ids))
+    arrays = {"ids": ids}
+    if model.pooled_width:
+        return arrays | {k: np.asarray(v) for k, v in found.items()}
+    return arrays | {"states": np.asarray(found)}
 
 
 def text_torch(family: str, pipelines: Pipelines) -> Arrays:
-    ids = _tokenize_torch(pipelines.base.tokenizer, PROMPTS)
-    return {
-        "ids": ids.numpy().astype(np.int32),
-        "states": pipelines.base.text_encoder(ids)[0].numpy(),
-    }
+    pipeline = pipelines.base
+    ids = [_tokenize_torch(pipeline.tokenizer, PROMPTS)]
+    found = _conditions_torch(pipeline, PROMPTS)
+    if not isinstance(found, dict):
+        return {"ids": ids[0].numpy().astype(np.int32), "states": found.numpy()}
+    ids.append(_tokenize_torch(pipeline.tokenizer_2, PROMPTS))
+    ids = np.stack([each.numpy() for each in ids], axis=1).astype(np.int32)
+    return {"ids": ids, **{name: found[name].numpy() for name in found}}
 
 
 def schedule_inputs(family: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -266,15 +286,17 @@ def training_inputs(family: str) -> dict[str, np.ndarray]:
 def training(family: str) -> Arrays:
     model, params = sd_families.fine_tuned(family)
     encode = jax.jit(model.moments)
-    states = jax.jit(model.text_states)(
-        _only(params, "text_encoder"), jnp.asarray(model.tokenize(PROMPTS))
-    )
+    ids = jnp.asarray(model.tokenize(PROMPTS))
+    texts = jax.jit(model.conditions)(params, ids)
+    null = jax.tree.map(lambda array: array[PROMPTS.index("")], texts)
+    if model.pooled_width:
+        texts["time_ids"] = jnp.asarray(TIME_IDS)
     inputs = training_inputs(family)
     batch = {
         "target_moments": encode(_only(params, "vae"), inputs["target"]),
         "source_moments": encode(_only(params, "vae"), inputs["source"]),
-        "text_states": states,
-        "null_states": states[PROMPTS.index("")],
+        "text_states": texts,
+        "null_states": null,
         "weight": jnp.ones(len(PROMPTS)),
     }
     draws = {
@@ -316,7 +338,7 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     import torch
 
     pipeline = pipelines.fine_tuned
-    vae, text_encoder = pipeline.vae, pipeline.text_encoder
+    vae = pipeline.vae
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     inputs = {name: _tensor(array) for name, array in training_inputs(family).items()}
     timesteps, uniform = _tensor(TIMESTEPS).long(), torch.from_numpy(UNIFORM)
@@ -327,10 +349,14 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     noisy = scheduler.add_noise(latents, inputs["noise"], timesteps)
     source = vae.encode(inputs["source"]).latent_dist.mode()
 
-    states = text_encoder(_tokenize_torch(pipeline.tokenizer, PROMPTS))[0]
-    null = text_encoder(_tokenize_torch(pipeline.tokenizer, [""]))[0]
-    no_text = (uniform < 2 * DROP_RATE).reshape(-1, 1, 1)
-    states = torch.where(no_text, null, states)
+    texts = _conditions_torch(pipeline, PROMPTS, TIME_IDS)
+    null = _conditions_torch(pipeline, [""] * len(PROMPTS), TIME_IDS)
+    no_text = uniform < 2 * DROP_RATE
+
+    def dropped(null, given):
+        return torch.where(no_text.reshape(-1, *[1] * (given.ndim - 1)), null, given)
+
+    texts = jax.tree.map(dropped, null, texts)
     no_image = (uniform >= DROP_RATE) & (uniform < 3 * DROP_RATE)
     source = source * (1 - no_image.float()).reshape(-1, 1, 1, 1)
 
@@ -342,7 +368,8 @@ def training_torch(family: str, pipelines: Pipelines) -> Arrays:
     unet = copy.deepcopy(pipeline.unet).double()
     inputs = torch.cat([noisy, source], dim=1).double()
     with torch.enable_grad():
-        prediction = unet(inputs, timesteps, states.double()).sample
+        texts = jax.tree.map(lambda tensor: tensor.double(), texts)
+        prediction = unet(inputs, timesteps, **_named(texts)).sample
         value = torch.nn.functional.mse_loss(prediction, target.double())
         weight, bias = torch.autograd.grad(value, list(unet.conv_in.parameters()))
     return {
@@ -365,13 +392,17 @@ def whole_sample(family: str) -> Arrays:
 
     @jit_fast
     def draw(params, source, ids, noise):
-        null_states, text_states = model.text_states(params, ids)
+        texts = model.conditions(params, ids)
+        null = jax.tree.map(lambda array: array[0], texts)
+        texts = jax.tree.map(lambda array: array[1:], texts)
+        if model.pooled_width:
+            texts["time_ids"] = jnp.asarray(TIME_IDS[SIZED])
         latents = instruct_pix2pix.draw(
             functools.partial(model.denoise, params),
             noise,
             model.moments(params, source),
-            text_states[None],
-            null_states,
+            texts,
+            null,
             sampler=sampler,
             text_scale=TEXT_SCALE,
             image_scale=IMAGE_SCALE,
@@ -391,6 +422,17 @@ def whole_sample_torch(family: str, pipelines: Pipelines) -> Arrays:
         last.update(tensors)
         return tensors
 
+    options = {"callback_on_step_end": keep}
+    if hasattr(pipelines.fine_tuned, "text_encoder_2"):
+        height, width, top, left, *size = TIME_IDS[SIZED][0].astype(int).tolist()
+        options = {
+            "callback": lambda step, timestep, latents: last.update(latents=latents),
+            "original_size": (height, width),
+            "crops_coords_top_left": (top, left),
+            "target_size": tuple(size),
+            "height": size[0],
+            "width": size[1],
+        }
     images = pipelines.fine_tuned(
         prompt,
         image=source / 2 + 0.5,
@@ -399,7 +441,7 @@ def whole_sample_torch(family: str, pipelines: Pipelines) -> Arrays:
         image_guidance_scale=IMAGE_SCALE,
         latents=_tensor(noise),
         output_type="np",
-        callback_on_step_end=keep,
+        **options,
     ).images
     return {"latents": _array(last["latents"]), "images": images}
 
@@ -422,6 +464,30 @@ def compute_torch(family: str, pipelines: Pipelines) -> dict[str, Arrays]:
         return {
             name: theirs(family, pipelines) for name, (_, theirs) in COMPARISONS.items()
         }
+
+
+def _conditions_torch(pipeline: Any, prompts: Any, time_ids: Any = None) -> Any:
+    """Text states; of XL with the pooled embeddings, zeros for the empty prompt."""
+    import torch
+
+    if not hasattr(pipeline, "text_encoder_2"):
+        return pipeline.text_encoder(_tokenize_torch(pipeline.tokenizer, prompts))[0]
+    states, no_states, pooled, no_pooled = pipeline.encode_prompt(list(prompts))
+    empty = torch.tensor([prompt == "" for prompt in prompts])
+    found = {
+        "states": torch.where(empty[:, None, None], no_states, states),
+        "pooled": torch.where(empty[:, None], no_pooled, pooled),
+    }
+    return found if time_ids is None else found | {"time_ids": _tensor(time_ids)}
+
+
+def _named(conditions: Any) -> dict[str, Any]:
+    """Conditions as PyTorch's UNet takes them."""
+    if not isinstance(conditions, dict):
+        return {"encoder_hidden_states": conditions}
+    pooled, time_ids = conditions["pooled"], conditions["time_ids"]
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    return {"encoder_hidden_states": conditions["states"], "added_cond_kwargs": added}
 
 
 def _only(params: Params, component: str) -> Params:

@@ -302,7 +302,7 @@ def test_damaged_weights_are_found_at_once(tiny, workdir, base, part, row, monke
 def test_what_float16_cannot_hold_is_refused(workdir):
     part = encode.Part(
         unit="row",
-        component="vae",
+        components=("vae",),
         encode=lambda params, batch: params["vae"] * batch,
         inputs=lambda rows: np.asarray(rows, np.float32)[:, None],
         name=str,

@@ -95,12 +95,15 @@ def test_a_folder_written_by_pytorch_is_loaded(family, pytorch, tmp_path):
     assert read.unet == model.unet
     assert read.vae == model.vae
     ids = read.tokenize(sd_families.PROMPTS)
-    states = jax.jit(read.text_states)(again, jnp.asarray(ids))
-    np.testing.assert_array_equal(ids, ours(family, "text")["ids"])
-    np.testing.assert_array_equal(states, ours(family, "text")["states"])
+    found = jax.jit(read.conditions)(again, jnp.asarray(ids))
+    found = {"ids": ids} | (found if read.pooled_width else {"states": found})
+    expected = ours(family, "text")
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name])
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_the_widened_unet_equals_the_old_one(family):
     base, params = sd_families.checkpoint(family)
     model, widened = base.widened(params)

@@ -16,6 +16,7 @@ from mvc_jax import files
 from mvc_jax.checkpoints import (
     clip_tokenizer,
     families,
+    family,
     pipeline_folder,
     scheduler_config,
     tensor_file,
@@ -29,17 +30,20 @@ _TORCH_CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     # Not CLIPTokenizer, which without ftfy splits Chinese and Japanese into characters.
     "tokenizer": ("transformers", "CLIPTokenizerFast"),
+    "tokenizer_2": ("transformers", "CLIPTokenizerFast"),
     "scheduler": ("diffusers", "DDIMScheduler"),
 }
 _TEXT_MODEL = "text_model."  # begins the names of a text encoder
+_ZERO_EMPTY = "force_zeros_for_empty_prompt"  # in the index of XL's pipelines
 _NO_LENGTH = 1e9  # a tokenizer's model_max_length above it stands for none
 
 
 def load(
     path: epath.PathLike,
-    components: Sequence[str] = tuple(WEIGHTS),
+    components: Sequence[str] | None = None,
     variant: str = "",
     revision: str = "",
 ) -> tuple[StableDiffusion, Params]:
@@ -47,7 +51,7 @@ def load(
 
     Args:
       path: see `pipeline_folder.resolve`, also for `variant` and `revision`.
-      components: keys of `WEIGHTS`, whose weights are read.
+      components: whose weights are read, of `StableDiffusion.components`; None: all.
 
     Returns:
       the architecture, and host parameters by component in their stored precision:
@@ -60,6 +64,7 @@ def load(
     folder, _ = pipeline_folder.resolve(path, variant, revision)
     model = _read_architecture(folder)
     params, kinds = {}, {}
+    components = model.components if components is None else components
     for name in components:
         file = pipeline_folder.find_weights(folder, name, variant)
         kinds[name] = weights.check(file)
@@ -122,7 +127,7 @@ def check_base(
     if folder is None:
         return
     model = _read_architecture(folder)
-    for name in WEIGHTS:
+    for name in model.components:
         file = pipeline_folder.find_weights(folder, name, variant)
         weights.check(file)
         shapes = _shapes(folder, model, name)
@@ -184,25 +189,23 @@ def save(
     """
     folder = epath.Path(folder)
     written = []
-    for name, file in WEIGHTS.items():
+    for name in model.components:
+        file = WEIGHTS[name]
         files.write_json(folder / name / "config.json", model.configs[name])
         weights.write(folder / name / file, params[name])
         written += [f"{name}/config.json", f"{name}/{file}"]
     files.write_json(folder / pipeline_folder.SCHEDULER, model.configs["scheduler"])
-    tokenizer = clip_tokenizer.write(
-        folder / "tokenizer", model.tokenizer, model.tokenizer_files
-    )
-    written += [f"tokenizer/{name}" for name in tokenizer]
-    pipeline = "StableDiffusionPipeline"
-    if model.conditioned:
-        pipeline = "StableDiffusionInstructPix2PixPipeline"
+    of = family.of_files(model.components)
+    for name in of.tokenizers:
+        read, found = getattr(model, name), getattr(model, f"{name}_files")
+        tokenizer = clip_tokenizer.write(folder / name, read, found)
+        written += [f"{name}/{file}" for file in tokenizer]
     index = {
-        "_class_name": pipeline,
+        "_class_name": of.edits if model.conditioned else of.pipelines[0],
         "_diffusers_version": importlib.metadata.version("diffusers"),
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        **{name: list(class_) for name, class_ in _TORCH_CLASSES.items()},
+        **of.index,
+        **{name: list(_TORCH_CLASSES[name]) for name in (*of.classes, "scheduler")},
+        **({_ZERO_EMPTY: model.zero_empty} if of is family.XL else {}),
         **(index_entries or {}),
     }
     if made_by is not None:
@@ -214,26 +217,37 @@ def save(
 
 def _read_architecture(folder: epath.Path) -> StableDiffusion:
     """The architecture in a folder; checks its JSON files and tokenizer."""
-    configs = {}
-    for name, file in pipeline_folder.CONFIGS.items():
-        config = pipeline_folder.read_json(folder / file)
+    index = pipeline_folder.read_json(folder / pipeline_folder.INDEX)
+    of, configs = pipeline_folder.read_family(folder), {}
+    for name in (*of.components, "scheduler"):
+        file = folder / pipeline_folder.CONFIGS[name]
+        config = pipeline_folder.read_json(file)
         configs[name] = families.completed(name, config)
-        families.check_config(name, configs[name], str(folder / file))
+        families.check_config(name, configs[name], str(file), of)
     configs["scheduler"] = scheduler_config.ddim_config(configs["scheduler"])
-    tokenizer, found = clip_tokenizer.read(folder / "tokenizer")
+    fields, sizes = {}, {}
+    for name in of.tokenizers:
+        text = configs[name.replace("tokenizer", "text_encoder")]
+        length = text["max_position_embeddings"]
+        tokenizer, found = _read_tokenizer(folder / name, length)
+        fields |= {name: tokenizer, f"{name}_files": found}
+        sizes[name] = len(tokenizer), tokenizer.model_max_length
+    families.check_fit(configs, tokenizers=sizes, folder=str(folder))
+    zeros = of is family.XL and index.get(_ZERO_EMPTY, True)
+    return StableDiffusion(configs, **fields, zero_empty=zeros)
+
+
+def _read_tokenizer(folder: epath.Path, positions: int) -> tuple[Any, dict[str, bytes]]:
+    """A tokenizer and its files; one without a length gets the encoder's positions.
+
+    PyTorch's pipeline would pad prompts to that length.
+    """
+    tokenizer, found = clip_tokenizer.read(folder)
     length = tokenizer.model_max_length
     if isinstance(length, int | float) and length > _NO_LENGTH:
-        # PyTorch's pipeline would pad prompts to it, beyond the encoder's positions.
-        length = configs["text_encoder"]["max_position_embeddings"]
-        tokenizer.model_max_length = length
-        found = clip_tokenizer.with_length(found, length)
-    families.check_fit(
-        configs,
-        vocab_size=len(tokenizer),
-        max_length=tokenizer.model_max_length,
-        folder=str(folder),
-    )
-    return StableDiffusion(configs, tokenizer, found)
+        tokenizer.model_max_length = positions
+        found = clip_tokenizer.with_length(found, positions)
+    return tokenizer, found
 
 
 def _name_of(file: epath.Path, component: str) -> Callable[[weights.Path], str]:
@@ -241,7 +255,7 @@ def _name_of(file: epath.Path, component: str) -> Callable[[weights.Path], str]:
 
     From transformers 5 on, a text encoder's names leave out `text_model.`.
     """
-    if component == "text_encoder":
+    if component.startswith("text_encoder"):
         stored = tensor_file.entries(file)
         if not any(name.startswith(_TEXT_MODEL) for name in stored):
             return lambda path: weights.torch_name(path).removeprefix(_TEXT_MODEL)

@@ -1,30 +1,21 @@
-"""The supported families of checkpoints: Stable Diffusion 1.x, 2.x, InstructPix2Pix.
+"""The supported checkpoints: Stable Diffusion 1.x, 2.x and XL, and InstructPix2Pix.
 
 The pinned Flax classes silently ignore options of `config.json` that the PyTorch
 classes implement. Here every such option raises an error unless it has a value for
 which both compute the same; options that Flax implements too may have any value.
+`family.py` has what differs between Stable Diffusion and XL.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from mvc_jax.checkpoints import family as family_data
+from mvc_jax.checkpoints.family import Family
 from mvc_jax.errors import UserError
 
 Config = dict[str, Any]
 
-PIPELINES = (  # classes in model_index.json with the same four components
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
-)
-# The PyTorch classes of these components, which Flax computes.
-CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
 # Supported values of the options that Flax ignores; the first is PyTorch's default.
 FIXED: dict[str, dict[str, tuple]] = {
     "unet": {
@@ -97,6 +88,10 @@ FIXED: dict[str, dict[str, tuple]] = {
         "model_type": ("clip_text_model",),
         "use_attention_mask": (None, False),
     },
+    "text_encoder_2": {
+        "model_type": ("clip_text_model",),
+        "use_attention_mask": (None, False),
+    },
     "scheduler": {
         "rescale_betas_zero_snr": (False,),
         "prediction_type": ("epsilon", "v_prediction"),
@@ -140,6 +135,12 @@ DEFAULTS: dict[str, Config] = {
         "hidden_size": 512,
         "max_position_embeddings": 77,
     },
+    "text_encoder_2": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "max_position_embeddings": 77,
+        "projection_dim": 512,
+    },
     "scheduler": {},
 }
 _WHOLE_NUMBERS = {
@@ -152,29 +153,36 @@ _WHOLE_NUMBERS = {
         "intermediate_size",
         *DEFAULTS["text_encoder"],
     ),
+    "text_encoder_2": (
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        *DEFAULTS["text_encoder_2"],
+    ),
     "scheduler": ("num_train_timesteps",),
 }
 _PER_BLOCK = {  # one whole number, or one for each block
     "unet": ("attention_head_dim", "transformer_layers_per_block"),
     "controlnet": ("attention_head_dim",),
 }
-_FIX = "Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix."
+FIX = "Use a base of Stable Diffusion 1.x, 2.x or XL, or InstructPix2Pix."
 _FIX_CONTROLNET = "Use a ControlNet that was trained on such a base."
 _FIX_PARTS = "Use all parts of the same checkpoint."
 
 
-def check_classes(index: Mapping[str, Any], path: str) -> None:
+def check_classes(index: Mapping[str, Any], path: str, family: Family) -> None:
     """Checks the classes of a pipeline's components.
 
     Args:
       index: content of its `model_index.json`; components may be missing.
       path: of that file, for errors.
+      family: of the pipeline.
 
     Raises:
-      UserError: a class is not one of `CLASSES`, or of their Flax versions.
+      UserError: a class is not one of the family's, or of their Flax versions.
     """
     problems = []
-    for component, known in CLASSES.items():
+    for component, known in family.classes.items():
         named = index.get(component)
         name = named[-1] if _is_list(named) and named else named
         if component in index and str(name).removeprefix("Flax") not in known:
@@ -182,9 +190,9 @@ def check_classes(index: Mapping[str, Any], path: str) -> None:
     if problems:
         raise UserError(
             path,
-            wanted="the components of a Stable Diffusion",
+            wanted=f"the components of a {family.name}",
             got="; ".join(problems),
-            fix=_FIX,
+            fix=FIX,
         )
 
 
@@ -193,19 +201,23 @@ def completed(component: str, config: Config) -> Config:
     return DEFAULTS[component] | config
 
 
-def check_config(component: str, config: Config, path: str) -> None:
+def check_config(
+    component: str, config: Config, path: str, family: Family = family_data.SD
+) -> None:
     """Checks one component for options that Flax would ignore, or cannot build.
 
     Args:
-      component: `unet`, `controlnet`, `vae`, `text_encoder` or `scheduler`.
+      component: `unet`, `controlnet`, `vae`, `scheduler` or a text encoder.
       config: content of its JSON file, `completed`.
       path: of that file, for errors.
+      family: of the pipeline.
 
     Raises:
       UserError: there are such options; it lists each with its value.
     """
     problems = []
-    for option, values in FIXED[component].items():
+    fixed = FIXED[component] | family.fixed.get(component, {})
+    for option, values in fixed.items():
         value = _common_value(config.get(option, values[0]))
         if not any(
             value == v and isinstance(value, str) == isinstance(v, str) for v in values
@@ -221,7 +233,10 @@ def check_config(component: str, config: Config, path: str) -> None:
     if component == "vae" and not _is_number(config["scaling_factor"]):
         value = config["scaling_factor"]
         problems.append(f"scaling_factor is {value!r}, not a number above 0")
-    problems += _noise_problems(config) if component == "scheduler" else []
+    if component == "scheduler":
+        problems += _noise_problems(config)
+        if family is family_data.XL:
+            family_data.check_schedule(config, path)
     if component == "scheduler" and not {"beta_start", "trained_betas"} & set(config):
         kind = config.get("_class_name", "a scheduler")
         problems.append(f"{kind} has no beta_start: its noise is of another kind")
@@ -230,29 +245,33 @@ def check_config(component: str, config: Config, path: str) -> None:
             path,
             wanted="a network that JAX computes as PyTorch does",
             got="; ".join(problems),
-            fix=_FIX_CONTROLNET if component == "controlnet" else _FIX,
+            fix=_FIX_CONTROLNET if component == "controlnet" else FIX,
         )
 
 
 def check_fit(
     configs: Mapping[str, Config],
     *,
-    vocab_size: int,
-    max_length: int,
+    tokenizers: Mapping[str, tuple[int, int]],
     folder: str,
 ) -> None:
     """Checks that the components of a pipeline fit together.
 
     Args:
       configs: by component, `completed` and checked.
-      vocab_size: tokens of the tokenizer.
-      max_length: the tokenizer's `model_max_length`.
+      tokenizers: folder of a tokenizer -> its tokens, and its `model_max_length`.
       folder: of the pipeline, for errors.
 
     Raises:
       UserError: two numbers that should be equal differ; it reports the first two.
     """
-    unet, text = configs["unet"], configs["text_encoder"]
+    unet = configs["unet"]
+    encoders = {
+        name: config
+        for name, config in configs.items()
+        if name.startswith("text_encoder")
+    }
+    width = sum(config["hidden_size"] for config in encoders.values())
     channels = configs["vae"]["latent_channels"]
     if unet["out_channels"] != channels:
         raise UserError(
@@ -267,33 +286,37 @@ def check_fit(
             wanted=f"{channels} input channels (text to image), or {2 * channels} "
             "(InstructPix2Pix)",
             got=f"{unet['in_channels']}, as an inpainting, depth or upscaling UNet has",
-            fix=_FIX,
+            fix=FIX,
         )
-    if text["hidden_size"] != unet["cross_attention_dim"]:
+    if width != unet["cross_attention_dim"]:
         raise UserError(
             f"{folder}/text_encoder",
             wanted=f"a text width of {unet['cross_attention_dim']}, the UNet's "
             "cross_attention_dim",
-            got=f"{text['hidden_size']}",
+            got=f"{width}" + (", of both" if len(encoders) > 1 else ""),
             fix=_FIX_PARTS,
         )
-    if vocab_size > text["vocab_size"]:
-        raise UserError(
-            f"{folder}/tokenizer",
-            wanted=f"at most {text['vocab_size']} tokens, the text encoder's "
-            "vocab_size",
-            got=f"{vocab_size}",
-            fix=_FIX_PARTS,
-        )
-    wanted = text["max_position_embeddings"]
-    if max_length != wanted:
-        raise UserError(
-            f"{folder}/tokenizer",
-            wanted=f"a model_max_length of {wanted}, the text encoder's "
-            "max_position_embeddings",
-            got=f"{max_length}",
-            fix=_FIX_PARTS,
-        )
+    for name, (vocab_size, max_length) in tokenizers.items():
+        text = configs[name.replace("tokenizer", "text_encoder")]
+        if vocab_size > text["vocab_size"]:
+            raise UserError(
+                f"{folder}/{name}",
+                wanted=f"at most {text['vocab_size']} tokens, the text encoder's "
+                "vocab_size",
+                got=f"{vocab_size}",
+                fix=_FIX_PARTS,
+            )
+        wanted = text["max_position_embeddings"]
+        if max_length != wanted:
+            raise UserError(
+                f"{folder}/{name}",
+                wanted=f"a model_max_length of {wanted}, the text encoder's "
+                "max_position_embeddings",
+                got=f"{max_length}",
+                fix=_FIX_PARTS,
+            )
+    if "text_encoder_2" in configs:
+        family_data.check_fit(configs, folder)
 
 
 def check_controlnet(config: Config, configs: Mapping[str, Config], path: str) -> None:

@@ -9,6 +9,7 @@ import yaml
 from etils import epath
 
 from mvc_jax import files
+from mvc_jax.checkpoints.family import SD, XL, Family
 
 FILE = "README.md"
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -33,6 +34,7 @@ class Facts:
       steps: optimiser steps.
       adapters: the folder of the LoRA file, relative to the card's, if there is one.
       variant: of the base's weights, e.g. `fp16`; `""` for the default one.
+      family: of the model.
     """
 
     base: str
@@ -47,6 +49,7 @@ class Facts:
     steps: int
     adapters: str | None = None
     variant: str = ""
+    family: Family = SD
 
 
 def write(folder: epath.PathLike, facts: Facts) -> list[str]:
@@ -62,7 +65,8 @@ def write(folder: epath.PathLike, facts: Facts) -> list[str]:
 def text(facts: Facts) -> str:
     """The card: YAML front matter, then Markdown."""
     front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
-    about = f"# Stable Diffusion fine-tuned on {code(facts.dataset)}\n\n{_ABOUT}"
+    name = facts.family.name
+    about = f"# {name} fine-tuned on {code(facts.dataset)}\n\n{_ABOUT}"
     sections = [about, _base(facts), _data(facts), _training(facts), _USE]
     sections.append(_loading(facts))
     if facts.adapters is not None:
@@ -137,10 +141,10 @@ _REFERENCES = """\
 
 _LOAD = """\
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import {pipeline}
 from PIL import Image
 
-pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained({arguments})
+pipe = {pipeline}.from_pretrained({arguments})
 """
 
 _WIDEN = """\
@@ -161,12 +165,18 @@ _DRAW = """\
 drawn = pipe(
     {prompt},
     image=Image.open("source.png").convert("RGB").resize(({size}, {size})),
-    num_inference_steps=50,
+{sizes}    num_inference_steps=50,
     guidance_scale=7.5,
     image_guidance_scale=1.5,
     generator=torch.manual_seed(0),
 ).images[0]
 drawn.save("drawn.png")
+"""
+# XL is told how large the training images were before they were resized to this.
+_SIZES = """\
+    height={size},
+    width={size},
+    original_size=Image.open("source.png").size[::-1],
 """
 
 
@@ -199,7 +209,7 @@ def _training(facts: Facts) -> str:
 
 
 def _loading(facts: Facts) -> str:
-    load = _LOAD.format(arguments='"."')
+    load = _LOAD.format(arguments='"."', pipeline=facts.family.edits)
     return (
         "## Load it in diffusers\n\n"
         "Run it in this folder, or replace the dot by the model's name on the hub.\n\n"
@@ -213,7 +223,7 @@ def _loading_adapters(facts: Facts) -> str:
         arguments += f", revision={facts.revision!r}"
     if facts.variant:
         arguments += f", variant={facts.variant!r}"
-    load = _LOAD.format(arguments=arguments)
+    load = _LOAD.format(arguments=arguments, pipeline=facts.family.edits)
     widen = _WIDEN.format(adapters=repr(facts.adapters))
     return (
         "## Load the adapters onto the base\n\n"
@@ -225,7 +235,9 @@ def _loading_adapters(facts: Facts) -> str:
 
 
 def _draw(facts: Facts) -> str:
-    return _DRAW.format(prompt=repr(facts.prompt), size=facts.resolution)
+    size = facts.resolution
+    sizes = _SIZES.format(size=size) if facts.family is XL else ""
+    return _DRAW.format(prompt=repr(facts.prompt), size=size, sizes=sizes)
 
 
 def license_name(license_: Mapping[str, Any]) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 from etils import epath
 
 from mvc_jax import files
-from mvc_jax.checkpoints import families, foreign, hub, tensor_file
+from mvc_jax.checkpoints import families, family, foreign, hub, tensor_file
 from mvc_jax.errors import UserError
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",  # of Stable Diffusion XL
 }
 TOKENIZER_FILES = (  # of CLIP, in the forms of all releases of its library
     "vocab.json",
@@ -32,12 +33,12 @@ INDEX = foreign.INDEX
 SCHEDULER = "scheduler/scheduler_config.json"
 CONFIGS = {name: f"{name}/config.json" for name in WEIGHTS} | {"scheduler": SCHEDULER}
 MADE_BY = "mvc_jax.json"  # marks a model that this program fine-tuned
-_REQUIRED = (INDEX, *CONFIGS.values())  # besides weights and tokenizer
 _OPTIONAL = (  # CLIP's image tower
     "image_encoder/config.json",
     "image_encoder/model.safetensors",
     "feature_extractor/preprocessor_config.json",
 )
+_TRANSFORMERS = ("text_encoder", "text_encoder_2")  # by which these are written
 _NAMED = re.compile(  # weights of a variant, or the index of their shards
     r"[a-z_]*model\.([\w-]+?)(-\d{5}-of-\d{5})?\.safetensors"
     r"|[a-z_]*model\.safetensors\.(index\.)?(?P<index>[\w-]+)(\.index)?\.json"
@@ -131,9 +132,11 @@ def download_patterns(variant: str = "", present: Set[str] = frozenset()) -> lis
       present: the repository's files; without them the patterns select the plain
         weights too, which `load` reads of a component without the variant.
     """
-    patterns = [*_REQUIRED, "README.md", MADE_BY, *_OPTIONAL]
-    patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
-    for component in WEIGHTS:
+    of = family.of_files(present) if present else family.XL  # which has all parts
+    patterns = [*_required(of), "README.md", MADE_BY, *_OPTIONAL]
+    for tokenizer in of.tokenizers:
+        patterns += [f"{tokenizer}/{name}" for name in TOKENIZER_FILES]
+    for component in of.components:
         chosen = [_variant_of(component, variant, present)] if present else []
         for each in dict.fromkeys(chosen or [variant, ""]):
             names = [*_candidates(component, each), *_shards(component, each)]
@@ -148,7 +151,8 @@ def variants(folder: epath.Path, variant: str) -> dict[str, str]:
     file of that variant, beside plain weights of the others.
     """
     present = _files_in(folder)
-    return {part: _variant_of(part, variant, present) for part in WEIGHTS}
+    parts = family.of_files(present).components
+    return {part: _variant_of(part, variant, present) for part in parts}
 
 
 def missing_of_tokenizer(names: Collection[str]) -> list[str]:
@@ -210,6 +214,11 @@ def field(path: epath.PathLike) -> str:
     return f"config.base.path {str(path)!r}"
 
 
+def read_family(folder: epath.Path) -> family.Family:
+    """The family of the pipeline in a folder, whose files were checked."""
+    return family.of_pipeline(read_json(folder / INDEX).get("_class_name"))
+
+
 def check_files(
     folder: epath.Path, name: str, variant: str, revision: str = ""
 ) -> None:
@@ -231,14 +240,18 @@ def check_files(
         )
     index = read_json(folder / INDEX)
     pipeline = index.get("_class_name")
-    if pipeline not in families.PIPELINES:
+    found = family.of_pipeline(pipeline)
+    if found is None:
+        known = [kind for each in family.ALL for kind in each.pipelines]
         raise UserError(
             field(name),
-            wanted=f"one of {', '.join(families.PIPELINES)} in its {INDEX}",
+            wanted=f"one of {', '.join(known)} in its {INDEX}",
             got=f"{pipeline}",
-            fix="Use a base of Stable Diffusion 1.x or 2.x, or InstructPix2Pix.",
+            fix=families.FIX,
         )
-    families.check_classes(index, str(folder / INDEX))
+    if found is family.XL:
+        family.check_index(index, str(folder / INDEX))
+    families.check_classes(index, str(folder / INDEX), found)
     _require_files(
         _files_in(folder), name, variant, revision, where=str(folder), kind=pipeline
     )
@@ -251,7 +264,7 @@ def _require_files(
     revision: str,
     *,
     where: str,
-    kind: str = families.PIPELINES[0],
+    kind: str = "",
 ) -> None:
     """Raises a `UserError` that lists the files that are missing, if any are.
 
@@ -261,12 +274,15 @@ def _require_files(
       variant: of the weights.
       revision: the value of config.base.revision.
       where: the files are, for the error.
-      kind: class of the pipeline.
+      kind: class of the pipeline; "": the one for texts of the files' family.
     """
-    missing = [file for file in _REQUIRED if file not in present]
-    tokenizer = {file.removeprefix("tokenizer/") for file in present}
-    missing += [f"tokenizer/{files}" for files in missing_of_tokenizer(tokenizer)]
-    lacking = _lacking(present, variant)
+    of = family.of_pipeline(kind) or family.of_files(present)
+    kind = kind or of.pipelines[0]
+    missing = [file for file in _required(of) if file not in present]
+    for tokenizer in of.tokenizers:
+        own = {file.removeprefix(f"{tokenizer}/") for file in present}
+        missing += [f"{tokenizer}/{files}" for files in missing_of_tokenizer(own)]
+    lacking = _lacking(present, variant, of)
     for part in lacking:
         weights = _weights_in(present, part)
         instead = f" (there is {', '.join(weights)})" if weights else ""
@@ -280,6 +296,11 @@ def _require_files(
             fix=_how_to_fix(name, variant, revision, kind, present),
             details=details,
         )
+
+
+def _required(of: family.Family) -> list[str]:
+    """The files of a family besides weights and tokenizers."""
+    return [INDEX, *(CONFIGS[name] for name in (*of.components, "scheduler"))]
 
 
 def _local(name: str) -> epath.Path:
@@ -369,13 +390,16 @@ def _variant_of(part: str, variant: str, present: Set[str]) -> str:
     return variant if pickles or _has(present, part, variant) else ""
 
 
-def _lacking(present: Set[str], variant: str) -> list[str]:
+def _lacking(
+    present: Set[str], variant: str, of: family.Family | None = None
+) -> list[str]:
     """The components without weights to read; all if none has the variant."""
-    if variant and not any(_has(present, part, variant) for part in WEIGHTS):
-        return list(WEIGHTS)
+    parts = (of or family.of_files(present)).components
+    if variant and not any(_has(present, part, variant) for part in parts):
+        return list(parts)
     return [
         part
-        for part in WEIGHTS
+        for part in parts
         if not _has(present, part, _variant_of(part, variant, present))
     ]
 
@@ -403,7 +427,7 @@ def _candidates(component: str, variant: str) -> list[str]:
     indices = [f"{plain}.index.json"]
     if variant:
         indices = [f"{plain}.index.{variant}.json", f"{plain}.{variant}.index.json"]
-    return [one, *indices] if component == "text_encoder" else [*indices, one]
+    return [one, *indices] if component in _TRANSFORMERS else [*indices, one]
 
 
 def _file_name(component: str, variant: str) -> str:

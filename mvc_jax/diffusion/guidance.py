@@ -5,20 +5,25 @@ devices, every image so stays on its device; with one branch after the other, XL
 exchange rows between the devices at each step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Denoise = Callable[[Array, Array, Array], Array]  # (latents, timesteps, text) -> pred
+# Text states [B, L, D], or by name all arrays [B, ...] that a UNet is given beside
+# latents and timesteps; of the empty prompt, those of one example without the axis B.
+Conditions = Any
+Denoise = Callable[[Array, Array, Conditions], Array]  # (latents, timesteps, ...)
 Scale = float | Float[Array, " B"]  # one for all images, or one for each
 
 
 def image_text_guidance(
     denoise: Denoise,
     *,
-    text_states: Float[Array, "B L D"],
-    null_states: Float[Array, "L D"],
+    text_states: Conditions,
+    null_states: Conditions,
     cond_latents: Float[Array, "B h w c"],
     text_scale: Scale,
     image_scale: Scale,
@@ -31,7 +36,7 @@ def image_text_guidance(
     Args:
       denoise: takes latents [3B, h, w, 2c]: noisy latents and source latents.
       text_states: T.
-      null_states: text states of the empty prompt.
+      null_states: of the empty prompt, as `without_text` takes them.
       cond_latents: I, the unscaled mode of the source's posterior.
       text_scale: s_T.
       image_scale: s_I.
@@ -41,8 +46,8 @@ def image_text_guidance(
       `(latents [B, h, w, c], timesteps [B]) -> prediction [B, h, w, c]`, in the
       precision of the latents whatever that of the network is.
     """
-    null = jnp.broadcast_to(null_states, text_states.shape)
-    states = _interleaved(null, null, text_states)
+    null = without_text(text_states, null_states)
+    states = jax.tree.map(_interleaved, null, null, text_states)
     images = _interleaved(jnp.zeros_like(cond_latents), cond_latents, cond_latents)
     text_scale, image_scale = _per_image(text_scale), _per_image(image_scale)
 
@@ -61,7 +66,7 @@ def image_text_guidance(
 def conditional(
     denoise: Denoise,
     *,
-    text_states: Float[Array, "B L D"],
+    text_states: Conditions,
     cond_latents: Float[Array, "B h w c"],
 ) -> Callable[[Array, Array], Array]:
     """e(T,I): what guidance with scales of 1 gives, for a third of its computation."""
@@ -71,6 +76,19 @@ def conditional(
         return denoise(stacked, timesteps, text_states).astype(latents.dtype)
 
     return predict
+
+
+def without_text(conditions: Conditions, null: Conditions) -> Conditions:
+    """`conditions` in which each text is the empty one.
+
+    What `null` does not have, as the size of an image, stays as it is.
+    """
+    if isinstance(conditions, Mapping):
+        return {
+            name: without_text(array, null[name]) if name in null else array
+            for name, array in conditions.items()
+        }
+    return jnp.broadcast_to(null, conditions.shape)
 
 
 def rescaled(

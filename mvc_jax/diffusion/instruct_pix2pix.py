@@ -5,16 +5,19 @@ Legend: B batch, h w latent grid, c latent channels, L text tokens, D their widt
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from mvc_jax.diffusion import loss
 from mvc_jax.diffusion.guidance import (
+    Conditions,
     Denoise,
     Scale,
     conditional,
     image_text_guidance,
+    without_text,
 )
 from mvc_jax.diffusion.guidance_interval import ALWAYS
 from mvc_jax.diffusion.samplers import Sampler
@@ -36,8 +39,8 @@ def examples(
     dropped as in section 3.2.1.
 
     Args:
-      batch: `source_moments` and `target_moments` [B, h, w, 2c], `text_states`
-        [B, L, D], `null_states` [L, D], `weight` [B].
+      batch: `source_moments` and `target_moments` [B, h, w, 2c], `weight` [B];
+        `text_states` [B, L, D] and `null_states` [L, D], or all `guidance.Conditions`.
       draws: standard normal `posterior` and `noise` [B, h, w, c], `timesteps` int32
         [B], `dropout` uniform in [0, 1) [B].
       alphas_cumprod: of the noise schedule.
@@ -46,7 +49,7 @@ def examples(
       drop_rate: p of `loss.drop_conditions`.
 
     Returns:
-      `inputs` [B, h, w, 2c], `timesteps` [B], `text_states` [B, L, D], `target`
+      `inputs` [B, h, w, 2c], `timesteps` [B], `text_states` as in `batch`, `target`
       [B, h, w, c], `weight` [B].
     """
     noise, timesteps = draws["noise"], draws["timesteps"]
@@ -56,11 +59,16 @@ def examples(
     cond_latents = loss.posterior_mode(batch["source_moments"])
     no_text, no_image = loss.drop_conditions(draws["dropout"], drop_rate)
     cond_latents = jnp.where(no_image[:, None, None, None], 0.0, cond_latents)
-    null = batch["null_states"][None]
+    text = batch["text_states"]
+
+    def dropped(null, given):
+        return jnp.where(jnp.expand_dims(no_text, range(1, given.ndim)), null, given)
+
+    null = without_text(text, batch["null_states"])
     return {
         "inputs": jnp.concatenate([noisy, cond_latents], axis=-1),
         "timesteps": timesteps,
-        "text_states": jnp.where(no_text[:, None, None], null, batch["text_states"]),
+        "text_states": jax.tree.map(dropped, null, text),
         "target": loss.prediction_target(
             latents, noise, timesteps, alphas_cumprod, prediction_type
         ),
@@ -72,8 +80,8 @@ def draw(
     denoise: Denoise,
     noise: Float[Array, "B h w c"],
     source_moments: Float[Array, "B h w c2"],
-    text_states: Float[Array, "B L D"],
-    null_states: Float[Array, "L D"],
+    text_states: Conditions,
+    null_states: Conditions,
     *,
     sampler: Sampler,
     text_scale: Scale,

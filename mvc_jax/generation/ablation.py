@@ -115,7 +115,7 @@ class AblationModels:
         if not self.base:
             return self.text_width
         configs = self._base_configs()
-        return configs and configs["text_encoder"]["hidden_size"]
+        return configs and configs["unet"]["cross_attention_dim"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,12 @@ class AblationInputs:
         distinct, inverse = np.unique(rows, return_inverse=True)
         return encode(tokenize([self._number_texts[row] for row in distinct]))[inverse]
 
+    def number_pooled(self, rows: Int[np.ndarray, " B"]) -> Float[np.ndarray, "B P"]:
+        """Pooled embeddings of the images' `number_texts`; of Stable Diffusion XL."""
+        tokenize, encode = self._text_pooler
+        distinct, inverse = np.unique(rows, return_inverse=True)
+        return encode(tokenize([self._number_texts[row] for row in distinct]))[inverse]
+
     def edges(self, rows: Int[np.ndarray, " B"]) -> UInt8[np.ndarray, "B H W 3"]:
         """Canny edges, white on black."""
         return edges.canny(self.images[rows])
@@ -175,8 +181,17 @@ class AblationInputs:
 
     @functools.cached_property
     def _text_encoder(self) -> tuple[Callable, Callable]:
-        model, params = diffusers_layout.load(components=("text_encoder",), **self.base)
+        model, params = self._load_text_encoders()
         return model.tokenize, self._batched(model.text_states, params)
+
+    @functools.cached_property
+    def _text_pooler(self) -> tuple[Callable, Callable]:
+        model, params = self._load_text_encoders()
+        return model.tokenize, self._batched(model.pooled_text, params)
+
+    def _load_text_encoders(self) -> tuple[stable_diffusion.StableDiffusion, Any]:
+        model, _ = diffusers_layout.load(components=(), **self.base)
+        return diffusers_layout.load(components=model.text_encoders, **self.base)
 
     @functools.cached_property
     def _number_texts(self) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Int, Key, UInt8
 
 from mvc_jax import files
 from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
@@ -24,7 +24,12 @@ from mvc_jax.generation import ablation
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.edits import Edits
 from mvc_jax.generation.image_status import Drawn, image_status
-from mvc_jax.generation.text_states import TEXT_STATES, TextInputs
+from mvc_jax.generation.text_states import (
+    POOLED,
+    TEXT_STATES,
+    TextInputs,
+    caption_pooled,
+)
 from mvc_jax.models import controlnet, stable_diffusion
 from mvc_jax.training import rng, sharding
 
@@ -221,9 +226,14 @@ class ImageSampler:
             moments = cache.moments_of(sources)
         else:
             moments = np.zeros((len(recipes), *cache.moments.shape[1:]), np.float32)
+        text = self._conditioning.text
+        states = TEXT_STATES[text](self._texts, recipes)
+        pooled = None
+        if cache.pooled is not None:
+            pooled = POOLED.get(text, caption_pooled)(self._texts, recipes)
         batch = {
             "moments": moments,
-            "states": TEXT_STATES[self._conditioning.text](self._texts, recipes),
+            "states": cache.conditions(sources, states, pooled),
         }
         if self._conditioning.edits:
             batch["start"] = cache.moments_of(sources)
@@ -278,7 +288,7 @@ def jit_sample_images(
 def sample_images(
     params: dict,
     batch: dict[str, Array],
-    null_states: Float[Array, "L D"],
+    null_states: Any,
     key: Key[Array, ""],
     *,
     model: stable_diffusion.StableDiffusion,
@@ -293,11 +303,11 @@ def sample_images(
 
     Args:
       params: `unet` (conditioned) and `vae`; with a network, `controlnet`.
-      batch: `moments` [B, h, w, 2c] of the sources, or zeros; `states` [B, L, D];
-        `noise_seed` and `redraws` int32 [B]; `text_scale`, s_T, and `image_scale`,
-        s_I, [B]; with a network, uint8 `edges` [B, H, W, 3]; with a strength, `start`,
-        moments to start from.
-      null_states: of the empty prompt.
+      batch: `moments` [B, h, w, 2c] of the sources, or zeros; `states` [B, L, D], of XL
+        all `guidance.Conditions`; `noise_seed` and `redraws` int32 [B]; `text_scale`,
+        s_T, and `image_scale`, s_I, [B]; with a network, uint8 `edges` [B, H, W, 3];
+        with a strength, `start`, moments to start from.
+      null_states: of the empty prompt, as `instruct_pix2pix.draw` takes them.
       key: root of the noise.
       model: the architecture.
       network: a ControlNet that is given the edges; None: there is none.

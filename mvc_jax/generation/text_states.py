@@ -1,8 +1,8 @@
-"""The text states of each set: `TEXT_STATES`.
+"""The text states of each set: `TEXT_STATES`; of Stable Diffusion XL also `POOLED`.
 
 Computed for a batch of recipes from the cache of `encode`, or by `ablation.py`. Legend:
-B batch, L text tokens, D their width; E, F the states of the prompts of an image's
-source and of its first partner.
+B batch, L text tokens, D their width, P that of pooled embeddings; E, F the states of
+the prompts of an image's source and of its first partner.
 """
 
 import dataclasses
@@ -153,4 +153,47 @@ TEXT_STATES: dict[str, Callable[[TextInputs, Sequence[dict]], Any]] = {
     "image_embedding": image_embedding,
     "embedding_difference": embedding_difference,
     "image_number": image_number,
+}
+
+
+def caption_pooled(
+    inputs: TextInputs, recipes: Sequence[dict]
+) -> Float[np.ndarray, "B P"]:
+    """The pooled embeddings of the sources' prompts."""
+    return inputs.cache.pooled_of(inputs.source_rows(recipes))
+
+
+def mixed_pooled(
+    inputs: TextInputs, recipes: Sequence[dict]
+) -> Float[np.ndarray, "B P"]:
+    """As each recipe's `pooled` says; without it the source's."""
+    sources = caption_pooled(inputs, recipes)
+    rows = []
+    for own, recipe in zip(sources, recipes, strict=True):
+        partners = inputs.cache.pooled_of(inputs.rows(recipe["partners"]))
+        rows.append(operations.mix_pooled(own, partners, recipe.get("pooled")))
+    return np.stack(rows)
+
+
+def interpolated_pooled(
+    inputs: TextInputs, recipes: Sequence[dict]
+) -> Float[np.ndarray, "B P"]:
+    """As `interpolated`, of pooled embeddings."""
+    weight = np.float32(inputs.interpolation)
+    partner = inputs.cache.pooled_of(inputs.partner_rows(recipes))
+    return (1 - weight) * caption_pooled(inputs, recipes) + weight * partner
+
+
+def image_number_pooled(
+    inputs: TextInputs, recipes: Sequence[dict]
+) -> Float[np.ndarray, "B P"]:
+    """Pooled embeddings of the texts of `image_number`."""
+    return inputs.ablation.number_pooled(inputs.source_rows(recipes))
+
+
+# Where it is not the source's.
+POOLED: dict[str, Callable[[TextInputs, Sequence[dict]], Any]] = {
+    "mixed": mixed_pooled,
+    "interpolated": interpolated_pooled,
+    "image_number": image_number_pooled,
 }

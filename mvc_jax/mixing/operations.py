@@ -192,6 +192,32 @@ def mix(
     return fine_mix(mixed, partners, dims, dim_donors)
 
 
+def mix_pooled(
+    pooled: Float[np.ndarray, " P"],
+    partners: Float[np.ndarray, "M P"],
+    choice: str | None,
+) -> Float[np.ndarray, " P"]:
+    """The pooled embedding of a mixed prompt; of Stable Diffusion XL, and ours.
+
+    Its dims are not those of a text state, so that the dims of `fine_mix` do not apply.
+
+    >>> ones, partners = np.ones(2), np.array([[3.0, 5.0], [9.0, 9.0]])
+    >>> [mix_pooled(ones, partners, x).tolist() for x in (None, "mixed", "partner")]
+    [[1.0, 1.0], [3.5, 4.0], [3.0, 5.0]]
+
+    Args:
+      pooled: of the source's prompt.
+      partners: of the partners' prompts.
+      choice: `source`, or None: unchanged; `mixed`: halfway to the mean of the
+        partners'; `partner`: the first partner's.
+    """
+    if choice == "partner":
+        return partners[0]
+    if choice == "mixed":
+        return (pooled + partners.mean(axis=0)) / 2
+    return pooled
+
+
 @dataclasses.dataclass(frozen=True)
 class Widths:
     """Widths of the arrays of a batch: the maximum numbers in any recipe of a run.

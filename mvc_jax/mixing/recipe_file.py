@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from mvc_jax.errors import UserError
-from mvc_jax.mixing.recipes import MODES
+from mvc_jax.mixing.recipes import MODES, POOLED
 
 _MAX_SEED = 2**31 - 1  # an int32 on the device
 _MAX_LISTED = 10  # missing indices
@@ -130,7 +130,7 @@ def _type_problems(recipe: Any) -> Iterator[str]:
     if not isinstance(recipe, dict):
         yield f"a {type(recipe).__name__} instead of an object {{...}}"
         return
-    for name in sorted({*recipe} - {*_TYPES, "level"}):
+    for name in sorted({*recipe} - {*_TYPES, "level", "pooled"}):
         yield f"no such field: {name}"
     for name, type_ in _TYPES.items():
         if name not in recipe:
@@ -168,6 +168,8 @@ def _id_problems(
     """Problems of mode, source, partners and label."""
     if recipe["mode"] not in MODES:
         yield f"mode is {recipe['mode']!r}, not {' or '.join(MODES)}"
+    if recipe.get("pooled", POOLED[0]) not in POOLED:
+        yield f"pooled is {recipe['pooled']!r}, not {' or '.join(POOLED)}"
     if not recipe["partners"]:
         yield "no partner (the source itself may be one)"
     if known is None:

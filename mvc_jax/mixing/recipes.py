@@ -18,6 +18,8 @@ edited by hand (`mixing/recipe_file.py` reads and checks it):
   noise_seed   k; with the run's seed it determines the noise
   text_scale   guidance scale s_T of the text
   image_scale  guidance scale s_I of the image
+  pooled       of Stable Diffusion XL: the pooled embedding that the UNet is given, of
+               the "source", "mixed", or of the first "partner"; without it the source's
 """
 
 import bisect
@@ -34,6 +36,7 @@ PARTNERS = ("class", "any")
 PARTNER_PROMPTS = ("other", "any")
 EARLIER_PARTNER_PROMPT = "any"  # before it could be chosen
 DIMS_ON = ("all", "words")
+POOLED = ("source", "mixed", "partner")
 NO_MIXING = {"positions": [], "donors": [], "dims": [], "dim_donors": []}
 
 
@@ -58,6 +61,7 @@ class Drawing:
         the class prompt's, with `class_prompt`).
       text_scale: minimum and maximum of s_T, uniform between them.
       image_scale: minimum and maximum of s_I, uniform between them.
+      pooled: one of `POOLED`; "": the base has no pooled embedding.
     """
 
     modes: tuple[str, ...] = ("coarse", "fine")
@@ -73,6 +77,7 @@ class Drawing:
     dims_on: str = "all"
     text_scale: tuple[float, float] = (7.5, 7.5)
     image_scale: tuple[float, float] = (1.5, 1.5)
+    pooled: str = ""
 
 
 class Classes(dict[int, list[int]]):
@@ -172,7 +177,11 @@ def make_recipe(
         low, high = getattr(drawing, name)
         drawn = round(rng.uniform(low, high), 4)  # rows are read by people as well
         recipe[name] = drawn if low < high else low
-    return recipe
+    return recipe | _pooled(drawing)
+
+
+def _pooled(drawing: Drawing) -> dict[str, str]:
+    return {"pooled": drawing.pooled} if drawing.pooled else {}
 
 
 def _draw_partners(
@@ -311,6 +320,7 @@ def make_levels(
             "noise_seed": i,
             "text_scale": drawing.text_scale[0],
             "image_scale": drawing.image_scale[0],
+            **_pooled(drawing),
         }
         token_levels = ([*words], [*words, *padding], [*range(1, length)])
         for level, positions in enumerate(token_levels, start=1):

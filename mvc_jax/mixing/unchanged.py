@@ -32,6 +32,9 @@ def unchanged(
 def _is_unchanged(recipe: Mapping, number: Mapping[str, int], state: State) -> bool:
     source = number[recipe["source"]]
     partners = [number[id_] for id_ in recipe["partners"]]
+    pooled = {"mixed": partners, "partner": partners[:1]}.get(recipe.get("pooled"), [])
+    if any(partner != source for partner in pooled):
+        return False
     for m in {*recipe["donors"], *recipe["dim_donors"]}:
         if partners[m] == source:
             continue

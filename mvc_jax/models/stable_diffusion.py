@@ -30,26 +30,37 @@ from mvc_jax.models import (
 )
 from mvc_jax.models.flax_classes import (
     FlaxAutoencoderKL,
+    FlaxCLIPTextModelWithProjectionModule,
     FlaxCLIPTextModule,
     FlaxUNet2DConditionModel,
     transformers,
 )
 
 Params = dict[str, Any]
+# What the UNet is given beside latents and timesteps: text states [B, L, D]; of
+# Stable Diffusion XL `states` [B, L, D], `pooled` [B, P] and `time_ids` [B, 6].
+Conditions = Float[Array, "B L D"] | dict[str, Array]
+TIME_IDS = 6  # height and width before resizing, top and left of the crop, size
 _SHAPES: dict[str, Any] = {}  # by config: to trace them takes seconds
 _TRACED = 64  # latents or pixels a side, a power of two, to trace shapes with
 
 
 @dataclasses.dataclass(frozen=True)
 class StableDiffusion:
-    """The architecture: four `config.json` contents and a tokenizer; no weights.
+    """The architecture: `config.json` contents and tokenizers; no weights.
 
-    Parameters are passed to each method, as a tree with the keys `unet`, `vae` and
-    `text_encoder`, and `lora` where the UNet has adapters.
+    Parameters are passed to each method, as a tree with the keys `components`, and
+    `lora` where the UNet has adapters.
+
+    Stable Diffusion XL (arXiv 2307.01952) has a second text encoder, with a tokenizer
+    that pads otherwise. Its text states are the penultimate hidden states of both, side
+    by side; the UNet is also given the second one's pooled embedding and six numbers
+    about the image's size (section 2.2).
 
     Attributes:
-      configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`; the last is
-        DDIM's, with the noise and the `prediction_type` of the model.
+      configs: by component: `unet`, `vae`, `text_encoder` and `scheduler`, of XL also
+        `text_encoder_2`; `scheduler` is DDIM's, with the noise and the
+        `prediction_type` of the model.
       tokenizer: CLIP's; None: no text will be read.
       tokenizer_files: the files that it was read from, by name; {} for a new one.
       dtype: of the UNet's activations, `float32` or `bfloat16`.
@@ -58,6 +69,10 @@ class StableDiffusion:
       mesh: the devices that the UNet is compiled for; None: one default device.
       batch_sharding: of the first axis of the UNet's activations; None lets XLA choose.
       weight_shardings: of the UNet's parameters; None: whole on each device.
+      tokenizer_2: of the second text encoder; None: there is none.
+      tokenizer_2_files: as `tokenizer_files`.
+      zero_empty: whether states and pooled embedding of the empty prompt are zeros, as
+        in XL's pipelines, instead of what the encoders make of it.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -71,6 +86,11 @@ class StableDiffusion:
     mesh: Mesh | None = None
     batch_sharding: NamedSharding | None = None
     weight_shardings: Any = None
+    tokenizer_2: transformers.CLIPTokenizerFast | None = None
+    tokenizer_2_files: Mapping[str, bytes] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+    zero_empty: bool = False
 
     @functools.cached_property
     def unet(self) -> nn.Module:
@@ -88,6 +108,23 @@ class StableDiffusion:
         config = transformers.CLIPTextConfig.from_dict(self.configs["text_encoder"])
         return FlaxCLIPTextModule(config)
 
+    @functools.cached_property
+    def text_encoder_2(self) -> nn.Module:
+        config = transformers.CLIPTextConfig.from_dict(self.configs["text_encoder_2"])
+        return FlaxCLIPTextModelWithProjectionModule(config)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that have parameters, in the order of their files."""
+        known = ("unet", "vae", *self.text_encoders)
+        return tuple(name for name in known if name in self.configs)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders; Stable Diffusion XL has two."""
+        known = ("text_encoder", "text_encoder_2")
+        return tuple(name for name in known if name in self.configs)
+
     @property
     def context_length(self) -> int:
         """L: tokens of a prompt, including BOS, EOS and padding."""
@@ -95,8 +132,13 @@ class StableDiffusion:
 
     @property
     def text_width(self) -> int:
-        """D: dims of a token's text state."""
-        return self.configs["text_encoder"]["hidden_size"]
+        """D: dims of a token's text state, over all text encoders."""
+        return sum(self.configs[name]["hidden_size"] for name in self.text_encoders)
+
+    @property
+    def pooled_width(self) -> int:
+        """P: dims of the pooled embedding that the UNet is given; 0: it is not."""
+        return self.configs.get("text_encoder_2", {}).get("projection_dim", 0)
 
     @property
     def latent_channels(self) -> int:
@@ -122,9 +164,17 @@ class StableDiffusion:
         """Whether the UNet takes source latents beside the noisy ones."""
         return self.configs["unet"]["in_channels"] == 2 * self.latent_channels
 
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
-        """Token ids with BOS, EOS and padding; longer texts are truncated."""
-        return prompt_tokens.padded(self.tokenizer, texts, self.context_length)
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B *E L"]:
+        """Token ids with BOS, EOS and padding; longer texts are truncated.
+
+        [B, L]; of Stable Diffusion XL [B, 2, L], those of each text encoder.
+        """
+        length = self.context_length
+        ids = prompt_tokens.padded(self.tokenizer, texts, length)
+        if self.tokenizer_2 is None:
+            return ids
+        second = prompt_tokens.padded(self.tokenizer_2, texts, length)
+        return np.stack([ids, second], axis=1)
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of `text` with BOS and EOS, without truncation."""
@@ -152,22 +202,65 @@ class StableDiffusion:
         return found
 
     def text_states(
-        self, params: Params, ids: Int[Array, "B L"]
+        self, params: Params, ids: Int[Array, "B *E L"]
     ) -> Float[Array, "B L D"]:
-        """The text encoder's last hidden states, layer norm applied."""
-        return self._encoded(params, ids).last_hidden_state
+        """The text encoder's last hidden states, layer norm applied.
+
+        Of Stable Diffusion XL the penultimate states of both, without it.
+        """
+        if "text_encoder_2" not in self.configs:
+            return self._encoded(params, "text_encoder", ids).last_hidden_state
+        states = [
+            self._encoded(params, name, ids[:, i], hidden=True).hidden_states[-2]
+            for i, name in enumerate(self.text_encoders)
+        ]
+        return self._without_empty(jnp.concatenate(states, axis=-1), ids)
 
     def pooled_text(
-        self, params: Params, ids: Int[Array, "B L"]
-    ) -> Float[Array, "B D"]:
-        """The state of the EOS token, which attends to the whole text."""
-        return self._encoded(params, ids).pooler_output
+        self, params: Params, ids: Int[Array, "B *E L"]
+    ) -> Float[Array, "B P"]:
+        """The state of the EOS token, which attends to the whole text.
 
-    def _encoded(self, params: Params, ids: Array) -> Any:
+        Of Stable Diffusion XL the second encoder's, projected.
+        """
+        if "text_encoder_2" not in self.configs:
+            return self._encoded(params, "text_encoder", ids).pooler_output
+        pooled = self._encoded(params, "text_encoder_2", ids[:, 1]).text_embeds
+        return self._without_empty(pooled, ids)
+
+    def conditions(
+        self,
+        params: Params,
+        ids: Int[Array, "B *E L"],
+        time_ids: Float[Array, "B 6"] | Int[Array, "B 6"] | None = None,
+    ) -> Conditions:
+        """What `denoise` is given for texts, and of XL for the sizes of images."""
+        states = self.text_states(params, ids)
+        if not self.pooled_width:
+            return states
+        conditions = {"states": states, "pooled": self.pooled_text(params, ids)}
+        if time_ids is not None:
+            conditions["time_ids"] = time_ids.astype(jnp.float32)
+        return conditions
+
+    def _encoded(
+        self, params: Params, name: str, ids: Array, hidden: bool = False
+    ) -> Any:
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return self.text_encoder.apply(
-            {"params": params["text_encoder"]}, ids, jnp.ones_like(ids), positions
+        return getattr(self, name).apply(
+            {"params": params[name]},
+            ids,
+            jnp.ones_like(ids),
+            positions,
+            output_hidden_states=hidden,
         )
+
+    def _without_empty(self, encoded: Array, ids: Int[Array, "B E L"]) -> Array:
+        """`encoded` [B, ...] with zeros for the empty prompt, where `zero_empty`."""
+        if not self.zero_empty:
+            return encoded
+        empty = (ids == self.tokenize([""])).all(axis=(1, 2))
+        return jnp.where(jnp.expand_dims(empty, range(1, encoded.ndim)), 0.0, encoded)
 
     def moments(self, params: Params, images: Float[Array, "B H W 3"]) -> Array:
         """Mean and log variance [B, h, w, 2c] of the posterior of images in [-1, 1]."""
@@ -233,7 +326,7 @@ class StableDiffusion:
         params: Params,
         latents: Float[Array, "B h w C"],
         timesteps: Int[Array, " B"] | Float[Array, " B"],
-        text_states: Float[Array, "B L D"],
+        conditions: Conditions,
         residuals: tuple[Sequence[Array], Array] | None = None,
     ) -> Float[Array, "B h w c"]:
         """The UNet's prediction; C is c, or 2c with source latents concatenated.
@@ -243,6 +336,7 @@ class StableDiffusion:
         block.
         """
         down, middle = (None, None) if residuals is None else residuals
+        states, added = _added(conditions)
         with (
             attention.match_pytorch(),
             attention.implemented_by(self.attention, self.mesh),
@@ -258,7 +352,8 @@ class StableDiffusion:
                 {"params": params["unet"]},
                 latents.transpose(0, 3, 1, 2),
                 timesteps,
-                text_states,
+                states,
+                added_cond_kwargs=added,
                 down_block_additional_residuals=down,
                 mid_block_additional_residual=middle,
             )
@@ -267,12 +362,20 @@ class StableDiffusion:
     def inputs(self, height: int, width: int) -> tuple:
         """Shapes of the arguments of `denoise` after `params`, for one example."""
         channels = self.configs["unet"]["in_channels"]
-        text = (1, self.context_length, self.text_width)
         return (
             jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
-            jax.ShapeDtypeStruct(text, jnp.float32),
+            self.condition_shapes(1),
         )
+
+    def condition_shapes(self, batch: int) -> Any:
+        """`Conditions` of so many examples, as `jax.ShapeDtypeStruct`s."""
+        shapes = {"states": (batch, self.context_length, self.text_width)}
+        if self.pooled_width:
+            shapes |= {"pooled": (batch, self.pooled_width)}
+            shapes |= {"time_ids": (batch, TIME_IDS)}
+        of = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
+        return of if self.pooled_width else of["states"]
 
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " T"]:
@@ -287,9 +390,9 @@ class StableDiffusion:
         return jax.tree.map(lambda leaf: leaf, _SHAPES[key])  # a copy
 
     def _trace_shapes(self, component: str) -> Any:
-        if component == "text_encoder":
+        if component in self.text_encoders:
             ids = np.zeros((1, self.context_length), np.int32)
-            init = functools.partial(self.text_encoder.init, input_ids=ids)
+            init = functools.partial(getattr(self, component).init, input_ids=ids)
             init = functools.partial(init, attention_mask=ids, position_ids=ids)
             return jax.eval_shape(lambda key: init(key)["params"], abstract_key())
         return jax.eval_shape(getattr(self, component).init_weights, abstract_key())
@@ -339,6 +442,14 @@ class StableDiffusion:
         unet_config = {**self.configs["unet"], "in_channels": kernel.shape[2]}
         configs = {**self.configs, "unet": unet_config}
         return dataclasses.replace(self, configs=configs), {**params, "unet": unet}
+
+
+def _added(conditions: Conditions) -> tuple[Array, dict[str, Array] | None]:
+    """Text states, and what XL's UNet adds to the embedding of the timestep."""
+    if not isinstance(conditions, Mapping):
+        return conditions, None
+    pooled, time_ids = conditions["pooled"], conditions["time_ids"]
+    return conditions["states"], {"text_embeds": pooled, "time_ids": time_ids}
 
 
 def _map_parts(

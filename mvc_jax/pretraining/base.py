@@ -178,8 +178,9 @@ def train_vae(
 def train_unet(
     model: StableDiffusion,
     moments: Float[np.ndarray, "N h w c2"],
-    ids: Int[np.ndarray, "N L"],
+    ids: Int[np.ndarray, "N *E L"],
     *,
+    time_ids: Int[np.ndarray, "N 6"] | None = None,
     seed: int,
     loop: Loop,
     batch_size: int,
@@ -194,6 +195,7 @@ def train_unet(
       model: the base, with its scaling factor.
       moments: of the pool's images.
       ids: tokens of their prompts.
+      time_ids: of XL, sizes of the images (`data/time_ids.py`).
       seed: of the run.
       loop: the loop of both networks.
       batch_size: images per step.
@@ -203,14 +205,14 @@ def train_unet(
       ema_decay: of the averaged parameters.
 
     Returns:
-      averaged host parameters of `text_encoder` and `unet`.
+      averaged host parameters of the text encoders and `unet`.
     """
     purpose = "pretrain/unet"
     tx = optim.adam(loop.warmup_cosine(learning_rate, warmup))
     init = order.generator(seed, f"{purpose}/init")
     params = {
         name: random_params(model.shapes(name), init)
-        for name in ("text_encoder", "unet")
+        for name in (*model.text_encoders, "unet")
     }
     train_step = functools.partial(
         unet_step,
@@ -221,6 +223,8 @@ def train_unet(
         ema_decay=ema_decay,
     )
     arrays = {"moments": moments, "ids": ids}
+    if time_ids is not None:
+        arrays["time_ids"] = time_ids
     state = loop.fit(
         train_step,
         create_state(params, tx, loop.mesh, ema=True),
@@ -328,17 +332,19 @@ def unet_step(
     """One step of latent diffusion on text (arXiv 2112.10752, equation 3).
 
     `batch` has `moments` [B, h, w, 2c], token `ids` [B, L], `null_ids` [1, L] of the
-    empty prompt, which replaces a prompt at `drop_rate`, and `weight` [B].
+    empty prompt, which replaces a prompt at `drop_rate`, and `weight` [B]; of XL with
+    ids for each encoder, and `time_ids` [B, 6].
     """
     keys = rng.step_keys(key, state.step, len(batch["weight"]))
     *keys, drop_keys = rng.use_keys(keys, 4)
     noisy, timesteps, target = add_noise(model, batch["moments"], keys)
     dropped = rng.uniform(drop_keys) < drop_rate
-    ids = jnp.where(dropped[:, None], batch["null_ids"], batch["ids"])
+    dropped = jnp.expand_dims(dropped, range(1, batch["ids"].ndim))
+    ids = jnp.where(dropped, batch["null_ids"], batch["ids"])
 
     def loss_of(params):
-        states = model.text_states(params, ids)
-        prediction = model.denoise(params, noisy, timesteps, states)
+        conditions = model.conditions(params, ids, batch.get("time_ids"))
+        prediction = model.denoise(params, noisy, timesteps, conditions)
         return weighted_mean(loss.squared_error(prediction, target), batch["weight"])
 
     value, grads = jax.value_and_grad(loss_of)(state.params)

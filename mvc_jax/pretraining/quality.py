@@ -35,6 +35,7 @@ class Pool:
       held_labels: of the held-out images.
       class_names: K names.
       grey: whether no image has colour.
+      time_ids: of a Stable Diffusion XL, int32 [N, 6], sizes of the images.
     """
 
     images: np.ndarray
@@ -44,6 +45,7 @@ class Pool:
     held_labels: np.ndarray
     class_names: tuple[str, ...]
     grey: bool
+    time_ids: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,7 @@ def measure(
             model,
             params,
             model.tokenize([pool.prompts[i] for i in chosen]),
+            time_ids=None if pool.time_ids is None else pool.time_ids[chosen],
             seed=seed,
             grey=pool.grey,
             mesh=judge.mesh,

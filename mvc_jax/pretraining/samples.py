@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -31,8 +32,9 @@ def choose(
 def draw(
     model: StableDiffusion,
     params: Params,
-    ids: Int[np.ndarray, "N L"],
+    ids: Int[np.ndarray, "N *E L"],
     *,
+    time_ids: Int[np.ndarray, "N 6"] | None = None,
     seed: int,
     grey: bool,
     mesh: Mesh,
@@ -43,6 +45,7 @@ def draw(
       model: the base, with its scaling factor.
       params: host parameters of all components.
       ids: tokens of the prompts.
+      time_ids: of XL, the sizes of the images (`data/time_ids.py`).
       seed: of the run.
       grey: whether the colour channels are averaged.
       mesh: the devices.
@@ -58,26 +61,28 @@ def draw(
         grey=grey,
     )
     run = sharding.over_batches(function, params, size=size, mesh=mesh)
-    numbers = np.arange(len(ids), dtype=ids.dtype)[:, None]
-    batch = np.concatenate([ids, numbers], axis=1)
-    starts = range(0, len(batch), size)
-    return np.concatenate([*run(batch[i : i + size] for i in starts)])
+    batch = {"ids": ids, "number": np.arange(len(ids), dtype=np.int32)}
+    if time_ids is not None:
+        batch["time_ids"] = time_ids
+    starts = range(0, len(ids), size)
+    rows = ({name: x[i : i + size] for name, x in batch.items()} for i in starts)
+    return np.concatenate([*run(rows)])
 
 
 def _sample(
     params: Params,
-    batch: Int[Array, "B L1"],
+    batch: dict[str, Array],
     *,
     model: StableDiffusion,
-    null_ids: Int[np.ndarray, "1 L"],
+    null_ids: Int[np.ndarray, "1 *E L"],
     key: Key[Array, ""],
     grey: bool,
 ) -> UInt8[Array, "B H W 3"]:
-    """`batch` has the tokens of each prompt, then the number of the image."""
-    ids, numbers = batch[:, :-1], batch[:, -1]
-    states = model.text_states(params, ids)
+    """`batch` has `ids` of the prompts, the images' `number`, of XL `time_ids`."""
+    conditions = model.conditions(params, batch["ids"], batch.get("time_ids"))
+    null = model.conditions(params, jnp.asarray(null_ids))
     side = model.configs["vae"]["sample_size"] // model.downsampling
-    keys = rng.example_keys(key, numbers)
+    keys = rng.example_keys(key, batch["number"])
     noise = rng.normal_like(keys, (side, side, model.latent_channels))
     sampler = samplers.make(
         SAMPLER,
@@ -89,8 +94,8 @@ def _sample(
         functools.partial(model.denoise, params),
         noise,
         jnp.zeros((*noise.shape[:-1], 2 * model.latent_channels)),
-        states,
-        model.text_states(params, jnp.asarray(null_ids))[0],
+        conditions,
+        jax.tree.map(lambda array: array[0], null),
         sampler=sampler,
         text_scale=SCALE,
         image_scale=0.0,  # there is no source

@@ -21,21 +21,26 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
 }
 
+SECOND_PAD = "!"  # token 0, with which XL's second tokenizer pads
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def stable_diffusion(
-    tokenizer: transformers.CLIPTokenizerFast, **fields: Any
+    tokenizer: transformers.CLIPTokenizerFast,
+    tokenizer_2: transformers.CLIPTokenizerFast | None = None,
+    **fields: Any,
 ) -> StableDiffusion:
     """A small Stable Diffusion.
 
     Args:
       tokenizer: trained on the captions.
+      tokenizer_2: of the family `sdxl`, the same with `SECOND_PAD`.
       **fields: of `configs`.
     """
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    made = configs(vocab_size=len(tokenizer), special_ids=ids, **fields)
     return StableDiffusion(
-        configs(vocab_size=len(tokenizer), special_ids=ids, **fields), tokenizer
+        made, tokenizer, tokenizer_2=tokenizer_2, zero_empty=tokenizer_2 is not None
     )
 
 
@@ -54,6 +59,7 @@ def configs(
     text_width: int,
     text_layers: int,
     text_heads: int,
+    family: str = "sd",
 ) -> dict[str, dict[str, Any]]:
     """The configs of every component.
 
@@ -71,6 +77,8 @@ def configs(
       text_width: of the text encoder's states.
       text_layers: of the text encoder.
       text_heads: of its attention.
+      family: `sd`, or `sdxl`: with a second text encoder of the same size, whose
+        padding is another token.
     """
     levels = len(unet_channels)
     plain = levels - unet_attention_levels if unet_attention_levels else 0
@@ -114,9 +122,34 @@ def configs(
         "hidden_act": "quick_gelu",
         **dict(zip(_SPECIAL, special_ids, strict=True)),
     }
-    return {
+    made = {
         "unet": unet,
         "vae": vae,
         "text_encoder": text_encoder,
         "scheduler": SCHEDULER,
     }
+    return _with_second_encoder(made) if family == "sdxl" else made
+
+
+def _with_second_encoder(made: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The configs of a Stable Diffusion XL, for those of a Stable Diffusion.
+
+    An encoder's last layer does not reach the states that the UNet is given, so that
+    both have one more.
+    """
+    unet, text = made["unet"], made["text_encoder"]
+    width = text["hidden_size"]
+    each = 2 * (width // 4)  # even: half of the dims are sines
+    unet |= {
+        "cross_attention_dim": 2 * width,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": each,
+        "projection_class_embeddings_input_dim": 6 * each + width,
+    }
+    text = text | {"num_hidden_layers": text["num_hidden_layers"] + 1}
+    second = text | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_act": "gelu",
+        "pad_token_id": 0,
+    }
+    return {**made, "unet": unet, "text_encoder": text, "text_encoder_2": second}

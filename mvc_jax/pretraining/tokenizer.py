@@ -20,7 +20,12 @@ _WORDS = (
 
 
 def train(
-    folder: epath.PathLike, texts: Iterable[str], *, vocab_size: int, max_length: int
+    folder: epath.PathLike,
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    max_length: int,
+    pad_token: str = EOS,
 ) -> None:
     """Trains merges on `texts` and writes a tokenizer folder that CLIP's class reads.
 
@@ -31,6 +36,7 @@ def train(
       vocab_size: at least 514: every byte twice (inside and at the end of a word), BOS
         and EOS; the rest are merges.
       max_length: context length of the text encoder, including BOS and EOS.
+      pad_token: a token of the vocabulary.
     """
     alphabet = sorted(ByteLevel.alphabet())
     merges = _train_merges(texts, vocab_size - 2, alphabet)
@@ -49,7 +55,7 @@ def train(
     special = {
         "bos_token": BOS,
         "eos_token": EOS,
-        "pad_token": EOS,
+        "pad_token": pad_token,
         "unk_token": EOS,
     }
     files.write_json(folder / "special_tokens_map.json", special)

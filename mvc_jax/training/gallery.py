@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -24,7 +25,7 @@ class Gallery:
         self,
         folder: epath.PathLike,
         sample: Callable[[Any, dict], Any],
-        batch: dict[str, np.ndarray],
+        batch: dict[str, Any],
         *,
         names: Sequence[str],
         beside: dict[str, UInt8[np.ndarray, "N H W 3"]],
@@ -34,7 +35,7 @@ class Gallery:
         Args:
           folder: where `step_<n>.png` is written.
           sample: jitted, `(parameters, batch) -> images`, uint8 [B, H, W, 3].
-          batch: the inputs of `sample`, arrays [N, ...].
+          batch: the inputs of `sample`, a tree of arrays [N, ...].
           names: the title of each row.
           beside: heading -> N images of a further column, in this order; the samples
             are the second column.
@@ -48,7 +49,7 @@ class Gallery:
         drawn: list[np.ndarray] = []
         for start in range(0, len(self._names), self._mesh.size):
             here = slice(start, start + self._mesh.size)
-            part = {name: array[here] for name, array in self._batch.items()}
+            part = jax.tree.map(lambda array, here=here: array[here], self._batch)
             images = self._sample(state.averaged, place_batch(part, self._mesh))
             images = np.asarray(sharding.readable(images))
             drawn.append(images[: len(self._names[here])])

@@ -312,7 +312,7 @@ def _batch_loader(
             batch = read(step, *rows)
         else:
             batches = [_with_weights(read(step + i, *rows)) for i in range(stride)]
-            batch = {k: np.stack([b[k] for b in batches], axis=1) for k in batches[0]}
+            batch = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *batches)
         if mine is None:
             return place_batch(batch, mesh, accumulate)
         return mine.place(_with_weights(batch), mesh)
@@ -333,20 +333,20 @@ class _OwnRows(NamedTuple):
     real: np.ndarray
     size: int
 
-    def place(self, batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    def place(self, batch: Batch, mesh: Mesh) -> Batch:
         """Makes the global arrays of the rows `real`, of which others have the rest."""
         count = len(self.all)
-        return {
-            key: sharding.place_rows(
+        return jax.tree.map(
+            lambda array: sharding.place_rows(
                 sharding.pad_rows(array, count), self.all, self.size, mesh
-            )
-            for key, array in batch.items()
-        }
+            ),
+            batch,
+        )
 
 
 def _own_rows(read: Read, mesh: Mesh, accumulate: int, steps: int) -> _OwnRows:
     """This process's rows of every batch; reads one to know how many it has."""
-    batch_size = len(next(iter(read(max(steps - 1, 0)).values())))
+    batch_size = len(jax.tree.leaves(read(max(steps - 1, 0)))[0])
     size = _padded(batch_size, mesh, accumulate)
     rows = sharding.own_rows(size, mesh)
     return _OwnRows(rows, rows[rows < batch_size], size)
@@ -358,9 +358,9 @@ def _padded(batch_size: int, mesh: Mesh, accumulate: int) -> int:
     return -(-batch_size // multiple) * multiple
 
 
-def _with_weights(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _with_weights(batch: Batch) -> Batch:
     """`batch` with a `weight` [B] of ones, unless it has one."""
-    rows = len(next(iter(batch.values())))
+    rows = len(jax.tree.leaves(batch)[0])
     return {"weight": np.ones(rows, np.float32), **batch}
 
 
@@ -411,19 +411,18 @@ def jit_step(
     return jax.jit(steps, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def place_batch(
-    batch: dict[str, np.ndarray], mesh: Mesh, accumulate: int = 1
-) -> dict[str, jax.Array]:
+def place_batch(batch: Batch, mesh: Mesh, accumulate: int = 1) -> Batch:
     """Shards host arrays [B, ...], zero-padded to a multiple of the devices.
 
     Args:
-      batch: arrays; `weight` [B] is added if missing: 1 for examples, 0 for padding.
+      batch: a tree of arrays; `weight` [B] is added if missing: 1 for examples, 0 for
+        padding.
       mesh: the devices.
       accumulate: number of micro-batches, each of which must be a multiple too.
     """
     batch = _with_weights(batch)
     size = _padded(len(batch["weight"]), mesh, accumulate)
-    padded = {key: sharding.pad_rows(array, size) for key, array in batch.items()}
+    padded = jax.tree.map(lambda array: sharding.pad_rows(array, size), batch)
     return sharding.place(padded, sharding.batch_sharding(mesh))
 
 

@@ -166,14 +166,15 @@ def pad_rows(array: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
 
 def over_batches(
     function: Callable[[Any, Any], jax.Array], params: Any, *, size: int, mesh: Mesh
-) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+) -> Callable[[Iterable[Any]], Iterator[np.ndarray]]:
     """Turns `function(params, batch)` into one from host batches to host results.
 
     It is compiled once, for `size` rows: shorter batches are padded, and the padding is
     removed from their results. The next batch is sent before a result is fetched.
 
     Args:
-      function: to be jitted; maps arrays [size, ...] to an array [size, ...].
+      function: to be jitted; maps an array [size, ...], or a tree of them, to an array
+        [size, ...].
       params: replicated to every device.
       size: rows of a batch, a multiple of the number of devices.
       mesh: the devices.
@@ -181,11 +182,13 @@ def over_batches(
     function = jax.jit(function)
     params = place(params, replicated(mesh))
 
-    def run(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def run(batches: Iterable[Any]) -> Iterator[np.ndarray]:
         pending = None
         for batch in batches:
-            padded = place(pad_rows(batch, size), batch_sharding(mesh))
-            finished, pending = pending, (function(params, padded), len(batch))
+            rows = len(jax.tree.leaves(batch)[0])
+            padded = jax.tree.map(lambda array: pad_rows(array, size), batch)
+            padded = place(padded, batch_sharding(mesh))
+            finished, pending = pending, (function(params, padded), rows)
             if finished is not None:
                 yield np.asarray(readable(finished[0]))[: finished[1]]
         if pending is not None:
