@@ -2,9 +2,11 @@
 
 import doctest
 import inspect
+import logging
 import subprocess
 import sys
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +17,11 @@ import mvc_jax
 from mvc_jax import augment, classifiers, data, mixing, pipeline
 from mvc_jax.augment import policies
 from mvc_jax.checkpoints import classifier_card, classifier_export
-from mvc_jax.configs import common
+from mvc_jax.configs import common, digits
 from mvc_jax.data import sources
 from mvc_jax.errors import UserError
 from mvc_jax.mixing import operations
-from mvc_jax.training import runtime
+from mvc_jax.training import console, runtime
 
 PUBLIC = {  # a module -> what it promises
     mvc_jax: ["augment", "classifiers", "data", "mixing", "pipeline", "run"],
@@ -64,6 +66,23 @@ def test_examples(module, request, tmp_path, monkeypatch):
     result = doctest.testmod(module, extraglobs=names, optionflags=options)
     assert result.attempted > 3
     assert not result.failed
+
+
+def test_a_program_without_logging_sees_progress_and_what_a_preset_sets(
+    monkeypatch, capsys
+):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    before = root.level, absl.logging.get_verbosity(), sys.excepthook
+    with console.shown():
+        console.Progress("images", 2).close()
+        digits.get_config("preset=fast")
+    shown = capsys.readouterr().err
+    assert "images: 0/2 steps\n" in shown
+    assert "preset fast: generate.guidance_interval=(0.2, 0.8), " in shown
+    assert "override what a preset sets" in shown
+    assert root.handlers == []
+    assert (root.level, absl.logging.get_verbosity(), sys.excepthook) == before
 
 
 # InstructPix2Pix: the same image as a run's is drawn in tests/test_pipeline.py.
