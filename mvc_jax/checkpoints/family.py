@@ -100,9 +100,8 @@ def of_pipeline(name: str | None) -> Family | None:
 
 def of_files(names: Collection[str]) -> Family:
     """The family of a folder by its files, relative to it."""
-    second = [name.removesuffix("_2") for name in XL.classes if name.endswith("_2")]
-    has = {name.partition("/")[0] for name in names}
-    return XL if any(f"{name}_2" in has for name in second) else SD
+    parts = {name.partition("/")[0] for name in names}
+    return XL if parts & (XL.classes.keys() - SD.classes.keys()) else SD
 
 
 def check_index(index: Mapping[str, Any], path: str) -> None:
