@@ -6,7 +6,8 @@ Four runs of all stages on images that it makes (54 of three classes, with the p
 train, val and test), at the smallest sizes and a few steps, so that each value of a
 field with choices, each regime, set and augmentation policy is in one of them. It
 prints a row for each run: how it ended, and how long it took. Networks of classifiers
-have a run each with `--networks`, of one step, that takes the stages before from `d`.
+have a run each with `--networks`, of one step; it takes the stages before from `d`, if
+that is there.
 
 `tests/test_fields.py` checks that no value of `configs/common.py` is missing here.
 """
@@ -237,7 +238,8 @@ def draw(folder: pathlib.Path, *, damaged: bool) -> None:
 
 def run(folder: pathlib.Path, name: str) -> bool:
     """Runs one workdir to its report; prints a row; returns whether it ended well."""
-    others = [] if name in RUNS else [f"--from={folder / 'run-d'}"]
+    like = folder / "run-d"
+    others = [f"--from={like}"] if name not in RUNS and like.is_dir() else []
     fields = RUNS.get(name) or RUNS["d"] | {
         "classify.model": name,
         "classify.width": "0",
