@@ -26,7 +26,7 @@ pip before "datasets<3" pillow
 
 export CONSUMERS=$folder CONSUMERS_TABLE=$folder/table.md
 {
-  echo "$(date -I), Python $("$python" -c 'import platform; print(platform.python_version())'), by \`bash benchmarks/consumers.sh\`:"
+  echo "$(date -I), Python $("$python" -c 'import platform; print(platform.python_version())'), by \`${TORCH:+TORCH=$TORCH }bash benchmarks/consumers.sh\`:"
   echo
   echo "| program | version | what was read | what was equal |"
   echo "|---|---|---|---|"

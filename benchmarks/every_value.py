@@ -6,7 +6,8 @@ Four runs of all stages on images that it makes (54 of three classes, with the p
 train, val and test), at the smallest sizes and a few steps, so that each value of a
 field with choices, each regime, set and augmentation policy is in one of them. It
 prints a row for each run: how it ended, and how long it took. Networks of classifiers
-have a run each with `--networks`, of one step, that takes the stages before from `d`.
+have a run each with `--networks`, at 32 pixels and of one step; those after the first
+take the stages before from it.
 
 `tests/test_fields.py` checks that no value of `configs/common.py` is missing here.
 """
@@ -238,8 +239,11 @@ def main() -> None:
     ended = [
         run(arguments.folder, name) for name in filter(None, arguments.runs.split(","))
     ]
-    for network in filter(None, arguments.networks.split(",")):
-        ended.append(run(arguments.folder, network))
+    networks = [name for name in arguments.networks.split(",") if name]
+    for network in networks:
+        first = arguments.folder / f"run-{networks[0]}"
+        flags = [] if network == networks[0] else [f"--from={first}"]
+        ended.append(run(arguments.folder, network, *flags))
     sys.exit(0 if all(ended) else 1)
 
 
@@ -267,11 +271,11 @@ def draw(folder: pathlib.Path, *, damaged: bool) -> None:
     (folder.parent / "captions.jsonl").write_text("".join(captions))
 
 
-def run(folder: pathlib.Path, name: str) -> bool:
+def run(folder: pathlib.Path, name: str, *others: str) -> bool:
     """Runs one workdir to its report; prints a row; returns whether it ended well."""
-    others = [] if name in RUNS else [f"--from={folder / 'run-d'}"]
     fields = RUNS.get(name) or RUNS["d"] | {
         "classify.model": name,
+        "data.size": "32",
         "classify.width": "0",
         "classify.stem_stride": "1",
         "classify.runs": "real,combined",
