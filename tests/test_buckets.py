@@ -13,7 +13,7 @@ import pytest
 import stores
 from etils import epath
 from test_checkpoint import bits, make_state, restore, save
-from test_object_store import interrupted, names
+from test_object_store import at, interrupted, names
 
 from mvc_jax import files, object_store, scratch, store_folders, train
 from mvc_jax.command import run_folder, store_lock
@@ -243,23 +243,17 @@ def once_at_each(killed):
     return dies
 
 
-@pytest.mark.parametrize("flag", ["--from", "--redo"])
+STAGES = "--config.stages=caption,pretrain,encode,pairs,finetune,mix"
+
+
 def test_a_run_that_is_killed_before_each_change_ends_with_the_same_files(
-    place, worked, tmp_path, monkeypatch, flag
+    place, worked, tmp_path, monkeypatch
 ):
     """Each rerun gets further, up to a change that none before was killed at."""
     monkeypatch.setattr(store_lock, "_is_dead", lambda found: True)
-    source = tmp_path / "source"
-    assert run(source) == 0
-    stages = "--config.stages=caption,pretrain,encode,pairs,finetune,mix"
-    flags = ["--config.mix.modes=fine", stages]
-    flags.append(f"--from={source}" if flag == "--from" else "--redo=mix")
-    local = epath.Path(tmp_path / "whole")
-    if flag == "--redo":
-        shutil.copytree(source, local)
-    assert run(local, *flags) == 0
-    if flag == "--redo":
-        store_folders.copy_tree(epath.Path(source), place.folder)
+    assert run(tmp_path / "source") == 0
+    flags = [f"--from={tmp_path / 'source'}", "--config.mix.modes=fine", STAGES]
+    assert run(tmp_path / "whole", *flags) == 0
     killed, reruns = set(), 0
     while not interrupted(
         monkeypatch, once_at_each(killed), lambda: run(place.folder, *flags)
@@ -267,8 +261,30 @@ def test_a_run_that_is_killed_before_each_change_ends_with_the_same_files(
         object_store._refused.clear()
         stores.forget()
         reruns += 1
-    assert content(place.folder) == content(local)
+    assert content(place.folder) == content(tmp_path / "whole")
     assert reruns == len(killed) > 25
+
+
+def test_a_redo_that_is_killed_ends_with_the_same_files(
+    place, worked, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store_lock, "_is_dead", lambda found: True)
+    source, whole = epath.Path(tmp_path / "source"), tmp_path / "whole"
+    assert run(source) == 0
+    shutil.copytree(source, whole)
+    flags = ["--redo=mix", "--config.mix.modes=fine", STAGES]
+    assert run(whole, *flags) == 0
+    for number in itertools.count(7, 211):
+        folder = place.folder.parent / f"run-{number}"
+        store_folders.copy_tree(source, folder)
+        act = lambda folder=folder: run(folder, *flags)  # noqa: E731
+        ended = interrupted(monkeypatch, at(number), act)
+        object_store._refused.clear()
+        assert run(folder, *flags) == 0
+        assert content(folder) == content(whole), number
+        if ended:
+            break
+    assert number > 50
 
 
 @both

@@ -187,6 +187,12 @@ def test_hosts_with_other_files_under_the_same_path_are_told_apart(tmp_path):
     assert agreement.seen_at(str(tmp_path / "none")) == "no files"
 
 
+def test_a_sweep_in_several_processes_says_how_to_make_its_points():
+    agreement.require_sweep_alone(None)
+    with pytest.raises(UserError, match="single process, got 2. Make each point in al"):
+        agreement.require_sweep_alone(command_line.Place("10.0.0.2:81", 2, 0))
+
+
 # Joining.
 
 

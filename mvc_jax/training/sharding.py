@@ -60,13 +60,14 @@ def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
     Raises:
       UserError: their product is not the number of devices.
     """
+    asked = data
     if data == -1 and fsdp > 0:
         data = devices // fsdp
     if data < 1 or fsdp < 1 or data * fsdp != devices:
         raise UserError(
             "config.mesh",
             wanted=f"data * fsdp = {devices} devices",
-            got=f"data={data}, fsdp={fsdp}",
+            got=f"data={asked}, fsdp={fsdp}",
             fix="Set data to -1 and fsdp to a divisor of the number of devices.",
         )
     return data, fsdp
