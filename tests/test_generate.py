@@ -425,7 +425,7 @@ def test_recipes_of_a_rival_are_not_those_of_mixing(rivals, tmp_path):
     """A user may copy them from the provenance of a set."""
     (row,) = files.read_jsonl(rivals / "mix" / "recipes.jsonl")[:1]
     path = tmp_path / "recipes.jsonl"
-    files.write_jsonl(path, [row | {"mode": "diff_mix", "strength": 0.5}])
+    files.write_jsonl(path, [row | {"mode": "diff_mix"}])
     with pytest.raises(UserError, match="diff_mix") as caught:
         recipe_file.read_recipes(path)
     assert "coarse or fine or both" in "".join(
