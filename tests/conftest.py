@@ -18,8 +18,8 @@ SLOW_FILES = (
     "test_parity.py",
 )
 
-# Its time is compilation, of programs at toy sizes: half as long for slower ones.
-COMPILED_FAST = ("test_devices.py",)
+# Their time is compilation, of programs at toy sizes: half as long for slower ones.
+COMPILED_FAST = ("test_companions.py", "test_devices.py")
 
 # As `runtime.set_up` does, before the libraries' thousands of modules are imported.
 gc.set_threshold(10_000)
