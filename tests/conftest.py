@@ -19,12 +19,7 @@ SLOW_FILES = (
 )
 
 # Their time is compilation, of programs at toy sizes: half as long for slower ones.
-COMPILED_FAST = (
-    "test_companions.py",
-    "test_devices.py",
-    "test_finetune.py",
-    "test_parity.py",
-)
+COMPILED_FAST = ("test_companions.py", "test_devices.py")
 
 # As `runtime.set_up` does, before the libraries' thousands of modules are imported.
 gc.set_threshold(10_000)
