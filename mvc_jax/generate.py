@@ -396,6 +396,12 @@ def open_writers(
     prompts = files.read_jsonl(workdir / "encode" / "prompts.jsonl")
     images = files.read_jsonl(workdir / "caption" / "images.jsonl")
     sizes = {row["id"]: (row["width"], row["height"]) for row in images}
+    of_base = synthetic.OF_XL if sampler.has_pooled else {}
+    starts_from_source = {x for x in names if conditionings.CONDITIONINGS[x].edits}
+    further = {
+        name: of_base | (edits.COLUMNS if name in starts_from_source else {})
+        for name in names
+    }
     return {
         name: set_writer.SetWriter(
             store=synthetic.Store(
@@ -406,7 +412,7 @@ def open_writers(
                 shard_size=section.shard_size,
                 format=section.format,
                 pictures=section.folder,
-                edited=conditionings.CONDITIONINGS[name].edits,
+                further=further[name],
                 class_folders=train.class_folders
                 or tuple(map(synthetic.earlier_class_folder, train.class_names)),
             ),

@@ -57,6 +57,7 @@ class Conditioning:
             "partners": recipe["partners"][: self.partners],
             "dim_tokens": [1, 1],
         }
+        applied.pop("pooled", None)
         if self.edits and edits is not None:
             return edits.completed(applied, towards=self.towards)
         return applied

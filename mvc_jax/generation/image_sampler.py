@@ -144,6 +144,11 @@ class ImageSampler:
         """What completes the recipes of sets that start from their source."""
         return self._texts.edits
 
+    @property
+    def has_pooled(self) -> bool:
+        """Whether the UNet is given pooled embeddings, as that of XL is."""
+        return self._texts.cache.pooled is not None
+
     def _program(self, strength: float | None) -> Callable:
         """The compiled program for images that start like this."""
         key = self._controlled, strength

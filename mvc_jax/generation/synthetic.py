@@ -35,7 +35,6 @@ from mvc_jax.data import decode
 from mvc_jax.data.class_folders import class_folder, class_folders
 from mvc_jax.digests import Digests
 from mvc_jax.errors import UserError
-from mvc_jax.generation import edits
 
 with epy.lazy_imports():  # a complete set is recognised without it
     import pyarrow as pa
@@ -66,6 +65,7 @@ PROVENANCE = {  # column -> its type; in brackets, of a list's items
     "guidance_rescale": "float32",
     "model": "string",
 }
+OF_XL = {"pooled": "string"}  # as PROVENANCE, of Stable Diffusion XL
 _RECORD = b"mvc_jax"
 
 
@@ -102,8 +102,8 @@ class Store:
       format: of the image files, a key of `SUFFIXES`.
       pictures: whether the images are also written as files.
       class_folders: what the folder of each class is called; (): by its name.
-      edited: whether the images start from their sources, and have the columns of
-        `generation/edits.py`.
+      further: columns of this set beside `PROVENANCE`, with their types: `OF_XL`, or
+        those of images that start from their sources (`generation/edits.py`).
     """
 
     folder: epath.Path
@@ -114,12 +114,12 @@ class Store:
     format: str = "png"
     pictures: bool = True
     class_folders: Sequence[str] = ()
-    edited: bool = False
+    further: Mapping[str, str | list] = dataclasses.field(default_factory=dict)
 
     @property
     def columns(self) -> dict[str, str | list]:
         """Columns of provenance -> their types."""
-        return PROVENANCE | (edits.COLUMNS if self.edited else {})
+        return PROVENANCE | self.further
 
     @functools.cached_property
     def folders(self) -> Sequence[str]:
