@@ -10,6 +10,7 @@ import shutil
 import jax
 import numpy as np
 import optax
+import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import sd_families
@@ -39,7 +40,7 @@ SHORT = {  # what every stage does, but little of it
     "pretrain.context_length": 32,
     "pretrain.text.width": 16,
     "pretrain.text.layers": 1,
-    "pretrain.unet.channels": (32,),
+    "pretrain.unet.channels": (64,),  # a group of one channel would lose the timestep
     "pretrain.vae.channels": (4, 4),
     "pretrain.vae.groups": 2,
     "pretrain.vae.steps": 2,
@@ -280,6 +281,9 @@ def test_recipes_say_what_becomes_of_the_pooled_embedding(whole):
     workdir, config = whole
     rows = read(workdir / "mix" / "recipes.jsonl")
     assert {row["pooled"] for row in rows} == {"partner"}
+    shard = workdir / "generate" / "mixed" / "data" / "train-00000.parquet"
+    drawn = pq.read_table(shard, columns=["pooled"])["pooled"]
+    assert drawn.to_pylist() == [row["pooled"] for row in rows]
     dims = {dim for row in rows for line in row["dims"] for dim in line}
     assert max(dims) >= 16  # of the second encoder, too
 
