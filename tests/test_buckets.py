@@ -13,7 +13,7 @@ import pytest
 import stores
 from etils import epath
 from test_checkpoint import bits, make_state, restore, save
-from test_object_store import at, interrupted, names
+from test_object_store import interrupted, names
 
 from mvc_jax import files, object_store, scratch, store_folders, train
 from mvc_jax.command import run_folder, store_lock
@@ -246,45 +246,51 @@ def once_at_each(killed):
 STAGES = "--config.stages=caption,pretrain,encode,pairs,finetune,mix"
 
 
+@pytest.fixture
+def finished(place, worked, tmp_path, monkeypatch):
+    """A finished local run; and a function that makes and remakes one in the bucket.
+
+    The function is given flags, and kills the run before each of its changes in turn.
+    """
+    monkeypatch.setattr(store_lock, "_is_dead", lambda found: True)
+    monkeypatch.setattr(store_lock, "BEAT", 1e6)  # a killed run's thread is killed too
+    monkeypatch.setattr(store_lock, "_SETTLE", 0)
+    assert run(tmp_path / "source") == 0
+
+    def killed_before_each_change(*flags):
+        killed, reruns, codes = set(), 0, []
+        act = lambda: codes.append(run(place.folder, *flags))  # noqa: E731
+        while not interrupted(monkeypatch, once_at_each(killed), act):
+            object_store._refused.clear()
+            stores.forget()
+            reruns += 1
+        assert codes == [0] and reruns == len(killed)
+        return reruns
+
+    return epath.Path(tmp_path / "source"), killed_before_each_change
+
+
 def test_a_run_that_is_killed_before_each_change_ends_with_the_same_files(
-    place, worked, tmp_path, monkeypatch
+    place, finished, tmp_path
 ):
     """Each rerun gets further, up to a change that none before was killed at."""
-    monkeypatch.setattr(store_lock, "_is_dead", lambda found: True)
-    assert run(tmp_path / "source") == 0
-    flags = [f"--from={tmp_path / 'source'}", "--config.mix.modes=fine", STAGES]
+    source, killed_before_each_change = finished
+    flags = [f"--from={source}", "--config.mix.modes=fine", STAGES]
     assert run(tmp_path / "whole", *flags) == 0
-    killed, reruns = set(), 0
-    while not interrupted(
-        monkeypatch, once_at_each(killed), lambda: run(place.folder, *flags)
-    ):
-        object_store._refused.clear()
-        stores.forget()
-        reruns += 1
+    assert killed_before_each_change(*flags) > 25
     assert content(place.folder) == content(tmp_path / "whole")
-    assert reruns == len(killed) > 25
 
 
-def test_a_redo_that_is_killed_ends_with_the_same_files(
-    place, worked, tmp_path, monkeypatch
+def test_a_redo_that_is_killed_before_each_change_ends_with_the_same_files(
+    place, finished, tmp_path
 ):
-    monkeypatch.setattr(store_lock, "_is_dead", lambda found: True)
-    source, whole = epath.Path(tmp_path / "source"), tmp_path / "whole"
-    assert run(source) == 0
-    shutil.copytree(source, whole)
+    source, killed_before_each_change = finished
+    shutil.copytree(source, tmp_path / "whole")
+    store_folders.copy_tree(source, place.folder)
     flags = ["--redo=mix", "--config.mix.modes=fine", STAGES]
-    assert run(whole, *flags) == 0
-    for number in itertools.count(7, 211):
-        folder = place.folder.parent / f"run-{number}"
-        store_folders.copy_tree(source, folder)
-        act = lambda folder=folder: run(folder, *flags)  # noqa: E731
-        ended = interrupted(monkeypatch, at(number), act)
-        object_store._refused.clear()
-        assert run(folder, *flags) == 0
-        assert content(folder) == content(whole), number
-        if ended:
-            break
-    assert number > 50
+    assert run(tmp_path / "whole", *flags) == 0
+    assert killed_before_each_change(*flags) > 50
+    assert content(place.folder) == content(tmp_path / "whole")
 
 
 @both
