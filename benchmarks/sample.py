@@ -227,6 +227,7 @@ def write_set(
             return image_status.Drawn(*map(np.asarray, found))
 
         draw = None  # nothing is redrawn
+        edits = None  # and no image starts from its source
 
     rows, _ = mix.random_prompts(2 * mix.CLASSES)
     classes = recipes.classes_of(rows)

@@ -10,6 +10,7 @@ import made_sets
 import pytest
 from etils import epath
 from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http
 
 from mvc_jax import files, train
 from mvc_jax.checkpoints import dataset_card, licenses, model_card
@@ -91,6 +92,7 @@ def run(made, tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    _http.reset_sessions()  # one that began offline stays so
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     bars = sys.modules["huggingface_hub.utils.tqdm"]
     monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", True)

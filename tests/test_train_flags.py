@@ -378,6 +378,7 @@ def test_a_preset_says_what_it_changes(caplog):
         "generate.filter.outliers=True, generate.steps=100",
         "preset lowmem16: finetune.mode=lora, finetune.remat=blocks, "
         "generate.batch_size=8",
+        "flags, as --config.generate.steps=30, override what a preset sets",
     ]
     common.FIELDS.check(both)
     assert (both.finetune.mode, both.generate.steps) == ("lora", 100)
@@ -454,7 +455,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_captioning(
     """There are 8; another process counts them, so this one starts no backend."""
     command = [f"--config={DIGITS}", f"--workdir={workdir}", "--config.mesh.fsdp=3"]
     line = failure(capsys, *command)
-    assert line.startswith("config.mesh: wanted data * fsdp = 8 devices, got data=2")
+    assert line.startswith("config.mesh: wanted data * fsdp = 8 devices, got data=-1")
     assert started == []
     made_stages.finish(workdir, digits.get_config(), "caption", "pretrain", "encode")
     prepare = "--config.stages=caption,pairs"  # may run on another machine
@@ -639,7 +640,7 @@ def test_a_run_says_what_it_takes_before_it_starts(started, workdir, capsys):
     flags += ["--config.stages=caption,pretrain", "--config.compilation_cache="]
     assert train.main(["train", *flags]) == 0
     line = capsys.readouterr().err.splitlines()[0]
-    assert line.startswith("2 of 2 stages to do; 2,000 optimiser steps; about 42.")
+    assert line.startswith("2 of 2 stages to do; 2,300 optimiser steps; about 42.")
     assert line.endswith("none of these stages was run like this here")
 
 
