@@ -65,7 +65,7 @@ RUNS: dict[str, dict[str, str]] = {
         "data.on_bad_image": "skip",
         "data.duplicates": "keep",
         "caption.captioner": "file",
-        "caption.file": "FOLDER/captions.jsonl",
+        "caption.file": "FOLDER/images.jsonl",
         "caption.dtype": "auto",
         "caption.attributes": "strokes",
         "pretrain.pool.captioner": "",
@@ -111,12 +111,12 @@ RUNS: dict[str, dict[str, str]] = {
         "data.on_bad_image": "skip",
         "data.duplicates": "remove",
         "caption.captioner": "file",
-        "caption.file": "FOLDER/captions.jsonl",
+        "caption.file": "FOLDER/images.jsonl",
         "caption.dtype": "float32",
         "pretrain.source": "folder:FOLDER/whole",
         "pretrain.pool.captioner": "file",
         "pretrain.pool.duplicates": "refuse",
-        "pretrain.pool.file": "FOLDER/captions.jsonl",
+        "pretrain.pool.file": "FOLDER/whole.jsonl",
         "pretrain.pool.attributes": "photo",
         "encode.dtype": "float16",
         "finetune.mode": "lora",
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--networks", default="", help="of classifiers, one step each")
     arguments = parser.parse_args()
     draw(arguments.folder / "whole", damaged=False)
-    draw(arguments.folder / "images", damaged=True)  # its captions are used
+    draw(arguments.folder / "images", damaged=True)
     ended = [
         run(arguments.folder, name) for name in filter(None, arguments.runs.split(","))
     ]
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def draw(folder: pathlib.Path, *, damaged: bool) -> None:
-    """Makes the images: of two shapes, two of them equal; a file that is damaged."""
+    """Makes images, of two shapes, two of them equal, and a file of their captions."""
     rng = np.random.default_rng(0)
     captions = []
     for part, count in {"train": 12, "val": 2, "test": 4}.items():
@@ -268,7 +268,7 @@ def draw(folder: pathlib.Path, *, damaged: bool) -> None:
         (twin / "damaged.png").write_bytes(b"no image")
         id_ = f"train/{CLASSES[0]}/damaged.png"
         captions.append(f'{{"id": "{id_}", "caption": ""}}\n')
-    (folder.parent / "captions.jsonl").write_text("".join(captions))
+    folder.with_suffix(".jsonl").write_text("".join(captions))
 
 
 def run(folder: pathlib.Path, name: str, *others: str) -> bool:
