@@ -15,6 +15,7 @@ import pytest
 from made_runs import NAMES, make_config, make_workdir, measured
 
 from mvc_jax import report
+from mvc_jax.generation.conditionings import CONDITIONINGS
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
@@ -30,10 +31,12 @@ RUNS = {  # name -> (class names, classes with images, seeds, sets)
     "hundred": ([f"{LONG} {k}" for k in range(98)] + ["手写数字", "رقم مكتوب"], 10, 2)
     + (("mixed", "unmixed"),),
     "nothing": (list(NAMES), 10, 2, ()),
+    "all sets": (list(NAMES), 10, 2, tuple(CONDITIONINGS)),
 }
 SEEN = [("ten", width) for width in WIDTHS]
 SEEN += [("two", 390), ("hundred", 390), ("hundred", 1400), ("nothing", 390)]
-PRINTED = ("ten", "hundred")
+SEEN += [("all sets", width) for width in WIDTHS]
+PRINTED = ("ten", "hundred", "all sets")
 SCRIPT = pathlib.Path(__file__).with_name("measure_pages.js").read_text()
 
 
