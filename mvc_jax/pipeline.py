@@ -172,7 +172,7 @@ class InstructPix2Pix:
           guidance_rescale: phi of the guided prediction, in [0, 1] (arXiv 2305.08891).
           grey: whether colour channels are averaged, as runs on images without colour
             do.
-          time_ids: of Stable Diffusion XL, int [B, 6]: what it is told about the size
+          time_ids: of Stable Diffusion XL, int [B, 6]: what it is given about the size
             of each image (`data/time_ids.py`); None: that it is `images` as they are.
 
         Returns:

@@ -24,7 +24,7 @@ from mvc_jax.errors import UserError, no_room
 SCHEMES = ("gs://", "s3://")
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds; the last one again and again
 _UNREACHED, _OUTAGE = 20.0, 300.0  # seconds
-_SAID = 16.0  # seconds of a wait that people are told of
+_SAID = 16.0  # seconds: of a longer wait there is a warning
 _CONNECT, _READ = 10, 30  # seconds without a connection, or without a byte of an answer
 _Result = TypeVar("_Result")
 _reached: set[str] = set()  # buckets that have answered

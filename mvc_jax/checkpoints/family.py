@@ -2,7 +2,7 @@
 
 What the files of both have in common is in `families.py`. InstructPix2Pix is of the
 family of its base. The checks here are of what only XL has: its second text encoder,
-what its UNet is told about the image's size, and the models that are made from it.
+what its UNet is given about the image's size, and the models that are made from it.
 """
 
 import dataclasses

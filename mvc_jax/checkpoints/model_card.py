@@ -172,7 +172,7 @@ drawn = pipe(
 ).images[0]
 drawn.save("drawn.png")
 """
-# XL is told how large the training images were before they were resized to this.
+# XL is given how large the training images were before they were resized to this.
 _SIZES = """\
     height={size},
     width={size},

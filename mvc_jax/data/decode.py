@@ -334,7 +334,7 @@ def _is_deep_colour(picture: Image.Image) -> bool:
 def _deep_colours(picture: Image.Image, content: bytes) -> np.ndarray | None:
     """Colours of 16 bits a channel, uint16 [H, W, C]; None: Pillow cannot give them.
 
-    Pillow keeps the high byte. Told that the bytes are swapped, it keeps the low one.
+    Pillow keeps the high byte; of bytes that are marked as swapped, the low one.
     """
     if picture.mode not in ("RGB", "RGBA"):
         return None

@@ -1,4 +1,4 @@
-"""What Stable Diffusion XL is told about the size of an image (arXiv 2307.01952, 2.2).
+"""What Stable Diffusion XL is given about the size of an image (arXiv 2307.01952, 2.2).
 
 Six numbers, its "time ids": height and width before resizing; the top and left corner
 of the crop, in pixels after resizing; height and width of what the model sees.
