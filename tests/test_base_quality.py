@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +200,9 @@ def test_a_base_that_blurs_or_is_not_recognised_is_warned_about_with_the_numbers
     assert len(known().in_words()) == 2
     (blurs,) = known(psnr=22.9, psnr_inside=19.0, sharpness=0.41).warnings()
     assert "22.9 dB (19.0 " in blurs and "41 %" in blurs and "27 dB" in blurs
+    assert known(psnr=24.0, sharpness=0.98).warnings() == []
+    for psnr, sharpness in ((12.4, 1.0), (24.0, 1.75), (24.0, math.nan)):
+        assert len(known(psnr=psnr, sharpness=sharpness).warnings()) == 1
     (strange,) = known(agreement=0.3).warnings()
     assert "30 % of 100 samples" in strange and "70 % of the 45" in strange
     assert "chance is 25 %" in strange
@@ -215,7 +219,7 @@ def test_the_card_says_what_the_base_has_seen(tmp_path):
         captioner="attributes",
         prompt="dark, a photo of object ant",
         steps={"vae": 1200, "unet": 4000},
-        measures=known(psnr=22.9).as_dict(),
+        measures=known(psnr=22.9, sharpness=0.41).as_dict(),
     )
     text = base_card.text(facts)
     for part in ("folder:caltech101", "`855`", "`ant`, `brain_2`", "22.9 dB", "`4000`"):
