@@ -52,11 +52,11 @@ def test_an_old_version_and_no_device_are_faults(machine, capsys):
     machine.undo()
 
     def refuse():
-        raise UserError("config.mesh", wanted="devices", got="a crash", fix="Mend it.")
+        raise UserError("config.mesh", wanted="devices", got="a crash", fix="Repair it.")
 
     machine.setattr(runtime, "ask_devices", refuse)
     assert train.main(["mvc-jax", "doctor"]) == 2
-    assert "a crash. Mend it." in rows(capsys)["devices"]
+    assert "a crash. Repair it." in rows(capsys)["devices"]
 
 
 def test_a_copy_that_is_not_installed(machine, capsys):

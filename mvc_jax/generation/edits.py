@@ -100,7 +100,8 @@ def soft_label(
 ) -> list[float]:
     """(1 - s^gamma) of the source's class and s^gamma of the other one (Diff-Mix).
 
-    Wang et al., arXiv 2403.19600; 0.8 is the gamma in the example of their code.
+    Wang et al., arXiv 2403.19600; as `get_syn_item` in dataset/base.py of their code,
+    whose README has 0.8 as the gamma of its example.
     """
     weight = strength**gamma
     found = [0.0] * classes
