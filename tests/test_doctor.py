@@ -52,7 +52,9 @@ def test_an_old_version_and_no_device_are_faults(machine, capsys):
     machine.undo()
 
     def refuse():
-        raise UserError("config.mesh", wanted="devices", got="a crash", fix="Repair it.")
+        raise UserError(
+            "config.mesh", wanted="devices", got="a crash", fix="Repair it."
+        )
 
     machine.setattr(runtime, "ask_devices", refuse)
     assert train.main(["mvc-jax", "doctor"]) == 2
