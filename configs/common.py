@@ -287,6 +287,15 @@ _PRETRAIN = Section(
                 ),
             },
         ),
+        "seed": Field(
+            -1,
+            "of the draws of pool and base, which runs of other config.seed then "
+            "share; -1: config.seed",
+            at_least=0,
+            at_most=2**32 - 1,
+            also=(-1,),
+            hint="-1 is config.seed.",
+        ),
         "context_length": Field(
             0,
             "tokens of a prompt, BOS and EOS included; 0: as many as the longest "

@@ -85,7 +85,7 @@ def check(config: ConfigDict) -> None:
     _check_captioner(config.caption, source, chosen)
     if _has_pool(config):
         pool = _open_pool(config)
-        chosen = base_pool.choose(pool, config.pretrain.pool.images, seed=config.seed)
+        chosen = _choose_pool(config, pool)
         _check_captioner(_pool_captions(config), pool, chosen)
     FilterSettings(**config.generate.filter).require_top(len(source.class_names))
     duration.check_warmup(config.classify.to_dict(), source.labels[chosen["train"]])
@@ -133,6 +133,12 @@ class Captioned:
 def _has_pool(config: ConfigDict) -> bool:
     """Whether the base is trained on images of another source."""
     return bool(config.pretrain.source) and not config.base.path
+
+
+def _choose_pool(config: ConfigDict, source: Source) -> SplitIndices:
+    """Which images of `pretrain.source` are the pool."""
+    seed = base_pool.seed_of(config.seed, config.pretrain.seed)
+    return base_pool.choose(source, config.pretrain.pool.images, seed=seed)
 
 
 def _pool_captions(config: ConfigDict) -> ConfigDict:
@@ -250,7 +256,7 @@ def count_images(
     found = _counts(source, _splitter(source, config)(np.ones(len(source), bool)))
     if has_pool:
         pool = _open_pool(config)
-        chosen = base_pool.choose(pool, config.pretrain.pool.images, seed=config.seed)
+        chosen = _choose_pool(config, pool)
         found["pool"] = _counts(pool, chosen)["pool"]
     return found
 
@@ -291,9 +297,15 @@ def stage_spec(config: ConfigDict) -> Spec:
     section.pop("batch_size")  # does not change captions
     settings = {"seed": config.seed, "data": config.data.to_dict(), "caption": section}
     named_files = {"caption.file": _add_sha256(section, "caption")}
+    if config.pretrain.seed >= 0 and config.data.pool:
+        settings["pretrain"] = {"seed": config.pretrain.seed}
     if _has_pool(config):
         pool = config.pretrain.pool.to_dict()
-        settings["pretrain"] = {"source": config.pretrain.source, "pool": pool}
+        settings["pretrain"] = {
+            "seed": config.pretrain.seed,
+            "source": config.pretrain.source,
+            "pool": pool,
+        }
         named_files["pretrain.pool.file"] = _add_sha256(pool, "pretrain.pool")
     return Spec(
         "caption",
@@ -418,6 +430,7 @@ def _splitter(source: Source, config: ConfigDict) -> Callable[..., SplitIndices]
             source.class_names,
             _sizes(config.data),
             seed=config.seed,
+            pool_seed=None if config.pretrain.seed < 0 else config.pretrain.seed,
             is_test=source.is_test,
             is_validation=validation_of(source),
             usable=usable,
@@ -482,7 +495,7 @@ def _gather_pool(config: ConfigDict, folder: epath.Path) -> None:
     """Writes the images of `pretrain.source` and their rows."""
     folder.mkdir(parents=True, exist_ok=True)
     data, source, pool = config.data, _open_pool(config), config.pretrain.pool
-    count = len(base_pool.choose(source, pool.images, seed=config.seed)["pool"])
+    count = len(_choose_pool(config, source)["pool"])
     progress = Progress("images of pretrain.source", count, unit="image")
     bad: dict[str, str] = {}
 
@@ -496,7 +509,7 @@ def _gather_pool(config: ConfigDict, folder: epath.Path) -> None:
         ReaderOptions(data.size, data.resize, data.resample, data.max_pixels),
         name=config.pretrain.source,
         count=pool.images,
-        seed=config.seed,
+        seed=base_pool.seed_of(config.seed, config.pretrain.seed),
         test=splits.read_split(folder.parent, "test"),
         policy=pool.duplicates,
         on_bad=on_bad,

@@ -181,11 +181,15 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
 def stage_spec(config: ConfigDict) -> Spec:
     """What the base model depends on."""
     settings = {
-        "seed": config.seed,
+        "seed": _seed(config),
         "data": config.data.to_dict(),
         "pretrain": config.pretrain.to_dict(),
     }
     return Spec("pretrain", settings, inputs=("caption",))
+
+
+def _seed(config: ConfigDict) -> int:
+    return base_pool.seed_of(config.seed, config.pretrain.seed)
 
 
 def parts(
@@ -278,7 +282,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         moments,
         model.tokenize(pool.prompts),
         time_ids=pool.time_ids,
-        seed=config.seed,
+        seed=_seed(config),
         loop=loop("unet"),
         batch_size=section.batch_size,
         learning_rate=section.learning_rate,
@@ -364,7 +368,7 @@ def _tokenized(
     read = [clip_tokenizer.read(folder / part)[0] for part in tokenizers]
     model = small.stable_diffusion(*read, **_architecture(config, length))
     prompts = base.prompts(model, texts, names, **words)
-    kept, held = quality.hold_out(len(pool.ids), section.held_out, seed=config.seed)
+    kept, held = quality.hold_out(len(pool.ids), section.held_out, seed=_seed(config))
     return model, quality.Pool(
         images=pool.images[kept] if len(held) else pool.images,
         labels=pool.labels[kept],
@@ -388,7 +392,7 @@ def _train_judge(
         pool.images,
         pool.labels,
         classes=len(pool.class_names),
-        seed=config.seed,
+        seed=_seed(config),
         loop=loop("judge"),
         width=section.width,
         batch_size=section.batch_size,
@@ -413,7 +417,7 @@ def _train_vae(
     return base.train_vae(
         model,
         pool.images,
-        seed=config.seed,
+        seed=_seed(config),
         loop=loop("vae"),
         batch_size=section.batch_size,
         learning_rate=section.learning_rate,
@@ -446,7 +450,7 @@ def _assess(
         judge_,
         decoded,
         samples_drawn=config.pretrain.judge.samples,
-        seed=config.seed,
+        seed=_seed(config),
     )
 
     def write() -> None:
@@ -483,7 +487,7 @@ def _train_companions(
             model,
             params,
             data,
-            seed=config.seed,
+            seed=_seed(config),
             loop=loop("image_encoder"),
             batch_size=section.image_encoder.batch_size,
             learning_rate=section.image_encoder.learning_rate,
@@ -502,7 +506,7 @@ def _train_companions(
             model,
             params,
             data,
-            seed=config.seed,
+            seed=_seed(config),
             loop=loop("controlnet"),
             batch_size=section.controlnet.batch_size,
             learning_rate=section.controlnet.learning_rate,

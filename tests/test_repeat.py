@@ -90,6 +90,14 @@ def test_a_seed_is_added_with_the_settings_of_the_others(tmp_path, program):
     assert config.mix.modes == ("fine",) and config.seed == 2
 
 
+def test_a_base_with_a_seed_of_its_own_is_taken_over_from_the_first(tmp_path, program):
+    workdir = f"--workdir={tmp_path}"
+    assert repeated(program, workdir, "--config.pretrain.seed=0") == 0
+    sources = [[x for x in c if x.startswith("--from")] for c in program.commands]
+    first = [f"--from={tmp_path}/seed-0"]
+    assert sources == [[], first, first]
+
+
 def test_the_first_run_that_does_not_succeed_ends_it(tmp_path, program):
     program.fails_at = 1
     assert repeated(program, f"--workdir={tmp_path}") == 75

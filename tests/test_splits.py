@@ -21,6 +21,7 @@ def cut(counts, seed=0, is_test=None, usable=None, copies=None, groups=None, **s
     labels = labels_of(counts)
     options = {"seed": seed, "is_test": is_test, "usable": usable}
     options |= {"copies": copies, "groups": groups}
+    options["pool_seed"] = sizes.pop("pool_seed", None)
     return splits.make_splits(labels, names, SplitSizes(**sizes), **options)
 
 
@@ -50,6 +51,39 @@ def test_splits_are_disjoint_complete_and_stratified(
     assert not up.any() or min(exact[up] % 1) >= max(exact[~up] % 1, default=0)
     assert (size["train"] == per_class).all()
     assert (size["test"] > 0).all()
+
+
+@given(counts_of_classes, st.integers(0, 9), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_a_pool_with_a_seed_of_its_own_is_the_same_in_all_splits(
+    counts, pool_seed, grouped, has_test
+):
+    total = sum(counts)
+    draw = np.random.default_rng(total)
+    options = {"groups": np.arange(total) // 2} if grouped else {}
+    if has_test:  # an image in eight, and copies of them in pool and train
+        options |= {"is_test": np.arange(total) % 8 == 0}
+        options |= {"copies": (draw.random(total) < 0.1) & ~options["is_test"]}
+    sizes = {"pool": total // 4, "per_class": 1, "pool_seed": pool_seed}
+    try:
+        first, second = (cut(counts, seed, **options, **sizes) for seed in (0, 1))
+    except UserError:  # too few images for the groups or without the copies
+        return
+    np.testing.assert_array_equal(first["pool"], second["pool"])
+    for found in (first, second):
+        parts = np.concatenate([found[name] for name in splits.SPLITS])
+        assert len({*parts.tolist()}) == len(parts)
+
+
+def test_a_pool_of_another_seed_is_another_and_so_are_its_splits():
+    counts, sizes = [40, 40], {"pool": 20, "per_class": 3, "test": 0.2}
+    found = [cut(counts, 0, pool_seed=x, **sizes) for x in (None, 1, 2)]
+    pools = [each["pool"].tolist() for each in found]
+    assert pools[0] != pools[1] != pools[2] and len({len(x) for x in pools}) == 1
+    others = [
+        cut(counts, seed, pool_seed=1, **sizes)["train"].tolist() for seed in (0, 1)
+    ]
+    assert others[0] != others[1]
 
 
 @given(

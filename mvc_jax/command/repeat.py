@@ -1,7 +1,8 @@
 """`mvc-jax repeat`: one run with several seeds, and what holds over all of them.
 
 A seed draws its own split of the data, base, generator and classifiers: it is a run of
-its own, in a folder of its own. An interval over the classifiers of one split does not
+its own, in a folder of its own. With `pretrain.seed`, all have the same pool and base,
+and the first run trains it. An interval over the classifiers of one split does not
 know how much splits differ; one over splits does.
 """
 
@@ -56,7 +57,7 @@ def run(argv: Sequence[str], program: Program) -> int:
     workdir = command_line.parse([argv[0], *flags], about=_HELP).workdir
     folders = {seed: workdir / f"seed-{seed}" for seed in seeds}
     for seed, folder in folders.items():
-        own = [f"--workdir={folder}", f"--config.seed={seed}"]
+        own = [f"--workdir={folder}", f"--config.seed={seed}", *_base(folders, folder)]
         code = program([argv[0], *_with_config(words, folder), *own])
         if code:
             return code
@@ -197,6 +198,16 @@ def _parse_seeds(flags: Sequence[str]) -> tuple[list[int], list[str]]:
             fix="Write e.g. --seeds=0,1,2.",
         )
     return numbers, rest
+
+
+def _base(folders: Mapping[int, epath.Path], folder: epath.Path) -> list[str]:
+    """The flag that takes a base over which all seeds share, from the first run."""
+    first = next(iter(folders.values()))
+    if folder == first or not stage.is_complete(first, "pretrain"):
+        return []
+    if files.read_json(run_config.path_in(first))["pretrain"].get("seed", -1) < 0:
+        return []
+    return [f"--from={first}"]
 
 
 def _with_config(flags: Sequence[str], folder: epath.Path) -> list[str]:

@@ -23,6 +23,11 @@ FOLDER = "pool"
 _NAMED = 3  # shared images, in the message
 
 
+def seed_of(run: int, own: int) -> int:
+    """The seed of pool and base: `pretrain.seed` if it is not -1, or the run's."""
+    return run if own < 0 else own
+
+
 def choose(
     source: Source,
     count: int,

@@ -85,6 +85,7 @@ def make_splits(
     sizes: SplitSizes,
     *,
     seed: int,
+    pool_seed: int | None = None,
     is_test: np.ndarray | None = None,
     is_validation: np.ndarray | None = None,
     usable: np.ndarray | None = None,
@@ -96,13 +97,15 @@ def make_splits(
     Each class is shuffled by (seed, class) and cut in the order pool, test, train, so
     that test does not depend on `per_class` and `fraction`; if `sizes.test` is 0, test
     is what remains at the end. If the source has test images of its own, test is all of
-    them, and the others are cut into pool and train.
+    them, and the others are cut into pool and train. With a seed of its own, the pool
+    is drawn first, so that it does not depend on `seed`.
 
     Args:
       labels: int [N], indices into `class_names`.
       class_names: K strings.
       sizes: of the splits.
       seed: of the shuffles.
+      pool_seed: of the pool's; None: `seed`.
       is_test: bool [N], the source's own test images; None: it has none.
       is_validation: bool [N], images that are kept for validation; None: none.
       usable: bool [N], false for images to leave out; None: all are usable.
@@ -138,11 +141,13 @@ def make_splits(
     pools = proportional(sizes.pool, counts).tolist()
     sides = None
     if groups is not None:
-        sides = _sides(labels, groups, free, sizes, pools, seed, is_test is None)
+        seeds = seed, pool_seed
+        sides = _sides(labels, groups, free, sizes, pools, seeds, is_test is None)
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for k, name in enumerate(class_names):
-        mine = np.flatnonzero(~own_test & (labels == k))
-        mine = mine[generator(seed, "split", k).permutation(len(mine))]
+        of_class = np.flatnonzero(~own_test & (labels == k))
+        count = len(of_class)
+        mine = of_class[generator(seed, "split", k).permutation(count)]
         mine = mine[usable[mine]]  # after the shuffle, so the others keep their order
         own = np.flatnonzero(usable & own_test & (labels == k))
         if not len(mine) + len(own):
@@ -151,6 +156,10 @@ def make_splits(
             wanted = "at least one image in the dataset's own test split"
             raise _too_few(name, wanted=wanted, got="none")
         if sides is None:
+            if pool_seed is not None:
+                pool = of_class[generator(pool_seed, "split", k).permutation(count)]
+                pool = pool[usable[pool] & ~copies[pool]][: pools[k]]
+                mine = np.append(pool, mine[~np.isin(mine, pool)])
             parts = _cut(mine, own, copies, sizes, name, pools[k])
         else:
             parts = _by_side(mine, own, copies, sides[mine], sizes, name)
@@ -239,7 +248,7 @@ def _sides(
     free: np.ndarray,
     sizes: SplitSizes,
     pools: list[int],
-    seed: int,
+    seeds: tuple[int, int | None],
     draws_test: bool,
 ) -> np.ndarray:
     """Assigns whole groups to pool, train or test, by a shuffle; str [N].
@@ -264,14 +273,22 @@ def _sides(
         rest = "test"
     wanted = [side for side in ("train", "test") if side == rest or side in need]
     side_of = np.full(len(names), rest, dtype="<U5")
+    seed, pool_seed = seeds
     order = generator(seed, "split/groups").permutation(len(names))
-    for g in order.tolist():
-        for side, missing in need.items():
-            filled = np.minimum(counts[g], missing).sum()
-            if filled > np.maximum(counts[g] - missing, 0).sum():
-                side_of[g] = side
-                need[side] = np.maximum(missing - counts[g], 0)
-                break
+    passes = [(order, need)]
+    if pool_seed is not None:
+        first = generator(pool_seed, "split/groups").permutation(len(names))
+        passes = [(first, {"pool": need.pop("pool")}), (order, need)]
+    taken: set[int] = set()
+    for groups_, missing_of in passes:
+        for g in groups_.tolist():
+            for side, missing in missing_of.items() if g not in taken else ():
+                filled = np.minimum(counts[g], missing).sum()
+                if filled > np.maximum(counts[g] - missing, 0).sum():
+                    side_of[g] = side
+                    missing_of[side] = np.maximum(missing - counts[g], 0)
+                    taken.add(g)
+                    break
     for k in range(classes):
         for side in wanted:
             mine = order[counts[order, k] > 0]
