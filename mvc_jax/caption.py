@@ -135,6 +135,12 @@ def _has_pool(config: ConfigDict) -> bool:
     return bool(config.pretrain.source) and not config.base.path
 
 
+def _advance(progress: Progress, total: int) -> None:
+    """Advances by an image of `total`."""
+    progress.extend(total)
+    progress.advance(1)
+
+
 def _choose_pool(config: ConfigDict, source: Source) -> SplitIndices:
     """Which images of `pretrain.source` are the pool."""
     seed = base_pool.seed_of(config.seed, config.pretrain.seed)
@@ -467,7 +473,7 @@ def _gather(config: ConfigDict, source: Source, folder: epath.Path) -> None:
         ReaderOptions(data.size, data.resize, data.resample, data.max_pixels),
         on_bad=on_bad,
         copies=find_copies,
-        on_image=lambda: progress.advance(1),
+        on_image=functools.partial(_advance, progress),
     )
     progress.close()
     files.write_jsonl(folder / "duplicates.jsonl", list(copies.values()))
@@ -513,7 +519,7 @@ def _gather_pool(config: ConfigDict, folder: epath.Path) -> None:
         test=splits.read_split(folder.parent, "test"),
         policy=pool.duplicates,
         on_bad=on_bad,
-        on_image=lambda: progress.advance(1),
+        on_image=functools.partial(_advance, progress),
     )
     progress.close()
     shared = files.read_jsonl(folder / "duplicates.jsonl")

@@ -251,6 +251,9 @@ def test_copies_leave_the_pool_and_train_which_are_filled_up_again(run, parts):
     assert code == 0 and "removed, and replaced where there are others" in " ".join(
         output.split()
     )
+    lines = [x for x in output.splitlines() if x.startswith("images: ")]
+    assert re.match(r"images: (1[1-9]\d)/\1 images", lines[-1])  # 102, and others
+    assert len(lines) < 6
     counts = {n: len(splits.read_split(folder, n).ids) for n in splits.SPLITS}
     assert counts == {"pool": 27, "train": 45, "test": 30}
     used = (

@@ -92,7 +92,7 @@ def read(
     test: splits.Split,
     policy: str,
     on_bad: Callable[[dict[int, str]], None],
-    on_image: Callable[[], None],
+    on_image: Callable[[int], None],
 ) -> None:
     """Reads the pool and writes its files.
 
@@ -106,7 +106,7 @@ def read(
       test: the test images of the run, of the same size.
       policy: for images that are also in test: `refuse` or `remove`.
       on_bad: called with bad images; may raise.
-      on_image: called after each image.
+      on_image: as `gather` takes it.
 
     Raises:
       UserError: images are also in test and the policy is `refuse`.

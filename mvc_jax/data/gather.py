@@ -148,7 +148,7 @@ def gather(
     *,
     on_bad: Callable[[dict[int, str]], None],
     copies: Callable[[Gathered], Iterable[int]],
-    on_image: Callable[[], None] = lambda: None,
+    on_image: Callable[[int], None] = lambda total: None,
 ) -> Gathered:
     """Reads the images that `split` selects and writes them to `path`.
 
@@ -164,7 +164,8 @@ def gather(
       options: how images are read.
       on_bad: called with the bad images, index -> reason, after each pass; may raise.
       copies: returns which images must not be in pool or train, after each pass.
-      on_image: called after each image.
+      on_image: called after each image with how many there are to read; they become
+        more where others take the places of some.
 
     Raises:
       UserError: there is too little free disk space.
@@ -184,14 +185,16 @@ def gather(
     with files.replacing(path) as temporary:
         with temporary.open("wb") as file:
             file.write(files.image_array_header(len(todo), options.size))
+            total = 0
             while todo:
+                total += len(todo)
                 for index, image, info in read_images(source, todo, options):
                     if image is None:
                         result.bad[index], usable[index] = info, False
                     else:
                         file.write(image.tobytes())
                         result.info[index], rows[index] = info, len(rows)
-                    on_image()
+                    on_image(total)
                 on_bad(result.bad)
                 result.splits = split(usable, copied) if result.bad else result.splits
                 todo = [i for i in _in_order(result.splits) if i not in rows]

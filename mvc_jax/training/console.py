@@ -132,6 +132,12 @@ class Progress:
         else:
             self._print()
 
+    def extend(self, total: int) -> None:
+        """Sets the total to what has become known of it."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def advance(self, count: int, **shown: float) -> None:
         """Advances by `count`; `shown` are numbers to print beside the bar."""
         self._own += count
