@@ -3,10 +3,10 @@
     mvc-jax repeat --seeds=0,1,2 --workdir=runs/mri_25 \
       --config=configs/brain_tumor_small.py:path=data/brain-tumor-mri,per_class=25
 
-A small base is trained on 3,600 other scans of the training part, then fine-tuned on 25
-scans a class (or `per_class=100`); scans that are also in test are in neither. In these
-two, the base is one that does not know scans, and the classifier starts from ImageNet's
-weights:
+A small base is trained once for all splits, on 3,600 other scans of the training part,
+then fine-tuned on 25 scans a class (or `per_class=100`), which are of each split; scans
+that are also in test are in neither. In these two, the base is one that does not know
+scans, and the classifier starts from ImageNet's weights:
 
     mvc-jax repeat --seeds=0,1,2 --workdir=runs/mri_caltech --config=\
     configs/brain_tumor_small.py:path=data/brain-tumor-mri,base=data/caltech101
@@ -39,6 +39,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.duplicates = "remove"
     config.data.class_type = "brain MRI"
     config.caption.attributes = "scan"
+    config.pretrain.seed = 0  # one base for all splits
+    config.pretrain.context_length = 48  # enough for every prompt
     presets.small64(config)
     if "base" in given:
         config.pretrain.source = f"folder:{given['base']}"

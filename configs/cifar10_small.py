@@ -4,8 +4,8 @@
       --config=configs/cifar10_small.py:path=data/cifar10,per_class=25
 
 `path` is a folder of Parquet files, `train-*` and `test-*`, as `datasets` writes them.
-A small base is trained on 40,000 images, then fine-tuned on 25 of the others a class
-(or `per_class=100`). The steps are what two cores train in about two hours, by the
+A small base is trained once for all splits, on 40,000 images, then fine-tuned on 25 of
+the others a class (or `per_class=100`). The steps are what two cores train in about two hours, by the
 seconds a step of the preset `small32`; on a GPU, three million examples are
 `--config.pretrain.unet.steps=23000 --config.pretrain.unet.batch_size=128`.
 Hardware, wall time and numbers: not yet measured.
@@ -25,6 +25,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.duplicates = "remove"
     config.data.class_type = "object"
     config.caption.attributes = "photo"
+    config.pretrain.seed = 0  # one base for all splits
+    config.pretrain.context_length = 48  # enough for every prompt
     presets.small32(config)
 
     config.encode.batch_size = 50
