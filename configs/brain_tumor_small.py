@@ -10,11 +10,12 @@ scans, and the classifier starts from ImageNet's weights:
 
     mvc-jax repeat --seeds=0,1,2 --workdir=runs/mri_caltech --config=\
     configs/brain_tumor_small.py:path=data/brain-tumor-mri,base=data/caltech101
-    mvc-jax repeat --seeds=0,1,2 --workdir=runs/mri_imagenet --config=\
-    configs/brain_tumor_small.py:path=data/brain-tumor-mri,weights=efficientnet_lite0
+    mvc-jax repeat --seeds=0,1,2 --workdir=runs/mri_imagenet --from=runs/mri_25 \
+      --config=configs/brain_tumor_small.py:path=data/brain-tumor-mri,weights=\
+    efficientnet_lite0
 
 `base` is a folder of images with a folder for each class, `weights` those of
-EfficientNet-Lite0, also as `pretrain.vae.features`. The pool stays reserved where the
+EfficientNet-Lite0. The pool stays reserved where the
 base is from elsewhere, so that training and test scans are the same. Nothing is built
 on a base that `pretrain` warns about. Equal optimiser steps; settings fixed in advance.
 
@@ -60,7 +61,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.classify.model = "resnet20"
     config.classify.size = 32
     if "weights" in given:
-        config.pretrain.vae.features = given["weights"]
         config.classify.model = "efficientnet_lite0"
         config.classify.pretrained = given["weights"]
         config.classify.size = 0

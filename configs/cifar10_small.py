@@ -5,9 +5,9 @@
 
 `path` is a folder of Parquet files, `train-*` and `test-*`, as `datasets` writes them.
 A small base is trained once for all splits, on 40,000 images, then fine-tuned on 25 of
-the others a class (or `per_class=100`). The steps are what two cores train in about two hours, by the
-seconds a step of the preset `small32`; on a GPU, three million examples are
-`--config.pretrain.unet.steps=23000 --config.pretrain.unet.batch_size=128`.
+the others a class (or `per_class=100`). The steps are what two cores train in about two
+hours, by the seconds a step of the preset `small32`; on a GPU, three million examples
+are `--config.pretrain.unet.steps=23000 --config.pretrain.unet.batch_size=128`.
 Hardware, wall time and numbers: not yet measured.
 """
 

@@ -98,6 +98,18 @@ def test_a_base_with_a_seed_of_its_own_is_taken_over_from_the_first(tmp_path, pr
     assert sources == [[], first, first]
 
 
+def test_stages_are_taken_over_from_the_same_seeds_of_another(tmp_path, program):
+    first, second = tmp_path / "first", tmp_path / "second"
+    repeated(program, f"--workdir={first}", "--seeds=0,2", "--config.pretrain.seed=0")
+    words = [f"--from={first}", "--config.classify.steps=7"]
+    assert repeated(program, f"--workdir={second}", "--seeds=0,2", *words) == 0
+    for seed, command in zip((0, 2), program.commands[2:], strict=True):
+        sources = [x for x in command if x.startswith("--from")]
+        assert sources == [f"--from={first}/seed-{seed}"]
+    with pytest.raises(UserError, match=r"none of seed 1, 4 in it"):
+        repeated(program, f"--workdir={second}", "--seeds=0,1,4", *words)
+
+
 def test_the_first_run_that_does_not_succeed_ends_it(tmp_path, program):
     program.fails_at = 1
     assert repeated(program, f"--workdir={tmp_path}") == 75
@@ -136,7 +148,8 @@ def test_without_results_there_is_no_table(tmp_path, capsys):
         (["--seeds="], "--seeds: wanted different whole numbers"),
         (["--seeds=-1"], "--seeds: wanted different whole numbers"),
         (["--config.seed=3"], "--config.seed: wanted a flag of all seeds alike"),
-        (["--from=x"], "--from: wanted a flag of all seeds alike"),
+        (["--from=x"], "--from=x: wanted the folder of another repetition, with the s"),
+        (["--from="], "--from: wanted --from=FOLDER"),
         (["--workdir", "x"], "--workdir: wanted --workdir=FOLDER"),
         (["--mode=x"], "command line: wanted"),
         (["words"], "command line: wanted only flags"),

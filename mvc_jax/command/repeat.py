@@ -31,6 +31,8 @@ runs/splits/splits.html.
 
   --seeds=S1,S2,...   whole numbers, each once
   --workdir=FOLDER    of all of them
+  --from=FOLDER       of another repetition, from whose seeds finished stages that agree
+                      are taken over
   --dry_run           prints what each seed would make
 
 The other flags are those of a single run (`mvc-jax --help`). What was stopped is
@@ -52,12 +54,18 @@ def run(argv: Sequence[str], program: Program) -> int:
     Raises:
       UserError: a flag is wrong, or the runs have different settings.
     """
-    seeds, flags = _parse_seeds(argv[2:])
+    seeds, source, flags = _parse(argv[2:])
     words = [x for x in flags if not x.lstrip("-").startswith("workdir=")]
     workdir = command_line.parse([argv[0], *flags], about=_HELP).workdir
-    folders = {seed: workdir / f"seed-{seed}" for seed in seeds}
+    folders = {seed: _folder(workdir, seed) for seed in seeds}
+    if source is not None:
+        _require_folders(source, seeds)
     for seed, folder in folders.items():
-        own = [f"--workdir={folder}", f"--config.seed={seed}", *_base(folders, folder)]
+        own = [f"--workdir={folder}", f"--config.seed={seed}"]
+        if source is not None:
+            own.append(f"--from={_folder(source, seed)}")
+        else:
+            own += _base(folders, folder)
         code = program([argv[0], *_with_config(words, folder), *own])
         if code:
             return code
@@ -159,33 +167,55 @@ def _metrics(folder: epath.Path) -> dict[str, Any]:
     return files.read_json(folder / "evaluate" / "metrics.json")
 
 
-def _parse_seeds(flags: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Takes `--seeds` out of the flags; refuses those that a repetition sets itself.
+def _folder(workdir: epath.Path, seed: int) -> epath.Path:
+    return workdir / f"seed-{seed}"
+
+
+def _require_folders(source: epath.Path, seeds: Sequence[int]) -> None:
+    """Checks that another repetition has these seeds.
+
+    Raises:
+      UserError: it has not.
+    """
+    missing = [x for x in seeds if not run_config.path_in(_folder(source, x)).exists()]
+    if missing:
+        raise UserError(
+            f"--from={source}",
+            wanted="the folder of another repetition, with the same seeds",
+            got=f"none of seed {', '.join(map(str, missing))} in it",
+            fix="Correct the path, or choose --seeds that it has.",
+        )
+
+
+def _parse(
+    flags: Sequence[str],
+) -> tuple[list[int], epath.Path | None, list[str]]:
+    """Takes `--seeds` and `--from` out of the flags; refuses `--config.seed`.
 
     Raises:
       UserError: the seeds are not distinct numbers; or a flag is one of a single run.
     """
-    text, rest = "0,1,2", []
+    text, source, rest = "0,1,2", None, []
     for flag in flags:
-        name, equals, value = flag.lstrip("-").partition("=")
+        name, _, value = flag.lstrip("-").partition("=")
         if name == "seeds":
             text = value
-        elif name in ("config.seed", "from"):
+        elif name == "config.seed":
             raise UserError(
                 f"--{name}",
                 wanted="a flag of all seeds alike",
                 got=flag,
-                fix="Choose the seeds by --seeds=0,1,2."
-                if name != "from"
-                else "Leave it out: every seed makes its own stages.",
+                fix="Choose the seeds by --seeds=0,1,2.",
             )
-        elif name == "workdir" and not equals:
+        elif name in ("workdir", "from") and not value:
             raise UserError(
-                "--workdir",
-                wanted="--workdir=FOLDER",
+                f"--{name}",
+                wanted=f"--{name}=FOLDER",
                 got=flag,
                 fix="Write it with the equals sign.",
             )
+        elif name == "from":
+            source = epath.Path(value).expanduser()
         else:
             rest.append(flag)
     seeds = text.split(",")
@@ -197,7 +227,7 @@ def _parse_seeds(flags: Sequence[str]) -> tuple[list[int], list[str]]:
             got=repr(text),
             fix="Write e.g. --seeds=0,1,2.",
         )
-    return numbers, rest
+    return numbers, source, rest
 
 
 def _base(folders: Mapping[int, epath.Path], folder: epath.Path) -> list[str]:
