@@ -60,6 +60,7 @@ def test_a_class_is_compared_as_the_whole_with_its_own_images():
 def test_every_question_is_asked_of_every_run_that_has_another_side():
     names = ["combined+flip", "real", "combined", "combined:unmixed", "real+flip"]
     names += ["two_phase", "two_phase:pretrained+flip", "replace_any:unmixed"]
+    names += ["combined:da_fusion", "combined:diff_mix+flip"]
     correct = {name: noisy(0.6, i) for i, name in enumerate(names)}
     found = comparisons.answers(correct, 0.95)
     assert [(x["run"], x["against"], x["asked"]) for x in found] == [
@@ -67,7 +68,13 @@ def test_every_question_is_asked_of_every_run_that_has_another_side():
         ("two_phase", "real", 3),
         ("combined+flip", "real+flip", 3),
         ("combined", "combined:unmixed", 1),
+        ("combined", "combined:da_fusion", 2),
+        ("combined+flip", "combined:diff_mix+flip", 2),
     ]
+    assert found[4]["question"] == (
+        "Is it better than another method? Real + synthetic, over real + synthetic, "
+        "DA-Fusion (rival):"
+    )
     assert found[2]["question"] == (
         "Do the synthetic images help? Real + synthetic + flips, over real only + "
         "flips:"

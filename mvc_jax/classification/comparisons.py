@@ -4,13 +4,14 @@ A run is compared with the one that differs from it in nothing but what is asked
 the same test images, seeds and augmentation.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from mvc_jax.classification import runs
+from mvc_jax.generation.conditionings import RIVALS
 from mvc_jax.metrics import differences
 
 Correct = Mapping[str, Bool[np.ndarray, "S T"]]  # of each run: seed s, test image t
@@ -24,20 +25,18 @@ def _real(run: runs.Run) -> tuple:
     return ("real", "", run.policy, run.mix)
 
 
-# What is asked of every run that has the answer's other side, and which side that is.
+def _with_set(name: str) -> Callable[[runs.Run], tuple]:
+    """The same run on another set."""
+    return lambda run: (run.regime, name, run.policy, run.mix)
+
+
+# What is asked of every run on mixed images that has an answer's other side, and which
+# sides those are.
 QUESTIONS = {
-    "Do the synthetic images help": (
-        lambda run: run.regime != "real" and run.set == "mixed",
-        _real,
-    ),
-    "Does mixing captions help": (
-        lambda run: run.set == "mixed",
-        lambda run: (run.regime, "unmixed", run.policy, run.mix),
-    ),
-    "Does fine-tuning help": (
-        lambda run: run.set == "mixed",
-        lambda run: (run.regime, "pretrained", run.policy, run.mix),
-    ),
+    "Do the synthetic images help": (_real,),
+    "Does mixing captions help": (_with_set("unmixed"),),
+    "Does fine-tuning help": (_with_set("pretrained"),),
+    "Is it better than another method": tuple(map(_with_set, RIVALS)),
 }
 
 
@@ -114,11 +113,12 @@ def answers(correct: Correct, confidence: float) -> list[dict[str, Any]]:
     """
     made, found = _by_parts(correct), []
     ordered = sorted(map(runs.parse, correct), key=lambda run: "+" in run.name)
-    for question, (asks, other_side) in QUESTIONS.items():
+    for question, sides in QUESTIONS.items():
         pairs = [
-            (run.name, made[other_side(run)])
+            (run.name, made[side(run)])
             for run in ordered
-            if asks(run) and other_side(run) in made
+            for side in sides
+            if run.set == "mixed" and side(run) in made
         ]
         answered = compared(
             [(correct[ours], correct[theirs]) for ours, theirs in pairs], confidence

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mvc_jax.classification.comparisons import RIVALS
 from mvc_jax.command import pipeline, run_config
 from mvc_jax.configs import common, fields
 from mvc_jax.errors import UserError
@@ -199,7 +200,6 @@ def _has_run(config: ConfigDict, *parts: str) -> bool:
     return any(part in name for name in config.classify.runs for part in parts)
 
 
-_RIVALS = ("real_guidance", "da_fusion", "diff_mix")  # sets with a strength
 # A field -> whether it is read, and where it is, in words.
 _READ: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
     **dict.fromkeys(
@@ -224,8 +224,8 @@ _READ: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
         "generate.sets has interpolated",
     ),
     "generate.strength": (
-        lambda c: bool({*_RIVALS} & {*c.generate.sets}),
-        f"generate.sets has {', '.join(_RIVALS)}",
+        lambda c: bool({*RIVALS} & {*c.generate.sets}),
+        f"generate.sets has {', '.join(RIVALS)}",
     ),
     "generate.soft_label_gamma": (
         lambda c: "diff_mix" in c.generate.sets,
