@@ -3,7 +3,7 @@
     mvc-jax repeat --seeds=0,1,2 --workdir=runs/mri_25 \
       --config=configs/brain_tumor_small.py:path=data/brain-tumor-mri,per_class=25
 
-A small base is trained once for all splits, on 3,600 other scans of the training part,
+A small base is trained once for all splits, on 3,200 other scans of the training part,
 then fine-tuned on 25 scans a class (or `per_class=100`), which are of each split; scans
 that are also in test are in neither. In these two, the base is one that does not know
 scans, and the classifier starts from ImageNet's weights:
@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = common.get_config()
     config.data.source = f"folder:{given.get('path', 'data/brain-tumor-mri')}"
     config.data.resize = "pad"
-    config.data.pool = 3600
+    config.data.pool = 3200
     config.data.per_class = common.whole_number(given, "per_class", 25, minimum=1)
     config.data.duplicates = "remove"
     config.data.class_type = "brain MRI"
