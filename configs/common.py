@@ -290,7 +290,8 @@ _PRETRAIN = Section(
         "seed": Field(
             -1,
             "of the draws of pool and base, which runs of other config.seed then "
-            "share; -1: config.seed",
+            "share; measured attributes are then relative to the pool; -1: "
+            "config.seed",
             at_least=0,
             at_most=2**32 - 1,
             also=(-1,),

@@ -99,7 +99,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     processes.on_first(
         "the images", lambda: _gather_once(config, stage), processes.WORK_SECONDS
     )
-    parts = [Captioned(stage.folder, config.caption, config.data.class_type)]
+    own_pool = config.pretrain.seed >= 0 and config.data.pool > 0
+    class_type = config.data.class_type
+    parts = [Captioned(stage.folder, config.caption, class_type, own_pool)]
     if _has_pool(config):
         folder = stage.folder / base_pool.FOLDER
         class_type = config.pretrain.pool.class_type
@@ -123,11 +125,13 @@ class Captioned:
       folder: with the files of `data/splits.py`.
       section: `config.caption`, or what of it holds for these images.
       class_type: of the images.
+      relative_to_pool: whether attributes are relative to those of the pool alone.
     """
 
     folder: epath.Path
     section: ConfigDict
     class_type: str
+    relative_to_pool: bool = False
 
 
 def _has_pool(config: ConfigDict) -> bool:
@@ -623,7 +627,9 @@ def _captions(part: Captioned, stage: Stage) -> list[str]:
         return [captions.readable(text) for text in texts]
     if section.captioner == "attributes":
         images = files.map_array(part.folder / "images.npy")[: len(ids)]
-        return attribute_captions(images, section.attributes)
+        pool = files.read_json(part.folder / "splits.json")["pool"]
+        first = len(pool) if part.relative_to_pool else None
+        return attribute_captions(images, section.attributes, relative_to=first)
     saved = _saved_captions(stage, part.folder)
     return [saved[id_] for id_ in ids]
 

@@ -117,3 +117,13 @@ def test_captions_are_relative_to_the_images_and_in_one_order(kind):
 def test_strokes_are_the_default():
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     assert attribute_captions(images) == KINDS["strokes"](images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_relative_to_the_first_images_do_not_depend_on_the_others(kind):
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    images[12:] //= 4  # the others are dark
+    first = attribute_captions(images, kind, relative_to=12)
+    assert first[:12] == attribute_captions(images[:12], kind)
+    assert first[:12] != attribute_captions(images, kind)[:12]
