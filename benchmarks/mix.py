@@ -7,9 +7,9 @@ turn. Ours: `operations.as_arrays` on the host, then `operations.mix`, vmapped a
 jitted with its gather from the table; a batch is dispatched while the next is padded.
 The loop: image by image, E[pos] = F[pos], E[1:, dims] = F[1:, dims]; alone, which
 overwrites one embedding in the processor's cache, and into a new array for each batch,
-as a UNet takes them and ours makes them. The three alternate on the same recipes. In the
-first turn every embedding is compared bit by bit. Only the last batch is kept: a million
-embeddings are 236 GB.
+as a UNet takes them and ours makes them. The three alternate on the same recipes. In
+the first turn every embedding is compared bit by bit. Only the last batch is kept: a
+million embeddings are 236 GB.
 """
 
 import argparse
@@ -42,8 +42,7 @@ def main() -> None:
             one[-1, -1]  # noqa: B018
         seconds["loop"].append(time.perf_counter() - began)
         began = time.perf_counter()
-        for batch in turn.batches:
-            in_batch(turn.states, batch, turn.row_of)
+        turn.run_loop()
         seconds["loop, batches"].append(time.perf_counter() - began)
     report(seconds, turn)
 
@@ -141,6 +140,11 @@ class Turn:
         """Mixes all batches, and waits for each."""
         for mixed in self.on_device():
             mixed.block_until_ready()
+
+    def run_loop(self) -> None:
+        """The same by the loop, each batch in a new array."""
+        for batch in self.batches:
+            in_batch(self.states, batch, self.row_of)
 
     def on_device(self) -> Iterator[jax.Array]:
         """Yields each mixed batch after the next one was dispatched."""

@@ -97,7 +97,7 @@ ON_CPU = (  # the limits are those of two slow cores
         "mixing",
         "peers:mixing",
         60,
-        {"prompts": 256, "turn": 8192, "batch": 16, "count": 5},
+        {"prompts": 256, "turn": 8192, "batch": 32, "count": 5},
         toy={"prompts": 32, "turn": 64, "count": 2},
     ),
     Run(
