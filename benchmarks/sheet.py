@@ -448,14 +448,12 @@ def plot(rows: Sequence[dict[str, Any]], file: pathlib.Path) -> None:
         ("of_ceiling", "of what the hardware allows", None),
     )
     height = 1.2 + 0.3 * max(sum(k in row for row in rows) for k, _, _ in panels)
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, max(height, 2.0)))
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, max(height, 2.0)))
     for axis, (field, title, line) in zip(axes, panels, strict=True):
         shown = [row for row in reversed(rows) if field in row]
-        axis.barh(
-            [label(row) for row in shown],
-            [row[field] for row in shown],
-            color="#9bb7d4",
-        )
+        places = range(len(shown))  # two machines may have the same label
+        axis.barh(places, [row[field] for row in shown], color="#9bb7d4")
+        axis.set_yticks(places, [label(row) for row in shown])
         for place, row in enumerate(shown):
             if field == "ratio":
                 found = row.get("ratios", [])
@@ -472,7 +470,7 @@ def plot(rows: Sequence[dict[str, Any]], file: pathlib.Path) -> None:
 
 
 def label(row: dict[str, Any]) -> str:
-    return f"{row['part']}: {row['setting']}, {row['hardware'].split(',')[0]}"
+    return f"{row['part']}: {row['setting']}, {row['hardware']}"
 
 
 if __name__ == "__main__":

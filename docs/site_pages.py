@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPIES = {  # a file of the repository -> its page
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
-    "benchmarks/RESULTS.md": "results.md",
+    "benchmarks/RESULTS.md": "benchmarks.md",
 }
 NOTEBOOK = "docs/quickstart.ipynb"
 PLACES = COPIES | {

@@ -217,7 +217,7 @@ def _into_base(change: str, target: str, what: str = "") -> str:
     command = _command(
         "P.from_pretrained('BASE', safety_checker=None)",
         target,
-        "StableDiffusionPipeline",
+        "DiffusionPipeline",  # of any family
         change,
     )
     return (
