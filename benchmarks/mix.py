@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mvc_jax.mixing import operations, recipes
+from mvc_jax.training import runtime
 
 SHAPE = {"length": 77, "width": 768}
 CLASSES, CAPTION, CLASS_PROMPT = 8, 9, 6  # the last two in tokens, as of BLIP-2
@@ -28,6 +29,7 @@ CLASSES, CAPTION, CLASS_PROMPT = 8, 9, 6  # the last two in tokens, as of BLIP-2
 
 def main() -> None:
     arguments = parse()
+    runtime.set_up("")  # as the program: glibc keeps freed memory
     turn = Turn(arguments.prompts, arguments.turn, arguments.batch)
     for ours, batch in zip(turn.on_device(), turn.batches, strict=True):
         np.testing.assert_array_equal(ours, [*loop(turn.states, batch, turn.row_of)])

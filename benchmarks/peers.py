@@ -183,6 +183,9 @@ def mixing(*, prompts: int, turn: int, batch: int, count: int) -> Iterator[dict]
     """Mixing text states beside a loop in NumPy. Args: those of `mix.py`."""
     import mix
 
+    from mvc_jax.training import runtime
+
+    runtime.set_up("")
     work = mix.Turn(prompts, turn, batch)
     work.run()
     mine, theirs = [], []
