@@ -29,6 +29,7 @@ def compare(config: ConfigDict, policy: str) -> None:
         "combined:pretrained",
         *(f"{regime}+{policy}" for regime in REGIMES),
         *(f"combined:{name}+{policy}" for name in SETS[1:]),
+        *(f"probabilistic:{name}+{policy}" for name in SETS[1:]),
         "synthetic_only",
         "synthetic_only:unmixed",
     )
