@@ -5,6 +5,7 @@ import json
 import made_stages
 import pytest
 from etils import epath
+from PIL import Image
 
 from mvc_jax import files, train
 from mvc_jax.command import command_line, pipeline, repeat, run_config
@@ -68,10 +69,14 @@ def test_the_headline_is_the_interval_over_the_splits(tmp_path, program, capsys)
     assert text.index(best) < text.index(said)
     assert "| Real + synthetic | 83.0 | 85.4 | 87.4 | 85.3 |" in text
     shown = capsys.readouterr().out
-    assert text in shown and f"report: {tmp_path}/splits.html" in shown
+    assert said in shown and f"report: {tmp_path}/splits.html" in shown
+    assert "its own split, base, generator and classifiers." in text
+    assert "![test accuracy by split](splits.png)" in text
+    with Image.open(tmp_path / "splits.png") as picture:
+        assert min(picture.size) > 100
     page = (tmp_path / "splits.html").read_text()
     assert said in page and "−1.8 to +6.3" in page
-    assert 'href="seed-2/report/report.html"' in page and "//" not in page
+    assert 'href="seed-2/report/report.html"' in page and "://" not in page
     summary = json.loads((tmp_path / "splits.json").read_text())
     assert summary["seeds"] == [0, 1, 2]
     assert summary["rows"][1]["accuracies"] == [0.83, 0.854, 0.874]
@@ -96,6 +101,7 @@ def test_a_base_with_a_seed_of_its_own_is_taken_over_from_the_first(tmp_path, pr
     sources = [[x for x in c if x.startswith("--from")] for c in program.commands]
     first = [f"--from={tmp_path}/seed-0"]
     assert sources == [[], first, first]
+    assert "classifiers; the base is the same." in (tmp_path / "splits.md").read_text()
 
 
 def test_stages_are_taken_over_from_the_same_seeds_of_another(tmp_path, program):

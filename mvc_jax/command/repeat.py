@@ -16,12 +16,12 @@ from etils import epath, epy
 from mvc_jax import files, processes, stage
 from mvc_jax.command import command_line, document, run_config
 from mvc_jax.errors import UserError
-from mvc_jax.reporting import tables
-from mvc_jax.reporting.tables import Cell, Table
+from mvc_jax.reporting import formats
+from mvc_jax.reporting.tables import Cell, Document, Table
 
 with epy.lazy_imports():
     from mvc_jax.classification import comparisons
-    from mvc_jax.reporting import page
+    from mvc_jax.reporting import split_plot
 
 Program = Callable[[list[str]], int]  # takes a command line, returns its exit code
 _HELP = """The same run with several seeds, each in a folder of its own:
@@ -77,11 +77,15 @@ def run(argv: Sequence[str], program: Program) -> int:
         return 0
     _require_same_settings(finished)
     summary = summarise({seed: _metrics(folder) for seed, folder in finished.items()})
-    text = markdown(summary)
-    files.write_json(workdir / "splits.json", summary)
-    files.write_text(workdir / "splits.md", text)
-    files.write_text(workdir / "splits.html", _page(summary))
-    print(f"\n{text}\nreport: {workdir / 'splits.html'}")
+    titles, accuracies = zip(
+        *((row["title"], row["accuracies"]) for row in summary["rows"]), strict=True
+    )
+    document.write(
+        workdir / "splits",
+        _document(summary, _drawn(folders)),
+        summary,
+        picture=("test accuracy by split", split_plot.png(titles, accuracies)),
+    )
     return 0
 
 
@@ -123,44 +127,59 @@ def summarise(metrics: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The summary as two tables below its headline."""
-    seeds = summary["seeds"]
-    lines = [f"# {len(seeds)} splits", ""]
-    for each in summary["headline"]:
-        lines += [f"{each['question']} {each['sentence']}", ""]
+def _document(summary: Mapping[str, Any], drawn: str) -> Document:
+    """The headline, the accuracies and the questions.
+
+    Args:
+      summary: as `summarise` makes it.
+      drawn: what each seed draws, in words.
+    """
+    seeds, asked = summary["seeds"], summary["questions"]
+    columns = [
+        Cell("test accuracy, %"),
+        *(Cell(f"seed {x}", link=f"seed-{x}/report/report.html") for x in seeds),
+        Cell("mean"),
+    ]
     rows = [
         [
             Cell(row["title"]),
-            *(Cell(f"{100 * value:.1f}") for value in row["accuracies"]),
-            Cell(f"{100 * row['mean']:.1f}"),
+            *(Cell(formats.percent(value)) for value in row["accuracies"]),
+            Cell(formats.percent(row["mean"])),
         ]
         for row in summary["rows"]
     ]
-    names = [f"seed {seed}" for seed in seeds]
-    columns = tables.headings("test accuracy, %", *names, "mean")
-    lines.append(Table("", columns, rows).markdown())
-    if summary["questions"]:
+    found = [Table("Accuracy", columns, rows)]
+    if asked:
         columns = document.difference_columns(
             "question", confidence=summary["confidence"], over=" over splits"
         )
-        rows = [
-            [Cell(each["question"].rstrip(":")), *_cells(each)]
-            for each in summary["questions"]
-        ]
-        lines += ["", Table("", columns, rows).markdown()]
-    return "\n".join(lines) + "\n"
+        rows = [[Cell(x["question"].rstrip(":")), *_cells(x)] for x in asked]
+        note = (
+            "An interval is Student's, over the means of the splits; a verdict is "
+            "corrected for how often its question is asked (Holm)."
+        )
+        found.append(Table("Questions", columns, rows, note))
+    return Document(
+        title=document.counted(len(seeds), "split"),
+        lead=[f"{each['question']} {each['sentence']}" for each in summary["headline"]],
+        notes=[f"Every seed draws its own {drawn}."],
+        tables=found,
+    )
+
+
+def _drawn(folders: Mapping[int, epath.Path]) -> str:
+    """What each seed draws, in words."""
+    config = files.read_json(run_config.path_in(next(iter(folders.values()))))
+    if config["base"]["path"] or config["pretrain"].get("seed", -1) >= 0:
+        return "split, generator and classifiers; the base is the same"
+    return "split, base, generator and classifiers"
 
 
 def _cells(each: Mapping[str, Any]) -> list[Cell]:
     low, high = each["low"], each["high"]
-    ends = "–" if low is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
-    return [Cell(f"{100 * each['mean']:+.1f}"), Cell(ends), Cell(each["verdict"])]
-
-
-def _page(summary: Mapping[str, Any]) -> str:
-    template = epath.Path(__file__).parent / "repeat.html.j2"
-    return page.render(template, **summary)
+    ends = "–" if low is None else f"{formats.points(low)} to {formats.points(high)}"
+    verdict = Cell(each["verdict"], is_word=True)
+    return [Cell(formats.points(each["mean"])), Cell(ends), verdict]
 
 
 def _metrics(folder: epath.Path) -> dict[str, Any]:
