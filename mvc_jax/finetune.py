@@ -445,7 +445,8 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(schedule(state.step - state.skipped)),
     }
-    return state.update(grads, tx, metrics, ema_decay=ema_decay), metrics
+    new = state.update(grads, tx, metrics, ema_decay=ema_decay, shardings=shardings)
+    return new, metrics
 
 
 def noised(

@@ -336,6 +336,22 @@ def test_a_bad_step_changes_nothing_but_its_counts(
         assert a.tobytes() != b.tobytes()
 
 
+def test_gradients_are_laid_out_for_a_gpu_without_a_gather():
+    mesh = sharding.make_mesh(2, 4)
+    draw = np.random.default_rng(0)
+    shapes = {"kernel": (3, 3, 8, 16), "bias": (3,)}
+    grads = {k: draw.normal(size=v).astype(np.float32) for k, v in shapes.items()}
+    places = sharding.tree_shardings(grads, mesh)
+    grads = sharding.place(grads, places)
+    gathers = {}
+    for name, known in (("parts", places), ("whole", None)):
+        made = functools.partial(loop.row_major, shardings=known)
+        program = jax.jit(made, out_shardings=places).lower(grads).compile()
+        gathers[name] = program.as_text().count("all-gather(")
+        jax.tree.map(np.testing.assert_array_equal, program(grads), grads)
+    assert gathers == {"parts": 0, "whole": 1}
+
+
 def test_an_update_is_in_place():
     """Although a step may be skipped, no copy of the state is made."""
     mesh = sharding.make_mesh(1, 8)

@@ -55,6 +55,7 @@ class TrainState:
         *,
         ema_decay: float = 0.0,
         rate: jax.Array | None = None,
+        shardings: Any = None,
         **more: Any,
     ) -> "TrainState":
         """Takes one optimiser step along `grads`.
@@ -70,6 +71,7 @@ class TrainState:
           ema_decay: decay of `ema_params`, if they are kept.
           rate: learning rate, for a `tx` whose own is 1: fits that differ only in their
             schedules then share a compiled program.
+          shardings: of the parameters, if these are sharded.
           **more: other fields of the state after the step; unchanged if it is skipped.
 
         Returns:
@@ -95,7 +97,7 @@ class TrainState:
             cpu=functools.partial(take_by_branch, take, finite),
             tpu=functools.partial(take_by_selection, take, finite),
             default=lambda state, grads: take_by_selection(
-                take, finite, state, _row_major(grads)
+                take, finite, state, row_major(grads, shardings)
             ),
         )
         skipped = 1 - finite.astype(jnp.int32)
@@ -137,17 +139,30 @@ def take_by_selection(
     return jax.tree.map(functools.partial(jnp.where, finite), new, state)
 
 
-def _row_major(grads: Any) -> Any:
+def row_major(grads: Any, shardings: Any = None) -> Any:
     """Lays gradients out in memory as a GPU's parameters are.
 
     Gradients of convolutions come in a layout of their own, in which XLA would update
-    the whole state, with transposes of it before and after.
+    the whole state, with transposes of it before and after. XLA does not divide the
+    constraint: each device constrains its own part, or all parts would be gathered.
+
+    Args:
+      grads: of the parameters.
+      shardings: of the parameters; None: whole on each device.
     """
 
-    def one(leaf):
+    def constrain(leaf):
         return with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim))))
 
-    return jax.tree.map(one, grads)
+    def in_parts(leaf, place):
+        if place.is_fully_replicated:
+            return constrain(leaf)
+        where = {"in_specs": place.spec, "out_specs": place.spec}
+        return jax.shard_map(constrain, mesh=place.mesh, check_vma=False, **where)(leaf)
+
+    if shardings is None:
+        return jax.tree.map(constrain, grads)
+    return jax.tree.map(in_parts, grads, shardings)
 
 
 def create_state(
