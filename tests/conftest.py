@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 from unittest import mock
 
 # These run first, so that parallel workers end at about the same time.
@@ -26,6 +27,11 @@ gc.set_threshold(10_000)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
+
+# A shell starts what it puts in the background with SIGINT ignored, and processes that
+# the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
