@@ -250,7 +250,7 @@ def _parse(
 
 
 def _base(folders: Mapping[int, epath.Path], folder: epath.Path) -> list[str]:
-    """The flag that takes a base over which all seeds share, from the first run."""
+    """The flag with which a later run takes over the base that all seeds share."""
     first = next(iter(folders.values()))
     if folder == first or not stage.is_complete(first, "pretrain"):
         return []
