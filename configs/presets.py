@@ -71,10 +71,10 @@ def small64(config: ConfigDict) -> None:
     Tumor MRI after 400 steps: 23.3 dB with absolute error alone, 23.9 with gradients
     and 0.1 of the features of a classifier, 24.3 with gradients; where the scans are
     not black 21.3, 21.8 and 22.3; sharpness 0.51, 0.59 and 0.55. After all steps, 45
-    minutes by these seconds, 160 scans have 27.8 dB (25.6 where not black, sharpness 0.72), and a
-    classifier of the pool takes 77 % of 100 samples for their class, 89 % of the
-    scans. An autoencoder of (16,
-    32, 32, 32) channels, whose latents are 8x8x4, had 22.9 dB after 1,200 steps.
+    minutes by these seconds, 160 scans have 27.8 dB (25.6 where not black, sharpness
+    0.72), and a classifier of the pool takes 77 % of 100 samples for their class, 89 %
+    of the scans. An autoencoder of (16, 32, 32, 32) channels, whose latents are 8x8x4,
+    had 22.9 dB after 1,200 steps.
     """
     _small(config, size=64, vae_channels=(16, 32, 32))
 
