@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,10 @@ from absl import logging
 from etils import epath
 
 from mvc_jax import object_store, servers, store_folders
+
+# NumPy parses headers by `ast`, which fails in CPython 3.11 and some of 3.12 when two
+# threads are in it at the same time (github.com/python/cpython/issues/106905).
+_parsing_header = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -137,13 +142,15 @@ def write_array(path: epath.PathLike, array: np.ndarray) -> None:
 
 
 def read_array(path: epath.PathLike) -> np.ndarray:
-    with open(local(path), "rb") as file:
+    with open(local(path), "rb") as file, _parsing_header:
         return np.load(file, allow_pickle=False)
 
 
 def map_array(path: epath.PathLike) -> np.ndarray:
     """Like `read_array`, but memory-maps the file instead of reading it."""
-    return np.asarray(np.load(local(path), mmap_mode="r", allow_pickle=False))
+    name = local(path)
+    with _parsing_header:
+        return np.asarray(np.load(name, mmap_mode="r", allow_pickle=False))
 
 
 def local(path: epath.PathLike) -> str:

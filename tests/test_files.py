@@ -1,7 +1,10 @@
 """Files are complete or absent, and are read as they were written."""
 
+import concurrent.futures
+import gc
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -152,3 +155,24 @@ def test_a_pattern_selects_as_in_a_shell(tmp_path):
         ".tmp-train-2"
     ]
     assert files.matching(tmp_path / "none", "*") == []
+
+
+def test_threads_read_headers_at_the_same_time(tmp_path):
+    """Parsing one may be interrupted anywhere, as by a collection of garbage."""
+    path = tmp_path / "a.npy"
+    files.write_array(path, np.arange(6))
+
+    def read(depth):
+        if depth:
+            return read(depth - 1)
+        return [files.map_array(path).sum() for _ in range(300)]
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(pause := lambda *_: time.sleep(0))
+    gc.set_threshold(3)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            assert set(sum(threads.map(read, (0, 7, 14, 21)), [])) == {15}
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(pause)
