@@ -11,7 +11,6 @@ import pytest
 
 from mvc_jax.models import efficientnet, layers
 from mvc_jax.models.classifiers import VARIANTS
-from mvc_jax.models.convolution import convolve
 from mvc_jax.models.efficientnet import EfficientNet
 from mvc_jax.models.pyramidnet import PyramidNet
 from mvc_jax.models.resnet import ResNet
@@ -262,55 +261,3 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32(name):
     block = "layer1_0" if name == "resnet" else "blocks_0_0"
     seen = updated["intermediates"][block]["__call__"][0]
     assert seen.dtype == jnp.bfloat16
-
-
-CONVOLUTIONS = [  # side, window, stride, padding
-    (8, 1, 1, "SAME"),
-    (7, 1, 2, ((0, 0), (0, 0))),
-    (8, 3, 1, ((1, 1), (1, 1))),
-    (8, 3, 2, "SAME"),
-    (7, 3, 3, ((1, 2), (0, 1))),
-    (9, 7, 2, ((3, 3), (3, 3))),
-]
-
-
-def test_convolutions_have_the_gradients_of_lax():
-    rng = np.random.default_rng(0)
-
-    def gradients(conv, case, images, kernel):
-        _, _, stride, padding = case
-
-        def loss(images, kernel):
-            out = conv(
-                images,
-                kernel,
-                (stride, stride),
-                padding,
-                lhs_dilation=(1, 1),
-                rhs_dilation=(1, 1),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-            return jnp.sum(jnp.sin(out))
-
-        return jax.value_and_grad(loss, argnums=(0, 1))(images, kernel)
-
-    inputs = [
-        tuple(
-            rng.normal(size=shape).astype(np.float32)
-            for shape in ((2, side, side + 1, 3), (window, window, 3, 4))
-        )
-        for side, window, _, _ in CONVOLUTIONS
-    ]
-
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
-    def run(conv, inputs):
-        return [
-            gradients(conv, case, *pair)
-            for case, pair in zip(CONVOLUTIONS, inputs, strict=True)
-        ]
-
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        run(convolve, inputs),
-        run(jax.lax.conv_general_dilated, inputs),
-    )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mvc_jax.models import attention, stable_diffusion
+from mvc_jax.models import attention, convolution, stable_diffusion
 from mvc_jax.models.flax_classes import FlaxControlNetModel
 
 Params = dict[str, Any]
@@ -67,6 +67,7 @@ class ControlNet:
         with (
             attention.match_pytorch(),
             attention.implemented_by(self.attention, self.mesh),
+            convolution.small_images_convolved(self.mesh),
         ):
             output = self.network.apply(
                 {"params": params},

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from mvc_jax import devices, work
 from mvc_jax.models import (
     attention,
+    convolution,
     lora,
     noise_schedule,
     prompt_tokens,
@@ -342,6 +343,7 @@ class StableDiffusion:
             attention.implemented_by(self.attention, self.mesh),
             lora.adapted(params.get("lora", {})),
             remat.checkpointing(self.remat),
+            convolution.small_images_convolved(self.mesh),
             sharded_layers.mapped(
                 self.batch_sharding,
                 self.weight_shardings,

@@ -1,0 +1,95 @@
+"""Convolutions are those of `lax`, and on CPUs products where that is faster."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvc_jax import devices
+from mvc_jax.models.convolution import convolve, small_images_convolved
+
+OPTIONS = {"xla_backend_optimization_level": 0}  # compiles fast; runs slowly
+
+CONVOLUTIONS = [  # side, window, stride, padding
+    (8, 1, 1, "SAME"),
+    (7, 1, 2, ((0, 0), (0, 0))),
+    (8, 3, 1, ((1, 1), (1, 1))),
+    (8, 3, 2, "SAME"),
+    (7, 3, 3, ((1, 2), (0, 1))),
+    (9, 7, 2, ((3, 3), (3, 3))),
+    (1, 3, 1, "SAME"),
+    (2, 3, 1, ((1, 1), (1, 1))),
+    (2, 3, 2, ((0, 1), (1, 0))),
+    (4, 5, 3, ((2, 2), (2, 2))),
+]
+
+
+def test_convolutions_have_the_gradients_of_lax():
+    rng = np.random.default_rng(0)
+
+    def gradients(conv, case, images, kernel):
+        _, _, stride, padding = case
+
+        def loss(images, kernel):
+            out = conv(
+                images,
+                kernel,
+                (stride, stride),
+                padding,
+                lhs_dilation=(1, 1),
+                rhs_dilation=(1, 1),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            return jnp.sum(jnp.sin(out))
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(images, kernel)
+
+    inputs = [
+        tuple(
+            rng.normal(size=shape).astype(np.float32)
+            for shape in ((2, side, side + 1, 3), (window, window, 3, 4))
+        )
+        for side, window, _, _ in CONVOLUTIONS
+    ]
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
+    def run(conv, inputs):
+        return [
+            gradients(conv, case, *pair)
+            for case, pair in zip(CONVOLUTIONS, inputs, strict=True)
+        ]
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        run(convolve, inputs),
+        run(jax.lax.conv_general_dilated, inputs),
+    )
+
+
+@pytest.mark.parametrize(
+    "platform, side, convolutions",
+    [
+        ("cpu", 2, 0),
+        ("cpu", 3, 1),
+        ("tpu", 2, 1),
+        ("gpu", 2, 1),
+    ],
+)
+def test_small_images_are_products_on_cpus(monkeypatch, platform, side, convolutions):
+    monkeypatch.setattr(devices, "platform", lambda mesh: platform)
+    layer = nn.Conv(5, (3, 3), padding=1)
+    images = np.random.default_rng(0).normal(size=(2, side, side, 4))
+    params = layer.init(jax.random.key(0), images)
+
+    def apply(images):
+        with small_images_convolved(None):
+            return layer.apply(params, images)
+
+    compiled = jax.jit(apply, compiler_options=OPTIONS).lower(images).compile()
+    assert compiled.as_text().count(" convolution(") == convolutions
+    np.testing.assert_allclose(
+        compiled(images), layer.apply(params, images), rtol=1e-5, atol=1e-5
+    )
