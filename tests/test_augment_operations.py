@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from sklearn.datasets import load_digits
 
-from mvc_jax.augment import color, crops, operations
+from mvc_jax.augment import color, conditional, crops, operations
 
 FILL, PAINT = 128, (125, 123, 114)
 
@@ -194,7 +194,7 @@ def test_apply_where_changes_the_images_whose_condition_holds():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 99, (2, 3, 16, 17, 3)))
     images = images.astype(jnp.uint8)
     where = jnp.array([[True, False, True], [False, False, True]])
-    apply, equalize = color.apply_where(color.equalize), jax.jit(color.equalize)
+    apply, equalize = conditional.apply_where(color.equalize), jax.jit(color.equalize)
     one = jax.jit(apply)
     results = jax.jit(jax.vmap(jax.vmap(apply)))(where, images)
     for i in np.ndindex(2, 3):
@@ -202,6 +202,28 @@ def test_apply_where_changes_the_images_whose_condition_holds():
         np.testing.assert_array_equal(results[i], expected)
         np.testing.assert_array_equal(one(where[i], images[i]), expected)
         assert where[i] == (results[i] != images[i]).any()
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear"])
+@pytest.mark.parametrize("sides, looped", [((47, 48), False), ((48, 49), True)])
+def test_a_batch_equals_each_image_alone(resampling, sides, looped):
+    """A CPU loops over large images, in which few operations of a row are computed."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 99, (2, 10, *sides, 3), dtype=np.uint8)
+    steps = [("Equalize", 0.0), ("Sharpness", 1.5), ("Rotate", 20.0), ("ShearX", 0.2)]
+    table = operations.table([*steps, ("Cutout", 9.0)], *sides, resampling)
+    drawn = rng.integers(0, len(steps) + 2, (2, 10, 2))
+    where = rng.random((2, 10, 2, 2), np.float32)
+    perform = functools.partial(
+        operations.perform, table, fill=FILL, paint=PAINT, resampling=resampling
+    )
+    one = jax.jit(perform)
+    batch = jax.jit(jax.vmap(jax.vmap(perform)))
+    traced = str(jax.make_jaxpr(batch)(drawn, where, images))
+    assert ("length=20" in traced) == looped
+    results = batch(drawn, where, images)
+    for i in np.ndindex(2, 10):
+        np.testing.assert_array_equal(results[i], one(drawn[i], where[i], images[i]))
 
 
 def test_a_resized_crop_equals_pillows_within_one_level():

@@ -66,7 +66,7 @@ def test_shears_equal_indices(degrees, most, shift):
         return shears.nearest(jnp.asarray(IMAGES[0]), map_, shear, table.bounds, 128)
 
     def by_indices(map_, _):
-        return geometry.nearest(jnp.asarray(IMAGES[0]), [map_], 128)
+        return geometry.nearest(jnp.asarray(IMAGES[0]), map_[None], 128)
 
     found, expected = (
         jax.jit(jax.vmap(function))(table.rows.map, table.rows.shear)

@@ -3,6 +3,7 @@
 Images are uint8 [H, W, C] with C = 3 (RGB) or 1 (grey, Pillow's mode L).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,55 +17,6 @@ Number = Float32[Array, ""] | float
 Whole = Int32[Array, ""] | int
 
 LEVELS = 256
-
-
-def apply_where(function: Callable[[Image], Image]) -> Callable[..., Image]:
-    """Returns `(condition, image) -> function(image) if condition else image`.
-
-    It is meant for costly functions with conditions that are mostly False. On a CPU a
-    vmapped batch is a loop over the images whose condition is True; on an accelerator
-    `function` is computed for all, and the results are selected.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def apply(condition, image):
-        return jax.lax.cond(condition, function, lambda x: x, image)
-
-    def loop(condition, images):
-        order = jnp.argsort(~condition)  # stable: images with a True condition first
-
-        def body(i, images):
-            row = order[i]
-            return images.at[row].set(function(images[row]))
-
-        return jax.lax.fori_loop(0, condition.sum(), body, images)
-
-    def select(condition, images):
-        changed = jax.vmap(function)(images)
-        return jnp.where(condition[:, None, None, None], changed, images)
-
-    @jax.custom_batching.custom_vmap
-    def apply_batch(condition, images):
-        return jax.lax.platform_dependent(condition, images, cpu=loop, default=select)
-
-    def broadcast(size, batched, *values):
-        return tuple(
-            value if is_batched else jnp.broadcast_to(value, (size, *value.shape))
-            for value, is_batched in zip(values, batched, strict=True)
-        )
-
-    @apply.def_vmap
-    def _(size, batched, condition, image):
-        return apply_batch(*broadcast(size, batched, condition, image)), True
-
-    @apply_batch.def_vmap
-    def _(size, batched, condition, images):  # a batch of batches is one batch
-        condition, images = broadcast(size, batched, condition, images)
-        shape = images.shape
-        images = images.reshape(shape[0] * shape[1], *shape[2:])
-        return apply_batch(condition.reshape(-1), images).reshape(shape), True
-
-    return apply
 
 
 def grey(image: Image) -> Int32[Array, "H W 1"]:
@@ -82,7 +34,7 @@ def smooth(image: Image) -> Image:
     height, width, _ = image.shape
     if min(height, width) < 3:
         return image
-    wide = image.astype(jnp.int32)
+    wide = image.astype(jnp.uint16)
     rows = wide[:-2] + wide[1:-1] + wide[2:]
     total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]
     rounded = (2 * total + 13) // 26  # the weights sum to 13
@@ -127,8 +79,8 @@ def autocontrast(image: Image) -> Image:
     12,094 of the 2,828,800 triples of lowest, highest and own level).
     """
     levels = image.astype(jnp.int32)
-    lowest = levels.min(axis=(0, 1), keepdims=True)
-    span = levels.max(axis=(0, 1), keepdims=True) - lowest
+    lowest = _by_channel(jnp.min, levels)
+    span = _by_channel(jnp.max, levels) - lowest
     # The 1/2 keeps the quotients away from integers, whichever way they are rounded.
     numerator = ((levels - lowest) * 255).astype(jnp.float32) + 0.5
     stretched = numerator / jnp.maximum(span, 1).astype(jnp.float32)
@@ -138,15 +90,29 @@ def autocontrast(image: Image) -> Image:
 def equalize(image: Image) -> Image:
     """Equalises the histogram of each channel."""
     levels = jnp.arange(256, dtype=jnp.int32)[None]
-    highest = image.max(axis=(0, 1), keepdims=True)
-    last = (image == highest).sum(axis=(0, 1), dtype=jnp.int32)[:, None]
+    counts = gathers.histogram(image)
+    highest = jnp.where(counts > 0, levels, 0).max(axis=1, keepdims=True)
+    last = jnp.where(levels == highest, counts, 0).sum(axis=1, keepdims=True)
     total = image.shape[0] * image.shape[1]
     step = (total - last) // 255
-    counts = gathers.histogram(image)
     below = jnp.cumsum(counts, axis=1) - counts
     table = (step // 2 + below) // jnp.maximum(step, 1)
     table = jnp.clip(jnp.where(step > 0, table, levels), 0, 255).astype(jnp.uint8)
+    # It ascends already. On a CPU what is not sorted is fused with the look-up, where
+    # each pixel would divide again.
+    table = jax.lax.platform_dependent(
+        table, cpu=functools.partial(jnp.sort, axis=1), default=lambda table: table
+    )
     return gathers.look_up(table, image)
+
+
+def _by_channel(
+    reduce: Callable, levels: Int32[Array, "H W C"]
+) -> Int32[Array, "1 1 C"]:
+    """`reduce` over all pixels; by columns first, many numbers at a time on a CPU."""
+    height, width, channels = levels.shape
+    columns = reduce(levels.reshape(height, width * channels), axis=0)
+    return reduce(columns.reshape(width, channels), axis=0)[None, None]
 
 
 def paint(

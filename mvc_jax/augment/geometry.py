@@ -117,7 +117,7 @@ def pick(
 
 
 def nearest(
-    image: UInt8[Array, "H W C"], maps: list[Int32[Array, "6"]], fill: int
+    image: UInt8[Array, "H W C"], maps: Int32[Array, "S 6"], fill: int
 ) -> UInt8[Array, "H W C"]:
     """Applies `maps` in order with nearest-neighbour sampling.
 
@@ -126,7 +126,7 @@ def nearest(
     """
     height, width, _ = image.shape
     pixels, valid = grid(height, width), jnp.ones((height, width), bool)
-    for coefficients in reversed(maps):
+    for coefficients in maps[::-1]:
         y, x = positions(coefficients, pixels)
         pixels = (y >> 16, x >> 16)
         valid &= inside(pixels, height, width)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from mvc_jax.augment import color, geometry, shears
+from mvc_jax.augment import color, conditional, geometry, shears
 
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Brightness", "Contrast", "Color", "Sharpness")  # indexed by `Row.blend`
@@ -31,6 +31,8 @@ OPERATIONS = (
     "Cutout",
 )
 Operation = tuple[str, float | int]
+_STILL = geometry.fixed_point(geometry.IDENTITY)
+_LOOPED = 48 * 48  # pixels of an image from which on a CPU takes one after the other
 
 
 class Row(NamedTuple):
@@ -144,6 +146,14 @@ def perform(
       paint: the colour of Cutout.
       resampling: that of `table`.
     """
+
+    def perform_all(image, drawn, where):
+        return _perform(table, drawn, where, image, fill, paint, resampling)
+
+    return conditional.one_by_one(perform_all, _LOOPED)(image, drawn, where)
+
+
+def _perform(table, drawn, where, image, fill, paint, resampling):
     rows = Row(*(jnp.asarray(column)[drawn] for column in table.rows))
     steps = [Row(*(column[i] for column in rows)) for i in range(len(drawn))]
     moving = bool(table.names.intersection(GEOMETRIC))
@@ -152,7 +162,8 @@ def perform(
         after.setdefault(max(i - 1, 0), []).append(step)
     for i, step in enumerate(steps):
         if moving and resampling == "bilinear":
-            image = geometry.bilinear(image, step.map, step.span, fill)
+            sample = functools.partial(geometry.bilinear, fill=fill)
+            image = _where_moved(sample, step.map, image, step.map, step.span)
         image = recolor(image, step, where[i], table.names, paint)
         if moving and resampling == "nearest" and i in after:
             image = _move(image, after[i], table.bounds, fill)
@@ -168,7 +179,9 @@ def _move(
     """Applies the maps of steps: on a TPU by shears, where the table has bounds."""
 
     def at_once(image, steps):
-        return geometry.nearest(image, [step.map for step in steps], fill)
+        maps = jnp.stack([step.map for step in steps])
+        sample = functools.partial(geometry.nearest, fill=fill)
+        return _where_moved(sample, maps, image, maps)
 
     def sheared(image, steps):
         for step in steps:
@@ -180,6 +193,11 @@ def _move(
     return jax.lax.platform_dependent(image, steps, tpu=sheared, default=at_once)
 
 
+def _where_moved(sample, maps, image, *arguments) -> UInt8[Array, "H W C"]:
+    moved = (maps.reshape(-1, 6) != _STILL[None]).any()
+    return conditional.apply_where(sample, neutral=True)(moved, image, *arguments)
+
+
 def recolor(
     image: UInt8[Array, "H W C"],
     step: Row,
@@ -189,34 +207,41 @@ def recolor(
 ) -> UInt8[Array, "H W C"]:
     """Applies the colour part of a row; `names` are the operations that can occur."""
     if names.intersection(BLENDS):
-        image = color.blend(_degenerate(image, step, names), image, step.factor)
+        blend = functools.partial(_blend, names=names)
+        blends = conditional.apply_where(blend, neutral=True)
+        image = blends(step.factor != 1, image, step.blend, step.factor)
     if names.intersection(("Solarize", "Invert")):
         image = color.solarize(image, step.threshold)
     if "Posterize" in names:
         image = color.posterize(image, step.mask)
     if "AutoContrast" in names:
-        image = color.apply_where(color.autocontrast)(step.autocontrast, image)
+        stretches = conditional.apply_where(color.autocontrast)
+        image = stretches(step.autocontrast, image)
     if "Equalize" in names:
-        image = color.apply_where(color.equalize)(step.equalize, image)
+        image = conditional.apply_where(color.equalize)(step.equalize, image)
     if "Cutout" in names:
         image = _cut(image, step.cutout, where, paint)
     return image
 
 
-def _degenerate(image, step: Row, names) -> Int32[Array, "H W C"]:
-    """The image that a row blends with, selected by its index: nothing branches."""
+def _blend(image, blend, factor, *, names: frozenset[str]) -> UInt8[Array, "H W C"]:
+    return color.blend(_degenerate(image, blend, names), image, factor)
+
+
+def _degenerate(image, blend, names) -> Int32[Array, "H W C"]:
+    """The image that a row blends with, selected by its index."""
     index = {name: i for i, name in enumerate(BLENDS)}
     chosen = jnp.zeros(image.shape, jnp.int32)
     if "Sharpness" in names:
-        sharpen = step.blend == index["Sharpness"]
-        smoothed = color.apply_where(color.smooth)(sharpen, image)
+        sharpen = blend == index["Sharpness"]
+        smoothed = conditional.apply_where(color.smooth)(sharpen, image)
         chosen = jnp.where(sharpen, smoothed.astype(jnp.int32), chosen)
     if names.intersection(("Contrast", "Color")):
         grey = color.grey(image)
-        chosen = jnp.where(step.blend == index["Color"], grey, chosen)
+        chosen = jnp.where(blend == index["Color"], grey, chosen)
     if "Contrast" in names:
         mean = color.mean(grey)
-        chosen = jnp.where(step.blend == index["Contrast"], mean, chosen)
+        chosen = jnp.where(blend == index["Contrast"], mean, chosen)
     return chosen
 
 
