@@ -93,6 +93,10 @@ def run(config, workdir):
     import os
     flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     assert flag in os.environ["XLA_FLAGS"]
+    import importlib.metadata
+    flag = "--xla_cpu_experimental_ynn_fusion_type=-"
+    known = importlib.metadata.version("jaxlib").startswith("0.10.")
+    assert (flag in os.environ["XLA_FLAGS"]) == known
     flag = "--fibers_default_thread_stack_size=1048576"
     assert flag in os.environ["LIBTPU_INIT_ARGS"]
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"

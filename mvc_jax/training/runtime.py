@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import importlib.metadata
 import json
 import os
 import re
@@ -58,6 +59,7 @@ def set_up(compilation_cache: str) -> None:
     # JAX reserves 75 % of a GPU's memory by default, and the rest would stay unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     _schedule_depth_first()
+    _convolve_by_eigen()
     _enlarge_compiler_stacks()
     if not cuda_libraries.has_driver():
         # JAX asks each library of CUDA for its version, and CUPTI 13.2 crashes then.
@@ -240,6 +242,19 @@ def _schedule_depth_first() -> None:
     Measured with the small Stable Diffusion of `benchmarks/finetune_step.py`.
     """
     _add_flag("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler", "false")
+
+
+def _convolve_by_eigen() -> None:
+    """Keeps XLA on CPUs from convolving by YNNPACK, unless XLA_FLAGS sets the option.
+
+    With jaxlib 0.10 that takes up to twice as long as by Eigen, and gradients with
+    respect to the kernel up to four times (benchmarks/RESULTS.md). Other versions are
+    left alone: an option that they do not know would end the process.
+    """
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        option = "--xla_cpu_experimental_ynn_fusion_type"
+        convolution = "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+        _add_flag("XLA_FLAGS", option, f"-{convolution}")  # all but these
 
 
 def _enlarge_compiler_stacks() -> None:
