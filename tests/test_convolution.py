@@ -13,25 +13,31 @@ from mvc_jax.models.convolution import convolve, small_images_convolved
 
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiles fast; runs slowly
 
-CONVOLUTIONS = [  # side, window, stride, padding
-    (8, 1, 1, "SAME"),
-    (7, 1, 2, ((0, 0), (0, 0))),
-    (8, 3, 1, ((1, 1), (1, 1))),
-    (8, 3, 2, "SAME"),
-    (7, 3, 3, ((1, 2), (0, 1))),
-    (9, 7, 2, ((3, 3), (3, 3))),
-    (1, 3, 1, "SAME"),
-    (2, 3, 1, ((1, 1), (1, 1))),
-    (2, 3, 2, ((0, 1), (1, 0))),
-    (4, 5, 3, ((2, 2), (2, 2))),
+CONVOLUTIONS = [  # side, window, stride, padding, groups of the 4 channels
+    (8, 1, 1, "SAME", 1),
+    (7, 1, 2, ((0, 0), (0, 0)), 1),
+    (8, 3, 1, ((1, 1), (1, 1)), 1),
+    (8, 3, 2, "SAME", 1),
+    (7, 3, 3, ((1, 2), (0, 1)), 1),
+    (9, 7, 2, ((3, 3), (3, 3)), 1),
+    (1, 3, 1, "SAME", 1),
+    (2, 3, 1, ((1, 1), (1, 1)), 1),
+    (2, 3, 2, ((0, 1), (1, 0)), 1),
+    (4, 5, 3, ((2, 2), (2, 2)), 1),
+    (6, 3, 1, "SAME", 4),
+    (7, 5, 2, ((1, 2), (2, 2)), 4),
+    (2, 5, 1, "SAME", 4),
+    (6, 1, 2, "SAME", 4),
+    (6, 3, 2, "SAME", 2),
+    (2, 3, 1, "SAME", 2),
 ]
 
 
-def test_convolutions_have_the_gradients_of_lax():
+def test_convolutions_and_their_gradients_are_those_of_lax():
     rng = np.random.default_rng(0)
 
     def gradients(conv, case, images, kernel):
-        _, _, stride, padding = case
+        _, _, stride, padding, groups = case
 
         def loss(images, kernel):
             out = conv(
@@ -42,6 +48,7 @@ def test_convolutions_have_the_gradients_of_lax():
                 lhs_dilation=(1, 1),
                 rhs_dilation=(1, 1),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=groups,
             )
             return jnp.sum(jnp.sin(out))
 
@@ -50,9 +57,9 @@ def test_convolutions_have_the_gradients_of_lax():
     inputs = [
         tuple(
             rng.normal(size=shape).astype(np.float32)
-            for shape in ((2, side, side + 1, 3), (window, window, 3, 4))
+            for shape in ((2, side, side + 1, 4), (window, window, 4 // groups, 4))
         )
-        for side, window, _, _ in CONVOLUTIONS
+        for side, window, _, _, groups in CONVOLUTIONS
     ]
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
@@ -67,6 +74,16 @@ def test_convolutions_have_the_gradients_of_lax():
         run(convolve, inputs),
         run(jax.lax.conv_general_dilated, inputs),
     )
+
+
+def test_depthwise_convolutions_are_sums_on_cpus():
+    images, kernel = jnp.ones((1, 6, 6, 4)), jnp.ones((3, 3, 1, 4))
+    options = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
+    apply = functools.partial(
+        convolve, strides=(1, 1), padding="SAME", feature_group_count=4, **options
+    )
+    compiled = jax.jit(apply, compiler_options=OPTIONS).lower(images, kernel).compile()
+    assert "convolution(" not in compiled.as_text()
 
 
 @pytest.mark.parametrize(

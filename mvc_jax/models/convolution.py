@@ -1,18 +1,22 @@
-"""Convolutions that are fast on CPUs: of small images, and the kernel's gradient.
+"""Convolutions that are fast on CPUs: small images, depthwise, the kernel's gradient.
 
-XLA's CPU backend convolves as fast as PyTorch, with two exceptions, which are matrix
-products here; on other platforms both are XLA's own.
+XLA's CPU backend convolves fast, with three exceptions. On other platforms all of them
+are XLA's own (benchmarks/RESULTS.md has the measurements).
 
-- The gradient with respect to the kernel takes it two to four times as long. Here it is
-  one product per position in the kernel.
+- The gradient with respect to the kernel takes it up to four times as long, and so it
+  does by Eigen (`training/runtime.py`) where convolutions have strides. Here it is one
+  product per position in the kernel.
 - Images of fewer pixels than the kernel has, such as the 2x2 of a UNet's lowest level,
   take it 10 to 60 times as long as larger ones of as many pixels in all. Here they are
-  the product of their patches (benchmarks/RESULTS.md).
+  the product of their patches.
+- Depthwise convolutions take it 50 to 70 times as long as the sum that they are here:
+  of shifted images times numbers of the kernel.
 
 A 1x1 convolution is a matrix product everywhere.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 
@@ -41,7 +45,7 @@ def convolve(
       kernel: [h, w, C / groups, D].
       strides: two numbers.
       padding: (before, after) for each axis, or "SAME" or "VALID".
-      feature_group_count: groups of channels.
+      feature_group_count: groups of channels, C if the convolution is depthwise.
       options: other arguments of linen; dilation is not supported.
     """
     assert not any(d != 1 for d in (*options["lhs_dilation"], *options["rhs_dilation"]))
@@ -50,9 +54,10 @@ def convolve(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(sides, window, strides, padding)
     padding = tuple(map(tuple, padding))
-    if feature_group_count > 1:
-        return _convolve(inputs, kernel, strides, padding, feature_group_count)
-    if window == (1, 1) and not any(sum(padding, ())):
+    if feature_group_count > 1 and not _is_depthwise(inputs, kernel):
+        return _convolve(inputs, kernel, strides, padding)
+    whole = feature_group_count == 1
+    if whole and window == (1, 1) and not any(sum(padding, ())):
         rows, columns = strides
         return inputs[:, ::rows, ::columns] @ kernel[0, 0]
     return _with_fast_gradient(inputs, kernel, strides, padding)
@@ -80,14 +85,18 @@ def _is_small(x: Array, window: tuple[int, ...]) -> bool:
     return math.prod(x.shape[1:3]) < math.prod(window)
 
 
-def _convolve(x: Array, kernel: Array, strides, padding: Pads, groups=1) -> Array:
+def _is_depthwise(x: Array, kernel: Array) -> bool:
+    return kernel.shape[2] == 1 < x.shape[-1] == kernel.shape[3]
+
+
+def _convolve(x: Array, kernel: Array, strides, padding: Pads) -> Array:
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
         padding,
         dimension_numbers=NHWC,
-        feature_group_count=groups,
+        feature_group_count=x.shape[-1] // kernel.shape[2],
     )
 
 
@@ -101,7 +110,7 @@ def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pad
     height, width, channels, _ = kernel.shape
 
     def products(x: Array, gradient: Array) -> Array:
-        shifted = _shifted(x, (height, width), (rows, columns), strides, padding)
+        shifted = _shifted(x, (height, width), strides, padding)
         gradient = gradient.reshape(-1, features)
         return jnp.stack([part.reshape(-1, channels).T @ gradient for part in shifted])
 
@@ -117,22 +126,26 @@ def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pad
 
 def _by_patches(x: Array, kernel: Array, strides, padding: Pads) -> Array:
     """The convolution as one product: of each patch, as a row, and the kernel."""
-    window = kernel.shape[:2]
-    shape = zip(x.shape[1:3], padding, window, strides, strict=True)
-    output = tuple((n + sum(p) - k) // s + 1 for n, p, k, s in shape)
-    patches = jnp.concatenate(_shifted(x, window, output, strides, padding), axis=-1)
-    return patches @ kernel.reshape(-1, kernel.shape[-1])
+    shifted = _shifted(x, kernel.shape[:2], strides, padding)
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _shifted(x: Array, window, output, strides, padding: Pads) -> list[Array]:
-    """What each position in the kernel is multiplied by: [B, *output, C], for each."""
+def _by_shifts(x: Array, kernel: Array, strides, padding: Pads) -> Array:
+    """A depthwise convolution as a sum over the positions in the kernel."""
+    numbers = kernel.reshape(-1, 1, 1, 1, x.shape[-1])
+    shifted = _shifted(x, kernel.shape[:2], strides, padding)
+    return sum(part * number for part, number in zip(shifted, numbers, strict=True))
+
+
+def _shifted(x: Array, window, strides, padding: Pads) -> list[Array]:
+    """What each position in a kernel is multiplied by: [B, h, w, C], for each."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = ((n - 1) * s + 1 for n, s in zip(output, strides, strict=True))
+    ends = [n - k for n, k in zip(x.shape[1:3], window, strict=True)]
     return [
         lax.slice(
             x,
             (0, i, j, 0),
-            (len(x), i + rows, j + columns, x.shape[-1]),
+            (len(x), i + ends[0] + 1, j + ends[1] + 1, x.shape[-1]),
             (1, *strides, 1),
         )
         for i in range(window[0])
@@ -140,45 +153,51 @@ def _shifted(x: Array, window, output, strides, padding: Pads) -> list[Array]:
     ]
 
 
-def _plain(x: Array, kernel: Array, strides, padding: Pads) -> Array:
-    if not _is_small(x, kernel.shape[:2]):
-        return _convolve(x, kernel, strides, padding)
+def _on_cpu(x: Array, kernel: Array, strides, padding: Pads) -> Array:
+    if _is_depthwise(x, kernel):
+        return _by_shifts(x, kernel, strides, padding)
+    by = _by_patches if _is_small(x, kernel.shape[:2]) else _convolve
+    return by(x, kernel, strides, padding)
+
+
+def _everywhere(x: Array, kernel: Array, strides, padding: Pads) -> Array:
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, kernel: _by_patches(x, kernel, strides, padding),
+        cpu=lambda x, kernel: _on_cpu(x, kernel, strides, padding),
         default=lambda x, kernel: _convolve(x, kernel, strides, padding),
     )
 
 
 def _forward(x, kernel, strides, padding):
-    return _plain(x, kernel, strides, padding), (x, kernel)
+    return _everywhere(x, kernel, strides, padding), (x, kernel)
 
 
 def _backward(strides, padding, inputs, gradient):
     x, kernel = inputs
 
-    def by_convolution(x: Array, kernel: Array, gradient: Array):
-        return (
-            _transposed(lambda x: _convolve(x, kernel, strides, padding), x, gradient),
-            _transposed(lambda k: _convolve(x, k, strides, padding), kernel, gradient),
+    def transposed(forward: Callable, x: Array, kernel: Array, gradient: Array):
+        """The gradients of `forward`, which is linear in either array."""
+        of_x = jax.linear_transpose(lambda x: forward(x, kernel, strides, padding), x)
+        of_kernel = jax.linear_transpose(
+            lambda kernel: forward(x, kernel, strides, padding), kernel
         )
+        return of_x(gradient)[0], of_kernel(gradient)[0]
 
-    def by_products(x: Array, kernel: Array, gradient: Array):
-        forward = _by_patches if _is_small(x, kernel.shape[:2]) else _convolve
-        return (
-            _transposed(lambda x: forward(x, kernel, strides, padding), x, gradient),
-            _by_products(x, kernel, gradient, strides, padding),
-        )
+    def on_cpu(x: Array, kernel: Array, gradient: Array):
+        of_x, of_kernel = transposed(_on_cpu, x, kernel, gradient)
+        if not _is_depthwise(x, kernel):
+            of_kernel = _by_products(x, kernel, gradient, strides, padding)
+        return of_x, of_kernel
 
     return lax.platform_dependent(
-        x, kernel, gradient, cpu=by_products, default=by_convolution
+        x,
+        kernel,
+        gradient,
+        cpu=on_cpu,
+        default=functools.partial(transposed, _convolve),
     )
 
 
-def _transposed(linear: Callable[[Array], Array], like: Array, gradient: Array):
-    return jax.linear_transpose(linear, like)(gradient)[0]
-
-
-_with_fast_gradient = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))
+_with_fast_gradient = jax.custom_vjp(_everywhere, nondiff_argnums=(2, 3))
 _with_fast_gradient.defvjp(_forward, _backward)
