@@ -45,6 +45,7 @@ def get_config(argument: str = "") -> ConfigDict:
         "combined+flip_crop",
         "two_phase+flip_crop",
         "probabilistic+flip_crop",
+        "probabilistic:real+flip_crop",
         "combined:unmixed+flip_crop",
     )
     config.report.title = "Mixing Visual Concepts: Caltech-101"

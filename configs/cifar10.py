@@ -51,6 +51,7 @@ def get_config(argument: str = "") -> ConfigDict:
         "combined+autoaugment_cifar10",
         "two_phase+autoaugment_cifar10",
         "probabilistic+autoaugment_cifar10",
+        "probabilistic:real+autoaugment_cifar10",
         "combined:unmixed+autoaugment_cifar10",
     )
     config.report.title = "Mixing Visual Concepts: CIFAR-10"

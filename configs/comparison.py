@@ -2,7 +2,8 @@
 
 Not a config: `digits_splits.py`, `brain_tumor_small.py` and `cifar10_small.py` use it,
 so that their tables have the same rows. No setting was chosen on test images; the rows
-of `probabilistic` with controls and rivals were added after those of the digits.
+of `probabilistic` with controls and rivals were added after those of the digits, and
+last of all the ones with larger batches of real images, `probabilistic:real`.
 """
 
 from ml_collections import ConfigDict
@@ -25,9 +26,11 @@ def compare(config: ConfigDict, policy: str) -> None:
         "real",
         f"real+{policy}",
         *REGIMES,
+        "probabilistic:real",
         "combined:unmixed",
         "combined:pretrained",
         *(f"{regime}+{policy}" for regime in REGIMES),
+        f"probabilistic:real+{policy}",
         *(f"combined:{name}+{policy}" for name in SETS[1:]),
         *(f"probabilistic:{name}+{policy}" for name in SETS[1:]),
         "synthetic_only",

@@ -78,6 +78,7 @@ def get_config(argument: str = "") -> ConfigDict:
         "combined",
         "two_phase",
         "probabilistic",
+        "probabilistic:real",
         "combined:unmixed",
         "combined:pretrained",
         "combined+affine",

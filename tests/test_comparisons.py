@@ -26,10 +26,14 @@ def noisy(accuracy, number, seeds=4, images=400):
         ("combined+cutmix+flip", "real+flip+cutmix"),
         ("real+flip", "real"),
         ("real", None),
+        ("probabilistic+flip", "probabilistic:real+flip"),
+        ("probabilistic:unmixed+flip", "probabilistic:real+flip"),
+        ("probabilistic", "real"),
+        ("combined:unmixed+flip", "real+flip"),
     ],
 )
 def test_a_run_is_compared_with_real_images_and_the_same_augmentation(name, against):
-    names = ["real", "real+flip", "real+flip+cutmix"]
+    names = ["real", "real+flip", "real+flip+cutmix", "probabilistic:real+flip"]
     correct = dict.fromkeys(names, right([0.6, 0.6])) | {name: right([0.65, 0.65])}
     found = comparisons.difference(name, correct, 0.95)
     assert (found or {}).get("against") == against
@@ -162,6 +166,22 @@ def test_the_headline_asks_what_is_added_to_the_best_policy():
     assert added["sentence"].endswith(sentences["two_phase+affine"])
     assert plain["sentence"] == sentences["combined"]
     assert plain["sentence"].startswith("Yes: ")
+
+
+def test_larger_batches_of_real_images_are_a_training_without_synthetic_ones():
+    correct = {
+        "real+affine": noisy(0.7, 0),
+        "probabilistic:real+affine": noisy(0.8, 1),
+        "probabilistic+affine": noisy(0.75, 2),
+    }
+    answered = comparisons.answers(correct, 0.95)
+    assert [(x["run"], x["against"]) for x in answered] == [
+        ("probabilistic+affine", "real+affine"),
+        ("probabilistic+affine", "probabilistic:real+affine"),
+    ]
+    _, added = comparisons.headline(means(correct), answered)
+    assert "against Probabilistic, real images added (control)" in added["sentence"]
+    assert added["sentence"].endswith(answered[1]["sentence"])
 
 
 def test_the_headline_says_what_was_not_tried():

@@ -143,6 +143,10 @@ def test_without_synthetic_images_regimes_are_real():
     for regime in ("real", "replace_same_class"):
         without = schedule(regime, none)["index"]
         np.testing.assert_array_equal(without, schedule("real")["index"])
+    control, probabilistic = (schedule("probabilistic", x) for x in (none, POOLS))
+    assert is_real(control["index"]).all()
+    assert (control["index"][:, :12] != control["index"][:, 12:]).any()
+    np.testing.assert_array_equal(control["weight"], probabilistic["weight"])
 
 
 @pytest.mark.parametrize(("ratio", "used"), [(0.0, 90), (1.0, 30), (3.0, 90)])

@@ -108,6 +108,7 @@ MISTAKES = [
     ("--config.pretrain.vae.groups=0", "config.pretrain.vae.groups", "0"),
     ("--config.classify.runs=nope", "config.classify.runs", "probabilistic", "'nope'"),
     ("--config.classify.runs=real:mixed", "config.classify.runs", "takes no set"),
+    ("--config.classify.runs=combined:real", "config.classify.runs", "only proba"),
     ("--config.classify.runs=combined+nope", "config.classify.runs", "affine, cutout"),
     ("--config.classify.runs=combined:nope", "config.classify.runs", "generate.sets"),
     ("--config.classify.runs=real,real", "config.classify.runs", "no run twice"),

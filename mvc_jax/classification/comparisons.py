@@ -26,14 +26,14 @@ def _real(run: runs.Run) -> tuple:
 
 
 def _with_set(name: str) -> Callable[[runs.Run], tuple]:
-    """The same run on another set."""
+    """The same run on another set; "": on real images in its place."""
     return lambda run: (run.regime, name, run.policy, run.mix)
 
 
 # What is asked of every run on mixed images that has an answer's other side, and which
 # sides those are.
 QUESTIONS = {
-    "Do the synthetic images help": (_real,),
+    "Do the synthetic images help": (_real, _with_set("")),
     "Does mixing captions help": (_with_set("unmixed"),),
     "Does fine-tuning help": (_with_set("pretrained"),),
     "Is it better than another method": tuple(map(_with_set, RIVALS)),
@@ -41,14 +41,14 @@ QUESTIONS = {
 
 
 def difference(name: str, correct: Correct, confidence: float) -> dict[str, Any] | None:
-    """A run against `real` with its augmentation, else against plain `real`.
+    """A run against its like on real images: with its augmentation, else plain `real`.
 
     Returns:
       `against`, the name of the other run, and the fields of `differences.Difference`;
       None if there is no such run, or it is this one.
     """
     made, run = _by_parts(correct), runs.parse(name)
-    for parts in (_real(run), ("real", "", "none", "")):
+    for parts in (_with_set("")(run), _real(run), ("real", "", "none", "")):
         other = made.get(parts)
         if other not in (None, name):
             found = differences.paired(correct[name], correct[other], confidence)
@@ -94,10 +94,10 @@ def against_reference(
 
 def without_synthetic(name: str, names: Collection[str]) -> str | None:
     """Of `names` the run on real images alone that is else like this one, if any is."""
-    run = runs.parse(name)
-    if run.regime == "real":
+    run, made = runs.parse(name), _by_parts(names)
+    if not run.set:
         return None
-    return _by_parts(names).get(_real(run))
+    return made.get(_with_set("")(run)) or made.get(_real(run))
 
 
 def answers(correct: Correct, confidence: float) -> list[dict[str, Any]]:
@@ -285,7 +285,7 @@ def headline(
             f"{where}.",
         }
     ]
-    real = [name for name in means if runs.parse(name).regime == "real"]
+    real = [name for name in means if not runs.parse(name).set]
     about = [x for x in answered if x["question"].startswith([*QUESTIONS][0])]
     if not real or not about:
         return said

@@ -31,7 +31,7 @@ class Pools:
     Attributes:
       real: rows of real images, int32 [N].
       synthetic: rows of synthetic images in the order they were drawn, int32 [M]; may
-        be empty for the regime `real`.
+        be empty for the regimes `real` and `probabilistic`.
       sources: for each synthetic image the row of its source, a real image, int32 [M].
       labels: class of every row of the array, int32 [R].
     """
@@ -103,7 +103,7 @@ def schedule(
     - `combined`: real and synthetic images as one dataset.
     - `two_phase`: `combined`, then real images only for fewer steps.
     - `probabilistic`: a real batch; each slot adds a synthetic image with probability
-      p.
+      p, or where the pools have none another real image: the control.
     - `replace_*`: a real batch; each slot is replaced with probability p by a synthetic
       image made from the same source, of the same class, or by any. A slot without such
       an image keeps its own.
@@ -147,7 +147,10 @@ def schedule(
     weight = np.ones(index.shape, np.float32)
     if regime == "probabilistic":
         added = draw.random(index.shape) < probability
-        extra = batches(pools.synthetic, "synthetic", 0, steps)
+        if len(pools.synthetic):
+            extra = batches(pools.synthetic, "synthetic", 0, steps)
+        else:
+            extra = batches(pools.real, "more real", 0, steps)
         index = np.concatenate([index, extra], axis=1)
         weight = np.concatenate([weight, added.astype(np.float32)], axis=1)
     return {"index": index, "weight": weight}

@@ -1,5 +1,8 @@
 """Runs by name: `<regime>[:<set>][+<policy>][+<mix>]`, e.g. `combined:unmixed+affine`.
 
+`probabilistic:real` adds real images where `probabilistic` adds synthetic ones: what of
+its effect comes from larger batches.
+
 `classify` trains them, `evaluate` names them in its tables.
 """
 
@@ -47,7 +50,7 @@ class Run:
     Attributes:
       name: as written in the config.
       regime: how real and synthetic images meet, one of `regimes.REGIMES`.
-      set: name of the synthetic set; "" for `real`.
+      set: name of the synthetic set; "" for `real` and `probabilistic:real`.
       policy: augmentation policy of each image, one of `augment.NAMES`.
       mix: augmentation of a whole batch, one of `MIXES`; "" for none.
     """
@@ -67,6 +70,8 @@ class Run:
     def title(self) -> str:
         """Its name in a table, e.g. "Real + synthetic + RandAugment"."""
         title = _TITLES[self.regime]
+        if not self.set and self.regime != "real":
+            title += ", real images added (control)"
         if self.set not in ("", "mixed"):
             title += f", {_TITLES.get(self.set, self.set.replace('_', ' '))}"
         for name in (self.policy, self.mix):
@@ -106,6 +111,7 @@ def parse(name: str) -> Run:
         regime not in REGIMES
         or bool(colon) != bool(set_)
         or (regime == "real" and set_)
+        or (set_ == "real" and regime != "probabilistic")
         or any(policy not in augment.NAMES for policy in policies)
         or len(policies) > 1
         or len(mixes) > 1
@@ -113,12 +119,13 @@ def parse(name: str) -> Run:
         raise UserError(
             "config.classify.runs",
             wanted="<regime>[:<set>][+<policy>][+<mix>] with a regime of "
-            f"{', '.join(REGIMES)} (real takes no set), at most one policy of "
+            f"{', '.join(REGIMES)} (real takes no set, and of the others only "
+            "probabilistic takes real images as one), at most one policy of "
             f"{', '.join(augment.NAMES)} and at most one mix of {', '.join(MIXES)}",
             got=repr(name),
             fix="Fix this run's name.",
         )
-    set_ = "" if regime == "real" else set_ or "mixed"
+    set_ = "" if "real" in (regime, set_) else set_ or "mixed"
     policy = policies[0] if policies else "none"
     mix = mixes[0] if mixes else ""
     return Run(name, regime, set_, policy, mix)
