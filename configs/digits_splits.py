@@ -15,8 +15,8 @@ domain: its pool is of the same digits. Questions beside those of the report:
 are mixing by its level, and images per real one; these two are not yet measured.
 
 Five splits, 2026-11-29, two CPU cores shared with other work: 32 minutes. Real only
-83.6 %, affine 91.3, combined 85.0, probabilistic + affine 92.2, the same by Real
-Guidance 92.7; `docs/results.md` has all.
+83.6 %, combined 85.0, probabilistic 86.6; with affine augmentation 91.3, 88.7 and 92.2,
+and with as many real images added 92.7; `docs/results.md` has all.
 """
 
 from ml_collections import ConfigDict
