@@ -243,7 +243,8 @@ def test_hours_are_those_of_an_earlier_run_on_this_hardware(
     config.finetune.batch_size = 8
     other = prices_of(config, workdir)
     assert [p.step.name for p in other if p.seconds is None] == ["finetune"]
-    assert price.line(other, workdir).endswith(" without finetune: not known yet")
+    for prices in (other, [*other, *other]):  # of a run; of a sweep of two
+        assert price.line(prices, workdir).endswith(" without finetune: not known yet")
     machine.devices = runtime.Devices("H200", 1, 141 * GIB)
     moved = {p.step.name for p in prices_of(config, workdir) if p.seconds}
     assert moved == {"caption", "pairs", "mix", "evaluate", "report"}

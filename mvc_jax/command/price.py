@@ -232,7 +232,8 @@ def line(prices: Sequence[Price], workdir: epath.Path) -> str:
         parts.append("time not known yet: none of these stages was run like this here")
     elif unknown:
         seconds = _duration(sum(known))
-        parts.append(f"{seconds} without {', '.join(unknown)}: not known yet")
+        names = ", ".join(dict.fromkeys(unknown))  # of a sweep the same from each run
+        parts.append(f"{seconds} without {names}: not known yet")
     else:
         parts.append(f"about {_duration(sum(known))}")
     return "; ".join(parts)
