@@ -78,7 +78,6 @@ def get_config(argument: str = "") -> ConfigDict:
         "combined",
         "two_phase",
         "probabilistic",
-        "probabilistic:real",
         "combined:unmixed",
         "combined:pretrained",
         "combined+affine",
