@@ -575,7 +575,12 @@ def draw_set(
         concurrent.futures.ThreadPoolExecutor(1) as thread,
     ):
         writing = None
-        shards = zip(missing.mine, groups, sampler.stream(groups), strict=True)
+        shards = zip(
+            missing.mine,
+            groups,
+            sampler.stream(groups, advance=progress.advance),
+            strict=True,
+        )
         for part, group, drawn in shards:
             notes = image_status.redraw_unusable(
                 sampler.draw, group, drawn, max_redraws
@@ -586,7 +591,6 @@ def draw_set(
             if writing is not None:
                 writing.result()  # raises what the thread raised
             writing = thread.submit(writer.write, part, group, drawn, notes, select)
-            progress.advance(len(group))
         if writing is not None:
             writing.result()
 

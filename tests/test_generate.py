@@ -199,9 +199,9 @@ def test_a_rerun_draws_only_what_is_missing(make, monkeypatch):
     drawn = []
     stream = image_sampler.ImageSampler.stream
 
-    def counted(self, groups, redraw=0):
+    def counted(self, groups, redraw=0, **options):
         drawn.extend(recipe["index"] for group in groups for recipe in group)
-        return stream(self, groups, redraw)
+        return stream(self, groups, redraw, **options)
 
     monkeypatch.setattr(image_sampler.ImageSampler, "stream", counted)
     shard.unlink()
@@ -261,7 +261,9 @@ def test_neither_batch_nor_devices_change_an_image(make):
     for devices, batch_size in ((8, 8), (1, 7)):
         sampler, recipes = opened(workdir, devices, batch_size)
         sampler.load("mixed")
-        drawn = sampler.draw(recipes)
+        counts = []
+        drawn = next(sampler.stream([recipes], advance=counts.append))
+        assert sum(counts) == len(recipes) and len(counts) > 1  # after every batch
         assert not drawn.status.any()
         assert np.abs(drawn.images.astype(int) - stored).max() <= (devices == 1)
         some = [recipes[k] for k in (9, 2, 3)]
@@ -496,9 +498,10 @@ def make_unusable(monkeypatch, times):
     """Gives image k the status NaN the first `times[k]` times it is drawn."""
     original = image_sampler.ImageSampler.stream
 
-    def stream(self, groups, redraw=0):
+    def stream(self, groups, redraw=0, **options):
         groups = list(groups)
-        for group, drawn in zip(groups, original(self, groups, redraw), strict=True):
+        made = original(self, groups, redraw, **options)
+        for group, drawn in zip(groups, made, strict=True):
             for place, recipe in enumerate(group):
                 if redraw < times.get(recipe["index"], 0):
                     drawn.status[place] = 1

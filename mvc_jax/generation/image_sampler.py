@@ -167,7 +167,10 @@ class ImageSampler:
         return next(self.stream([recipes], redraw))
 
     def stream(
-        self, groups: Iterable[Sequence[dict]], redraw: int = 0
+        self,
+        groups: Iterable[Sequence[dict]],
+        redraw: int = 0,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Drawn]:
         """Draws groups of recipes, one after another.
 
@@ -178,6 +181,7 @@ class ImageSampler:
         Args:
           groups: of recipes, none empty.
           redraw: number of the redraw, from 1; 0: the images are drawn first.
+          advance: is called with the number of images of each batch that was drawn.
 
         Yields:
           the images of each group.
@@ -188,6 +192,7 @@ class ImageSampler:
             used = places >= 0
             drawn.images[places[used]] = np.asarray(pixels)[used]
             drawn.status[places[used]] = np.asarray(status)[used]
+            advance(int(used.sum()))
             if last:
                 yield drawn
 
