@@ -54,9 +54,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.steps = 600
     config.finetune.schedule = "cosine"
     comparison.draw_with_few_steps(config)
-    comparison.compare(config, "flip_crop")
+    comparison.compare(config, "flip_crop", few=True)
 
-    config.classify.seeds = 3
+    config.classify.seeds = 1
     config.classify.steps = 400
     config.classify.model = "resnet20"
     config.classify.size = 32

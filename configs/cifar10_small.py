@@ -35,10 +35,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.steps = 600
     config.finetune.schedule = "cosine"
     comparison.draw_with_few_steps(config)
-    comparison.compare(config, "flip_crop")
+    comparison.compare(config, "flip_crop", few=True)
 
     config.classify.model = "resnet20"
-    config.classify.seeds = 3
+    config.classify.seeds = 1
     config.classify.steps = 1000
     config.report.title = "Mixing Visual Concepts: a few images of CIFAR-10"
     return common.apply_preset(config, given)

@@ -12,12 +12,13 @@ SETS = ("mixed", "unmixed", "pretrained", "real_guidance", "da_fusion", "diff_mi
 REGIMES = ("combined", "two_phase", "probabilistic")
 
 
-def compare(config: ConfigDict, policy: str) -> None:
+def compare(config: ConfigDict, policy: str, *, few: bool = False) -> None:
     """Draws every set, and trains on each, with and without a classic policy.
 
     Args:
       config: to change.
       policy: the best classic one, of `classify.runs`.
+      few: only 14 of the 24 rows, where a classifier takes minutes.
     """
     config.generate.sets = SETS
     config.generate.strength = (0.25, 0.5, 0.75, 1.0)  # those of DA-Fusion
@@ -36,6 +37,19 @@ def compare(config: ConfigDict, policy: str) -> None:
         "synthetic_only",
         "synthetic_only:unmixed",
     )
+    if few:
+        config.classify.runs = (
+            "real",
+            f"real+{policy}",
+            "combined",
+            *(f"{regime}+{policy}" for regime in REGIMES),
+            f"probabilistic:real+{policy}",
+            *(f"combined:{name}+{policy}" for name in SETS[1:]),
+            *(
+                f"probabilistic:{name}+{policy}"
+                for name in ("unmixed", "real_guidance")
+            ),
+        )
 
 
 def draw_with_few_steps(config: ConfigDict) -> None:
