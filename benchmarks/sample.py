@@ -214,14 +214,16 @@ def write_set(
         def load(self, name: str) -> None:
             pass
 
-        def stream(self, groups):
+        def stream(self, groups, advance):
             """Dispatches each batch before the previous one is fetched."""
             pending = []
             for _ in groups:
                 pending.append(call(*arguments))
                 if len(pending) > 1:
                     yield self.fetch(pending.pop(0))
+                    advance(size)
             yield self.fetch(pending.pop())
+            advance(size)
 
         def fetch(self, found) -> image_status.Drawn:
             return image_status.Drawn(*map(np.asarray, found))

@@ -8,9 +8,9 @@ off, and the policy `affine`, since a mirrored digit is not a digit. The base kn
 domain: its pool is of the same digits. Mixing by its level, and images per real one:
 
     mvc-jax sweep --config=configs/digits_splits.py --workdir=runs/digits_tokens \
-      --vary mix.tokens=1,4 --vary mix.dims=2,8,32
+      --vary=mix.tokens=1,4 --vary=mix.dims=2,8,32
     mvc-jax sweep --config=configs/digits_splits.py --workdir=runs/digits_ratio \
-      --vary classify.ratio=1,2,4
+      --vary=classify.ratio=1,2,4
 
 On three splits no level differs by more than 0.6 points.
 
