@@ -816,7 +816,14 @@ _CLASSIFY = Section(
     "classifiers on real and synthetic images",
     {
         "runs": Field(
-            ("real", "real+affine", "combined", "combined:unmixed"),
+            (
+                "real",
+                "real+affine",
+                "combined+affine",
+                "probabilistic+affine",
+                "probabilistic:real+affine",
+                "probabilistic:unmixed+affine",
+            ),
             "regime[:set][+policy][+mix] of each (docs/classifiers.md)",
             word=True,
             length=(1, 1000),

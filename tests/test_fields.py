@@ -140,7 +140,8 @@ def test_every_field_is_in_the_help_of_its_section():
         for field in flat:
             assert f"--config.{name}.{field}=" in text
         assert section.help
-        assert all(len(line) <= 95 for line in text.splitlines())
+        for line in text.splitlines():  # a flag can be copied whole, however long
+            assert len(line) <= 95 or line.startswith("--"), line
 
 
 def test_the_defaults_are_plain_values_of_the_declared_names():
