@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mvc_jax import devices
-from mvc_jax.models.convolution import convolve, small_images_convolved
+from mvc_jax.models import convolution
+from mvc_jax.models.convolution import NHWC, convolve, small_images_convolved
 
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiles fast; runs slowly
 
@@ -74,6 +75,32 @@ def test_convolutions_and_their_gradients_are_those_of_lax():
         run(convolve, inputs),
         run(jax.lax.conv_general_dilated, inputs),
     )
+
+
+@pytest.mark.parametrize("patches", [0, 3000], ids=["per position", "patches"])
+def test_the_kernels_gradient_of_a_few_examples_at_a_time(monkeypatch, patches):
+    """The limits are such that a product takes two examples of six."""
+    monkeypatch.setattr(convolution, "_CACHED", 2 * 6 * 6 * 4)
+    monkeypatch.setattr(convolution, "_CACHED_PATCHES", patches)
+    rng = np.random.default_rng(0)
+    images, kernel, weights = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((6, 6, 6, 4), (3, 3, 4, 3), (6, 6, 6, 3))
+    )
+    options = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
+
+    def gradient(by, **options):
+        def loss(kernel):
+            return jnp.sum(weights * by(images, kernel, (1, 1), "SAME", **options))
+
+        return jax.jit(jax.grad(loss), compiler_options=OPTIONS)
+
+    ours = gradient(convolve, **options)
+    assert ("while" in ours.lower(kernel).as_text()) == (
+        devices.platform(None) == "cpu"
+    )
+    theirs = gradient(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
+    np.testing.assert_allclose(ours(kernel), theirs(kernel), rtol=1e-4, atol=1e-4)
 
 
 def test_depthwise_convolutions_are_sums_on_cpus():

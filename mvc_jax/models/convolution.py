@@ -31,7 +31,9 @@ from mvc_jax import devices
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-_CACHED = 1 << 18  # elements of an array that fits a processor's cache, with others
+# Elements of an array that fits a processor's cache with others, a core's and the last.
+_CACHED = 1 << 18
+_CACHED_PATCHES = 1 << 21
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -101,27 +103,39 @@ def _convolve(x: Array, kernel: Array, strides, padding: Pads) -> Array:
 
 
 def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pads):
-    """The kernel's gradient: per position in it, the inputs there times `gradient`.
+    """The kernel's gradient: products of shifted inputs and `gradient`.
 
-    It takes a few examples at a time, so that the slice for a product is still in the
-    processor's cache when it is multiplied: this halves the time for large images.
+    It takes a few examples at a time, so that the factors of a product are still in the
+    processor's cache when they are multiplied: this halves the time for large images.
+    Where the patches of several examples fit, all positions in the kernel are one
+    product, else each is its own.
     """
     batch, rows, columns, features = gradient.shape
     height, width, channels, _ = kernel.shape
+    fit = _CACHED_PATCHES // (rows * columns * height * width * channels)
+    at_once = fit > 1
+    if not at_once:
+        fit = max(1, _CACHED // (rows * columns * max(channels, features)))
+    part = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fit)
 
     def products(x: Array, gradient: Array) -> Array:
+        """The sum over some examples: [D, h w C]."""
         shifted = _shifted(x, (height, width), strides, padding)
-        gradient = gradient.reshape(-1, features)
-        return jnp.stack([part.reshape(-1, channels).T @ gradient for part in shifted])
+        rows = gradient.reshape(-1, features).T
+        if at_once:
+            return rows @ jnp.concatenate(shifted, -1).reshape(rows.shape[1], -1)
+        each = [rows @ one.reshape(-1, channels) for one in shifted]
+        return jnp.concatenate(each, -1)
 
-    limit = max(1, _CACHED // (rows * columns * max(channels, features)))
-    part = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= limit)
     if part == batch:
-        return products(x, gradient).reshape(kernel.shape)
-    parts = [y.reshape(batch // part, part, *y.shape[1:]) for y in (x, gradient)]
-    total = jnp.zeros((height * width, channels, features), gradient.dtype)
-    total, _ = lax.scan(lambda sum_, pair: (sum_ + products(*pair), None), total, parts)
-    return total.reshape(kernel.shape)
+        total = products(x, gradient)
+    else:
+        parts = [y.reshape(batch // part, part, *y.shape[1:]) for y in (x, gradient)]
+        total = jnp.zeros((features, height * width * channels), gradient.dtype)
+        total, _ = lax.scan(
+            lambda sum_, pair: (sum_ + products(*pair), None), total, parts
+        )
+    return total.T.reshape(kernel.shape)
 
 
 def _by_patches(x: Array, kernel: Array, strides, padding: Pads) -> Array:
