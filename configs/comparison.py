@@ -6,21 +6,30 @@ of `probabilistic` with controls and rivals were added after those of the digits
 last of all the ones with larger batches of real images, `probabilistic:real`.
 """
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 SETS = ("mixed", "unmixed", "pretrained", "real_guidance", "da_fusion", "diff_mix")
 REGIMES = ("combined", "two_phase", "probabilistic")
 
 
-def compare(config: ConfigDict, policy: str, *, few: bool = False) -> None:
-    """Draws every set, and trains on each, with and without a classic policy.
+def compare(
+    config: ConfigDict,
+    policy: str,
+    *,
+    few: bool = False,
+    sets: Sequence[str] = SETS,
+) -> None:
+    """Draws sets, and trains on each, with and without a classic policy.
 
     Args:
       config: to change.
       policy: the best classic one, of `classify.runs`.
       few: only 14 of the 24 rows, where a classifier takes minutes.
+      sets: those to draw; without the rows of others.
     """
-    config.generate.sets = SETS
+    config.generate.sets = tuple(sets)
     config.generate.strength = (0.25, 0.5, 0.75, 1.0)  # those of DA-Fusion
     config.mix.per_image = 4  # the paper makes 3 to 4
     config.classify.runs = (
@@ -32,8 +41,8 @@ def compare(config: ConfigDict, policy: str, *, few: bool = False) -> None:
         "combined:pretrained",
         *(f"{regime}+{policy}" for regime in REGIMES),
         f"probabilistic:real+{policy}",
-        *(f"combined:{name}+{policy}" for name in SETS[1:]),
-        *(f"probabilistic:{name}+{policy}" for name in SETS[1:]),
+        *(f"combined:{name}+{policy}" for name in sets[1:]),
+        *(f"probabilistic:{name}+{policy}" for name in sets[1:]),
         "synthetic_only",
         "synthetic_only:unmixed",
     )
@@ -44,10 +53,11 @@ def compare(config: ConfigDict, policy: str, *, few: bool = False) -> None:
             "combined",
             *(f"{regime}+{policy}" for regime in REGIMES),
             f"probabilistic:real+{policy}",
-            *(f"combined:{name}+{policy}" for name in SETS[1:]),
+            *(f"combined:{name}+{policy}" for name in sets[1:]),
             *(
                 f"probabilistic:{name}+{policy}"
                 for name in ("unmixed", "real_guidance")
+                if name in sets
             ),
         )
 
