@@ -3,10 +3,10 @@
 `<class>` is a folder named after a class; images in its subfolders belong to it.
 
 1. `train/<class>/*` and `test/<class>/*`; what else parts may be called, and how they
-   are told from classes, is in `layout.py`. `test` is the test split; `val` joins train
-   or is kept for validation. If `test` has no labelled images and `val` is not kept,
-   `val` is the test split. A part that shares no class with train is unlabelled. With
-   neither `test` nor `val` the source has no split.
+   are distinguished from classes, is in `layout.py`. `test` is the test split; `val`
+   joins train or is kept for validation. If `test` has no labelled images and `val` is
+   not kept, `val` is the test split. A part that shares no class with train is
+   unlabelled. With neither `test` nor `val` the source has no split.
 2. `<class>/*`: no split.
 3. Tiny ImageNet: `train/<wnid>/images/*`, and `val/images/*` with labels from
    `val/val_annotations.txt`.
@@ -14,8 +14,8 @@
    A row gives the path of an image, relative to the file, in one of `FILE_COLUMNS`, and
    its class in the first of `LABEL_COLUMNS` that exists; numbers are used as class
    names. In the root, the split is given by the column `split`, else by the folder of
-   the image, if parts can be told from classes. Rows take precedence over folder
-   names. A file without a column of labels beside class folders holds captions.
+   the image, if parts can be distinguished from classes. Rows take precedence over
+   folder names. A file without a column of labels beside class folders holds captions.
    `generate` writes this layout.
 5. Whatever `data.train`, `data.test` and `data.labels` say.
 
