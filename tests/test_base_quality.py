@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import math
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 from mvc_jax import pretrain
 from mvc_jax.checkpoints import base_card, clip_tokenizer, model_card
@@ -278,3 +280,17 @@ def test_the_context_is_as_long_as_the_longest_prompt(tmp_path):
     assert own_tokenizer.longest(read, texts, most=9) == 9
     own_tokenizer.set_length(tmp_path, longest)
     assert clip_tokenizer.read(tmp_path)[0].model_max_length == longest
+
+
+def test_the_sheet_has_no_column_without_a_sample():
+    """One sample of each of many classes: one column; up to four are shown."""
+    images = np.zeros((12, 8, 8, 3), np.uint8)
+    names = [f"class {k}" for k in range(12)]
+
+    def width(labels):
+        png = quality.sheet(images, np.asarray(labels), names, 64)
+        return Image.open(io.BytesIO(png)).width
+
+    one, two, four = (width(np.arange(12) // n) for n in (1, 2, 4))
+    assert two - one == (four - two) / 2 >= 64
+    assert width(np.zeros(12, int)) == four

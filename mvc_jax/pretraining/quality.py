@@ -232,10 +232,12 @@ def sheet(
     tile: int,
 ) -> bytes:
     """A PNG of some samples, a row for each of the first classes."""
+    classes = np.unique(labels)[:_MOST_CLASSES]
+    of_each = [_cells(drawn[labels == k][:_PER_CLASS]) for k in classes]
+    columns = max(map(len, of_each))
     rows = []
-    for k in np.unique(labels)[:_MOST_CLASSES]:
-        cells = _cells(drawn[labels == k][:_PER_CLASS])
-        for n in range(len(cells) + 1, _PER_CLASS + 1):
+    for k, cells in zip(classes, of_each, strict=True):
+        for n in range(len(cells) + 1, columns + 1):
             cells.append({"heading": str(n), "image": None})
         rows.append({"name": class_names[k], "number": int(k), "cells": cells})
     return pictures.png(pictures.grid(rows, tile, panels=1))
