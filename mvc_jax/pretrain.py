@@ -269,9 +269,15 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     judge_ = _train_judge(config, pool, loop)
     vae = _train_vae(config, model, pool, judge_, loop)
-    decoded = base.reconstruct(
-        model, vae, pool.held_out, batch_size=config.encode.batch_size, mesh=mesh
+    reconstruct = functools.partial(
+        base.reconstruct, model, vae, batch_size=config.encode.batch_size, mesh=mesh
     )
+    decoded = reconstruct(pool.held_out)
+    to_augment = None
+    if config.pretrain.source:
+        images = splits.read_split(workdir / "caption", "train").images
+        images = images[quality.spread(len(images))]
+        to_augment = (reconstruct(images), images)
     moments = base.encode(
         model, vae, pool.images, batch_size=config.encode.batch_size, mesh=mesh
     )
@@ -291,7 +297,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         ema_decay=section.ema_decay,
     )
     params = {"vae": vae, **params}
-    found, written = _assess(config, stage.folder, model, params, pool, judge_, decoded)
+    found, written = _assess(
+        config, stage.folder, model, params, pool, judge_, decoded, to_augment
+    )
     made, index = _train_companions(
         config, stage.folder, model, params, pool, moments, loop
     )
@@ -437,6 +445,7 @@ def _assess(
     pool: quality.Pool,
     judge_: judge.Judge | None,
     decoded: np.ndarray,
+    to_augment: tuple[np.ndarray, np.ndarray] | None,
 ) -> tuple[quality.Quality, list[str]]:
     """Measures the base; writes and logs what is found.
 
@@ -451,6 +460,7 @@ def _assess(
         decoded,
         samples_drawn=config.pretrain.judge.samples,
         seed=_seed(config),
+        to_augment=to_augment,
     )
 
     def write() -> None:

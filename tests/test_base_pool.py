@@ -13,6 +13,7 @@ from mvc_jax import caption, pretrain
 from mvc_jax.configs import common
 from mvc_jax.data import base_pool, splits
 from mvc_jax.errors import UserError
+from mvc_jax.reporting import training_pictures
 from mvc_jax.stage import differences
 
 
@@ -154,3 +155,27 @@ def test_too_few_images_elsewhere_are_refused_before_any_is_read(folders):
     config.pretrain.source = f"folder:{folders / 'none'}"
     with pytest.raises(UserError, match="none"):
         caption.check(config)
+
+
+def test_a_base_from_elsewhere_is_measured_on_the_images_to_augment(folders):
+    config, workdir = config_of(folders), epath.Path(folders) / "run"
+    section = config.pretrain
+    section.vocab_size = 300
+    section.vae.channels, section.unet.channels = (8, 8), (32,)
+    section.vae.groups = 4
+    section.text.width, section.text.layers = 16, 1
+    section.judge.steps = 0
+    for name in ("vae", "unet"):
+        section[name].steps, section[name].batch_size = 2, 4
+    section.unet.warmup = 1
+    pretrain.check(config)
+    caption.run(config, workdir)
+    pretrain.run(config, workdir)
+    measured = json.loads((workdir / "pretrain" / "quality.json").read_text())
+    assert measured["to_augment"]["images"] == 8
+    assert any("8 images to augment are recon" in each for each in measured["words"])
+    assert any("8 images to augment have" in each for each in measured["warnings"])
+    card = (workdir / "pretrain" / "model" / "README.md").read_text()
+    assert "| PSNR of reconstructed images to augment |" in card
+    titles = [each["title"] for each in training_pictures.base(workdir)["pictures"]]
+    assert "Images to augment, and their reconstructions" in titles

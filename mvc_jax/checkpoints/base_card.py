@@ -84,6 +84,10 @@ def _measures(found: Mapping[str, Any]) -> dict[str, str]:
         rows["PSNR of their reconstructions"] = f"{found['psnr']:.1f} dB"
         rows["PSNR where they are not black"] = f"{found['psnr_inside']:.1f} dB"
         rows["sharpness, of the originals'"] = f"{100 * found['sharpness']:.0f} %"
+    if found["to_augment"] is not None:
+        measured = found["to_augment"]
+        psnr = f"{measured['psnr']:.1f} dB, of {measured['images']}"
+        rows["PSNR of reconstructed images to augment"] = psnr
     if found["agreement"] is not None:
         judged = f"{100 * found['agreement']:.0f} % of {found['judged']}"
         rows["samples taken for their class"] = judged

@@ -65,6 +65,8 @@ class Quality:
       judged: images that the base drew for the judge.
       agreement: the fraction of them that the judge takes for their class.
       judge_accuracy: of the judge, on the held-out images.
+      to_augment: of images that are to be augmented, where the pool is of another
+        source: how many, `images`, and `psnr`, `psnr_inside` and `sharpness` of them.
     """
 
     images: int
@@ -76,18 +78,19 @@ class Quality:
     judged: int = 0
     agreement: float | None = None
     judge_accuracy: float | None = None
+    to_augment: dict[str, Any] | None = None
 
     def warnings(self) -> list[str]:
         """A sentence, with the numbers, for each reason not to build on this base."""
-        found = []
-        if self._blurs():
-            found.append(
-                f"the base blurs: reconstructions of {self.held_out} held-out images "
-                f"have {self.psnr:.1f} dB ({self.psnr_inside:.1f} where they are not "
-                f"black) and {100 * self.sharpness:.0f} % of the originals' sharpness, "
-                f"where {_GOOD:g} dB are wanted; more pretrain.vae.steps, or fewer "
-                "levels in pretrain.vae.channels, bring more"
-            )
+        found = [
+            f"the base blurs: reconstructions of {measured['images']} {name} have "
+            f"{measured['psnr']:.1f} dB ({measured['psnr_inside']:.1f} where they are "
+            f"not black) and {100 * measured['sharpness']:.0f} % of the originals' "
+            f"sharpness, where {_GOOD:g} dB are wanted; more pretrain.vae.steps, or "
+            "fewer levels in pretrain.vae.channels, bring more"
+            for name, measured in self._reconstructed().items()
+            if _blurs(measured["psnr"], measured["sharpness"])
+        ]
         accuracy, agreement = self.judge_accuracy, self.agreement
         if None not in (accuracy, agreement) and agreement < _RECOGNISED * accuracy:
             found.append(
@@ -99,21 +102,28 @@ class Quality:
             )
         return found
 
-    def _blurs(self) -> bool:
-        if self.psnr is None or self.psnr >= _GOOD:
-            return False
-        least, most = _AS_SHARP
-        return self.psnr < _LOW or not least <= self.sharpness <= most
+    def _reconstructed(self) -> dict[str, dict[str, Any]]:
+        """What was measured of reconstructions, by the name of the images."""
+        found = {}
+        if self.psnr is not None:
+            found["held-out images of the pool"] = {
+                "images": self.held_out,
+                "psnr": self.psnr,
+                "psnr_inside": self.psnr_inside,
+                "sharpness": self.sharpness,
+            }
+        if self.to_augment is not None:
+            found["images to augment"] = self.to_augment
+        return found
 
     def in_words(self) -> list[str]:
         """A sentence for each thing that was measured."""
-        found = []
-        if self.psnr is not None:
-            found.append(
-                f"{self.held_out} held-out images of the pool are reconstructed with "
-                f"{self.psnr:.1f} dB, {self.psnr_inside:.1f} dB where they are not "
-                f"black, and {100 * self.sharpness:.0f} % of their sharpness"
-            )
+        found = [
+            f"{measured['images']} {name} are reconstructed with "
+            f"{measured['psnr']:.1f} dB, {measured['psnr_inside']:.1f} dB where they "
+            f"are not black, and {100 * measured['sharpness']:.0f} % of their sharpness"
+            for name, measured in self._reconstructed().items()
+        ]
         if self.agreement is not None:
             known = ""
             if self.judge_accuracy is not None:
@@ -130,6 +140,19 @@ class Quality:
         """The measures, and `words` and `warnings`, as `quality.json` has them."""
         words = {"words": self.in_words(), "warnings": self.warnings()}
         return {**dataclasses.asdict(self), **words}
+
+
+def _blurs(psnr: float, sharpness: float) -> bool:
+    if psnr >= _GOOD:
+        return False
+    least, most = _AS_SHARP
+    return psnr < _LOW or not least <= sharpness <= most
+
+
+def spread(count: int) -> Int[np.ndarray, " M"]:
+    """The places of some of `count` images, from all of the order."""
+    most = min(count, _MOST_HELD_OUT)
+    return np.arange(most) * count // most
 
 
 def hold_out(
@@ -150,6 +173,7 @@ def measure(
     *,
     samples_drawn: int,
     seed: int,
+    to_augment: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[Quality, dict[str, bytes]]:
     """Measures a base.
 
@@ -161,6 +185,8 @@ def measure(
       decoded: reconstructions of `pool.held_out`.
       samples_drawn: images that are drawn for the judge.
       seed: of the run.
+      to_augment: reconstructions and images, of those that are to be augmented; None:
+        the pool is of their source.
 
     Returns:
       the measures, and pictures by the name of their file.
@@ -172,6 +198,11 @@ def measure(
         measured = reconstruction_measures(decoded, pool.held_out)
         found = dataclasses.replace(found, **measured)
         written["reconstructions.png"] = strip(decoded, pool.held_out, tile)
+    if to_augment is not None:
+        measured = reconstruction_measures(*to_augment)
+        measured = {"images": len(to_augment[0]), **measured}
+        found = dataclasses.replace(found, to_augment=measured)
+        written["reconstructions_to_augment.png"] = strip(*to_augment, tile)
     if judge is not None:
         chosen = samples.choose(pool.labels, samples_drawn, seed=seed)
         drawn = samples.draw(

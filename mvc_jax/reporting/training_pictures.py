@@ -18,6 +18,7 @@ _MAX_GRIDS = 3  # of samples
 _MAX_SIZE = 1000  # pixels of one
 _OF_BASE = {  # file of `pretrain` -> title
     "reconstructions.png": "Held-out images of the pool, and their reconstructions",
+    "reconstructions_to_augment.png": "Images to augment, and their reconstructions",
     "samples.png": "Samples of the base",
 }
 _LOSSES = {  # beginning of a loop's name -> what its loss is, with the unit if any
