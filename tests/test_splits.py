@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mvc_jax.data import splits
@@ -54,6 +54,8 @@ def test_splits_are_disjoint_complete_and_stratified(
 
 
 @given(counts_of_classes, st.integers(0, 9), st.booleans(), st.booleans())
+@example([10, 11, 39, 38, 15], 0, True, False)  # a class needs a group of the pool
+@example([8, 10], 0, True, False)
 @settings(deadline=None, max_examples=100)
 def test_a_pool_with_a_seed_of_its_own_is_the_same_in_all_splits(
     counts, pool_seed, grouped, has_test

@@ -275,29 +275,50 @@ def _sides(
     side_of = np.full(len(names), rest, dtype="<U5")
     seed, pool_seed = seeds
     order = generator(seed, "split/groups").permutation(len(names))
-    passes = [(order, need)]
-    if pool_seed is not None:
+    left = order
+    if pool_seed is not None:  # then nothing that `seed` draws may change the pool
         first = generator(pool_seed, "split/groups").permutation(len(names))
-        passes = [(first, {"pool": need.pop("pool")}), (order, need)]
-    taken: set[int] = set()
-    for groups_, missing_of in passes:
-        for g in groups_.tolist():
-            for side, missing in missing_of.items() if g not in taken else ():
-                filled = np.minimum(counts[g], missing).sum()
-                if filled > np.maximum(counts[g] - missing, 0).sum():
-                    side_of[g] = side
-                    missing_of[side] = np.maximum(missing - counts[g], 0)
-                    taken.add(g)
-                    break
+        _fill(side_of, first, counts, {"pool": need.pop("pool")})
+        for k in range(classes):
+            mine = first[counts[first, k] > 0]
+            pool = [g for g in mine if side_of[g] == "pool"]
+            missing = min(len(wanted), len(mine)) - (len(mine) - len(pool))
+            smallest = sorted(pool, key=lambda g: counts[g].sum())
+            side_of[smallest[: max(missing, 0)]] = rest
+        left = order[side_of[order] != "pool"]
+    _fill(side_of, left, counts, need)
     for k in range(classes):
         for side in wanted:
-            mine = order[counts[order, k] > 0]
+            mine = left[counts[left, k] > 0]
             others = mine[side_of[mine] != side]
             if len(others) == len(mine) and len(mine) > 1:
                 spare = [g for g in others if (side_of[others] == side_of[g]).sum() > 1]
                 if spare:
                     side_of[min(spare, key=lambda g: counts[g].sum())] = side
     return side_of[group]
+
+
+def _fill(
+    side_of: np.ndarray,
+    order: np.ndarray,
+    counts: np.ndarray,
+    need: dict[str, np.ndarray],
+) -> None:
+    """Gives each group, in this order, to the first side that it fills.
+
+    Args:
+      side_of: str [G], the sides of groups; is changed.
+      order: of groups.
+      counts: [G, K], images by group and class.
+      need: images of each class, by side.
+    """
+    for g in order.tolist():
+        for side, missing in need.items():
+            filled = np.minimum(counts[g], missing).sum()
+            if filled > np.maximum(counts[g] - missing, 0).sum():
+                side_of[g] = side
+                need[side] = np.maximum(missing - counts[g], 0)
+                break
 
 
 def _by_side(
