@@ -1,4 +1,4 @@
-"""Parts are told from classes by structure: what was put in comes out, or a refusal."""
+"""Parts and classes are separated by structure: what was put in comes out, or a refusal."""
 
 import pathlib
 import re

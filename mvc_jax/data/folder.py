@@ -305,7 +305,7 @@ def _parts_of_table(
     """The parts by which metadata that does not split is split.
 
     Raises:
-      layout.Ambiguous: parts and classes cannot be told apart.
+      layout.Ambiguous: parts and classes are not distinct.
     """
     if label_table.folders_are_classes(tree, table):
         return {"": "train"}

@@ -2,7 +2,7 @@
 
 Names suggest, structure decides: a folder is a part if its name has a word of `WORDS`
 and it holds the same class folders as its siblings. Classes may be called `train`,
-`valid` or `test tube`. What cannot be told apart raises `Ambiguous`.
+`valid` or `test tube`. What is not distinct raises `Ambiguous`.
 """
 
 import collections
@@ -123,7 +123,7 @@ def find(
       is_copy: whether two of these files have the same content.
 
     Raises:
-      Ambiguous: parts and classes cannot be told apart.
+      Ambiguous: parts and classes are not distinct.
     """
     return _find(paths, is_copy, "")
 
