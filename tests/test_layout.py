@@ -1,4 +1,4 @@
-"""Parts and classes are separated by structure: what was put in comes out, or a refusal."""
+"""Parts and classes are separated by structure: what went in comes out, or a refusal."""
 
 import pathlib
 import re
