@@ -1,4 +1,4 @@
-"""Parts and classes are separated by structure: what went in comes out, or a refusal."""
+"""Parts and classes are separated by structure: what went in comes out, or an error."""
 
 import pathlib
 import re
