@@ -22,8 +22,8 @@ fixed in advance.
 
 With 25 scans a class, three splits (2026-11-30, two cores, 34 minutes for the base and
 35 a split): flips and crops 68.2 %, combined 72.2, probabilistic 73.6, with as many
-real images added 68.1. With the base of Caltech-101, one split: combined 61.9, without
-fine-tuning 56.1, flips and crops 71.2 (34 minutes for the base and 24 a split).
+real images added 68.1. With the base of Caltech-101 (34 minutes, and 24 a split): flips
+and crops 69.0, combined 62.6, without fine-tuning 60.1, probabilistic 65.9.
 `docs/results.md` has all. The others: not yet measured.
 """
 
