@@ -31,7 +31,7 @@ from mvc_jax import devices
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-# Elements of an array that fits a processor's cache with others, a core's and the last.
+# Elements of arrays that fit a core's cache, and the last one, together with others.
 _CACHED = 1 << 18
 _CACHED_PATCHES = 1 << 21
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -121,10 +121,10 @@ def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pad
     def products(x: Array, gradient: Array) -> Array:
         """The sum over some examples: [D, h w C]."""
         shifted = _shifted(x, (height, width), strides, padding)
-        rows = gradient.reshape(-1, features).T
+        left = gradient.reshape(-1, features).T
         if at_once:
-            return rows @ jnp.concatenate(shifted, -1).reshape(rows.shape[1], -1)
-        each = [rows @ one.reshape(-1, channels) for one in shifted]
+            return left @ jnp.concatenate(shifted, -1).reshape(left.shape[1], -1)
+        each = [left @ one.reshape(-1, channels) for one in shifted]
         return jnp.concatenate(each, -1)
 
     if part == batch:
