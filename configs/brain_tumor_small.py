@@ -58,7 +58,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.schedule = "cosine"
     comparison.draw_with_few_steps(config)
     sets = comparison.SETS[:4] if "base" in given else comparison.SETS
-    comparison.compare(config, "flip_crop", few=True, sets=sets)
+    rows = "fewest" if "weights" in given else "few"
+    comparison.compare(config, "flip_crop", rows=rows, sets=sets)
 
     config.classify.seeds = 1
     config.classify.steps = 400

@@ -35,10 +35,11 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.steps = 600
     config.finetune.schedule = "cosine"
     comparison.draw_with_few_steps(config)
-    comparison.compare(config, "flip_crop", few=True)
+    sets = ("mixed", "unmixed", "pretrained", "real_guidance")
+    comparison.compare(config, "flip_crop", rows="fewest", sets=sets)
 
     config.classify.model = "resnet20"
     config.classify.seeds = 1
-    config.classify.steps = 1000
+    config.classify.steps = 400
     config.report.title = "Mixing Visual Concepts: a few images of CIFAR-10"
     return common.apply_preset(config, given)

@@ -18,7 +18,7 @@ def compare(
     config: ConfigDict,
     policy: str,
     *,
-    few: bool = False,
+    rows: str = "all",
     sets: Sequence[str] = SETS,
 ) -> None:
     """Draws sets, and trains on each, with and without a classic policy.
@@ -26,40 +26,54 @@ def compare(
     Args:
       config: to change.
       policy: the best classic one, of `classify.runs`.
-      few: only 14 of the 24 rows, where a classifier takes minutes.
+      rows: `all` 24, or where a classifier takes minutes `few`, 14, or `fewest`, 9,
+        which has almost all on top of the policy.
       sets: those to draw; without the rows of others.
     """
     config.generate.sets = tuple(sets)
     config.generate.strength = (0.25, 0.5, 0.75, 1.0)  # those of DA-Fusion
     config.mix.per_image = 4  # the paper makes 3 to 4
-    config.classify.runs = (
-        "real",
-        f"real+{policy}",
-        *REGIMES,
-        "probabilistic:real",
-        "combined:unmixed",
-        "combined:pretrained",
-        *(f"{regime}+{policy}" for regime in REGIMES),
-        f"probabilistic:real+{policy}",
-        *(f"combined:{name}+{policy}" for name in sets[1:]),
-        *(f"probabilistic:{name}+{policy}" for name in sets[1:]),
-        "synthetic_only",
-        "synthetic_only:unmixed",
-    )
-    if few:
-        config.classify.runs = (
+    runs = {
+        "all": (
+            "real",
+            f"real+{policy}",
+            *REGIMES,
+            "probabilistic:real",
+            "combined:unmixed",
+            "combined:pretrained",
+            *(f"{regime}+{policy}" for regime in REGIMES),
+            f"probabilistic:real+{policy}",
+            *(f"combined:{name}+{policy}" for name in SETS[1:]),
+            *(f"probabilistic:{name}+{policy}" for name in SETS[1:]),
+            "synthetic_only",
+            "synthetic_only:unmixed",
+        ),
+        "few": (
             "real",
             f"real+{policy}",
             "combined",
             *(f"{regime}+{policy}" for regime in REGIMES),
             f"probabilistic:real+{policy}",
-            *(f"combined:{name}+{policy}" for name in sets[1:]),
-            *(
-                f"probabilistic:{name}+{policy}"
-                for name in ("unmixed", "real_guidance")
-                if name in sets
-            ),
-        )
+            *(f"combined:{name}+{policy}" for name in SETS[1:]),
+            f"probabilistic:unmixed+{policy}",
+            f"probabilistic:real_guidance+{policy}",
+        ),
+        "fewest": (
+            "real",
+            f"real+{policy}",
+            f"combined+{policy}",
+            f"probabilistic+{policy}",
+            f"probabilistic:real+{policy}",
+            f"combined:unmixed+{policy}",
+            f"combined:pretrained+{policy}",
+            f"probabilistic:unmixed+{policy}",
+            f"probabilistic:real_guidance+{policy}",
+        ),
+    }[rows]
+    not_drawn = {*SETS} - {*sets}
+    config.classify.runs = tuple(
+        run for run in runs if not_drawn.isdisjoint(run.split("+")[0].split(":"))
+    )
 
 
 def draw_with_few_steps(config: ConfigDict) -> None:
