@@ -47,7 +47,8 @@ SMALL = (
 )
 _SETS = (
     "mixed,unmixed,pretrained,caption_only,noised,interpolated,image_embedding,"
-    "image_number,embedding_difference,controlnet,real_guidance,da_fusion,diff_mix"
+    "image_number,embedding_difference,controlnet,real_guidance,gif_sd,"
+    "da_fusion,diff_mix"
 )
 _METRICS = "frechet,kid,cmmd,prdc,vendi,text,shift,classes"
 _XL = {  # which has no companions

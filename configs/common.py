@@ -657,6 +657,7 @@ _SETS = (
     "embedding_difference",
     "controlnet",
     "real_guidance",
+    "gif_sd",
     "da_fusion",
     "diff_mix",
 )
@@ -751,14 +752,22 @@ _GENERATE = Section(
         ),
         "strength": Field(
             (0.5,),
-            "for `real_guidance`, `da_fusion` and `diff_mix`: noise that is added to "
-            "the source, of which each image draws one; 0 is the source, 1 is noise",
+            "for `real_guidance`, `gif_sd`, `da_fusion` and `diff_mix`: noise that is "
+            "added to the source, of which each image draws one; 0 is the source, 1 is "
+            "noise",
             item=float,
             at_least=0,
             at_most=1,
             length=(1, 100),
             distinct=True,
             hint="DA-Fusion draws from 0.25,0.5,0.75,1.0.",
+        ),
+        "perturbation": Field(
+            0.8,
+            "for `gif_sd`: the most that a number of the latents is changed by",
+            at_least=0,
+            at_most=1000,
+            hint="GIF's commands have 0.8, and 4 for Caltech-101.",
         ),
         "soft_label_gamma": Field(
             0.8,

@@ -73,6 +73,7 @@ _OF_SETS = {  # fields that only these sets depend on
     "noise_scale": ("noised",),
     "interpolation": ("interpolated",),
     "strength": conditionings.RIVALS,
+    "perturbation": ("gif_sd",),
     "soft_label_gamma": ("diff_mix",),
 }
 _ROW_BYTES = 600  # of the provenance of an image, in each of two forms
@@ -373,6 +374,7 @@ def open_sampler(
         guidance_interval=tuple(section.guidance_interval),
         guidance_rescale=section.guidance_rescale,
         grey=train.grey,
+        perturbation=section.perturbation,
         batch_size=section.batch_size,
         dtype=section.dtype,
         attention=section.attention,
@@ -676,6 +678,7 @@ def settings_in_words(config: ConfigDict, name: str) -> dict[str, Any]:
         image_scale=(section.image_scale, section.image_scale_most),
         strengths=tuple(section.strength) if conditioning.edits else (),
         gamma=section.soft_label_gamma if conditioning.towards else None,
+        perturbation=section.perturbation if conditioning.perturbed else None,
         sampler=section.sampler,
         steps=section.steps,
         spacing=timesteps.named(section.timestep_spacing),

@@ -348,7 +348,7 @@ def test_the_recipe_of_an_unmixed_set_has_only_what_it_uses():
 
 # Rivals: sets that start from the noised source.
 
-RIVALS = ("real_guidance", "da_fusion", "diff_mix")
+RIVALS = ("real_guidance", "gif_sd", "da_fusion", "diff_mix")
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,7 @@ def test_strength_0_is_the_decoded_source_and_1_plain_noise(rivals, tiny):
 
 def test_rivals_share_sources_strengths_and_seeds(rivals):
     found = {name: columns_of(rivals, name) for name in RIVALS}
-    for name in RIVALS[:2]:
+    for name in RIVALS[:3]:
         assert all(row["soft_label"] is None for row in found[name])
         assert all(row["target"] == row["source"] for row in found[name])
     for rows in zip(*found.values(), strict=True):
@@ -412,6 +412,14 @@ def test_rivals_share_sources_strengths_and_seeds(rivals):
     assert "strength^0.8" in card and "`soft_label` has the probability" in card
     plain = (rivals / "generate" / "da_fusion" / "README.md").read_text()
     assert "Each label is that of the real image" in plain and "0, 0.5, 1" in plain
+
+
+def test_gif_sd_changes_the_channels_of_real_guidance(rivals):
+    """Same sources, noise and steps; `perturbation` is on its card alone."""
+    plain, changed = (pixels(rivals, name) for name in ("real_guidance", "gif_sd"))
+    assert (np.abs(changed - plain).max((1, 2, 3)) > 1).all()
+    cards = [(rivals / "generate" / x / "README.md").read_text() for x in RIVALS[:2]]
+    assert ["perturbation" in card for card in cards] == [False, True]
 
 
 def test_soft_labels_reach_the_training_set(rivals):

@@ -109,6 +109,7 @@ def in_words(
     filters: str,
     strengths: Sequence[float] = (),
     gamma: float | None = None,
+    perturbation: float | None = None,
 ) -> dict[str, Any]:
     """How the images of a set were drawn, by name, for `Facts.settings`.
 
@@ -127,6 +128,7 @@ def in_words(
       filters: from `filters_in_words`.
       strengths: of the noise that is added to the source; (): images start from noise.
       gamma: of soft labels; None: labels are those of the sources.
+      perturbation: the most that a latent number is changed by; None: none is.
     """
     words: dict[str, Any] = {}
     if per_image is None:
@@ -142,6 +144,8 @@ def in_words(
         words["strength of the noise on the source"] = drawn
     if gamma is not None:
         words[_SOFT] = f"the other class has the probability strength^{gamma:g}"
+    if perturbation is not None:
+        words["perturbation of the latents"] = f"at most {perturbation:g}"
     words["sampler"] = f"{sampler}, {steps} steps, {spacing} timesteps"
     words["guidance interval"] = _span(*guidance_interval)
     words["guidance rescale"] = f"{guidance_rescale:g}"

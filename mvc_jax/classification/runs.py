@@ -25,6 +25,7 @@ _TITLES = {
     "unmixed": "captions unmixed (control)",
     "pretrained": "base not fine-tuned (control)",
     "real_guidance": "Real Guidance (rival)",
+    "gif_sd": "GIF-SD (rival)",
     "da_fusion": "DA-Fusion (rival)",
     "diff_mix": "Diff-Mix (rival)",
     "flip": "flips",

@@ -227,6 +227,10 @@ _READ: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
         lambda c: bool({*RIVALS} & {*c.generate.sets}),
         f"generate.sets has {', '.join(RIVALS)}",
     ),
+    "generate.perturbation": (
+        lambda c: "gif_sd" in c.generate.sets,
+        "generate.sets has gif_sd",
+    ),
     "generate.soft_label_gamma": (
         lambda c: "diff_mix" in c.generate.sets,
         "generate.sets has diff_mix",

@@ -27,6 +27,7 @@ class Conditioning:
       needs: what the base must come with: `"image_tower"`, `"controlnet"` (which also
         takes part in sampling), or `""`.
       edits: whether images start from the noised source (`generation/edits.py`).
+      perturbed: whether the sampled latents are changed before they are decoded.
       towards: whether their prompt is that of an image of another class, so that they
         have soft labels.
     """
@@ -38,6 +39,7 @@ class Conditioning:
     partners: int | None = 0
     needs: str = ""
     edits: bool = False
+    perturbed: bool = False
     towards: bool = False
 
     def applied(self, recipe: dict, name: str, edits: Edits | None = None) -> dict:
@@ -126,6 +128,16 @@ CONDITIONINGS = {
         source=False,
         finetuned=False,
         edits=True,
+    ),
+    "gif_sd": Conditioning(
+        "A rival: as Real Guidance; then each channel of the latents is scaled and "
+        "shifted at random (GIF-SD, Zhang et al., arXiv 2211.13976, without its "
+        "guidance by CLIP).",
+        text="caption",
+        source=False,
+        finetuned=False,
+        edits=True,
+        perturbed=True,
     ),
     "da_fusion": Conditioning(
         "A rival: a real image, noised and drawn to its end by the fine-tuned model, "

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, Key, UInt8
 from mvc_jax import files
 from mvc_jax.checkpoints import diffusers_layout, pipeline_folder
 from mvc_jax.diffusion import instruct_pix2pix, loss, samplers, timesteps
-from mvc_jax.generation import ablation
+from mvc_jax.generation import ablation, latent_perturbation
 from mvc_jax.generation.conditionings import CONDITIONINGS
 from mvc_jax.generation.edits import Edits
 from mvc_jax.generation.image_status import Drawn, image_status
@@ -63,6 +63,7 @@ class Settings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     grey: bool = False
+    perturbation: float = 0.8
     batch_size: int = 16
     dtype: str = "auto"
     attention: str = "auto"
@@ -92,8 +93,8 @@ class ImageSampler:
         self._hashes: dict[epath.Path, str] = {}
         self._conditioning = self._loaded = self._params = None
         self._architecture: tuple[Any, ...] = ()  # of the programs: model, ControlNet
-        # By whether there is a ControlNet, and by strength.
-        self._programs: dict[tuple[bool, float | None], Callable] = {}
+        # By whether there is a ControlNet, by strength, and by perturbation.
+        self._programs: dict[tuple[Any, ...], Callable] = {}
 
     def base_folder(self) -> epath.Path:
         """Folder of the base model."""
@@ -151,10 +152,16 @@ class ImageSampler:
 
     def _program(self, strength: float | None) -> Callable:
         """The compiled program for images that start like this."""
-        key = self._controlled, strength
+        perturbs = self._conditioning.perturbed
+        perturbation = self.settings.perturbation if perturbs else None
+        key = self._controlled, strength, perturbation
         if key not in self._programs:
             self._programs[key] = jit_sample_images(
-                *self._architecture, self.settings, self._mesh, strength=strength
+                *self._architecture,
+                self.settings,
+                self._mesh,
+                strength=strength,
+                perturbation=perturbation,
             )
         return self._programs[key]
 
@@ -260,8 +267,11 @@ def jit_sample_images(
     settings: Settings,
     mesh: Mesh,
     strength: float | None = None,
+    perturbation: float | None = None,
 ) -> Callable:
-    """Jits `sample_images` for a model, settings, devices and strength; see there.
+    """Jits `sample_images` for a model, settings, devices and a kind of start.
+
+    `strength` and `perturbation` are as there.
 
     Raises:
       UserError: the devices do not support this attention.
@@ -291,6 +301,7 @@ def jit_sample_images(
         guidance_rescale=settings.guidance_rescale,
         grey=settings.grey,
         strength=strength,
+        perturbation=perturbation,
     )
     return jax.jit(draw)
 
@@ -308,6 +319,7 @@ def sample_images(
     guidance_rescale: float,
     grey: bool,
     strength: float | None = None,
+    perturbation: float | None = None,
 ) -> tuple[UInt8[Array, "B H W 3"], UInt8[Array, " B"]]:
     """Samples and decodes one batch, and computes each image's status.
 
@@ -327,6 +339,8 @@ def sample_images(
       grey: whether the colour channels are averaged.
       strength: of the noise that is added to the mode of `start`; None: images start
         from noise.
+      perturbation: `limit` of `latent_perturbation.perturbed`, by which the sampled
+        latents are changed; None: they are not.
 
     Returns:
       pixels in [0, 255], and the status of each image.
@@ -356,6 +370,8 @@ def sample_images(
         start=start,
         strength=1.0 if strength is None else strength,
     )
+    if perturbation is not None:
+        latents = latent_perturbation.perturbed(keys, latents, perturbation)
     images = model.decode_in_parts(params, latents)
     pixels = stable_diffusion.to_pixels(images, grey=grey)
     return pixels, image_status(latents, images, pixels)

@@ -28,6 +28,7 @@ TITLES = {  # in the order of the rows
     "interpolated": "image + mean of two captions",
     "mixed": "image + mixed caption",
     "real_guidance": "noised image + caption, not fine-tuned",
+    "gif_sd": "noised image + caption, latents changed (GIF-SD)",
     "da_fusion": "noised image + caption (DA-Fusion)",
     "diff_mix": "noised image + prompt of another class (Diff-Mix)",
 }

@@ -18,6 +18,12 @@ def example_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, "
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
 
 
+def for_purpose(keys: Key[Array, " B"], purpose: str) -> Key[Array, " B"]:
+    """Each example's key for one more purpose than those it is used for itself."""
+    tag = zlib.crc32(purpose.encode())
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, tag)
+
+
 def step_keys(
     key: Key[Array, ""], step: Int[Array, ""], count: int
 ) -> Key[Array, " B"]:
