@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.finetune.steps = 600
     config.finetune.schedule = "cosine"
     comparison.draw_with_few_steps(config)
-    sets = ("mixed", "unmixed", "pretrained", "real_guidance")
+    sets = ("mixed", "unmixed", "real_guidance")
     comparison.compare(config, "flip_crop", rows="fewest", sets=sets)
 
     config.classify.model = "resnet20"
