@@ -2,15 +2,23 @@
 
 Not a config: `digits_splits.py`, `brain_tumor_small.py` and `cifar10_small.py` use it,
 so that their tables have the same rows. No setting was chosen on test images; the rows
-of `probabilistic` with controls and rivals were added after those of the digits, and
-last of all the ones with larger batches of real images, `probabilistic:real`.
+of `probabilistic` with controls and rivals were added after those of the digits, then
+the ones with larger batches of real images, `probabilistic:real`, and those of GIF-SD.
 """
 
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-SETS = ("mixed", "unmixed", "pretrained", "real_guidance", "da_fusion", "diff_mix")
+SETS = (
+    "mixed",
+    "unmixed",
+    "pretrained",
+    "real_guidance",
+    "da_fusion",
+    "diff_mix",
+    "gif_sd",
+)
 REGIMES = ("combined", "two_phase", "probabilistic")
 
 
@@ -26,8 +34,8 @@ def compare(
     Args:
       config: to change.
       policy: the best classic one, of `classify.runs`.
-      rows: `all` 24, or where a classifier takes minutes `few`, 14, or `fewest`, 9,
-        which has almost all on top of the policy.
+      rows: `all` 26, or where a classifier takes minutes `few`, 15, or `fewest`, 9,
+        of which eight are on top of the policy.
       sets: those to draw; without the rows of others.
     """
     config.generate.sets = tuple(sets)
