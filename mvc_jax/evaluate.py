@@ -149,11 +149,11 @@ def _metrics(
     test = splits.read_split(workdir / "caption", "test")
     split_ids = files.read_json(workdir / "caption" / "splits.json")
     confidence = config.evaluate.confidence
-    filtered, unchanged = {}, {}
+    filtered, recipes = {}, {}
     if set_names:
         artifacts = read_manifest(workdir, "generate")["artifacts"]
         filtered = _filters(workdir / "generate", set_names, artifacts)
-        unchanged = read_manifest(workdir, "mix")["counts"]
+        recipes = read_manifest(workdir, "mix")["counts"]
     correct = {
         name: _predictions(result) == test.labels for name, result in results.items()
     }
@@ -176,7 +176,7 @@ def _metrics(
         "headline": comparisons.headline(
             {name: float(each.mean()) for name, each in correct.items()}, answers
         ),
-        "questions": _with_unchanged(answers, unchanged),
+        "questions": _with_remarks(answers, _of_mixing(recipes, measured)),
         **measured,
         "filters": filtered,
         **_caveats(classify["seeds"], workdir),
@@ -263,23 +263,39 @@ def _calibration_error(result: dict, correct: Bool[np.ndarray, "S T"]) -> float:
     return float(np.mean(errors))
 
 
-def _with_unchanged(
-    answers: list[dict[str, Any]], recipes: dict[str, int]
+def _with_remarks(
+    answers: list[dict[str, Any]], remarks: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Adds how much of the sets is the same, where mixing is compared with none."""
-    unchanged = recipes.get("unchanged", 0)  # not counted by older versions
-    if not unchanged:
-        return answers
-    remark = (
-        f" {unchanged} of the {recipes['recipes']} recipes change nothing: these "
-        "images are the same in both sets."
-    )
+    """Adds sentences where mixing is compared with none."""
     return [
-        {**each, "sentence": each["sentence"] + remark}
+        {**each, "sentence": " ".join([each["sentence"], *remarks])}
         if runs.parse(each["against"]).set == "unmixed"
         else each
         for each in answers
     ]
+
+
+def _of_mixing(recipes: dict[str, int], measured: dict[str, Any]) -> list[str]:
+    """What mixing changes: in how many recipes, and how far it moves an image.
+
+    Args:
+      recipes: counts of the stage `mix`.
+      measured: of the sets.
+    """
+    found = []
+    if unchanged := recipes.get("unchanged", 0):  # not counted by older versions
+        found.append(
+            f"{unchanged} of the {recipes['recipes']} recipes change nothing: these "
+            "images are the same in both sets."
+        )
+    distance = measured["images"]["sets"].get("mixed", {}).get("unmixed_distance")
+    if distance is not None:
+        apart = measured["sets"]["mixed"]["diversity"]
+        found.append(
+            f"Mixing changes an image by {distance:.3f} of the pixels' range on "
+            f"average; two images of a class are {apart:.3f} apart."
+        )
+    return found
 
 
 def _measure_sets(

@@ -16,18 +16,25 @@ from mvc_jax.metrics import image_features, set_metrics, statistics
 from mvc_jax.metrics.image_features import ImageSet
 
 
-def test_a_claim_about_mixing_says_how_much_of_the_sets_is_the_same():
+def test_a_claim_about_mixing_says_what_it_changes():
+    none = {"images": {"sets": {"test": {}}}, "sets": {}}
+    some = {
+        "images": {"sets": {"mixed": {"unmixed_distance": 0.0254}}},
+        "sets": {"mixed": {"diversity": 0.312}},
+    }
+    for nothing in ({"recipes": 8}, {"recipes": 8, "unchanged": 0}):
+        assert evaluate._of_mixing(nothing, none) == []
+    remarks = evaluate._of_mixing({"recipes": 8, "unchanged": 4}, some)
+    assert remarks == [
+        "4 of the 8 recipes change nothing: these images are the same in both sets.",
+        "Mixing changes an image by 0.025 of the pixels' range on average; two images "
+        "of a class are 0.312 apart.",
+    ]
     others = ("real", "two_phase:unmixed+flip", "combined:pretrained")
     answers = [{"against": name, "sentence": "Yes."} for name in others]
-    for nothing in ({"recipes": 8}, {"recipes": 8, "unchanged": 0}):
-        assert evaluate._with_unchanged(answers, nothing) == answers
-    counted = evaluate._with_unchanged(answers, {"recipes": 8, "unchanged": 4})
-    assert [each["sentence"] for each in counted] == [
-        "Yes.",
-        "Yes. 4 of the 8 recipes change nothing: these images are the same in both "
-        "sets.",
-        "Yes.",
-    ]
+    assert evaluate._with_remarks(answers, []) == answers
+    counted = evaluate._with_remarks(answers, ["First.", "Second."])
+    assert [x["sentence"] for x in counted] == ["Yes.", "Yes. First. Second.", "Yes."]
 
 
 def test_captions_that_were_cut_or_lost_are_noted(tmp_path):

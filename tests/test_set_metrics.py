@@ -194,6 +194,26 @@ def test_many_processes_measure_as_one(tmp_path, monkeypatch):
     assert contents[0] == contents[1]
 
 
+def test_what_mixing_changes_is_measured_by_recipe(tmp_path):
+    """Images are matched by their indices: the sets are filtered each by itself."""
+    sets = [real_set(x, noise(6, seed=i)) for i, x in enumerate(("train", "test"))]
+    pictures = {x: noise(6, seed=2 + i) for i, x in enumerate(("mixed", "unmixed"))}
+    kept = {"mixed": [5, 0, 2], "unmixed": [1, 2, 3, 5]}
+    for name, rows in kept.items():
+        drawn = drawn_set(name, pictures[name][rows], [0] * len(rows), rows)
+        sets.append(dataclasses.replace(drawn, names=rows))
+    apart = [
+        np.sqrt(np.mean((x[k] / 255.0 - y[k] / 255.0) ** 2))
+        for x, y in [pictures.values()]
+        for k in (5, 2)  # which both sets have
+    ]
+    found = measured(tmp_path / "both", sets)["images"]["sets"]
+    assert found["mixed"]["unmixed_distance"] == pytest.approx(np.mean(apart))
+    assert not {*found["unmixed"], *found["test"]} & {"unmixed_distance"}
+    alone = measured(tmp_path / "alone", sets[:3])["images"]["sets"]
+    assert "unmixed_distance" not in alone["mixed"]
+
+
 def test_identical_sets_are_all_copies(tmp_path):
     train = noise(8, seed=0)
     sets = [real_set("train", train), real_set("test", noise(5, seed=1))]

@@ -110,6 +110,8 @@ class SetMetrics:
         measured = {
             x.images.name: files.read_json(self._record(x)) for x in (self.test, *sets)
         }
+        for name, distance in _unmixed_distances(sets).items():
+            measured[name]["unmixed_distance"] = distance
         confidence, test = self._options.confidence, measured["test"]["other_class"]
         remarks: list[str] = []
         for name in [x.images.name for x in sets] if test else ():
@@ -402,6 +404,27 @@ def _texts(
     score = 100 * total / len(images) if texts is not None else None
     agreement = float((zero_shot == images.labels).mean())
     return {"clip_score": score, "label_agreement": agreement}, zero_shot
+
+
+def _unmixed_distances(sets: Sequence[ImageFeatures]) -> dict[str, float]:
+    """Mean distance of an image and the unmixed one of its recipe and noise, by pixels.
+
+    By set, of the sets that have such images; {} without the set `unmixed`.
+    """
+    unmixed = next((x for x in sets if x.images.name == "unmixed"), None)
+    if unmixed is None:
+        return {}
+    row_of = {k: i for i, k in enumerate(unmixed.images.names)}
+    found = {}
+    for each in sets:
+        pairs = [(i, row_of.get(k, -1)) for i, k in enumerate(each.images.names)]
+        rows, columns = (
+            np.asarray([x for x in pairs if x[1] >= 0], int).reshape(-1, 2).T
+        )
+        if each is not unmixed and len(rows):
+            distance = distances.paired(each.pixels, unmixed.pixels, rows, columns)
+            found[each.images.name] = float(distance.mean())
+    return found
 
 
 def _diversity(found: ImageFeatures) -> float:

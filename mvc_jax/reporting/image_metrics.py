@@ -71,6 +71,11 @@ _METRICS = {  # key -> (title, one sentence); `{}` is the space
         "Distance to its source, pixels",
         "Mean distance of an image and the training image that it was made from.",
     ),
+    "unmixed_distance": (
+        "Distance to the unmixed image, pixels",
+        "Mean distance of an image and the one of set unmixed by the same recipe and "
+        "noise: what mixing changes.",
+    ),
     "histogram_shift": (
         "Shift of colours",
         "Mean shift of the pixel values of a channel, in [0, 1].",
