@@ -22,6 +22,9 @@ def test_commands_in_the_documents_name_files_and_fields(words, tmp_path, monkey
     (tmp_path / "runs" / "digits").mkdir(parents=True)
     run_config.write(digits.get_config(), tmp_path / "runs" / "digits")
     monkeypatch.chdir(tmp_path)
+    for word in words:
+        if word.startswith("--from=runs/"):  # an earlier command's workdir
+            (tmp_path / word.removeprefix("--from=")).mkdir(exist_ok=True)
     scripts = [word for word in words if word.endswith((".sh", ".py"))]
     for word in scripts:
         assert (ROOT / word.split("=")[-1].split(":")[0]).exists(), word
