@@ -2,11 +2,12 @@
 
     python benchmarks/classifier_step.py --model=wrn16_4
     python benchmarks/classifier_step.py --model=resnet18
+    python benchmarks/classifier_step.py --model=resnet50 --size=64 --batch=50
 
-Forward, backward and an SGD step (Nesterov momentum 0.9, weight decay 5e-4) on 32 px
-images, 10 classes, batch statistics over the examples of a mask (over all examples in
-PyTorch, which has no masks). Both have the same precision and a process of their own
-with all cores, and alternate, so that other load on the machine affects both.
+Forward, backward and an SGD step (Nesterov momentum 0.9, weight decay 5e-4) on images
+of `--size` pixels, 10 classes, batch statistics over the examples of a mask (over all
+examples in PyTorch, which has no masks). Both have the same precision and a process of
+their own with all cores, and alternate, so that other load on the machine affects both.
 
 On an accelerator only ours is measured: WRN-28-10 in bfloat16, with the fraction of the
 device's peak (MFU) from the FLOPs of the forward pass (WRN-28-10: 5.25 G multiply-adds,
@@ -21,7 +22,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from turns import accelerator, in_turns, peak, resident, results
 
-SIZE, CLASSES = 32, 10
+CLASSES = 10
+B0 = (  # expansion, kernel, stride, channels, layers: table 1 of arXiv 1905.11946
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 
 
@@ -37,10 +47,12 @@ def main() -> None:
 
 def parse(fast: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    models = ("wrn16_4", "resnet18", "wrn28_10", "wrn40_2")
+    cifar = ("wrn16_4", "resnet18", "wrn28_10", "wrn40_2")
+    models = (*cifar, "resnet50", "wide_resnet50_2", "efficientnet_b0")
     default = "wrn28_10" if fast else "wrn16_4"
     parser.add_argument("--model", choices=models, default=default)
     parser.add_argument("--batch", type=int, default=512 if fast else 128)
+    parser.add_argument("--size", type=int, default=32, help="pixels along a side")
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
@@ -56,7 +68,8 @@ def parse(fast: bool) -> argparse.Namespace:
 def data(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Random images [B, H, W, 3] and labels."""
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(arguments.batch, SIZE, SIZE, 3)).astype(np.float32)
+    shape = (arguments.batch, arguments.size, arguments.size, 3)
+    images = rng.normal(size=shape).astype(np.float32)
     return images, rng.integers(0, CLASSES, arguments.batch).astype(np.int32)
 
 
@@ -66,6 +79,7 @@ def options_of(arguments: argparse.Namespace):
 
     return programs.Options(
         classifier=arguments.model,
+        classifier_size=arguments.size,
         stem="cifar" if arguments.model == "resnet18" else "",
         dtype=arguments.precision,
         batch=arguments.batch,
@@ -99,6 +113,15 @@ def theirs(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
         "wrn28_10": lambda: torch_classifiers.WideResNet(CLASSES, 28, 10),
         "wrn40_2": lambda: torch_classifiers.WideResNet(CLASSES, 40, 2),
         "resnet18": lambda: torch_classifiers.CifarResNet(CLASSES, 64, 4, 2),
+        "resnet50": lambda: torch_classifiers.BottleneckResNet(
+            CLASSES, 64, (3, 4, 6, 3), 1
+        ),
+        "wide_resnet50_2": lambda: torch_classifiers.BottleneckResNet(
+            CLASSES, 64, (3, 4, 6, 3), 2
+        ),
+        "efficientnet_b0": lambda: torch_classifiers.EfficientNet(
+            CLASSES, 32, 1280, B0, 0.2, lambda: (torch.rand(arguments.batch, 1, 1, 1),)
+        ),
     }[arguments.model]()
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -156,7 +179,8 @@ def forward_flops(options) -> float:
     from mvc_jax.training.throughput import count_flops
 
     model = classifiers.make(options.classifier, num_classes=CLASSES, stem=options.stem)
-    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32)
+    side = options.classifier_size
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     return count_flops(model.apply, variables, image)
 

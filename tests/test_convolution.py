@@ -1,4 +1,4 @@
-"""Convolutions are those of `lax`, and on CPUs products where that is faster."""
+"""Convolutions and pooling are XLA's, and on CPUs products and sums where faster."""
 
 import functools
 
@@ -10,7 +10,12 @@ import pytest
 
 from mvc_jax import devices
 from mvc_jax.models import convolution
-from mvc_jax.models.convolution import NHWC, convolve, small_images_convolved
+from mvc_jax.models.convolution import (
+    NHWC,
+    convolve,
+    max_pool,
+    small_images_convolved,
+)
 
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiles fast; runs slowly
 
@@ -19,6 +24,8 @@ CONVOLUTIONS = [  # side, window, stride, padding, groups of the 4 channels
     (7, 1, 2, ((0, 0), (0, 0)), 1),
     (8, 3, 1, ((1, 1), (1, 1)), 1),
     (8, 3, 2, "SAME", 1),
+    (4, 3, 2, ((1, 1), (1, 1)), 1),
+    (3, 1, 1, ((1, 0), (0, 0)), 1),
     (7, 3, 3, ((1, 2), (0, 1)), 1),
     (9, 7, 2, ((3, 3), (3, 3)), 1),
     (1, 3, 1, "SAME", 1),
@@ -114,26 +121,58 @@ def test_depthwise_convolutions_are_sums_on_cpus():
 
 
 @pytest.mark.parametrize(
-    "platform, side, convolutions",
+    "platform, side, stride, convolutions, of_gradient",
     [
-        ("cpu", 2, 0),
-        ("cpu", 3, 1),
-        ("tpu", 2, 1),
-        ("gpu", 2, 1),
+        ("cpu", 2, 1, 0, 0),
+        ("cpu", 3, 1, 1, 2),
+        ("cpu", 4, 2, 1, 0),
+        ("cpu", 6, (2, 2), 1, 2),
+        ("tpu", 2, 1, 1, 2),
+        ("gpu", 4, 2, 1, 2),
     ],
 )
-def test_small_images_are_products_on_cpus(monkeypatch, platform, side, convolutions):
+def test_small_images_are_products_on_cpus(
+    monkeypatch, platform, side, stride, convolutions, of_gradient
+):
     monkeypatch.setattr(devices, "platform", lambda mesh: platform)
-    layer = nn.Conv(5, (3, 3), padding=1)
+    layer = nn.Conv(5, (3, 3), stride, padding=1)
     images = np.random.default_rng(0).normal(size=(2, side, side, 4))
     params = layer.init(jax.random.key(0), images)
 
-    def apply(images):
+    def apply(params, images):
         with small_images_convolved(None):
             return layer.apply(params, images)
 
-    compiled = jax.jit(apply, compiler_options=OPTIONS).lower(images).compile()
-    assert compiled.as_text().count(" convolution(") == convolutions
+    def compiled(function):
+        lowered = jax.jit(function, compiler_options=OPTIONS).lower(params, images)
+        return lowered.compile()
+
+    forward = compiled(apply)
+    assert forward.as_text().count(" convolution(") == convolutions
     np.testing.assert_allclose(
-        compiled(images), layer.apply(params, images), rtol=1e-5, atol=1e-5
+        forward(params, images), layer.apply(params, images), rtol=1e-5, atol=1e-5
     )
+    backward = compiled(
+        lambda *inputs: jax.grad(lambda *x: apply(*x).sum(), argnums=(0, 1))(*inputs)
+    )
+    assert backward.as_text().count(" convolution(") == of_gradient
+
+
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (1, 0))])
+def test_max_pooling_and_its_gradient_are_those_of_linen(padding):
+    rng = np.random.default_rng(0)
+    images = jnp.floor(rng.normal(size=(2, 9, 8, 3)) * 2)  # many are equal
+
+    def gradient(pool, images):
+        def loss(images):
+            pooled = pool(images, (3, 3), (2, 2), padding)
+            return jnp.sum(jnp.arange(pooled.size).reshape(pooled.shape) * pooled)
+
+        return jax.grad(loss)(images)
+
+    for function in (lambda pool, x: pool(x, (3, 3), (2, 2), padding), gradient):
+        ours, theirs = (function(pool, images) for pool in (max_pool, nn.max_pool))
+        np.testing.assert_array_equal(ours, theirs)
+    compiled = jax.jit(lambda x: gradient(max_pool, x)).lower(images).compile()
+    scatters = "select-and-scatter" in compiled.as_text()
+    assert scatters == (devices.platform(None) != "cpu")

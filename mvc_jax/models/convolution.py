@@ -1,16 +1,19 @@
-"""Convolutions that are fast on CPUs: small images, depthwise, the kernel's gradient.
+"""Convolutions and max pooling that are fast on CPUs, with their gradients.
 
-XLA's CPU backend convolves fast, with three exceptions. On other platforms all of them
-are XLA's own (benchmarks/RESULTS.md has the measurements).
+XLA's CPU backend is fast at them, with these exceptions. On other platforms all are
+XLA's own (benchmarks/RESULTS.md has the measurements).
 
 - The gradient with respect to the kernel takes it up to four times as long, and so it
   does by Eigen (`training/runtime.py`) where convolutions have strides. Here it is one
   product per position in the kernel.
 - Images of fewer pixels than the kernel has, such as the 2x2 of a UNet's lowest level,
-  take it 10 to 60 times as long as larger ones of as many pixels in all. Here they are
+  take it 10 to 60 times as long as larger ones of as many pixels in all, and so does
+  the gradient with respect to an image of which a stride leaves so few. Here they are
   the product of their patches.
 - Depthwise convolutions take it 50 to 70 times as long as the sum that they are here:
   of shifted images times numbers of the kernel.
+- The gradient of max pooling takes it ten times as long as the pooling. Here it is a
+  sum over the positions in the window.
 
 A 1x1 convolution is a matrix product everywhere.
 """
@@ -25,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from mvc_jax import devices
 
@@ -58,15 +61,13 @@ def convolve(
     padding = tuple(map(tuple, padding))
     if feature_group_count > 1 and not _is_depthwise(inputs, kernel):
         return _convolve(inputs, kernel, strides, padding)
-    whole = feature_group_count == 1
-    if whole and window == (1, 1) and not any(sum(padding, ())):
-        rows, columns = strides
-        return inputs[:, ::rows, ::columns] @ kernel[0, 0]
     return _with_fast_gradient(inputs, kernel, strides, padding)
 
 
 def small_images_convolved(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Context in which `nn.Conv` convolves by `convolve` where images are small.
+
+    Or where they are after its strides.
 
     It is for networks that we did not build. `mesh` are the devices, None: the default
     one; on others than CPUs it changes nothing.
@@ -76,7 +77,7 @@ def small_images_convolved(mesh: Mesh | None) -> contextlib.AbstractContextManag
     def intercept(next_call, args, kwargs, context):
         layer = context.module
         called = isinstance(layer, nn.Conv) and context.method_name == "__call__"
-        if cpu and called and _is_small(args[0], layer.kernel_size):
+        if cpu and called and _leaves_few(args[0], layer.kernel_size, layer.strides):
             object.__setattr__(layer, "conv_general_dilated", convolve)
         return next_call(*args, **kwargs)
 
@@ -87,11 +88,25 @@ def _is_small(x: Array, window: tuple[int, ...]) -> bool:
     return math.prod(x.shape[1:3]) < math.prod(window)
 
 
+def _leaves_few(x: Array, window: tuple[int, ...], strides) -> bool:
+    strides = strides or 1
+    rows, columns = (strides,) * 2 if isinstance(strides, int) else strides
+    return _is_small(x[:, ::rows, ::columns], window)
+
+
 def _is_depthwise(x: Array, kernel: Array) -> bool:
     return kernel.shape[2] == 1 < x.shape[-1] == kernel.shape[3]
 
 
+def _is_product(x: Array, kernel: Array, padding: Pads) -> bool:
+    whole = kernel.shape[2] == x.shape[-1]
+    return whole and kernel.shape[:2] == (1, 1) and not any(sum(padding, ()))
+
+
 def _convolve(x: Array, kernel: Array, strides, padding: Pads) -> Array:
+    if _is_product(x, kernel, padding):
+        rows, columns = strides
+        return x[:, ::rows, ::columns] @ kernel[0, 0]
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -117,6 +132,8 @@ def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pad
     if not at_once:
         fit = max(1, _CACHED // (rows * columns * max(channels, features)))
     part = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fit)
+    if _is_product(x, kernel, padding):
+        at_once, part = True, batch
 
     def products(x: Array, gradient: Array) -> Array:
         """The sum over some examples: [D, h w C]."""
@@ -151,9 +168,9 @@ def _by_shifts(x: Array, kernel: Array, strides, padding: Pads) -> Array:
     return sum(part * number for part, number in zip(shifted, numbers, strict=True))
 
 
-def _shifted(x: Array, window, strides, padding: Pads) -> list[Array]:
+def _shifted(x: Array, window, strides, padding: Pads, fill=0.0) -> list[Array]:
     """What each position in a kernel is multiplied by: [B, h, w, C], for each."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
     ends = [n - k for n, k in zip(x.shape[1:3], window, strict=True)]
     return [
         lax.slice(
@@ -199,10 +216,11 @@ def _backward(strides, padding, inputs, gradient):
         return of_x(gradient)[0], of_kernel(gradient)[0]
 
     def on_cpu(x: Array, kernel: Array, gradient: Array):
-        of_x, of_kernel = transposed(_on_cpu, x, kernel, gradient)
-        if not _is_depthwise(x, kernel):
-            of_kernel = _by_products(x, kernel, gradient, strides, padding)
-        return of_x, of_kernel
+        if _is_depthwise(x, kernel):
+            return transposed(_by_shifts, x, kernel, gradient)
+        by = _by_patches if _is_small(gradient, kernel.shape[:2]) else _on_cpu
+        of_x, _ = transposed(by, x, kernel, gradient)
+        return of_x, _by_products(x, kernel, gradient, strides, padding)
 
     return lax.platform_dependent(
         x,
@@ -215,3 +233,43 @@ def _backward(strides, padding, inputs, gradient):
 
 _with_fast_gradient = jax.custom_vjp(_everywhere, nondiff_argnums=(2, 3))
 _with_fast_gradient.defvjp(_forward, _backward)
+
+
+def max_pool(
+    x: Float[Array, "B H W C"], window: tuple[int, int], strides, padding: Pads
+) -> Float[Array, "B h w C"]:
+    """`flax.linen.max_pool`: of a window's equal pixels, the first has the gradient."""
+    return _max_pool(x, tuple(window), tuple(strides), padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: Array, window, strides, padding: Pads) -> Array:
+    return nn.max_pool(x, window, strides, padding)
+
+
+def _max_pool_forward(x, window, strides, padding):
+    pooled = _max_pool(x, window, strides, padding)
+    return pooled, (x, pooled)
+
+
+def _max_pool_backward(window, strides, padding, inputs, gradient):
+    def on_cpu(x: Array, pooled: Array, gradient: Array) -> Array:
+        shifted = functools.partial(_shifted, window=window, strides=strides)
+        free, parts = jnp.ones(pooled.shape, bool), []
+        for part in shifted(x, padding=padding, fill=-jnp.inf):
+            largest = free & (part == pooled)
+            free &= ~largest
+            parts.append(jnp.where(largest, gradient, 0))
+        return jax.linear_transpose(lambda x: shifted(x, padding=padding), x)(parts)[0]
+
+    def default(x: Array, pooled: Array, gradient: Array) -> Array:
+        pool = functools.partial(
+            nn.max_pool, window_shape=window, strides=strides, padding=padding
+        )
+        return jax.vjp(pool, x)[1](gradient)[0]
+
+    of_x = lax.platform_dependent(*inputs, gradient, cpu=on_cpu, default=default)
+    return (of_x,)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mvc_jax.models.convolution import max_pool
 from mvc_jax.models.layers import Layers, global_pool, head
 
 
@@ -101,7 +102,7 @@ class ResNet(nn.Module):
         x = layers.conv(images, self.width, size, stride, name="conv1")
         x = nn.relu(layers.norm(x, name="bn1"))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, depth in enumerate(self.depths):
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
