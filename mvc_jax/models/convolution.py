@@ -67,10 +67,8 @@ def convolve(
 def small_images_convolved(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Context in which `nn.Conv` convolves by `convolve` where images are small.
 
-    Or where they are after its strides.
-
-    It is for networks that we did not build. `mesh` are the devices, None: the default
-    one; on others than CPUs it changes nothing.
+    Small before or after its strides. It is for networks that we did not build. `mesh`
+    are the devices, None: the default one; on others than CPUs it changes nothing.
     """
     cpu = devices.platform(mesh) == "cpu"
 
