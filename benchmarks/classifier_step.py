@@ -47,7 +47,7 @@ def main() -> None:
 
 def parse(fast: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    cifar = ("wrn16_4", "resnet18", "wrn28_10", "wrn40_2")
+    cifar = ("resnet20", "resnet18", "wrn16_4", "wrn28_10", "wrn40_2")
     models = (*cifar, "resnet50", "wide_resnet50_2", "efficientnet_b0")
     default = "wrn28_10" if fast else "wrn16_4"
     parser.add_argument("--model", choices=models, default=default)
@@ -112,6 +112,7 @@ def theirs(arguments: argparse.Namespace) -> tuple[Callable, Callable]:
         "wrn16_4": lambda: torch_classifiers.WideResNet(CLASSES, 16, 4),
         "wrn28_10": lambda: torch_classifiers.WideResNet(CLASSES, 28, 10),
         "wrn40_2": lambda: torch_classifiers.WideResNet(CLASSES, 40, 2),
+        "resnet20": lambda: torch_classifiers.CifarResNet(CLASSES, 16, 3, 3),
         "resnet18": lambda: torch_classifiers.CifarResNet(CLASSES, 64, 4, 2),
         "resnet50": lambda: torch_classifiers.BottleneckResNet(
             CLASSES, 64, (3, 4, 6, 3), 1
