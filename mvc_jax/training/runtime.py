@@ -55,9 +55,6 @@ def set_up(compilation_cache: str) -> None:
         JAX's own setting, and so does, with a warning, one that cannot be written.
     """
     _keep_freed_memory()
-    # A program on a CPU then takes its scratch from the main thread's memory, which is
-    # kept, and not from another's, of which glibc returns what is over 64 MiB.
-    _set_jax("cpu_enable_async_dispatch", False)
     _collect_garbage_less_often()
     # JAX reserves 75 % of a GPU's memory by default, and the rest would stay unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
@@ -86,13 +83,13 @@ def set_up(compilation_cache: str) -> None:
     _set_jax("persistent_cache_min_compile_time_secs", 0.05)
 
 
-def _set_jax(name: str, value: epath.Path | float | bool) -> None:
+def _set_jax(name: str, value: epath.Path | float) -> None:
     """Sets JAX's option `jax_<name>`, whether it has been imported or not."""
     os.environ[f"JAX_{name.upper()}"] = f"{value}"
     if "jax" in sys.modules:
         import jax
 
-        value = value if isinstance(value, float | bool) else f"{value}"
+        value = value if isinstance(value, float) else f"{value}"
         jax.config.update(f"jax_{name}", value)
 
 
@@ -110,6 +107,10 @@ def start() -> None:
             _compile_seconds[0] += seconds
 
     jax.monitoring.register_event_duration_secs_listener(add)
+    # A program on a CPU then takes its scratch from the main thread's memory, which is
+    # kept, and not from another's, of which glibc returns what is over 64 MiB. JAX
+    # reads this option from no environment variable.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     kinds = sorted({device.device_kind for device in jax.devices()})
     cudnn = cuda_libraries.loaded_cudnn()
     logging.info(
