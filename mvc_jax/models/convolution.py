@@ -125,13 +125,12 @@ def _by_products(x: Array, kernel: Array, gradient: Array, strides, padding: Pad
     """
     batch, rows, columns, features = gradient.shape
     height, width, channels, _ = kernel.shape
-    fit = _CACHED_PATCHES // (rows * columns * height * width * channels)
+    patches = rows * columns * height * width * channels  # of an example
+    fit = batch if _is_product(x, kernel, padding) else _CACHED_PATCHES // patches
     at_once = fit > 1
     if not at_once:
         fit = max(1, _CACHED // (rows * columns * max(channels, features)))
     part = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= fit)
-    if _is_product(x, kernel, padding):
-        at_once, part = True, batch
 
     def products(x: Array, gradient: Array) -> Array:
         """The sum over some examples: [D, h w C]."""
