@@ -104,6 +104,13 @@ def test_a_base_with_a_seed_of_its_own_is_taken_over_from_the_first(tmp_path, pr
     assert "classifiers; the base is the same." in (tmp_path / "splits.md").read_text()
 
 
+def test_of_real_images_alone_no_base_is_named(tmp_path, program):
+    words = ["--config.generate.sets=", "--config.classify.runs=real,real+affine"]
+    assert repeated(program, f"--workdir={tmp_path}", *words) == 0
+    text = (tmp_path / "splits.md").read_text()
+    assert "Every seed draws its own split and classifiers." in text
+
+
 def test_stages_are_taken_over_from_the_same_seeds_of_another(tmp_path, program):
     first, second = tmp_path / "first", tmp_path / "second"
     repeated(program, f"--workdir={first}", "--seeds=0,2", "--config.pretrain.seed=0")

@@ -170,6 +170,8 @@ def _document(summary: Mapping[str, Any], drawn: str) -> Document:
 def _drawn(folders: Mapping[int, epath.Path]) -> str:
     """What each seed draws, in words."""
     config = files.read_json(run_config.path_in(next(iter(folders.values()))))
+    if not config["generate"]["sets"]:
+        return "split and classifiers"
     if config["base"]["path"] or config["pretrain"].get("seed", -1) >= 0:
         return "split, generator and classifiers; the base is the same"
     return "split, base, generator and classifiers"
