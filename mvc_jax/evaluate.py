@@ -179,7 +179,7 @@ def _metrics(
         "questions": _with_remarks(answers, _of_mixing(recipes, measured)),
         **measured,
         "filters": filtered,
-        **_caveats(classify["seeds"], workdir),
+        **_caveats(classify["seeds"], workdir, generated=bool(set_names)),
     }
 
 
@@ -437,10 +437,13 @@ def _filters(
     return {"facts": files.read_json(generate / removed.FACTS), "sets": counts}
 
 
-def _caveats(seeds: int, workdir: epath.Path) -> dict[str, Any]:
+def _caveats(seeds: int, workdir: epath.Path, *, generated: bool) -> dict[str, Any]:
     """`caveats`, sentences by what they limit, and `notes`, all of them."""
     caveats = {
-        "accuracy": _of_test_images(workdir / "caption") + _of_one_split(seeds),
+        "accuracy": [
+            *_of_test_images(workdir / "caption"),
+            _of_one_split(seeds, generated=generated),
+        ],
         "copies": [_BY_PIXELS],
         "data": _cut_captions(workdir / "encode") + _of_data(workdir / "caption"),
     }
@@ -490,7 +493,7 @@ def _of_data(caption: epath.Path) -> list[str]:
     return notes
 
 
-def _of_one_split(seeds: int) -> list[str]:
+def _of_one_split(seeds: int, *, generated: bool) -> str:
     """Returns what the spread of an accuracy does not know, as a sentence."""
     spread = (
         f"A standard deviation is over {seeds} classifier seeds, an interval over "
@@ -498,10 +501,11 @@ def _of_one_split(seeds: int) -> list[str]:
     )
     if seeds == 1:
         spread = "With one classifier seed there is no spread; the result is of"
-    return [
-        f"{spread} one split and one generator. Another split changes every row: "
-        "`mvc-jax repeat` makes several, and intervals over them."
-    ]
+    drawn = "one split and one generator" if generated else "one split"
+    return (
+        f"{spread} {drawn}. Another split changes every row: `mvc-jax repeat` makes "
+        "several, and intervals over them."
+    )
 
 
 def table(metrics: dict[str, Any]) -> str:
