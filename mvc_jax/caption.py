@@ -202,7 +202,7 @@ def _write(
         cleaned = _write_captions(part, mine)
         raw += mine
         texts += cleaned
-        if part.folder == folder:
+        if part.folder == folder and config.generate.sets:
             train = splits.read_split(folder, "train")
             summary.warn_of_same_captions(cleaned[len(mine) - len(train.ids) :], train)
     summary.write_contact_sheet(folder)

@@ -33,6 +33,20 @@ def test_with_sets_all_is_as_before():
     assert {"mix", "generate"} < {*report.stage_spec(config).inputs}
 
 
+@pytest.mark.parametrize("sets", [("mixed",), ()])
+def test_captions_that_are_the_same_matter_to_mixing(
+    sets, tmp_path, monkeypatch, caplog
+):
+    config = digits.get_config()
+    config.data.size, config.data.per_class, config.data.pool = 8, 2, 0
+    config.caption.captioner, config.base.path = "template", "a/base"
+    config.stages, config.generate.sets = "caption", sets
+    config.classify.runs = ("real",)
+    monkeypatch.setattr(command.runtime, "set_up", lambda folder: None)
+    command.run(config, epath.Path(tmp_path) / "run")
+    assert ("mixing them has no effect" in caplog.text) == bool(sets)
+
+
 def test_a_run_of_real_images_ends_with_a_report(tmp_path, monkeypatch):
     config = digits.get_config()
     config.data.size, config.data.per_class, config.data.test_fraction = 8, 2, 0.02
