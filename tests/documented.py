@@ -34,7 +34,7 @@ SHORT = (
 # cannot run here. The first that matches is used.
 SHORTENED = (
     ("://", None),  # servers
-    (":path=data/", None),  # images that the tests do not have
+    ("path=data/", None),  # images that the tests do not have
     # Another seed is another program for every stage: minutes of compilation.
     ("--config.seed=1", ["--config.stages=caption"]),
     ("mvc-jax repeat", ["--config.stages=caption"]),
