@@ -179,7 +179,9 @@ def _metrics(
         "questions": _with_remarks(answers, _of_mixing(recipes, measured)),
         **measured,
         "filters": filtered,
-        **_caveats(classify["seeds"], workdir, generated=bool(set_names)),
+        **_caveats(
+            classify["seeds"], workdir, runs.drawn_once(map(runs.parse, results))
+        ),
     }
 
 
@@ -437,12 +439,12 @@ def _filters(
     return {"facts": files.read_json(generate / removed.FACTS), "sets": counts}
 
 
-def _caveats(seeds: int, workdir: epath.Path, *, generated: bool) -> dict[str, Any]:
+def _caveats(seeds: int, workdir: epath.Path, once: str) -> dict[str, Any]:
     """`caveats`, sentences by what they limit, and `notes`, all of them."""
     caveats = {
         "accuracy": [
             *_of_test_images(workdir / "caption"),
-            _of_one_split(seeds, generated=generated),
+            _of_one_split(seeds, once),
         ],
         "copies": [_BY_PIXELS],
         "data": _cut_captions(workdir / "encode") + _of_data(workdir / "caption"),
@@ -493,7 +495,7 @@ def _of_data(caption: epath.Path) -> list[str]:
     return notes
 
 
-def _of_one_split(seeds: int, *, generated: bool) -> str:
+def _of_one_split(seeds: int, once: str) -> str:
     """Returns what the spread of an accuracy does not know, as a sentence."""
     spread = (
         f"A standard deviation is over {seeds} classifier seeds, an interval over "
@@ -501,9 +503,8 @@ def _of_one_split(seeds: int, *, generated: bool) -> str:
     )
     if seeds == 1:
         spread = "With one classifier seed there is no spread; the result is of"
-    drawn = "one split and one generator" if generated else "one split"
     return (
-        f"{spread} {drawn}. Another split changes every row: `mvc-jax repeat` makes "
+        f"{spread} {once}. Another split changes every row: `mvc-jax repeat` makes "
         "several, and intervals over them."
     )
 

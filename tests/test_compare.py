@@ -50,6 +50,19 @@ def test_settings_accuracies_and_paired_differences(tmp_path, made, capsys):
     assert "+10.0" in (tmp_path / "out" / "compare.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("names", "of"),
+    [
+        ("real,combined", "of one split and one generator in each workdir"),
+        ("real,real+flip", "of one split in each workdir"),
+    ],
+)
+def test_what_is_drawn_once_is_named(tmp_path, made, names, of):
+    made_of = f"--config.classify.runs={names}"
+    compared(tmp_path, made("a", made_of), made("b", made_of))
+    assert of in (tmp_path / "out" / "compare.md").read_text()
+
+
 def test_other_test_images_have_no_paired_differences(tmp_path, made):
     a, b = made("a"), made("b", "--config.data.per_class=5")
     code, found = compared(tmp_path, a, b)

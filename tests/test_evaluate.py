@@ -172,12 +172,12 @@ def test_duplicates_and_bad_images_are_noted(tmp_path, copies, policy, bad, word
     caption.mkdir()
     for name in ("dataset.json", "duplicates.jsonl", "bad_images.jsonl"):
         (tmp_path / name).rename(caption / name)
-    found = evaluate._caveats(3, epath.Path(tmp_path), generated=True)
+    found = evaluate._caveats(3, epath.Path(tmp_path), "one split and one generator")
     notes, caveats = found["notes"], found["caveats"]
     *of_test, spread = caveats["accuracy"]
     assert "over 3 classifier seeds, an interval over seeds and test" in spread
     assert "are of one split and one generator." in spread
-    alone = evaluate._of_one_split(1, generated=False)
+    alone = evaluate._of_one_split(1, "one split")
     assert "With one classifier seed" in alone and "is of one split." in alone
     said = [*of_test, *caveats["data"]]
     assert notes == [*caveats["data"], *of_test, spread, *caveats["copies"]]

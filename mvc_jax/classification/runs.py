@@ -7,6 +7,7 @@ its effect comes from larger batches.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from mvc_jax import augment
 from mvc_jax.classification.regimes import REGIMES
@@ -94,6 +95,11 @@ def unused_fields(run: Run) -> set[str]:
         "randaugment_magnitude": run.policy == "randaugment",
     }
     return {name for name, is_used in used.items() if not is_used}
+
+
+def drawn_once(runs: Iterable[Run]) -> str:
+    """What all results of a workdir's runs share, in words."""
+    return "one split and one generator" if any(r.set for r in runs) else "one split"
 
 
 def parse(name: str) -> Run:

@@ -279,11 +279,11 @@ def _lead(members: Sequence[_Member], summary: dict[str, Any]) -> list[str]:
 def _notes(summary: dict[str, Any]) -> list[str]:
     images = {*summary["test_images"].values()}
     shown = " to ".join(map(str, sorted({min(images), max(images)})))
+    once = runs.drawn_once(map(runs.parse, summary["runs"]))
     return [
         f"An interval ({summary['confidence']:.0%}) is for other seeds of the "
-        f"classifiers and other test images ({shown} here), of one split and one "
-        "generator in each workdir: `mvc-jax repeat` shows how much another split "
-        "changes.",
+        f"classifiers and other test images ({shown} here), of {once} in each "
+        "workdir: `mvc-jax repeat` shows how much another split changes.",
         "A verdict is corrected for how often its question is asked (Holm); an "
         "interval is of each difference by itself. Where one workdir has more seeds, "
         "differences are of those that both have.",

@@ -136,14 +136,15 @@ def _notes(found: Found, summary: Mapping[str, Any]) -> list[str]:
     seeds = {
         run["seeds"] for point in summary["points"] for run in point["runs"].values()
     }
+    names = {run for point in summary["points"] for run in point["runs"]}
+    once = runs.drawn_once(map(runs.parse, names))
     few = [min(seeds), *([] if min(seeds) == max(seeds) else [max(seeds)])]
     shown = [min(images), *([] if min(images) == max(images) else [max(images)])]
     return [
         f"An interval ({found.confidence:.0%}) is for other seeds of the classifiers "
         f"({' to '.join(map(str, few))} here) and other test images "
-        f"({' to '.join(map(str, shown))} here), of one split of the data and one "
-        "generator at each value. Another split changes every number: `mvc-jax repeat` "
-        "shows how much.",
+        f"({' to '.join(map(str, shown))} here), of {once} at each value. Another "
+        "split changes every number: `mvc-jax repeat` shows how much.",
         "A verdict is corrected for how often its question is asked (Holm); an "
         "interval is of each difference by itself.",
         "The value with the highest accuracy on test images is not thereby the best "
