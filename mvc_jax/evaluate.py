@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from mvc_jax import files, processes
 from mvc_jax.data import captions, decode, splits
 from mvc_jax.metrics import (
+    caveats,
     compare,
     distances,
     image_features,
@@ -39,15 +40,8 @@ with epy.lazy_imports():
     from mvc_jax.generation import synthetic
     from mvc_jax.metrics import feature_spaces, inception
 
-_SIDE = distances.MAX_SIZE
 _FEATURES = "features"  # folder, deleted at the end
 _ROW_BYTES = 4096  # of an image's features, as of 1,024 dims
-_BY_PIXELS = (
-    "Distances by pixels are root mean squared differences of images in [0, 1], at no "
-    f"more than {_SIDE} pixels a side. A copy is nearer to a training image than "
-    "any two different training images are to each other; a leak is nearer to a test "
-    "image than any different training image is."
-)
 
 
 def check(config: ConfigDict) -> None:
@@ -83,7 +77,7 @@ def price(config: ConfigDict, sizes: Sizes) -> Work:
     """
     counts = [sizes.test, *[sizes.recipes] * len(config.generate.sets)]
     pairs = sum(n * n // 2 + n * sizes.images for n in counts) + sizes.images**2 // 2
-    side = min(config.data.size, _SIDE)
+    side = min(config.data.size, distances.MAX_SIZE)
     return Work(
         {
             "runs": len(config.classify.runs),
@@ -179,8 +173,8 @@ def _metrics(
         "questions": _with_remarks(answers, _of_mixing(recipes, measured)),
         **measured,
         "filters": filtered,
-        **_caveats(
-            classify["seeds"], workdir, runs.drawn_once(map(runs.parse, results))
+        **caveats.describe(
+            workdir, classify["seeds"], runs.drawn_once(map(runs.parse, results))
         ),
     }
 
@@ -437,76 +431,6 @@ def _filters(
         return {}
     counts = {name: removed.count(removed.read(generate / name)) for name in names}
     return {"facts": files.read_json(generate / removed.FACTS), "sets": counts}
-
-
-def _caveats(seeds: int, workdir: epath.Path, once: str) -> dict[str, Any]:
-    """`caveats`, sentences by what they limit, and `notes`, all of them."""
-    caveats = {
-        "accuracy": [
-            *_of_test_images(workdir / "caption"),
-            _of_one_split(seeds, once),
-        ],
-        "copies": [_BY_PIXELS],
-        "data": _cut_captions(workdir / "encode") + _of_data(workdir / "caption"),
-    }
-    notes = [*caveats["data"], *caveats["accuracy"], *caveats["copies"]]
-    return {"caveats": caveats, "notes": notes}
-
-
-def _cut_captions(encode: epath.Path) -> list[str]:
-    """Returns how many captions did not fit into their prompts, as sentences."""
-    if not (encode / "prompts.jsonl").exists():  # no generator, no prompts
-        return []
-    cut = captions.cut_by_class(files.read_jsonl(encode / "prompts.jsonl"))
-    return [f"{captions.counted(cut, kept)}." for kept in cut if cut[kept]]
-
-
-def _of_test_images(caption: epath.Path) -> list[str]:
-    """Returns what was trained on images that are in test too, as sentences."""
-    if files.read_json(caption / "dataset.json")["duplicates"] != "keep":
-        return []
-    rows = files.read_jsonl(caption / "duplicates.jsonl")
-    copies = sum("pool" not in row for row in rows)
-    notes = []
-    if copies:
-        notes.append(
-            f"{copies} training images are in test as well: every accuracy is too high "
-            "(config.data.duplicates=remove takes them out of train)."
-        )
-    if pool := len(rows) - copies:
-        notes.append(
-            f"{pool} images of the base model's pool are in test as well: it has seen "
-            "them (config.data.duplicates=remove takes them out of the pool)."
-        )
-    return notes
-
-
-def _of_data(caption: epath.Path) -> list[str]:
-    """Returns which images were left out, as sentences."""
-    notes = []
-    if files.read_json(caption / "dataset.json")["duplicates"] != "keep":
-        rows = files.read_jsonl(caption / "duplicates.jsonl")
-        if copies := sum("pool" not in row for row in rows):
-            notes.append(
-                f"{copies} images that are also in test were removed from train."
-            )
-    if bad := len(files.read_jsonl(caption / "bad_images.jsonl")):
-        notes.append(f"{bad} images could not be used and were left out.")
-    return notes
-
-
-def _of_one_split(seeds: int, once: str) -> str:
-    """Returns what the spread of an accuracy does not know, as a sentence."""
-    spread = (
-        f"A standard deviation is over {seeds} classifier seeds, an interval over "
-        "seeds and test images; both are of"
-    )
-    if seeds == 1:
-        spread = "With one classifier seed there is no spread; the result is of"
-    return (
-        f"{spread} {once}. Another split changes every row: `mvc-jax repeat` makes "
-        "several, and intervals over them."
-    )
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -37,14 +37,6 @@ def test_a_claim_about_mixing_says_what_it_changes():
     assert [x["sentence"] for x in counted] == ["Yes.", "Yes. First. Second.", "Yes."]
 
 
-def test_captions_that_were_cut_or_lost_are_noted(tmp_path):
-    rows = [{"class_name": "cat", "caption_kept": "part"}, {"class_name": "dog"}]
-    files.write_jsonl(tmp_path / "prompts.jsonl", rows)
-    assert evaluate._cut_captions(epath.Path(tmp_path)) == [
-        "1 captions were cut (cat 1)."
-    ]
-
-
 def images_of(values):
     """4x4 images of these grey values, with one white pixel each."""
     images = np.empty((len(values), 4, 4, 3), np.uint8)
@@ -153,47 +145,6 @@ def test_images_removed_by_filters_are_counted(tmp_path):
         "facts": {"copies": {"threshold": 0.1}},
         "sets": {"mixed": {"images": 2, "a": 2, "b": 1}, "unmixed": {"images": 0}},
     }
-
-
-@pytest.mark.parametrize(
-    ("copies", "policy", "bad", "words"),
-    [
-        (0, "keep", 0, []),
-        (2, "keep", 0, ["2 training images are in test as well"]),
-        (2, "remove", 3, ["2 images that are also in test", "3 images could not be"]),
-    ],
-)
-def test_duplicates_and_bad_images_are_noted(tmp_path, copies, policy, bad, words):
-    files.write_json(tmp_path / "dataset.json", {"duplicates": policy})
-    files.write_jsonl(tmp_path / "duplicates.jsonl", [{}] * copies)
-    files.write_jsonl(tmp_path / "bad_images.jsonl", [{}] * bad)
-    files.write_jsonl(tmp_path / "encode" / "prompts.jsonl", [])
-    caption = tmp_path / "caption"
-    caption.mkdir()
-    for name in ("dataset.json", "duplicates.jsonl", "bad_images.jsonl"):
-        (tmp_path / name).rename(caption / name)
-    found = evaluate._caveats(3, epath.Path(tmp_path), "one split and one generator")
-    notes, caveats = found["notes"], found["caveats"]
-    *of_test, spread = caveats["accuracy"]
-    assert "over 3 classifier seeds, an interval over seeds and test" in spread
-    assert "are of one split and one generator." in spread
-    alone = evaluate._of_one_split(1, "one split")
-    assert "With one classifier seed" in alone and "is of one split." in alone
-    said = [*of_test, *caveats["data"]]
-    assert notes == [*caveats["data"], *of_test, spread, *caveats["copies"]]
-    assert bool(of_test) == (copies > 0 and policy == "keep")
-    for word, note in zip(words, said, strict=True):
-        assert word in note
-
-
-def test_copies_in_the_pool_are_noted_apart(tmp_path):
-    files.write_json(tmp_path / "dataset.json", {"duplicates": "keep"})
-    rows = [{"train": "a", "test": "b"}, {"pool": "c", "test": "b"}]
-    files.write_jsonl(tmp_path / "duplicates.jsonl", rows)
-    files.write_jsonl(tmp_path / "bad_images.jsonl", [])
-    notes = evaluate._of_test_images(epath.Path(tmp_path))
-    assert notes[0].startswith("1 training images are in test as well")
-    assert notes[1].startswith("1 images of the base model's pool are in test as well")
 
 
 def with_features(name, **changes):

@@ -1,1 +1,1 @@
-"""How good classifiers and images are: functions of arrays."""
+"""How good classifiers and images are, and what limits the numbers."""
