@@ -147,7 +147,7 @@ def classifier(**options: Any) -> Iterator[dict]:
     """A classifier's step. Args: those of `classifier_step.py`."""
     import classifier_step
 
-    given = argparse.Namespace(precision="float32", **options)
+    given = argparse.Namespace(precision="float32", size=32, **options)
     sides = without_torch(
         {"ours": classifier_step.ours, "torch": classifier_step.theirs}
     )

@@ -1,5 +1,6 @@
 """The sheet of the benchmarks: rows, tables, the plot, and what is called worse."""
 
+import importlib
 import inspect
 import json
 import sys
@@ -126,6 +127,37 @@ def test_the_benchmarks_take_their_arguments():
         assert module == "peers"
         for arguments in (entry.arguments, entry.arguments | (entry.toy or {})):
             inspect.signature(getattr(peers, name)).bind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "module"),
+    [
+        ("fine-tuning", "finetune_step"),
+        ("classifier", "classifier_step"),
+        ("sampling", "sample"),
+    ],
+)
+def test_a_part_sets_all_that_its_benchmark_is_given(monkeypatch, part, module):
+    given = []
+
+    def record(name, sides, options, **more):
+        given.append(options)
+        return {}
+
+    benchmark = importlib.import_module(module)
+    [entry] = [entry for entry in sheet.ON_CPU if entry.part == part]
+    monkeypatch.setattr(sys, "argv", [module])
+    monkeypatch.setattr(peers, "without_torch", lambda sides: {})
+    monkeypatch.setattr(peers, "against_torch", record)
+    for slow in (
+        "architectures.write",
+        "classifier_step.forward_flops",
+        "measure.flops",
+    ):
+        monkeypatch.setattr(slow, lambda *_: 0)
+    list(getattr(peers, entry.function.partition(":")[2])(**entry.arguments))
+    cpu = [False] if inspect.signature(benchmark.parse).parameters else []
+    assert vars(benchmark.parse(*cpu)).keys() <= vars(given[0]).keys()
 
 
 def test_a_row_beside_a_peer_compares_turn_by_turn():
