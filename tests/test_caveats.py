@@ -4,10 +4,20 @@ import pytest
 from etils import epath
 
 from mvc_jax import files
+from mvc_jax.classification import runs
 from mvc_jax.metrics import caveats
 
 
-def described(folder, *, duplicates=(), policy="keep", bad=0, prompts=None, seeds=3):
+def described(
+    folder,
+    *,
+    duplicates=(),
+    policy="keep",
+    bad=0,
+    prompts=None,
+    seeds=3,
+    names=("real", "combined"),
+):
     """What is said of a workdir with these files."""
     caption = epath.Path(folder) / "caption"
     caption.mkdir()
@@ -17,7 +27,8 @@ def described(folder, *, duplicates=(), policy="keep", bad=0, prompts=None, seed
     if prompts is not None:
         (caption.parent / "encode").mkdir()
         files.write_jsonl(caption.parent / "encode" / "prompts.jsonl", prompts)
-    return caveats.describe(caption.parent, seeds, "one split and one generator")
+    once = runs.drawn_once(map(runs.parse, names))
+    return caveats.describe(caption.parent, seeds, once)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +72,9 @@ def test_captions_that_were_cut_are_counted(tmp_path):
 def test_the_spread_says_what_it_is_of(tmp_path, seeds, words):
     [spread] = described(tmp_path, seeds=seeds)["caveats"]["accuracy"]
     assert words in spread and "of one split and one generator." in spread
+
+
+@pytest.mark.parametrize("names", [("real",), ("real+flip", "probabilistic:real")])
+def test_real_images_alone_are_of_no_generator(tmp_path, names):
+    [spread] = described(tmp_path, names=names)["caveats"]["accuracy"]
+    assert "both are of one split. Another split" in spread
